@@ -1,0 +1,22 @@
+"""``mto-analyze``: parse, call one library function, print or write. Heavy imports wait until a command runs."""
+
+import typer
+
+from mto_analyze import demo, heterogeneity, inspect, plot
+from mto_analyze.console import Commands
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="mto-analyze",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
+    epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
+)
+app.command("demo")(demo.demo)
+app.command("inspect")(inspect.inspect)
+app.command("heterogeneity")(heterogeneity.heterogeneity)
+app.command("plot")(plot.plot)

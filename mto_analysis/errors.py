@@ -1,0 +1,53 @@
+"""The errors a user can mend, each with the exit code the command line gives for it.
+
+Bad values passed to a function raise plain ``ValueError``; these classes are for what a file, a folder or a number
+turned out to be. Every message is one line: what is wrong, where, and how to mend it.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "DataError",
+    "HeadCountError",
+    "MTOAnalysisError",
+    "NumericalError",
+    "OutputExistsError",
+]
+
+
+class MTOAnalysisError(Exception):
+    """Base of all errors a user can mend; ``exit_code`` is what ``mto-analyze`` ends with."""
+
+    exit_code = 1
+
+
+class OutputExistsError(MTOAnalysisError):
+    """An output file is already there and ``--overwrite`` was not given (exit code 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(MTOAnalysisError, ValueError):
+    """A checkpoint cannot be read, recognised or loaded strictly (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given path (exit code 3)."""
+
+
+class HeadCountError(CheckpointError):
+    """The number of attention heads is neither in the file nor published for its width (exit code 3)."""
+
+
+class DataError(MTOAnalysisError, ValueError):
+    """Pictures, masks, tables or logs cannot be read (exit code 4)."""
+
+    exit_code = 4
+
+
+class NumericalError(MTOAnalysisError, ArithmeticError):
+    """A computed value is not finite (exit code 5)."""
+
+    exit_code = 5

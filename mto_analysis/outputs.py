@@ -1,0 +1,114 @@
+"""Files that a run leaves behind: written whole or not at all, never over somebody's work, and ``run.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mto_analysis.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["OutputFolder", "run_facts", "write_atomically"]
+
+_REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result should be as readable as any other file the user creates.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+
+
+class OutputFolder:
+    """A folder of results whose file names are known before the work starts.
+
+    Args:
+        path: The folder; made when the first file is written.
+        names: File names that the run will write.
+        overwrite: Replace these files when they exist.
+
+    Raises:
+        OutputExistsError: If one of the files exists and ``overwrite`` is false, or ``path`` is not a folder.
+    """
+
+    def __init__(self, path: str | Path, names: Iterable[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.names = tuple(names)
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file, and results need a folder; choose another --out")
+        there = [name for name in self.names if (self.path / name).exists()]
+        if there and not overwrite:
+            raise OutputExistsError(
+                f"{self.path} already holds {', '.join(there)}; choose another --out or pass --overwrite"
+            )
+
+    def _write(self, name: str, content: bytes) -> Path:
+        if name not in self.names:
+            raise ValueError(f"{name} was not announced; announced are {', '.join(self.names)}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, content)
+        return self.path / name
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table as CSV with full float precision."""
+        return self._write(name, table.to_csv(index=False, lineterminator="\n").encode())
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a mapping as indented JSON."""
+        return self._write(name, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write ready bytes."""
+        return self._write(name, content)
+
+    def write_figure(self, stem: str, figure: Figure) -> list[Path]:
+        """Write a figure as ``stem.png`` (300 dpi) and ``stem.pdf`` (fonts embedded)."""
+        from mto_analysis.plots.style import figure_bytes
+
+        return [self._write(f"{stem}.{kind}", figure_bytes(figure, kind)) for kind in ("png", "pdf")]
+
+
+def run_facts(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Facts that make a run repeatable: versions, machine, command line, arguments, and what the caller adds."""
+    versions = {}
+    for package in _REPORTED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": dict(arguments),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        **more,
+    }

@@ -1,0 +1,1 @@
+"""Figures: tables in, ``Axes`` or ``Figure`` out. Nothing here runs a model, and only here is matplotlib imported."""
