@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "DataError",
+    "DataNotFoundError",
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
@@ -38,13 +39,26 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class HeadCountError(CheckpointError):
-    """The number of attention heads is neither in the file nor published for its width (exit code 3)."""
+    """The number of attention heads is neither in the file nor published for its width (exit code 3).
+
+    Args:
+        message: One line.
+        option: The argument that gives it, ``num_heads`` or ``decoder_num_heads``.
+    """
+
+    def __init__(self, message: str, option: str) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class DataError(MTOAnalysisError, ValueError):
     """Pictures, masks, tables or logs cannot be read (exit code 4)."""
 
     exit_code = 4
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """There are no pictures, masks, tables or logs at the given path (exit code 4)."""
 
 
 class NumericalError(MTOAnalysisError, ArithmeticError):

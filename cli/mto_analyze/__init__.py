@@ -2,8 +2,11 @@
 
 import typer
 
-from mto_analyze import demo, heterogeneity, inspect, plot
 from mto_analyze.console import Commands
+from mto_analyze.demo import demo
+from mto_analyze.heterogeneity import heterogeneity
+from mto_analyze.inspect import inspect
+from mto_analyze.plot import plot
 
 __all__ = ["app"]
 
@@ -16,7 +19,5 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-app.command("demo")(demo.demo)
-app.command("inspect")(inspect.inspect)
-app.command("heterogeneity")(heterogeneity.heterogeneity)
-app.command("plot")(plot.plot)
+for command in (demo, inspect, heterogeneity, plot):
+    app.command()(command)

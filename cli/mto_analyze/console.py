@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from mto_analysis.errors import MTOAnalysisError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Item = TypeVar("Item")
 
+USAGE = 2
 INTERRUPTED = 130
 
 
@@ -27,13 +31,25 @@ class Commands(TyperGroup):
             self._stop(str(error), error.exit_code)
         except KeyboardInterrupt:
             self._stop("interrupted; nothing half-written was left behind", INTERRUPTED)
+        except ValueError as error:  # an argument out of range
+            self._stop(str(error), USAGE)
         except OSError as error:
-            self._stop(f"{error.strerror or error}: {error.filename or 'output'}", 2)
+            self._stop(f"{error.strerror or error}: {error.filename or 'while writing results'}", USAGE)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or "out of memory" in str(error).lower()):
+                raise
+            self._stop("out of memory; use a smaller --batch-size", USAGE)
 
     @staticmethod
     def _stop(message: str, code: int) -> None:
         typer.echo(f"mto-analyze: error: {' '.join(message.split())}", err=True)
         raise typer.Exit(code)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """The columns of a heterogeneity table that fit a terminal."""
+    columns = ["model", "stack", "layer_depth", "heterogeneity", "ci_low", "ci_high", "normalized", "num_visible"]
+    return table[columns].to_string(index=False, float_format=lambda value: f"{value:.6g}")
 
 
 def note(message: str, *, quiet: bool = False) -> None:

@@ -1,0 +1,35 @@
+"""``mto-analyze demo``: Figs. 1(a) and 1(b) of bundled small models on bundled pictures, offline."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mto_analyze.console import note
+from mto_analyze.options import Overwrite, Quiet
+
+
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("demo"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many of the 256 pictures.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure bundled small MAE and SimMIM models and draw Figs. 1(a) and 1(b): no download, under a minute."""
+    from mto_analysis.outputs import OutputFolder, run_facts
+
+    names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
+    folder = OutputFolder(out, [*names, "run.json"], overwrite=overwrite)
+
+    from mto_analysis.demo import demo_sentences, measure_demo
+    from mto_analysis.plots.heterogeneity import draw_heterogeneity
+
+    tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))
+    for figure, table in (("fig1a", tables.fig1a), ("fig1b", tables.fig1b)):
+        folder.write_figure(figure, draw_heterogeneity(table))
+        folder.write_table(f"{figure}.csv", table)
+    folder.write_json("run.json", run_facts(context.params, models=tables.models))
+    typer.echo("\n".join(demo_sentences(tables)))
+    typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")

@@ -1,0 +1,105 @@
+"""``mto-analyze heterogeneity``: Eq. (2) at every layer depth of one or several checkpoints (Fig. 1)."""
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mto_analyze.console import as_text, note, progress
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
+
+FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+
+
+class Precision(StrEnum):
+    """Number formats of the model's forward."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def heterogeneity(
+    context: typer.Context,
+    ckpt: Checkpoints,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder, list (.txt) or Parquet file; by default 256 bundled CIFAR-10 pictures."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Name of each checkpoint, in order (Fig. 1b: epochs).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, spread evenly.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")] = None,
+    mask_unit: Annotated[
+        int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
+    masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per picture.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(help="Of the forward; H is always computed in float32 or better.")
+    ] = Precision.float32,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
+    num_heads: Heads = None,
+    decoder_num_heads: DecoderHeads = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("heterogeneity"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
+
+    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out.
+    """
+    from mto_analysis.outputs import OutputFolder, run_facts
+
+    folder = OutputFolder(out, FILES, overwrite=overwrite)
+
+    import torch
+
+    from mto_analysis.data import open_pictures
+    from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.masking import load_masks
+    from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device
+
+    if images is None:
+        note(
+            "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
+        )
+    settings = Settings(
+        limit=limit,
+        mask_ratio=mask_ratio,
+        mask_unit=mask_unit,
+        masks=load_masks(masks) if masks else None,
+        masks_per_image=masks_per_image,
+        seed=seed,
+        batch_size=batch_size,
+        device=pick_device(device),
+        dtype=getattr(torch, dtype),
+        num_workers=num_workers,
+        strict=strict,
+    )
+    study = measure_checkpoints(
+        ckpt,
+        open_pictures(images or DEMO_PICTURES),
+        settings,
+        labels=label,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        say=partial(note, quiet=quiet),
+        warn=note,
+        progress=partial(progress, quiet=quiet),
+    )
+    folder.write_table("heterogeneity.csv", study.table)
+    folder.write_table("heterogeneity_per_image.csv", study.per_image)
+    folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
+    folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
+    typer.echo(as_text(study.table))
+    note(f"wrote {', '.join(FILES)} to {folder.path}", quiet=quiet)

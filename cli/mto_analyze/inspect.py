@@ -1,0 +1,46 @@
+"""``mto-analyze inspect``: what a checkpoint is, where its masked tokens live, what is missing."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mto_analyze.options import DecoderHeads, Heads
+
+if TYPE_CHECKING:
+    from mto_analysis.checkpoints import CheckpointReport
+
+
+def inspect(
+    ckpt: Annotated[Path, typer.Argument(help="Checkpoint file or Hugging Face folder.")],
+    num_heads: Heads = None,
+    decoder_num_heads: DecoderHeads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds, without loading its weights. Exit code 3 if it cannot be measured."""
+    from mto_analysis.checkpoints import inspect_checkpoint
+
+    report = inspect_checkpoint(ckpt, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _in_words(report))
+
+
+def _in_words(report: "CheckpointReport") -> str:
+    info = report.info
+    config = ", ".join(f"{name} {'?' if value is None else value}" for name, value in report.config.items())
+    stacks = ", ".join(f"{stack} (layer depths 0 to {depth})" for stack, depth in report.depths.items())
+    rows = {
+        "file": report.path,
+        "family": f"{info.family} ({info.layout})",
+        "architecture": config,
+        "parameters": f"{report.parameters / 1e6:.1f} M ({', '.join(report.dtypes)} in the file)",
+        "masked tokens": f"{info.style}-style, in {stacks}",
+        "picture": f"{info.image_size} px, patches of {info.patch_size} px, {info.num_patches} patches",
+        "masks": f"{info.mask_rule} ({info.mask_rule_source})",
+        "normalization": f"mean {info.mean}, std {info.std}",
+        "target": (info.target or "not in the file").replace("_", " "),
+        "epoch": "not in the file" if report.epoch is None else str(report.epoch),
+        "left out": ", ".join(report.dropped) or "nothing",
+        "missing": ", ".join(f"--{name.replace('_', '-')}" for name in report.needed) or "nothing",
+    }
+    return "\n".join(f"{name + ':':<15}{value}" for name, value in rows.items())

@@ -1,0 +1,36 @@
+"""``mto-analyze plot``: redraw and compare from saved tables, without a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mto_analyze.console import note
+from mto_analyze.options import Overwrite, Quiet
+
+
+def plot(
+    context: typer.Context,
+    tables: Annotated[list[Path], typer.Argument(help="heterogeneity.csv of one or several runs.")],
+    title: Annotated[str | None, typer.Option(help="Line above the figure.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the table behind it.")] = Path("plot"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Redraw Fig. 1 from saved tables; several tables are drawn together.
+
+    Writes heterogeneity.png, heterogeneity.pdf, heterogeneity.csv (what was drawn) and run.json to --out.
+    """
+    from mto_analysis.outputs import OutputFolder, run_facts
+
+    names = ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+    folder = OutputFolder(out, names, overwrite=overwrite)
+
+    from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.studies.tables import read_tables
+
+    table = read_tables(tables)
+    folder.write_figure("heterogeneity", draw_heterogeneity(table, title=title))
+    folder.write_table("heterogeneity.csv", table)
+    folder.write_json("run.json", run_facts(context.params))
+    note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)

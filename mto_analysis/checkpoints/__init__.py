@@ -1,0 +1,115 @@
+"""From a checkpoint as published to a model: safe reading, recognising the layout, one converter per origin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mto_analysis.checkpoints.conversion import Conversion, Heads, build
+from mto_analysis.checkpoints.layouts import recognize
+from mto_analysis.checkpoints.native import save_checkpoint
+from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
+from mto_analysis.errors import CheckpointError, HeadCountError
+from mto_analysis.models import MaskedImageModel, ModelInfo
+
+__all__ = ["CheckpointReport", "checkpoint_sha256", "inspect_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+
+def load_checkpoint(
+    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> MaskedImageModel:
+    """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
+
+    Reads files of facebookresearch/mae (published and trainer's) and microsoft/SimMIM (ViT), Hugging Face ViTMAE
+    folders, and our own layout.
+
+    Args:
+        source: A file or a Hugging Face folder.
+        num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
+            one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
+        decoder_num_heads: The same for the decoder.
+
+    Returns:
+        The model on the CPU, in float32, in eval mode; its ``info`` says how to feed it.
+
+    Raises:
+        CheckpointNotFoundError: If nothing is there.
+        HeadCountError: If a number of heads must be given.
+        CheckpointError: If the file cannot be used; one line says why, and which file to get instead.
+
+    Example:
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS
+        >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
+        'mae'
+    """
+    raw = read_checkpoint(source)
+    return build(_convert(raw, Heads(num_heads, decoder_num_heads)))
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a checkpoint holds, as ``mto-analyze inspect`` shows it; ``depths`` is each stack's last layer depth."""
+
+    path: str
+    info: ModelInfo
+    config: dict[str, Any]
+    depths: dict[str, int]
+    parameters: int
+    dtypes: tuple[str, ...]
+    epoch: int | None
+    dropped: tuple[str, ...]
+    needed: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def inspect_checkpoint(
+    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> CheckpointReport:
+    """Recognise a checkpoint and check that all its tensors are there, without loading the weights.
+
+    Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
+    """
+    raw = read_checkpoint(source, mmap=True)
+    heads = Heads(num_heads, decoder_num_heads)
+    needed: list[str] = []
+    while True:
+        try:
+            conversion = _convert(raw, heads)
+            break
+        except HeadCountError as error:  # one head fits every width, and changes no shape
+            needed.append(error.option)
+            heads = replace(heads, **{error.option: 1})
+    model = build(conversion, materialize=False)
+    config = asdict(conversion.config)
+    for option in needed:
+        config[option] = None
+    epoch = raw.extras.get("epoch")
+    return CheckpointReport(
+        path=str(raw.path),
+        info=conversion.info,
+        config=config,
+        depths={stack: model.depth(stack) for stack in model.stacks},
+        parameters=sum(math.prod(parameter.shape) for parameter in model.parameters()),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in raw.tensors.values()})),
+        epoch=epoch if isinstance(epoch, int) else None,
+        dropped=tuple(conversion.state.dropped),
+        needed=tuple(needed),
+    )
+
+
+def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    layout, convert = recognize(raw)
+    try:
+        conversion = convert(raw, heads)
+    except CheckpointError as error:
+        error.args = (f"{raw.path} ({layout}): {error}",)
+        raise
+    return replace(conversion, info=replace(conversion.info, layout=layout))

@@ -1,0 +1,255 @@
+"""What all converters share: renaming, fusing query/key/value, reading shapes, head counts, strict loading."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mto_analysis.errors import CheckpointError, HeadCountError
+from mto_analysis.models import MaskedImageModel, ModelInfo
+
+__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "square_side"]
+
+#: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
+ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
+MAE_DECODER_HEADS = {512: 16}
+
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts given by the user, for files that do not hold them.
+
+    Args:
+        num_heads: Of the encoder.
+        decoder_num_heads: Of the decoder.
+    """
+
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+
+    def choose(
+        self, option: str, width: int, *, stated: int | None = None, published: Mapping[int, int] | None = None
+    ) -> int:
+        """The number of heads: what the file states, else what the user gave, else what is published for the width.
+
+        Args:
+            option: ``num_heads`` or ``decoder_num_heads``.
+            width: Channels that the heads share.
+            stated: What the file itself says.
+            published: Heads by width of the family's published files.
+
+        Raises:
+            HeadCountError: If nobody knows; a guess would be wrong in silence.
+            CheckpointError: If the user contradicts the file, or the heads do not divide the width.
+        """
+        given: int | None = getattr(self, option)
+        flag = f"--{option.replace('_', '-')}"
+        if stated is not None and given is not None and given != stated:
+            raise CheckpointError(f"{option}={given} contradicts the file, which has {stated} heads; leave {flag} out")
+        heads = stated or given or (published or {}).get(width)
+        if heads is None:
+            raise HeadCountError(
+                f"the number of attention heads is not in the file and not published for width {width}; "
+                f"give it as {option}=... ({flag} on the command line)",
+                option,
+            )
+        if heads < 1 or width % heads:
+            raise CheckpointError(f"{option}={heads} does not divide the width {width}")
+        return heads
+
+
+@dataclass
+class StateDict:
+    """Tensors on their way from a file's names to ours; remembers what each was called in the file.
+
+    Args:
+        tensors: By the name they have now.
+        origin: The name in the file for each name now.
+        dropped: Names in the file that were left out on purpose.
+    """
+
+    tensors: dict[str, Tensor]
+    origin: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """At first every tensor has the name it has in the file."""
+        self.origin = self.origin or {name: name for name in self.tensors}
+
+    def drop(self, *patterns: str) -> None:
+        """Leave out tensors whose whole name matches one of the patterns."""
+        for name in [name for name in self.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]:
+            del self.tensors[name]
+            self.dropped.append(self.origin.pop(name))
+
+    def rename(self, *rules: tuple[str, str]) -> None:
+        """Apply regular expressions in order to every name.
+
+        Raises:
+            CheckpointError: If two tensors end with the same name.
+        """
+        renamed: dict[str, Tensor] = {}
+        origin: dict[str, str] = {}
+        for name, tensor in self.tensors.items():
+            new = name
+            for pattern, replacement in rules:
+                new = re.sub(pattern, replacement, new)
+            if new in renamed:
+                raise CheckpointError(f"{self.origin[name]} and {origin[new]} are the same tensor under two names")
+            renamed[new], origin[new] = tensor, self.origin[name]
+        self.tensors, self.origin = renamed, origin
+
+    def fuse_qkv(self) -> None:
+        """Join query, key and value: from ``X.q``, ``X.k``, ``X.v``, or biases ``X.q_bias``, ``X.v_bias`` to ``X.qkv``.
+
+        A key bias that the file does not have is zero.
+        """
+        for name in [name for name in self.tensors if re.search(r"\.(q\.(weight|bias)|q_bias)$", name)]:
+            stem, _, last = name.rpartition(".")
+            key_name: str | None = None
+            if last == "q_bias":
+                value_name, fused = f"{stem}.v_bias", f"{stem}.qkv.bias"
+            else:
+                stem = stem.rpartition(".")[0]
+                key_name, value_name, fused = f"{stem}.k.{last}", f"{stem}.v.{last}", f"{stem}.qkv.{last}"
+            origin = self.origin[name]
+            query, value = self.take(name), self.take(value_name)
+            if key_name is None or (last == "bias" and key_name not in self.tensors):
+                key = torch.zeros_like(query)
+            else:
+                key = self.take(key_name)
+            if query.shape[1:] != key.shape[1:] or query.shape[1:] != value.shape[1:]:
+                raise CheckpointError(f"query, key and value of {origin} have different widths")
+            self.tensors[fused], self.origin[fused] = torch.cat([query, key, value]), origin
+
+    def take(self, name: str) -> Tensor:
+        """Remove and return a tensor.
+
+        Raises:
+            CheckpointError: If it is missing.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"the file lacks {name}")
+        self.origin.pop(name)
+        return self.tensors.pop(name)
+
+    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        """Shape of a tensor that the architecture is read from.
+
+        Raises:
+            CheckpointError: If it is missing or has another number of axes.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"the file lacks {name}")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != ndim or 0 in shape:
+            raise CheckpointError(f"{self.origin[name]} must have {ndim} axes, none empty, got {list(shape)}")
+        return shape
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model as a file describes it.
+
+    Args:
+        make: Builds the model (class of the family).
+        config: Its architecture.
+        info: Facts for the user.
+        state: Tensors under the model's names.
+    """
+
+    make: Callable[[Any, ModelInfo], MaskedImageModel]
+    config: Any
+    info: ModelInfo
+    state: StateDict
+
+
+def square_side(count: int, what: str) -> int:
+    """Side of a square of ``count`` patches.
+
+    Raises:
+        CheckpointError: If it is no square.
+    """
+    side = math.isqrt(max(count, 0))
+    if side < 1 or side * side != count:
+        raise CheckpointError(f"{what} is for {count} patches, which is not a square grid")
+    return side
+
+
+def block_numbers(names: Iterable[str], prefix: str) -> int:
+    """Number of blocks ``prefix0``, ``prefix1``, ...
+
+    Raises:
+        CheckpointError: If there is none, or one in between is missing.
+
+    Example:
+        >>> block_numbers(["blocks.0.norm1.weight", "blocks.1.norm1.weight"], "blocks.")
+        2
+    """
+    numbers = {
+        int(match[1]) for name in names if (match := re.match(rf"{re.escape(prefix)}(\d{{1,4}})\.", name)) is not None
+    }
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise CheckpointError(
+            f"the file's {prefix}N are not numbered from 0 without a gap: {sorted(numbers)[:_LISTED]}"
+        )
+    return len(numbers)
+
+
+def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageModel:
+    """Build the model and load its weights strictly, in float32, on the CPU, in eval mode.
+
+    Args:
+        conversion: From a family's converter.
+        materialize: Without it only names and shapes are checked, and the model keeps no weights.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unknown, of another shape, or not finite; the message names it.
+    """
+    state = conversion.state
+    try:
+        with torch.device("meta"):
+            model = conversion.make(conversion.config, conversion.info)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the file describes no working {conversion.info.family} model: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = []
+    if missing := [name for name in expected if name not in state.tensors]:
+        problems.append(f"missing: {_some(missing)}")
+    if unknown := [state.origin[name] for name in state.tensors if name not in expected]:
+        problems.append(f"unknown: {_some(unknown)}")
+    for name, shape in expected.items():
+        if name in state.tensors and tuple(state.tensors[name].shape) != shape:
+            have = list(state.tensors[name].shape)
+            problems.append(f"wrong shape: {state.origin[name]} is {have}, must be {list(shape)}")
+        elif name in state.tensors and not state.tensors[name].is_floating_point():
+            problems.append(f"wrong type: {state.origin[name]} is {state.tensors[name].dtype}, must be floating point")
+    if problems:
+        raise CheckpointError(
+            f"the file is not a whole {conversion.info.family} model; {'; '.join(problems[:_LISTED])}"
+        )
+    if not materialize:
+        return model
+    # Our own contiguous storage for what was mapped or half precision; no copy of what is float32 already.
+    weights = {name: state.tensors[name].to(torch.float32).contiguous() for name in expected}
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    return model.eval()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,147 @@
+"""Which software wrote a file, from its tensor names alone: ordered rules, and a clear refusal where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mto_analysis.checkpoints.conversion import Conversion, Heads
+from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae
+from mto_analysis.checkpoints.native import convert_native
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.checkpoints.simmim import convert_simmim
+from mto_analysis.errors import CheckpointError
+
+__all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
+
+
+class Names(frozenset[str]):
+    """Tensor names of a file, with the questions that rules ask."""
+
+    def starts(self, *prefixes: str) -> bool:
+        """Whether some name starts with each of the prefixes."""
+        return all(any(name.startswith(prefix) for name in self) for prefix in prefixes)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these names are there."""
+        return self.issuperset(names)
+
+
+Converter = Callable[[RawCheckpoint, Heads], Conversion]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of naming tensors in a file.
+
+    Args:
+        name: Whose layout it is.
+        matches: Whether tensor names are of this layout.
+        convert: Reads it, or ``None`` where it is known but not supported.
+    """
+
+    name: str
+    matches: Callable[[Names], bool]
+    convert: Converter | None = None
+
+
+#: First match wins: later rules rely on earlier ones having taken their files.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        "Hugging Face ViTMAE",
+        lambda n: n.starts("vit.embeddings.", "decoder.decoder_"),
+        convert_hf_vitmae,
+    ),
+    Layout("Hugging Face ViTForMaskedImageModeling", lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight")),
+    Layout("Hugging Face Swin for masked image modelling", lambda n: n.has("swin.embeddings.mask_token")),
+    Layout("Hugging Face SwinV2 for masked image modelling", lambda n: n.has("swinv2.embeddings.mask_token")),
+    Layout("Hugging Face BEiT", lambda n: n.has("beit.embeddings.mask_token")),
+    Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
+    Layout(
+        "mmpretrain / mmselfsup",
+        lambda n: n.starts("backbone.") and (n.has("backbone.mask_token") or n.has("neck.mask_token")),
+    ),
+    Layout(
+        "microsoft/SimMIM ViT", lambda n: n.starts("encoder.blocks.0.") and n.has("decoder.0.weight"), convert_simmim
+    ),
+    Layout(
+        "SimMIM SwinV2",
+        lambda n: n.has("encoder.mask_token", "encoder.layers.0.blocks.0.attn.logit_scale"),
+    ),
+    Layout("SimMIM Swin", lambda n: n.has("encoder.mask_token") and n.starts("encoder.layers.0.blocks.0.")),
+    Layout("BootMAE", lambda n: n.has("mask_token_1") and n.starts("decode_blocks_1.0.")),
+    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks.")),
+    Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
+    Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight", "mask_token")),
+    Layout("MCMAE / ConvMAE", lambda n: n.starts("blocks3.0.") and n.has("mask_token")),
+    Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight", "mask_token")),
+    Layout("UM-MAE", lambda n: n.has("vis_mask_token")),
+    Layout("MAE-pytorch", lambda n: n.has("encoder_to_decoder.weight", "mask_token")),
+    Layout("HiViT MAE", lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0.")),
+    Layout("GreenMIM", lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight")),
+    Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0.")),
+    Layout(
+        "facebookresearch/mae",
+        lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "cls_token"),
+        convert_mae,
+    ),
+    Layout("iBOT", lambda n: n.has("masked_embed")),
+    Layout("I-JEPA", lambda n: n.has("predictor_pos_embed", "mask_token")),
+    Layout("ConMIM", lambda n: n.has("projectors.0.weight", "mask_token")),
+    Layout("BEiT v2", lambda n: n.has("mask_token") and n.starts("cls_pt_layers.0.")),
+    Layout("EVA-02", lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight")),
+    Layout("BEiT / data2vec vision", lambda n: n.has("mask_token", "blocks.0.attn.q_bias")),
+    Layout("DINOv2", lambda n: n.has("mask_token", "blocks.0.ls1.gamma")),
+)
+
+_MAE_FULL = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}_full.pth"
+_SIZES = {768: "base", 1024: "large", 1280: "huge"}
+
+
+def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
+    """The name of a file's layout, and what reads it.
+
+    Raises:
+        CheckpointError: If no rule fits, or the layout is known but cannot be read; says which file to get instead.
+    """
+    if "mto_analysis" in raw.metadata:
+        return "mto_analysis", convert_native
+    names = Names(raw.tensors)
+    for layout in LAYOUTS:
+        if layout.matches(names):
+            if layout.convert is None:
+                raise CheckpointError(
+                    f"{raw.path} is a {layout.name} file, which this version does not read; "
+                    "it reads MAE, SimMIM ViT and Hugging Face ViTMAE files"
+                )
+            return layout.name, layout.convert
+    raise CheckpointError(f"{raw.path} {_what_instead(raw, names)}")
+
+
+def _what_instead(raw: RawCheckpoint, names: Names) -> str:
+    """Why a file without masked tokens cannot be measured, and which one can."""
+    if not any(
+        name.startswith(("blocks.0.", "layers.0.", "encoder.", "vit.", "backbone.", "patch_embed.")) for name in names
+    ):
+        return f"is not a masked image model; its tensors are {_some(names)}"
+    width = next((int(raw.tensors[name].shape[0]) for name in names if name.endswith("patch_embed.proj.weight")), None)
+    full = _MAE_FULL.format(_SIZES.get(width or 0, "base"))
+    if names.starts("head.") or names.starts("fc_norm.") or names.starts("classifier."):
+        return (
+            "is a fine-tuned classifier without mask token; get the pre-training file of the same model instead, "
+            f"for MAE {full}"
+        )
+    if names.starts("encoder."):
+        return (
+            "is an encoder without mask token and decoder; get the pre-training file of microsoft/SimMIM "
+            "(simmim_pretrain__vit_base__img224__800ep.pth, linked in its README)"
+        )
+    return (
+        "holds an encoder only: no mask token, no decoder, so there is nothing to measure; for MAE get "
+        f"{full} or the Hugging Face folder facebook/vit-mae-{_SIZES.get(width or 0, 'base')}"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

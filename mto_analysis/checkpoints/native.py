@@ -1,0 +1,85 @@
+"""Our own layout: safetensors with the model's family, architecture and facts as metadata, so nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.masking import MaskRule
+from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.outputs import write_atomically
+
+__all__ = ["convert_native", "save_checkpoint"]
+
+_VERSION = 1
+_FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
+    "mae": (MAE, MAEConfig),
+    "simmim_vit": (SimMIM, SimMIMConfig),
+}
+
+
+def save_checkpoint(
+    model: MaskedImageModel,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model in our own layout, whole or not at all; it loads back without being told more.
+
+    Args:
+        model: A model of one of our families.
+        path: File to write, by habit ``*.safetensors``; an existing one is replaced.
+        dtype: Of the stored weights; ``torch.float16`` halves the file. Buffers and weights load as float32.
+        notes: Facts to keep with the weights, such as how the model was trained.
+
+    Raises:
+        ValueError: If the model is not of one of our families.
+    """
+    if model.info.family not in _FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(_FAMILIES)}, got {model.info.family!r}")
+    about = {
+        "version": _VERSION,
+        "family": model.info.family,
+        "config": asdict(model.config),
+        "info": asdict(model.info),
+        "notes": dict(notes or {}),
+    }
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(Path(path), save(tensors, metadata={"format": "pt", "mto_analysis": json.dumps(about)}))
+
+
+def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Files that :func:`save_checkpoint` wrote."""
+    try:
+        about = json.loads(raw.metadata["mto_analysis"])
+        if about["version"] > _VERSION:
+            raise CheckpointError(f"{raw.path} was written by a newer mto-analysis; upgrade to read it")
+        make, settings = _FAMILIES[about["family"]]
+        config = settings(**about["config"])
+        info = _info(about["info"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
+    heads.choose("num_heads", config.dim, stated=config.num_heads)
+    if isinstance(config, MAEConfig):
+        heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
+    return Conversion(make, config, info, StateDict(dict(raw.tensors)))
+
+
+def _info(stored: Mapping[str, Any]) -> ModelInfo:
+    known = {field.name for field in fields(ModelInfo)}
+    values = {name: value for name, value in stored.items() if name in known}
+    values["mask_rule"] = MaskRule(**values["mask_rule"])
+    values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
+    return ModelInfo(**values)

@@ -1,0 +1,174 @@
+"""The one interface behind which every family lives: stacks, tokens layer by layer, reconstruction, facts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from mto_analysis.masking import MaskRule, check_mask
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "LayerTokens", "MaskedImageModel", "ModelInfo"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class LayerTokens(NamedTuple):
+    """Patch tokens at one layer depth.
+
+    Shapes:
+        tokens: batch num_patches dim (row-major, no prefix tokens)
+        mask: batch num_patches (on this depth's token grid)
+    """
+
+    depth: int
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a user must know about a model to measure it.
+
+    Args:
+        family: Architecture, e.g. ``mae`` or ``simmim_vit``.
+        style: Where masked tokens live: ``inpainting`` (encoder) or ``decoder``.
+        image_size: Side of the input picture in pixels.
+        patch_size: Side of an input patch in pixels.
+        mask_rule: How the model was masked in pre-training.
+        mean: Channel means of pixels scaled to 0..1.
+        std: Channel standard deviations of pixels scaled to 0..1.
+        target: What the model predicts: ``pixels``, ``normalized_pixels`` (each patch centred and scaled),
+            ``features``, or ``None`` where the file does not say.
+        criterion: Error of the model's own loss: ``l1`` or ``l2``, or ``None`` where it predicts no pixels.
+        layout: Whose file it was read from.
+        mask_rule_source: Where the mask rule comes from, as printed: the file, the published model, or a rule.
+    """
+
+    family: str
+    style: Literal["inpainting", "decoder"]
+    image_size: int
+    patch_size: int
+    mask_rule: MaskRule
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    target: Literal["pixels", "normalized_pixels", "features"] | None = None
+    criterion: Literal["l1", "l2"] | None = None
+    layout: str = "mto_analysis"
+    mask_rule_source: str = "given"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.style not in ("inpainting", "decoder"):
+            raise ValueError(f"style must be inpainting or decoder, got {self.style!r}")
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(f"a patch of {self.patch_size} px does not divide a picture of {self.image_size} px")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size // self.patch_size,) * 2
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture; the number of columns of a mask."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def mask_ratio(self) -> float:
+        """Native fraction of patches (units, for block masks) that are masked."""
+        return self.mask_rule.ratio
+
+    @property
+    def mask_unit(self) -> int:
+        """Native side in pixels of the square that is masked at once."""
+        return self.mask_rule.unit
+
+
+class MaskedImageModel(nn.Module, ABC):
+    """A masked image model whose tokens can be watched layer by layer.
+
+    A family sets :attr:`stacks`, takes its settings as a frozen dataclass ``config`` and its :class:`ModelInfo`, and
+    implements :meth:`depth`, :meth:`_layer_tokens` and :meth:`_reconstruct`. Images are normalised float tensors
+    ``batch channels height width``; masks are bool ``batch num_patches``, True = masked.
+    """
+
+    #: Names of the stacks of blocks that hold masked tokens: ``encoder``, ``decoder``, ``pixel_decoder`` ...
+    stacks: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any, info: ModelInfo) -> None:
+        super().__init__()
+        self.config = config
+        self.info = info
+
+    def layer_tokens(self, images: Tensor, mask: Tensor, stack: str | None = None) -> Iterator[LayerTokens]:
+        """Patch tokens of a stack, one layer depth at a time.
+
+        Depth 0 is the input of the first block in which masked tokens exist, depth l the output of block l. Each depth
+        is computed when it is asked for, and nothing is kept: measure it, then let it go.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+
+        Args:
+            images: Normalised pictures.
+            mask: True where masked.
+            stack: Which of :attr:`stacks`; ``None`` means the only one.
+
+        Raises:
+            ValueError: If shapes are off, the stack is unknown, or there are several and none was named.
+        """
+        chosen = self._choose(stack)
+        self._check(images, mask)
+        return self._layer_tokens(images, mask, chosen)
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the model predicts for every patch, laid out as a picture, in the space of its target.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+            returns: batch channels height width
+
+        Raises:
+            ValueError: If shapes are off, or the family predicts no pixels.
+        """
+        self._check(images, mask)
+        return self._reconstruct(images, mask)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The same as :meth:`reconstruct`."""
+        return self.reconstruct(images, mask)
+
+    @abstractmethod
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+
+    @abstractmethod
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]: ...
+
+    @abstractmethod
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor: ...
+
+    def _choose(self, stack: str | None) -> str:
+        names = ", ".join(self.stacks)
+        if stack is None:
+            if len(self.stacks) > 1:
+                raise ValueError(f"the model has several stacks with masked tokens, name one: {names}")
+            return self.stacks[0]
+        if stack not in self.stacks:
+            raise ValueError(f"stack must be one of {names}, got {stack!r}")
+        return stack
+
+    def _check(self, images: Tensor, mask: Tensor) -> None:
+        side = self.info.image_size
+        if images.ndim != 4 or tuple(images.shape[2:]) != (side, side):
+            raise ValueError(f"images must be [batch, channels, {side}, {side}], got {list(images.shape)}")
+        check_mask(mask, self.info.num_patches)
+        if len(mask) != len(images):
+            raise ValueError(f"images and mask must have the same batch, got {len(images)} and {len(mask)}")

@@ -1,0 +1,110 @@
+"""MAE: the encoder sees visible patches only; masked tokens live in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.vit import patch_embedding, sincos_table, transformer_blocks, unpatchify
+
+__all__ = ["MAE", "MAEConfig"]
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Architecture of an :class:`MAE`; widths of the published ViT-B by default."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    decoder_mlp_dim: int = 2048
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for dim, heads, name in (
+            (self.dim, self.num_heads, "num_heads"),
+            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
+        ):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
+
+
+class MAE(MaskedImageModel):
+    """Masked autoencoder. Layer 0 is the decoder's input after its position embedding.
+
+    Visible patches keep their row-major order in the encoder. The original shuffles them; attention does not notice,
+    as positions were added before.
+
+    Source:
+        He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
+    """
+
+    stacks: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __init__(self, config: MAEConfig, info: ModelInfo) -> None:
+        super().__init__(config, info)
+        c = config
+        grid = info.grid
+        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.pos_embed = nn.Parameter(sincos_table(grid, c.dim), requires_grad=False)
+        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
+        self.norm = nn.LayerNorm(c.dim, eps=c.eps)
+        self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_table(grid, c.decoder_dim), requires_grad=False)
+        self.decoder_blocks = transformer_blocks(
+            c.decoder_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_mlp_dim, eps=c.eps
+        )
+        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=c.eps)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
+
+    def _decoder_input(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Class and patch tokens as the first decoder block receives them: ``batch 1+num_patches decoder_dim``."""
+        num_visible = (~mask).sum(dim=1)
+        most = int(num_visible.max())
+        visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].unsqueeze(-1)
+        # Rows that see fewer patches are filled up with masked ones, which no query may attend to.
+        filled = torch.arange(-1, most, device=mask.device) >= num_visible[:, None]
+        attended = None if not bool(filled.any()) else ~filled[:, None, None, :]
+
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = x.gather(1, visible.expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x, attn_mask=attended)
+        x = self.decoder_embed(self.norm(x))
+        placed = x.new_zeros(*mask.shape, x.shape[-1]).scatter(1, visible.expand(-1, -1, x.shape[-1]), x[:, 1:])
+        tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), placed)
+        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+        return len(self.decoder_blocks)
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        x = self._decoder_input(images, mask)
+        yield LayerTokens(0, x[:, 1:], mask)
+        for depth, block in enumerate(self.decoder_blocks, start=1):
+            x = block(x)
+            yield LayerTokens(depth, x[:, 1:], mask)
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        x = self._decoder_input(images, mask)
+        for block in self.decoder_blocks:
+            x = block(x)
+        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return unpatchify(patches, self.config.patch_size, self.info.grid)

@@ -1,0 +1,152 @@
+"""What the ViT families share: timm's pre-norm block, relative position bias, sin-cos tables, pixels to patches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+__all__ = ["RelativePositionBias", "patch_embedding", "patchify", "sincos_table", "transformer_blocks", "unpatchify"]
+
+
+def transformer_blocks(
+    dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_dim: int,
+    *,
+    eps: float,
+    layer_scale: float | None = None,
+) -> nn.ModuleList:
+    """Pre-norm ViT blocks of timm: ``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``.
+
+    The BEiT code base has biases for queries and values only; its key bias is zero here, which changes nothing: a
+    constant added to all keys shifts every logit of a query alike.
+
+    Args:
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_dim: Width of the hidden layer.
+        eps: Of the layer norms.
+        layer_scale: Initial factor on each branch, or none.
+    """
+    block = partial(
+        Block,
+        dim=dim,
+        num_heads=num_heads,
+        mlp_ratio=(mlp_dim + 0.5) / dim,  # timm truncates ratio * dim; the half keeps the width exact
+        qkv_bias=True,
+        init_values=layer_scale,
+        norm_layer=partial(nn.LayerNorm, eps=eps),  # type: ignore[arg-type]
+    )
+    return nn.ModuleList([block() for _ in range(depth)])
+
+
+def patch_embedding(image_size: int, patch_size: int, channels: int, dim: int) -> nn.Module:
+    """Patch embedding of timm: a convolution without overlap, flattened row by row."""
+    embedding: nn.Module = PatchEmbed(image_size, patch_size, channels, dim)
+    return embedding
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias on attention logits for each offset of two patches, and three entries for the class token.
+
+    Source:
+        Bao et al., "BEiT" (ICLR 2022); the same table as in microsoft/SimMIM's ViT.
+    """
+
+    index: Tensor
+
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        num_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
+        self.register_buffer("index", relative_position_index(grid), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The bias to add to the logits.
+
+        Shapes:
+            returns: 1 num_heads num_tokens num_tokens (class token first)
+        """
+        return self.relative_position_bias_table[self.index].permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the bias table for each query (row) and key (column); token 0 is the class token.
+
+    Shapes:
+        returns: num_tokens num_tokens
+
+    Example:
+        >>> relative_position_index((1, 2))
+        tensor([[5, 3, 3],
+                [4, 1, 0],
+                [4, 2, 1]])
+    """
+    rows, columns = grid
+    # On the CPU even where a model is built on the meta device: checkpoints hold no indices to fill in later.
+    cell = torch.arange(rows * columns, device="cpu")
+    y, x = cell // columns, cell % columns
+    offsets = (2 * rows - 1) * (2 * columns - 1)
+    index = torch.empty(rows * columns + 1, rows * columns + 1, dtype=torch.long, device="cpu")
+    index[1:, 1:] = (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
+    index[0, :], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
+def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed position table: the first half of the channels encodes the column, the second the row.
+
+    In each half, sines come before cosines, at frequencies ``10000^(-k / (dim / 4))``; the class token's row is zero.
+
+    Shapes:
+        returns: 1 num_tokens dim
+
+    Source:
+        He et al. (CVPR 2022); facebookresearch/mae.
+
+    Example:
+        >>> sincos_table((1, 1), 4)
+        tensor([[[0., 0., 0., 0.],
+                 [0., 1., 0., 1.]]])
+    """
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    halves = []
+    for position in (x, y):
+        angle = position.flatten().to(torch.float64)[:, None] * frequency
+        halves += [angle.sin(), angle.cos()]
+    table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), torch.cat(halves, dim=1)])
+    return table.to(torch.float32).unsqueeze(0)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut pictures into patches; inside a patch values run row, column, channel (MAE's order).
+
+    Shapes:
+        images: batch channels height width
+        returns: batch num_patches values
+
+    Example:
+        >>> patchify(torch.arange(4.0).reshape(1, 1, 2, 2), patch_size=1).flatten()
+        tensor([0., 1., 2., 3.])
+    """
+    batch, channels, height, width = images.shape
+    x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Put patches back into pictures; the inverse of :func:`patchify`.
+
+    Shapes:
+        patches: batch num_patches values
+        returns: batch channels height width
+    """
+    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid[0] * patch_size, grid[1] * patch_size)

@@ -1,0 +1,258 @@
+"""Run a model over pictures and masks and reduce the tokens of every layer depth to a few numbers per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mto_analysis.affinity import TokenSplit, heterogeneity
+from mto_analysis.data import PictureBatch
+from mto_analysis.errors import DataError, NumericalError
+from mto_analysis.masking import MaskRule, mask_keys
+from mto_analysis.models import MaskedImageModel, ModelInfo
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["MaskSource", "Measure", "ProbeResult", "masks_from_file", "masks_from_rule", "probe", "undisturbed"]
+
+#: Masks of a batch: from picture names and k to a bool tensor ``batch num_patches``.
+MaskSource = Callable[[Sequence[str], int], Tensor]
+
+#: A number per image from its tokens ``batch num_patches dim`` at one layer depth.
+Measure = Callable[[Tensor, TokenSplit], Tensor]
+
+MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
+
+
+def masks_from_rule(info: ModelInfo, rule: MaskRule | None = None, *, seed: int = 0, epoch: int = 0) -> MaskSource:
+    """Masks drawn by a rule, by default the model's own; the same for every batch size and device."""
+    chosen = rule or info.mask_rule
+
+    def draw(names: Sequence[str], k: int) -> Tensor:
+        return chosen.draw(mask_keys(names, k=k, seed=seed, epoch=epoch), info.grid, info.patch_size)
+
+    return draw
+
+
+def masks_from_file(info: ModelInfo, masks: Mapping[str, Tensor]) -> MaskSource:
+    """Masks of :func:`load_masks`, looked up by picture name.
+
+    Raises:
+        DataError: If the masks are for another grid; later, if a picture has no mask in the file.
+    """
+    num_patches = next(iter(masks.values())).shape[1]
+    if num_patches != info.num_patches:
+        raise DataError(f"the mask file is for {num_patches} patches, the model has {info.num_patches}")
+
+    def look_up(names: Sequence[str], k: int) -> Tensor:
+        for name in names:
+            if name not in masks:
+                raise DataError(
+                    f"the mask file has no mask for picture {name}; it names {', '.join(list(masks)[:3])} ..."
+                )
+            if k >= len(masks[name]):
+                raise DataError(f"the mask file has {len(masks[name])} masks for picture {name}, not {k + 1}")
+        return torch.stack([masks[name][k] for name in names])
+
+    return look_up
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Values of one batch, one mask each, in one stack."""
+
+    stack: str
+    images: tuple[str, ...]
+    k: int
+    num_masked: np.ndarray  # layer depths, batch
+    num_visible: np.ndarray  # layer depths, batch
+    values: Mapping[str, np.ndarray]  # measure -> layer depths, batch
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Measured values per (stack, layer depth, image, mask); parts measured apart can be merged."""
+
+    chunks: tuple[_Chunk, ...]
+
+    def merge(self, *others: ProbeResult) -> ProbeResult:
+        """This result and others as one.
+
+        Raises:
+            ValueError: If two parts hold the same image and mask of a stack.
+        """
+        merged = ProbeResult(self.chunks + tuple(chunk for other in others for chunk in other.chunks))
+        keys = [(chunk.stack, chunk.k, image) for chunk in merged.chunks for image in chunk.images]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"parts overlap: stack {twice[0]}, mask {twice[1]}, image {twice[2]} was measured twice")
+        return merged
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (stack, layer depth, image, mask).
+
+        Columns: ``stack layer_depth image mask num_masked num_visible``, then one per measure.
+        """
+        import pandas as pd
+
+        parts = []
+        for chunk in self.chunks:
+            depths, batch = chunk.num_masked.shape
+            columns = {
+                "stack": np.repeat(chunk.stack, depths * batch),
+                "layer_depth": np.repeat(np.arange(depths), batch),
+                "image": np.tile(np.asarray(chunk.images, dtype=object), depths),
+                "mask": np.repeat(chunk.k, depths * batch),
+                "num_masked": chunk.num_masked.ravel(),
+                "num_visible": chunk.num_visible.ravel(),
+            }
+            parts.append(pd.DataFrame({**columns, **{name: value.ravel() for name, value in chunk.values.items()}}))
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> pd.DataFrame:
+        """Mean, standard deviation and 95 % interval over images, per stack and layer depth.
+
+        An image's masks are averaged first: images are independent, masks of one image are not. ``normalized`` is
+        H / log(num_visible), from 0 to 1. Intervals are Student's t; with one image they are empty.
+
+        Columns: ``stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized normalized_ci_low
+        normalized_ci_high num_visible num_visible_min num_visible_max num_images num_masks``.
+        """
+        frame = self.to_frame()
+        frame["normalized"] = frame["heterogeneity"] / np.log(np.maximum(frame["num_visible"], 2))
+        per_image = frame.groupby(["stack", "layer_depth", "image"], sort=False)[["heterogeneity", "normalized"]].mean()
+        groups = per_image.groupby(["stack", "layer_depth"], sort=False)
+        mean, std = groups.mean(), groups.std(ddof=1)
+        count = groups.size()
+        half = std.mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+        visible = frame.groupby(["stack", "layer_depth"], sort=False)["num_visible"]
+        masks = frame.groupby(["stack", "layer_depth"], sort=False)["mask"].nunique()
+        table = mean[["heterogeneity"]].assign(
+            heterogeneity_std=std["heterogeneity"],
+            ci_low=mean["heterogeneity"] - half["heterogeneity"],
+            ci_high=mean["heterogeneity"] + half["heterogeneity"],
+            normalized=mean["normalized"],
+            normalized_ci_low=mean["normalized"] - half["normalized"],
+            normalized_ci_high=mean["normalized"] + half["normalized"],
+            num_visible=visible.mean(),
+            num_visible_min=visible.min(),
+            num_visible_max=visible.max(),
+            num_images=count,
+            num_masks=masks,
+        )
+        return table.reset_index()
+
+
+def _t_quantile(count: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 0.975)) if count > 1 else math.nan
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and full float32 products inside; all as it was afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    try:
+        model.eval()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe(
+    model: MaskedImageModel,
+    batches: Iterable[PictureBatch],
+    masks: MaskSource | None = None,
+    *,
+    masks_per_image: int = 1,
+    stacks: Sequence[str] | None = None,
+    measures: Mapping[str, Measure] = MEASURES,
+) -> ProbeResult:
+    """Measure every layer depth of a model over pictures, streamed: one depth of one batch is held at a time.
+
+    The model stays where it is (device and dtype) and is left as it was found; images are moved to it. Values are
+    computed in at least float32.
+
+    Args:
+        model: Any model behind the interface.
+        batches: Preprocessed pictures with names.
+        masks: Where masks come from; by default the model's own rule with seed 0.
+        masks_per_image: Masks per picture, k = 0, 1, ...
+        stacks: Stacks to measure; by default all that hold masked tokens.
+        measures: Numbers to compute from the tokens of each depth.
+
+    Raises:
+        ValueError: If there is no picture, or a stack is unknown.
+        NumericalError: If a value is not finite; names stack, depth and image.
+
+    Example:
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS, demo_batches
+        >>> from mto_analysis.checkpoints import load_checkpoint
+        >>> model = load_checkpoint(DEMO_CHECKPOINTS["MAE"])
+        >>> result = probe(model, demo_batches(model.info, limit=8))
+        >>> result.summary()["layer_depth"].tolist()
+        [0, 1, 2, 3, 4]
+    """
+    if masks_per_image < 1:
+        raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
+    masks = masks or masks_from_rule(model.info)
+    chosen = tuple(stacks) if stacks is not None else tuple(model.stacks)
+    like = next(model.parameters())
+    chunks = []
+    with undisturbed(model):
+        for batch in batches:
+            images = batch.images.to(like.device, like.dtype)
+            for k in range(masks_per_image):
+                mask = masks(batch.names, k).to(like.device)
+                chunks += [_measure(model, images, mask, stack, batch.names, k, measures) for stack in chosen]
+    if not chunks:
+        raise DataError("there is no picture to measure")
+    return ProbeResult(tuple(chunks))
+
+
+def _measure(
+    model: MaskedImageModel,
+    images: Tensor,
+    mask: Tensor,
+    stack: str,
+    names: tuple[str, ...],
+    k: int,
+    measures: Mapping[str, Measure],
+) -> _Chunk:
+    values: dict[str, list[Tensor]] = {name: [] for name in measures}
+    counts: list[Tensor] = []
+    sizes: list[int] = []
+    split: TokenSplit | None = None
+    for layer in model.layer_tokens(images, mask, stack):
+        if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
+            split = TokenSplit(layer.mask)
+        for name, measure in measures.items():
+            values[name].append(measure(layer.tokens, split))
+        counts.append(split.num_masked)
+        sizes.append(layer.mask.shape[1])
+    # One copy from the device per batch: every copy waits for it.
+    arrays = {name: torch.stack(each).to("cpu", torch.float64).numpy() for name, each in values.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            depth, row = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
+            raise NumericalError(
+                f"{name} is not finite in stack {stack} at layer depth {depth} for picture {names[row]}; "
+                "try --dtype float32, or check the checkpoint"
+            )
+    num_masked = torch.stack(counts).cpu().numpy().astype(np.int32)
+    num_visible = np.asarray(sizes, dtype=np.int32)[:, None] - num_masked
+    return _Chunk(stack, names, k, num_masked, num_visible, arrays)

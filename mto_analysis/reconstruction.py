@@ -1,0 +1,127 @@
+"""Eq. (1) as each method has it: the model's own loss on masked patches, beside that of predicting the mean.
+
+A checkpoint loaded wrongly (another head count, swapped layers) raises no error, but its own loss shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.models.vit import patchify, unpatchify
+
+__all__ = ["OwnLoss", "mean_prediction", "normalize_patches", "own_loss", "reconstruction_loss"]
+
+Target = Literal["pixels", "normalized_pixels"]
+
+# MAE's own constant in the denominator.
+_VARIANCE_EPS = 1e-6
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Centre each patch and divide by its standard deviation, as MAE's ``norm_pix_loss`` does.
+
+    Shapes:
+        patches: batch num_patches values
+        returns: batch num_patches values
+
+    Example:
+        >>> normalize_patches(torch.tensor([[[1.0, 3.0]]])).round(decimals=3)
+        tensor([[[-0.7070,  0.7070]]])
+    """
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    return centred / (patches.var(dim=-1, keepdim=True) + _VARIANCE_EPS).sqrt()
+
+
+def reconstruction_loss(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    patch_size: int,
+    *,
+    target: Target = "pixels",
+    criterion: Literal["l1", "l2"] = "l2",
+) -> Tensor:
+    r"""Mean error over the values of masked patches, the form of Eq. (1) that pixel methods use.
+
+    .. math:: L = \frac{1}{|\delta_M|} \sum_{i \in \delta_M} \mathrm{mean}(|\hat I_i - I_i|^k)
+
+    with k = 2 for MAE and k = 1 for SimMIM.
+
+    Shapes:
+        prediction: batch channels height width
+        images: batch channels height width
+        mask: batch num_patches
+        returns: batch
+
+    Example:
+        >>> images = torch.ones(1, 3, 4, 4)
+        >>> mask = torch.tensor([[True, False, False, False]])
+        >>> reconstruction_loss(0 * images, images, mask, patch_size=2)
+        tensor([1.])
+    """
+    goal = patchify(images, patch_size)
+    goal = normalize_patches(goal) if target == "normalized_pixels" else goal
+    error = patchify(prediction, patch_size) - goal
+    per_patch = (error.abs() if criterion == "l1" else error.square()).mean(dim=-1)
+    return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def mean_prediction(images: Tensor, mask: Tensor, patch_size: int, *, target: Target = "pixels") -> Tensor:
+    """The trivial prediction: each picture's mean visible colour, or zero where patches are normalised.
+
+    Shapes:
+        images: batch channels height width
+        mask: batch num_patches
+        returns: batch channels height width
+    """
+    if target == "normalized_pixels":
+        return torch.zeros_like(images)
+    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    visible = (~mask).unsqueeze(-1)
+    patches = patchify(images, patch_size)
+    pixels = patches.reshape(*patches.shape[:2], -1, images.shape[1])
+    colour = (pixels.mean(dim=2) * visible).sum(dim=1) / visible.sum(dim=1)
+    return unpatchify(colour[:, None, None].expand_as(pixels).flatten(2), patch_size, grid)
+
+
+class OwnLoss(NamedTuple):
+    """The model's own loss and that of predicting the mean, averaged over pictures."""
+
+    loss: float
+    predict_the_mean: float
+    target: Target
+    #: The file does not say what the target was; it is the one that the model fits better.
+    judged: bool
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
+        return not self.loss < self.predict_the_mean
+
+
+@torch.no_grad()
+def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss | None:
+    """Self-check of a loaded model on a few pictures; ``None`` for families that predict no pixels.
+
+    Shapes:
+        images: batch channels height width
+        mask: batch num_patches
+    """
+    info = model.info
+    if info.criterion is None or info.target == "features":
+        return None
+    prediction = model.reconstruct(images, mask).float()
+    images = images.float()
+    targets: tuple[Target, ...] = ("pixels", "normalized_pixels") if info.target is None else (info.target,)
+    found = []
+    for target in targets:
+        losses = [
+            reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion)
+            for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
+        ]
+        found.append(OwnLoss(losses[0].mean().item(), losses[1].mean().item(), target, judged=len(targets) > 1))
+    return min(found, key=lambda each: each.loss / each.predict_the_mean)

@@ -1,0 +1,268 @@
+"""Heterogeneity of one or several checkpoints on the same pictures: the measurement behind Fig. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint
+from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, picture_batches
+from mto_analysis.errors import DataError, HeadCountError
+from mto_analysis.masking import MaskRule
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.probe import MaskSource, ProbeResult, masks_from_file, masks_from_rule, probe, undisturbed
+from mto_analysis.reconstruction import own_loss
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["HeterogeneityStudy", "Settings", "labels_of", "measure_checkpoints", "pick_device"]
+
+_SELF_CHECK_PICTURES = 16
+
+Progress = Callable[[Iterable[PictureBatch], int, str], Iterator[PictureBatch]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; the defaults are the model's own masks, once per picture, on the CPU in float32.
+
+    Args:
+        limit: Number of pictures, spread evenly; all by default.
+        mask_ratio: Instead of the model's own.
+        mask_unit: Side in pixels of the square masked at once, instead of the model's own.
+        masks: Masks by picture name, instead of drawing them.
+        masks_per_image: Masks per picture.
+        seed: Of the masks.
+        batch_size: Pictures at once; results do not depend on it beyond rounding.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: Of the model's forward; H is computed in at least float32.
+        num_workers: Processes that decode pictures.
+        strict: A broken picture is an error.
+    """
+
+    limit: int | None = None
+    mask_ratio: float | None = None
+    mask_unit: int | None = None
+    masks: Mapping[str, Tensor] | None = None
+    masks_per_image: int = 1
+    seed: int = 0
+    batch_size: int = 32
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    num_workers: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.masks is not None and (self.mask_ratio is not None or self.mask_unit is not None):
+            raise ValueError("masks from a file have their own ratio and unit; leave mask_ratio and mask_unit out")
+
+    def mask_source(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
+        """Where masks come from, in words, and their rule."""
+        if self.masks is not None:
+            return masks_from_file(model.info, self.masks), "from the mask file", None
+        rule = model.info.mask_rule.with_options(ratio=self.mask_ratio, unit=self.mask_unit)
+        origin = model.info.mask_rule_source if rule == model.info.mask_rule else "as asked for"
+        return masks_from_rule(model.info, rule, seed=self.seed), f"{rule} ({origin}), seed {self.seed}", rule
+
+
+@dataclass
+class HeterogeneityStudy:
+    """What was measured: a row per model, stack and layer depth, the values per image, and facts for ``run.json``."""
+
+    table: pd.DataFrame
+    per_image: pd.DataFrame
+    models: list[dict[str, Any]]
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def pick_device(name: str) -> str:
+    """``auto`` is CUDA if there is one, else the CPU; MPS is taken only when asked for, as it can be silently wrong.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return str(device)
+
+
+def labels_of(sources: Sequence[str | Path]) -> list[str]:
+    """Short names for checkpoints: the file's stem, with as many folders before it as tell them apart.
+
+    Example:
+        >>> labels_of(["runs/mae/last.pth", "runs/simmim/last.pth"])
+        ['mae/last', 'simmim/last']
+    """
+    parts = [(*Path(source).parts[:-1], Path(source).stem) for source in sources]
+    for depth in range(1, max(len(part) for part in parts) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("a checkpoint is given twice; name them apart with --label")
+
+
+def measure_checkpoints(
+    sources: Sequence[str | Path],
+    pictures: Pictures,
+    settings: Settings | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda batches, total, label: iter(batches),
+) -> HeterogeneityStudy:
+    """Measure heterogeneity at every layer depth of each checkpoint on the same pictures.
+
+    Args:
+        sources: Checkpoints, one after the other in memory.
+        pictures: From :func:`~mto_analysis.data.open_pictures`.
+        settings: How to measure.
+        labels: Names in table and figure; by default from the paths.
+        num_heads: For checkpoints that do not hold their head counts.
+        decoder_num_heads: The same for decoders.
+        say: Takes notes for the user.
+        warn: Takes warnings for the user.
+        progress: Wraps the batches, given their number and a label.
+
+    Raises:
+        ValueError: If labels do not fit, or an option does not.
+        CheckpointError: If a checkpoint cannot be used.
+        DataError: If no picture can be read, or one is broken under ``strict``.
+        NumericalError: If a value is not finite.
+
+    Example:
+        >>> from mto_analysis.data import open_pictures
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+        >>> study = measure_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), Settings(limit=4))
+        >>> study.table.loc[0, ["model", "layer_depth", "num_visible"]].tolist()
+        ['mae_cifar10_final', 0, 16.0]
+    """
+    import pandas as pd
+
+    settings = settings or Settings()
+    names = list(labels) if labels else labels_of(sources)
+    if len(names) != len(sources) or len(set(names)) != len(names):
+        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), [])
+    tables, values = [], []
+    for source, label in zip(sources, names, strict=True):
+        model = _load(source, num_heads, decoder_num_heads, several=len(sources) > 1)
+        result, facts = _measure(model, label, pictures, settings, study.broken, say, warn, progress)
+        study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(source), **facts})
+        tables.append(result.summary().assign(model=label))
+        values.append(result.to_frame().assign(model=label))
+    study.table, study.per_image = (_model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
+    study.table["num_skipped"] = len(study.broken)
+    return study
+
+
+def _load(
+    source: str | Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool
+) -> MaskedImageModel:
+    """Head counts given for several checkpoints are for those that need them."""
+    if several:
+        try:
+            return load_checkpoint(source)
+        except HeadCountError:
+            pass
+    return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+
+
+def _measure(
+    model: MaskedImageModel,
+    label: str,
+    pictures: Pictures,
+    settings: Settings,
+    broken: dict[str, str],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+    progress: Progress,
+) -> tuple[ProbeResult, dict[str, Any]]:
+    info = model.info
+    masks, words, rule = settings.mask_source(model)
+    say(f"{label}: {info.family} ({info.layout}), {info.image_size} px; masks: {words}")
+
+    def report(picture: BrokenPicture) -> None:
+        if picture.name not in broken:  # once, though every model meets it again
+            broken[picture.name] = picture.reason
+            warn(f"skipped {picture.name}: {picture.reason}")
+
+    def batches(size: int, limit: int | None, num_workers: int) -> Iterator[PictureBatch]:
+        on_broken = None if settings.strict else report
+        return picture_batches(
+            pictures, info, batch_size=size, limit=limit, num_workers=num_workers, on_broken=on_broken
+        )
+
+    model.to(settings.device, settings.dtype)
+    count = min(settings.limit or len(pictures.names), len(pictures.names))
+    loss = _self_check(
+        model, batches(_SELF_CHECK_PICTURES, min(count, _SELF_CHECK_PICTURES), 0), masks, label, say, warn
+    )
+    steps = -(-count // settings.batch_size)
+    try:
+        result = probe(
+            model,
+            progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
+            masks,
+            masks_per_image=settings.masks_per_image,
+        )
+    except DataError as error:
+        if broken and len(broken) == count:
+            raise DataError(
+                f"none of the {count} pictures can be read; the first: {next(iter(broken.values()))}"
+            ) from error
+        raise
+    return result, {
+        "info": asdict(info),
+        "config": asdict(model.config),
+        "mask_rule": asdict(rule) if rule else None,
+        "masks": words,
+        "own_loss": loss,
+    }
+
+
+def _self_check(
+    model: MaskedImageModel,
+    batches: Iterator[PictureBatch],
+    masks: MaskSource,
+    label: str,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The model's own loss on a few pictures, so that a wrong load is seen."""
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    like = next(model.parameters())
+    with undisturbed(model):
+        mask = masks(batch.names, 0).to(like.device)
+        loss = own_loss(model, batch.images.to(like.device, like.dtype), mask)
+    if loss is None:
+        say(f"{label}: predicts no pixels, so its own loss cannot be checked on pictures")
+        return None
+    target = f"{loss.target.replace('_', ' ')}{', judged from the loss' if loss.judged else ''}"
+    mean = f"predicting the mean {loss.predict_the_mean:.4g}"
+    text = f"own loss {loss.loss:.4g}, {mean} ({target}; {len(batch.names)} pictures)"
+    if loss.suspicious:
+        warn(f"{label}: {text}: no better than the mean, so it is untrained or loaded wrongly (head counts?)")
+    else:
+        say(f"{label}: {text}")
+    return loss._asdict()
+
+
+def _model_first(table: pd.DataFrame) -> pd.DataFrame:
+    return table[["model", *(column for column in table if column != "model")]]
