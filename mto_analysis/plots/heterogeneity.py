@@ -48,7 +48,7 @@ def _prepare(ax: Axes | None) -> Axes:
 
 
 def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heterogeneity H over layer depth with its 95 % interval over images; dotted lines are the bounds log(num_visible).
+    """Heterogeneity H over layer depth with its 95 % interval; dotted lines are the bounds log(num_visible).
 
     Args:
         frame: Rows of ``heterogeneity.csv``.
