@@ -206,9 +206,7 @@ def _measure(
 
     model.to(settings.device, settings.dtype)
     count = min(settings.limit or len(pictures.names), len(pictures.names))
-    loss = _self_check(
-        model, batches(_SELF_CHECK_PICTURES, min(count, _SELF_CHECK_PICTURES), 0), masks, label, say, warn
-    )
+    loss = _self_check(model, batches(_SELF_CHECK_PICTURES, settings.limit, 0), masks, label, say, warn)
     if settings.keep_masks:
         masks = _kept(masks, study.masks.setdefault(label, {}))
     steps = -(-count // settings.batch_size)
