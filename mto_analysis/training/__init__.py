@@ -1,0 +1,25 @@
+"""Masked token optimisation: the paper's three losses, attached to anyone's training code."""
+
+from mto_analysis.training.attach import MTO, CollapseWarning, attach_mto
+from mto_analysis.training.losses import (
+    MTOConfig,
+    MTOTerms,
+    embedding_loss,
+    mto_loss,
+    ranking_loss,
+    sparsity_loss,
+)
+from mto_analysis.training.structures import StackSpec
+
+__all__ = [
+    "MTO",
+    "CollapseWarning",
+    "MTOConfig",
+    "MTOTerms",
+    "StackSpec",
+    "attach_mto",
+    "embedding_loss",
+    "mto_loss",
+    "ranking_loss",
+    "sparsity_loss",
+]
