@@ -1,6 +1,7 @@
 """Masked token optimisation: the paper's three losses, attached to anyone's training code."""
 
-from mto_analysis.training.attach import MTO, CollapseWarning, attach_mto
+from mto_analysis.training.attach import MTO, attach_mto
+from mto_analysis.training.hooks import CollapseWarning
 from mto_analysis.training.losses import (
     MTOConfig,
     MTOTerms,
@@ -10,6 +11,7 @@ from mto_analysis.training.losses import (
     sparsity_loss,
 )
 from mto_analysis.training.structures import StackSpec
+from mto_analysis.training.watch import Watch, watch_mto
 
 __all__ = [
     "MTO",
@@ -17,9 +19,11 @@ __all__ = [
     "MTOConfig",
     "MTOTerms",
     "StackSpec",
+    "Watch",
     "attach_mto",
     "embedding_loss",
     "mto_loss",
     "ranking_loss",
     "sparsity_loss",
+    "watch_mto",
 ]
