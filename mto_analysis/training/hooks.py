@@ -126,6 +126,7 @@ def recomputing() -> bool:
 
 
 def warn_of(message: str) -> None:
+    """Warn the user whose line asked for the loss."""
     warnings.warn(message, CollapseWarning, stacklevel=4)
 
 
