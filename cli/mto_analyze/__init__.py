@@ -8,6 +8,7 @@ from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
 from mto_analyze.plot import plot
 from mto_analyze.reconstruct import reconstruct
+from mto_analyze.report import report
 
 __all__ = ["app"]
 
@@ -20,5 +21,5 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-for command in (demo, inspect, heterogeneity, plot, reconstruct):
+for command in (demo, inspect, heterogeneity, plot, reconstruct, report):
     app.command()(command)
