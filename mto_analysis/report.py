@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["ReportContents", "render_report"]
 
 _ASSETS = Path(__file__).parent / "assets"
+
+# Viridis at 33 places; the script draws straight lines between them.
+_MAP_COLOURS = [[round(255 * value) for value in mpl.colormaps["viridis"](at / 32)[:3]] for at in range(33)]
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
         for each in explored
         if _depths(each)
     ]
-    return {"models": models, "images": images}
+    return {"models": models, "images": images, "colours": _MAP_COLOURS}
 
 
 def _json_in_html(content: Any) -> str:

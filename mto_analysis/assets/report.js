@@ -17,7 +17,7 @@
   system.addEventListener("change", nameTheme);
   nameTheme();
 
-  const { models, images } = JSON.parse($("data").textContent);
+  const { models, images, colours } = JSON.parse($("data").textContent);
   if (!models.length) return;
 
   // ---- numbers: all follow from the stored dot products ----
@@ -62,8 +62,11 @@
   const depth = () => picture().depths[state.at];
   const side = (n) => Math.round(Math.sqrt(n));
   const place = (patch, n) => `row ${Math.floor(patch / side(n)) + 1}, column ${patch % side(n) + 1}`;
-  const number = (value) => Math.abs(value) >= 1e-4 && Math.abs(value) < 1e5 || value === 0
-    ? String(Number(value.toPrecision(4))) : value.toExponential(2);
+  const number = (value) => {
+    const size = Math.abs(value);
+    if (size < 1e-6) return value ? "≈ 0" : "0";
+    return size < 1e-3 || size >= 1e4 ? value.toExponential(2) : value.toPrecision(4);
+  };
 
   /** The chosen patch stays where it is; where it is not masked, the first masked patch takes its place. */
   function keepPatchMasked(before) {
@@ -112,13 +115,10 @@
     });
   }
 
-  // Viridis, at ten places.
-  const COLOURS = [[68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142],
-    [31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 222, 44], [253, 231, 37]];
-  document.querySelector(".bar.map").style.background = `linear-gradient(90deg, ${COLOURS.map((c) => `rgb(${c})`)})`;
+  document.querySelector(".bar.map").style.background = `linear-gradient(90deg, ${colours.map((c) => `rgb(${c})`)})`;
   function colour(share) {
-    const at = Math.min(share * (COLOURS.length - 1), COLOURS.length - 1 - 1e-9), low = Math.floor(at);
-    return COLOURS[low].map((value, k) => value + (COLOURS[low + 1][k] - value) * (at - low));
+    const at = Math.min(share * (colours.length - 1), colours.length - 1 - 1e-9), low = Math.floor(at);
+    return colours[low].map((value, k) => value + (colours[low + 1][k] - value) * (at - low));
   }
 
   /** N x N, rows and columns masked first, then visible; min-max scaled for display only. */
@@ -140,18 +140,17 @@
 
     const share = 100 * masked.length / n, row = masked.indexOf(state.patch);
     document.querySelector(".border.across").style.top = document.querySelector(".border.down").style.left = `${share}%`;
-    for (const [quadrant, left, top] of [["q1", 0, 0], ["q2", share, 0], ["q3", 0, share], ["q4", share, share]]) {
-      Object.assign(document.querySelector(`.${quadrant}`).style, { left: `${left}%`, top: `${top}%` });
+    for (const [quadrant, left, bottom] of [["q1", 0, 100 - share], ["q2", share, 100 - share], ["q3", 0, 0], ["q4", share, 0]]) {
+      Object.assign(document.querySelector(`.${quadrant}`).style, { left: `${left}%`, bottom: `${bottom}%` });
     }
     Object.assign($("map-row").style, { top: `${100 * row / n}%`, height: `${100 / n}%` });
     $("map-row").dataset.row = row;
-    for (const [axis, word] of [["keys", "keys"], ["queries", "queries"]]) {
-      $(`${axis}-masked`).textContent = `${word}: ${masked.length} masked`;
+    for (const axis of ["keys", "queries"]) {
+      $(`${axis}-masked`).textContent = `${axis}: ${masked.length} masked`;
       $(`${axis}-visible`).textContent = `${visible.length} visible`;
     }
-    $("keys-masked").style.width = `${share}%`;
-    $("keys-visible").style.width = `${100 - share}%`;
-    document.querySelector(".queries").style.gridTemplateRows = `${100 - share}% ${share}%`;
+    $("keys-masked").style.width = $("queries-masked").style.height = $("queries-visible").style.top = `${share}%`;
+    $("keys-visible").style.width = $("queries-visible").style.height = `${100 - share}%`;
     const name = $("kind").selectedOptions[0].textContent;
     $("map-legend").textContent = `${name}: ${number(low)} to ${number(high)}. Row of the chosen patch framed.`;
     canvas.setAttribute("aria-label", `Map of ${n} by ${n} patches, ${name}, from ${number(low)} to ${number(high)}; ` +
@@ -173,8 +172,7 @@
       ${line(same.map((each) => `${x(each.depth)},${y(each.entropy.get(state.patch))}`).join(" "), "var(--weight)", "")}
       ${same.map((each) => `<circle cx="${x(each.depth)}" cy="${y(each.entropy.get(state.patch))}" r="${each.depth === depth().depth ? 4.5 : 2.5}" fill="var(--weight)"/>`).join("")}
       <text x="30" y="107" text-anchor="end">0</text><text x="30" y="16" text-anchor="end">${bound.toFixed(2)}</text>
-      <text x="34" y="118" text-anchor="middle">0</text><text x="284" y="118" text-anchor="middle">${last}</text>
-      <text x="159" y="127" text-anchor="middle">H over layer depth: patch solid, picture dashed, top: bound</text>`;
+      <text x="34" y="118" text-anchor="middle">0</text><text x="284" y="118" text-anchor="middle">${last}</text>`;
   }
 
   function show() {
@@ -205,7 +203,7 @@
       if (rank.has(patch)) cell.dataset.rank = rank.get(patch); else delete cell.dataset.rank;
     }
     $("weights-legend").textContent = `Weight from ${number(least)} to ${number(largest)}; all alike would be ${number(1 / visible.length)}. ` +
-      "Grey: masked. Framed: chosen. 1 to 3: largest weights.";
+      "Hatched: masked. Framed: chosen. 1 to 3: largest weights.";
     $("depth").setAttribute("aria-valuetext", `layer depth ${depth().depth} of ${model().num_depths}`);
     $("depth-shown").textContent = `${depth().depth} of ${model().num_depths}`;
     const bound = Math.log(visible.length);
@@ -250,7 +248,7 @@
 
   function choose(patch) {
     const { n, entropy } = prepare(depth());
-    if (!entropy.has(patch)) return say(`The patch in ${place(patch, n)} is visible. Choose a masked one, which is grey.`);
+    if (!entropy.has(patch)) return say(`The patch in ${place(patch, n)} is visible. Choose a masked one, which is hatched.`);
     state.patch = patch;
     focusPatch(patch, { move: $("patches").contains(document.activeElement) });
     show();

@@ -26,4 +26,6 @@ def figure_svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata=nothing, dpi=200, bbox_inches="tight", pad_inches=0.03)
     text = buffer.getvalue()
     svg = text[text.index("<svg") :]
+    # Nothing refers to a picture's id, a hash of its pixels, which would be there twice for a picture drawn twice.
+    svg = re.sub(r' id="image\w+"', "", svg)
     return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
