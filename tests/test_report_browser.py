@@ -132,7 +132,7 @@ def test_explorer__shows_the_librarys_numbers_for_what_is_clicked(page: Any) -> 
     name = (
         page.find_elements(By.CSS_SELECTOR, "#pictures input")[1].get_attribute("aria-label").removeprefix("picture ")
     )
-    tokens, mask = tokens_of("MAE", name, 1)
+    _, mask = tokens_of("MAE", name, 1)
     slider = page.find_element(By.ID, "depth")
     slider.send_keys(Keys.ARROW_RIGHT)
     assert slider.get_attribute("aria-valuetext") == "layer depth 1 of 4"
