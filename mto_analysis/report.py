@@ -119,12 +119,15 @@ def _curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _sentence(label: str, curve: pd.DataFrame) -> str:
     first, last = curve.iloc[0], curve.iloc[-1]
-    share = 1 - last.normalized / first.normalized
     return (
-        f"{label}: H goes from {first.heterogeneity:.4f} at layer depth 0 ({first.normalized:.1%} of its bound) to "
-        f"{last.heterogeneity:.4f} at {last.layer_depth:.0f} ({last.normalized:.1%}): its share of the bound "
-        f"{'falls' if share >= 0 else 'rises'} by {abs(share):.2%}."
+        f"{label}: H goes from {first.heterogeneity:.4f} at layer depth 0, {_below_bound(first.normalized)} below its "
+        f"bound, to {last.heterogeneity:.4f} at {last.layer_depth:.0f}, {_below_bound(last.normalized)} below."
     )
+
+
+def _below_bound(normalized: float) -> str:
+    """How far H lies below its bound, with digits enough for a fall of a millionth."""
+    return f"{100 * max(1 - normalized, 0.0):.2g} %"
 
 
 def _masses(explored: Sequence[Explored], curve: pd.DataFrame) -> dict[int, np.ndarray]:
@@ -150,7 +153,7 @@ def _model_table(label: str, curve: pd.DataFrame, masses: Mapping[int, np.ndarra
                 "depth": row["layer_depth"],
                 "h": f"{row['heterogeneity']:.4f}",
                 "interval": f"{row['ci_low']:.4f} to {row['ci_high']:.4f}" if known else "-",
-                "share": f"{row['normalized']:.2%}",
+                "below": _below_bound(row["normalized"]),
                 "masses": [f"{mass:.3f}" for mass in masses.get(row["layer_depth"], ())] or ["-"] * 4,
             }
         )

@@ -8,7 +8,6 @@
   const nameTheme = () => {
     $("theme").textContent = isDark() ? "Light" : "Dark";
     $("theme").setAttribute("aria-label", `Use ${isDark() ? "light" : "dark"} colours`);
-    $("theme").setAttribute("aria-pressed", String(isDark()));
   };
   $("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";

@@ -85,7 +85,7 @@ def draw_reconstructions(rows: Sequence[Reconstruction], *, captioned: bool = Tr
     tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
     with paper_style():
         figure = Figure(figsize=(abreast * 4 * cell, height), layout=tight)
-        blocks = figure.subfigures(lines, abreast, squeeze=False, wspace=0.02).flat
+        blocks = figure.subfigures(lines, abreast, squeeze=False, wspace=0.02, hspace=0.03).flat
         for block, model in zip(blocks, models, strict=False):
             _draw_block(block, model, [row for row in rows if row.model == model])
         if caption:
