@@ -127,7 +127,7 @@ def _sentence(label: str, curve: pd.DataFrame) -> str:
 
 def _below_bound(normalized: float) -> str:
     """How far H lies below its bound, with digits enough for a fall of a millionth."""
-    return f"{100 * max(1 - normalized, 0.0):.2g} %"
+    return f"{100 * max(1 - normalized, 0.0):.3g} %"
 
 
 def _masses(explored: Sequence[Explored], curve: pd.DataFrame) -> dict[int, np.ndarray]:
