@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
 from mto_analysis.checkpoints.conversion import Conversion, Heads
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae
 from mto_analysis.checkpoints.native import convert_native
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.checkpoints.simmim import convert_simmim
+from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, convert_simmim_swin
 from mto_analysis.errors import CheckpointError
 
 __all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
@@ -45,6 +46,11 @@ class Layout:
     convert: Converter | None = None
 
 
+def _masked(names: Names, mask_token: str) -> bool:
+    """Whether it is a pre-training file: one that lost its mask token still has the head, and is refused by name."""
+    return names.has(mask_token) or names.has("decoder.0.weight") or names.has("lm_head.weight")
+
+
 #: First match wins: later rules rely on earlier ones having taken their files.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -53,9 +59,21 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_hf_vitmae,
     ),
     Layout("Hugging Face ViTForMaskedImageModeling", lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight")),
-    Layout("Hugging Face Swin for masked image modelling", lambda n: n.has("swin.embeddings.mask_token")),
-    Layout("Hugging Face SwinV2 for masked image modelling", lambda n: n.has("swinv2.embeddings.mask_token")),
-    Layout("Hugging Face BEiT", lambda n: n.has("beit.embeddings.mask_token")),
+    Layout(
+        "Hugging Face Swin for masked image modelling",
+        lambda n: n.starts("swin.embeddings.") and _masked(n, "swin.embeddings.mask_token"),
+        convert_hf_swin,
+    ),
+    Layout(
+        "Hugging Face SwinV2 for masked image modelling",
+        lambda n: n.starts("swinv2.embeddings.") and _masked(n, "swinv2.embeddings.mask_token"),
+        convert_hf_swin,
+    ),
+    Layout(
+        "Hugging Face BEiT",
+        lambda n: n.starts("beit.embeddings.") and _masked(n, "beit.embeddings.mask_token"),
+        convert_hf_beit,
+    ),
     Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
     Layout(
         "mmpretrain / mmselfsup",
@@ -66,9 +84,14 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "SimMIM SwinV2",
-        lambda n: n.has("encoder.mask_token", "encoder.layers.0.blocks.0.attn.logit_scale"),
+        lambda n: n.has("encoder.layers.0.blocks.0.attn.logit_scale") and _masked(n, "encoder.mask_token"),
+        convert_simmim_swin,
     ),
-    Layout("SimMIM Swin", lambda n: n.has("encoder.mask_token") and n.starts("encoder.layers.0.blocks.0.")),
+    Layout(
+        "SimMIM Swin",
+        lambda n: n.starts("encoder.layers.0.blocks.0.") and _masked(n, "encoder.mask_token"),
+        convert_simmim_swin,
+    ),
     Layout("BootMAE", lambda n: n.has("mask_token_1") and n.starts("decode_blocks_1.0.")),
     Layout("CAE", lambda n: n.starts("regresser.regressor_blocks.")),
     Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
@@ -87,10 +110,14 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout("iBOT", lambda n: n.has("masked_embed")),
     Layout("I-JEPA", lambda n: n.has("predictor_pos_embed", "mask_token")),
-    Layout("ConMIM", lambda n: n.has("projectors.0.weight", "mask_token")),
-    Layout("BEiT v2", lambda n: n.has("mask_token") and n.starts("cls_pt_layers.0.")),
+    Layout("ConMIM", lambda n: n.has("projectors.0.weight", "blocks.0.attn.q_bias"), convert_conmim),
+    Layout("BEiT v2", lambda n: n.starts("cls_pt_layers.0.", "blocks.0."), convert_beit_v2),
     Layout("EVA-02", lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight")),
-    Layout("BEiT / data2vec vision", lambda n: n.has("mask_token", "blocks.0.attn.q_bias")),
+    Layout(
+        "BEiT / data2vec vision",
+        lambda n: n.has("blocks.0.attn.q_bias") and _masked(n, "mask_token"),
+        convert_beit,
+    ),
     Layout("DINOv2", lambda n: n.has("mask_token", "blocks.0.ls1.gamma")),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
 from mto_analysis.checkpoints.conversion import (
     ENCODER_HEADS,
     MAE_DECODER_HEADS,
@@ -14,6 +15,7 @@ from mto_analysis.checkpoints.conversion import (
     block_numbers,
     square_side,
 )
+from mto_analysis.checkpoints.facts import count, hf_config, number
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
@@ -43,8 +45,7 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     Source:
         huggingface/transformers, ``models/vit_mae``.
     """
-    if raw.config is None:
-        raise CheckpointError(f"{raw.path} needs its config.json beside it; give the whole folder")
+    config = hf_config(raw)
     state = StateDict(dict(raw.tensors))
     state.rename(
         (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),
@@ -54,17 +55,10 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"^vit\.(encoder\.layer|layers)\.", "blocks."),
         (r"^decoder\.(decoder_layers|decoder_encoder\.layer|decoder_encoder\.layers|layers)\.", "decoder_blocks."),
         (r"^decoder\.", ""),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-        (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-        (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
+        *HF_BLOCK_NAMES,
     )
     state.fuse_qkv()
-    return _convert(state, heads, raw.config, config=raw.config)
+    return _convert(state, heads, config, config=config)
 
 
 def _convert(
@@ -85,20 +79,20 @@ def _convert(
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=_count(stated, "num_attention_heads"), published=ENCODER_HEADS),
+        num_heads=heads.choose("num_heads", dim, stated=count(stated, "num_attention_heads"), published=ENCODER_HEADS),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         decoder_dim=decoder_dim,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
         decoder_num_heads=heads.choose(
             "decoder_num_heads",
             decoder_dim,
-            stated=_count(stated, "decoder_num_attention_heads"),
+            stated=count(stated, "decoder_num_attention_heads"),
             published=MAE_DECODER_HEADS,
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
-        eps=_number(stated, "layer_norm_eps", 1e-6),
+        eps=number(stated, "layer_norm_eps", 1e-6),
     )
-    ratio = _number(facts, "mask_ratio", _PUBLISHED_RATIO)
+    ratio = number(facts, "mask_ratio", _PUBLISHED_RATIO)
     if not 0 < ratio < 1:
         raise CheckpointError(f"the file states a mask_ratio of {ratio}, which must lie between 0 and 1")
     target: Literal["pixels", "normalized_pixels"] | None = None
@@ -115,19 +109,3 @@ def _convert(
         mask_rule_source="file" if "mask_ratio" in facts else "published MAE",
     )
     return Conversion(MAE, model, info, state)
-
-
-def _count(facts: Mapping[str, Any], name: str) -> int | None:
-    value = facts.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {value!r}")
-    return value
-
-
-def _number(facts: Mapping[str, Any], name: str, default: float) -> float:
-    value = facts.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise CheckpointError(f"the file's {name} must be a number, got {value!r}")
-    return float(value)

@@ -15,7 +15,18 @@ from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
-from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models import (
+    MAE,
+    InpaintingConfig,
+    InpaintingViT,
+    MAEConfig,
+    MaskedImageModel,
+    ModelInfo,
+    SimMIM,
+    SimMIMConfig,
+    SimMIMSwin,
+    SwinConfig,
+)
 from mto_analysis.outputs import write_atomically
 
 __all__ = ["convert_native", "save_checkpoint"]
@@ -24,6 +35,12 @@ _VERSION = 1
 _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "mae": (MAE, MAEConfig),
     "simmim_vit": (SimMIM, SimMIMConfig),
+    "simmim_swin": (SimMIMSwin, SwinConfig),
+    "simmim_swinv2": (SimMIMSwin, SwinConfig),
+    "beit": (InpaintingViT, InpaintingConfig),
+    "beit_v2": (InpaintingViT, InpaintingConfig),
+    "data2vec_vision": (InpaintingViT, InpaintingConfig),
+    "conmim": (InpaintingViT, InpaintingConfig),
 }
 
 
@@ -71,7 +88,8 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
-    heads.choose("num_heads", config.dim, stated=config.num_heads)
+    stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
+    heads.choose("num_heads", config.dim, stated=stated)
     if isinstance(config, MAEConfig):
         heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))

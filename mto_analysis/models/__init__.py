@@ -1,7 +1,21 @@
 """One file per architecture, on timm's blocks, all behind :class:`MaskedImageModel`."""
 
+from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.simmim import SimMIM, SimMIMConfig
+from mto_analysis.models.swin import SimMIMSwin, SwinConfig
 
-__all__ = ["MAE", "LayerTokens", "MAEConfig", "MaskedImageModel", "ModelInfo", "SimMIM", "SimMIMConfig"]
+__all__ = [
+    "MAE",
+    "InpaintingConfig",
+    "InpaintingViT",
+    "LayerTokens",
+    "MAEConfig",
+    "MaskedImageModel",
+    "ModelInfo",
+    "SimMIM",
+    "SimMIMConfig",
+    "SimMIMSwin",
+    "SwinConfig",
+]

@@ -9,7 +9,15 @@ from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ["RelativePositionBias", "patch_embedding", "patchify", "sincos_table", "transformer_blocks", "unpatchify"]
+__all__ = [
+    "RelativePositionBias",
+    "patch_embedding",
+    "patchify",
+    "relative_position_index",
+    "sincos_table",
+    "transformer_blocks",
+    "unpatchify",
+]
 
 
 def transformer_blocks(
@@ -55,17 +63,23 @@ def patch_embedding(image_size: int, patch_size: int, channels: int, dim: int) -
 class RelativePositionBias(nn.Module):
     """A learned bias on attention logits for each offset of two patches, and three entries for the class token.
 
+    Args:
+        grid: Rows and columns of patches.
+        num_heads: Attention heads.
+        class_token: Whether there is one; Swin's windows have none.
+
     Source:
-        Bao et al., "BEiT" (ICLR 2022); the same table as in microsoft/SimMIM's ViT.
+        Bao et al., "BEiT" (ICLR 2022); the same table as in microsoft/SimMIM's ViT and, without class token, in Swin.
     """
 
     index: Tensor
 
-    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+    def __init__(self, grid: tuple[int, int], num_heads: int, *, class_token: bool = True) -> None:
         super().__init__()
-        num_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        num_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if class_token else 0)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
-        self.register_buffer("index", relative_position_index(grid), persistent=False)
+        index = relative_position_index(grid)
+        self.register_buffer("index", index if class_token else index[1:, 1:].contiguous(), persistent=False)
 
     def forward(self) -> Tensor:
         """The bias to add to the logits.
