@@ -48,10 +48,10 @@ def convert_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state, model = _state_and_model(raw, heads)
     head = raw.tensors.get("lm_head.weight")
     if head is not None and head.ndim == 2 and head.shape[0] == head.shape[1] == model.dim:
-        rule = blockwise_rule(_DATA2VEC_MASKED, "data2vec vision", model.patch_size)
+        rule = blockwise_rule(_DATA2VEC_MASKED, "data2vec vision", model)
         return inpainting_model("data2vec_vision", state, model, rule, _IMAGENET)
     arguments = section(raw.extras, "args")
-    rule = _stated_rule(arguments, model) or blockwise_rule(_BEIT_MASKED, "BEiT", model.patch_size)
+    rule = _stated_rule(arguments, model) or blockwise_rule(_BEIT_MASKED, "BEiT", model)
     imagenet = arguments.get("imagenet_default_mean_and_std", model.absolute_positions) is True
     return inpainting_model("beit", state, model, rule, _IMAGENET if imagenet else _HALF)
 
@@ -64,9 +64,7 @@ def convert_beit_v2(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state, model = _state_and_model(raw, heads)
     rule = _stated_rule(section(raw.extras, "args"), model)
-    return inpainting_model(
-        "beit_v2", state, model, rule or blockwise_rule(_BEIT_MASKED, "BEiT v2", model.patch_size), _IMAGENET
-    )
+    return inpainting_model("beit_v2", state, model, rule or blockwise_rule(_BEIT_MASKED, "BEiT v2", model), _IMAGENET)
 
 
 def convert_conmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -115,7 +113,7 @@ def convert_hf_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
         image_size=count(config, "image_size"),
         eps=number(config, "layer_norm_eps", 1e-12),
     )
-    return inpainting_model("beit", state, model, blockwise_rule(_BEIT_MASKED, "BEiT", model.patch_size), _HALF)
+    return inpainting_model("beit", state, model, blockwise_rule(_BEIT_MASKED, "BEiT", model), _HALF)
 
 
 def inpainting_model(

@@ -87,10 +87,13 @@ def block_rule(ratio: float, published: str, model: InpaintingConfig) -> tuple[M
 
 
 def blockwise_rule(
-    num_masked: int, published: str, patch_size: int, *, of: int = _PUBLISHED_PATCHES, min_block: int = 16
+    num_masked: int, published: str, model: InpaintingConfig, *, of: int = _PUBLISHED_PATCHES, min_block: int = 16
 ) -> tuple[MaskRule, str]:
-    """BEiT's blockwise mask of ``num_masked`` of ``of`` patches, and where that comes from."""
-    return MaskRule("blockwise", num_masked / of, patch_size, min_block), f"published {published}"
+    """BEiT's blockwise mask of ``num_masked`` of ``of`` patches, and where that comes from; in proportion elsewhere."""
+    rule = MaskRule("blockwise", num_masked / of, model.patch_size, min_block)
+    if (model.image_size // model.patch_size) ** 2 == of:
+        return rule, f"published {published}"
+    return rule, f"rule: the fraction of patches of the published {published}"
 
 
 def _grid_of_table(rows: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
+from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae
 from mto_analysis.checkpoints.native import convert_native
@@ -92,7 +93,7 @@ LAYOUTS: tuple[Layout, ...] = (
         lambda n: n.starts("encoder.layers.0.blocks.0.") and _masked(n, "encoder.mask_token"),
         convert_simmim_swin,
     ),
-    Layout("BootMAE", lambda n: n.has("mask_token_1") and n.starts("decode_blocks_1.0.")),
+    Layout("BootMAE", lambda n: n.starts("decode_blocks.0.", "decode_blocks_1.0."), convert_bootmae),
     Layout("CAE", lambda n: n.starts("regresser.regressor_blocks.")),
     Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
     Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight", "mask_token")),

@@ -17,6 +17,8 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
 from mto_analysis.models import (
     MAE,
+    BootMAE,
+    BootMAEConfig,
     InpaintingConfig,
     InpaintingViT,
     MAEConfig,
@@ -37,6 +39,7 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "simmim_vit": (SimMIM, SimMIMConfig),
     "simmim_swin": (SimMIMSwin, SwinConfig),
     "simmim_swinv2": (SimMIMSwin, SwinConfig),
+    "bootmae": (BootMAE, BootMAEConfig),
     "beit": (InpaintingViT, InpaintingConfig),
     "beit_v2": (InpaintingViT, InpaintingConfig),
     "data2vec_vision": (InpaintingViT, InpaintingConfig),

@@ -1,5 +1,6 @@
 """One file per architecture, on timm's blocks, all behind :class:`MaskedImageModel`."""
 
+from mto_analysis.models.bootmae import BootMAE, BootMAEConfig
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
@@ -8,6 +9,8 @@ from mto_analysis.models.swin import SimMIMSwin, SwinConfig
 
 __all__ = [
     "MAE",
+    "BootMAE",
+    "BootMAEConfig",
     "InpaintingConfig",
     "InpaintingViT",
     "LayerTokens",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
-from mto_analysis.models.vit import patch_embedding, sincos_table, transformer_blocks, unpatchify
+from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 
 __all__ = ["MAE", "MAEConfig"]
 
@@ -45,9 +45,6 @@ class MAEConfig:
 class MAE(MaskedImageModel):
     """Masked autoencoder. Layer 0 is the decoder's input after its position embedding.
 
-    Visible patches keep their row-major order in the encoder. The original shuffles them; attention does not notice,
-    as positions were added before.
-
     Source:
         He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
     """
@@ -74,21 +71,13 @@ class MAE(MaskedImageModel):
 
     def _decoder_input(self, images: Tensor, mask: Tensor) -> Tensor:
         """Class and patch tokens as the first decoder block receives them: ``batch 1+num_patches decoder_dim``."""
-        num_visible = (~mask).sum(dim=1)
-        most = int(num_visible.max())
-        visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].unsqueeze(-1)
-        # Rows that see fewer patches are filled up with masked ones, which no query may attend to.
-        filled = torch.arange(-1, most, device=mask.device) >= num_visible[:, None]
-        attended = None if not bool(filled.any()) else ~filled[:, None, None, :]
-
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = x.gather(1, visible.expand(-1, -1, x.shape[-1]))
+        visible = VisiblePatches(mask)
+        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
-            x = block(x, attn_mask=attended)
+            x = block(x, attn_mask=visible.attn_mask)
         x = self.decoder_embed(self.norm(x))
-        placed = x.new_zeros(*mask.shape, x.shape[-1]).scatter(1, visible.expand(-1, -1, x.shape[-1]), x[:, 1:])
-        tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), placed)
+        tokens = visible.put_back(x[:, 1:], self.mask_token)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
 
     def depth(self, stack: str) -> int:
