@@ -101,7 +101,7 @@ def convert_hf_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"^beit\.embeddings\.", ""),
         (r"^beit\.(encoder\.relative_position_bias|(encoder\.)?shared_position_bias)\.", "rel_pos_bias."),
         (r"^beit\.(encoder\.layer|encoder\.layers|layers)\.", "blocks."),
-        (r"\.attention\.(attention\.)?relative_position_bias\.", ".attn."),
+        (r"^(blocks\.\d+)\.(attention\.)*relative_position_bias\.", r"\1.attn."),
         *HF_BLOCK_NAMES,
         (r"\.lambda_([12])$", r".gamma_\1"),
     )

@@ -42,15 +42,18 @@ def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     )
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     decoder_dim = state.shape("pixel_mask_token", 3)[2]
-    num_heads = heads.choose("num_heads", dim, published=ENCODER_HEADS)
+    attn_dim = state.shape("pixel_blocks.0.attn.qkv.weight", 2)[0] // 3
+    fitting = [each for each in range(1, dim + 1) if dim % each == 0 and decoder_dim // each * each == attn_dim]
+    if not fitting:
+        raise CheckpointError(f"attention {attn_dim} wide in a pixel decoder of {decoder_dim} fits no number of heads")
+    num_heads = heads.choose("num_heads", dim, published=ENCODER_HEADS, fitting=fitting)
+    if num_heads not in fitting:
+        raise CheckpointError(
+            f"num_heads={num_heads} contradicts the file, whose pixel decoder has attention {attn_dim} wide; "
+            f"give --num-heads, one of {', '.join(map(str, fitting))}"
+        )
     if heads.decoder_num_heads not in (None, num_heads):
         raise CheckpointError(f"decoder_num_heads must be num_heads={num_heads}: BootMAE has one number for both")
-    rows = state.shape("pixel_blocks.0.attn.qkv.weight", 2)[0]
-    if rows != 3 * (decoder_dim // num_heads * num_heads):
-        raise CheckpointError(
-            f"num_heads={num_heads} contradicts the file, whose pixel decoder has attention {rows // 3} wide; "
-            "give another --num-heads"
-        )
     state.fuse_qkv("blocks.")
     state.split_qkv("pixel_blocks.", "feature_blocks.")
     grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")

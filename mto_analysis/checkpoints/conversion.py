@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,13 @@ class Heads:
     decoder_num_heads: int | None = None
 
     def choose(
-        self, option: str, width: int, *, stated: int | None = None, published: Mapping[int, int] | None = None
+        self,
+        option: str,
+        width: int,
+        *,
+        stated: int | None = None,
+        published: Mapping[int, int] | None = None,
+        fitting: Sequence[int] = (1,),
     ) -> int:
         """The number of heads: what the file states, else what the user gave, else what is published for the width.
 
@@ -45,6 +51,7 @@ class Heads:
             width: Channels that the heads share.
             stated: What the file itself says.
             published: Heads by width of the family's published files.
+            fitting: Numbers that fit the file's shapes, where not all that divide the width do.
 
         Raises:
             HeadCountError: If nobody knows; a guess would be wrong in silence.
@@ -60,6 +67,7 @@ class Heads:
                 f"the number of attention heads is not in the file and not published for width {width}; "
                 f"give it as {option}=... ({flag} on the command line)",
                 option,
+                fitting[0],
             )
         if heads < 1 or width % heads:
             raise CheckpointError(f"{option}={heads} does not divide the width {width}")

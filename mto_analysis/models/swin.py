@@ -24,7 +24,7 @@ class SwinConfig:
 
     ``dim``, ``mlp_dim`` are those of the first stage and double at each merge. A window that is no smaller than a
     stage's grid shrinks to the grid and is not shifted there. ``decoder`` is whether the head that predicts pixels is
-    there.
+    there. ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
     """
 
     image_size: int = 192
@@ -89,9 +89,8 @@ class SimMIMSwin(MaskedImageModel):
     def __init__(self, config: SwinConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
         c = config
-        norm = partial(nn.LayerNorm, eps=c.eps)
         self.patch_embed = PatchEmbed(
-            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=norm if c.patch_norm else None
+            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=nn.LayerNorm if c.patch_norm else None
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.dim)) if c.absolute_positions else None
@@ -101,8 +100,8 @@ class SimMIMSwin(MaskedImageModel):
             block = partial(WindowBlock, dim, heads, c.mlp_dim * 2**stage, grid, c.window, version=c.version, eps=c.eps)
             self.stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(c.depths[stage])))
             if stage + 1 < len(c.depths):
-                self.merges.append(PatchMerging(dim, grid, eps=c.eps, norm_first=c.version == 1))
-        self.norm = norm(c.dims[-1])
+                self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1))
+        self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
         self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
 
     def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
-from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.vit import RelativePositionBias, relative_position_index
+from mto_analysis.models.vit import RelativePositionBias, feed_forward, relative_position_index, transformer_blocks
 
 __all__ = ["PatchMerging", "WindowBlock"]
 
@@ -57,20 +55,13 @@ class WindowBlock(nn.Module):
         self.shift = self.window // 2 if shifted and grid > window else 0
         apart = shift_mask(grid, self.window, self.shift) if self.shift else None
         self.register_buffer("apart", apart, persistent=False)
-        make = partial(
-            Block if version == 1 else ResPostBlock,
-            dim=dim,
-            num_heads=num_heads,
-            mlp_ratio=(mlp_dim + 0.5) / dim,  # see transformer_blocks
-            qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=eps),  # type: ignore[arg-type]
-        )
-        self.block = make()
+        self.block: nn.Module
         self.position_bias: nn.Module
         if version == 1:
+            self.block = transformer_blocks(dim, 1, num_heads, mlp_dim, eps=eps)[0]
             self.position_bias = RelativePositionBias((self.window,) * 2, num_heads, class_token=False)
         else:
-            self.block.attn = CosineAttention(dim, num_heads)
+            self.block = CosineBlock(dim, num_heads, mlp_dim, eps=eps)
             self.position_bias = LogPositionBias(self.window, num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,11 +108,11 @@ class PatchMerging(nn.Module):
     Channels run over the tokens at (row, column) (0, 0), (1, 0), (0, 1), (1, 1), as in the original.
     """
 
-    def __init__(self, dim: int, grid: int, *, eps: float, norm_first: bool) -> None:
+    def __init__(self, dim: int, grid: int, *, norm_first: bool) -> None:
         super().__init__()
         self.grid = grid
         self.norm_first = norm_first
-        self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim, eps=eps)
+        self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,6 +127,22 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))  # type: ignore[no-any-return]
 
 
+class CosineBlock(nn.Module):
+    """Version 2's block: norms come after attention and MLP, before each is added to its input."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.attn = CosineAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = feed_forward(dim, mlp_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        """One block; shapes as in :class:`CosineAttention`."""
+        x = x + self.norm1(self.attn(x, attn_mask))
+        return x + self.norm2(self.mlp(x))  # type: ignore[no-any-return]
+
+
 class CosineAttention(nn.Module):
     """Version 2's attention: cosines of queries and keys, times a learned factor per head."""
 
@@ -146,7 +153,7 @@ class CosineAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
         """Attend.
 
         Shapes:
