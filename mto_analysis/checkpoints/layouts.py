@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
-from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae
+from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
 from mto_analysis.checkpoints.native import convert_native
+from mto_analysis.checkpoints.openmmlab import (
+    convert_mm_beit,
+    convert_mm_beit_v2,
+    convert_mm_mae,
+    convert_mm_maskfeat,
+    convert_mm_swin,
+    convert_openmixup_simmim,
+)
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, convert_simmim_swin
 from mto_analysis.errors import CheckpointError
@@ -76,9 +84,30 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_hf_beit,
     ),
     Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
+    Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight")),
+    Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0.")),
+    Layout("mmpretrain MFF", lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0.")),
+    Layout("mmpretrain MixMIM", lambda n: n.has("backbone.absolute_pos_embed") and n.starts("neck.decoder_blocks.0.")),
+    Layout("mmpretrain MAE", lambda n: n.has("neck.decoder_blocks.0.attn.qkv.weight"), convert_mm_mae),
     Layout(
-        "mmpretrain / mmselfsup",
-        lambda n: n.starts("backbone.") and (n.has("backbone.mask_token") or n.has("neck.mask_token")),
+        "mmpretrain SimMIM Swin",
+        lambda n: n.starts("backbone.stages.0.") and (n.has("backbone.mask_token") or n.has("neck.decoder.0.weight")),
+        convert_mm_swin,
+    ),
+    Layout("mmpretrain BEiT v2", lambda n: n.starts("neck.patch_aggregation.0."), convert_mm_beit_v2),
+    Layout(
+        "mmpretrain BEiT",
+        lambda n: n.starts("backbone.rel_pos_bias.") and (n.has("backbone.mask_token") or n.starts("head.cls_head.")),
+        convert_mm_beit,
+    ),
+    Layout("OpenMixup A2MIM", lambda n: n.starts("backbone.layers.0.", "neck.decoder_pred.0.")),
+    Layout(
+        "OpenMixup SimMIM ViT", lambda n: n.starts("backbone.layers.0.", "neck.decoder.0."), convert_openmixup_simmim
+    ),
+    Layout(
+        "mmpretrain MaskFeat",
+        lambda n: n.starts("backbone.layers.0.") and (n.has("backbone.mask_token") or n.has("neck.fc.weight")),
+        convert_mm_maskfeat,
     ),
     Layout(
         "microsoft/SimMIM ViT", lambda n: n.starts("encoder.blocks.0.") and n.has("decoder.0.weight"), convert_simmim
@@ -104,6 +133,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("HiViT MAE", lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0.")),
     Layout("GreenMIM", lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight")),
     Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0.")),
+    Layout("MAE-Lite", lambda n: n.starts("model.blocks.0.", "model.decoder_blocks.0."), convert_mae_lite),
     Layout(
         "facebookresearch/mae",
         lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "cls_token"),
