@@ -1,0 +1,240 @@
+"""The families again, slowly: one picture at a time, in float64, from the rules of the original code bases alone.
+
+Weights are dicts under the names of the original repositories, so nothing of our converters or models is used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return (
+        centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+    )
+
+
+def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def mlp(x: Tensor, w: Weights, name: str) -> Tensor:
+    return linear(gelu(linear(x, w, f"{name}.fc1")), w, f"{name}.fc2")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention head by head; ``bias`` is heads queries keys."""
+    width = q.shape[1] // heads
+    parts = []
+    for h in range(heads):
+        cut = slice(h * width, (h + 1) * width)
+        logits = q[:, cut] @ k[:, cut].T * (width**-0.5 if scale is None else scale)
+        parts.append((logits if bias is None else logits + bias[h]).softmax(dim=1) @ v[:, cut])
+    return torch.cat(parts, dim=1)
+
+
+def qkv(x: Tensor, w: Weights, name: str) -> tuple[Tensor, ...]:
+    y = x @ w[f"{name}.qkv.weight"].T
+    if f"{name}.q_bias" in w:  # the BEiT code base: no key bias
+        zero = torch.zeros_like(w[f"{name}.q_bias"])
+        y = y + torch.cat([w[f"{name}.q_bias"], zero, w[f"{name}.v_bias"]])
+    else:
+        y = y + w[f"{name}.qkv.bias"]
+    return y.chunk(3, dim=1)
+
+
+def block(x: Tensor, w: Weights, name: str, heads: int, eps: float, bias: Tensor | None = None) -> Tensor:
+    y = linear(attend(*qkv(norm(x, w, f"{name}.norm1", eps), w, f"{name}.attn"), heads, bias), w, f"{name}.attn.proj")
+    x = x + w.get(f"{name}.gamma_1", torch.ones(1)) * y
+    return x + w.get(f"{name}.gamma_2", torch.ones(1)) * mlp(norm(x, w, f"{name}.norm2", eps), w, f"{name}.mlp")
+
+
+def patches(image: Tensor, w: Weights, name: str = "patch_embed.proj") -> Tensor:
+    kernel = w[f"{name}.weight"]
+    p = kernel.shape[-1]
+    rows, columns = image.shape[1] // p, image.shape[2] // p
+    cut = [image[:, p * y : p * y + p, p * x : p * x + p] for y in range(rows) for x in range(columns)]
+    return torch.stack([(kernel * piece).sum(dim=(1, 2, 3)) for piece in cut]) + w[f"{name}.bias"]
+
+
+def count(w: Weights, prefix: str) -> int:
+    return 1 + max(int(match[1]) for name in w if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name)))
+
+
+def table_bias(table: Tensor, grid: int) -> Tensor:
+    """BEiT's table with its three entries for the class token: heads tokens tokens."""
+    total, offsets = grid * grid + 1, (2 * grid - 1) ** 2
+    bias = torch.zeros(table.shape[1], total, total, dtype=table.dtype)
+    for i in range(total):
+        for j in range(total):
+            if i and j:
+                dy, dx = (i - 1) // grid - (j - 1) // grid, (i - 1) % grid - (j - 1) % grid
+                row = (dy + grid - 1) * (2 * grid - 1) + dx + grid - 1
+            else:
+                row = offsets + (2 if i == j else 0 if i == 0 else 1)
+            bias[:, i, j] = table[row]
+    return bias
+
+
+def beit_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, eps: float = 1e-6) -> list[Tensor]:
+    """BEiT, data2vec, ConMIM, SimMIM's ViT without its prefix, MaskFeat."""
+    x = patches(image, w)
+    x = torch.where(mask[:, None], w["mask_token"][0], x)
+    x = torch.cat([w["cls_token"][0], x])
+    if "pos_embed" in w:
+        x = x + w["pos_embed"][0]
+    grid = math.isqrt(len(mask))
+    shared = w.get("rel_pos_bias.relative_position_bias_table")
+    tokens = [x[1:]]
+    for number in range(count(w, "blocks.")):
+        table = w.get(f"blocks.{number}.attn.relative_position_bias_table", shared)
+        x = block(x, w, f"blocks.{number}", heads, eps, None if table is None else table_bias(table, grid))
+        tokens.append(x[1:])
+    return tokens
+
+
+def window_pairs(grid: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For all pairs of tokens of a map: what to add to logits, and row and column offset inside the window.
+
+    No map is shifted or cut: a pair in different windows of the shifted map is barred.
+    """
+    place = torch.arange(grid)
+    shifted = (place - shift) % grid
+    band = (shifted >= grid - window).long() + (shifted >= grid - shift).long() if shift else torch.zeros_like(place)
+    y, x = place.repeat_interleave(grid), place.repeat(grid)
+    window_id = torch.stack([shifted[y] // window, shifted[x] // window])
+    region = torch.stack([band[y], band[x]])
+    apart = (window_id[:, :, None] != window_id[:, None, :]).any(dim=0)
+    foreign = (region[:, :, None] != region[:, None, :]).any(dim=0)
+    added = torch.zeros(grid * grid, grid * grid, dtype=torch.float64)
+    added[foreign] = -100.0
+    added[apart] = -math.inf
+    inside = torch.stack([shifted[y] % window, shifted[x] % window])
+    dy, dx = inside[:, :, None] - inside[:, None, :]
+    return added, dy, dx
+
+
+def swin_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, eps: float = 1e-5) -> list[Tensor]:
+    """SimMIM's Swin and SwinV2, without the prefix ``encoder.``."""
+    x = patches(image, w)
+    x = norm(x, w, "patch_embed.norm", 1e-5)
+    x = torch.where(mask[:, None], w["mask_token"][0], x)
+    if "absolute_pos_embed" in w:
+        x = x + w["absolute_pos_embed"][0]
+    tokens = [x]
+    for stage in range(count(w, "layers.")):
+        grid = math.isqrt(len(x))
+        for number in range(count(w, f"layers.{stage}.blocks.")):
+            name = f"layers.{stage}.blocks.{number}"
+            side = min(window, grid)
+            shift = window // 2 if number % 2 and grid > window else 0
+            added, dy, dx = window_pairs(grid, side, shift)
+            inside = ~added.isinf()
+            row = ((dy + side - 1) * (2 * side - 1) + dx + side - 1).where(inside, torch.zeros_like(dy))
+            if f"{name}.attn.logit_scale" in w:
+                x = swin_v2_block(x, w, name, row, added, side, eps)
+            else:
+                table = w[f"{name}.attn.relative_position_bias_table"]
+                x = block(x, w, name, table.shape[1], eps, table[row].permute(2, 0, 1) + added)
+            tokens.append(x)
+        if f"layers.{stage}.downsample.reduction.weight" in w:
+            image_like = x.reshape(grid, grid, -1)
+            four = [image_like[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+            x = torch.cat(four, dim=-1).flatten(0, 1)
+            name = f"layers.{stage}.downsample"
+            if len(w[f"{name}.norm.weight"]) == x.shape[1]:
+                x = linear(norm(x, w, f"{name}.norm", 1e-5), w, f"{name}.reduction")
+            else:
+                x = norm(linear(x, w, f"{name}.reduction"), w, f"{name}.norm", 1e-5)
+    return tokens
+
+
+def swin_v2_block(x: Tensor, w: Weights, name: str, row: Tensor, added: Tensor, side: int, eps: float) -> Tensor:
+    scale = w[f"{name}.attn.logit_scale"].clamp(max=math.log(100)).exp().flatten()
+    heads = len(scale)
+    q, k, v = qkv(x, w, f"{name}.attn")
+    unit = [
+        (part / part.norm(dim=-1, keepdim=True)).flatten(1)
+        for part in (q.unflatten(1, (heads, -1)), k.unflatten(1, (heads, -1)))
+    ]
+    d = torch.arange(-(side - 1), side, dtype=torch.float64) * 8 / (side - 1)
+    d = d.sign() * torch.log2(d.abs() + 1) / math.log2(8)
+    coords = torch.stack([d.repeat_interleave(2 * side - 1), d.repeat(2 * side - 1)], dim=1)
+    table = linear(linear(coords, w, f"{name}.attn.rpe_mlp.0").clamp(min=0), w, f"{name}.attn.rpe_mlp.2")
+    bias = 16 / (1 + (-table).exp())
+    parts = []
+    width = q.shape[1] // heads
+    for h in range(heads):
+        cut = slice(h * width, (h + 1) * width)
+        logits = unit[0][:, cut] @ unit[1][:, cut].T * scale[h] + bias[:, h][row] + added
+        parts.append(logits.softmax(dim=1) @ v[:, cut])
+    x = x + norm(linear(torch.cat(parts, dim=1), w, f"{name}.attn.proj"), w, f"{name}.norm1", eps)
+    return x + norm(mlp(x, w, f"{name}.mlp"), w, f"{name}.norm2", eps)
+
+
+def mae_encode(w: Weights, image: Tensor, mask: Tensor, heads: int, eps: float) -> list[Tensor]:
+    """Class and visible tokens before the first and after every block of an encoder that sees nothing else."""
+    x = patches(image, w) + w["pos_embed"][0, 1:]
+    x = torch.cat([w["cls_token"][0] + w["pos_embed"][0, :1], x[~mask]])
+    outputs = [x]
+    for number in range(count(w, "blocks.")):
+        x = block(x, w, f"blocks.{number}", heads, eps)
+        outputs.append(x)
+    return outputs
+
+
+def mae_input(w: Weights, encoded: Tensor, mask: Tensor, eps: float) -> Tensor:
+    x = linear(norm(encoded, w, "norm", eps), w, "decoder_embed")
+    full = w["mask_token"][0].expand(len(mask), -1).clone()
+    full[~mask] = x[1:]
+    return torch.cat([x[:1], full]) + w["decoder_pos_embed"][0]
+
+
+def mae_tokens(
+    w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, eps: float = 1e-6
+) -> list[Tensor]:
+    x = mae_input(w, mae_encode(w, image, mask, heads, eps)[-1], mask, eps)
+    tokens = [x[1:]]
+    for number in range(count(w, "decoder_blocks.")):
+        x = block(x, w, f"decoder_blocks.{number}", decoder_heads, eps)
+        tokens.append(x[1:])
+    return tokens
+
+
+def bootmae_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, stack: str, eps: float = 1e-6) -> list[Tensor]:
+    outputs = mae_encode(w, image, mask, heads, eps)
+    encoded = norm(outputs[-1], w, "norm", eps)
+    if stack == "pixel_decoder":
+        name, memory, x = "decode_blocks", outputs[1], linear(encoded, w, "down")
+        masked = w["mask_token"][0] + w["de_pos_embed"][0, 1:]
+    else:
+        name, memory, x = "decode_blocks_1", outputs[-1], linear(encoded, w, "down_1")
+        masked = w["mask_token_1"][0] + w["pos_embed"][0, 1:]
+    full = masked.clone()
+    full[~mask] = x[1:]
+    x = torch.cat([x[:1], full])
+    tokens = [x[1:]]
+    for number in range(count(w, f"{name}.")):
+        each = f"{name}.{number}"
+        y = qkv(norm(x, w, f"{each}.norm1", eps), w, f"{each}.attn")
+        x = x + linear(attend(*y, heads), w, f"{each}.attn.proj")
+        q = norm(x, w, f"{each}.norm3", eps) @ w[f"{each}.c_attn.q.weight"].T + w[f"{each}.c_attn.q_bias"]
+        k, v = (norm(memory, w, f"{each}.norm4", eps) @ w[f"{each}.c_attn.kv.weight"].T).chunk(2, dim=1)
+        x = x + linear(attend(q, k, v + w[f"{each}.c_attn.v_bias"], heads), w, f"{each}.c_attn.proj")
+        x = x + mlp(norm(x, w, f"{each}.norm2", eps), w, f"{each}.mlp")
+        tokens.append(x[1:])
+    return tokens
