@@ -137,6 +137,42 @@ def mae_weights(*, predicted: int = 3 * PATCH * PATCH) -> Weights:
     return draw.weights
 
 
+def milan_weights() -> Weights:
+    weights = mae_weights(predicted=20)
+    for name in [name for name in weights if re.match(r"decoder_blocks\.\d+\.attn\.qkv\.", name)]:
+        tensor = weights.pop(name)
+        weights[name.replace("qkv", "q")] = tensor[:DECODER].clone()
+        weights[name.replace("qkv", "kv")] = tensor[DECODER:].clone()
+    return weights
+
+
+def cae_weights(*, same_positions: bool = False) -> Weights:
+    draw = Draw()
+    draw.embedding(DIM, positions=True)
+    for number in range(DEPTH):
+        draw.block(f"blocks.{number}", DIM, MLP, fused=False, gamma=True)
+    draw.norm("norm", DIM)
+    draw.weights = {f"encoder.{name}": tensor for name, tensor in draw.weights.items()}
+    draw.put("mask_token", 1, 1, DIM)
+    draw.put("rd_pos_embed", 1, GRID * GRID + 1, DIM)
+    if same_positions:
+        draw.weights["rd_pos_embed"] = draw.weights["encoder.pos_embed"]
+    for number in range(2):
+        name = f"regresser.regressor_blocks.{number}"
+        for norm in ("norm1_q", "norm1_k", "norm1_v", "norm2_cross"):
+            draw.norm(f"{name}.{norm}", DIM)
+        for part in "qkv":
+            draw.linear(f"{name}.cross_attn.{part}", DIM, DIM, bias=False)
+        draw.put(f"{name}.cross_attn.q_bias", DIM)
+        draw.put(f"{name}.cross_attn.v_bias", DIM)
+        draw.linear(f"{name}.cross_attn.proj", DIM, DIM)
+        draw.mlp(f"{name}.mlp_cross", DIM, DECODER_MLP)
+        draw.put(f"{name}.gamma_1_cross", DIM)
+        draw.put(f"{name}.gamma_2_cross", DIM)
+    draw.norm("regresser.norm", DIM)
+    return draw.weights
+
+
 def bootmae_weights() -> Weights:
     draw = Draw()
     draw.embedding(DIM, positions=True)
@@ -379,6 +415,30 @@ def mm_swin(weights: Weights) -> Weights:
         last = tensors[name]
         tensors[name] = last.reshape(*last.shape[:-1], 2, 2, -1).transpose(-1, -3).flatten(-3).contiguous()
     return tensors
+
+
+def cae_around(weights: Weights) -> Weights:
+    names = ("decoder.decoder_blocks.0.gamma_1", "decoder.head.weight", "alignment_encoder.cls_token")
+    return weights | {name: torch.ones(DIM) for name in names}
+
+
+def mm_cae(weights: Weights) -> Weights:
+    tensors = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name != "rd_pos_embed"}
+    tensors = rename(
+        tensors,
+        (r"^blocks", "backbone.layers"),
+        (r"^regresser\.regressor_blocks\.", "neck.regressors."),
+        (r"^regresser\.norm\.", "neck.norm_regressor."),
+        (r"\.norm1_([qkv])\.", r".norm1_\1_cross."),
+        (r"\.norm([12])\.", r".ln\1."),
+        (r"\.mlp(_cross)?\.fc1\.", ".ffn.layers.0.0."),
+        (r"\.mlp(_cross)?\.fc2\.", ".ffn.layers.1."),
+        (r"^norm\.", "backbone.ln1."),
+        (r"^patch_embed\.proj\.", "backbone.patch_embed.projection."),
+        (r"^(cls_token|pos_embed)$", r"backbone.\1"),
+        *MASK_IN_NECK,
+    )
+    return tensors | TARGETS | {"neck.decoders.0.gamma_1": torch.ones(DIM), "teacher.cls_token": torch.ones(1, 1, DIM)}
 
 
 def openmixup(weights: Weights) -> Weights:
@@ -658,6 +718,33 @@ def _published() -> Iterator[Published]:
         {"decoder": MAE_TOKENS},
         MAE_HEADS,
         "backbone.layers.0.ffn.layers.1.weight",
+        "neck.mask_token",
+    )
+    milan = {"decoder": partial(reference.milan_tokens, heads=HEADS, decoder_heads=DECODER_HEADS)}
+    cae = {"regressor": partial(reference.cae_tokens, heads=HEADS, decoder_heads=2)}
+    key, mm_key = "blocks.0.mlp.fc2.weight", "backbone.layers.0.ffn.layers.1.weight"
+    yield Published("MILAN", "milan", milan_weights, dict, mae_trainer, milan, MAE_HEADS, key)
+    yield Published(
+        "mmpretrain MILAN",
+        "milan",
+        milan_weights,
+        lambda w: rename(w, *MM, *MASK_IN_NECK),
+        mm_trainer,
+        milan,
+        MAE_HEADS,
+        mm_key,
+        "neck.mask_token",
+    )
+    yield Published("CAE", "cae", cae_weights, cae_around, mae_trainer, cae, MAE_HEADS, f"encoder.{key}")
+    yield Published(
+        "mmpretrain CAE",
+        "cae",
+        partial(cae_weights, same_positions=True),
+        mm_cae,
+        mm_trainer,
+        cae,
+        MAE_HEADS,
+        mm_key,
         "neck.mask_token",
     )
     yield Published(

@@ -238,3 +238,49 @@ def bootmae_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, stack: s
         x = x + mlp(norm(x, w, f"{each}.norm2", eps), w, f"{each}.mlp")
         tokens.append(x[1:])
     return tokens
+
+
+def milan_tokens(
+    w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, eps: float = 1e-6
+) -> list[Tensor]:
+    x = mae_input(w, mae_encode(w, image, mask, heads, eps)[-1], mask, eps)
+    masked = torch.cat([torch.zeros(1, dtype=torch.bool), mask])
+    constant, moving = x[~masked], x[masked]
+    tokens = [x[1:]]
+    for number in range(count(w, "decoder_blocks.")):
+        name = f"decoder_blocks.{number}"
+        y = norm(moving, w, f"{name}.norm1", eps)
+        k, v = linear(torch.cat([constant, y]), w, f"{name}.attn.kv").chunk(2, dim=1)
+        moving = moving + linear(attend(linear(y, w, f"{name}.attn.q"), k, v, decoder_heads), w, f"{name}.attn.proj")
+        moving = moving + mlp(norm(moving, w, f"{name}.norm2", eps), w, f"{name}.mlp")
+        x = x.clone()
+        x[masked] = moving
+        tokens.append(x[1:])
+    return tokens
+
+
+def cae_tokens(
+    w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, eps: float = 1e-6
+) -> list[Tensor]:
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in w.items() if name.startswith("encoder.")}
+    visible = norm(mae_encode(encoder, image, mask, heads, eps)[-1], encoder, "norm", eps)[1:]
+    moving = w["mask_token"][0].expand(int(mask.sum()), -1)
+    positions = w["rd_pos_embed"][0, 1:]
+    tokens = []
+    for number in range(count(w, "regresser.regressor_blocks.") + 1):
+        x = torch.zeros(len(mask), moving.shape[1], dtype=moving.dtype)
+        x[mask], x[~mask] = moving, visible
+        tokens.append(x)
+        name = f"regresser.regressor_blocks.{number}"
+        if f"{name}.norm1_q.weight" not in w:
+            break
+        everything = torch.cat([visible, moving])
+        places = torch.cat([positions[~mask], positions[mask]])
+        attn = f"{name}.cross_attn"
+        q = linear(norm(moving + positions[mask], w, f"{name}.norm1_q", eps), w, f"{attn}.q") + w[f"{attn}.q_bias"]
+        k = linear(norm(everything + places, w, f"{name}.norm1_k", eps), w, f"{attn}.k")
+        v = linear(norm(everything, w, f"{name}.norm1_v", eps), w, f"{attn}.v") + w[f"{attn}.v_bias"]
+        y = moving + w[f"{name}.gamma_1_cross"] * linear(attend(q, k, v, decoder_heads), w, f"{attn}.proj")
+        y = norm(y, w, f"{name}.norm2_cross", eps)
+        moving = y + w[f"{name}.gamma_2_cross"] * mlp(y, w, f"{name}.mlp_cross")
+    return tokens

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
+from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
+from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
 from mto_analysis.checkpoints.openmmlab import (
     convert_mm_beit,
@@ -84,8 +86,8 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_hf_beit,
     ),
     Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
-    Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight")),
-    Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0.")),
+    Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight"), convert_mm_milan),
+    Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0."), convert_mm_cae),
     Layout("mmpretrain MFF", lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0.")),
     Layout("mmpretrain MixMIM", lambda n: n.has("backbone.absolute_pos_embed") and n.starts("neck.decoder_blocks.0.")),
     Layout("mmpretrain MAE", lambda n: n.has("neck.decoder_blocks.0.attn.qkv.weight"), convert_mm_mae),
@@ -123,11 +125,11 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_simmim_swin,
     ),
     Layout("BootMAE", lambda n: n.starts("decode_blocks.0.", "decode_blocks_1.0."), convert_bootmae),
-    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks.")),
+    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks."), convert_cae),
     Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
     Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight", "mask_token")),
     Layout("MCMAE / ConvMAE", lambda n: n.starts("blocks3.0.") and n.has("mask_token")),
-    Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight", "mask_token")),
+    Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight"), convert_milan),
     Layout("UM-MAE", lambda n: n.has("vis_mask_token")),
     Layout("MAE-pytorch", lambda n: n.has("encoder_to_decoder.weight", "mask_token")),
     Layout("HiViT MAE", lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0.")),

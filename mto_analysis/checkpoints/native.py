@@ -16,9 +16,12 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
 from mto_analysis.models import (
+    CAE,
     MAE,
+    MILAN,
     BootMAE,
     BootMAEConfig,
+    CAEConfig,
     InpaintingConfig,
     InpaintingViT,
     MAEConfig,
@@ -40,6 +43,8 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "simmim_swin": (SimMIMSwin, SwinConfig),
     "simmim_swinv2": (SimMIMSwin, SwinConfig),
     "bootmae": (BootMAE, BootMAEConfig),
+    "milan": (MILAN, MAEConfig),
+    "cae": (CAE, CAEConfig),
     "beit": (InpaintingViT, InpaintingConfig),
     "beit_v2": (InpaintingViT, InpaintingConfig),
     "data2vec_vision": (InpaintingViT, InpaintingConfig),
@@ -94,7 +99,7 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
     stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
     heads.choose("num_heads", config.dim, stated=stated)
-    if isinstance(config, MAEConfig):
+    if isinstance(config, (MAEConfig, CAEConfig)):
         heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 

@@ -13,6 +13,7 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
+    "MM_MAE_NAMES",
     "convert_mm_beit",
     "convert_mm_beit_v2",
     "convert_mm_mae",
@@ -21,6 +22,13 @@ __all__ = [
     "convert_openmixup_simmim",
     "openmmlab_state",
 ]
+
+#: Of MAE's decoder, after :func:`openmmlab_state`.
+MM_MAE_NAMES = (
+    (r"^neck\.decoder_blocks\.(\d+)\.ln([12])\.", r"decoder_blocks.\1.norm\2."),
+    (r"^neck\.ln1\.", "decoder_norm."),
+    (r"^neck\.", ""),
+)
 
 _BEIT_MASKED = 75
 _MASKFEAT_MASKED, _MASKFEAT_LEAST = 78, 15
@@ -53,11 +61,7 @@ def convert_mm_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mae.py``, ``models/necks/mae_neck.py``.
     """
     state = openmmlab_state(raw)
-    state.rename(
-        (r"^neck\.decoder_blocks\.(\d+)\.ln([12])\.", r"decoder_blocks.\1.norm\2."),
-        (r"^neck\.ln1\.", "decoder_norm."),
-        (r"^neck\.", ""),
-    )
+    state.rename(*MM_MAE_NAMES)
     return mae_model(state, heads, {"norm_pix_loss": True})
 
 

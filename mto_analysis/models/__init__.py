@@ -1,16 +1,21 @@
 """One file per architecture, on timm's blocks, all behind :class:`MaskedImageModel`."""
 
 from mto_analysis.models.bootmae import BootMAE, BootMAEConfig
+from mto_analysis.models.cae import CAE, CAEConfig
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
+from mto_analysis.models.milan import MILAN
 from mto_analysis.models.simmim import SimMIM, SimMIMConfig
 from mto_analysis.models.swin import SimMIMSwin, SwinConfig
 
 __all__ = [
+    "CAE",
     "MAE",
+    "MILAN",
     "BootMAE",
     "BootMAEConfig",
+    "CAEConfig",
     "InpaintingConfig",
     "InpaintingViT",
     "LayerTokens",
