@@ -9,6 +9,7 @@ from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert
 from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
+from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
 from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
@@ -85,7 +86,7 @@ LAYOUTS: tuple[Layout, ...] = (
         lambda n: n.starts("beit.embeddings.") and _masked(n, "beit.embeddings.mask_token"),
         convert_hf_beit,
     ),
-    Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
+    Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.", "decoder.decoder_"), convert_hf_hiera),
     Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight"), convert_mm_milan),
     Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0."), convert_mm_cae),
     Layout("mmpretrain MFF", lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0.")),
@@ -127,7 +128,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("BootMAE", lambda n: n.starts("decode_blocks.0.", "decode_blocks_1.0."), convert_bootmae),
     Layout("CAE", lambda n: n.starts("regresser.regressor_blocks."), convert_cae),
     Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
-    Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight", "mask_token")),
+    Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight"), convert_hiera),
     Layout("MCMAE / ConvMAE", lambda n: n.starts("blocks3.0.") and n.has("mask_token")),
     Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight"), convert_milan),
     Layout("UM-MAE", lambda n: n.has("vis_mask_token")),

@@ -22,6 +22,8 @@ from mto_analysis.models import (
     BootMAE,
     BootMAEConfig,
     CAEConfig,
+    Hiera,
+    HieraConfig,
     InpaintingConfig,
     InpaintingViT,
     MAEConfig,
@@ -45,6 +47,7 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "bootmae": (BootMAE, BootMAEConfig),
     "milan": (MILAN, MAEConfig),
     "cae": (CAE, CAEConfig),
+    "hiera": (Hiera, HieraConfig),
     "beit": (InpaintingViT, InpaintingConfig),
     "beit_v2": (InpaintingViT, InpaintingConfig),
     "data2vec_vision": (InpaintingViT, InpaintingConfig),
@@ -99,7 +102,7 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
     stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
     heads.choose("num_heads", config.dim, stated=stated)
-    if isinstance(config, (MAEConfig, CAEConfig)):
+    if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
         heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 
