@@ -137,6 +137,47 @@ def mae_weights(*, predicted: int = 3 * PATCH * PATCH) -> Weights:
     return draw.weights
 
 
+def mff_weights() -> Weights:
+    draw = Draw(3)
+    draw.put("proj_weights", DEPTH, 1, 1, 1)
+    for number in range(DEPTH - 1):
+        draw.linear(f"proj_layers.{number}", DIM, DIM)
+    return mae_weights() | draw.weights
+
+
+def hiera_weights() -> Weights:
+    draw = Draw()
+    dim, side = 8, 3  # 3 x 3 mask units of 32 px
+    draw.put("patch_embed.proj.weight", dim, 3, 7, 7)
+    draw.put("patch_embed.proj.bias", dim)
+    draw.put("pos_embed", 1, (8 * side) ** 2, dim)
+    number = 0
+    for stage, depth in enumerate((1, 2, 2, 1)):
+        for first in (True, *(False,) * (depth - 1)):
+            name, before = f"blocks.{number}", dim // 2 if stage and first else dim
+            draw.norm(f"{name}.norm1", before)
+            draw.linear(f"{name}.attn.qkv", before, 3 * dim)
+            draw.linear(f"{name}.attn.proj", dim, dim)
+            if before != dim:
+                draw.linear(f"{name}.proj", before, dim)
+            draw.norm(f"{name}.norm2", dim)
+            draw.mlp(f"{name}.mlp", dim, 2 * dim)
+            number += 1
+        dim *= 2 if stage < 3 else 1
+    for head in range(2):
+        draw.put(f"multi_scale_fusion_heads.{head}.weight", dim, 8 << head, 4 >> head, 4 >> head)
+        draw.put(f"multi_scale_fusion_heads.{head}.bias", dim)
+    draw.norm("encoder_norm", dim)
+    draw.linear("decoder_embed", dim, DECODER)
+    draw.put("mask_token", 1, 1, DECODER)
+    draw.put("decoder_pos_embed", 1, (2 * side) ** 2, DECODER)
+    for number in range(2):
+        draw.block(f"decoder_blocks.{number}", DECODER, DECODER_MLP, fused=True)
+    draw.norm("decoder_norm", DECODER)
+    draw.linear("decoder_pred", DECODER, 3 * 16 * 16)
+    return draw.weights
+
+
 def milan_weights() -> Weights:
     weights = mae_weights(predicted=20)
     for name in [name for name in weights if re.match(r"decoder_blocks\.\d+\.attn\.qkv\.", name)]:
@@ -380,8 +421,27 @@ MM: Rules = (
     (r"^patch_embed\.proj\.", "backbone.patch_embed.projection."),
     (r"^decoder_norm\.", "neck.ln1."),
     (r"^(decoder_embed|decoder_pos_embed|decoder_pred)", r"neck.\1"),
-    (r"^(cls_token|pos_embed|rel_pos_bias)", r"backbone.\1"),
+    (r"^(cls_token|pos_embed|rel_pos_bias|proj_layers|proj_weights)", r"backbone.\1"),
 )
+HIERA_STAGES = {0: "0.layers.0", 1: "1.layers.0", 2: "1.layers.1", 3: "2.layers.0", 4: "2.layers.1", 5: "3.layers.0"}
+
+
+def hf_hiera(weights: Weights) -> Weights:
+    return rename(
+        weights,
+        *((rf"^blocks\.{number}\.", f"hiera.encoder.stages.{name}.") for number, name in HIERA_STAGES.items()),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"^decoder_blocks\.(\d+)\.", r"decoder.decoder_block.layers.\1."),
+        (r"^patch_embed\.proj\.", "hiera.embeddings.patch_embeddings.projection."),
+        (r"^pos_embed$", "hiera.embeddings.position_embeddings"),
+        (r"^multi_scale", "multiscale_fusion.multi_scale"),
+        (r"^decoder_pos_embed$", "decoder.decoder_position_embeddings"),
+        (r"^decoder_embed\.", "decoder.decoder_embeddings."),
+        (r"^(decoder_norm|decoder_pred|mask_token)", r"decoder.\1"),
+    )
+
+
 MASK_IN_NECK = ((r"^mask_token$", "neck.mask_token"),)
 MASK_IN_BACKBONE = ((r"^mask_token$", "backbone.mask_token"),)
 TARGETS = {"target_generator.encoder.weight": torch.ones(2, 2)}
@@ -528,6 +588,12 @@ def hf_folder(folder: Path, tensors: Weights, **config: Any) -> Path:
     return folder
 
 
+def hiera_file(folder: Path, tensors: Weights) -> Path:
+    path = folder / "mae_hiera_base_224.pth"
+    torch.save({"epoch": 1600, "model_state": tensors}, path)
+    return path
+
+
 def flat(folder: Path, tensors: Weights) -> Path:
     path = folder / "weights.pth"
     torch.save(tensors, path)
@@ -658,7 +724,7 @@ def _published() -> Iterator[Published]:
         "MAE-Lite",
         "mae",
         mae_weights,
-        lambda w: rename(w, (r"^", "module.model.")),
+        lambda w: rename(w, (r"^", "module.model.")) | {"module.tch_model.cls_token": torch.ones(1, 1, 8)},
         mae_trainer,
         {"decoder": MAE_TOKENS},
         MAE_HEADS,
@@ -734,6 +800,32 @@ def _published() -> Iterator[Published]:
         MAE_HEADS,
         mm_key,
         "neck.mask_token",
+    )
+    yield Published(
+        "mmpretrain MFF",
+        "mff",
+        mff_weights,
+        lambda w: rename(w, *MM, *MASK_IN_NECK),
+        mm_trainer,
+        {"decoder": partial(reference.mff_tokens, heads=HEADS, decoder_heads=DECODER_HEADS)},
+        MAE_HEADS,
+        mm_key,
+        "neck.mask_token",
+    )
+    hiera = {"decoder": partial(reference.hiera_tokens, heads=2, decoder_heads=DECODER_HEADS)}
+    hiera_heads = {"num_heads": 2, "decoder_num_heads": DECODER_HEADS}
+    yield Published("Hiera MAE", "hiera", hiera_weights, dict, hiera_file, hiera, hiera_heads, key)
+    yield Published(
+        "Hugging Face Hiera MAE",
+        "hiera",
+        hiera_weights,
+        hf_hiera,
+        partial(
+            hf_folder, depths=[1, 2, 2, 1], num_heads=[2, 4, 8, 16], decoder_num_heads=DECODER_HEADS, mask_ratio=0.6
+        ),
+        hiera,
+        probe_key="hiera.encoder.stages.0.layers.0.mlp.fc2.weight",
+        mask_token="decoder.mask_token",
     )
     yield Published("CAE", "cae", cae_weights, cae_around, mae_trainer, cae, MAE_HEADS, f"encoder.{key}")
     yield Published(

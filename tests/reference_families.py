@@ -284,3 +284,81 @@ def cae_tokens(
         y = norm(y, w, f"{name}.norm2_cross", eps)
         moving = y + w[f"{name}.gamma_2_cross"] * mlp(y, w, f"{name}.mlp_cross")
     return tokens
+
+
+def mff_tokens(
+    w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, eps: float = 1e-6
+) -> list[Tensor]:
+    outputs = mae_encode(w, image, mask, heads, eps)[1:]
+    weights = w["proj_weights"].flatten().softmax(dim=0)
+    fused = weights[-1] * outputs[-1]
+    for number in range(len(weights) - 1):
+        at = (number + 1) * len(outputs) // len(weights) - 1
+        fused = fused + weights[number] * linear(outputs[at], w, f"proj_layers.{number}")
+    x = mae_input(w, fused, mask, eps)
+    tokens = [x[1:]]
+    for number in range(count(w, "decoder_blocks.")):
+        x = block(x, w, f"decoder_blocks.{number}", decoder_heads, eps)
+        tokens.append(x[1:])
+    return tokens
+
+
+def hiera_tokens(
+    w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, pools: int = 2, eps: float = 1e-6
+) -> list[Tensor]:
+    """Facebook's Hiera MAE; each visible mask unit of 8 x 8 tokens is a small map of its own."""
+    side = image.shape[1] // 32  # mask units
+    inner = 8 >> pools  # decoder tokens of a unit
+    unit_mask = mask.reshape(side, inner, side, inner)[:, 0, :, 0]
+    hidden = unit_mask.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    kernel = w["patch_embed.proj.weight"]
+    x = torch.nn.functional.conv2d(image[None] * ~hidden, kernel, w["patch_embed.proj.bias"], stride=4, padding=3)[0]
+    x = x.permute(1, 2, 0) + w["pos_embed"][0].reshape(8 * side, 8 * side, -1)
+    places = [(row, column) for row in range(side) for column in range(side) if not unit_mask[row, column]]
+    units = [x[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] for row, column in places]
+
+    def pool(y: Tensor) -> Tensor:
+        four = [y[row::2, column::2] for row in (0, 1) for column in (0, 1)]
+        return torch.stack(four).amax(dim=0)
+
+    blocks = count(w, "blocks.")
+    stage, kept = 0, []
+    for number in range(blocks):
+        name = f"blocks.{number}"
+        local = stage < 2  # a stage's first block still attends as the stage before
+        pooled = False
+        if f"{name}.proj.weight" in w:
+            kept.append(units)
+            stage += 1
+            pooled = stage <= pools
+        normed = [norm(unit, w, f"{name}.norm1", eps) for unit in units]
+        parts = [linear(unit, w, f"{name}.attn.qkv").chunk(3, dim=-1) for unit in normed]
+        queries = [pool(q) if pooled else q for q, _, _ in parts]
+        every = [torch.cat([part[each].flatten(0, 1) for part in parts]) for each in (1, 2)]
+        new = []
+        for unit, y, q, (_, k, v) in zip(units, normed, queries, parts, strict=True):
+            if f"{name}.proj.weight" in w:
+                unit = linear(y, w, f"{name}.proj")
+                unit = pool(unit) if pooled else unit
+            keys, values = (k.flatten(0, 1), v.flatten(0, 1)) if local else every
+            seen = attend(q.flatten(0, 1), keys, values, heads << stage).reshape(q.shape)
+            unit = unit + linear(seen, w, f"{name}.attn.proj")
+            new.append(unit + mlp(norm(unit, w, f"{name}.norm2", eps), w, f"{name}.mlp"))
+        units = new
+    width = w["mask_token"].shape[-1]
+    full = w["mask_token"][0, 0].expand(side * inner, side * inner, width).clone()
+    for number, (row, column) in enumerate(places):
+        y = units[number]
+        for head in range(pools):
+            weight = w[f"multi_scale_fusion_heads.{head}.weight"]
+            bias = w[f"multi_scale_fusion_heads.{head}.bias"]
+            unit = kept[head][number].permute(2, 0, 1)[None]
+            y = y + torch.nn.functional.conv2d(unit, weight, bias, stride=weight.shape[-1])[0].permute(1, 2, 0)
+        placed = linear(norm(y, w, "encoder_norm", eps), w, "decoder_embed")
+        full[inner * row : inner * (row + 1), inner * column : inner * (column + 1)] = placed
+    x = full.flatten(0, 1) + w["decoder_pos_embed"][0]
+    tokens = [x]
+    for number in range(count(w, "decoder_blocks.")):
+        x = block(x, w, f"decoder_blocks.{number}", decoder_heads, eps)
+        tokens.append(x)
+    return tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
 from mto_analysis.checkpoints.openmmlab import openmmlab_state
 from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
 
@@ -25,7 +26,6 @@ def convert_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state.drop(r"(alignment_encoder|teacher|decoder)\..*", r"encoder\.lm_head\..*", r"regresser\.norm\..*")
     state.rename(
         (r"^encoder\.", ""),
-        (r"^encoder_to_regresser(_norm)?\.", r"decoder_embed\1."),
         (r"^rd_pos_embed$", "decoder_pos_embed"),
         (r"^regresser\.regressor_blocks\.", "decoder_blocks."),
     )
@@ -56,7 +56,8 @@ def _cae(state: StateDict, heads: Heads, rule: MaskRule, source: str) -> Convers
     state.fuse_qkv("blocks.")
     state.split_qkv("decoder_blocks.")
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
-    decoder_dim = state.shape("mask_token", 3)[2]
+    if (width := state.shape("mask_token", 3)[2]) != dim:
+        raise CheckpointError(f"mask_token is {width} wide, the encoder {dim}: only equal widths were published")
     grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
     model = CAEConfig(
         image_size=grid * patch_size,
@@ -67,9 +68,8 @@ def _cae(state: StateDict, heads: Heads, rule: MaskRule, source: str) -> Convers
         num_heads=heads.choose("num_heads", dim, published=ENCODER_HEADS),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
-        decoder_dim=decoder_dim,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
-        decoder_num_heads=heads.choose("decoder_num_heads", decoder_dim, published=ENCODER_HEADS),
+        decoder_num_heads=heads.choose("decoder_num_heads", dim, published=ENCODER_HEADS),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp_cross.fc1.weight", 2)[0],
     )
     info = ModelInfo(

@@ -18,6 +18,7 @@ from mto_analysis.checkpoints.openmmlab import (
     convert_mm_beit_v2,
     convert_mm_mae,
     convert_mm_maskfeat,
+    convert_mm_mff,
     convert_mm_swin,
     convert_openmixup_simmim,
 )
@@ -89,7 +90,11 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.", "decoder.decoder_"), convert_hf_hiera),
     Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight"), convert_mm_milan),
     Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0."), convert_mm_cae),
-    Layout("mmpretrain MFF", lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0.")),
+    Layout(
+        "mmpretrain MFF",
+        lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0."),
+        convert_mm_mff,
+    ),
     Layout("mmpretrain MixMIM", lambda n: n.has("backbone.absolute_pos_embed") and n.starts("neck.decoder_blocks.0.")),
     Layout("mmpretrain MAE", lambda n: n.has("neck.decoder_blocks.0.attn.qkv.weight"), convert_mm_mae),
     Layout(

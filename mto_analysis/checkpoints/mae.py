@@ -42,10 +42,13 @@ def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
 def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """Files of wangsr126/mae-lite: MAE's names behind ``model.``; 12 heads in small encoders too.
 
+    Distilled models come with their teacher, which is left out.
+
     Source:
         wangsr126/mae-lite, ``projects/mae_lite/models_mae.py``.
     """
     state = StateDict(dict(raw.tensors))
+    state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
     return mae_model(state, heads, {}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
 

@@ -18,6 +18,7 @@ from mto_analysis.masking import MaskRule
 from mto_analysis.models import (
     CAE,
     MAE,
+    MFF,
     MILAN,
     BootMAE,
     BootMAEConfig,
@@ -28,6 +29,7 @@ from mto_analysis.models import (
     InpaintingViT,
     MAEConfig,
     MaskedImageModel,
+    MFFConfig,
     ModelInfo,
     SimMIM,
     SimMIMConfig,
@@ -45,6 +47,7 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "simmim_swin": (SimMIMSwin, SwinConfig),
     "simmim_swinv2": (SimMIMSwin, SwinConfig),
     "bootmae": (BootMAE, BootMAEConfig),
+    "mff": (MFF, MFFConfig),
     "milan": (MILAN, MAEConfig),
     "cae": (CAE, CAEConfig),
     "hiera": (Hiera, HieraConfig),
@@ -103,7 +106,8 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
     stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
     heads.choose("num_heads", config.dim, stated=stated)
     if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
-        heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
+        width = config.dim if isinstance(config, CAEConfig) else config.decoder_dim
+        heads.choose("decoder_num_heads", width, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 
 

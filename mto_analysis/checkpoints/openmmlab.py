@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 from mto_analysis.checkpoints.beit import inpainting_model
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
 from mto_analysis.checkpoints.inpainting import blockwise_rule, inpainting_config, rename_beit
@@ -10,6 +12,7 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import simmim_vit
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
 from mto_analysis.errors import CheckpointError
+from mto_analysis.models import MFF, MFFConfig
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "convert_mm_beit_v2",
     "convert_mm_mae",
     "convert_mm_maskfeat",
+    "convert_mm_mff",
     "convert_mm_swin",
     "convert_openmixup_simmim",
     "openmmlab_state",
@@ -63,6 +67,18 @@ def convert_mm_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
     return mae_model(state, heads, {"norm_pix_loss": True})
+
+
+def convert_mm_mff(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """MFF of mmpretrain: MAE with a weighted sum of encoder layers.
+
+    Source:
+        open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mff.py``.
+    """
+    conversion = convert_mm_mae(raw, heads)
+    fused = conversion.state.shape("proj_weights", 4)[0]
+    config = MFFConfig(**asdict(conversion.config), fused=fused)
+    return replace(conversion, make=MFF, config=config, info=replace(conversion.info, family="mff"))
 
 
 def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:

@@ -6,6 +6,7 @@ from mto_analysis.models.hiera import Hiera, HieraConfig
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
+from mto_analysis.models.mff import MFF, MFFConfig
 from mto_analysis.models.milan import MILAN
 from mto_analysis.models.simmim import SimMIM, SimMIMConfig
 from mto_analysis.models.swin import SimMIMSwin, SwinConfig
@@ -13,6 +14,7 @@ from mto_analysis.models.swin import SimMIMSwin, SwinConfig
 __all__ = [
     "CAE",
     "MAE",
+    "MFF",
     "MILAN",
     "BootMAE",
     "BootMAEConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "InpaintingViT",
     "LayerTokens",
     "MAEConfig",
+    "MFFConfig",
     "MaskedImageModel",
     "ModelInfo",
     "SimMIM",
