@@ -75,7 +75,8 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
     )
     pools = block_numbers(state.tensors, "fusion.")
     image_size = _STRIDE * square_side(state.shape("pos_embed", 3)[1], "pos_embed")
-    stated = config.get("num_heads")
+    first = config.get("num_heads")
+    stated = count({"num_heads": first[0]}, "num_heads") if isinstance(first, list) and first else None
     try:
         model = HieraConfig(
             image_size=image_size,
@@ -84,12 +85,7 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
             kernel=kernel,
             dim=dim,
             depths=tuple(end - start for start, end in zip([0, *starts], [*starts, blocks], strict=True)),
-            num_heads=heads.choose(
-                "num_heads",
-                dim,
-                stated=count({"num_heads": stated[0]}, "num_heads") if stated else None,
-                published=_HEADS,
-            ),
+            num_heads=heads.choose("num_heads", dim, stated=stated, published=_HEADS),
             mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
             pools=pools,
             decoder_dim=decoder_dim,
