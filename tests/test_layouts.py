@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from published_files import PUBLISHED, Published, simmim_model_only, swin_weight
 
 from mto_analysis import CheckpointError, inspect_checkpoint, load_checkpoint, own_loss, save_checkpoint
 from mto_analysis.checkpoints import HeadCountError
+from mto_analysis.checkpoints.conversion import Heads, build
+from mto_analysis.checkpoints.layouts import recognize
+from mto_analysis.checkpoints.reading import read_checkpoint
 from mto_analysis.masking import mask_keys
 
 BY_NAME = {each.name: each for each in PUBLISHED}
@@ -210,3 +215,16 @@ def test_load_checkpoint__tells_the_statistics_and_masks_of_beit_files_apart(tmp
         "mmpretrain BEiT": (0.485, "blockwise", 0.3827),
         "ConMIM": (0.485, "block", 0.75),
     }
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_load_checkpoint__never_fails_inside_torch_for_a_tensor_of_no_axes(name: str, tmp_path: Path) -> None:
+    published = BY_NAME[name]
+    raw = read_checkpoint(published.save(tmp_path))
+    convert = recognize(raw)[1]
+    for tensor in [*list(raw.tensors)[:: max(1, len(raw.tensors) // 12)], published.probe_key]:
+        changed = replace(raw, tensors=raw.tensors | {tensor: torch.tensor(1.0)})
+        # What is left out on purpose may hold anything; everything else is an error of ours, never of torch.
+        with contextlib.suppress(CheckpointError):
+            build(convert(changed, Heads(**published.heads)), materialize=False)
+            assert tensor != published.probe_key

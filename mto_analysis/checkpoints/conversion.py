@@ -139,7 +139,7 @@ class StateDict:
                 key = torch.zeros_like(query)
             else:
                 key = self.take(key_name)
-            if query.shape[1:] != key.shape[1:] or query.shape[1:] != value.shape[1:]:
+            if 0 in (query.ndim, key.ndim, value.ndim) or not query.shape[1:] == key.shape[1:] == value.shape[1:]:
                 raise CheckpointError(f"query, key and value of {origin} have different widths")
             self.tensors[fused], self.origin[fused] = torch.cat([query, key, value]), origin
 
@@ -154,7 +154,10 @@ class StateDict:
             stem, _, fused = stem.rpartition(".") if last in ("weight", "bias") else (stem, "", last)
             origin = self.origin[name]
             if fused in ("qkv", "kv"):
-                pieces = self.take(name).chunk(len(fused))
+                tensor = self.take(name)
+                if tensor.ndim == 0:
+                    raise CheckpointError(f"{origin} is a single number, not a matrix")
+                pieces = tensor.chunk(len(fused))
                 self.put({f"{stem}.{part}.{last}": piece for part, piece in zip(fused, pieces, strict=False)}, origin)
             elif fused in ("q_bias", "v_bias"):
                 bias = self.take(name)

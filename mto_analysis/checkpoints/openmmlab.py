@@ -97,7 +97,7 @@ def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
     )
     for name in [name for name in state.tensors if name.startswith("merges.")]:
         tensor = state.tensors[name]
-        if tensor.shape[-1] % 4:
+        if tensor.ndim == 0 or tensor.shape[-1] % 4:
             raise CheckpointError(f"{state.origin[name]} must join 4 tokens, got {list(tensor.shape)}")
         # From (channel, row, column) to the original's (column, row, channel).
         state.tensors[name] = tensor.reshape(*tensor.shape[:-1], -1, 2, 2).transpose(-1, -3).flatten(-3)

@@ -27,8 +27,9 @@ def what_instead(raw: RawCheckpoint) -> str:
 
     if not starts(*_KNOWN):
         return f"is not a masked image model; its tensors are {_some(names)}"
-    width = next((int(raw.tensors[name].shape[0]) for name in names if name.endswith("patch_embed.proj.weight")), None)
-    full = MAE_FULL.format(_SIZES.get(width or 0, "base"))
+    embedding = next((names[name] for name in names if name.endswith("patch_embed.proj.weight")), None)
+    size = _SIZES.get(len(embedding) if embedding is not None and embedding.ndim else 0, "base")
+    full = MAE_FULL.format(size)
     fine_tuned = starts("head.", "fc_norm.", "classifier.", "model.head.")
     if fine_tuned and "fc_norm.weight" in names and "blocks.0.attn.relative_position_bias_table" in names:
         return (
@@ -53,7 +54,7 @@ def what_instead(raw: RawCheckpoint) -> str:
         return f"is an encoder without mask token and decoder; get {SIMMIM_VIT}"
     return (
         "holds an encoder only: no mask token, no decoder, so there is nothing to measure; for MAE get "
-        f"{full} or the Hugging Face folder facebook/vit-mae-{_SIZES.get(width or 0, 'base')}"
+        f"{full} or the Hugging Face folder facebook/vit-mae-{size}"
     )
 
 
