@@ -594,6 +594,21 @@ def hiera_file(folder: Path, tensors: Weights) -> Path:
     return path
 
 
+def ibot_file(folder: Path, tensors: Weights) -> Path:
+    """As bytedance/ibot saves: student, teacher, losses."""
+    path = folder / "checkpoint.pth"
+    args = argparse.Namespace(arch="vit_base", pred_ratio=[0.0, 0.3])
+    teacher = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    torch.save({"student": tensors, "teacher": teacher, "epoch": 400, "args": args}, path)
+    return path
+
+
+def ibot(weights: Weights) -> Weights:
+    tensors = rename(weights, (r"^mask_token$", "masked_embed"), (r"^", "module.backbone."))
+    tensors["module.backbone.masked_embed"] = tensors["module.backbone.masked_embed"][0]
+    return tensors | {"module.head.mlp.0.weight": torch.ones(4, DIM)}
+
+
 def flat(folder: Path, tensors: Weights) -> Path:
     path = folder / "weights.pth"
     torch.save(tensors, path)
@@ -785,6 +800,17 @@ def _published() -> Iterator[Published]:
         MAE_HEADS,
         "backbone.layers.0.ffn.layers.1.weight",
         "neck.mask_token",
+    )
+    yield Published(
+        "iBOT",
+        "ibot",
+        partial(beit_weights, positions=True, gamma=False, fused=True),
+        ibot,
+        ibot_file,
+        {"encoder": BEIT},
+        {"num_heads": HEADS},
+        "backbone.blocks.0.mlp.fc2.weight",
+        "module.backbone.masked_embed",
     )
     milan = {"decoder": partial(reference.milan_tokens, heads=HEADS, decoder_heads=DECODER_HEADS)}
     cae = {"regressor": partial(reference.cae_tokens, heads=HEADS, decoder_heads=2)}

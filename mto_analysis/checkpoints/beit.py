@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict
 from mto_analysis.checkpoints.facts import count, hf_config, number, section
 from mto_analysis.checkpoints.inpainting import block_rule, blockwise_rule, inpainting_config, rename_beit
 from mto_analysis.checkpoints.reading import RawCheckpoint
@@ -19,7 +19,11 @@ __all__ = ["HF_BLOCK_NAMES", "convert_beit", "convert_beit_v2", "convert_conmim"
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
 _BEIT_MASKED = 75
+_EVA_WIDTH, _EVA_HEADS = 1408, 16
+_EVA_MASKED, _EVA_PATCHES = 105, 256
 _DATA2VEC_MASKED = 120
 _CONMIM_RATIO = 0.75
 
@@ -37,15 +41,20 @@ HF_BLOCK_NAMES = (
 
 
 def convert_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
-    """Pre-training files of BEiT and data2vec vision, told apart by the head: visual tokens, or features as wide.
+    """Pre-training files of BEiT and data2vec vision, told apart by the head, and of EVA giant, by its width.
+
+    BEiT's head gives visual tokens, data2vec's features as wide as the model.
 
     The head is left out: it acts on nothing that is measured. BEiT's ImageNet-22k files were trained with mean and std
     0.5, those of ImageNet-1k (absolute positions, no bias tables) and data2vec's with ImageNet's statistics.
 
     Source:
-        microsoft/unilm, ``beit/modeling_pretrain.py``; facebookresearch/data2vec_vision.
+        microsoft/unilm, ``beit/modeling_pretrain.py``; facebookresearch/data2vec_vision; baaivision/EVA, ``EVA-01``.
     """
     state, model = _state_and_model(raw, heads)
+    if model.dim == _EVA_WIDTH:
+        rule = blockwise_rule(_EVA_MASKED, "EVA", model, of=_EVA_PATCHES)
+        return inpainting_model("eva", state, model, rule, _CLIP)
     head = raw.tensors.get("lm_head.weight")
     if head is not None and head.ndim == 2 and head.shape[0] == head.shape[1] == model.dim:
         rule = blockwise_rule(_DATA2VEC_MASKED, "data2vec vision", model)
@@ -143,7 +152,12 @@ def _state_and_model(raw: RawCheckpoint, heads: Heads) -> tuple[StateDict, Inpai
     state.drop(r"lm_head\..*", r"cls_pt_(layers|norm|lm_head)\..*", r"projectors\..*")
     rename_beit(state)
     size = section(raw.extras, "args").get("input_size")
-    return state, inpainting_config(state, heads, image_size=size if isinstance(size, int) else None)
+    return state, inpainting_config(
+        state,
+        heads,
+        image_size=size if isinstance(size, int) else None,
+        published={**ENCODER_HEADS, _EVA_WIDTH: _EVA_HEADS},
+    )
 
 
 def _stated_rule(arguments: Mapping[str, Any], model: InpaintingConfig) -> tuple[MaskRule, str] | None:

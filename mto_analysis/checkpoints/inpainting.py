@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Heads, StateDict, block_numbers, square_side
@@ -34,7 +35,13 @@ def rename_beit(state: StateDict) -> None:
 
 
 def inpainting_config(
-    state: StateDict, heads: Heads, *, stated: int | None = None, image_size: int | None = None, eps: float = 1e-6
+    state: StateDict,
+    heads: Heads,
+    *,
+    stated: int | None = None,
+    image_size: int | None = None,
+    published: Mapping[int, int] = ENCODER_HEADS,
+    eps: float = 1e-6,
 ) -> InpaintingConfig:
     """The architecture, from shapes under our names.
 
@@ -43,6 +50,7 @@ def inpainting_config(
         heads: Given by the user.
         stated: Number of heads that a config states, where no table does.
         image_size: That a config states, where no positions do.
+        published: Heads by width.
         eps: Of the layer norms.
 
     Raises:
@@ -68,7 +76,7 @@ def inpainting_config(
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=stated, published=ENCODER_HEADS),
+        num_heads=heads.choose("num_heads", dim, stated=stated, published=published),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         position_bias=bias,

@@ -10,6 +10,7 @@ from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
+from mto_analysis.checkpoints.ibot import convert_ibot
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
 from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
@@ -189,8 +190,8 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "iBOT",
-        lambda n: n.has("masked_embed"),
-        instead="no file of this model is read yet; for BEiT get " + BEIT,
+        lambda n: (n.has("masked_embed") or n.has("backbone.masked_embed")) and not n.starts("backbone.layers."),
+        convert_ibot,
     ),
     Layout(
         "I-JEPA",
@@ -205,7 +206,7 @@ LAYOUTS: tuple[Layout, ...] = (
         instead="no file of this model is read yet; for BEiT get " + BEIT,
     ),
     Layout(
-        "BEiT / data2vec vision",
+        "BEiT / data2vec vision / EVA",
         lambda n: n.has("blocks.0.attn.q_bias") and _masked(n, "mask_token"),
         convert_beit,
     ),

@@ -54,6 +54,8 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "beit": (InpaintingViT, InpaintingConfig),
     "beit_v2": (InpaintingViT, InpaintingConfig),
     "data2vec_vision": (InpaintingViT, InpaintingConfig),
+    "eva": (InpaintingViT, InpaintingConfig),
+    "ibot": (InpaintingViT, InpaintingConfig),
     "maskfeat": (InpaintingViT, InpaintingConfig),
     "conmim": (InpaintingViT, InpaintingConfig),
 }

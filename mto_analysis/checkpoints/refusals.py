@@ -15,7 +15,10 @@ SIMMIM_SWIN = "simmim_pretrain__swin_base__img192_window6__800ep.pth, linked in 
 NO_MIXMIM = "its encoder mixes two pictures, so no file of this model can be measured; for a Swin get " + SIMMIM_SWIN
 BEIT = "the Hugging Face folder microsoft/beit-base-patch16-224-pt22k"
 
-_KNOWN = ("blocks.0.", "layers.0.", "encoder.", "vit.", "backbone.", "patch_embed.", "beit.", "swin.", "swinv2.")
+_KNOWN = (
+    "blocks.0.", "layers.0.", "encoder.", "vit.", "backbone.", "patch_embed.", "beit.", "data2vec_vision.", "swin.",
+    "swinv2.",
+)  # fmt: skip
 
 
 def what_instead(raw: RawCheckpoint) -> str:
@@ -38,6 +41,8 @@ def what_instead(raw: RawCheckpoint) -> str:
         )
     if starts("beit."):
         return f"has no mask token; get {BEIT}"
+    if starts("data2vec_vision."):
+        return "has no mask token; get the pre-training file of facebookresearch/data2vec_vision (checkpoint-799.pth)"
     if starts("swin.", "swinv2.", "layers.0.blocks.0."):
         return f"is a Swin without mask token; get {SIMMIM_SWIN}"
     if starts("backbone."):
