@@ -106,8 +106,8 @@ def paired_moments(numerators: ArrayLike, denominators: ArrayLike) -> Moments:
 def unpaired_moments(target_areas: ArrayLike, baseline_areas: ArrayLike, reference_areas: ArrayLike) -> Moments:
     r"""Means over independent runs, with the covariance that the shared reference S1(E1) brings.
 
-    Per run, :math:`A = \int S\,dE` and :math:`R = S_1(E_1)(E_2 - E_1)`: numerator :math:`\bar A_2 - \bar R`, denominator
-    :math:`\bar A_1 - \bar R`. R comes from the baseline's runs and stands in both, hence the covariance
+    Per run, :math:`A = \int S\,dE` and :math:`R = S_1(E_1)(E_2 - E_1)`: numerator :math:`\bar A_2 - \bar R`,
+    denominator :math:`\bar A_1 - \bar R`. R comes from the baseline's runs and stands in both, hence the covariance
     :math:`-\mathrm{cov}(R, A_1 - R) / n_1`. Degrees of freedom after Welch and Satterthwaite, for the variance of
     numerator minus ratio times denominator at the point estimate.
 

@@ -192,6 +192,8 @@ def ratio_of_areas(
     """
     reason = None
     mean_gain = denominator / width
+    if not (math.isfinite(numerator) and math.isfinite(denominator)):
+        return Ratio(numerator, denominator, reference, "the areas are too large for a computer's numbers")
     # Sums of numbers of this size carry rounding errors of about this much: below it even the sign means nothing.
     rounding = 8 * float(np.finfo(np.float64).eps) * (abs(reference) + span)
     if denominator <= 0:
@@ -261,7 +263,7 @@ def rauc(
 
 
 def reference_for(ratio: float, baseline: Any, target: Any, start: float, end: float) -> float:
-    """The reference with which Eq. (6) would give ``ratio``: what a printed RAUC says about a curve that is not printed.
+    """The reference with which Eq. (6) would give ``ratio``: what a printed RAUC says about an unprinted curve.
 
     Raises:
         ValueError: If ``ratio`` is 1, which no reference (equal areas: every reference) gives.

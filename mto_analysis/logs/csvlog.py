@@ -116,9 +116,11 @@ def read_csv_log(
     table = _numbers(name, _table(name, data, list(roles), delimiter, [epoch, score]), score, findings)
     scored = table["line"]
     table = _numbers(name, table, epoch, findings)
-    findings += grouped(name, set(scored) - set(table["line"]), "skipped: a score without an epoch") if len(
-        scored
-    ) > len(table) else []
+    findings += (
+        grouped(name, set(scored) - set(table["line"]), "skipped: a score without an epoch")
+        if len(scored) > len(table)
+        else []
+    )
     if table.empty:
         raise DataError(f"{name}: the table has no row with an epoch and a score")
     timm, lightning = score == "eval_top1", "step" in columns and "method" not in roles.values()

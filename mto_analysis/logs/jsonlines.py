@@ -197,10 +197,13 @@ def _scores(
     if "n_parameters" in found.keys:
         # It changes when another model writes into the same file; DeepSpeed leaves it out on some lines.
         rows["run"] = pd.Series(found.numbers("n_parameters").values).ffill().bfill()
+    rows = rows[has_both]
+    # A description line may have the key of a column (mmcls writes "seed" there) that no score has.
+    rows = rows.drop(columns=[column for column in rows if column != "score" and rows[column].isna().all()])
     return Log(
         name,
         "OpenMMLab JSON lines" if open_mmlab else ("MAE JSON lines" if mae_family else "JSON lines"),
-        rows[has_both].reset_index(drop=True),
+        rows.reset_index(drop=True),
         epochs_completed=True if open_mmlab else (False if mae_family else None),
         percent=True if open_mmlab or mae_family else None,
         findings=(

@@ -28,7 +28,7 @@ def read_trainer_state(name: str, data: bytes, score_key: str | None) -> Log:
         history: Any = json.loads(data)["log_history"]
         entries = [(place, dict(entry)) for place, entry in enumerate(history, 1)]
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{error.lineno}: the JSON document is broken ({error.msg}); use an older state") from error
+        raise DataError(f"{name}:{error.lineno}: the JSON document is broken ({error.msg})") from error
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise DataError(f"{name}: log_history is not a list of entries") from error
     names = list(dict.fromkeys(key for _, entry in entries for key in entry))
