@@ -167,8 +167,8 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
     Example:
         >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [2.0, 2.5, 2.9])))
         '[1.85, 2.11]'
-        >>> fieller(paired_moments([4.0, 5.0, 6.0], [-2.0, 0.5, 2.9])).kind
-        'everything'
+        >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [-1.0, 0.1, 1.2])))
+        'unbounded: all but -1.92 to 1.8'
     """
     y, x = moments.numerator, moments.denominator
     t2 = _t_quantile(moments.freedom, confidence) ** 2
