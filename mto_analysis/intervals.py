@@ -168,7 +168,7 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
         >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [2.0, 2.5, 2.9])))
         '[1.85, 2.11]'
         >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [-1.0, 0.1, 1.2])))
-        'unbounded: all but -1.92 to 1.8'
+        'unbounded: all but -0.956 to 2.64'
     """
     y, x = moments.numerator, moments.denominator
     t2 = _t_quantile(moments.freedom, confidence) ** 2

@@ -2,7 +2,7 @@
 
 import typer
 
-from mto_analyze import demo, heterogeneity, inspect, plot
+from mto_analyze import rauc, tables
 from mto_analyze.console import Commands
 
 __all__ = ["app"]
@@ -16,7 +16,5 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-app.command("demo")(demo.demo)
-app.command("inspect")(inspect.inspect)
-app.command("heterogeneity")(heterogeneity.heterogeneity)
-app.command("plot")(plot.plot)
+app.command("rauc")(rauc.rauc)
+app.command("tables")(tables.tables)
