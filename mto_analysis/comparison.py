@@ -37,7 +37,6 @@ from mto_analysis.rauc import (
 __all__ = [
     "Comparison",
     "Pairing",
-    "as_record",
     "common_window",
     "compare",
     "compare_methods",

@@ -6,13 +6,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
-__all__ = ["Kind", "render"]
-
-Kind = Literal["text", "csv", "markdown", "latex"]
+__all__ = ["render"]
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -20,7 +18,7 @@ _LATEX = {
 }  # fmt: skip
 
 
-def render(table: pd.DataFrame, kind: Kind, *, title: str = "", notes: Sequence[str] = ()) -> str:
+def render(table: pd.DataFrame, kind: str, *, title: str = "", notes: Sequence[str] = ()) -> str:
     r"""Write a table; title and notes go along except in CSV, which holds nothing but the table.
 
     Example:

@@ -158,7 +158,7 @@ def plot_rauc_windows(grid: pd.DataFrame, *, ax: Axes | None = None, axis: str =
     ax.set_title(title)
     ax.grid(visible=False)
     bar = ax.figure.colorbar(image, ax=ax, extend="both", label="RAUC")
-    bar.outline.set_linewidth(0.6)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.6)
     return ax
 
 
