@@ -222,6 +222,8 @@ def compare(
 
     final = score_at(mean_one, end, interpolate=True)
     reached = epochs_to_score(mean_two, final, end=end)
+    if reached is not None and (mean_two.scores[(mean_two.epochs > reached) & (mean_two.epochs <= end)] < final).any():
+        notes.append("the target falls below the baseline's final score again after it first reached it")
     falls = float(np.max(-np.diff(mean_one.scores[(mean_one.epochs >= start) & (mean_one.epochs <= end)]), initial=0.0))
     if reason is None and falls > denominator / width:
         notes.append(f"the baseline falls by {falls:.3g} inside the window, more than its mean gain: a fragile ratio")

@@ -239,7 +239,8 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content
             grids[name] = window_grid(first, second)
     with paper_style():
         folder.write_figure("rauc", rauc_figure(comparisons, runs, axis=table.axis, score=score))
-        folder.write_figure("rauc_windows", rauc_windows_figure(grids, axis=table.axis))
+        chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
+        folder.write_figure("rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
     folder.write_table(
         "rauc_windows.csv", pd.concat([grid.assign(comparison=name) for name, grid in grids.items()], ignore_index=True)
     )

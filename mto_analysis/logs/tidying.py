@@ -178,6 +178,6 @@ def _gaps(file: str, rows: pd.DataFrame, code: np.ndarray) -> list[Finding]:
         if counts.max() >= 0.6 * steps.size and holes.size:
             first = part[holes[0]]
             text = f"no score between epochs {epoch[first]:g} and {epoch[first + 1]:g} (usual step {usual:g})"
-            more = f", and {holes.size - 1} more gaps" if holes.size > 1 else ""
+            more = f" and {holes.size - 1} gaps after it" if holes.size > 1 else ""
             found.append(Finding(file, int(lines[first + 1]), text + more))
     return found[:3] + ([Finding(file, None, f"gaps in {len(found) - 3} more curves")] if len(found) > 3 else [])
