@@ -197,12 +197,14 @@ def _bca(ratios: Vector, point: float, jackknife: Sequence[Vector], confidence: 
 
     method = f"BCa bootstrap of whole runs, {how}"
     below = (np.count_nonzero(ratios < point) + 0.5 * np.count_nonzero(ratios == point)) / ratios.size
-    if not 0 < below < 1 or not math.isfinite(point):
+    if not (math.isfinite(point) and all(np.isfinite(left).all() for left in jackknife)):
+        return Interval(method, "everything", None, None, confidence, runs, "one run decides whether there is a gain")
+    if not 0 < below < 1:
         return no_interval(method, "the resampled ratios lie all on one side", confidence, runs)
     # Acceleration from leaving out one run at a time, summed over the independent samples.
     influence = np.concatenate([(left.mean() - left) * (left.size - 1) / left.size for left in jackknife])
     size = float(np.sum(influence**2))
-    acceleration = float(np.sum(influence**3)) / (6 * size**1.5) if size > 0 and math.isfinite(size) else 0.0
+    acceleration = float(np.sum(influence**3)) / (6 * size**1.5) if size > 0 else 0.0
     z0 = float(ndtri(below))
     ends = []
     for tail in (0.5 - confidence / 2, 0.5 + confidence / 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import warnings
 
 import numpy as np
@@ -37,19 +38,25 @@ def _table(name: str, data: bytes, columns: list[str], delimiter: str, numeric: 
     """The wanted columns with their line numbers; a numeric column stays text where one of its cells is no number."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # mixed types and short rows: both are looked at below, cell by cell
+            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # mixed cells are looked at below, one by one
+            # Reading all columns makes pandas count the fields: 57,4 in a comma table must not pass for 57.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(
                 io.BytesIO(data),
                 sep=delimiter,
-                usecols=columns,
                 dtype={column: str for column in columns if column not in numeric},
                 keep_default_na=False,
                 na_values={column: [""] for column in numeric},
                 skip_blank_lines=False,
                 index_col=False,
-            )
-    except (ValueError, pd.errors.ParserError) as error:
-        raise DataError(f"{name}: the table cannot be read ({error})") from error
+            )[columns]
+    except pd.errors.ParserWarning:
+        raise DataError(
+            f"{name}: rows have more fields than the header names; decimal commas, or a name unquoted?"
+        ) from None
+    except (ValueError, KeyError) as error:  # pandas' ParserError is a ValueError
+        line = re.search(r"in line (\d+)", str(error))
+        raise DataError(f"{name}{f':{line[1]}' if line else ''}: the table is broken ({error})") from error
     table["line"] = np.arange(2, len(table) + 2)
     return table
 
