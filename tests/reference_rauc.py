@@ -1,10 +1,12 @@
 """Eq. 6 and its companions again, as slow plain loops written from the paper alone."""
 
+import itertools
+
 
 def at(curve, epoch):
     """Score on the line between the two logged epochs around ``epoch``."""
     points = sorted(zip(*curve, strict=True))
-    for (e0, s0), (e1, s1) in zip(points, points[1:], strict=False):
+    for (e0, s0), (e1, s1) in itertools.pairwise(points):
         if e0 <= epoch <= e1:
             return s0 + (s1 - s0) * (epoch - e0) / (e1 - e0)
     raise LookupError(epoch)
@@ -13,7 +15,7 @@ def at(curve, epoch):
 def integral(curve, start, end, reference):
     corners = [start, *sorted(e for e in curve[0] if start < e < end), end]
     total = 0.0
-    for left, right in zip(corners, corners[1:], strict=False):
+    for left, right in itertools.pairwise(corners):
         total += (right - left) * ((at(curve, left) - reference) + (at(curve, right) - reference)) / 2
     return total
 

@@ -77,7 +77,7 @@ def test_read_curves__another_model_in_the_file_is_another_run(tmp_path):
     line = '{{"epoch": {}, "train_loss": 1, "test_acc1": {}, "n_parameters": {}}}\n'
     text = "".join(line.format(*values) for values in [(0, 50, 7), (1, 60, 7), (2, 40, 8), (3, 45, 8)])
     (tmp_path / "log.txt").write_text(text)
-    with pytest.raises(DataError, match="log.txt:3: .* more than one run"):
+    with pytest.raises(DataError, match=r"log.txt:3: .* more than one run"):
         read_curves([tmp_path / "log.txt"])
 
 

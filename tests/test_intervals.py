@@ -112,5 +112,5 @@ def test_intervals__refuse_what_has_no_spread(call):
 
 
 def test_interval__prints_in_words():
-    assert str(fieller(paired_moments(Y, X))) == "[1.95, 2.07]"
+    assert str(fieller(paired_moments(Y, X))) == "[1.95, 2.06]"
     assert str(bca_paired(Y[:2], X[:2], np.random.default_rng(0))) == "no interval: 2 pairs, 5 needed"

@@ -56,7 +56,7 @@ def _table(name: str, data: bytes, columns: list[str], delimiter: str, numeric: 
         ) from None
     except (ValueError, KeyError) as error:  # pandas' ParserError is a ValueError
         line = re.search(r"in line (\d+)", str(error))
-        raise DataError(f"{name}{f':{line[1]}' if line else ''}: the table is broken ({error})") from error
+        raise DataError(f"{name}{f':{line[1]}' if line else ''}: the table is broken ({str(error).strip()})") from error
     table["line"] = np.arange(2, len(table) + 2)
     return table
 
