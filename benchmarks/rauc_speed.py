@@ -1,4 +1,4 @@
-"""How long ``mto-analyze rauc`` takes, process start included: a small log, and a million rows of CSV and of JSON lines.
+"""How long ``mto-analyze rauc`` takes, process start included: a small log, a million rows of CSV and of JSON lines.
 
 Usage: ``python benchmarks/rauc_speed.py``. Prints the best of three runs beside that of an empty Python process.
 """

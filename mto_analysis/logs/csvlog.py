@@ -65,18 +65,16 @@ def _numbers(name: str, table: pd.DataFrame, column: str, findings: list[Finding
     """The table with ``column`` as numbers, without the rows where it is blank; a written NaN stays, to be named."""
     if table[column].dtype.kind in "if":
         return table[table[column].notna()].astype({column: float})
-    text = table[column].astype(object).where(table[column].notna(), "").astype(str).str.strip()
-    again = text == column
-    if again.any():
-        findings += grouped(name, table.loc[again, "line"], "skipped: the header again (a resumed run)")
-    filled = ~again & (text != "")
-    table, text = table[filled], text[filled]
-    values = pd.to_numeric(text, errors="coerce").astype(float)
-    bad = values.isna() & ~text.str.lower().isin(_WRITTEN_NAN)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{name}:{table['line'].iloc[at]}: {text.iloc[at]!r} in column {column!r} is not a number")
-    return table.assign(**{column: values})
+    values = pd.to_numeric(table[column], errors="coerce").astype(float)
+    lost = values.isna()  # the few cells that are no numbers: blank, a header, a written NaN, or a mistake
+    text = table.loc[lost, column].fillna("").astype(str).str.strip()
+    again = text[text == column].index
+    findings += grouped(name, table.loc[again, "line"], "skipped: the header again (a resumed run)")
+    bad = text[(text != "") & (text != column) & ~text.str.lower().isin(_WRITTEN_NAN)]
+    if not bad.empty:
+        line = table.loc[bad.index[0], "line"]
+        raise DataError(f"{name}:{line}: {bad.iloc[0]!r} in column {column!r} is not a number")
+    return table.assign(**{column: values}).drop(index=again.union(text[text == ""].index))
 
 
 def _require(name: str, columns: list[str], *wanted: str | None) -> None:

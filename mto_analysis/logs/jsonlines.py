@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,9 @@ _LARGE = 1 << 20
 
 #: Lines that Python's parser takes in one call; one call per line would take three times as long.
 _CHUNK = 512
+
+#: A line that no JSON object fills from end to end.
+_NO_OBJECT = re.compile(rb"^(?!\{[^\n]*\}\r?$)[^\n]*$", re.MULTILINE)
 
 
 class _Numbers(NamedTuple):
@@ -111,22 +115,31 @@ class _ParsedLines:
 
 
 class _ArrowLines:
-    """A clean file at once; raises ``ValueError`` where it is not clean."""
+    """A large file at once, without the lines that are no objects at first sight; ``ValueError`` if others are not."""
 
     def __init__(self, data: bytes) -> None:
         from pyarrow import json as arrow_json
 
-        table = arrow_json.read_json(io.BytesIO(data))
-        if table.num_rows != data.count(b"\n") + (not data.endswith(b"\n")):
-            raise ValueError("blank lines")
-        self._table, self.keys = table, table.column_names
-        self.last = table.num_rows
-        self.lines = np.arange(1, table.num_rows + 1, dtype=np.int64)
-        self.foreign: list[int] = []
+        self.foreign, pieces, at, number = [], [], 0, 1
+        for odd in _NO_OBJECT.finditer(data):
+            if odd.start() == len(data):
+                break
+            number += data.count(b"\n", at, odd.start())
+            self.foreign.append(number)
+            pieces.append(data[at : odd.start()])
+            at, number = odd.end() + 1, number + 1
+        self.last = number + data.count(b"\n", at)
+        clean = b"".join([*pieces, data[at:]]) if self.foreign else data
+        self._table = arrow_json.read_json(io.BytesIO(clean))
+        self.keys = self._table.column_names
+        end = self.last - data.endswith(b"\n")
+        self.lines = np.delete(np.arange(1, end + 1, dtype=np.int64), np.array(self.foreign, dtype=np.int64) - 1)
+        if len(self.lines) != self._table.num_rows:
+            raise ValueError(f"{self._table.num_rows} objects on {len(self.lines)} lines")
 
     def numbers(self, key: str) -> _Numbers:
         if key not in self.keys:
-            return _Numbers(np.full(self.last, math.nan), np.zeros(self.last, dtype=np.bool_))
+            return _Numbers(np.full(self.lines.shape, math.nan), np.zeros(self.lines.shape, dtype=np.bool_))
         column = self._table[key].combine_chunks()
         if not str(column.type).startswith(("double", "int", "null")):
             raise ValueError(f"{key} holds {column.type}")
