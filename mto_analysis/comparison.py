@@ -172,23 +172,7 @@ def compare(
         >>> round(result.rauc, 2), str(result.interval), round(result.epochs_to_final, 1)
         (1.27, '[1.17, 1.4]', 66.1)
     """
-    one, two = _runs(baseline, names[0]), _runs(target, names[1])
-    notes: list[str] = []
-    paired = set(one) == set(two) if pairing == "auto" else pairing == "seed"
-    if pairing == "seed":
-        shared = [seed for seed in one if seed in two]
-        if not shared:
-            raise ValueError(f"no seed pairs: {names[0]} has {', '.join(one)}, {names[1]} has {', '.join(two)}")
-        dropped = len(one) + len(two) - 2 * len(shared)
-        if dropped:
-            notes.append(f"{dropped} runs without a partner were left out")
-        one, two = ({seed: runs[seed] for seed in shared} for runs in (one, two))
-    elif not paired and max(len(one), len(two)) > 1:
-        notes.append(f"seeds do not pair ({len(one)} and {len(two)} runs): the interval is the unpaired one")
-
-    if paired:
-        two = {seed: two[seed] for seed in one}
-
+    one, two, paired, notes = _paired_runs(_runs(baseline, names[0]), _runs(target, names[1]), pairing, names)
     width = end - start
     levels = [
         score_at(run, start, interpolate=interpolate) if reference is None else float(reference) for run in one.values()
@@ -222,11 +206,7 @@ def compare(
 
     final = score_at(mean_one, end, interpolate=True)
     reached = epochs_to_score(mean_two, final, end=end)
-    if reached is not None and (mean_two.scores[(mean_two.epochs > reached) & (mean_two.epochs <= end)] < final).any():
-        notes.append("the target falls below the baseline's final score again after it first reached it")
-    falls = float(np.max(-np.diff(mean_one.scores[(mean_one.epochs >= start) & (mean_one.epochs <= end)]), initial=0.0))
-    if reason is None and falls > denominator / width:
-        notes.append(f"the baseline falls by {falls:.3g} inside the window, more than its mean gain: a fragile ratio")
+    notes += _cautions(mean_one, mean_two, (start, end), final, reached, None if reason else denominator / width)
     return Comparison(
         baseline=names[0],
         target=names[1],
@@ -255,6 +235,38 @@ def compare(
         group=dict(group or {}),
         notes=tuple(notes),
     )
+
+
+def _paired_runs(
+    one: dict[str, Points], two: dict[str, Points], pairing: Pairing, names: tuple[str, str]
+) -> tuple[dict[str, Points], dict[str, Points], bool, list[str]]:
+    """The runs that count, in one order where they pair; whether they do; what was left out."""
+    shared = [seed for seed in one if seed in two]
+    if pairing == "seed" and not shared:
+        raise ValueError(f"no seed pairs: {names[0]} has {', '.join(one)}, {names[1]} has {', '.join(two)}")
+    if pairing == "seed" or (pairing == "auto" and set(one) == set(two)):
+        dropped = len(one) + len(two) - 2 * len(shared)
+        notes = [f"{dropped} runs without a partner were left out"] if dropped else []
+        return {seed: one[seed] for seed in shared}, {seed: two[seed] for seed in shared}, True, notes
+    several = max(len(one), len(two)) > 1
+    notes = [f"seeds do not pair ({len(one)} and {len(two)} runs): the interval is the unpaired one"] if several else []
+    return one, two, False, notes
+
+
+def _cautions(
+    one: Points, two: Points, window: tuple[float, float], final: float, reached: float | None, mean_gain: float | None
+) -> list[str]:
+    """What the mean curves do that the numbers alone would hide."""
+    start, end = window
+    notes = []
+    if reached is not None and reached == two.epochs[0]:
+        notes.append("the target has the baseline's final score from its first logged epoch on: it may save more")
+    if reached is not None and (two.scores[(two.epochs > reached) & (two.epochs <= end)] < final).any():
+        notes.append("the target falls below the baseline's final score again after it first reached it")
+    fall = float(np.max(-np.diff(one.scores[(one.epochs >= start) & (one.epochs <= end)]), initial=0.0))
+    if mean_gain is not None and fall > mean_gain:
+        notes.append(f"the baseline falls by {fall:.3g} inside the window, more than its mean gain: a fragile ratio")
+    return notes
 
 
 def _paired_intervals(numerators: Vector, denominators: Vector, confidence: float) -> tuple[Interval, Interval]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LARGEST_NUMBER",
     "LARGEST_RATIO",
     "Points",
     "Ratio",
@@ -36,6 +37,9 @@ Vector = NDArray[np.float64]
 
 #: A ratio beyond this is not reported: the baseline's gain is then less than a thousandth of the span of the scores.
 LARGEST_RATIO = 1000.0
+
+#: Epochs and scores beyond this are no measurements, and their areas would overflow.
+LARGEST_NUMBER = 1e100
 
 
 class Points(NamedTuple):
@@ -106,8 +110,9 @@ def curve_points(curve: Any, name: str = "curve") -> Points:
     if epochs.ndim != 1 or epochs.shape != scores.shape or not epochs.size:
         raise ValueError(f"{name} must have as many scores as epochs, got {epochs.shape} and {scores.shape}")
     for part, values in (("epochs", epochs), ("scores", scores)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite, {part}[{np.flatnonzero(~np.isfinite(values))[0]}] is not")
+        if not (np.abs(values) <= LARGEST_NUMBER).all():
+            at = np.flatnonzero(~(np.abs(values) <= LARGEST_NUMBER))[0]
+            raise ValueError(f"{name} must be finite and of a sane size, {part}[{at}] is {values[at]:g}")
     order = np.argsort(epochs, kind="stable")
     epochs, scores = epochs[order], scores[order]
     repeated = np.flatnonzero(np.diff(epochs) == 0)
@@ -192,8 +197,6 @@ def ratio_of_areas(
     """
     reason = None
     mean_gain = denominator / width
-    if not (math.isfinite(numerator) and math.isfinite(denominator)):
-        return Ratio(numerator, denominator, reference, "the areas are too large for a computer's numbers")
     # Sums of numbers of this size carry rounding errors of about this much: below it even the sign means nothing.
     rounding = 8 * float(np.finfo(np.float64).eps) * (abs(reference) + span)
     if denominator <= 0:

@@ -95,6 +95,11 @@ def test_read_curves__negative_epochs_and_missing_groups_are_refused(table):
         table(rows("A,1,nan A,2,inf"))
 
 
+def test_read_curves__numbers_that_are_no_measurements_are_refused(table):
+    with pytest.raises(DataError, match=r"a.csv:3: score 1e\+308 is no measurement"):
+        table(rows("A,1,50 A,2,1e308"), unit="raw")
+
+
 def test_read_curves__checks_only_the_methods_that_are_wanted(table):
     assert table(rows("A,1,50 A,2,60 B,1,5 B,1,6"), methods=["A"]).methods == ["A"]
     with pytest.raises(DataError, match="no log has any of the methods C"):

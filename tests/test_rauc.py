@@ -122,8 +122,9 @@ def test_curve_points__takes_arrays_frames_and_mappings(form):
     ("curve", "message"),
     [
         (([1, 1], [2.0, 3.0]), "epoch 1 comes twice"),
-        (([1, 2], [2.0, math.nan]), r"scores\[1\] is not"),
-        (([1, math.inf], [2.0, 3.0]), r"epochs\[1\] is not"),
+        (([1, 2], [2.0, math.nan]), r"scores\[1\] is nan"),
+        (([1, math.inf], [2.0, 3.0]), r"epochs\[1\] is inf"),
+        (([1, 2], [2.0, 1e200]), r"sane size, scores\[1\] is 1e\+200"),
         (([1, 2], [2.0]), "as many scores as epochs"),
         (([], []), "as many scores as epochs"),
         (([1], [2], [3]), "3 parts"),

@@ -15,6 +15,7 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.logs.records import Finding, Log, grouped
+from mto_analysis.rauc import LARGEST_NUMBER
 
 __all__ = ["Unit", "tidy"]
 
@@ -42,6 +43,11 @@ def tidy(
         raise DataError(f"{log.file}:{line}: epoch {rows['epoch'][negative].iloc[0]:g} is negative")
     if rows.empty:
         raise DataError(f"{log.file}: no row has an epoch and a score")
+    for column in ("epoch", "score"):
+        huge = np.isfinite(rows[column].to_numpy()) & (np.abs(rows[column].to_numpy()) > LARGEST_NUMBER)
+        if huge.any():
+            at = int(np.argmax(huge))
+            raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
     keys = ["method", "seed", *groups]
     code = rows.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
     rows, code = _chosen_run(log.file, rows, code, run)
