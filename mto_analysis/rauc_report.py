@@ -14,11 +14,17 @@ from mto_analysis.intervals import Interval
 __all__ = ["as_frame", "as_record", "details", "table1"]
 
 
+#: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
+_MOST_CROSSINGS = 20
+
+
 def as_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON has it: numbers, null where undefined, and words for the intervals."""
     record = {**vars(comparison)}
     for key in ("interval", "bootstrap"):
         record[key] = {**vars(record[key]), "text": str(record[key])}
+    record["lead_changes"] = len(comparison.crossings)
+    record["crossings"] = list(comparison.crossings[:_MOST_CROSSINGS])
     record["bounds"] = dict(zip(("low", "high"), comparison.bounds, strict=True))
     return {key: _finite(value) for key, value in record.items()}
 
@@ -56,7 +62,8 @@ def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataF
             "final_gap": one.final_gap,
             "epochs_to_final": one.epochs_to_final,
             "share_saved": one.share_saved,
-            "crossings": " ".join(f"{x:g}" for x in one.crossings),
+            "lead_changes": len(one.crossings),
+            "last_crossing": one.crossings[-1] if one.crossings else None,
             "bound_low": one.bounds[0],
             "bound_high": one.bounds[1],
             "runs_baseline": len(one.seeds_baseline),
@@ -73,6 +80,11 @@ def _ratio(comparison: Comparison) -> str:
 
 def _interval(interval: Interval) -> str:
     return str(interval).replace("no interval: ", "none: ")
+
+
+def _places(crossings: Sequence[float]) -> str:
+    places = ", ".join(f"{x:.4g}" for x in crossings[:4])
+    return (f"{places} and {len(crossings) - 4} more" if len(crossings) > 4 else places) or "never"
 
 
 def table1(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -110,7 +122,7 @@ def details(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFr
             "final gap": f"{one.final_gap:+.3g}",
             f"{unit} to the baseline's final score": reached,
             "share saved": "" if one.share_saved is None else f"{100 * one.share_saved:.1f} %",
-            "lead changes at": ", ".join(f"{x:.4g}" for x in one.crossings) or "never",
+            "lead changes at": _places(one.crossings),
             "runs (baseline, target)": f"{len(one.seeds_baseline)}, {len(one.seeds_target)}",
         }
     return pd.DataFrame(columns).fillna("").rename_axis("").reset_index()

@@ -100,16 +100,15 @@ def test_read_log__takes_a_named_key_and_tag():
         read_log(LOGS / "timm_summary.csv", score_column="nope")
 
 
-def test_read_log__large_and_small_files_read_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["conmim_log.txt", "bootmae_log.txt", "resumed_log.txt", "broken_log.txt"])
+def test_read_log__lines_like_the_first_read_as_those_parsed_one_by_one(name, monkeypatch):
     from mto_analysis.logs import jsonlines
 
-    for name in ("conmim_log.txt", "bootmae_log.txt", "mae_finetune_log.txt", "resumed_log.txt", "broken_log.txt"):
-        slow = read_log(LOGS / name)
-        with monkeypatch.context() as patch:
-            patch.setattr(jsonlines, "_LARGE", 0)
-            fast = read_log(LOGS / name)
-        assert fast.rows.equals(slow.rows)
-        assert fast.findings == slow.findings
+    fast = read_log(LOGS / name)
+    monkeypatch.setattr(jsonlines, "_template", lambda *_: ([], [], None))
+    slow = read_log(LOGS / name)
+    assert fast.rows.equals(slow.rows)
+    assert fast.findings == slow.findings
 
 
 def test_read_log__a_cut_event_file_loses_its_last_record_only(tmp_path):

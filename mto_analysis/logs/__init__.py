@@ -46,7 +46,7 @@ def read_log(
         raise DataError(f"{name}: there is no such log") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror})") from error
-    if not data.strip():
+    if not data or data.isspace():
         raise DataError(f"{name}: the file is empty")
     head = data[:_HEAD]
     if events.is_events(head):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,14 +17,14 @@ from mto_analysis.logs.records import Finding, Log, choose_score, grouped
 
 __all__ = ["is_json_lines", "read_json_lines"]
 
-#: From this size on pyarrow reads a clean file, ten times as fast; it cannot say which line of another is broken.
-_LARGE = 1 << 20
-
-#: Lines that Python's parser takes in one call; one call per line would take three times as long.
+#: Lines that the JSON parser takes in one call; one call per line would take three times as long.
 _CHUNK = 512
 
-#: A line that no JSON object fills from end to end.
-_NO_OBJECT = re.compile(rb"^(?!\{[^\n]*\}\r?$)[^\n]*$", re.MULTILINE)
+_LOSSES = ("train_loss", "test_loss")
+
+#: A number as JSON writes it or as Python does, and a string without escapes.
+_NUMBER = rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|NaN|-?Infinity|null"
+_STRING = rb'"[^"\\\x00-\x1f]*"|null'
 
 
 class _Numbers(NamedTuple):
@@ -33,18 +32,6 @@ class _Numbers(NamedTuple):
 
     values: NDArray[np.float64]
     present: NDArray[np.bool_]
-
-
-class _Lines(Protocol):
-    """Objects of a file by key; ``lines`` are their numbers, ``foreign`` those of lines that are no objects."""
-
-    keys: list[str]
-    lines: NDArray[np.int64]
-    foreign: list[int]
-    last: int
-
-    def numbers(self, key: str) -> _Numbers: ...
-    def texts(self, key: str) -> list[Any]: ...
 
 
 def is_json_lines(head: bytes) -> bool:
@@ -70,84 +57,89 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-class _ParsedLines:
-    """Any file, line by line."""
-
-    def __init__(self, data: bytes) -> None:
-        lines = data.split(b"\n")
-        self.last = len(lines)
-        records: list[dict[str, Any]] = []
-        numbers: list[int] = []
-        self.foreign = []
-        for number, record in self._records(lines):
-            if record is None:
-                self.foreign.append(number)
-            else:
-                records.append(record)
-                numbers.append(number)
-        self._records_found = records
-        self.lines = np.array(numbers, dtype=np.int64)
-        self.keys = list(dict.fromkeys(key for record in records for key in record))
-
-    @staticmethod
-    def _records(lines: list[bytes]) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        for first in range(0, len(lines), _CHUNK):
-            chunk = lines[first : first + _CHUNK]
-            whole = _parse(b"[" + b",".join(chunk) + b"]")
-            if isinstance(whole, list) and len(whole) == len(chunk) and all(type(item) is dict for item in whole):
-                yield from enumerate(whole, first + 1)
-                continue
-            for number, line in enumerate(chunk, first + 1):
-                record = _parse(line)
-                # An empty end of the file is no line; an empty line inside is one that somebody else wrote.
-                if line.strip() or number < len(lines):
-                    yield number, record if isinstance(record, dict) else None
-
-    def numbers(self, key: str) -> _Numbers:
-        found = [record.get(key) for record in self._records_found]
-        return _Numbers(
-            np.array([_number(value) for value in found], dtype=np.float64),
-            np.array([value is not None for value in found], dtype=np.bool_),
-        )
-
-    def texts(self, key: str) -> list[Any]:
-        return [record.get(key) for record in self._records_found]
+def _objects(lines: list[bytes]) -> Iterator[dict[str, Any] | None]:
+    """The object on each line, None where there is something else."""
+    for first in range(0, len(lines), _CHUNK):
+        chunk = lines[first : first + _CHUNK]
+        whole = _parse(b"[" + b",".join(chunk) + b"]")
+        if not (isinstance(whole, list) and len(whole) == len(chunk) and all(type(item) is dict for item in whole)):
+            whole = [_parse(line) for line in chunk]
+        yield from (item if isinstance(item, dict) else None for item in whole)
 
 
-class _ArrowLines:
-    """A large file at once, without the lines that are no objects at first sight; ``ValueError`` if others are not."""
+def _template(data: bytes, skip: Callable[[str], bool]) -> tuple[list[str], list[str], re.Pattern[bytes] | None]:
+    """Keys of the first object, those to read, and a pattern for lines with just these keys, as most of a log has.
 
-    def __init__(self, data: bytes) -> None:
-        from pyarrow import json as arrow_json
+    The pattern has a group per key to read and, for any other line, one last group with the line; matching it is
+    several times faster than parsing JSON, and what it matches is JSON.
+    """
+    for line in data[:65536].split(b"\n")[:50]:
+        record = _parse(line)
+        if not isinstance(record, dict) or all(map(skip, record)):
+            continue
+        groups = [b"(?:" if skip(key) else b"(" for key in record]
+        names = [re.escape(json.dumps(key).encode()) for key in record]
+        kinds = [_STRING if isinstance(value, str) else _NUMBER for value in record.values()]
+        fields = [name + b": ?" + group + kind + b")" for name, group, kind in zip(names, groups, kinds, strict=True)]
+        pattern = re.compile(rb"^(?:\{" + rb", ?".join(fields) + rb"\}\r?|(.*))$", re.MULTILINE)
+        return list(record), [key for key in record if not skip(key)], pattern
+    return [], [], None
 
-        self.foreign, pieces, at, number = [], [], 0, 1
-        for odd in _NO_OBJECT.finditer(data):
-            if odd.start() == len(data):
-                break
-            number += data.count(b"\n", at, odd.start())
-            self.foreign.append(number)
-            pieces.append(data[at : odd.start()])
-            at, number = odd.end() + 1, number + 1
-        self.last = number + data.count(b"\n", at)
-        clean = b"".join([*pieces, data[at:]]) if self.foreign else data
-        self._table = arrow_json.read_json(io.BytesIO(clean))
-        self.keys = self._table.column_names
-        end = self.last - data.endswith(b"\n")
-        self.lines = np.delete(np.arange(1, end + 1, dtype=np.int64), np.array(self.foreign, dtype=np.int64) - 1)
-        if len(self.lines) != self._table.num_rows:
-            raise ValueError(f"{self._table.num_rows} objects on {len(self.lines)} lines")
+
+class _Lines:
+    """The objects of a file by key; ``lines`` are their numbers, ``foreign`` those of lines that are no objects.
+
+    Keys that ``skip`` names are listed but not read.
+    """
+
+    def __init__(self, data: bytes, skip: Callable[[str], bool]) -> None:
+        template, self._read, pattern = _template(data, skip)
+        self.last = data.count(b"\n") + 1
+        if pattern is None:
+            self._rows, others = [], list(enumerate(data.split(b"\n"), 1))
+        else:
+            found = pattern.findall(data)
+            others = [(number, row[-1]) for number, row in enumerate(found, 1) if not row[0]]
+            self._rows = [row for row in found if row[0]] if others else found
+        if others and others[-1][0] == self.last and not others[-1][1].strip():
+            others.pop()  # what follows the last line's end is no line; an empty one inside somebody else wrote
+        records = list(zip([number for number, _ in others], _objects([line for _, line in others]), strict=True))
+        self._records = [record for _, record in records if record is not None]
+        self.foreign = [number for number, record in records if record is None]
+        apart = np.array([number for number, record in records if record is not None], dtype=np.int64)
+        everything = np.arange(1, len(self._rows) + len(others) + 1, dtype=np.int64)
+        regular = np.delete(everything, np.array([number for number, _ in others], dtype=np.int64) - 1)
+        self._order = np.argsort(np.concatenate([regular, apart]), kind="stable")
+        self.lines = np.concatenate([regular, apart])[self._order]
+        self.keys = list(dict.fromkeys([*template, *(key for record in self._records for key in record)]))
+
+    def _cells(self, key: str) -> list[bytes]:
+        at = self._read.index(key)
+        return [row[at] for row in self._rows]
 
     def numbers(self, key: str) -> _Numbers:
-        if key not in self.keys:
-            return _Numbers(np.full(self.lines.shape, math.nan), np.zeros(self.lines.shape, dtype=np.bool_))
-        column = self._table[key].combine_chunks()
-        if not str(column.type).startswith(("double", "int", "null")):
-            raise ValueError(f"{key} holds {column.type}")
-        values = column.cast("double").to_numpy(zero_copy_only=False)
-        return _Numbers(values, column.is_valid().to_numpy(zero_copy_only=False))
+        """One key as numbers."""
+        found = [record.get(key) for record in self._records]
+        if key not in self._read:
+            found = [None] * len(self._rows) + found
+        elif self._rows:
+            cells = self._cells(key)
+            try:
+                values = np.array([*map(float, cells), *map(_number, found)], dtype=np.float64)
+                present = np.ones(len(values), dtype=np.bool_)
+                present[len(cells) :] = [value is not None for value in found]
+                return _Numbers(values[self._order], present[self._order])
+            except ValueError:  # null and text among the numbers
+                found = [*map(_parse, cells), *found]
+        values = np.array([*map(_number, found)], dtype=np.float64)
+        present = np.array([value is not None for value in found], dtype=np.bool_)
+        return _Numbers(values[self._order], present[self._order])
 
     def texts(self, key: str) -> list[Any]:
-        return list(self._table[key].to_pylist())
+        """One key as it stands."""
+        regular = map(_parse, self._cells(key)) if key in self._read else [None] * len(self._rows)
+        found = [*regular, *(record.get(key) for record in self._records)]
+        return [found[at] for at in self._order]
 
 
 def read_json_lines(
@@ -164,26 +156,10 @@ def read_json_lines(
     Raises:
         DataError: If no line has a score, or scores have no epoch.
     """
-    roles = (score_key, epoch_key, method_key or "method", seed_key or "seed")
-    if len(data) >= _LARGE:
-        try:
-            return _scores(name, _ArrowLines(data), *roles, keep)
-        except (ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError, and so is our DataError
-            if isinstance(error, DataError):
-                raise
-    return _scores(name, _ParsedLines(data), *roles, keep)
-
-
-def _scores(
-    name: str,
-    found: _Lines,
-    score_key: str | None,
-    epoch_key: str | None,
-    method_key: str,
-    seed_key: str,
-    keep: tuple[str, ...],
-) -> Log:
-    """The log in parsed lines."""
+    # Losses count only where one is NaN, and most files are without; a training metric only if it is asked for.
+    losses = _LOSSES if b"NaN" in data else ()
+    asked = {score_key, epoch_key, method_key, seed_key, *keep, *losses}
+    found = _Lines(data, lambda key: key not in asked and (key.startswith("train_") or key in _LOSSES))
     score = choose_score([key for key in found.keys if not key.startswith("train_")], score_key, name)
     open_mmlab = score in ("accuracy/top1", "accuracy_top-1")
     mae_family = score == "test_acc1" and "train_loss" in found.keys
@@ -198,13 +174,16 @@ def _scores(
         raise DataError(f"{name}:{without[0]}: a score without {epoch!r}; name its key with --epoch-column")
 
     values = scores.values.copy()
-    for loss in ("train_loss", "test_loss"):
-        if loss in found.keys:
-            # Chance accuracy beside a NaN loss is a dead epoch, not a low point of the curve.
-            losses = found.numbers(loss)
-            values[losses.present & np.isnan(losses.values)] = math.nan
+    for loss in losses:
+        # Chance accuracy beside a NaN loss is a dead epoch, not a low point of the curve.
+        measured = found.numbers(loss)
+        values[measured.present & np.isnan(measured.values)] = math.nan
     rows = pd.DataFrame({"epoch": epochs.values, "score": values, "line": found.lines})
-    for key, role in {method_key: "method", seed_key: "seed", **{key: key for key in keep}}.items():
+    for key, role in {
+        method_key or "method": "method",
+        seed_key or "seed": "seed",
+        **{key: key for key in keep},
+    }.items():
         if key in found.keys:
             rows[role] = found.texts(key)
     if "n_parameters" in found.keys:
