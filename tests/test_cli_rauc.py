@@ -269,10 +269,10 @@ def test_rauc__reads_a_million_rows_in_two_seconds(tmp_path, kind):
             line = '{{"train_lr": 0.0002, "train_loss": 6.69999, "test_loss": 2.71873, "test_acc1": {}, "epoch": {}}}\n'
             path.write_text("".join(line.format(score, epoch) for epoch, score in enumerate(scores)))
         logs += ["--log", path]
-    begin = time.perf_counter()
+    begin = time.process_time()
     run("rauc", *logs, *PAIR, "--start", 0, "--end", count - 1, "--json")
-    # Two seconds on a free machine (benchmarks/rauc_speed.py); a busy one may take twice as long.
-    assert time.perf_counter() - begin < 4
+    # Processor time, so that a busy machine does not fail it; benchmarks/rauc_speed.py measures a whole process.
+    assert time.process_time() - begin < 3
 
 
 cells = st.one_of(

@@ -2,8 +2,9 @@
 
 import typer
 
-from mto_analyze import rauc, tables
 from mto_analyze.console import Commands
+from mto_analyze.rauc import rauc
+from mto_analyze.tables import tables
 
 __all__ = ["app"]
 
@@ -16,5 +17,5 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-app.command("rauc")(rauc.rauc)
-app.command("tables")(tables.tables)
+for command in (rauc, tables):
+    app.command()(command)
