@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from mto_analysis.comparison import Comparison
-from mto_analysis.intervals import Interval
 
 __all__ = ["as_frame", "as_record", "details", "table1"]
 
@@ -78,10 +77,6 @@ def _ratio(comparison: Comparison) -> str:
     return "undefined" if comparison.rauc is None else f"{comparison.rauc:.2f}"
 
 
-def _interval(interval: Interval) -> str:
-    return str(interval).replace("no interval: ", "none: ")
-
-
 def _places(crossings: Sequence[float]) -> str:
     places = ", ".join(f"{x:.4g}" for x in crossings[:4])
     return (f"{places} and {len(crossings) - 4} more" if len(crossings) > 4 else places) or "never"
@@ -110,8 +105,8 @@ def details(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFr
         name = " ".join([f"{one.target} / {one.baseline}", *one.group.values(), f"({one.start:g}, {one.end:g})"])
         columns[name] = {
             "RAUC": _ratio(one),
-            f"{per_cent} interval ({one.interval.method})": _interval(one.interval),
-            f"{per_cent} bootstrap (whole runs, BCa)": _interval(one.bootstrap),
+            f"{per_cent} interval ({one.interval.method})": str(one.interval),
+            f"{per_cent} bootstrap (whole runs, BCa)": str(one.bootstrap),
             "numerator (target's area)": f"{one.numerator:.6g}",
             "denominator (baseline's area)": f"{one.denominator:.6g}",
             "reference": f"{one.reference:.6g}",
