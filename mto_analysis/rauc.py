@@ -117,9 +117,8 @@ def curve_points(curve: Any, name: str = "curve") -> Points:
     epochs, scores = epochs[order], scores[order]
     repeated = np.flatnonzero(np.diff(epochs) == 0)
     if repeated.size:
-        raise ValueError(
-            f"{name} must have one score per epoch, epoch {epochs[repeated[0]]:g} comes twice; several runs are for compare()"
-        )
+        twice = f"epoch {epochs[repeated[0]]:g} comes twice"
+        raise ValueError(f"{name} must have one score per epoch, {twice}; several runs are for compare()")
     return Points(epochs, scores)
 
 
