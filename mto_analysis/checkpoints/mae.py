@@ -44,7 +44,7 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         huggingface/transformers, ``models/vit_mae``.
     """
     if raw.config is None:
-        raise CheckpointError(f"{raw.path} needs its config.json beside it; give the whole folder")
+        raise CheckpointError("needs its config.json beside it; give the whole folder")
     state = StateDict(dict(raw.tensors))
     state.rename(
         (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),

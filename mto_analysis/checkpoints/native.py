@@ -63,14 +63,14 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
     try:
         about = json.loads(raw.metadata["mto_analysis"])
         if about["version"] > _VERSION:
-            raise CheckpointError(f"{raw.path} was written by a newer mto-analysis; upgrade to read it")
+            raise CheckpointError("the file was written by a newer mto-analysis; upgrade to read it")
         make, settings = _FAMILIES[about["family"]]
         config = settings(**about["config"])
         info = _info(about["info"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
+        raise CheckpointError(f"its mto_analysis metadata is not readable ({error!r})") from error
     heads.choose("num_heads", config.dim, stated=config.num_heads)
     if isinstance(config, MAEConfig):
         heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
