@@ -83,7 +83,7 @@ def blockwise_mask(
         for _ in range(10):
             area = generator.uniform(min_block, num_masked - done)
             aspect = math.exp(generator.uniform(math.log(min_aspect), math.log(1 / min_aspect)))
-            h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h < height and w < width:
                 top, left = generator.randint(0, height - h), generator.randint(0, width - w)
                 cells = [(y, x) for y in range(top, top + h) for x in range(left, left + w) if not mask[y][x]]
@@ -159,7 +159,11 @@ def block(
 def _embed(image: np.ndarray, weights: Weights, patch: int) -> np.ndarray:
     kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
-    cells = [image[:, y * patch : y * patch + patch, x * patch : x * patch + patch] for y in range(rows) for x in range(columns)]
+    cells = [
+        image[:, y * patch : y * patch + patch, x * patch : x * patch + patch]
+        for y in range(rows)
+        for x in range(columns)
+    ]
     return np.array([[(cell * k).sum() for k in kernel] + bias for cell in cells])
 
 

@@ -32,7 +32,9 @@ def reference_values(tokens: Tensor, mask: Tensor) -> Tensor:
 
 def test_heterogeneity__of_equal_tokens_is_log_num_visible() -> None:
     mask = torch.tensor([[True, True, True, False, False], [True, False, False, False, False]])
-    assert torch.allclose(heterogeneity(torch.ones(2, 5, 3, dtype=DTYPE), mask), torch.tensor([2.0, 4.0]).log().double())
+    assert torch.allclose(
+        heterogeneity(torch.ones(2, 5, 3, dtype=DTYPE), mask), torch.tensor([2.0, 4.0]).log().double()
+    )
 
 
 def test_heterogeneity__is_zero_when_one_visible_token_dominates() -> None:
@@ -182,7 +184,7 @@ def test_heterogeneity__of_an_image_does_not_depend_on_the_others(seed: int, bat
 
 
 def test_heterogeneity__ignores_masked_masked_and_visible_visible_products(generator: torch.Generator) -> None:
-    # Tokens that are rotated kind by kind by the same rotation keep H; a dominant masked token changes only its own row.
+    # One rotation of all tokens keeps H; a masked token changes its own row only.
     tokens, mask = some_tokens(generator, 1), some_masks(generator, 1)
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=DTYPE)).Q
     assert torch.allclose(heterogeneity(tokens @ rotation, mask), heterogeneity(tokens, mask), atol=1e-12)

@@ -1,9 +1,10 @@
-"""Checkpoints: every layout loads strictly, nothing foreign ever runs, and what cannot be used is refused in one line."""
+"""Checkpoints: every layout loads strictly, nothing foreign ever runs, what cannot be used is refused in a line."""
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime
 import io
 import json
@@ -97,11 +98,14 @@ def test_load_checkpoint__gives_a_float32_cpu_model_in_eval_mode(golden: Golden)
     assert not any(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    assert model.info.layout == {
-        "mae": "facebookresearch/mae",
-        "simmim_vit": "microsoft/SimMIM ViT",
-        "hf_vitmae": "Hugging Face ViTMAE",
-    }[golden.name]
+    assert (
+        model.info.layout
+        == {
+            "mae": "facebookresearch/mae",
+            "simmim_vit": "microsoft/SimMIM ViT",
+            "hf_vitmae": "Hugging Face ViTMAE",
+        }[golden.name]
+    )
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -498,7 +502,11 @@ def edit(state: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]
         ("mask_token", lambda t: t[0], "mask_token must have 3 axes, none empty"),
         ("norm.bias", lambda t: t.long(), r"wrong type: norm\.bias is torch\.int64"),
         ("norm.bias", lambda t: t * float("nan"), r"norm\.bias holds values that are not finite"),
-        ("decoder_blocks.2.mlp.fc1.bias", lambda t: t / 0, r"decoder_blocks\.2\.mlp\.fc1\.bias holds values that are not"),
+        (
+            "decoder_blocks.2.mlp.fc1.bias",
+            lambda t: t / 0,
+            r"decoder_blocks\.2\.mlp\.fc1\.bias holds values that are not",
+        ),
         ("pos_embed", lambda t: t[:, :60], "pos_embed is for 59 patches, which is not a square grid"),
         ("decoder_blocks.0.norm1.weight", lambda t: t.to(torch.complex64), "is not a plain tensor"),
         ("norm.weight", lambda t: t.to_sparse(), r"norm\.weight is not a plain tensor"),
@@ -565,7 +573,7 @@ def test_load_checkpoint__refuses_one_tensor_under_two_names(tmp_path: Path) -> 
 def test_state_dict_shape__and_helpers_by_hand() -> None:
     with pytest.raises(CheckpointError, match="the file lacks a"):
         StateDict({}).shape("a", 1)
-    with pytest.raises(CheckpointError, match="a must have 1 axes, none empty, got .0."):
+    with pytest.raises(CheckpointError, match=r"a must have 1 axes, none empty, got \[0\]"):
         StateDict({"a": torch.zeros(0)}).shape("a", 1)
     assert square_side(196, "x") == 14
     with pytest.raises(CheckpointError, match="not a square"):
@@ -580,12 +588,12 @@ def test_state_dict_shape__and_helpers_by_hand() -> None:
 def test_load_checkpoint__says_which_file_to_get_instead_of_an_encoder(tmp_path: Path, mae_state) -> None:
     encoder = {name: t for name, t in mae_state.items() if not name.startswith("decoder") and name != "mask_token"}
     torch.save({"model": encoder}, tmp_path / "encoder.pth")
-    with pytest.raises(CheckpointError, match="encoder only: no mask token.*mae_pretrain_vit_base_full.pth") as error:
+    with pytest.raises(CheckpointError, match=r"encoder only: no mask token.*mae_pretrain_vit_base_full\.pth") as error:
         load_checkpoint(tmp_path / "encoder.pth")
     one_line(error)
     classifier = encoder | {"head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
     torch.save({"model": classifier}, tmp_path / "classifier.pth")
-    with pytest.raises(CheckpointError, match="fine-tuned classifier.*mae_pretrain_vit_base_full.pth"):
+    with pytest.raises(CheckpointError, match=r"fine-tuned classifier.*mae_pretrain_vit_base_full\.pth"):
         load_checkpoint(tmp_path / "classifier.pth")
 
 
@@ -599,7 +607,7 @@ def test_load_checkpoint__names_the_size_of_the_model_to_get(tmp_path: Path) -> 
 def test_load_checkpoint__refuses_a_simmim_encoder_and_other_networks(tmp_path: Path, simmim_state) -> None:
     encoder = {name: t for name, t in simmim_state.items() if name.startswith("encoder.") and "mask_token" not in name}
     torch.save({"model": encoder}, tmp_path / "encoder.pth")
-    with pytest.raises(CheckpointError, match="encoder without mask token and decoder.*simmim_pretrain__vit_base"):
+    with pytest.raises(CheckpointError, match=r"encoder without mask token and decoder.*simmim_pretrain__vit_base"):
         load_checkpoint(tmp_path / "encoder.pth")
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
     with pytest.raises(CheckpointError, match=r"not a masked image model; its tensors are conv1\.weight"):
@@ -697,7 +705,7 @@ def test_load_checkpoint__refuses_missing_paths_and_empty_folders(tmp_path: Path
 @pytest.mark.parametrize("root", [torch.ones(3), [1, 2], {"epoch": 3}, {}, {"model": {"a": 1}}, {"model": {}}, "text"])
 def test_load_checkpoint__refuses_files_without_a_state_dict(tmp_path: Path, root: object) -> None:
     torch.save(root, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not a dict of tensors|holds no state dict") as error:
+    with pytest.raises(CheckpointError, match=r"not a dict of tensors|holds no state dict") as error:
         load_checkpoint(tmp_path / "other.pth")
     one_line(error)
 
@@ -711,7 +719,7 @@ def test_load_checkpoint__refuses_a_state_dict_with_other_things_in_it(tmp_path:
 def test_load_checkpoint__refuses_tensors_larger_than_their_data(tmp_path: Path, mae_state) -> None:
     huge = torch.ones(1).expand(10**6, 10**6)  # a strided view: a few bytes that claim terabytes
     torch.save({"model": mae_state | {"huge": huge}}, tmp_path / "huge.pth")
-    with pytest.raises(CheckpointError, match="huge declares .* but the file holds less data"):
+    with pytest.raises(CheckpointError, match=r"huge declares .* but the file holds less data"):
         load_checkpoint(tmp_path / "huge.pth", **MAE_HEADS)
 
 
@@ -762,14 +770,12 @@ def test_load_checkpoint__runs_nothing(tmp_path: Path, mae_state, kind: str, pla
     torch.save(root, tmp_path / "bomb.pth", _use_new_zipfile_serialization=not old)
     before = set(tmp_path.iterdir())
     for read in (load_checkpoint, inspect_checkpoint):
-        # Where the object is a foreign class beside the weights, an inert stand-in is as good as a refusal.
-        try:
+        # A foreign object beside the weights may become an inert stand-in; everything else is refused.
+        inert = place == "beside" and not old and kind in ("numpy", "torch.load", "torch.save", "numpy tofile")
+        with contextlib.nullcontext() if inert else pytest.raises(CheckpointError) as error:
             read(tmp_path / "bomb.pth", **MAE_HEADS)
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-        else:
-            assert place == "beside"
-            assert kind in ("numpy", "torch.load", "torch.save", "numpy tofile")
+        if error is not None:
+            one_line(error)
         assert set(tmp_path.iterdir()) == before, "the file ran something"
 
 

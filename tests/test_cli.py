@@ -1,4 +1,4 @@
-"""The command: every option, exit codes with one line on stderr, interrupted and killed runs, and what ``--help`` costs."""
+"""The command: every option, exit codes with one line on stderr, interrupted runs, what ``--help`` costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from PIL import Image
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
-from mto_analysis import load_checkpoint, load_masks, mask_keys, open_pictures, picture_batches, save_checkpoint, save_masks
+from mto_analysis import (
+    load_checkpoint,
+    load_masks,
+    mask_keys,
+    open_pictures,
+    picture_batches,
+    save_checkpoint,
+    save_masks,
+)
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analyze import app
@@ -171,7 +179,9 @@ def option_masks(path, pictures, ckpt):
     save_masks(path.parent / "masks.npz", mask.numpy(), names)
     ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--masks", path.parent / "masks.npz")
     per_image = csv(path, "heterogeneity_per_image.csv")
-    assert dict(zip(per_image["image"], per_image["num_masked"], strict=True)) == {n: i + 3 for i, n in enumerate(names)}
+    assert dict(zip(per_image["image"], per_image["num_masked"], strict=True)) == {
+        n: i + 3 for i, n in enumerate(names)
+    }
     table = csv(path)
     assert (table["num_visible"] == 10.5).all()
     assert (table["num_visible_min"] == 8).all()
@@ -211,7 +221,10 @@ def option_dtype(path, pictures, ckpt):
         ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / dtype, "--dtype", dtype)
     full, double, half = (csv(path / d)["heterogeneity"].to_numpy() for d in ("float32", "float64", "bfloat16"))
     assert 0 < np.abs(full - double).max() < 1e-4 < np.abs(half - double).max()
-    assert run("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--dtype", "int8").exit_code == 2
+    assert (
+        run("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--dtype", "int8").exit_code
+        == 2
+    )
 
 
 def option_num_workers(path, pictures, ckpt):
@@ -349,7 +362,9 @@ def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, pictu
     result = ok("heterogeneity", "--ckpt", SIMMIM_FILE, "--limit", 2, "--out", out / "1")
     assert "no --images: measuring on 256 bundled CIFAR-10 pictures" in result.stderr
     assert "masks: 0.6 of units of 16 px (file), seed 0" in result.stderr
-    result = ok("heterogeneity", "--ckpt", SIMMIM_FILE, "--images", picture_folder, "--mask-ratio", 0.5, "--out", out / "2")
+    result = ok(
+        "heterogeneity", "--ckpt", SIMMIM_FILE, "--images", picture_folder, "--mask-ratio", 0.5, "--out", out / "2"
+    )
     assert "masks: 0.5 of units of 16 px (as asked for)" in result.stderr
     assert "own loss" in result.stderr
     assert "predicting the mean" in result.stderr
@@ -359,7 +374,9 @@ def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, pictu
 
 
 @pytest.mark.usefixtures("quick")
-def test_second_run__without_overwrite_exits_2_and_changes_nothing(checkpoints, picture_folder: Path, out: Path) -> None:
+def test_second_run__without_overwrite_exits_2_and_changes_nothing(
+    checkpoints, picture_folder: Path, out: Path
+) -> None:
     arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
     ok(*arguments)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
@@ -409,7 +426,10 @@ def test_exit_3__for_checkpoints(tmp_path: Path, picture_folder: Path, out: Path
         tmp_path / "cut.pth": "truncated",
         MAE_FILE: "--num-heads on the command line",
     }.items():
-        for arguments in (["heterogeneity", "--ckpt", path, "--images", picture_folder, "--out", out], ["inspect", path]):
+        for arguments in (
+            ["heterogeneity", "--ckpt", path, "--images", picture_folder, "--out", out],
+            ["inspect", path],
+        ):
             if path == MAE_FILE and arguments[0] == "inspect":
                 continue  # it lists them
             line = fails(3, *arguments)
@@ -438,10 +458,14 @@ def test_exit_5__for_numbers_that_are_not_finite(tmp_path: Path, picture_folder:
     model.blocks[1].mlp.fc2.weight.data *= 1e38  # finite, but what it makes is not
     model.blocks[1].mlp.fc2.weight.data.clamp_(-3e38, 3e38)
     save_checkpoint(model, tmp_path / "huge.safetensors")
-    result = run("heterogeneity", "--ckpt", tmp_path / "huge.safetensors", "--images", picture_folder, "--out", out, "-q")
+    result = run(
+        "heterogeneity", "--ckpt", tmp_path / "huge.safetensors", "--images", picture_folder, "--out", out, "-q"
+    )
     assert result.exit_code == 5
     line = result.stderr.splitlines()[-1]
-    assert line.startswith("mto-analyze: error: heterogeneity is not finite in stack encoder at layer depth 2 for picture ")
+    assert line.startswith(
+        "mto-analyze: error: heterogeneity is not finite in stack encoder at layer depth 2 for picture "
+    )
     assert "Traceback" not in result.stderr
     assert not out.exists()
 
@@ -616,11 +640,11 @@ def test_help__imports_nothing_heavy() -> None:
     code = """
 import sys
 from mto_analyze import app
-for arguments in (["--help"], ["heterogeneity", "--help"], ["demo", "--help"], ["inspect", "--help"], ["plot", "--help"]):
+for command in ([], ["heterogeneity"], ["demo"], ["inspect"], ["plot"]):
     try:
-        app(arguments)
+        app([*command, "--help"])
     except SystemExit as stop:
-        assert not stop.code, arguments
+        assert not stop.code, command
 heavy = {"torch", "torchvision", "timm", "matplotlib", "pandas", "numpy", "seaborn", "scipy", "pyarrow", "PIL"}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 import mto_analysis
@@ -691,7 +715,9 @@ def whole(path: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_process__killed_at_any_moment_leaves_only_whole_files(checkpoints, picture_folder: Path, out: Path, kind) -> None:
+def test_process__killed_at_any_moment_leaves_only_whole_files(
+    checkpoints, picture_folder: Path, out: Path, kind
+) -> None:
     arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "--overwrite")
     started = time.monotonic()
     process = start(*arguments)
@@ -732,7 +758,7 @@ def test_help__takes_less_than_half_a_second() -> None:
 def test_demo__takes_less_than_a_minute(out: Path) -> None:
     started = time.monotonic()
     process = start("demo", "--out", out)
-    stdout, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert time.monotonic() - started < 60
     assert all(whole(path) for path in out.iterdir())

@@ -123,10 +123,7 @@ def prepared_by_hand(picture: Image.Image, side: int) -> np.ndarray:
     """Shorter side to ``side`` by bicubic interpolation, centre crop, 0..1, normalised: PIL and NumPy alone."""
     picture = picture.convert("RGB")
     width, height = picture.size
-    if width <= height:
-        size = (side, int(side * height / width))
-    else:
-        size = (int(side * width / height), side)
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float64) / 255

@@ -59,7 +59,7 @@ def test_blockwise__gives_the_original_beit_mask() -> None:
 
 def test_block_mask_reference__gives_the_original_simmim_mask() -> None:
     # microsoft/SimMIM, data/data_simmim.py after numpy.random.seed(0): masked units of 7 x 7.
-    order = np.random.RandomState(0).permutation(49).tolist()  # noqa: NPY002 - the generator of the original
+    order = np.random.RandomState(0).permutation(49).tolist()
     mask = np.array(reference.block_mask(order, (14, 14), 0.6, 2)).reshape(14, 14)
     units = [2, 4, 5, 7, 8, 10, 11, 13, 15, 16, 17, 18, 20, 22, *range(25, 35), 37, 40, 41, 42, 46, 48]
     assert np.flatnonzero(mask[::2, ::2]).tolist() == units
@@ -89,7 +89,9 @@ def test_block_mask__is_the_reference_rule_on_the_keys_own_order(
         assert row.tolist() == reference.block_mask(order, grid, ratio, unit)
 
 
-@pytest.mark.parametrize(("grid", "num_masked", "min_block"), [((14, 14), 75, 16), ((14, 14), 120, 16), ((8, 8), 24, 5)])
+@pytest.mark.parametrize(
+    ("grid", "num_masked", "min_block"), [((14, 14), 75, 16), ((14, 14), 120, 16), ((8, 8), 24, 5)]
+)
 def test_blockwise_mask__is_the_reference_rule_on_the_keys_own_numbers(
     grid: tuple[int, int], num_masked: int, min_block: int
 ) -> None:
@@ -136,7 +138,9 @@ def test_block_mask__masks_whole_square_units() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [MaskRule("random", 0.75, 4), MaskRule("block", 0.6, 8), MaskRule("blockwise", 0.4, 4)], ids=lambda r: r.kind
+    "rule",
+    [MaskRule("random", 0.75, 4), MaskRule("block", 0.6, 8), MaskRule("blockwise", 0.4, 4)],
+    ids=lambda r: r.kind,
 )
 class TestKeys:
     def test_draw__does_not_depend_on_the_batch_or_the_order(self, rule: MaskRule) -> None:

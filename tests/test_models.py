@@ -1,4 +1,4 @@
-"""Models: equal to the original code's tokens, to slow loops where no golden file exists, and to what the paper says."""
+"""Models: equal to the original code's tokens, to slow loops elsewhere, and to what the paper says."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ def test_sincos_table__agrees_with_the_reference(grid: tuple[int, int], dim: int
     table = sincos_table(grid, dim)
     assert table.shape == (1, 1 + grid[0] * grid[1], dim)
     assert not table[0, 0].any()
-    expected = [[reference.sincos_entry(y, x, c, dim) for c in range(dim)] for y in range(grid[0]) for x in range(grid[1])]
+    expected = [
+        [reference.sincos_entry(y, x, c, dim) for c in range(dim)] for y in range(grid[0]) for x in range(grid[1])
+    ]
     np.testing.assert_allclose(table[0, 1:].numpy(), expected, atol=1e-6)
 
 

@@ -22,9 +22,7 @@ def test_notebooks__are_there() -> None:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_notebook__runs_in_a_fresh_kernel(
-    name: str, nbformat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook__runs_in_a_fresh_kernel(name: str, nbformat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
     path = os.pathsep.join([str(ROOT), str(ROOT / "cli"), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
@@ -36,7 +34,9 @@ def test_notebook__runs_in_a_fresh_kernel(
         for output in cell.get("outputs", []):
             assert output["output_type"] != "error"
             assert output.get("name") != "stderr" or "Traceback" not in output["text"]
-    drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    drawn = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     assert drawn, "a notebook tells with figures"
 
 

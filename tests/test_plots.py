@@ -17,7 +17,9 @@ from mto_analysis.plots.heterogeneity import draw_heterogeneity, plot_fall, plot
 from mto_analysis.plots.style import COLORS, PAGE_WIDTH, figure_bytes, paper_style
 
 
-def curve(model: str, values: list[float], num_visible: float = 49, stack: str = "decoder", **more: object) -> pd.DataFrame:
+def curve(
+    model: str, values: list[float], num_visible: float = 49, stack: str = "decoder", **more: object
+) -> pd.DataFrame:
     h = np.array(values)
     bound = np.log(num_visible)
     return pd.DataFrame(
@@ -184,8 +186,10 @@ def test_plots__leave_global_settings_alone(frame: pd.DataFrame) -> None:
     figure_bytes(draw_heterogeneity(frame), "pdf")
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
-    with pytest.raises(ZeroDivisionError), paper_style():
+    with paper_style():
         assert mpl.rcParams["font.size"] == 8
+    assert dict(mpl.rcParams) == before
+    with pytest.raises(ZeroDivisionError), paper_style():
         _ = 1 / 0
     assert dict(mpl.rcParams) == before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -37,9 +39,12 @@ def ragged_masks(generator: torch.Generator, count: int = 11, per_image: int = 2
 @pytest.mark.parametrize("size", [1, 2, 5, 11])
 def test_probe__equals_direct_computation(tiny_model, size: int, generator: torch.Generator) -> None:
     images, masks = some_images(generator, 11), ragged_masks(generator)
-    frame = probe(tiny_model, batches(images, size), masks_from_file(tiny_model.info, masks), masks_per_image=2).to_frame()
+    frame = probe(
+        tiny_model, batches(images, size), masks_from_file(tiny_model.info, masks), masks_per_image=2
+    ).to_frame()
     stack = tiny_model.stacks[0]
-    assert list(frame.columns) == "stack layer_depth image mask num_masked num_visible heterogeneity".split()
+    columns = ["stack", "layer_depth", "image", "mask", "num_masked", "num_visible", "heterogeneity"]
+    assert list(frame.columns) == columns
     assert len(frame) == 11 * 2 * (tiny_model.depth(stack) + 1)
     assert not frame.duplicated(["stack", "layer_depth", "image", "mask"]).any()
     assert set(frame["stack"]) == {stack}
@@ -180,8 +185,7 @@ def test_merge__of_parts_equals_one_run(cuts: list[int]) -> None:
     model, images = make_simmim(), some_images(generator, 11)
     edges = [0, *sorted(cuts), 11]
     parts = [
-        probe(model, batches(images[start:stop], 3, NAMES[start:stop]))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        probe(model, batches(images[start:stop], 3, NAMES[start:stop])) for start, stop in itertools.pairwise(edges)
     ]
     merged = parts[0].merge(*parts[1:])
     whole = probe(model, batches(images, 4))
@@ -189,9 +193,7 @@ def test_merge__of_parts_equals_one_run(cuts: list[int]) -> None:
     a, b = (result.to_frame().sort_values(key, ignore_index=True) for result in (merged, whole))
     assert a[key].equals(b[key])
     np.testing.assert_allclose(a["heterogeneity"], b["heterogeneity"], atol=1e-5)
-    np.testing.assert_allclose(
-        merged.summary().drop(columns="stack"), whole.summary().drop(columns="stack"), atol=1e-4
-    )
+    np.testing.assert_allclose(merged.summary().drop(columns="stack"), whole.summary().drop(columns="stack"), atol=1e-4)
 
 
 def test_merge__refuses_the_same_image_twice(tiny_model, generator: torch.Generator) -> None:
@@ -232,7 +234,10 @@ def test_summary__on_paper(tiny_simmim, generator: torch.Generator) -> None:
         assert row["normalized"] == pytest.approx(mean)
         assert (row["normalized_ci_low"], row["normalized_ci_high"]) == pytest.approx((mean - half, mean + half))
         assert row["num_visible"] == pytest.approx(here["num_visible"].mean())
-        assert (row["num_visible_min"], row["num_visible_max"]) == (here["num_visible"].min(), here["num_visible"].max())
+        assert (row["num_visible_min"], row["num_visible_max"]) == (
+            here["num_visible"].min(),
+            here["num_visible"].max(),
+        )
         assert row["num_visible_min"] < row["num_visible_max"]
         assert (row["num_images"], row["num_masks"]) == (3, 2)
 
@@ -311,9 +316,10 @@ def _tf32_as_before() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.mark.usefixtures("_tf32_as_before")
 @pytest.mark.parametrize("make", [make_mae, make_simmim])
 @pytest.mark.parametrize("tf32", [True, False])
-def test_probe__leaves_no_trace(make, tf32: bool, generator: torch.Generator, _tf32_as_before) -> None:
+def test_probe__leaves_no_trace(make, tf32: bool, generator: torch.Generator) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     model = disturbed(make(), generator)
     images = some_images(generator, 4)
@@ -367,14 +373,15 @@ def test_probe__leaves_no_trace_when_it_raises(failure: str, generator: torch.Ge
 def test_undisturbed__restores_after_an_error(tiny_model) -> None:
     tiny_model.train()
 
+    inside: list[bool] = []
+
     def act() -> None:
-        with pytest.raises(ZeroDivisionError), undisturbed(tiny_model):
-            assert not tiny_model.training
-            assert not torch.is_grad_enabled()
-            assert not torch.backends.cuda.matmul.allow_tf32
+        with contextlib.suppress(ZeroDivisionError), undisturbed(tiny_model):
+            inside.extend([tiny_model.training, torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32])
             _ = 1 / 0
 
     assert_no_trace(tiny_model, act)
+    assert inside == [False, False, False]
 
 
 def test_probe__keeps_no_graph_and_no_tokens(tiny_model, generator: torch.Generator) -> None:

@@ -57,7 +57,9 @@ def test_commands__exist_with_the_options_shown(page: str, line: str) -> None:
     if words[0].startswith("-"):
         return
     assert words[0] in COMMANDS, line
-    options = {option for parameter in COMMANDS[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)}
+    options = {
+        option for parameter in COMMANDS[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     used = {word.split("=")[0] for word in words[1:] if word.startswith("-") and len(word) > 1}
     assert used <= options | {"--help"}, line
 

@@ -210,10 +210,12 @@ def test_read_tables__puts_several_together(table: pd.DataFrame, tmp_path: Path)
         table.to_csv(tmp_path / folder / "heterogeneity.csv", index=False)
     other = table.assign(model="12")  # a name that looks like a number stays a name
     other.to_csv(tmp_path / "other.csv", index=False)
-    whole = read_tables([tmp_path / "one/heterogeneity.csv", tmp_path / "two/heterogeneity.csv", tmp_path / "other.csv"])
+    whole = read_tables(
+        [tmp_path / "one/heterogeneity.csv", tmp_path / "two/heterogeneity.csv", tmp_path / "other.csv"]
+    )
     assert whole["model"].unique().tolist() == ["mae (one)", "mae (two)", "12"]
     assert len(whole) == 3 * len(table)
-    with pytest.raises(DataError, match="model mae .* is in the tables twice; leave one out"):
+    with pytest.raises(DataError, match=r"model mae .* is in the tables twice; leave one out"):
         read_tables([tmp_path / "one/heterogeneity.csv"] * 2)
 
 

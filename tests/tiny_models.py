@@ -122,7 +122,9 @@ def some_images(generator: torch.Generator, count: int, side: int = SIDE) -> Ten
     return torch.randn(count, 3, side, side, generator=generator)
 
 
-def some_masks(generator: torch.Generator, count: int, num_patches: int = NUM_PATCHES, *, ragged: bool = False) -> Tensor:
+def some_masks(
+    generator: torch.Generator, count: int, num_patches: int = NUM_PATCHES, *, ragged: bool = False
+) -> Tensor:
     """Random masks of 10 masked patches, or of 1, 2, 3 ... masked patches."""
     rank = torch.rand(count, num_patches, generator=generator).argsort(dim=1).argsort(dim=1)
     masked = 1 + torch.arange(count) % (num_patches - 1) if ragged else torch.full((count,), 10 * num_patches // 16)
