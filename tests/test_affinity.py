@@ -13,7 +13,7 @@ from tiny_models import some_masks
 from torch import Tensor
 
 from mto_analysis import affinity_matrix, heterogeneity, row_entropy, split_quadrants
-from mto_analysis.affinity import TokenSplit, masked_first_order
+from mto_analysis.affinity import TokenSplit, masked_first_order, quadrant_mass
 
 DTYPE = torch.float64
 
@@ -153,6 +153,17 @@ def test_heterogeneity__of_the_originals_tokens_is_the_originals(golden) -> None
     for tokens, expected in zip(golden.expected["tokens"], golden.expected["heterogeneity"], strict=True):
         values = heterogeneity(torch.from_numpy(tokens).double(), golden.mask)
         assert values.tolist() == pytest.approx(expected.tolist(), abs=1e-11)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_quadrant_mass__agrees_with_the_reference(generator: torch.Generator, ragged: bool) -> None:
+    tokens, mask = some_tokens(generator, 9), some_masks(generator, 9, ragged=ragged)
+    masses = quadrant_mass(tokens, mask)
+    for image, row in enumerate(mask.tolist()):
+        four = reference.quadrants(reference.affinity(tokens[image].tolist(), row), sum(row))
+        expected = [sum(sum(line) for line in quadrant) / len(quadrant) for quadrant in four]
+        assert masses[image].tolist() == pytest.approx(expected, abs=1e-12)
+        assert sum(expected) == pytest.approx(2)
 
 
 # Properties.

@@ -281,11 +281,37 @@ def option_num_heads(path, pictures, ckpt):
     assert (config["num_heads"], config["decoder_num_heads"]) == (4, 2)
 
 
+def option_save_masks(path, pictures, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--masks-per-image", 2)
+    ok(
+        *arguments,
+        "--label",
+        "MAE, 800 epochs",
+        "--batch-size",
+        4,
+        "--seed",
+        3,
+        "--save-masks",
+        "--out",
+        path / "first",
+    )
+    assert set(contents(path / "first")) == FILES | {"masks-MAE-800-epochs.npz"}
+    masks = load_masks(path / "first/masks-MAE-800-epochs.npz")
+    info, names = load_checkpoint(ckpt).info, list(open_pictures(pictures).names)
+    for k in range(2):
+        drawn = info.mask_rule.draw(mask_keys(names, k=k, seed=3), info.grid, 4)
+        assert torch.equal(torch.stack([masks[name][k] for name in names]), drawn)
+    ok(*arguments, "--masks", path / "first/masks-MAE-800-epochs.npz", "--out", path / "second")
+    np.testing.assert_allclose(csv(path / "first")["heterogeneity"], csv(path / "second")["heterogeneity"], rtol=1e-5)
+    assert "masks-" not in " ".join(contents(path / "second"))
+
+
 HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
     "limit": option_limit,
     "mask_ratio": option_mask_ratio,
     "mask_unit": option_mask_unit,
     "masks": option_masks,
+    "save_masks": option_save_masks,
     "masks_per_image": option_masks_per_image,
     "seed": option_seed,
     "batch_size": option_batch_size,
@@ -368,6 +394,22 @@ def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, pictu
     assert "masks: 0.5 of units of 16 px (as asked for)" in result.stderr
     assert "own loss" in result.stderr
     assert "predicting the mean" in result.stderr
+
+
+@pytest.mark.usefixtures("quick")
+def test_save_masks__writes_one_file_per_checkpoint_whatever_its_label(
+    checkpoints, picture_folder: Path, out: Path
+) -> None:
+    both = [argument for name in ("mae", "simmim") for argument in ("--ckpt", checkpoints[name])]
+    ok("heterogeneity", *both, "--images", picture_folder, "--save-masks", "--out", out / "1")
+    assert set(contents(out / "1")) == FILES | {"masks-mae.npz", "masks-simmim.npz"}
+    counts = {name: int(load_masks(out / "1" / f"masks-{name}.npz")["A.png"].sum()) for name in ("mae", "simmim")}
+    assert counts == {"mae": 12, "simmim": 8}
+    labels = ("--label", "../a b", "--label", "../a/b")  # the same once they are file names
+    line = fails(2, "heterogeneity", *both, *labels, "--images", picture_folder, "--save-masks", "--out", out / "2")
+    assert "labels '../a b' and '../a/b' would share the mask file masks-..-a-b.npz" in line
+    ok("heterogeneity", *both, *labels, "--images", picture_folder, "--out", out / "3")
+    assert {path.name for path in out.iterdir()} == {"1", "3"}
 
 
 # Exit codes.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,10 @@ def test_pages__are_there() -> None:
 @pytest.mark.parametrize("name", python_pages())
 def test_python_blocks__run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__page__"}
+    page = types.ModuleType("page")  # a real module, which dataclasses look for
+    monkeypatch.setitem(sys.modules, "page", page)
     for number, code in enumerate(blocks(PAGES[name], "python")):
-        exec(compile(code, f"{name}, block {number}", "exec"), namespace)
+        exec(compile(code, f"{name}, block {number}", "exec"), vars(page))
 
 
 def shown_commands() -> list[tuple[str, str]]:
@@ -40,9 +43,7 @@ def shown_commands() -> list[tuple[str, str]]:
         for code in blocks(page, "bash", "console", "sh", "shell", ""):
             joined = code.replace("\\\n", " ")
             for line in joined.splitlines():
-                line = line.removeprefix("$ ").strip()
-                if line.startswith("mto-analyze "):
-                    found.append((name, line.split(" #")[0]))
+                found += [(name, each.strip()) for each in re.findall(r"(?<![\w/.-])mto-analyze [^&|;#]*", line)]
     return found
 
 
