@@ -698,12 +698,6 @@ print("LIBRARY", sorted(heavy & set(sys.modules)))
     assert "LIBRARY []" in done.stdout
 
 
-def test_import__of_the_library_does_not_load_matplotlib() -> None:
-    code = "import sys, mto_analysis.probe, mto_analysis.checkpoints; assert 'matplotlib' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["inspect", "none.pth"], 3), (["plot", "none.csv"], 4), (["--help"], 0)],
