@@ -407,7 +407,7 @@ def test_save_checkpoint__replaces_whole_files_and_refuses_foreign_models(tmp_pa
     save_checkpoint(make_simmim(), path)
     assert load_checkpoint(path).info.family == "simmim_vit"
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    with pytest.raises(ValueError, match="family must be one of mae, simmim_vit, got 'two_stacks'"):
+    with pytest.raises(ValueError, match="family must be one of mae, simmim_vit.*, got 'two_stacks'"):
         save_checkpoint(two_stacks, tmp_path / "other.safetensors")
 
 
@@ -614,24 +614,6 @@ def test_load_checkpoint__refuses_a_simmim_encoder_and_other_networks(tmp_path: 
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
     with pytest.raises(CheckpointError, match=r"not a masked image model; its tensors are conv1\.weight"):
         load_checkpoint(tmp_path / "resnet.pth")
-
-
-@pytest.mark.parametrize(
-    ("names", "layout"),
-    [
-        (["mask_token_1", "decode_blocks_1.0.x"], "BootMAE"),
-        (["encoder.mask_token", "encoder.layers.0.blocks.0.x", "decoder.0.weight"], "SimMIM Swin"),
-        (["mask_token", "blocks.0.attn.q_bias"], "BEiT"),
-        (["mask_token", "projectors.0.weight", "blocks.0.attn.q_bias"], "ConMIM"),
-        (["beit.embeddings.mask_token"], "Hugging Face BEiT"),
-    ],
-)
-def test_load_checkpoint__names_families_it_does_not_read(tmp_path: Path, names: list[str], layout: str) -> None:
-    if any(rule.name.startswith(layout) and rule.convert for rule in LAYOUTS):
-        pytest.skip(f"{layout} is read by now")
-    torch.save({"model": {name: torch.ones(1) for name in names}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=f"is a {layout}.*, which this version does not read"):
-        load_checkpoint(tmp_path / "other.pth")
 
 
 def test_layouts__recognise_the_golden_files(golden: Golden) -> None:

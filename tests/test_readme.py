@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 import sys
@@ -18,8 +19,24 @@ PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 COMMANDS = typer.main.get_command(app).commands
 
 
+def scripts(page: Path) -> list[str]:
+    """Python blocks that are not sessions, which ``doctest`` runs."""
+    return [code for code in blocks(page, "python") if not code.startswith(">>>")]
+
+
 def python_pages() -> list[str]:
-    return [name for name, page in PAGES.items() if blocks(page, "python")]
+    return [name for name, page in PAGES.items() if scripts(page)]
+
+
+def session_pages() -> list[str]:
+    return [name for name, page in PAGES.items() if ">>> " in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", session_pages())
+def test_python_sessions__give_what_the_page_says(name: str) -> None:
+    result = doctest.testfile(str(PAGES[name]), module_relative=False)
+    assert result.attempted
+    assert result.failed == 0
 
 
 def test_pages__are_there() -> None:
@@ -33,7 +50,7 @@ def test_python_blocks__run_in_order(name: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     page = types.ModuleType("page")  # a real module, which dataclasses look for
     monkeypatch.setitem(sys.modules, "page", page)
-    for number, code in enumerate(blocks(PAGES[name], "python")):
+    for number, code in enumerate(scripts(PAGES[name])):
         exec(compile(code, f"{name}, block {number}", "exec"), vars(page))
 
 
