@@ -407,7 +407,7 @@ def test_save_checkpoint__replaces_whole_files_and_refuses_foreign_models(tmp_pa
     save_checkpoint(make_simmim(), path)
     assert load_checkpoint(path).info.family == "simmim_vit"
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    with pytest.raises(ValueError, match="family must be one of mae, simmim_vit.*, got 'two_stacks'"):
+    with pytest.raises(ValueError, match=r"family must be one of mae, simmim_vit.*, got 'two_stacks'"):
         save_checkpoint(two_stacks, tmp_path / "other.safetensors")
 
 
