@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,9 @@ def load_checkpoint(
         'mae'
     """
     raw = read_checkpoint(source)
-    return build(_convert(raw, Heads(num_heads, decoder_num_heads)))
+    conversion = _convert(raw, Heads(num_heads, decoder_num_heads))
+    with _naming(raw, conversion.info.layout):
+        return build(conversion)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def inspect_checkpoint(
         except HeadCountError as error:
             needed.append(error.option)
             heads = replace(heads, **{error.option: error.stand_in})
-    model = build(conversion, materialize=False)
+    with _naming(raw, conversion.info.layout):
+        model = build(conversion, materialize=False)
     config = asdict(conversion.config)
     for option in needed:
         config[option] = None
@@ -108,9 +113,16 @@ def inspect_checkpoint(
 
 def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
     layout, convert = recognize(raw)
-    try:
+    with _naming(raw, layout):
         conversion = convert(raw, heads)
+    return replace(conversion, info=replace(conversion.info, layout=layout))
+
+
+@contextmanager
+def _naming(raw: RawCheckpoint, layout: str) -> Iterator[None]:
+    """Errors inside name the file: a command may have been given several."""
+    try:
+        yield
     except CheckpointError as error:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
-    return replace(conversion, info=replace(conversion.info, layout=layout))

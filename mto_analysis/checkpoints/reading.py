@@ -13,6 +13,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -213,10 +214,13 @@ def _foreign_objects(path: Path) -> list[str]:
     except Exception as error:  # see _read_torch
         raise CheckpointError(f"{path} is damaged or not written by torch.save ({_first_line(error)})") from error
     for name in names:
-        module = name.split(".")[0]
+        # torch.save writes the names of Python 2: subprocess.Popen as commands.Popen, range as __builtin__.xrange.
+        module, _, attribute = name.rpartition(".")
+        module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
+        module = module.split(".")[0]
         harmless = (
-            name.rpartition(".")[2] in _HARMLESS_BUILTINS
-            if module in ("builtins", "__builtin__")
+            attribute in _HARMLESS_BUILTINS
+            if module == "builtins"
             else module in _HARMLESS_STDLIB or module not in sys.stdlib_module_names
         )
         if not harmless or module in ("nt", "posix"):
