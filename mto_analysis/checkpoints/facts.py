@@ -61,7 +61,7 @@ def hf_config(raw: RawCheckpoint) -> Mapping[str, Any]:
         CheckpointError: If there is none, or it asks for another activation than GELU.
     """
     if raw.config is None:
-        raise CheckpointError(f"{raw.path} needs its config.json beside it; give the whole folder")
+        raise CheckpointError("needs its config.json beside it; give the whole folder")
     if (activation := raw.config.get("hidden_act", "gelu")) != "gelu":
         raise CheckpointError(f"config.json: hidden_act must be gelu, got {activation!r}")
     return raw.config
