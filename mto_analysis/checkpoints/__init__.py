@@ -7,18 +7,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mto_analysis.checkpoints.containers import first_line
 from mto_analysis.checkpoints.conversion import Conversion, Heads, build
+from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.native import save_checkpoint
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
-__all__ = ["CheckpointReport", "checkpoint_sha256", "inspect_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointReport",
+    "checkpoint_sha256",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "resolve",
+    "save_checkpoint",
+]
 
 
 def load_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
 
@@ -26,10 +41,11 @@ def load_checkpoint(
     folders, and our own layout.
 
     Args:
-        source: A file or a Hugging Face folder.
+        source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL.
         num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
             one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
         decoder_num_heads: The same for the decoder.
+        offline: Never touch the network: only what is on this machine already.
 
     Returns:
         The model on the CPU, in float32, in eval mode; its ``info`` says how to feed it.
@@ -44,7 +60,7 @@ def load_checkpoint(
         >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
         'mae'
     """
-    raw = read_checkpoint(source)
+    raw = read_checkpoint(resolve(source, offline=offline))
     return build(_convert(raw, Heads(num_heads, decoder_num_heads)))
 
 
@@ -68,16 +84,28 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
+    values: bool = False,
 ) -> CheckpointReport:
     """Recognise a checkpoint and check that all its tensors are there, without loading the weights.
 
     Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
 
+    Args:
+        source: As for :func:`load_checkpoint`.
+        num_heads: As for :func:`load_checkpoint`.
+        decoder_num_heads: As for :func:`load_checkpoint`.
+        offline: As for :func:`load_checkpoint`.
+        values: Also check that every value in the file is finite, which reads all of it.
+
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
-    raw = read_checkpoint(source, mmap=True)
+    raw = read_checkpoint(resolve(source, offline=offline), mmap=True)
     heads = Heads(num_heads, decoder_num_heads)
     needed: list[str] = []
     while True:
@@ -88,6 +116,9 @@ def inspect_checkpoint(
             needed.append(error.option)
             heads = replace(heads, **{error.option: 1})
     model = build(conversion, materialize=False)
+    for name, tensor in raw.tensors.items() if values else ():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{raw.path}: {name} holds values that are not finite; the file is damaged")
     config = asdict(conversion.config)
     for option in needed:
         config[option] = None
@@ -112,4 +143,7 @@ def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
     except CheckpointError as error:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and settings that no real file has can fail a converter in any of these ways.
+        raise CheckpointError(f"{raw.path} ({layout}) does not fit together ({first_line(error)})") from error
     return replace(conversion, info=replace(conversion.info, layout=layout))
