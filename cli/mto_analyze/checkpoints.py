@@ -47,11 +47,9 @@ def info(name: Id, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    words = {True: "yes", False: "no", None: "not published", "": "not known"}
+    words = {"True": "yes", "False": "no", "None": "not published", "": "not known"}
     for key, value in facts.items():
-        typer.echo(
-            f"{key.replace('_', ' ') + ':':<17}{words.get(value, value) if not isinstance(value, tuple) else value}"
-        )
+        typer.echo(f"{key.replace('_', ' ') + ':':<17}{words.get(str(value), value)}")
 
 
 @checkpoints.command()

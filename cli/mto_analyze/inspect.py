@@ -26,6 +26,7 @@ def inspect(
 
 
 def in_words(report: "CheckpointReport") -> str:
+    """A report as lines of a terminal."""
     info = report.info
     config = ", ".join(f"{name} {'?' if value is None else value}" for name, value in report.config.items())
     stacks = ", ".join(f"{stack} (layer depths 0 to {depth})" for stack, depth in report.depths.items())

@@ -45,7 +45,7 @@ class _Value:
         self.constant = constant
         self.parts = parts if len(parts) <= 3 else ()
         self.bytes = len(constant) if isinstance(constant, (str, bytes)) else len(parts) * _BYTES_PER_ITEM
-        self.depth = max((part.depth + 1 for part in parts), default=0)
+        self.depth: int = max((part.depth + 1 for part in parts), default=0)
 
     def take(self, items: Sequence[_Value]) -> None:
         """Hold more items."""
@@ -77,9 +77,9 @@ def _follow(stream: IO[bytes], names: set[str]) -> None:
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         kind = opcode.name
         if kind in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif kind in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
+            memo[argument if isinstance(argument, int) else len(memo)] = stack[-1]
         elif kind == "MARK":
             stack.append(_MARK)
         elif kind in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"):

@@ -9,7 +9,6 @@ import csv
 import difflib
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ from mto_analysis.checkpoints.layouts import LAYOUTS
 from mto_analysis.errors import CheckpointNotFoundError
 
 __all__ = ["Checkpoint", "find_checkpoint", "find_published", "find_source", "list_checkpoints"]
+
+_REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 
 #: Which of :data:`~mto_analysis.checkpoints.layouts.LAYOUTS` the files of a family have.
 _LAYOUT_OF = {
@@ -210,7 +211,7 @@ def _like(name: str, names: list[str]) -> str:
 
 @cache
 def _rows() -> tuple[Checkpoint, ...]:
-    with files("mto_analysis").joinpath("assets/registry.csv").open(encoding="utf-8", newline="") as file:
+    with _REGISTRY.open(encoding="utf-8", newline="") as file:
         return tuple(_row(values) for values in csv.DictReader(file))
 
 
