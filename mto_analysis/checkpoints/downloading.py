@@ -32,7 +32,7 @@ ATTEMPTS = 5
 #: Seconds before the second attempt, twice as many before the third, and so on.
 BACKOFF = 1.0
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 def download(url: str, target: Path, *, digest: str = "") -> Path:
