@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mto_analysis.checkpoints.containers import first_line
-from mto_analysis.checkpoints.conversion import Conversion, Heads, build
+from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
 from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.native import save_checkpoint
@@ -61,7 +61,9 @@ def load_checkpoint(
         'mae'
     """
     raw = read_checkpoint(resolve(source, offline=offline))
-    return build(_convert(raw, Heads(num_heads, decoder_num_heads)))
+    conversion = _convert(raw, Heads(num_heads, decoder_num_heads))
+    with _naming(raw, conversion.info.layout):
+        return build(conversion)
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ def inspect_checkpoint(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     offline: bool = False,
-    values: bool = False,
 ) -> CheckpointReport:
-    """Recognise a checkpoint and check that all its tensors are there, without loading the weights.
+    """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
     Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
 
@@ -100,7 +101,6 @@ def inspect_checkpoint(
         num_heads: As for :func:`load_checkpoint`.
         decoder_num_heads: As for :func:`load_checkpoint`.
         offline: As for :func:`load_checkpoint`.
-        values: Also check that every value in the file is finite, which reads all of it.
 
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
@@ -115,10 +115,9 @@ def inspect_checkpoint(
         except HeadCountError as error:  # one head fits every width, and changes no shape
             needed.append(error.option)
             heads = replace(heads, **{error.option: 1})
-    model = build(conversion, materialize=False)
-    for name, tensor in raw.tensors.items() if values else ():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{raw.path}: {name} holds values that are not finite; the file is damaged")
+    with _naming(raw, conversion.info.layout):
+        model = build(conversion, materialize=False)
+        check_finite(conversion.state)
     config = asdict(conversion.config)
     for option in needed:
         config[option] = None
@@ -138,12 +137,19 @@ def inspect_checkpoint(
 
 def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
     layout, convert = recognize(raw)
-    try:
+    with _naming(raw, layout):
         conversion = convert(raw, heads)
+    return replace(conversion, info=replace(conversion.info, layout=layout))
+
+
+@contextmanager
+def _naming(raw: RawCheckpoint, layout: str) -> Iterator[None]:
+    """Errors inside name the file: a command may have been given several."""
+    try:
+        yield
     except CheckpointError as error:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Shapes and settings that no real file has can fail a converter in any of these ways.
-        raise CheckpointError(f"{raw.path} ({layout}) does not fit together ({first_line(error)})") from error
-    return replace(conversion, info=replace(conversion.info, layout=layout))
+        raise CheckpointError(f"{raw.path} ({layout}): does not fit together ({first_line(error)})") from error

@@ -23,6 +23,8 @@ _MOST_INSTRUCTIONS = 1_000_000
 _MOST_BYTES_COPIED = 256 * 2**20
 _BYTES_PER_ITEM = 64
 _DEEPEST = 1_000
+# What torch writes unless told otherwise, and all that its safe reader understands.
+_NEWEST_PROTOCOL = 2
 
 # Standard-library objects that trainers really save. Anything else of the standard library in a checkpoint (os.system,
 # builtins.eval, subprocess.Popen ...) is there to be called, and the file is refused rather than read around.
@@ -73,9 +75,9 @@ def _follow(stream: IO[bytes], names: set[str]) -> None:
     """Move values over the stack as the unpickler would, and note the names."""
     stack: list[_Value] = []
     memo: dict[int, _Value] = {}
-    copied = 0
+    copied, protocol = 0, 0
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        kind = opcode.name
+        kind, protocol = opcode.name, max(protocol, opcode.proto)
         if kind in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[int(argument or 0)])
         elif kind in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -102,6 +104,10 @@ def _follow(stream: IO[bytes], names: set[str]) -> None:
             stack.extend(_Value(argument, operands) for _ in opcode.stack_after)
         if step >= _MOST_INSTRUCTIONS or copied > _MOST_BYTES_COPIED or (stack and stack[-1].depth > _DEEPEST):
             raise CheckpointError("asks for more memory than a checkpoint needs: it may be an attack; nothing was run")
+    if protocol > _NEWEST_PROTOCOL:
+        raise CheckpointError(
+            f"was saved with pickle protocol {protocol}, which cannot be read safely; save it again with the default"
+        )
 
 
 def _pop(stack: list[_Value], opcode: pickletools.OpcodeInfo, leave: int = 0) -> list[_Value]:

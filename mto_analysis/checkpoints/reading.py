@@ -12,7 +12,6 @@ import itertools
 import json
 import tarfile
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,11 +26,11 @@ from mto_analysis.checkpoints.containers import (
     ARCHIVE,
     LEGACY_TORCH_MAGIC,
     MOST_HEADER_BYTES,
-    archive_entries,
     check_safetensors_header,
     first_bytes,
     first_line,
     holds_safetensors,
+    pickle_of_archive,
     refuse_other_content,
 )
 from mto_analysis.checkpoints.pickles import foreign_names
@@ -178,9 +177,7 @@ def _foreign_names(path: Path, *, is_archive: bool) -> list[str]:
         if not is_archive:
             with path.open("rb") as file:
                 return foreign_names(file, count=_LEGACY_PICKLES)
-        [pickled] = [entry for entry in archive_entries(path) if entry.filename.endswith("/data.pkl")]
-        with zipfile.ZipFile(path) as archive, archive.open(pickled) as file:
-            return foreign_names(io.BytesIO(file.read()))
+        return foreign_names(io.BytesIO(pickle_of_archive(path)))
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path} {error}") from error
     except Exception as error:  # see _read_torch
@@ -233,7 +230,7 @@ def _split_root(root: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any
 def _named(tensors: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: not every entry of its state dict is a tensor with a name")
+            raise CheckpointError(f"{path}: entry {ascii(name)[:40]} is not a tensor with a name")
     return {name: value.detach() for name, value in tensors.items()}
 
 

@@ -61,7 +61,7 @@ def verify_checkpoint(
         'mae'
     """
     path = resolve(source, offline=offline)
-    report = inspect_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads, values=True)
+    report = inspect_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     sha256 = checkpoint_sha256(path)
     entry = find_published(str(source), path)
     compared = []
