@@ -42,19 +42,22 @@ _LAYOUT_OF = {
     "ibot": "iBOT",
     "ijepa": "I-JEPA",
     "mae": "facebookresearch/mae",
+    "mae_lite": "MAE-Lite",
     "mae_pytorch": "MAE-pytorch",
     "maskdistill_community": "BEiT / data2vec vision",
     "milan": "MILAN",
     "mixmim": "MixMIM",
-    "mmpretrain_beit": "mmpretrain / mmselfsup",
-    "mmpretrain_beitv2": "mmpretrain / mmselfsup",
-    "mmpretrain_cae": "mmpretrain / mmselfsup",
-    "mmpretrain_mae": "mmpretrain / mmselfsup",
-    "mmpretrain_maskfeat": "mmpretrain / mmselfsup",
-    "mmpretrain_mff": "mmpretrain / mmselfsup",
-    "mmpretrain_milan": "mmpretrain / mmselfsup",
-    "mmpretrain_mixmim": "mmpretrain / mmselfsup",
-    "mmpretrain_simmim": "mmpretrain / mmselfsup",
+    "mmpretrain_beit": "mmpretrain BEiT",
+    "mmpretrain_beitv2": "mmpretrain BEiT v2",
+    "mmpretrain_cae": "mmpretrain CAE",
+    "mmpretrain_mae": "mmpretrain MAE",
+    "mmpretrain_maskfeat": "mmpretrain MaskFeat",
+    "mmpretrain_mff": "mmpretrain MFF",
+    "mmpretrain_milan": "mmpretrain MILAN",
+    "mmpretrain_mixmim": "mmpretrain MixMIM",
+    "mmpretrain_simmim": "mmpretrain SimMIM Swin",
+    "openmixup_a2mim": "OpenMixup A2MIM",
+    "openmixup_simmim": "OpenMixup SimMIM ViT",
     "simmim_swin": "SimMIM Swin",
     "simmim_swinv2": "SimMIM SwinV2",
     "simmim_vit": "microsoft/SimMIM ViT",
@@ -88,6 +91,7 @@ class Checkpoint:
         mask_shape: ``random``, ``blockwise`` or another way of choosing.
         has_mask_token: Without one nothing can be measured.
         has_decoder: Whether what predicts the target is inside.
+        obstacle: Why this file does not load although its layout is read.
         normalization: ``imagenet``, ``half`` or ``clip`` statistics; see :attr:`mean_and_std`.
         source: What :func:`~mto_analysis.checkpoints.fetching.resolve` takes: a URL or ``hf://owner/name[/file]``.
         digest: ``algorithm:beginning`` of the file's hash, as its authors published it.
@@ -110,6 +114,7 @@ class Checkpoint:
     mask_shape: str
     has_mask_token: bool
     has_decoder: bool
+    obstacle: str
     normalization: str
     source: str
     digest: str
@@ -129,8 +134,9 @@ class Checkpoint:
 
     @property
     def loads(self) -> bool:
-        """Whether it holds a mask token and its layout is one we read."""
-        return self.has_mask_token and any(each.name == self.layout and each.convert for each in LAYOUTS)
+        """Whether it holds a mask token, nothing is known to be in the way, and its layout is one we read."""
+        read = any(each.name == self.layout and each.convert for each in LAYOUTS)
+        return self.has_mask_token and not self.obstacle and read
 
     @property
     def evidence(self) -> str:
