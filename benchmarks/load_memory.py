@@ -3,7 +3,7 @@
 Peaks (VmHWM) of fresh processes that import and load, minus those that only import, median of three each. MAE ViT-B
 with random weights, as facebookresearch/mae saves it and as a Hugging Face folder.
 
-Run: ``python benchmarks/load_memory.py`` (one minute, 1 GB of disk).
+Run: ``python benchmarks/load_memory.py`` (two minutes, 1 GB of disk).
 """
 
 from __future__ import annotations

@@ -16,10 +16,9 @@ MARK = "<!-- all below comes from the registry: python docs/checkpoints.py -->\n
 def page() -> str:
     """The page as it should be: what is written by hand stays, what comes from the registry is made anew."""
     rows = list_checkpoints()
-    counts = f"{len(rows)} files: {sum(row.has_mask_token for row in rows)} with a mask token, of which "
-    counts += (
-        f"{sum(row.loads for row in rows)} load, {sum(row.evidence == 'parity' for row in rows)} of them by parity."
-    )
+    masked, loading = sum(row.has_mask_token for row in rows), [row for row in rows if row.loads]
+    tried = sum(row.evidence == "parity" for row in loading)
+    counts = f"{len(rows)} files: {masked} with a mask token, of which {len(loading)} load, {tried} tried for parity."
     sections = (_section(family, list(group)) for family, group in groupby(_by_family(rows), lambda row: row.family))
     by_hand = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     return by_hand + MARK + "\n".join(["", counts, "", *sections])

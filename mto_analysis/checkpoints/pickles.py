@@ -45,7 +45,7 @@ class _Value:
 
     def __init__(self, constant: Any = None, parts: Sequence[_Value] = ()) -> None:
         self.constant = constant
-        self.parts = parts if len(parts) <= 3 else ()
+        self.parts = parts if 0 < len(parts) <= 3 else ()
         self.bytes = len(constant) if isinstance(constant, (str, bytes)) else len(parts) * _BYTES_PER_ITEM
         self.depth: int = max((part.depth + 1 for part in parts), default=0)
 
