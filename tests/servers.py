@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             body, status = body[start:], 206
             if not body:
-                status = 416
+                status, headers["Content-Range"] = 416, f"bytes */{len(page.body)}"
         headers |= {"Content-Type": page.type} | ({"ETag": page.etag} if page.etag else {})
         self._head(status, len(body) + page.extra_length, headers)
         if not send_body:

@@ -86,6 +86,19 @@ class TestUrls:
         assert fetch(server, tmp_path, Page(WEIGHTS)).read_bytes() == WEIGHTS
         assert ranges(server)[-1] == f"bytes={HALF}-"
 
+    def test_what_was_whole_but_not_renamed_is_kept(
+        self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(downloading, "check_container", interrupted)
+            fetch(server, tmp_path, Page(WEIGHTS))
+        assert looks_whole(tmp_path) == []
+        assert fetch(server, tmp_path, Page(WEIGHTS)).read_bytes() == WEIGHTS
+        assert ranges(server) == [None, f"bytes={len(WEIGHTS)}-"]
+
     def test_without_ranges_it_starts_anew(self, server: Server, tmp_path: Path) -> None:
         path = fetch(server, tmp_path, Page(WEIGHTS, cut_at=HALF, cuts=1, ranges=False))
         assert path.read_bytes() == WEIGHTS

@@ -164,6 +164,8 @@ def _attempt(session: requests.Session, url: str, part: Path) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{have}":
+            return  # all of it is there: only the renaming was interrupted
         if response.status_code in (206, 416) and not (goes_on and _version(response) in ("", tag)):
             _discard(part)
             raise requests.ConnectionError("the file changed while it was fetched, or the server confuses its parts")
