@@ -92,9 +92,10 @@ class TestUrls:
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(downloading, "check_container", interrupted)
-            fetch(server, tmp_path, Page(WEIGHTS))
+            with pytest.raises(KeyboardInterrupt):
+                fetch(server, tmp_path, Page(WEIGHTS))
         assert looks_whole(tmp_path) == []
         assert fetch(server, tmp_path, Page(WEIGHTS)).read_bytes() == WEIGHTS
         assert ranges(server) == [None, f"bytes={len(WEIGHTS)}-"]
