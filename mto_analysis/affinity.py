@@ -20,6 +20,7 @@ __all__ = [
     "affinity_matrix",
     "heterogeneity",
     "masked_first_order",
+    "quadrant_mass",
     "row_entropy",
     "split_quadrants",
 ]
@@ -225,3 +226,30 @@ def split_quadrants(affinity: Tensor, num_masked: int) -> Quadrants:
         raise ValueError(f"num_masked must lie between 0 and {affinity.shape[-1]}, got {num_masked}")
     top, bottom = affinity[..., :num_masked, :], affinity[..., num_masked:, :]
     return Quadrants(top[..., :num_masked], top[..., num_masked:], bottom[..., :num_masked], bottom[..., num_masked:])
+
+
+def quadrant_mass(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
+    """Probability mass in each quadrant of the affinity matrix, as a mean over the quadrant's rows.
+
+    A row's mass adds to 1: the first and second quadrant share that of masked rows, the third and fourth that of
+    visible rows.
+
+    Shapes:
+        tokens: batch num_patches dim
+        mask: batch num_patches
+        returns: batch 4 (quadrants 1 to 4, each from 0 to 1)
+
+    Raises:
+        ValueError: If shapes disagree, or a row of ``mask`` masks no patch or every patch.
+
+    Example:
+        >>> quadrant_mass(torch.zeros(1, 4, 8), torch.tensor([[True, False, False, False]]))
+        tensor([[0.2500, 0.7500, 0.2500, 0.7500]])
+    """
+
+    def masses(x: Tensor, num_masked: int) -> Tensor:
+        quadrants = split_quadrants((x @ x.mT).softmax(dim=-1), num_masked)
+        return torch.stack([quadrant.sum(dim=-1).mean(dim=-1) for quadrant in quadrants], dim=-1)
+
+    split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
+    return split.map(tokens, masses)

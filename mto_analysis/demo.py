@@ -92,7 +92,7 @@ def demo_sentences(tables: DemoTables) -> list[str]:
             f"{1 - last.heterogeneity / first.heterogeneity:.2%} less."
         )
     sentences.append(
-        "MAE's H falls after 2 % of training too, and even before any: a falling curve alone does not show that a "
-        "model has converged. These are small models; nothing here is the paper's own figure."
+        "MAE's H falls at 2 % of training (early) too: a falling curve alone does not show that a model has "
+        "converged. These are small models; nothing here is the paper's own figure."
     )
     return sentences

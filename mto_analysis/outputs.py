@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["OutputFolder", "run_facts", "write_atomically"]
+__all__ = ["OutputFolder", "labels_of", "run_facts", "write_atomically"]
 
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
@@ -95,6 +95,21 @@ class OutputFolder:
         from mto_analysis.plots.style import figure_bytes
 
         return [self._write(f"{stem}.{kind}", figure_bytes(figure, kind)) for kind in ("png", "pdf")]
+
+
+def labels_of(sources: Sequence[str | Path]) -> list[str]:
+    """Short names for checkpoints: the file's stem, with as many folders before it as tell them apart.
+
+    Example:
+        >>> labels_of(["runs/mae/last.pth", "runs/simmim/last.pth"])
+        ['mae/last', 'simmim/last']
+    """
+    parts = [(*Path(source).parts[:-1], Path(source).stem) for source in sources]
+    for depth in range(1, max(len(part) for part in parts) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("a checkpoint is given twice; name them apart with --label")
 
 
 def run_facts(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``mto-analyze heterogeneity``: Eq. (2) at every layer depth of one or several checkpoints (Fig. 1)."""
 
+import re
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ def heterogeneity(
         int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
     ] = None,
     masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
+    save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
     masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per picture.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
@@ -58,9 +60,12 @@ def heterogeneity(
 
     Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out.
     """
-    from mto_analysis.outputs import OutputFolder, run_facts
+    from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
-    folder = OutputFolder(out, FILES, overwrite=overwrite)
+    labels = label or labels_of(ckpt)
+    mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
+    names = (*FILES, *mask_files)
+    folder = OutputFolder(out, names, overwrite=overwrite)
 
     import torch
 
@@ -86,12 +91,13 @@ def heterogeneity(
         dtype=getattr(torch, dtype),
         num_workers=num_workers,
         strict=strict,
+        keep_masks=save_masks,
     )
     study = measure_checkpoints(
         ckpt,
         open_pictures(images or DEMO_PICTURES),
         settings,
-        labels=label,
+        labels=labels,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
         offline=offline,
@@ -102,6 +108,8 @@ def heterogeneity(
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
+    for name, model in mask_files.items():
+        folder.write_bytes(name, study.mask_file(model))
     folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
     typer.echo(as_text(study.table))
-    note(f"wrote {', '.join(FILES)} to {folder.path}", quiet=quiet)
+    note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)

@@ -37,8 +37,8 @@ def load_checkpoint(
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
 
-    Reads files of facebookresearch/mae (published and trainer's) and microsoft/SimMIM (ViT), Hugging Face ViTMAE
-    folders, and our own layout.
+    Reads MAE, SimMIM (ViT, Swin, SwinV2), BootMAE, BEiT, BEiT v2, data2vec vision and ConMIM as their authors saved
+    them, Hugging Face folders of ViTMAE, BEiT, Swin and SwinV2, and our own layout.
 
     Args:
         source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL.
@@ -112,9 +112,9 @@ def inspect_checkpoint(
         try:
             conversion = _convert(raw, heads)
             break
-        except HeadCountError as error:  # one head fits every width, and changes no shape
+        except HeadCountError as error:
             needed.append(error.option)
-            heads = replace(heads, **{error.option: 1})
+            heads = replace(heads, **{error.option: error.stand_in})
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
         check_finite(conversion.state)

@@ -13,15 +13,16 @@ from torch import Tensor
 from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint, resolve
 from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, picture_batches
 from mto_analysis.errors import DataError, HeadCountError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masking import MaskRule, masks_to_bytes
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.outputs import labels_of
 from mto_analysis.probe import MaskSource, ProbeResult, masks_from_file, masks_from_rule, probe, undisturbed
 from mto_analysis.reconstruction import own_loss
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Settings", "labels_of", "measure_checkpoints", "pick_device"]
+__all__ = ["HeterogeneityStudy", "Settings", "measure_checkpoints", "pick_device"]
 
 _SELF_CHECK_PICTURES = 16
 
@@ -44,6 +45,7 @@ class Settings:
         dtype: Of the model's forward; H is computed in at least float32.
         num_workers: Processes that decode pictures.
         strict: A broken picture is an error.
+        keep_masks: Keep the masks for :meth:`HeterogeneityStudy.mask_file`.
     """
 
     limit: int | None = None
@@ -57,6 +59,7 @@ class Settings:
     dtype: torch.dtype = torch.float32
     num_workers: int = 0
     strict: bool = False
+    keep_masks: bool = False
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
@@ -74,12 +77,21 @@ class Settings:
 
 @dataclass
 class HeterogeneityStudy:
-    """What was measured: a row per model, stack and layer depth, the values per image, and facts for ``run.json``."""
+    """What was measured: a row per model, stack and layer depth, the values per image, and facts for ``run.json``.
+
+    ``masks`` holds, where they were kept, the masks of each model by picture name.
+    """
 
     table: pd.DataFrame
     per_image: pd.DataFrame
     models: list[dict[str, Any]]
+    masks: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+
+    def mask_file(self, model: str) -> bytes:
+        """The mask file of a model measured with ``keep_masks``, for others to measure on the same masks."""
+        by_name = self.masks[model]
+        return masks_to_bytes(torch.stack([torch.stack(each) for each in by_name.values()]).numpy(), list(by_name))
 
 
 def pick_device(name: str) -> str:
@@ -96,21 +108,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return str(device)
-
-
-def labels_of(sources: Sequence[str | Path]) -> list[str]:
-    """Short names for checkpoints: the file's stem, with as many folders before it as tell them apart.
-
-    Example:
-        >>> labels_of(["runs/mae/last.pth", "runs/simmim/last.pth"])
-        ['mae/last', 'simmim/last']
-    """
-    parts = [(*Path(source).parts[:-1], Path(source).stem) for source in sources]
-    for depth in range(1, max(len(part) for part in parts) + 1):
-        labels = ["/".join(part[-depth:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise ValueError("a checkpoint is given twice; name them apart with --label")
 
 
 def measure_checkpoints(
@@ -150,8 +147,8 @@ def measure_checkpoints(
         >>> from mto_analysis.data import open_pictures
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
         >>> study = measure_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), Settings(limit=4))
-        >>> study.table.loc[0, ["model", "layer_depth", "num_visible"]].tolist()
-        ['mae_cifar10_final', 0, 16.0]
+        >>> study.table["layer_depth"].tolist()
+        [0, 1, 2, 3, 4]
     """
     import pandas as pd
 
@@ -164,7 +161,7 @@ def measure_checkpoints(
     paths = [resolve(source, offline=offline) for source in sources]  # all of them, before an hour is spent on one
     for source, path, label in zip(sources, paths, names, strict=True):
         model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1)
-        result, facts = _measure(model, label, pictures, settings, study.broken, say, warn, progress)
+        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress)
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(path), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
@@ -188,12 +185,12 @@ def _measure(
     label: str,
     pictures: Pictures,
     settings: Settings,
-    broken: dict[str, str],
+    study: HeterogeneityStudy,
     say: Callable[[str], None],
     warn: Callable[[str], None],
     progress: Progress,
 ) -> tuple[ProbeResult, dict[str, Any]]:
-    info = model.info
+    info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
     say(f"{label}: {info.family} ({info.layout}), {info.image_size} px; masks: {words}")
 
@@ -210,9 +207,9 @@ def _measure(
 
     model.to(settings.device, settings.dtype)
     count = min(settings.limit or len(pictures.names), len(pictures.names))
-    loss = _self_check(
-        model, batches(_SELF_CHECK_PICTURES, min(count, _SELF_CHECK_PICTURES), 0), masks, label, say, warn
-    )
+    loss = _self_check(model, batches(_SELF_CHECK_PICTURES, settings.limit, 0), masks, label, say, warn)
+    if settings.keep_masks:
+        masks = _kept(masks, study.masks.setdefault(label, {}))
     steps = -(-count // settings.batch_size)
     try:
         result = probe(
@@ -234,6 +231,16 @@ def _measure(
         "masks": words,
         "own_loss": loss,
     }
+
+
+def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
+    def draw(names: Sequence[str], k: int) -> Tensor:
+        drawn = masks(names, k)
+        for name, mask in zip(names, drawn, strict=True):
+            kept.setdefault(name, []).append(mask)
+        return drawn
+
+    return draw
 
 
 def _self_check(

@@ -1,0 +1,29 @@
+"""Masked token optimisation: the paper's three losses, attached to anyone's training code."""
+
+from mto_analysis.training.attach import MTO, attach_mto
+from mto_analysis.training.hooks import CollapseWarning
+from mto_analysis.training.losses import (
+    MTOConfig,
+    MTOTerms,
+    embedding_loss,
+    mto_loss,
+    ranking_loss,
+    sparsity_loss,
+)
+from mto_analysis.training.structures import StackSpec
+from mto_analysis.training.watch import Watch, watch_mto
+
+__all__ = [
+    "MTO",
+    "CollapseWarning",
+    "MTOConfig",
+    "MTOTerms",
+    "StackSpec",
+    "Watch",
+    "attach_mto",
+    "embedding_loss",
+    "mto_loss",
+    "ranking_loss",
+    "sparsity_loss",
+    "watch_mto",
+]

@@ -1,0 +1,185 @@
+"""Masked token optimisation in a foreign training loop: the losses, collected during the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.training.entropies import SortedMask
+from mto_analysis.training.hooks import COLLAPSED, Attached, StackForward, warn_of
+from mto_analysis.training.losses import MTOConfig, MTOTerms, combine_terms, layer_entropies
+from mto_analysis.training.structures import StackSpec, find_stacks, unwrap
+
+__all__ = ["MTO", "attach_mto"]
+
+# In nats, mean or sum over rows: below this every visible token resembles only itself.
+_DEAD = 1e-4
+
+
+class _Losses(StackForward):
+    """Entropies of one stack, made in the hook, so that no list of tokens is kept.
+
+    Inside reentrant activation checkpointing gradients are off in the hook; there the block's output object itself is
+    kept, which gets its gradient when the checkpoint returns, and its entropy is made when the loss is asked for.
+    """
+
+    def __init__(self, spec: StackSpec, config: MTOConfig) -> None:
+        self.config = config
+        super().__init__(spec)
+
+    def clear(self) -> None:
+        """Forget the last forward."""
+        super().clear()
+        self.splits: dict[int, SortedMask] = {}
+        self.heterogeneity: dict[int, Tensor] = {}
+        self.rows: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+    def take(self, depth: int, tokens: Tensor) -> None:
+        """Measure, or keep for later where gradients are off."""
+        if tokens.requires_grad and torch.is_grad_enabled():
+            self.measure(depth, tokens)
+        else:
+            self.waiting[depth] = tokens
+
+    def measure(self, depth: int, tokens: Tensor) -> None:
+        """Entropies of one layer depth."""
+        count = tokens.shape[1] - self.spec.prefix_tokens
+        if count in self.splits:
+            patches = tokens[:, self.spec.prefix_tokens :]
+        else:
+            patches, mask = self.patches(tokens)
+            self.splits[count] = SortedMask.of(mask)
+        self.heterogeneity[depth], rows = layer_entropies(patches, self.splits[count], depth, self.config)
+        if depth == 0:
+            self.rows = rows
+
+    def finish(self, step: int) -> MTOTerms:
+        """The terms of this stack."""
+        for depth, tokens in sorted(self.waiting.items()):
+            if not tokens.requires_grad:
+                raise RuntimeError(
+                    f"tokens of {self.spec.name} at layer depth {depth} have no gradient: the model is frozen there, "
+                    "or it checkpoints whole stages with use_reentrant=True; pass use_reentrant=False"
+                )
+            self.measure(depth, tokens)
+        self.waiting.clear()
+        depths = range(len(self.spec.blocks) + 1)
+        missing = [depth for depth in depths if depth not in self.heterogeneity]
+        if missing or self.mask is None:
+            raise RuntimeError(f"blocks {missing} of {self.spec.name} did not run; give stacks=... with those that do")
+        split = self.splits[self.mask.shape[1]]
+        return combine_terms([self.heterogeneity[depth] for depth in depths], self.rows, split, self.config, step=step)
+
+
+class MTO(Attached):
+    """What :func:`attach_mto` gives: the loss of the last forward, its terms for logging, and the way to detach."""
+
+    def __init__(self, model: nn.Module, specs: Sequence[StackSpec], config: MTOConfig, check_every: int) -> None:
+        self.config = config
+        self._check_every = check_every
+        self._losses = [_Losses(spec, config) for spec in specs]
+        self._last: dict[str, MTOTerms] = {}
+        super().__init__(model, self._losses)
+
+    def loss(self) -> Tensor:
+        """The weighted loss of the last forward, a float32 scalar; the mean over stacks where there are several.
+
+        Add it to the model's own loss before the one backward pass. Call it once per forward.
+
+        Raises:
+            RuntimeError: If no forward with masked tokens was seen since the last call.
+        """
+        seen = [losses for losses in self._losses if losses.mask is not None]
+        if not seen:
+            raise RuntimeError(
+                "no forward with masked tokens since the last loss(): the model was in eval mode or without gradients, "
+                "no patch was masked, dropout changed the mask token, or torch.compile had run before attach_mto"
+            )
+        terms = {losses.spec.name: losses.finish(self.step) for losses in seen}
+        self._last = {name: MTOTerms(*(value.detach() for value in each)) for name, each in terms.items()}
+        for losses in self._losses:
+            losses.clear()
+        if self._check_every and self.step % self._check_every == 0:
+            for name, last in self._last.items():
+                _warn_of_collapse(f"{name}, step {self.step}", last, self.config)
+        self.step += 1
+        return torch.stack([each.loss for each in terms.values()]).mean()
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Terms of the last loss, for logging; reading them waits for the device.
+
+        Keys are ``loss``, ``sparsity``, ``embedding``, ``ranking`` (before weights), ``heterogeneity_0`` ... and, after
+        the backward pass, ``mask_token_grad_norm``; with several stacks each key starts with the stack's name.
+        """
+        values: dict[str, float] = {}
+        for losses in self._losses:
+            name = losses.spec.name
+            if name not in self._last:
+                continue
+            last = self._last[name]
+            start = f"{name}/" if len(self._losses) > 1 else ""
+            for term in ("loss", "sparsity", "embedding", "ranking"):
+                values[start + term] = getattr(last, term).item()
+            for depth, h in enumerate(last.heterogeneity.mean(dim=1).tolist()):
+                values[f"{start}heterogeneity_{depth}"] = h
+            token = losses.spec.mask_token
+            if token is not None and token.grad is not None:
+                values[f"{start}mask_token_grad_norm"] = token.grad.norm().item()
+        return values
+
+
+def attach_mto(
+    model: nn.Module,
+    config: MTOConfig | None = None,
+    *,
+    stacks: Sequence[StackSpec] | None = None,
+    check_every: int = 100,
+) -> MTO:
+    """Attach masked token optimisation to an unmodified model; its masked tokens are found by structure.
+
+    Known are the models of facebookresearch/mae, microsoft/SimMIM (ViT and Swin), LightDXY/BootMAE (both decoders),
+    TencentARC/ConMIM and BEiT, Hugging Face ViTMAE, BEiT, ViT and Swin for masked image modelling, lightly's MAE and
+    SimMIM parts, and our own. Everything else needs ``stacks``.
+
+    Keep the handle; the model does not. Attach after copies of the model (EMA) were made and before ``torch.compile``
+    runs for the first time. In evaluation mode and without gradients the hooks do nothing.
+
+    Args:
+        model: An instance, wrapped in DistributedDataParallel or torch.compile or not.
+        config: Settings; ``MTOConfig()`` by default.
+        stacks: Where masked tokens live, for models of another structure.
+        check_every: Look for collapse and terms that are not finite every so many steps; 0 for never.
+
+    Raises:
+        ValueError: If no structure fits, or the model is wrapped in nn.DataParallel.
+
+    Example:
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS, demo_batches
+        >>> from mto_analysis import load_checkpoint, mask_keys, reconstruction_loss
+        >>> model = load_checkpoint(DEMO_CHECKPOINTS["SimMIM"]).train()
+        >>> mto = attach_mto(model)
+        >>> batch = next(demo_batches(model.info, limit=4))
+        >>> mask = model.info.mask_rule.draw(mask_keys(batch.names), model.info.grid, model.info.patch_size)
+        >>> loss = reconstruction_loss(model(batch.images, mask), batch.images, mask, model.info.patch_size).mean()
+        >>> loss = loss + mto.loss()
+        >>> loss.backward()
+        >>> sorted(mto.terms)[:3]
+        ['embedding', 'heterogeneity_0', 'heterogeneity_1']
+        >>> mto.detach()
+    """
+    inner = unwrap(model)
+    return MTO(inner, stacks or find_stacks(inner), config or MTOConfig(), check_every)
+
+
+def _warn_of_collapse(where: str, last: MTOTerms, config: MTOConfig) -> None:
+    for term in ("sparsity", "embedding", "ranking", "heterogeneity"):
+        if not bool(torch.isfinite(getattr(last, term)).all()):
+            warn_of(f"{where}: {term} is not finite")
+    if float(last.heterogeneity.max()) < COLLAPSED:
+        warn_of(f"{where}: heterogeneity of all layers has collapsed to 0")
+    if config.sparsity_weight > 0 and float(last.sparsity) < _DEAD:
+        warn_of(f"{where}: L_spa is dead, each visible token resembles only itself")
