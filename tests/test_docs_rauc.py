@@ -1,4 +1,3 @@
-import doctest
 import re
 import shutil
 from pathlib import Path
@@ -8,12 +7,6 @@ from typer.testing import CliRunner
 from mto_analyze import app
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def test_docs_rauc__python_gives_what_the_page_says():
-    result = doctest.testfile(str(DOCS / "rauc.md"), module_relative=False)
-    assert result.attempted >= 5
-    assert result.failed == 0
 
 
 def test_docs_rauc__commands_print_what_the_page_says(tmp_path, monkeypatch):

@@ -402,5 +402,8 @@ def test_commands__fetch_and_inspect_by_url(server: Server, tmp_path: Path, monk
     assert Path(fetched.stdout.strip()).is_file()
     for command in (["inspect"], ["checkpoints", "verify"]):
         assert run.invoke(app, [*command, url, "--offline"]).exit_code == 0
+    measured = ["heterogeneity", "--ckpt", url, "--limit", "2", "--out", str(tmp_path / "out")]
+    assert run.invoke(app, [*measured, "--offline"]).exit_code == 0
+    assert len(server.requests) == 1
     assert "as recorded" not in run.invoke(app, ["checkpoints", "verify", str(DEMO_CHECKPOINTS["MAE"])]).stdout
     assert "as recorded" in run.invoke(app, ["checkpoints", "verify", url]).stdout

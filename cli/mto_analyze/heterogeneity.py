@@ -63,7 +63,7 @@ def heterogeneity(
     from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
-    mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
+    mask_files = _mask_files(labels) if save_masks else {}
     names = (*FILES, *mask_files)
     folder = OutputFolder(out, names, overwrite=overwrite)
 
@@ -113,3 +113,14 @@ def heterogeneity(
     folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
     typer.echo(as_text(study.table))
     note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)
+
+
+def _mask_files(labels: list[str]) -> dict[str, str]:
+    """The label behind each mask file; two labels may not end up in one file."""
+    files: dict[str, str] = {}
+    for label in labels:
+        name = f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}.npz"
+        if name in files and files[name] != label:
+            raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
+        files[name] = label
+    return files

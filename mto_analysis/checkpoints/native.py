@@ -95,14 +95,14 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
     try:
         about = json.loads(raw.metadata["mto_analysis"])
         if about["version"] > _VERSION:
-            raise CheckpointError(f"{raw.path} was written by a newer mto-analysis; upgrade to read it")
+            raise CheckpointError("the file was written by a newer mto-analysis; upgrade to read it")
         make, settings = _FAMILIES[about["family"]]
         config = settings(**about["config"])
         info = _info(about["info"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
+        raise CheckpointError(f"its mto_analysis metadata is not readable ({error!r})") from error
     stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
     heads.choose("num_heads", config.dim, stated=stated)
     if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
