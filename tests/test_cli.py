@@ -336,9 +336,9 @@ def test_heterogeneity__hears_each_option(option: str, checkpoints, picture_fold
 def test_commands__have_no_untested_option() -> None:
     commands = typer.main.get_command(app).commands
     options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
-    everywhere = {"ckpt", "images", "out", "help"}  # used in nearly every test
+    everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
     assert options["heterogeneity"] - everywhere == set(HETEROGENEITY_OPTIONS)
-    assert options["inspect"] == {"ckpt", "num_heads", "decoder_num_heads", "as_json"}
+    assert options["inspect"] == {"ckpt", "num_heads", "decoder_num_heads", "offline", "as_json"}
     assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
     assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}
     # A command that comes later brings its own test module.

@@ -2,6 +2,7 @@
 
 import typer
 
+from mto_analyze.checkpoints import checkpoints
 from mto_analyze.console import Commands
 from mto_analyze.demo import demo
 from mto_analyze.heterogeneity import heterogeneity
@@ -23,3 +24,4 @@ app = typer.Typer(
 )
 for command in (demo, inspect, heterogeneity, plot, rauc, tables):
     app.command()(command)
+app.add_typer(checkpoints, name="checkpoints")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import as_text, note, progress
-from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
 
@@ -50,6 +50,7 @@ def heterogeneity(
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
     strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("heterogeneity"),
     overwrite: Overwrite = False,
@@ -99,6 +100,7 @@ def heterogeneity(
         labels=labels,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
+        offline=offline,
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),

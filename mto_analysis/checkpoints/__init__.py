@@ -9,18 +9,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, build
+from mto_analysis.checkpoints.containers import first_line
+from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
+from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.native import save_checkpoint
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
-__all__ = ["CheckpointReport", "checkpoint_sha256", "inspect_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointReport",
+    "checkpoint_sha256",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "resolve",
+    "save_checkpoint",
+]
 
 
 def load_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
 
@@ -29,10 +42,11 @@ def load_checkpoint(
     SimMIM Swin, BEiT, BEiT v2, MaskFeat, MILAN and CAE of mmpretrain; SimMIM ViT of OpenMixup; and our own layout.
 
     Args:
-        source: A file or a Hugging Face folder.
+        source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL.
         num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
             one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
         decoder_num_heads: The same for the decoder.
+        offline: Never touch the network: only what is on this machine already.
 
     Returns:
         The model on the CPU, in float32, in eval mode; its ``info`` says how to feed it.
@@ -47,7 +61,7 @@ def load_checkpoint(
         >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
         'mae'
     """
-    raw = read_checkpoint(source)
+    raw = read_checkpoint(resolve(source, offline=offline))
     conversion = _convert(raw, Heads(num_heads, decoder_num_heads))
     with _naming(raw, conversion.info.layout):
         return build(conversion)
@@ -73,16 +87,26 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> CheckpointReport:
-    """Recognise a checkpoint and check that all its tensors are there, without loading the weights.
+    """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
     Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
+
+    Args:
+        source: As for :func:`load_checkpoint`.
+        num_heads: As for :func:`load_checkpoint`.
+        decoder_num_heads: As for :func:`load_checkpoint`.
+        offline: As for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
-    raw = read_checkpoint(source, mmap=True)
+    raw = read_checkpoint(resolve(source, offline=offline), mmap=True)
     heads = Heads(num_heads, decoder_num_heads)
     needed: list[str] = []
     while True:
@@ -94,6 +118,7 @@ def inspect_checkpoint(
             heads = replace(heads, **{error.option: error.stand_in})
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
+        check_finite(conversion.state)
     config = asdict(conversion.config)
     for option in needed:
         config[option] = None
@@ -126,3 +151,6 @@ def _naming(raw: RawCheckpoint, layout: str) -> Iterator[None]:
     except CheckpointError as error:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and settings that no real file has can fail a converter in any of these ways.
+        raise CheckpointError(f"{raw.path} ({layout}): does not fit together ({first_line(error)})") from error

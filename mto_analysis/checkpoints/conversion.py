@@ -14,7 +14,7 @@ from torch import Tensor
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
-__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "square_side"]
+__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "check_finite", "square_side"]
 
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -286,14 +286,24 @@ def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageMod
         return model
     # Our own contiguous storage for what was mapped or half precision; no copy of what is float32 already.
     weights = {name: state.tensors[name].to(torch.float32).contiguous() for name in expected}
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
+    check_finite(state)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(weights, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
     return model.eval()
+
+
+def check_finite(state: StateDict) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        CheckpointError: If a value is infinite or not a number; the message names the tensor.
+    """
+    for name, tensor in state.tensors.items():
+        # A float64 sum of what is stored in 32 bits cannot overflow; it needs no mask as large as the tensor.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+            raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
 
 
 def _some(names: list[str]) -> str:
