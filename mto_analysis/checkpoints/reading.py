@@ -214,7 +214,7 @@ def _foreign_objects(path: Path) -> list[str]:
     except Exception as error:  # see _read_torch
         raise CheckpointError(f"{path} is damaged or not written by torch.save ({_first_line(error)})") from error
     for name in names:
-        # torch.save writes the names of Python 2: subprocess.Popen as commands.Popen, range as __builtin__.xrange.
+        # torch.save writes modules under their names in Python 2: subprocess.Popen as commands.Popen.
         module, _, attribute = name.rpartition(".")
         module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
         module = module.split(".")[0]
