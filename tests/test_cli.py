@@ -202,9 +202,34 @@ def option_seed(path, pictures, ckpt):
     assert values["1"] == values["again"] != values["0"]
 
 
+def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
+    """The batches that a run probes, and the worker processes that it asks for."""
+    from mto_analysis.studies import heterogeneity as study
+
+    sizes: list[int] = []
+    workers: set[int] = set()
+    probe_batches, load_batches = study.probe, study.picture_batches
+
+    def watched_probe(model, batches, *positional, **options):
+        batches = list(batches)
+        sizes.extend(len(batch.names) for batch in batches)
+        return probe_batches(model, batches, *positional, **options)
+
+    def watched_batches(*positional, **options):
+        workers.add(options["num_workers"])
+        return load_batches(*positional, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "probe", watched_probe)
+        patch.setattr(study, "picture_batches", watched_batches)
+        ok(*arguments)
+    return sizes, workers
+
+
 def option_batch_size(path, pictures, ckpt):
-    for size in (1, 4):
-        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(size), "--batch-size", size)
+    for size, expected in ((1, [1] * 6), (4, [4, 2])):
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(size))
+        assert sizes_and_workers(*arguments, "--batch-size", size)[0] == expected
     one, four = (csv(path / name) for name in ("1", "4"))
     np.testing.assert_allclose(one["heterogeneity"], four["heterogeneity"], atol=2e-5)
     assert json.loads((path / "4/run.json").read_text())["arguments"]["batch_size"] == 4
@@ -229,7 +254,8 @@ def option_dtype(path, pictures, ckpt):
 
 def option_num_workers(path, pictures, ckpt):
     for count in (0, 2):
-        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(count), "--num-workers", count)
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(count))
+        assert count in sizes_and_workers(*arguments, "--num-workers", count)[1]
     assert csv(path / "0").equals(csv(path / "2"))
 
 
