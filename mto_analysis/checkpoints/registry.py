@@ -21,13 +21,13 @@ _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 
 #: Which of :data:`~mto_analysis.checkpoints.layouts.LAYOUTS` the files of a family have.
 _LAYOUT_OF = {
-    "beit": "BEiT / data2vec vision",
+    "beit": "BEiT / data2vec vision / EVA",
     "beitv2": "BEiT v2",
     "bootmae": "BootMAE",
     "cae": "CAE",
     "conmim": "ConMIM",
     "crossmae": "CrossMAE",
-    "data2vec_vision": "BEiT / data2vec vision",
+    "data2vec_vision": "BEiT / data2vec vision / EVA",
     "dinov2": "DINOv2",
     "eva02": "EVA-02",
     "greenmim": "GreenMIM",
