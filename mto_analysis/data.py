@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -60,6 +61,14 @@ class Pictures(Protocol):
         """Decode one picture; raises whatever the decoder raises."""
 
 
+def _rgb(picture: Image.Image) -> Image.Image:
+    """Eight bits per colour. PIL alone would clip the upper 255/256 of a 16-bit picture's tones to white."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        tones = np.asarray(picture, dtype=np.float64) / 257
+        picture = Image.fromarray(tones.round().clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 class _FilePictures:
     def __init__(self, names: Sequence[str], paths: Sequence[Path]) -> None:
         self.names = names
@@ -67,7 +76,7 @@ class _FilePictures:
 
     def open(self, index: int) -> Image.Image:
         with Image.open(self._paths[index]) as picture:
-            return picture.convert("RGB")
+            return _rgb(picture)
 
 
 class _ParquetPictures:
@@ -96,7 +105,7 @@ class _ParquetPictures:
         if not isinstance(content, bytes):
             raise ValueError("the row holds no image bytes")
         with Image.open(io.BytesIO(content)) as picture:
-            return picture.convert("RGB")
+            return _rgb(picture)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}  # worker processes read for themselves

@@ -44,11 +44,13 @@ class HeadCountError(CheckpointError):
     Args:
         message: One line.
         option: The argument that gives it, ``num_heads`` or ``decoder_num_heads``.
+        stand_in: A number that fits every shape of the file, to look at it without knowing the right one.
     """
 
-    def __init__(self, message: str, option: str) -> None:
+    def __init__(self, message: str, option: str, stand_in: int = 1) -> None:
         super().__init__(message)
         self.option = option
+        self.stand_in = stand_in
 
 
 class DataError(MTOAnalysisError, ValueError):

@@ -11,6 +11,8 @@ import hashlib
 import io
 import math
 import random
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,9 +313,10 @@ def load_masks(path: str | Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise DataNotFoundError(f"no mask file at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves the file open when the archive is broken.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             masks, names = file["mask"], file["names"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a mask file (an .npz with `mask` and `names`): {error}") from error
     if masks.ndim == 2:  # one mask per image, written without the middle axis
         masks = masks[:, None, :]

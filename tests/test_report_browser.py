@@ -187,7 +187,7 @@ def pixels_of(page: Any, canvas: str) -> np.ndarray:
     return np.array(values, dtype=np.uint8).reshape(-1, width, 4)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "dot", "cosine"])
+@pytest.mark.parametrize("kind", ["softmax", "log", "dot", "cosine"])
 def test_explorer__draws_the_map_of_the_library(page: Any, kind: str) -> None:
     import matplotlib as mpl
     from selenium.webdriver.support.ui import Select
@@ -195,8 +195,10 @@ def test_explorer__draws_the_map_of_the_library(page: Any, kind: str) -> None:
     Select(page.find_element(By.ID, "kind")).select_by_value(kind)
     page.find_element(By.ID, "depth").send_keys(Keys.ARROW_RIGHT)
     tokens, mask = tokens_of("MAE", "0", 1)
-    expected = affinity_matrix(tokens, mask, kind=kind)[0].numpy()  # type: ignore[arg-type]
+    expected = affinity_matrix(tokens, mask, kind="softmax" if kind == "log" else kind)[0].numpy()  # type: ignore[arg-type]
     scaled = (expected - expected.min()) / (expected.max() - expected.min())
+    if kind == "log":
+        scaled = np.clip(1 + np.log10(np.maximum(expected, 1e-30) / expected.max()) / 4, 0, 1)
     drawn = pixels_of(page, "map")[..., :3].astype(float)
     assert drawn.shape == (64, 64, 3)
     viridis = 255 * mpl.colormaps["viridis"](scaled)[..., :3]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import as_text, note, progress
-from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
 
@@ -50,6 +50,7 @@ def heterogeneity(
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
     strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("heterogeneity"),
     overwrite: Overwrite = False,
@@ -62,7 +63,7 @@ def heterogeneity(
     from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
-    mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
+    mask_files = _mask_files(labels) if save_masks else {}
     names = (*FILES, *mask_files)
     folder = OutputFolder(out, names, overwrite=overwrite)
 
@@ -99,6 +100,7 @@ def heterogeneity(
         labels=labels,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
+        offline=offline,
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
@@ -111,3 +113,14 @@ def heterogeneity(
     folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
     typer.echo(as_text(study.table))
     note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)
+
+
+def _mask_files(labels: list[str]) -> dict[str, str]:
+    """The label behind each mask file; two labels may not end up in one file."""
+    files: dict[str, str] = {}
+    for label in labels:
+        name = f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}.npz"
+        if name in files and files[name] != label:
+            raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
+        files[name] = label
+    return files

@@ -1,31 +1,32 @@
 """``mto-analyze inspect``: what a checkpoint is, where its masked tokens live, what is missing."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mto_analyze.options import DecoderHeads, Heads
+from mto_analyze.options import Checkpoint, DecoderHeads, Heads, Offline
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import CheckpointReport
 
 
 def inspect(
-    ckpt: Annotated[Path, typer.Argument(help="Checkpoint file or Hugging Face folder.")],
+    ckpt: Checkpoint,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint holds, without loading its weights. Exit code 3 if it cannot be measured."""
     from mto_analysis.checkpoints import inspect_checkpoint
 
-    report = inspect_checkpoint(ckpt, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _in_words(report))
+    report = inspect_checkpoint(ckpt, num_heads=num_heads, decoder_num_heads=decoder_num_heads, offline=offline)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else in_words(report))
 
 
-def _in_words(report: "CheckpointReport") -> str:
+def in_words(report: "CheckpointReport") -> str:
+    """A report as lines of a terminal."""
     info = report.info
     config = ", ".join(f"{name} {'?' if value is None else value}" for name, value in report.config.items())
     stacks = ", ".join(f"{stack} (layer depths 0 to {depth})" for stack, depth in report.depths.items())

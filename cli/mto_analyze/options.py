@@ -1,13 +1,14 @@
 """Options that several commands share, with their help."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Checkpoints = Annotated[
-    list[Path], typer.Option("--ckpt", help="Checkpoint file or Hugging Face folder; repeat to compare.")
-]
+SOURCE = "File or Hugging Face folder, id of the registry, hf://owner/name[@revision], or URL"
+
+Checkpoints = Annotated[list[str], typer.Option("--ckpt", help=f"{SOURCE}; repeat to compare.")]
+Checkpoint = Annotated[str, typer.Argument(help=f"{SOURCE}.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Heads = Annotated[
     int | None, typer.Option("--num-heads", min=1, help="Encoder attention heads, where the file does not say.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import note
-from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 FILES = ("reconstructions.png", "reconstructions.pdf", "reconstructions.csv", "run.json")
 
@@ -32,6 +32,7 @@ def reconstruct(
     device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("reconstructions"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -67,6 +68,7 @@ def reconstruct(
         labels=label,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
+        offline=offline,
         say=partial(note, quiet=quiet),
         warn=note,
     )

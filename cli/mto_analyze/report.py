@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import note, progress
-from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 
 def report(
@@ -32,6 +32,7 @@ def report(
     device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -64,6 +65,7 @@ def report(
         shown=pictures or show,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
+        offline=offline,
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),

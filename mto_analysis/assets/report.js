@@ -120,13 +120,14 @@
     return colours[low].map((value, k) => value + (colours[low + 1][k] - value) * (at - low));
   }
 
+  const DECADES = 4;
   /** N x N, rows and columns masked first, then visible; min-max scaled for display only. */
   function drawMap({ n, masked, visible }, products) {
     const kind = $("kind").value, order = [...masked, ...visible], values = new Float64Array(n * n);
     order.forEach((i, row) => {
       const logits = order.map((j) => products[i * n + j]);
-      const line = kind === "softmax" ? softmax(logits).weights
-        : kind === "dot" ? logits
+      const line = kind === "dot" ? logits
+        : kind !== "cosine" ? softmax(logits).weights
         : logits.map((z, at) => z / Math.sqrt(products[i * n + i] * products[order[at] * n + order[at]]));
       values.set(line, row * n);
     });
@@ -134,12 +135,14 @@
     const canvas = $("map"), context = canvas.getContext("2d");
     canvas.width = canvas.height = n;
     const pixels = context.createImageData(n, n);
-    values.forEach((value, k) => pixels.data.set([...colour((value - low) / (high - low || 1)), 255], 4 * k));
+    const share = kind === "log" ? (value) => Math.max(0, 1 + Math.log10(value / high) / DECADES)
+      : (value) => (value - low) / (high - low || 1);
+    values.forEach((value, k) => pixels.data.set([...colour(share(value)), 255], 4 * k));
     context.putImageData(pixels, 0, 0);
 
-    const share = 100 * masked.length / n, row = masked.indexOf(state.patch);
-    document.querySelector(".border.across").style.top = document.querySelector(".border.down").style.left = `${share}%`;
-    for (const [quadrant, left, bottom] of [["q1", 0, 100 - share], ["q2", share, 100 - share], ["q3", 0, 0], ["q4", share, 0]]) {
+    const cut = 100 * masked.length / n, row = masked.indexOf(state.patch);
+    document.querySelector(".border.across").style.top = document.querySelector(".border.down").style.left = `${cut}%`;
+    for (const [quadrant, left, bottom] of [["q1", 0, 100 - cut], ["q2", cut, 100 - cut], ["q3", 0, 0], ["q4", cut, 0]]) {
       Object.assign(document.querySelector(`.${quadrant}`).style, { left: `${left}%`, bottom: `${bottom}%` });
     }
     Object.assign($("map-row").style, { top: `${100 * row / n}%`, height: `${100 / n}%` });
@@ -148,11 +151,12 @@
       $(`${axis}-masked`).textContent = `${axis}: ${masked.length} masked`;
       $(`${axis}-visible`).textContent = `${visible.length} visible`;
     }
-    $("keys-masked").style.width = $("queries-masked").style.height = $("queries-visible").style.top = `${share}%`;
-    $("keys-visible").style.width = $("queries-visible").style.height = `${100 - share}%`;
+    $("keys-masked").style.width = $("queries-masked").style.height = $("queries-visible").style.top = `${cut}%`;
+    $("keys-visible").style.width = $("queries-visible").style.height = `${100 - cut}%`;
     const name = $("kind").selectedOptions[0].textContent;
-    $("map-legend").textContent = `${name}: ${number(low)} to ${number(high)}. Row of the chosen patch framed.`;
-    canvas.setAttribute("aria-label", `Map of ${n} by ${n} patches, ${name}, from ${number(low)} to ${number(high)}; ` +
+    const range = `${number(kind === "log" ? high / 10 ** DECADES : low)}${kind === "log" ? " or less" : ""} to ${number(high)}`;
+    $("map-legend").textContent = `${name}: ${range}. Row of the chosen patch framed.`;
+    canvas.setAttribute("aria-label", `Map of ${n} by ${n} patches, ${name}, ${range}; ` +
       `rows are queries and columns keys, masked first; the chosen patch is row ${row + 1}.`);
   }
 

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, build
+from mto_analysis.checkpoints.containers import first_line
+from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
+from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.native import save_checkpoint
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
-__all__ = ["CheckpointReport", "checkpoint_sha256", "inspect_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointReport",
+    "checkpoint_sha256",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "resolve",
+    "save_checkpoint",
+]
 
 
 def load_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
 
-    Reads files of facebookresearch/mae (published and trainer's) and microsoft/SimMIM (ViT), Hugging Face ViTMAE
-    folders, and our own layout.
+    Reads MAE, SimMIM (ViT, Swin, SwinV2), BootMAE, BEiT, BEiT v2, data2vec vision, ConMIM, CAE, MILAN, Hiera, MAE-Lite,
+    iBOT and EVA as their authors saved them; Hugging Face folders of ViTMAE, BEiT, Swin, SwinV2 and Hiera; MAE, MFF,
+    SimMIM Swin, BEiT, BEiT v2, MaskFeat, MILAN and CAE of mmpretrain; SimMIM ViT of OpenMixup; and our own layout.
 
     Args:
-        source: A file or a Hugging Face folder.
+        source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL.
         num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
             one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
         decoder_num_heads: The same for the decoder.
+        offline: Never touch the network: only what is on this machine already.
 
     Returns:
         The model on the CPU, in float32, in eval mode; its ``info`` says how to feed it.
@@ -44,8 +61,10 @@ def load_checkpoint(
         >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
         'mae'
     """
-    raw = read_checkpoint(source)
-    return build(_convert(raw, Heads(num_heads, decoder_num_heads)))
+    raw = read_checkpoint(resolve(source, offline=offline))
+    conversion = _convert(raw, Heads(num_heads, decoder_num_heads))
+    with _naming(raw, conversion.info.layout):
+        return build(conversion)
 
 
 @dataclass(frozen=True)
@@ -68,26 +87,38 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(
-    source: str | Path, *, num_heads: int | None = None, decoder_num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> CheckpointReport:
-    """Recognise a checkpoint and check that all its tensors are there, without loading the weights.
+    """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
     Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
+
+    Args:
+        source: As for :func:`load_checkpoint`.
+        num_heads: As for :func:`load_checkpoint`.
+        decoder_num_heads: As for :func:`load_checkpoint`.
+        offline: As for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
-    raw = read_checkpoint(source, mmap=True)
+    raw = read_checkpoint(resolve(source, offline=offline), mmap=True)
     heads = Heads(num_heads, decoder_num_heads)
     needed: list[str] = []
     while True:
         try:
             conversion = _convert(raw, heads)
             break
-        except HeadCountError as error:  # one head fits every width, and changes no shape
+        except HeadCountError as error:
             needed.append(error.option)
-            heads = replace(heads, **{error.option: 1})
-    model = build(conversion, materialize=False)
+            heads = replace(heads, **{error.option: error.stand_in})
+    with _naming(raw, conversion.info.layout):
+        model = build(conversion, materialize=False)
+        check_finite(conversion.state)
     config = asdict(conversion.config)
     for option in needed:
         config[option] = None
@@ -107,9 +138,19 @@ def inspect_checkpoint(
 
 def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
     layout, convert = recognize(raw)
-    try:
+    with _naming(raw, layout):
         conversion = convert(raw, heads)
+    return replace(conversion, info=replace(conversion.info, layout=layout))
+
+
+@contextmanager
+def _naming(raw: RawCheckpoint, layout: str) -> Iterator[None]:
+    """Errors inside name the file: a command may have been given several."""
+    try:
+        yield
     except CheckpointError as error:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
-    return replace(conversion, info=replace(conversion.info, layout=layout))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and settings that no real file has can fail a converter in any of these ways.
+        raise CheckpointError(f"{raw.path} ({layout}): does not fit together ({first_line(error)})") from error

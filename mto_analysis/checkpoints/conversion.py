@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
-__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "square_side"]
+__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "check_finite", "square_side"]
 
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -36,7 +36,13 @@ class Heads:
     decoder_num_heads: int | None = None
 
     def choose(
-        self, option: str, width: int, *, stated: int | None = None, published: Mapping[int, int] | None = None
+        self,
+        option: str,
+        width: int,
+        *,
+        stated: int | None = None,
+        published: Mapping[int, int] | None = None,
+        fitting: Sequence[int] = (1,),
     ) -> int:
         """The number of heads: what the file states, else what the user gave, else what is published for the width.
 
@@ -45,6 +51,7 @@ class Heads:
             width: Channels that the heads share.
             stated: What the file itself says.
             published: Heads by width of the family's published files.
+            fitting: Numbers that fit the file's shapes, where not all that divide the width do.
 
         Raises:
             HeadCountError: If nobody knows; a guess would be wrong in silence.
@@ -60,6 +67,7 @@ class Heads:
                 f"the number of attention heads is not in the file and not published for width {width}; "
                 f"give it as {option}=... ({flag} on the command line)",
                 option,
+                fitting[0],
             )
         if heads < 1 or width % heads:
             raise CheckpointError(f"{option}={heads} does not divide the width {width}")
@@ -107,12 +115,17 @@ class StateDict:
             renamed[new], origin[new] = tensor, self.origin[name]
         self.tensors, self.origin = renamed, origin
 
-    def fuse_qkv(self) -> None:
+    def fuse_qkv(self, *prefixes: str) -> None:
         """Join query, key and value: from ``X.q``, ``X.k``, ``X.v``, or biases ``X.q_bias``, ``X.v_bias`` to ``X.qkv``.
 
         A key bias that the file does not have is zero.
+
+        Args:
+            prefixes: Of the names to look at; all by default.
         """
         for name in [name for name in self.tensors if re.search(r"\.(q\.(weight|bias)|q_bias)$", name)]:
+            if prefixes and not name.startswith(prefixes):
+                continue
             stem, _, last = name.rpartition(".")
             key_name: str | None = None
             if last == "q_bias":
@@ -126,9 +139,42 @@ class StateDict:
                 key = torch.zeros_like(query)
             else:
                 key = self.take(key_name)
-            if query.shape[1:] != key.shape[1:] or query.shape[1:] != value.shape[1:]:
+            if 0 in (query.ndim, key.ndim, value.ndim) or not query.shape[1:] == key.shape[1:] == value.shape[1:]:
                 raise CheckpointError(f"query, key and value of {origin} have different widths")
             self.tensors[fused], self.origin[fused] = torch.cat([query, key, value]), origin
+
+    def split_qkv(self, *prefixes: str) -> None:
+        """Take query, key and value apart: the opposite of :meth:`fuse_qkv`, also for ``X.kv``.
+
+        Args:
+            prefixes: Of the names to look at.
+        """
+        for name in [name for name in self.tensors if name.startswith(prefixes)]:
+            stem, _, last = name.rpartition(".")
+            stem, _, fused = stem.rpartition(".") if last in ("weight", "bias") else (stem, "", last)
+            origin = self.origin[name]
+            if fused in ("qkv", "kv"):
+                tensor = self.take(name)
+                if tensor.ndim == 0:
+                    raise CheckpointError(f"{origin} is a single number, not a matrix")
+                pieces = tensor.chunk(len(fused))
+                self.put({f"{stem}.{part}.{last}": piece for part, piece in zip(fused, pieces, strict=False)}, origin)
+            elif fused in ("q_bias", "v_bias"):
+                bias = self.take(name)
+                self.put({f"{stem}.{fused[0]}.bias": bias}, origin)
+                if fused == "q_bias":  # a key bias would shift every logit of a query alike
+                    self.put({f"{stem}.k.bias": torch.zeros_like(bias)}, origin)
+
+    def put(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Add tensors that were made from one of the file.
+
+        Raises:
+            CheckpointError: If a name is taken.
+        """
+        for name, tensor in tensors.items():
+            if name in self.tensors:
+                raise CheckpointError(f"{origin} and {self.origin[name]} are the same tensor under two names")
+            self.tensors[name], self.origin[name] = tensor, origin
 
     def take(self, name: str) -> Tensor:
         """Remove and return a tensor.
@@ -240,14 +286,24 @@ def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageMod
         return model
     # Our own contiguous storage for what was mapped or half precision; no copy of what is float32 already.
     weights = {name: state.tensors[name].to(torch.float32).contiguous() for name in expected}
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
+    check_finite(state)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(weights, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
     return model.eval()
+
+
+def check_finite(state: StateDict) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        CheckpointError: If a value is infinite or not a number; the message names the tensor.
+    """
+    for name, tensor in state.tensors.items():
+        # A float64 sum of what is stored in 32 bits cannot overflow; it needs no mask as large as the tensor.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+            raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
 
 
 def _some(names: list[str]) -> str:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
+from mto_analysis.checkpoints.bootmae import convert_bootmae
+from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
-from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae
+from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
+from mto_analysis.checkpoints.ibot import convert_ibot
+from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
+from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
+from mto_analysis.checkpoints.openmmlab import (
+    convert_mm_beit,
+    convert_mm_beit_v2,
+    convert_mm_mae,
+    convert_mm_maskfeat,
+    convert_mm_mff,
+    convert_mm_swin,
+    convert_openmixup_simmim,
+)
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.checkpoints.simmim import convert_simmim
+from mto_analysis.checkpoints.refusals import BEIT, MAE_FULL, NO_MIXMIM, SIMMIM_SWIN, SIMMIM_VIT, what_instead
+from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, convert_simmim_swin
 from mto_analysis.errors import CheckpointError
 
 __all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
@@ -38,11 +54,18 @@ class Layout:
         name: Whose layout it is.
         matches: Whether tensor names are of this layout.
         convert: Reads it, or ``None`` where it is known but not supported.
+        instead: What to get where it is not supported.
     """
 
     name: str
     matches: Callable[[Names], bool]
     convert: Converter | None = None
+    instead: str = ""
+
+
+def _masked(names: Names, mask_token: str) -> bool:
+    """Whether it is a pre-training file: one that lost its mask token still has the head, and is refused by name."""
+    return names.has(mask_token) or names.has("decoder.0.weight") or names.has("lm_head.weight")
 
 
 #: First match wins: later rules rely on earlier ones having taken their files.
@@ -52,50 +75,147 @@ LAYOUTS: tuple[Layout, ...] = (
         lambda n: n.starts("vit.embeddings.", "decoder.decoder_"),
         convert_hf_vitmae,
     ),
-    Layout("Hugging Face ViTForMaskedImageModeling", lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight")),
-    Layout("Hugging Face Swin for masked image modelling", lambda n: n.has("swin.embeddings.mask_token")),
-    Layout("Hugging Face SwinV2 for masked image modelling", lambda n: n.has("swinv2.embeddings.mask_token")),
-    Layout("Hugging Face BEiT", lambda n: n.has("beit.embeddings.mask_token")),
-    Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.") and n.has("decoder.mask_token")),
     Layout(
-        "mmpretrain / mmselfsup",
-        lambda n: n.starts("backbone.") and (n.has("backbone.mask_token") or n.has("neck.mask_token")),
+        "Hugging Face ViTForMaskedImageModeling",
+        lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight"),
+        instead="no official file is of this kind; for SimMIM get " + SIMMIM_VIT,
+    ),
+    Layout(
+        "Hugging Face Swin for masked image modelling",
+        lambda n: n.starts("swin.embeddings.") and _masked(n, "swin.embeddings.mask_token"),
+        convert_hf_swin,
+    ),
+    Layout(
+        "Hugging Face SwinV2 for masked image modelling",
+        lambda n: n.starts("swinv2.embeddings.") and _masked(n, "swinv2.embeddings.mask_token"),
+        convert_hf_swin,
+    ),
+    Layout(
+        "Hugging Face BEiT",
+        lambda n: n.starts("beit.embeddings.") and _masked(n, "beit.embeddings.mask_token"),
+        convert_hf_beit,
+    ),
+    Layout("Hugging Face Hiera MAE", lambda n: n.starts("hiera.", "decoder.decoder_"), convert_hf_hiera),
+    Layout("mmpretrain MILAN", lambda n: n.has("neck.decoder_blocks.0.attn.q.weight"), convert_mm_milan),
+    Layout("mmpretrain CAE", lambda n: n.starts("neck.regressors.0."), convert_mm_cae),
+    Layout(
+        "mmpretrain MFF",
+        lambda n: n.has("backbone.proj_weights") and n.starts("neck.decoder_blocks.0."),
+        convert_mm_mff,
+    ),
+    Layout(
+        "mmpretrain MixMIM",
+        lambda n: n.has("backbone.absolute_pos_embed") and n.starts("neck.decoder_blocks.0."),
+        instead=NO_MIXMIM,
+    ),
+    Layout("mmpretrain MAE", lambda n: n.has("neck.decoder_blocks.0.attn.qkv.weight"), convert_mm_mae),
+    Layout(
+        "mmpretrain SimMIM Swin",
+        lambda n: n.starts("backbone.stages.0.") and (n.has("backbone.mask_token") or n.has("neck.decoder.0.weight")),
+        convert_mm_swin,
+    ),
+    Layout("mmpretrain BEiT v2", lambda n: n.starts("neck.patch_aggregation.0."), convert_mm_beit_v2),
+    Layout(
+        "mmpretrain BEiT",
+        lambda n: n.starts("backbone.rel_pos_bias.") and (n.has("backbone.mask_token") or n.starts("head.cls_head.")),
+        convert_mm_beit,
+    ),
+    Layout(
+        "OpenMixup A2MIM",
+        lambda n: n.starts("backbone.layers.0.", "neck.decoder_pred.0."),
+        instead="get the SimMIM ViT file of the same size, which lies in the same release of Westlake-AI/openmixup",
+    ),
+    Layout(
+        "OpenMixup SimMIM ViT", lambda n: n.starts("backbone.layers.0.", "neck.decoder.0."), convert_openmixup_simmim
+    ),
+    Layout(
+        "mmpretrain MaskFeat",
+        lambda n: n.starts("backbone.layers.0.") and (n.has("backbone.mask_token") or n.has("neck.fc.weight")),
+        convert_mm_maskfeat,
     ),
     Layout(
         "microsoft/SimMIM ViT", lambda n: n.starts("encoder.blocks.0.") and n.has("decoder.0.weight"), convert_simmim
     ),
     Layout(
         "SimMIM SwinV2",
-        lambda n: n.has("encoder.mask_token", "encoder.layers.0.blocks.0.attn.logit_scale"),
+        lambda n: n.has("encoder.layers.0.blocks.0.attn.logit_scale") and _masked(n, "encoder.mask_token"),
+        convert_simmim_swin,
     ),
-    Layout("SimMIM Swin", lambda n: n.has("encoder.mask_token") and n.starts("encoder.layers.0.blocks.0.")),
-    Layout("BootMAE", lambda n: n.has("mask_token_1") and n.starts("decode_blocks_1.0.")),
-    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks.")),
-    Layout("CrossMAE", lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),
-    Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight", "mask_token")),
-    Layout("MCMAE / ConvMAE", lambda n: n.starts("blocks3.0.") and n.has("mask_token")),
-    Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight", "mask_token")),
-    Layout("UM-MAE", lambda n: n.has("vis_mask_token")),
-    Layout("MAE-pytorch", lambda n: n.has("encoder_to_decoder.weight", "mask_token")),
-    Layout("HiViT MAE", lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0.")),
-    Layout("GreenMIM", lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight")),
-    Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0.")),
+    Layout(
+        "SimMIM Swin",
+        lambda n: n.starts("encoder.layers.0.blocks.0.") and _masked(n, "encoder.mask_token"),
+        convert_simmim_swin,
+    ),
+    Layout("BootMAE", lambda n: n.starts("decode_blocks.0.", "decode_blocks_1.0."), convert_bootmae),
+    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks."), convert_cae),
+    Layout(
+        "CrossMAE",
+        lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight"),
+        instead="its masked and visible tokens have different widths, so Eq. 2 is not defined; for MAE get "
+        + MAE_FULL.format("base"),
+    ),
+    Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight"), convert_hiera),
+    Layout(
+        "MCMAE / ConvMAE",
+        lambda n: n.starts("blocks3.0.") and n.has("mask_token"),
+        instead="no public file of it is known to hold the decoder; for MAE get " + MAE_FULL.format("base"),
+    ),
+    Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight"), convert_milan),
+    Layout(
+        "UM-MAE",
+        lambda n: n.has("vis_mask_token"),
+        instead="its public files are fine-tuned and hold no mask token; for MAE get " + MAE_FULL.format("base"),
+    ),
+    Layout(
+        "MAE-pytorch",
+        lambda n: n.has("encoder_to_decoder.weight", "mask_token"),
+        instead="get the original model, " + MAE_FULL.format("base"),
+    ),
+    Layout(
+        "HiViT MAE",
+        lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0."),
+        instead="no file of this model is read yet; for MAE get " + MAE_FULL.format("base"),
+    ),
+    Layout(
+        "GreenMIM",
+        lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight"),
+        instead="no file of this model is read yet; for a Swin get " + SIMMIM_SWIN,
+    ),
+    Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0."), instead=NO_MIXMIM),
+    Layout("MAE-Lite", lambda n: n.starts("model.blocks.0.", "model.decoder_blocks.0."), convert_mae_lite),
     Layout(
         "facebookresearch/mae",
         lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "cls_token"),
         convert_mae,
     ),
-    Layout("iBOT", lambda n: n.has("masked_embed")),
-    Layout("I-JEPA", lambda n: n.has("predictor_pos_embed", "mask_token")),
-    Layout("ConMIM", lambda n: n.has("projectors.0.weight", "mask_token")),
-    Layout("BEiT v2", lambda n: n.has("mask_token") and n.starts("cls_pt_layers.0.")),
-    Layout("EVA-02", lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight")),
-    Layout("BEiT / data2vec vision", lambda n: n.has("mask_token", "blocks.0.attn.q_bias")),
-    Layout("DINOv2", lambda n: n.has("mask_token", "blocks.0.ls1.gamma")),
+    Layout(
+        "iBOT",
+        lambda n: (n.has("masked_embed") or n.has("backbone.masked_embed")) and not n.starts("backbone.layers."),
+        convert_ibot,
+    ),
+    Layout(
+        "I-JEPA",
+        lambda n: n.has("predictor_pos_embed", "mask_token"),
+        instead="no file of this model is read yet; for MAE get " + MAE_FULL.format("huge"),
+    ),
+    Layout("ConMIM", lambda n: n.has("projectors.0.weight", "blocks.0.attn.q_bias"), convert_conmim),
+    Layout("BEiT v2", lambda n: n.starts("cls_pt_layers.0.", "blocks.0."), convert_beit_v2),
+    Layout(
+        "EVA-02",
+        lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight"),
+        instead="no file of this model is read yet; for BEiT get " + BEIT,
+    ),
+    Layout(
+        "BEiT / data2vec vision / EVA",
+        lambda n: n.has("blocks.0.attn.q_bias") and _masked(n, "mask_token"),
+        convert_beit,
+    ),
+    Layout(
+        "DINOv2",
+        lambda n: n.has("mask_token", "blocks.0.ls1.gamma"),
+        instead="its training masked only the student, whose weights are not public: there is nothing to measure",
+    ),
 )
-
-_MAE_FULL = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}_full.pth"
-_SIZES = {768: "base", 1024: "large", 1280: "huge"}
 
 
 def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
@@ -111,37 +231,7 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
         if layout.matches(names):
             if layout.convert is None:
                 raise CheckpointError(
-                    f"{raw.path} is a {layout.name} file, which this version does not read; "
-                    "it reads MAE, SimMIM ViT and Hugging Face ViTMAE files"
+                    f"{raw.path} is a {layout.name} file, which this version does not read; {layout.instead}"
                 )
             return layout.name, layout.convert
-    raise CheckpointError(f"{raw.path} {_what_instead(raw, names)}")
-
-
-def _what_instead(raw: RawCheckpoint, names: Names) -> str:
-    """Why a file without masked tokens cannot be measured, and which one can."""
-    if not any(
-        name.startswith(("blocks.0.", "layers.0.", "encoder.", "vit.", "backbone.", "patch_embed.")) for name in names
-    ):
-        return f"is not a masked image model; its tensors are {_some(names)}"
-    width = next((int(raw.tensors[name].shape[0]) for name in names if name.endswith("patch_embed.proj.weight")), None)
-    full = _MAE_FULL.format(_SIZES.get(width or 0, "base"))
-    if names.starts("head.") or names.starts("fc_norm.") or names.starts("classifier."):
-        return (
-            "is a fine-tuned classifier without mask token; get the pre-training file of the same model instead, "
-            f"for MAE {full}"
-        )
-    if names.starts("encoder."):
-        return (
-            "is an encoder without mask token and decoder; get the pre-training file of microsoft/SimMIM "
-            "(simmim_pretrain__vit_base__img224__800ep.pth, linked in its README)"
-        )
-    return (
-        "holds an encoder only: no mask token, no decoder, so there is nothing to measure; for MAE get "
-        f"{full} or the Hugging Face folder facebook/vit-mae-{_SIZES.get(width or 0, 'base')}"
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+    raise CheckpointError(f"{raw.path} {what_instead(raw)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
 from mto_analysis.checkpoints.conversion import (
     ENCODER_HEADS,
     MAE_DECODER_HEADS,
@@ -14,14 +15,17 @@ from mto_analysis.checkpoints.conversion import (
     block_numbers,
     square_side,
 )
+from mto_analysis.checkpoints.facts import count, hf_config, number
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
-__all__ = ["convert_hf_vitmae", "convert_mae"]
+__all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "mae_model"]
 
 _PUBLISHED_RATIO = 0.75
+_LITE_HEADS = {192: 12, 384: 12, 768: 12}
+_LITE_DECODER_HEADS = {96: 3, 192: 6, 512: 16}
 
 
 def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -32,7 +36,21 @@ def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     arguments = raw.extras.get("args")
     arguments = arguments if isinstance(arguments, Mapping) else {}
-    return _convert(StateDict(dict(raw.tensors)), heads, arguments)
+    return mae_model(StateDict(dict(raw.tensors)), heads, arguments)
+
+
+def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Files of wangsr126/mae-lite: MAE's names behind ``model.``; 12 heads in small encoders too.
+
+    Distilled models come with their teacher, which is left out.
+
+    Source:
+        wangsr126/mae-lite, ``projects/mae_lite/models_mae.py``.
+    """
+    state = StateDict(dict(raw.tensors))
+    state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
+    state.rename((r"^model\.", ""))
+    return mae_model(state, heads, {}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
 
 
 def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -43,8 +61,7 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     Source:
         huggingface/transformers, ``models/vit_mae``.
     """
-    if raw.config is None:
-        raise CheckpointError(f"{raw.path} needs its config.json beside it; give the whole folder")
+    config = hf_config(raw)
     state = StateDict(dict(raw.tensors))
     state.rename(
         (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),
@@ -54,30 +71,35 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"^vit\.(encoder\.layer|layers)\.", "blocks."),
         (r"^decoder\.(decoder_layers|decoder_encoder\.layer|decoder_encoder\.layers|layers)\.", "decoder_blocks."),
         (r"^decoder\.", ""),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-        (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-        (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
+        *HF_BLOCK_NAMES,
     )
     state.fuse_qkv()
-    return _convert(state, heads, raw.config, config=raw.config)
+    return mae_model(state, heads, config, config=config)
 
 
-def _convert(
+def mae_model(
     state: StateDict,
     heads: Heads,
     facts: Mapping[str, Any],
     *,
     config: Mapping[str, Any] | None = None,
+    published: Mapping[int, int] = ENCODER_HEADS,
+    decoder_published: Mapping[int, int] = MAE_DECODER_HEADS,
 ) -> Conversion:
-    """The architecture from shapes; ``facts`` may hold ``mask_ratio`` and ``norm_pix_loss``."""
+    """An :class:`MAE`, its architecture from shapes under our names.
+
+    Args:
+        state: Tensors under the model's names.
+        heads: Given by the user.
+        facts: May hold ``mask_ratio`` and ``norm_pix_loss``.
+        config: That states head counts and the epsilon of layer norms.
+        published: Heads of the encoder by width.
+        decoder_published: Heads of the decoder by width.
+    """
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     decoder_dim = state.shape("mask_token", 3)[2]
     grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
+    predicted = state.shape("decoder_pred.weight", 2)[0]
     stated = config or {}
     model = MAEConfig(
         image_size=grid * patch_size,
@@ -85,24 +107,27 @@ def _convert(
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=_count(stated, "num_attention_heads"), published=ENCODER_HEADS),
+        num_heads=heads.choose("num_heads", dim, stated=count(stated, "num_attention_heads"), published=published),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         decoder_dim=decoder_dim,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
         decoder_num_heads=heads.choose(
             "decoder_num_heads",
             decoder_dim,
-            stated=_count(stated, "decoder_num_attention_heads"),
-            published=MAE_DECODER_HEADS,
+            stated=count(stated, "decoder_num_attention_heads"),
+            published=decoder_published,
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
-        eps=_number(stated, "layer_norm_eps", 1e-6),
+        feature_dim=None if predicted == patch_size**2 * channels else predicted,
+        eps=number(stated, "layer_norm_eps", 1e-6),
     )
-    ratio = _number(facts, "mask_ratio", _PUBLISHED_RATIO)
+    ratio = number(facts, "mask_ratio", _PUBLISHED_RATIO)
     if not 0 < ratio < 1:
         raise CheckpointError(f"the file states a mask_ratio of {ratio}, which must lie between 0 and 1")
-    target: Literal["pixels", "normalized_pixels"] | None = None
-    if isinstance(facts.get("norm_pix_loss"), bool):
+    target: Literal["pixels", "normalized_pixels", "features"] | None = None
+    if model.feature_dim is not None:
+        target = "features"
+    elif isinstance(facts.get("norm_pix_loss"), bool):
         target = "normalized_pixels" if facts["norm_pix_loss"] else "pixels"
     info = ModelInfo(
         family="mae",
@@ -111,23 +136,7 @@ def _convert(
         patch_size=patch_size,
         mask_rule=MaskRule("random", ratio, patch_size),
         target=target,
-        criterion="l2",
+        criterion=None if target == "features" else "l2",
         mask_rule_source="file" if "mask_ratio" in facts else "published MAE",
     )
     return Conversion(MAE, model, info, state)
-
-
-def _count(facts: Mapping[str, Any], name: str) -> int | None:
-    value = facts.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {value!r}")
-    return value
-
-
-def _number(facts: Mapping[str, Any], name: str, default: float) -> float:
-    value = facts.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise CheckpointError(f"the file's {name} must be a number, got {value!r}")
-    return float(value)

@@ -15,7 +15,27 @@ from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
-from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models import (
+    CAE,
+    MAE,
+    MFF,
+    MILAN,
+    BootMAE,
+    BootMAEConfig,
+    CAEConfig,
+    Hiera,
+    HieraConfig,
+    InpaintingConfig,
+    InpaintingViT,
+    MAEConfig,
+    MaskedImageModel,
+    MFFConfig,
+    ModelInfo,
+    SimMIM,
+    SimMIMConfig,
+    SimMIMSwin,
+    SwinConfig,
+)
 from mto_analysis.outputs import write_atomically
 
 __all__ = ["convert_native", "save_checkpoint"]
@@ -24,6 +44,20 @@ _VERSION = 1
 _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "mae": (MAE, MAEConfig),
     "simmim_vit": (SimMIM, SimMIMConfig),
+    "simmim_swin": (SimMIMSwin, SwinConfig),
+    "simmim_swinv2": (SimMIMSwin, SwinConfig),
+    "bootmae": (BootMAE, BootMAEConfig),
+    "mff": (MFF, MFFConfig),
+    "milan": (MILAN, MAEConfig),
+    "cae": (CAE, CAEConfig),
+    "hiera": (Hiera, HieraConfig),
+    "beit": (InpaintingViT, InpaintingConfig),
+    "beit_v2": (InpaintingViT, InpaintingConfig),
+    "data2vec_vision": (InpaintingViT, InpaintingConfig),
+    "eva": (InpaintingViT, InpaintingConfig),
+    "ibot": (InpaintingViT, InpaintingConfig),
+    "maskfeat": (InpaintingViT, InpaintingConfig),
+    "conmim": (InpaintingViT, InpaintingConfig),
 }
 
 
@@ -63,17 +97,19 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
     try:
         about = json.loads(raw.metadata["mto_analysis"])
         if about["version"] > _VERSION:
-            raise CheckpointError(f"{raw.path} was written by a newer mto-analysis; upgrade to read it")
+            raise CheckpointError("the file was written by a newer mto-analysis; upgrade to read it")
         make, settings = _FAMILIES[about["family"]]
         config = settings(**about["config"])
         info = _info(about["info"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{raw.path}: its mto_analysis metadata is not readable ({error!r})") from error
-    heads.choose("num_heads", config.dim, stated=config.num_heads)
-    if isinstance(config, MAEConfig):
-        heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
+        raise CheckpointError(f"its mto_analysis metadata is not readable ({error!r})") from error
+    stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
+    heads.choose("num_heads", config.dim, stated=stated)
+    if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
+        width = config.dim if isinstance(config, CAEConfig) else config.decoder_dim
+        heads.choose("decoder_num_heads", width, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 
 

@@ -6,15 +6,14 @@ become inert stand-ins, so that nothing foreign is imported or called.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
+import itertools
 import json
-import sys
 import tarfile
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mto_analysis.checkpoints.containers import (
+    ARCHIVE,
+    LEGACY_TORCH_MAGIC,
+    MOST_HEADER_BYTES,
+    check_safetensors_header,
+    first_bytes,
+    first_line,
+    holds_safetensors,
+    pickle_of_archive,
+    refuse_other_content,
+)
+from mto_analysis.checkpoints.pickles import foreign_names
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError
 
 __all__ = ["RawCheckpoint", "checkpoint_sha256", "read_checkpoint", "weight_files"]
@@ -30,25 +41,12 @@ __all__ = ["RawCheckpoint", "checkpoint_sha256", "read_checkpoint", "weight_file
 # First match wins; a file without any of them is a flat dict of tensors (Hugging Face, timm).
 _ROOT_KEYS = ("model", "state_dict", "model_state", "module", "student")
 
-_LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# The pickles of that format: magic number, version, system, the saved object, names of storages.
+_LEGACY_PICKLES = 5
 
-# Standard-library objects that trainers really save. Anything else of the standard library in a checkpoint (os.system,
-# builtins.eval, subprocess.Popen ...) is there to be called, and the file is refused rather than read around.
-_HARMLESS_STDLIB = {
-    "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools", "logging", "pathlib",
-    "random", "types", "typing", "uuid", "zoneinfo",
-}  # fmt: skip
-_HARMLESS_BUILTINS = {"bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-                      "slice", "str", "tuple"}  # fmt: skip
-
-# Read without their names being known beforehand: the old torch format cannot list what it holds.
-_KNOWN_FOREIGN = (
-    "argparse.Namespace",
-    "yacs.config.CfgNode",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
+# Real settings are some hundred values, real names some 50 letters.
+_MOST_SETTINGS = 100_000
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,14 @@ def read_checkpoint(source: str | Path, *, mmap: bool = False) -> RawCheckpoint:
     extras: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        if file.suffix == ".safetensors":
+        start = first_bytes(file)
+        if holds_safetensors(file, start):
             more, about = _read_safetensors(file)
             metadata |= about
         else:
-            more, extras = _split_root(_read_torch(file, mmap=mmap), file)
+            more, extras = _split_root(_read_torch(file, start, mmap=mmap), file)
         tensors |= more
-    for name, tensor in tensors.items():
-        _check_tensor(name, tensor, path)
+    _check_tensors(tensors, path, sum(file.stat().st_size for file in files))
     return RawCheckpoint(path, _strip_prefixes(tensors), extras, _read_config(path), metadata)
 
 
@@ -133,9 +131,11 @@ def checkpoint_sha256(source: str | Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_HEADER_BYTES:
+            raise ValueError("too large for settings")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+        raise CheckpointError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return content
@@ -150,80 +150,38 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    check_safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # the library raises its own type, and plain ones for odd dtypes
-        _refuse_other_content(path)
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); download it again") from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path} is damaged or truncated ({first_line(error)}); download it again") from error
 
 
-def _read_torch(path: Path, *, mmap: bool) -> Any:
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY_TORCH_MAGIC))
-    is_archive = start.startswith(b"PK\x03\x04")
-    if not is_archive and (start != _LEGACY_TORCH_MAGIC or tarfile.is_tarfile(path)):
-        _refuse_other_content(path)
-        raise CheckpointError(
-            f"{path} is not a torch or safetensors file (it starts with {start[:8]!r}); "
-            "a checkpoint ends in .pth, .pt, .bin or .safetensors"
-        )
-    foreign = _foreign_objects(path) if is_archive else list(_KNOWN_FOREIGN)
+def _read_torch(path: Path, start: bytes, *, mmap: bool) -> Any:
+    is_archive = start.startswith(ARCHIVE)
+    if not is_archive and (start[: len(LEGACY_TORCH_MAGIC)] != LEGACY_TORCH_MAGIC or tarfile.is_tarfile(path)):
+        refuse_other_content(path, start)
+    foreign = _foreign_names(path, is_archive=is_archive)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(foreign)):
             warnings.simplefilter("ignore")  # about pickle protocols, which are no matter of the user's
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
     except Exception as error:  # a damaged pickle can fail in any way; none of them ran anything
-        raise CheckpointError(f"{path} is damaged or not a state dict ({_first_line(error)})") from error
+        raise CheckpointError(f"{path} is damaged or not a state dict ({first_line(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
-
-
-def _refuse_other_content(path: Path) -> None:
-    """Name what people often have instead of weights."""
-    with path.open("rb") as file:
-        start = file.read(512).lstrip()
-    if not start:
-        raise CheckpointError(f"{path} is empty; download it again")
-    if start[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not weights: the download failed; fetch the file itself")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not weights; run `git lfs pull`")
-    with contextlib.suppress(UnicodeDecodeError):
-        if start[:256].decode("ascii").isprintable() or b"\n" in start[:256]:
-            raise CheckpointError(f"{path} is a text file, not weights")
-
-
-def _foreign_objects(path: Path) -> list[str]:
-    """Names of objects beyond tensors that an archive asks for; refuses those that are only there to be called."""
-    size = path.stat().st_size
+def _foreign_names(path: Path, *, is_archive: bool) -> list[str]:
+    """Names of all objects the file asks for; refuses those that are only there to be called."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
-    # torch stores its entries uncompressed, so together they cannot be larger than the file.
-    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-        raise CheckpointError(f"{path} declares more data than it holds; it was not written by torch.save")
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not is_archive:
+            with path.open("rb") as file:
+                return foreign_names(file, count=_LEGACY_PICKLES)
+        return foreign_names(io.BytesIO(pickle_of_archive(path)))
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path} {error}") from error
     except Exception as error:  # see _read_torch
-        raise CheckpointError(f"{path} is damaged or not written by torch.save ({_first_line(error)})") from error
-    for name in names:
-        module = name.split(".")[0]
-        harmless = (
-            name.rpartition(".")[2] in _HARMLESS_BUILTINS
-            if module in ("builtins", "__builtin__")
-            else module in _HARMLESS_STDLIB or module not in sys.stdlib_module_names
-        )
-        if not harmless or module in ("nt", "posix"):
-            raise CheckpointError(
-                f"{path} asks for {name} to be called, which no checkpoint needs: it may be an attack; nothing was run"
-            )
-    return names
+        raise CheckpointError(f"{path} is damaged or not written by torch.save ({first_line(error)})") from error
 
 
 class _Opaque:
@@ -263,37 +221,47 @@ def _split_root(root: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any
     for key in _ROOT_KEYS:
         inner = root.get(key)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
-            around = {str(name): _plain(value) for name, value in root.items() if name not in (key, "optimizer")}
-            return _named(inner, path), around
-    raise CheckpointError(
-        f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {', '.join(map(str, list(root)[:8]))}"
-    )
+            around = {name: value for name, value in root.items() if name not in (key, "optimizer")}
+            return _named(inner, path), _plain(around, itertools.count())
+    entries = ", ".join(ascii(name)[:40] for name in list(root)[:8] if isinstance(name, (str, int)))
+    raise CheckpointError(f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {entries}")
 
 
 def _named(tensors: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is not a tensor with a name")
+            raise CheckpointError(f"{path}: entry {ascii(name)[:40]} is not a tensor with a name")
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Settings as plain dicts; a stand-in's items and attributes become one dict."""
+def _plain(value: Any, seen: Iterator[int], depth: int = 0) -> Any:
+    """Settings as plain dicts; a stand-in's items and attributes become one dict. Loops and excess are cut off."""
     if isinstance(value, dict) and depth < 8:
         content = {**vars(value), **value} if isinstance(value, OrderedDict) else value
-        return {str(name): _plain(item, depth + 1) for name, item in content.items()}
+        return {
+            str(name): _plain(item, seen, depth + 1)
+            for name, item in content.items()
+            if isinstance(name, (str, int)) and next(seen) < _MOST_SETTINGS
+        }
     return value if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else None
 
 
-def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuse tensors whose declared size is not backed by data."""
-    dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
-    if not dense or tensor.device.type != "cpu" or tensor.is_complex():
-        raise CheckpointError(
-            f"{path}: {name} is not a plain tensor ({tensor.dtype}, {tensor.layout}, {tensor.device})"
-        )
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{path}: {name} declares {list(tensor.shape)} but the file holds less data")
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:
+    """Refuse names that cannot be printed, and tensors whose declared size is not backed by data in the file."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise CheckpointError(f"{path} has a tensor name that is no name ({ascii(name)[:40]}); it is damaged")
+        dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+        if not dense or tensor.device.type != "cpu" or tensor.is_complex():
+            raise CheckpointError(
+                f"{path}: {name} is not a plain tensor ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+            )
+        storage = tensor.untyped_storage()
+        size -= storage.nbytes() if storage.data_ptr() not in seen else 0
+        seen.add(storage.data_ptr())
+        if tensor.numel() * tensor.element_size() > storage.nbytes() or size < 0:
+            raise CheckpointError(f"{path}: {name} declares {list(tensor.shape)} but the file holds less data")
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,25 +1,24 @@
-"""Converter to :class:`SimMIM`: ViT files of microsoft/SimMIM."""
+"""Converters of microsoft/SimMIM and SwinV2 files: to :class:`SimMIM` (ViT) and :class:`SimMIMSwin`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
+from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.facts import count, hf_config, number, section, whole
+from mto_analysis.checkpoints.inpainting import block_rule, inpainting_config, rename_beit
 from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masking import MaskRule
-from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models import InpaintingConfig, ModelInfo, SimMIM, SimMIMConfig
 
-__all__ = ["convert_simmim"]
+__all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]
 
 _PUBLISHED_RATIO = 0.6
-_PUBLISHED_UNIT = 32
-# The published ViT-B masks 2 x 2 patches at once (32 px of 16 px patches); files of other sizes that do not say follow.
-_UNIT_IN_PATCHES = 2
-
-_TABLE = "relative_position_bias_table"
 
 
 def convert_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -31,90 +30,89 @@ def convert_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
         microsoft/SimMIM, ``models/vision_transformer.py``, ``models/simmim.py``.
     """
     config = raw.extras.get("config")
-    data = _section(config, "DATA")
-    vit = _section(config, "MODEL", "VIT")
-
+    data = section(config, "DATA")
     state = StateDict(dict(raw.tensors))
-    # Indices are recomputed; fc_norm belongs to classification and is not used in pre-training.
-    state.drop(r"encoder\.(.*\.)?relative_position_index", r"encoder\.fc_norm\..*", r"encoder\.head\..*")
-    state.rename(
-        (r"^encoder\.", ""),
-        (rf"^rel_pos_bias\.{_TABLE}$", f"position_biases.0.{_TABLE}"),
-        (rf"^blocks\.(\d+)\.attn\.{_TABLE}$", rf"position_biases.\1.{_TABLE}"),
-        (r"\.gamma_([12])$", r".ls\1.gamma"),
-        (r"^decoder\.0\.", "decoder."),
+    # fc_norm belongs to classification and is not used in pre-training.
+    state.drop(r"encoder\.fc_norm\..*", r"encoder\.head\..*")
+    state.rename((r"^encoder\.", ""), (r"^decoder\.0\.", "decoder."))
+    rename_beit(state)
+    model = inpainting_config(
+        state, heads, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=whole(data, "IMG_SIZE")
     )
-    shared = any(name == f"encoder.rel_pos_bias.{_TABLE}" for name in raw.tensors)
-    state.fuse_qkv()
+    return simmim_vit(state, model, data)
 
-    dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
-    table = f"position_biases.0.{_TABLE}"
-    if table in state.tensors:
-        rows, columns = state.shape(table, 2)
-        grid = _grid_of_table(rows)
-        stated: int | None = columns
-    else:
-        stated = _whole(vit, "NUM_HEADS")
-        if "pos_embed" in state.tensors:
-            grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
-        elif (side := _whole(data, "IMG_SIZE")) is not None:
-            grid = side // patch_size
-        else:
-            raise CheckpointError("the file has no positions and no config, so its image size is unknown")
-    bias: Literal["shared", "per_block"] | None = None
-    if table in state.tensors:
-        bias = "shared" if shared else "per_block"
-    model = SimMIMConfig(
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        channels=channels,
-        dim=dim,
-        depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=stated, published=ENCODER_HEADS),
-        mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
-        layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
-        position_bias=bias,
-        absolute_positions="pos_embed" in state.tensors,
-        final_norm="norm.weight" in state.tensors,
-    )
-    rule, source = _mask_rule(data, model.image_size, patch_size)
+
+def simmim_vit(state: StateDict, model: InpaintingConfig, data: Mapping[str, Any]) -> Conversion:
+    """A :class:`SimMIM`; ``data`` may hold ``MASK_RATIO`` and ``MASK_PATCH_SIZE`` of a config."""
+    rule, source = mask_rule(data) or block_rule(_PUBLISHED_RATIO, "SimMIM ViT-B", model)
     info = ModelInfo(
         family="simmim_vit",
         style="inpainting",
         image_size=model.image_size,
-        patch_size=patch_size,
+        patch_size=model.patch_size,
         mask_rule=rule,
         target="pixels",
         criterion="l1",
         mask_rule_source=source,
     )
-    return Conversion(SimMIM, model, info, state)
+    return Conversion(SimMIM, SimMIMConfig(**asdict(model)), info, state)
 
 
-def _mask_rule(data: Mapping[str, Any], image_size: int, patch_size: int) -> tuple[MaskRule, str]:
-    ratio, unit = data.get("MASK_RATIO"), _whole(data, "MASK_PATCH_SIZE")
+def convert_simmim_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Swin files of microsoft/SimMIM, and SwinV2 files of microsoft/Swin-Transformer and the hub's zdaxie/SimMIM.
+
+    Source:
+        microsoft/SimMIM, ``models/swin_transformer.py``; microsoft/Swin-Transformer, ``models/swin_transformer_v2.py``.
+    """
+    config = raw.extras.get("config")
+    data = section(config, "DATA")
+    state = StateDict(dict(raw.tensors))
+    state.drop(r"encoder\.head\..*")
+    state.rename((r"^encoder\.", ""), *OUR_SWIN_NAMES)
+    swin = section(config, "MODEL", "SWINV2") or section(config, "MODEL", "SWIN")
+    return convert_windows(
+        state, heads, image_size=whole(data, "IMG_SIZE"), window=whole(swin, "WINDOW_SIZE"), rule=mask_rule(data)
+    )
+
+
+def mask_rule(data: Mapping[str, Any]) -> tuple[MaskRule, str] | None:
+    """The rule that the file's own config states, if any."""
+    ratio, unit = data.get("MASK_RATIO"), whole(data, "MASK_PATCH_SIZE")
     if isinstance(ratio, float) and 0 < ratio < 1 and unit:
         return MaskRule("block", ratio, unit), "file"
-    if (image_size, patch_size) == (224, 16):
-        return MaskRule("block", _PUBLISHED_RATIO, _PUBLISHED_UNIT), "published SimMIM ViT-B"
-    unit = _UNIT_IN_PATCHES * patch_size
-    return MaskRule("block", _PUBLISHED_RATIO, unit), "rule: units of 2 x 2 patches, as in the published SimMIM ViT-B"
+    return None
 
 
-def _grid_of_table(rows: int) -> int:
-    """Side of the grid from the rows of a bias table with class-token entries: ``(2 side - 1)^2 + 3``."""
-    width = math.isqrt(max(rows - 3, 0))
-    if width * width != rows - 3 or width % 2 == 0:
-        raise CheckpointError(f"a relative position table of {rows} rows fits no square grid")
-    return (width + 1) // 2
+def convert_hf_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Hugging Face ``SwinForMaskedImageModeling`` and its SwinV2 twin: names of the hub's files and of transformers 5.
 
-
-def _section(config: Any, *path: str) -> Mapping[str, Any]:
-    for name in path:
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return config if isinstance(config, Mapping) else {}
-
-
-def _whole(facts: Mapping[str, Any], name: str) -> int | None:
-    value = facts.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    Source:
+        huggingface/transformers, ``models/swin``, ``models/swinv2``.
+    """
+    config = hf_config(raw)
+    state = StateDict(dict(raw.tensors))
+    state.rename(
+        (r"^swin(v2)?\.", ""),
+        (r"^embeddings\.position_embeddings$", "absolute_pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.norm\.", "patch_embed.norm."),
+        (r"^embeddings\.", ""),
+        (r"^encoder\.", ""),
+        (r"^layernorm\.", "norm."),
+        (r"\.attention\.(self\.)?(relative_position_bias\.)?relative_position_", ".attn.relative_position_"),
+        (r"\.attention\.(self\.)?relative_coords_table$", ".attn.relative_coords_table"),
+        (r"\.attention\.(self\.)?logit_scale$", ".attn.logit_scale"),
+        (r"\.attention\.(self\.)?(\w+\.)?continuous_position_bias_mlp\.", ".attn.cpb_mlp."),
+        *HF_BLOCK_NAMES,
+        *OUR_SWIN_NAMES,
+    )
+    if any(pretrained := config.get("pretrained_window_sizes") or []):
+        raise CheckpointError(f"config.json: pretrained_window_sizes {pretrained} are of a fine-tuned model")
+    # The hub's preprocessor may state mean and std 0.5; training used ImageNet's.
+    return convert_windows(
+        state,
+        heads,
+        image_size=count(config, "image_size"),
+        window=count(config, "window_size"),
+        eps=number(config, "layer_norm_eps", 1e-5),
+    )

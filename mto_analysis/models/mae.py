@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
-from mto_analysis.models.vit import patch_embedding, sincos_table, transformer_blocks, unpatchify
+from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 
 __all__ = ["MAE", "MAEConfig"]
 
 
 @dataclass(frozen=True)
 class MAEConfig:
-    """Architecture of an :class:`MAE`; widths of the published ViT-B by default."""
+    """Architecture of an :class:`MAE`; widths of the published ViT-B by default.
+
+    ``feature_dim`` is the width of what the decoder predicts where that is features instead of pixels.
+    """
 
     image_size: int = 224
     patch_size: int = 16
@@ -30,6 +33,7 @@ class MAEConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     decoder_mlp_dim: int = 2048
+    feature_dim: int | None = None
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -44,9 +48,6 @@ class MAEConfig:
 
 class MAE(MaskedImageModel):
     """Masked autoencoder. Layer 0 is the decoder's input after its position embedding.
-
-    Visible patches keep their row-major order in the encoder. The original shuffles them; attention does not notice,
-    as positions were added before.
 
     Source:
         He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
@@ -70,41 +71,42 @@ class MAE(MaskedImageModel):
             c.decoder_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_mlp_dim, eps=c.eps
         )
         self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=c.eps)
-        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.feature_dim or c.patch_size**2 * c.channels)
 
     def _decoder_input(self, images: Tensor, mask: Tensor) -> Tensor:
         """Class and patch tokens as the first decoder block receives them: ``batch 1+num_patches decoder_dim``."""
-        num_visible = (~mask).sum(dim=1)
-        most = int(num_visible.max())
-        visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].unsqueeze(-1)
-        # Rows that see fewer patches are filled up with masked ones, which no query may attend to.
-        filled = torch.arange(-1, most, device=mask.device) >= num_visible[:, None]
-        attended = None if not bool(filled.any()) else ~filled[:, None, None, :]
-
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = x.gather(1, visible.expand(-1, -1, x.shape[-1]))
+        visible = VisiblePatches(mask)
+        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x, attn_mask=attended)
-        x = self.decoder_embed(self.norm(x))
-        placed = x.new_zeros(*mask.shape, x.shape[-1]).scatter(1, visible.expand(-1, -1, x.shape[-1]), x[:, 1:])
-        tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), placed)
+        x = self.decoder_embed(self.norm(self._encode(x, visible.attn_mask)))
+        tokens = visible.put_back(x[:, 1:], self.mask_token)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+
+    def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, attn_mask=attn_mask)
+        return x
+
+    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Class and patch tokens at every layer depth: ``batch 1+num_patches decoder_dim``."""
+        x = self._decoder_input(images, mask)
+        yield x
+        for block in self.decoder_blocks:
+            x = block(x)
+            yield x
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""
         return len(self.decoder_blocks)
 
     def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        x = self._decoder_input(images, mask)
-        yield LayerTokens(0, x[:, 1:], mask)
-        for depth, block in enumerate(self.decoder_blocks, start=1):
-            x = block(x)
+        for depth, x in enumerate(self._hidden(images, mask)):
             yield LayerTokens(depth, x[:, 1:], mask)
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        x = self._decoder_input(images, mask)
-        for block in self.decoder_blocks:
-            x = block(x)
+        if self.config.feature_dim is not None:
+            raise ValueError(f"this {self.info.family} model predicts features, not pixels: nothing to reconstruct")
+        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
+            pass
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         return unpatchify(patches, self.config.patch_size, self.info.grid)

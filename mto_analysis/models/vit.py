@@ -5,11 +5,21 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+from timm.layers import Mlp, PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ["RelativePositionBias", "patch_embedding", "patchify", "sincos_table", "transformer_blocks", "unpatchify"]
+__all__ = [
+    "RelativePositionBias",
+    "VisiblePatches",
+    "feed_forward",
+    "patch_embedding",
+    "patchify",
+    "relative_position_index",
+    "sincos_table",
+    "transformer_blocks",
+    "unpatchify",
+]
 
 
 def transformer_blocks(
@@ -52,20 +62,80 @@ def patch_embedding(image_size: int, patch_size: int, channels: int, dim: int) -
     return embedding
 
 
+def feed_forward(dim: int, mlp_dim: int) -> nn.Module:
+    """The MLP of a block, ``fc2(gelu(fc1(x)))``, of timm."""
+    mlp: nn.Module = Mlp(dim, mlp_dim)
+    return mlp
+
+
+class VisiblePatches:
+    """The visible patches of a batch of masks: for encoders that see nothing else.
+
+    They keep their row-major order. The originals shuffle them; attention does not notice, as positions were added
+    before. Where rows see different numbers of patches, shorter ones are filled up with masked patches, which no query
+    may attend to.
+
+    Shapes:
+        mask: batch num_patches
+
+    Args:
+        mask: True where masked.
+        prefix_tokens: Tokens that the encoder puts in front, attended to by all.
+
+    Example:
+        >>> visible = VisiblePatches(torch.tensor([[True, False], [False, False]]), prefix_tokens=0)
+        >>> visible.take(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])).squeeze(2)
+        tensor([[2., 1.],
+                [3., 4.]])
+        >>> visible.attended
+        tensor([[ True, False],
+                [ True,  True]])
+    """
+
+    def __init__(self, mask: Tensor, prefix_tokens: int = 1) -> None:
+        self.mask = mask
+        num_visible = (~mask).sum(dim=1)
+        most = int(num_visible.max())
+        self.index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].unsqueeze(-1)
+        attended = torch.arange(-prefix_tokens, most, device=mask.device) < num_visible[:, None]
+        #: Which of the taken tokens are real (batch num_tokens), or ``None`` where all are.
+        self.attended = None if bool(attended.all()) else attended
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """The same for timm's blocks: ``batch 1 1 num_tokens``."""
+        return None if self.attended is None else self.attended[:, None, None]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of all patches ``batch num_patches dim`` the visible ones."""
+        return x.gather(1, self.index.expand(-1, -1, x.shape[-1]))
+
+    def put_back(self, x: Tensor, masked: Tensor) -> Tensor:
+        """Visible tokens at their places among ``masked`` ones, which broadcast to ``batch num_patches dim``."""
+        placed = x.new_zeros(*self.mask.shape, x.shape[-1]).scatter(1, self.index.expand(-1, -1, x.shape[-1]), x)
+        return torch.where(self.mask.unsqueeze(-1), masked.to(x.dtype), placed)
+
+
 class RelativePositionBias(nn.Module):
     """A learned bias on attention logits for each offset of two patches, and three entries for the class token.
 
+    Args:
+        grid: Rows and columns of patches.
+        num_heads: Attention heads.
+        class_token: Whether there is one; Swin's windows have none.
+
     Source:
-        Bao et al., "BEiT" (ICLR 2022); the same table as in microsoft/SimMIM's ViT.
+        Bao et al., "BEiT" (ICLR 2022); the same table as in microsoft/SimMIM's ViT and, without class token, in Swin.
     """
 
     index: Tensor
 
-    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+    def __init__(self, grid: tuple[int, int], num_heads: int, *, class_token: bool = True) -> None:
         super().__init__()
-        num_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        num_offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if class_token else 0)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
-        self.register_buffer("index", relative_position_index(grid), persistent=False)
+        index = relative_position_index(grid)
+        self.register_buffer("index", index if class_token else index[1:, 1:].contiguous(), persistent=False)
 
     def forward(self) -> Tensor:
         """The bias to add to the logits.

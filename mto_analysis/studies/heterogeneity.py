@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint
+from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint, resolve
 from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, picture_batches
 from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.masking import MaskRule, masks_to_bytes
@@ -118,6 +118,7 @@ def measure_checkpoints(
     labels: Sequence[str] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    offline: bool = False,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda batches, total, label: iter(batches),
@@ -125,12 +126,13 @@ def measure_checkpoints(
     """Measure heterogeneity at every layer depth of each checkpoint on the same pictures.
 
     Args:
-        sources: Checkpoints, one after the other in memory.
+        sources: Checkpoints, one after the other in memory: paths, registry ids, ``hf://owner/name``, URLs.
         pictures: From :func:`~mto_analysis.data.open_pictures`.
         settings: How to measure.
         labels: Names in table and figure; by default from the paths.
         num_heads: For checkpoints that do not hold their head counts.
         decoder_num_heads: The same for decoders.
+        offline: Never touch the network.
         say: Takes notes for the user.
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
@@ -156,10 +158,11 @@ def measure_checkpoints(
         raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
     study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), [])
     tables, values = [], []
-    for source, label in zip(sources, names, strict=True):
-        model = _load(source, num_heads, decoder_num_heads, several=len(sources) > 1)
+    paths = [resolve(source, offline=offline) for source in sources]  # all of them, before an hour is spent on one
+    for source, path, label in zip(sources, paths, names, strict=True):
+        model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1)
         result, facts = _measure(model, label, pictures, settings, study, say, warn, progress)
-        study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(source), **facts})
+        study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(path), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
     study.table, study.per_image = (_model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
@@ -167,16 +170,14 @@ def measure_checkpoints(
     return study
 
 
-def _load(
-    source: str | Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool
-) -> MaskedImageModel:
+def _load(path: Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool) -> MaskedImageModel:
     """Head counts given for several checkpoints are for those that need them."""
     if several:
         try:
-            return load_checkpoint(source)
+            return load_checkpoint(path)
         except HeadCountError:
             pass
-    return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    return load_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
 
 
 def _measure(

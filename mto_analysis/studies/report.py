@@ -25,6 +25,7 @@ def show_pictures(
     labels: Sequence[str],
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    offline: bool = False,
 ) -> tuple[list[Explored], list[Reconstruction]]:
     """All ``pictures`` through each checkpoint, for the explorer, and reconstructed where a model predicts pixels."""
     explored, reconstructions = [], []
@@ -35,6 +36,7 @@ def show_pictures(
         labels=labels,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
+        offline=offline,
     ):
         explored += explore_shown(shown)
         reconstructions += reconstruct_shown(shown) if shown.own_loss else []
@@ -50,6 +52,7 @@ def collect_report(
     shown: Sequence[str] | int = 4,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    offline: bool = False,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda batches, total, label: iter(batches),
@@ -57,13 +60,14 @@ def collect_report(
     """Measure checkpoints on the same pictures and look at a few of them closely.
 
     Args:
-        sources: Checkpoints.
+        sources: Checkpoints: paths, registry ids, ``hf://owner/name``, URLs.
         pictures: From :func:`~mto_analysis.data.open_pictures`.
         settings: How to measure.
         labels: Names of the models; by default from the paths.
         shown: Names of the pictures for explorer and reconstructions, or how many of those measured, spread evenly.
         num_heads: For checkpoints that do not hold their head counts.
         decoder_num_heads: The same for decoders.
+        offline: Never touch the network.
         say: Takes notes for the user.
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
@@ -80,13 +84,13 @@ def collect_report(
     chosen = pictures if isinstance(shown, int) else choose_pictures(pictures, shown)
     heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
     study = measure_checkpoints(
-        sources, pictures, settings, labels=names, **heads, say=say, warn=warn, progress=progress
+        sources, pictures, settings, labels=names, **heads, offline=offline, say=say, warn=warn, progress=progress
     )
     if isinstance(shown, int):
         measured = list(dict.fromkeys(study.per_image["image"]))  # broken pictures are not among them
         count = min(shown, len(measured))
         chosen = choose_pictures(pictures, [measured[index * len(measured) // count] for index in range(count)])
-    explored, reconstructions = show_pictures(sources, chosen, settings, labels=names, **heads)
+    explored, reconstructions = show_pictures(sources, chosen, settings, labels=names, **heads, offline=offline)
     return ReportContents(study.table, study.models, explored, reconstructions, used_versions())
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint
+from mto_analysis.checkpoints import checkpoint_sha256, resolve
 from mto_analysis.data import Pictures, picture_batches
-from mto_analysis.errors import HeadCountError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import labels_of
 from mto_analysis.reconstruction import OwnLoss, own_loss
-from mto_analysis.studies.heterogeneity import Settings
+from mto_analysis.studies.heterogeneity import Settings, _load
 
 __all__ = ["ShownModel", "loss_in_words", "shown_models"]
 
@@ -46,18 +45,20 @@ def shown_models(
     labels: Sequence[str] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    offline: bool = False,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Iterator[ShownModel]:
     """Load one checkpoint after the other, with the same pictures for each; the caller measures under ``undisturbed``.
 
     Args:
-        sources: Checkpoints.
+        sources: Checkpoints: paths, registry ids, ``hf://owner/name``, URLs.
         pictures: From :func:`~mto_analysis.data.open_pictures`; ``settings.limit`` of them are taken, spread evenly.
         settings: Masks and device.
         labels: Names of the models; by default from the paths.
         num_heads: For checkpoints that do not hold their head counts.
         decoder_num_heads: The same for decoders.
+        offline: Never touch the network.
         say: Takes notes: masks, and the model's own loss beside that of predicting the mean.
         warn: Takes the warning that a model does no better than predicting the mean.
 
@@ -71,8 +72,9 @@ def shown_models(
     if len(names) != len(sources) or len(set(names)) != len(names):
         raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
     count = min(settings.limit or len(pictures.names), len(pictures.names))
-    for source, label in zip(sources, names, strict=True):
-        model = _load(source, num_heads, decoder_num_heads, several=len(sources) > 1).to(settings.device)
+    paths = [resolve(source, offline=offline) for source in sources]
+    for source, path, label in zip(sources, paths, names, strict=True):
+        model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1).to(settings.device)
         masks, words, rule = settings.mask_source(model)
         batch = next(picture_batches(pictures, model.info, batch_size=count, limit=settings.limit))
         images, mask = batch.images.to(settings.device), masks(batch.names, 0).to(settings.device)
@@ -83,7 +85,7 @@ def shown_models(
         facts = {
             "model": label,
             "source": str(source),
-            "sha256": checkpoint_sha256(source),
+            "sha256": checkpoint_sha256(path),
             "info": asdict(model.info),
             "config": asdict(model.config),
             "mask_rule": asdict(rule) if rule else None,
@@ -102,15 +104,3 @@ def loss_in_words(loss: OwnLoss, num_pictures: int) -> str:
     )
     doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
     return text + doubt * loss.suspicious
-
-
-def _load(
-    source: str | Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool
-) -> MaskedImageModel:
-    """Head counts given for several checkpoints are for those that need them."""
-    if several:
-        try:
-            return load_checkpoint(source)
-        except HeadCountError:
-            pass
-    return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=decoder_num_heads)

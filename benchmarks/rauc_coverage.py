@@ -1,0 +1,145 @@
+"""How often do intervals for RAUC hold the true value? Simulated runs, whose true RAUC is known.
+
+A run's curve is the method's true curve plus its luck: a shift of the whole run (half of it shared by the two methods'
+runs of one seed), a slow drift along the epochs, and evaluation noise. Usage: ``python benchmarks/rauc_coverage.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mto_analysis.intervals import Interval, bca_paired, bca_unpaired, fieller, paired_moments, unpaired_moments
+
+Vector = NDArray[np.float64]
+
+EPOCHS = np.arange(100.0, 401.0, 25.0)
+WIDTH = EPOCHS[-1] - EPOCHS[0]
+#: Standard deviations in points of accuracy: of a run's shift, its drift and an evaluation.
+SHIFT, DRIFT, EVALUATION = 0.25, 0.25, 0.05
+
+
+def true_curves() -> tuple[Vector, Vector]:
+    def rising(top: float, pace: float) -> Vector:
+        return top - (top - 80.5) * np.exp(-(EPOCHS - 50) / pace)
+
+    return rising(83.4, 220.0), rising(83.8, 160.0)
+
+
+def trapezoid(curves: Vector) -> Vector:
+    return np.asarray(np.sum((curves[..., 1:] + curves[..., :-1]) / 2 * np.diff(EPOCHS), axis=-1))
+
+
+def luck(generator: np.random.Generator, seeds: int) -> Vector:
+    steps = generator.normal(0.0, DRIFT, (seeds, EPOCHS.size))
+    drift = np.empty_like(steps)
+    drift[:, 0] = steps[:, 0]
+    for at in range(1, EPOCHS.size):  # stays of one size along the run, and remembers
+        drift[:, at] = 0.9 * drift[:, at - 1] + np.sqrt(1 - 0.9**2) * steps[:, at]
+    return drift + generator.normal(0.0, SHIFT, (seeds, 1)) + generator.normal(0.0, EVALUATION, steps.shape)
+
+
+def areas(baseline: Vector, target: Vector) -> tuple[Vector, Vector, Vector]:
+    """Target's, baseline's and the reference's areas, per run."""
+    return trapezoid(target), trapezoid(baseline), baseline[:, 0] * WIDTH
+
+
+def by_fieller(baseline: Vector, target: Vector, _: np.random.Generator) -> Interval:
+    two, one, level = areas(baseline, target)
+    return fieller(paired_moments(two - level, one - level))
+
+
+def by_unpaired_fieller(baseline: Vector, target: Vector, _: np.random.Generator) -> Interval:
+    return fieller(unpaired_moments(*areas(baseline, target)))
+
+
+def by_bca(baseline: Vector, target: Vector, generator: np.random.Generator) -> Interval:
+    two, one, level = areas(baseline, target)
+    return bca_paired(two - level, one - level, generator, resamples=999)
+
+
+def by_unpaired_bca(baseline: Vector, target: Vector, generator: np.random.Generator) -> Interval:
+    return bca_unpaired(*areas(baseline, target), generator, resamples=999)
+
+
+def percentiles(ratios: Vector) -> Interval:
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Interval("percentile", "bounded", float(low), float(high), 0.95, 0)
+
+
+def by_epochs(baseline: Vector, target: Vector, generator: np.random.Generator) -> Interval:
+    """What not to do: take every epoch of every run for a unit of its own and draw among them all."""
+    weight = np.r_[0.5, np.ones(EPOCHS.size - 2), 0.5]
+    level = baseline[:, :1]
+    two, one = (weight * (target - level)).ravel(), (weight * (baseline - level)).ravel()
+    pick = generator.integers(0, one.size, (499, one.size))
+    return percentiles(two[pick].sum(axis=1) / one[pick].sum(axis=1))
+
+
+def by_seeds_of_each_epoch(baseline: Vector, target: Vector, generator: np.random.Generator) -> Interval:
+    """What not to do either: draw seeds, but anew for each epoch, as if runs had no luck that lasts."""
+    seeds, draws = baseline.shape[0], 499
+    pick = generator.integers(0, seeds, (draws, seeds, EPOCHS.size))
+    columns = np.arange(EPOCHS.size)
+    one, two = baseline[pick, columns].mean(axis=1), target[pick, columns].mean(axis=1)
+    level = one[:, 0] * WIDTH
+    return percentiles((trapezoid(two) - level) / (trapezoid(one) - level))
+
+
+METHODS: dict[str, tuple[Callable[[Vector, Vector, np.random.Generator], Interval], bool]] = {
+    "Fieller, paired": (by_fieller, True),
+    "Fieller, unpaired": (by_unpaired_fieller, False),
+    "BCa over whole runs, paired": (by_bca, True),
+    "BCa over whole runs, unpaired": (by_unpaired_bca, False),
+    "bootstrap per epoch": (by_epochs, True),
+    "bootstrap of seeds, per epoch": (by_seeds_of_each_epoch, True),
+}
+
+
+def holds(interval: Interval, truth: float) -> bool:
+    low, high = interval.low, interval.high
+    if low is None or high is None:
+        return interval.kind == "everything"
+    return low <= truth <= high if interval.kind == "bounded" else not low < truth < high
+
+
+def coverage(method: str, seeds: int, repeats: int, generator: np.random.Generator) -> tuple[float, float, float]:
+    """Share of intervals that hold the truth, share without bounds, median width of the others."""
+    make, paired = METHODS[method]
+    one, two = true_curves()
+    level = one[0] * WIDTH
+    truth = float((trapezoid(two) - level) / (trapezoid(one) - level))
+    hit, unbounded, widths = 0, 0, []
+    for _ in range(repeats):
+        shared = luck(generator, seeds) if paired else 0.0
+        mix = np.sqrt(0.5) if paired else 1.0
+        first, second = (mix * luck(generator, seeds) + np.sqrt(0.5) * shared for _ in range(2))
+        interval = make(one + first, two + second, generator)
+        if interval.kind == "none":
+            return float("nan"), float("nan"), float("nan")
+        hit += holds(interval, truth)
+        unbounded += interval.kind != "bounded"
+        if interval.kind == "bounded" and interval.low is not None and interval.high is not None:
+            widths.append(interval.high - interval.low)
+    return hit / repeats, unbounded / repeats, float(np.median(widths)) if widths else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(f"coverage of nominal 95 % intervals, {options.repeats} simulated experiments each")
+    print(f"{'interval':<30}{'seeds':>6}{'covers':>9}{'unbounded':>11}{'median width':>14}")
+    for method in METHODS:
+        for seeds in (3, 5, 10):
+            share, unbounded, width = coverage(method, seeds, options.repeats, np.random.default_rng(options.seed))
+            cells = f"{100 * share:>7.1f} %{100 * unbounded:>9.1f} %{width:>14.3f}" if share == share else "     none"
+            print(f"{method:<30}{seeds:>6}{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How long ``mto-analyze rauc`` takes, process start included: a small log, a million rows of CSV and of JSON lines.
+
+Usage: ``python benchmarks/rauc_speed.py``. Prints the best of three runs beside that of an empty Python process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+COMMAND = "from mto_analyze import app; app()"
+
+
+def best(arguments: list[str], times: int = 3) -> float:
+    took = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        took.append(time.perf_counter() - begin)
+    return min(took)
+
+
+def write(folder: Path, rows: int, kind: str) -> list[str]:
+    """Two methods with half of the rows each; CSV in one file, JSON lines in a file per method."""
+    count = rows // 2
+    curves = {
+        name: np.round(70 + np.random.default_rng(seed).random(count) + 5 * np.arange(count) / count, 3)
+        for seed, name in enumerate(("MAE", "MTO"))
+    }
+    if kind == "csv":
+        lines = [f"{name},{epoch},{score}\n" for name, scores in curves.items() for epoch, score in enumerate(scores)]
+        (folder / "curves.csv").write_text("method,epoch,score\n" + "".join(lines))
+        logs = ["--log", str(folder / "curves.csv")]
+    else:
+        line = '{{"train_lr": 0.0002, "train_loss": 6.69999, "test_loss": 2.71873, "test_acc1": {}, "epoch": {}}}\n'
+        logs = []
+        for name, scores in curves.items():
+            path = folder / f"{name}.txt"
+            path.write_text("".join(line.format(score, epoch) for epoch, score in enumerate(scores)))
+            logs += ["--log", str(path)]
+    return [*logs, "--baseline", "MAE", "--target", "MTO", "--start", "0", "--end", str(count - 1), "--json"]
+
+
+def main() -> None:
+    print(f"{'empty Python process':<40}{best(['-c', 'pass']):>8.2f} s")
+    for rows, kind in ((30, "csv"), (30, "json lines"), (1_000_000, "csv"), (1_000_000, "json lines")):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = write(Path(folder), rows, kind)
+            print(
+                f"{f'rauc, {rows:,} rows of {kind}':<40}{best(['-c', COMMAND, 'rauc', *arguments]):>8.2f} s", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""``mto-analyze rauc``: Eq. (6) with error bars, from trainers' logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mto_analyze.console import note
+from mto_analyze.tables import Format
+
+if TYPE_CHECKING:
+    from mto_analysis.comparison import Comparison
+    from mto_analysis.curves import CurveTable
+
+FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc.png", "rauc.pdf")
+WINDOW_FILES = ("rauc_windows.csv", "rauc_windows.png", "rauc_windows.pdf")
+
+
+class Axis(StrEnum):
+    """What the curves run over."""
+
+    EPOCH = "epoch"
+    IMAGES = "images"
+    HOURS = "hours"
+
+
+class UnitOption(StrEnum):
+    """What scores are."""
+
+    AUTO = "auto"
+    PERCENT = "percent"
+    FRACTION = "fraction"
+    RAW = "raw"
+
+
+class EpochOption(StrEnum):
+    """How epochs are counted."""
+
+    AS_WRITTEN = "as-written"
+    COMPLETED = "completed"
+
+
+class PairingOption(StrEnum):
+    """How runs of the two methods belong together."""
+
+    AUTO = "auto"
+    SEED = "seed"
+    NONE = "none"
+
+
+def rauc(
+    log: Annotated[list[str], typer.Option(metavar="FILE", help="FILE, NAME=FILE or NAME@SEED=FILE; repeat for more.")],
+    baseline: Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")],
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
+    ] = None,
+    start: Annotated[
+        list[float] | None, typer.Option(metavar="E1", help="Start of the window; repeat for more windows.")
+    ] = None,
+    end: Annotated[
+        list[float] | None, typer.Option(metavar="E2", help="End of the window; by default the longest in common.")
+    ] = None,
+    reference: Annotated[float | None, typer.Option(help="Subtract this instead of S1(E1).")] = None,
+    interpolate: Annotated[bool, typer.Option("--interpolate", help="Allow E1, E2 between logged epochs.")] = False,
+    axis: Annotated[Axis, typer.Option(help="Epochs, images seen or hours; E1 and E2 are on it.")] = Axis.EPOCH,
+    per_epoch: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours that an epoch takes.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
+    pairing: Annotated[
+        PairingOption, typer.Option(help="Pair runs by seed where all pair, those that do, or none.")
+    ] = PairingOption.AUTO,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="A mean gain of the baseline up to this, in points, counts as none.")
+    ] = 0.01,
+    unit: Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracy at all.")] = UnitOption.AUTO,
+    epochs: Annotated[
+        EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")
+    ] = EpochOption.AS_WRITTEN,
+    run: Annotated[int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")] = None,
+    steps_per_epoch: Annotated[float | None, typer.Option(help="For logs that count steps.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values.")
+    ] = None,
+    score_column: Annotated[str | None, typer.Option(help="Column, key or tag of the score.")] = None,
+    epoch_column: Annotated[str | None, typer.Option(help="Column or key of the epoch.")] = None,
+    method_column: Annotated[str | None, typer.Option(help="Column of the method.")] = None,
+    seed_column: Annotated[str | None, typer.Option(help="Column of the seed.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per comparison, a list for several.")
+    ] = False,
+    form: Annotated[Format, typer.Option("--format", help="How to write the table.")] = Format.TEXT,
+    out: Annotated[Path | None, typer.Option(help="Folder for tables and figures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing about the logs.")] = False,
+) -> None:
+    """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
+    from mto_analysis.comparison import common_window, compare_methods
+    from mto_analysis.curves import on_axis, read_curves
+    from mto_analysis.outputs import OutputFolder, run_facts
+    from mto_analysis.rauc_report import as_record
+
+    arguments = {key: value for key, value in locals().items() if isinstance(value, (str, int, float, list, Path))}
+    folder = None if out is None else OutputFolder(out, (*FILES, *WINDOW_FILES, "run.json"), overwrite=overwrite)
+    confidence = confidence / 100 if 1 < confidence < 100 else confidence
+    if not 0 < confidence < 1:
+        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
+    if reference is not None and not math.isfinite(reference):
+        raise typer.BadParameter("must be a finite number", param_hint="--reference")
+    given = windows_given(start or [], end or [])
+    table = read_curves(
+        [source_of(text) for text in log],
+        methods={*baseline, *target} if target else None,
+        groups=group or (),
+        axis_column=None if axis is Axis.EPOCH else axis.value,
+        unit=unit.value,
+        epochs=epochs.value,
+        run=run,
+        steps_per_epoch=steps_per_epoch,
+        score_column=score_column,
+        epoch_column=epoch_column,
+        method_column=method_column,
+        seed_column=seed_column,
+    )
+    if axis is not Axis.EPOCH:
+        table = on_axis(table, axis.value, costs(per_epoch or []))
+    pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
+    comparisons = compare_methods(
+        table,
+        pairs,
+        given or [common_window(table, dict.fromkeys(name for pair in pairs for name in pair))],
+        # A reference beside scores that are all from 0 to 1 is meant in their unit.
+        reference=reference * 100 if reference is not None and table.fraction and abs(reference) <= 1 else reference,
+        interpolate=interpolate,
+        confidence=confidence,
+        pairing=pairing.value,
+        noise=0.0 if unit is UnitOption.RAW else noise,
+    )
+    found = [str(finding) for finding in table.findings]
+    records = [{"axis": axis.value, **as_record(one), "notes": [*found, *one.notes]} for one in comparisons]
+    content = records[0] if len(records) == 1 else records
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        typer.echo(as_text(comparisons, form, axis.value))
+        for text in dict.fromkeys([*found, *(text for one in comparisons for text in one.notes)]):
+            note(f"note: {text}", quiet=quiet)
+    if folder is not None:
+        write(folder, table, comparisons, content, "score" if unit is UnitOption.RAW else "top-1 accuracy (%)")
+        folder.write_json("run.json", run_facts(arguments, notes=found))
+        note(f"written to {folder.path}", quiet=quiet or as_json)
+
+
+def source_of(text: str) -> Any:
+    """A log as the command line names it."""
+    from mto_analysis.curves import Source
+
+    return Source.parse(text)
+
+
+def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, float]]:
+    """Windows from repeated options; one start serves several ends and the other way round."""
+    if bool(starts) != bool(ends):
+        raise typer.BadParameter("give both, or none for the longest window in common", param_hint="--start, --end")
+    if len(starts) != len(ends) and min(len(starts), len(ends)) != 1:
+        raise typer.BadParameter(f"{len(starts)} starts and {len(ends)} ends do not pair", param_hint="--start, --end")
+    count = max(len(starts), len(ends), 0)
+    windows = list(
+        zip(starts * (count if len(starts) == 1 else 1), ends * (count if len(ends) == 1 else 1), strict=True)
+    )
+    for first, last in windows:
+        if not (math.isfinite(first) and math.isfinite(last) and first < last):
+            raise typer.BadParameter(f"{first:g} must be below {last:g}, both finite", param_hint="--start, --end")
+    return windows
+
+
+def pairs_of(baselines: list[str], targets: list[str]) -> list[tuple[str, str]]:
+    """Pairs from repeated options; one baseline serves several targets."""
+    if not targets:
+        raise typer.BadParameter("the logs hold no method beside the baseline", param_hint="--target")
+    if len(baselines) != len(targets) and len(baselines) != 1:
+        raise typer.BadParameter(
+            f"{len(baselines)} baselines and {len(targets)} targets do not pair", param_hint="--baseline, --target"
+        )
+    return list(zip(baselines * (len(targets) if len(baselines) == 1 else 1), targets, strict=True))
+
+
+def costs(texts: list[str]) -> dict[str, float] | float | None:
+    """What an epoch takes: one number for all methods, or one by name."""
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return float(texts[0])
+        return {name: float(value) for name, _, value in (text.rpartition("=") for text in texts)} or None
+    except ValueError:
+        raise typer.BadParameter("must be VALUE or NAME=VALUE with a number", param_hint="--per-epoch") from None
+
+
+def as_text(comparisons: list[Comparison], form: Format, axis: str) -> str:
+    """The table like Table 1, what stands beside it, and why a ratio is undefined."""
+    from mto_analysis.rauc_report import as_frame, details, table1
+    from mto_analysis.render import render
+
+    if form is Format.CSV:
+        return render(as_frame(comparisons, axis), "csv")
+    undefined = [
+        f"undefined ({one.target} / {one.baseline}, {one.start:g} to {one.end:g}): {one.reason}"
+        for one in comparisons
+        if one.reason
+    ]
+    few = len(comparisons) <= 3
+    parts = [render(table1(comparisons), form.value, title="RAUC (S1, S2; E1, E2)", notes=undefined)]
+    if few:
+        parts.append(render(details(comparisons, axis), form.value))
+    return "\n\n".join(parts)
+
+
+def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content: Any, score: str) -> None:
+    """Tables and figures, each figure beside the table that it was drawn from."""
+    import pandas as pd
+
+    from mto_analysis.comparison import window_grid
+    from mto_analysis.plots.rauc import rauc_figure, rauc_windows_figure
+    from mto_analysis.plots.style import paper_style
+    from mto_analysis.rauc_report import as_frame
+
+    folder.write_table("rauc.csv", as_frame(comparisons, table.axis))
+    folder.write_bytes("rauc.json", (json.dumps(content, indent=2) + "\n").encode())
+    folder.write_table("curves.csv", table.frame)
+    runs = [(table.runs(one.baseline, one.group), table.runs(one.target, one.group)) for one in comparisons]
+    grids = {}
+    for one, (first, second) in zip(comparisons, runs, strict=True):
+        name = ", ".join([f"{one.target} / {one.baseline}", *one.group.values()])
+        if name not in grids:
+            grids[name] = window_grid(first, second)
+    with paper_style():
+        folder.write_figure("rauc", rauc_figure(comparisons, runs, axis=table.axis, score=score))
+        chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
+        folder.write_figure("rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
+    folder.write_table(
+        "rauc_windows.csv", pd.concat([grid.assign(comparison=name) for name, grid in grids.items()], ignore_index=True)
+    )

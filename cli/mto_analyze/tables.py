@@ -1,0 +1,50 @@
+"""``mto-analyze tables``: the paper's tables, audited."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """How a table is written."""
+
+    TEXT = "text"
+    CSV = "csv"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+
+
+SUFFIXES = {"text": "txt", "csv": "csv", "markdown": "md", "latex": "tex"}
+
+
+def tables(
+    table: Annotated[
+        list[str] | None, typer.Option(help="1, 2, 3, supp1 to supp6 or claims; several times for several.")
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to write them.")] = Format.TEXT,
+    out: Annotated[Path | None, typer.Option(help="Folder for one file per table, instead of the screen.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+) -> None:
+    """Print the paper's tables with what can be recomputed from their own numbers."""
+    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.render import render
+    from mto_analysis.tables import TABLE_NAMES, paper_table
+
+    try:
+        chosen = [paper_table(name) for name in table or TABLE_NAMES]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--table") from None
+    texts = {
+        f"table_{one.name}.{SUFFIXES[form]}": render(one.frame, form.value, title=one.title, notes=one.notes)
+        for one in chosen
+    }
+    if out is None:
+        typer.echo("\n\n".join(texts.values()))
+        return
+    folder = OutputFolder(out, texts, overwrite=overwrite)
+    for name, text in texts.items():
+        typer.echo(folder.write_bytes(name, f"{text}\n".encode()))

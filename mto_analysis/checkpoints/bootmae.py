@@ -1,0 +1,88 @@
+"""Converter to :class:`BootMAE`: files of LightDXY/BootMAE."""
+
+from __future__ import annotations
+
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.facts import section
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.masking import MaskRule
+from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["convert_bootmae"]
+
+_PUBLISHED_RATIO = 0.75
+
+
+def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Files of LightDXY/BootMAE; ``model_ema``, which lies beside the model, never saw a masked token.
+
+    The number of heads is not in the file, but the width of the pixel decoder's attention, ``width // heads * heads``,
+    contradicts most wrong ones. Masks of the original are blocks topped up at random to 3/4 of the patches; ours are
+    random.
+
+    Source:
+        LightDXY/BootMAE, ``models/modeling_pretrain.py``.
+    """
+    arguments = section(raw.extras, "args")
+    state = StateDict(dict(raw.tensors))
+    state.rename(
+        (r"^decode_blocks\.", "pixel_blocks."),
+        (r"^decode_blocks_1\.", "feature_blocks."),
+        (r"^decode_norm\.", "pixel_norm."),
+        (r"^decode_norm_1\.", "feature_norm."),
+        (r"^down\.", "pixel_embed."),
+        (r"^down_1\.", "feature_embed."),
+        (r"^lm_head\.proj\.", "pixel_pred."),
+        (r"^lm_head_1\.", "feature_pred."),
+        (r"^mask_token$", "pixel_mask_token"),
+        (r"^mask_token_1$", "feature_mask_token"),
+        (r"^de_pos_embed$", "pixel_pos_embed"),
+    )
+    dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
+    decoder_dim = state.shape("pixel_mask_token", 3)[2]
+    attn_dim = state.shape("pixel_blocks.0.attn.qkv.weight", 2)[0] // 3
+    fitting = [each for each in range(1, dim + 1) if dim % each == 0 and decoder_dim // each * each == attn_dim]
+    if not fitting:
+        raise CheckpointError(f"attention {attn_dim} wide in a pixel decoder of {decoder_dim} fits no number of heads")
+    num_heads = heads.choose("num_heads", dim, published=ENCODER_HEADS, fitting=fitting)
+    if num_heads not in fitting:
+        raise CheckpointError(
+            f"num_heads={num_heads} contradicts the file, whose pixel decoder has attention {attn_dim} wide; "
+            f"give --num-heads, one of {', '.join(map(str, fitting))}"
+        )
+    if heads.decoder_num_heads not in (None, num_heads):
+        raise CheckpointError(f"decoder_num_heads must be num_heads={num_heads}: BootMAE has one number for both")
+    state.fuse_qkv("blocks.")
+    state.split_qkv("pixel_blocks.", "feature_blocks.")
+    grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
+    model = BootMAEConfig(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        channels=channels,
+        dim=dim,
+        depth=block_numbers(state.tensors, "blocks."),
+        num_heads=num_heads,
+        mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
+        decoder_dim=decoder_dim,
+        decoder_mlp_dim=state.shape("pixel_blocks.0.mlp.fc1.weight", 2)[0],
+        decoder_depth=block_numbers(state.tensors, "pixel_blocks."),
+        feature_mlp_dim=state.shape("feature_blocks.0.mlp.fc1.weight", 2)[0],
+        feature_depth=block_numbers(state.tensors, "feature_blocks."),
+        feature_dim=state.shape("feature_pred.weight", 2)[0],
+    )
+    imagenet = arguments.get("imagenet_default_mean_and_std") is True
+    info = ModelInfo(
+        family="bootmae",
+        style="decoder",
+        image_size=model.image_size,
+        patch_size=patch_size,
+        mask_rule=MaskRule("random", _PUBLISHED_RATIO, patch_size),
+        mean=IMAGENET_MEAN if imagenet else (0.5, 0.5, 0.5),
+        std=IMAGENET_STD if imagenet else (0.5, 0.5, 0.5),
+        target="normalized_pixels",
+        criterion="l2",
+        mask_rule_source="published BootMAE, whose blocks are topped up at random to this fraction",
+    )
+    return Conversion(BootMAE, model, info, state)

@@ -1,0 +1,113 @@
+"""Converters to :class:`Hiera`: files of facebookresearch/hiera and Hugging Face folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.facts import count, hf_config, number
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.masking import MaskRule
+from mto_analysis.models import Hiera, HieraConfig, ModelInfo
+
+__all__ = ["convert_hf_hiera", "convert_hiera"]
+
+# Of the first stage, by its width: tiny, small and base; base_plus; large; huge.
+_HEADS = {96: 1, 112: 2, 144: 2, 256: 4}
+_DECODER_HEADS = {512: 16}
+_STRIDE = 4
+_UNIT_PX = 32
+_RATIO = 0.6
+
+
+def convert_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Pre-training files of facebookresearch/hiera; head counts are not in the file.
+
+    Source:
+        facebookresearch/hiera, ``hiera/hiera_mae.py``.
+    """
+    state = StateDict(dict(raw.tensors))
+    state.rename((r"^patch_embed\.proj\.", "patch_embed."), (r"^multi_scale_fusion_heads\.", "fusion."))
+    return _hiera(state, heads, {})
+
+
+def convert_hf_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """Hugging Face ``HieraForPreTraining``; facts in ``config.json``.
+
+    Source:
+        huggingface/transformers, ``models/hiera``.
+    """
+    config = hf_config(raw)
+    depths = config.get("depths")
+    if not isinstance(depths, list) or not all(isinstance(depth, int) and 0 < depth < 100 for depth in depths):
+        raise CheckpointError(f"config.json: depths must be a list of whole numbers, got {depths!r}")
+    state = StateDict(dict(raw.tensors))
+    state.rename(
+        *(
+            (rf"^hiera\.encoder\.stages\.{stage}\.layers\.{layer}\.", f"blocks.{sum(depths[:stage]) + layer}.")
+            for stage, depth in enumerate(depths)
+            for layer in range(depth)
+        ),
+        (r"^hiera\.embeddings\.patch_embeddings\.projection\.", "patch_embed."),
+        (r"^hiera\.embeddings\.position_embeddings$", "pos_embed"),
+        (r"^multiscale_fusion\.multi_scale_fusion_heads\.", "fusion."),
+        (r"^decoder\.decoder_block\.layers\.", "decoder_blocks."),
+        (r"^decoder\.decoder_embeddings\.", "decoder_embed."),
+        (r"^decoder\.decoder_position_embeddings$", "decoder_pos_embed"),
+        (r"^decoder\.", ""),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+    )
+    return _hiera(state, heads, config)
+
+
+def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Conversion:
+    state.rename((r"^(blocks\.\d+)\.attn\.qkv\.", r"\1.qkv."), (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attn_proj."))
+    dim, channels, kernel, _ = state.shape("patch_embed.weight", 4)
+    decoder_dim = state.shape("mask_token", 3)[2]
+    blocks = block_numbers(state.tensors, "blocks.")
+    # A block that changes the width starts a stage.
+    starts = sorted(
+        int(match[1]) for name in state.tensors if (match := re.fullmatch(r"blocks\.(\d+)\.proj\.weight", name))
+    )
+    pools = block_numbers(state.tensors, "fusion.")
+    image_size = _STRIDE * square_side(state.shape("pos_embed", 3)[1], "pos_embed")
+    first = config.get("num_heads")
+    stated = count({"num_heads": first[0]}, "num_heads") if isinstance(first, list) and first else None
+    try:
+        model = HieraConfig(
+            image_size=image_size,
+            patch_size=_STRIDE << min(pools, 4),
+            channels=channels,
+            kernel=kernel,
+            dim=dim,
+            depths=tuple(end - start for start, end in zip([0, *starts], [*starts, blocks], strict=True)),
+            num_heads=heads.choose("num_heads", dim, stated=stated, published=_HEADS),
+            mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
+            pools=pools,
+            decoder_dim=decoder_dim,
+            decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
+            decoder_num_heads=heads.choose(
+                "decoder_num_heads", decoder_dim, stated=count(config, "decoder_num_heads"), published=_DECODER_HEADS
+            ),
+            decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
+            eps=number(config, "layer_norm_eps", 1e-6),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"the file describes no working Hiera model: {error}") from error
+    info = ModelInfo(
+        family="hiera",
+        style="decoder",
+        image_size=image_size,
+        patch_size=model.patch_size,
+        mask_rule=MaskRule("block", number(config, "mask_ratio", _RATIO), _UNIT_PX),
+        target="normalized_pixels",
+        criterion="l2",
+        mask_rule_source="file" if "mask_ratio" in config else "published Hiera",
+    )
+    return Conversion(Hiera, model, info, state)

@@ -1,0 +1,81 @@
+"""Whether a checkpoint is whole and the file it claims to be: recognised, every tensor checked, its hash compared."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mto_analysis.checkpoints import CheckpointReport, checkpoint_sha256, inspect_checkpoint, resolve
+from mto_analysis.checkpoints.downloading import recorded_digest
+from mto_analysis.checkpoints.registry import find_published
+from mto_analysis.errors import CheckpointError
+
+__all__ = ["Verification", "verify_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a checkpoint turned out to be.
+
+    Args:
+        report: What it holds, as ``inspect`` says.
+        sha256: Hash of its weights.
+        published_as: The registry's id for the file, where its source or name tells.
+        compared_with: What the hash was compared with: ``published``, ``recorded`` at the first download, or nothing.
+    """
+
+    report: CheckpointReport
+    sha256: str
+    published_as: str | None
+    compared_with: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def verify_checkpoint(
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
+) -> Verification:
+    """Check a checkpoint as far as it can be checked without running it.
+
+    Args:
+        source: As for :func:`~mto_analysis.checkpoints.load_checkpoint`.
+        num_heads: As there.
+        decoder_num_heads: As there.
+        offline: As there.
+
+    Raises:
+        CheckpointError: If it cannot be read or recognised, lacks a tensor or has one too many, of a wrong shape or
+            with values that are not finite, or if its hash is not the published or recorded one.
+
+    Example:
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS
+        >>> verify_checkpoint(DEMO_CHECKPOINTS["MAE"]).report.info.family
+        'mae'
+    """
+    path = resolve(source, offline=offline)
+    report = inspect_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    sha256 = checkpoint_sha256(path)
+    entry = find_published(str(source), path)
+    compared = []
+    if entry is not None and entry.digest and path.is_file():
+        algorithm, beginning = entry.digest.split(":")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(beginning):
+            raise CheckpointError(
+                f"{path} is not {entry.id}: its {algorithm} is {found[: len(beginning)]}..., published is {beginning}"
+            )
+        compared.append("published")
+    if recorded := recorded_digest(path):
+        if recorded != sha256:
+            raise CheckpointError(f"{path} has changed since it was fetched; delete it and fetch it again")
+        compared.append("recorded")
+    return Verification(report, sha256, entry.id if entry else None, tuple(compared))

@@ -1,0 +1,279 @@
+r"""How sure a ratio of two means is: Fieller's interval and the whole-run BCa bootstrap.
+
+The unit is the run (a seed), never the epoch: epochs of one run share its luck, and resampling them promises a
+precision that nobody has (``benchmarks/rauc_coverage.py`` shows by how much). RAUC over several runs is the mean of
+their numerators over the mean of their denominators, so these intervals are for ratios of means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "FEWEST_RUNS_TO_RESAMPLE",
+    "Interval",
+    "Moments",
+    "bca_paired",
+    "bca_unpaired",
+    "fieller",
+    "mean_interval",
+    "no_interval",
+    "paired_moments",
+    "unpaired_moments",
+]
+
+Vector = NDArray[np.float64]
+
+#: Below this many runs the bootstrap has too few distinct samples to say anything (4 runs: 35).
+FEWEST_RUNS_TO_RESAMPLE = 5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A set of plausible values, or the plain statement that there is none.
+
+    Attributes:
+        method: How it was made.
+        kind: ``bounded`` (low to high), ``outside`` (everything except low to high), ``everything`` or ``none``.
+        low: Lower end, where there is one.
+        high: Upper end, where there is one.
+        confidence: Nominal coverage, 0 to 1.
+        runs: Number of independent units (pairs, or runs of the smaller side).
+        reason: Why there is no bounded interval.
+    """
+
+    method: str
+    kind: str
+    low: float | None
+    high: float | None
+    confidence: float
+    runs: int
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        """The interval in words a table can hold."""
+        if self.kind == "bounded":
+            return f"[{self.low:.3g}, {self.high:.3g}]"
+        if self.kind == "outside":
+            return f"unbounded: all but {self.low:.3g} to {self.high:.3g}"
+        return "unbounded" if self.kind == "everything" else f"no interval: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Two means, the covariance of these means, and the degrees of freedom behind it."""
+
+    numerator: float
+    denominator: float
+    var_numerator: float
+    var_denominator: float
+    covariance: float
+    freedom: float
+    runs: int
+    method: str
+
+
+def no_interval(method: str, reason: str, confidence: float, runs: int) -> Interval:
+    """One seed, or too few: said, not guessed."""
+    return Interval(method, "none", None, None, confidence, runs, reason)
+
+
+def paired_moments(numerators: ArrayLike, denominators: ArrayLike) -> Moments:
+    """Means over runs whose numerator and denominator belong together (same seed).
+
+    Raises:
+        ValueError: If the two differ in length or hold fewer than two runs.
+
+    Example:
+        >>> paired_moments([4.0, 6.0], [2.0, 4.0]).covariance
+        1.0
+    """
+    y, x = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if y.shape != x.shape or y.ndim != 1 or y.size < 2:
+        raise ValueError(f"numerators and denominators must pair over two or more runs, got {y.shape} and {x.shape}")
+    cov = np.cov(y, x) / y.size
+    return Moments(
+        float(y.mean()), float(x.mean()), float(cov[0, 0]), float(cov[1, 1]), float(cov[0, 1]),
+        y.size - 1, y.size, "Fieller, paired by seed",
+    )  # fmt: skip
+
+
+def unpaired_moments(target_areas: ArrayLike, baseline_areas: ArrayLike, reference_areas: ArrayLike) -> Moments:
+    r"""Means over independent runs, with the covariance that the shared reference S1(E1) brings.
+
+    Per run, :math:`A = \int S\,dE` and :math:`R = S_1(E_1)(E_2 - E_1)`: numerator :math:`\bar A_2 - \bar R`,
+    denominator :math:`\bar A_1 - \bar R`. R comes from the baseline's runs and stands in both, hence the covariance
+    :math:`-\mathrm{cov}(R, A_1 - R) / n_1`. Degrees of freedom after Welch and Satterthwaite, for the variance of
+    numerator minus ratio times denominator at the point estimate.
+
+    Args:
+        target_areas: A2 per target run.
+        baseline_areas: A1 per baseline run.
+        reference_areas: R per baseline run; constant for an explicit reference.
+
+    Raises:
+        ValueError: If a side has fewer than two runs.
+    """
+    a2, a1, r = (np.asarray(x, dtype=np.float64) for x in (target_areas, baseline_areas, reference_areas))
+    if min(a2.size, a1.size) < 2 or a1.shape != r.shape:
+        raise ValueError(f"each side must have two or more runs, got {a2.size} and {a1.size} (references: {r.size})")
+    numerator, denominator = float(a2.mean() - r.mean()), float((a1 - r).mean())
+    cov = np.cov(r, a1 - r) / a1.size
+    target = float(a2.var(ddof=1) / a2.size)
+    ratio = numerator / denominator if denominator else 0.0
+    baseline = float((r + ratio * (a1 - r)).var(ddof=1) / a1.size)
+    spread = target**2 / (a2.size - 1) + baseline**2 / (a1.size - 1)
+    freedom = (target + baseline) ** 2 / spread if spread > 0 else min(a1.size, a2.size) - 1
+    return Moments(
+        numerator, denominator, target + float(cov[0, 0]), float(cov[1, 1]), -float(cov[0, 1]),
+        freedom, min(a1.size, a2.size), "Fieller, unpaired",
+    )  # fmt: skip
+
+
+def _t_quantile(freedom: float, confidence: float) -> float:
+    """Two-sided quantile of Student's t; from scipy.special, because importing scipy.stats takes a second."""
+    from scipy.special import stdtrit
+
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    return float(stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean over runs.
+
+    Example:
+        >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0])]
+        [-0.484, 4.484]
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size < 2:
+        raise ValueError(f"values must come from two or more runs, got {x.size}")
+    half = _t_quantile(x.size - 1, confidence) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
+def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
+    r"""Fieller's interval: all ratios :math:`\theta` that a t test of numerator minus :math:`\theta` denominator keeps.
+
+    Unlike the usual error propagation it is exact for normal means however noisy the denominator is. When the
+    denominator itself cannot be told from zero the set has no end, and that is the honest answer.
+
+    Example:
+        >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [2.0, 2.5, 2.9])))
+        '[1.85, 2.11]'
+        >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [-1.0, 0.1, 1.2])))
+        'unbounded: all but -0.956 to 2.64'
+    """
+    y, x = moments.numerator, moments.denominator
+    t2 = _t_quantile(moments.freedom, confidence) ** 2
+    # theta is kept when a theta^2 - 2 b theta + c <= 0.
+    a = x * x - t2 * moments.var_denominator
+    b = x * y - t2 * moments.covariance
+    c = y * y - t2 * moments.var_numerator
+    root = b * b - a * c
+
+    def interval(kind: str, low: float | None, high: float | None, reason: str | None) -> Interval:
+        return Interval(moments.method, kind, low, high, confidence, moments.runs, reason)
+
+    said = f"the baseline's gain cannot be told from zero at {100 * confidence:g} % confidence"
+    if a > 0:
+        half = math.sqrt(max(root, 0.0))
+        return interval("bounded", (b - half) / a, (b + half) / a, None)
+    if a < 0 and root > 0:
+        half = math.sqrt(root)
+        return interval("outside", (b + half) / a, (b - half) / a, said)
+    return interval("everything", None, None, said)
+
+
+def _bca(ratios: Vector, point: float, jackknife: Sequence[Vector], confidence: float, runs: int, how: str) -> Interval:
+    """Bias-corrected and accelerated percentiles of resampled ratios (infinite where the denominator vanished)."""
+    from scipy.special import ndtr, ndtri
+
+    method = f"BCa bootstrap of whole runs, {how}"
+    below = (np.count_nonzero(ratios < point) + 0.5 * np.count_nonzero(ratios == point)) / ratios.size
+    if not (math.isfinite(point) and all(np.isfinite(left).all() for left in jackknife)):
+        return Interval(method, "everything", None, None, confidence, runs, "one run decides whether there is a gain")
+    if not 0 < below < 1:
+        return no_interval(method, "the resampled ratios lie all on one side", confidence, runs)
+    # Acceleration from leaving out one run at a time, summed over the independent samples.
+    influence = np.concatenate([(left.mean() - left) * (left.size - 1) / left.size for left in jackknife])
+    size = float(np.sum(influence**2))
+    acceleration = float(np.sum(influence**3)) / (6 * size**1.5) if size > 0 else 0.0
+    z0 = float(ndtri(below))
+    ends = []
+    for tail in (0.5 - confidence / 2, 0.5 + confidence / 2):
+        z = z0 + float(ndtri(tail))
+        ends.append(float(np.quantile(ratios, ndtr(z0 + z / (1 - acceleration * z)), method="nearest")))
+    if not all(map(math.isfinite, ends)):
+        return Interval(method, "everything", None, None, confidence, runs, "resamples lose the baseline's gain")
+    return Interval(method, "bounded", ends[0], ends[1], confidence, runs)
+
+
+def _divide(numerators: Vector, denominators: Vector) -> Vector:
+    """Ratios, infinite where the denominator is not positive."""
+    positive = denominators > 0
+    return np.where(positive, numerators / np.where(positive, denominators, 1.0), math.inf)
+
+
+def _leave_one_out(values: Vector) -> Vector:
+    return np.asarray((values.sum() - values) / (values.size - 1))
+
+
+def bca_paired(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    generator: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+) -> Interval:
+    """BCa bootstrap that draws whole pairs of runs; none below five pairs.
+
+    Example:
+        >>> y, x = [4.0, 5.0, 6.0, 5.5, 4.8], [2.0, 2.5, 2.9, 2.8, 2.4]
+        >>> str(bca_paired(y, x, np.random.default_rng(0)))
+        '[1.98, 2.05]'
+    """
+    y, x = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if y.size < FEWEST_RUNS_TO_RESAMPLE:
+        return no_interval(
+            "BCa bootstrap of whole runs, paired by seed", f"{y.size} pairs, 5 needed", confidence, y.size
+        )
+    draw = generator.integers(0, y.size, (resamples, y.size))
+    ratios = _divide(y[draw].mean(axis=1), x[draw].mean(axis=1))
+    left_out = _divide(_leave_one_out(y), _leave_one_out(x))
+    point = float(_divide(y.mean(keepdims=True), x.mean(keepdims=True))[0])
+    return _bca(ratios, point, [left_out], confidence, y.size, "paired by seed")
+
+
+def bca_unpaired(
+    target_areas: ArrayLike,
+    baseline_areas: ArrayLike,
+    reference_areas: ArrayLike,
+    generator: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+) -> Interval:
+    """BCa bootstrap that draws target runs and baseline runs apart, each baseline run with its own reference."""
+    a2, a1, r = (np.asarray(x, dtype=np.float64) for x in (target_areas, baseline_areas, reference_areas))
+    runs = min(a2.size, a1.size)
+    if runs < FEWEST_RUNS_TO_RESAMPLE:
+        return no_interval("BCa bootstrap of whole runs, unpaired", f"{runs} runs, 5 needed", confidence, runs)
+    two = generator.integers(0, a2.size, (resamples, a2.size))
+    one = generator.integers(0, a1.size, (resamples, a1.size))
+    level = r[one].mean(axis=1)
+    ratios = _divide(a2[two].mean(axis=1) - level, a1[one].mean(axis=1) - level)
+    gain, mean_level = np.atleast_1d(a1.mean() - r.mean()), r.mean()
+    jackknife = [
+        _divide(_leave_one_out(a2) - mean_level, np.broadcast_to(gain, a2.shape)),
+        _divide(a2.mean() - _leave_one_out(r), _leave_one_out(a1 - r)),
+    ]
+    point = float(_divide(np.atleast_1d(a2.mean() - mean_level), gain)[0])
+    return _bca(ratios, point, jackknife, confidence, runs, "unpaired")

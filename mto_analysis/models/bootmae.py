@@ -1,0 +1,152 @@
+"""BootMAE: two decoders, one for pixels and one for features, each with masked tokens of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.models.attention import CrossAttention
+from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
+
+__all__ = ["BootMAE", "BootMAEConfig"]
+
+
+@dataclass(frozen=True)
+class BootMAEConfig:
+    """Architecture of a :class:`BootMAE`; the published ViT-B by default.
+
+    Both decoders take the encoder's number of heads. Where it does not divide a decoder's width, heads are
+    ``width // num_heads`` wide and attention is a little narrower than the residual stream: 504 of 512 for ViT-B.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    decoder_dim: int = 512
+    decoder_mlp_dim: int = 2048
+    decoder_depth: int = 2
+    feature_mlp_dim: int = 3072
+    feature_depth: int = 2
+    feature_dim: int = 768
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.num_heads < 1 or self.dim % self.num_heads or self.decoder_dim < self.num_heads:
+            raise ValueError(f"num_heads must divide the width {self.dim}, got {self.num_heads}")
+
+
+class BootMAE(MaskedImageModel):
+    """Bootstrapped masked autoencoder. Layer 0 is a decoder's input.
+
+    In both decoders masked tokens carry their position and visible ones do not: those bring theirs from the encoder.
+    Each block also attends to visible tokens of the encoder: those after its first block (pixels) or its last one
+    (features).
+
+    Source:
+        Dong et al., "Bootstrapped Masked Autoencoders for Vision BERT Pretraining" (ECCV 2022); LightDXY/BootMAE.
+    """
+
+    stacks: ClassVar[tuple[str, ...]] = ("pixel_decoder", "feature_decoder")
+
+    def __init__(self, config: BootMAEConfig, info: ModelInfo) -> None:
+        super().__init__(config, info)
+        c = config
+        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim))
+        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
+        self.norm = nn.LayerNorm(c.dim, eps=c.eps)
+        block = partial(BootMAEBlock, num_heads=c.num_heads, memory_dim=c.dim, eps=c.eps)
+
+        self.pixel_embed = nn.Linear(c.dim, c.decoder_dim)
+        self.pixel_mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.pixel_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.decoder_dim))
+        self.pixel_blocks = nn.ModuleList(
+            block(dim=c.decoder_dim, mlp_dim=c.decoder_mlp_dim) for _ in range(c.decoder_depth)
+        )
+        self.pixel_norm = nn.LayerNorm(c.decoder_dim, eps=c.eps)
+        self.pixel_pred = nn.ConvTranspose2d(c.decoder_dim, c.channels, c.patch_size, stride=c.patch_size)
+
+        self.feature_embed = nn.Linear(c.dim, c.dim)
+        self.feature_mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.feature_blocks = nn.ModuleList(block(dim=c.dim, mlp_dim=c.feature_mlp_dim) for _ in range(c.feature_depth))
+        self.feature_norm = nn.LayerNorm(c.dim, eps=c.eps)
+        self.feature_pred = nn.Linear(c.dim, c.feature_dim)
+
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
+        """Class and patch tokens of a decoder at every layer depth: ``batch 1+num_patches dim``."""
+        pixels = stack == "pixel_decoder"
+        visible = VisiblePatches(mask)
+        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        memory = x
+        for depth, block in enumerate(self.blocks):
+            x = block(x, attn_mask=visible.attn_mask)
+            if depth == 0 or not pixels:
+                memory = x
+        x = self.norm(x)
+        if pixels:
+            x = self.pixel_embed(x)
+            masked = self.pixel_mask_token + self.pixel_pos_embed[:, 1:]
+        else:
+            x = self.feature_embed(x)
+            masked = self.feature_mask_token + self.pos_embed[:, 1:]
+        x = torch.cat([x[:, :1], visible.put_back(x[:, 1:], masked)], dim=1)
+        yield x
+        for block in self.pixel_blocks if pixels else self.feature_blocks:
+            x = block(x, memory, visible.attended)
+            yield x
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+        return len(self.pixel_blocks if stack == "pixel_decoder" else self.feature_blocks)
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        for depth, x in enumerate(self._hidden(images, mask, stack)):
+            yield LayerTokens(depth, x[:, 1:], mask)
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        for x in self._hidden(images, mask, "pixel_decoder"):  # noqa: B007 - only the last depth is wanted
+            pass
+        x = self.pixel_norm(x)[:, 1:].mT.reshape(len(images), -1, *self.info.grid)
+        return self.pixel_pred(x)  # type: ignore[no-any-return]
+
+
+class BootMAEBlock(nn.Module):
+    """Self-attention, then attention to the encoder's tokens, then an MLP; pre-norm, each added to its input."""
+
+    def __init__(self, dim: int, mlp_dim: int, num_heads: int, memory_dim: int, *, eps: float) -> None:
+        super().__init__()
+        head_dim = dim // num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = CrossAttention(dim, num_heads, head_dim)
+        self.norm3 = nn.LayerNorm(dim, eps=eps)
+        self.norm4 = nn.LayerNorm(memory_dim, eps=eps)
+        self.c_attn = CrossAttention(dim, num_heads, head_dim, memory_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = feed_forward(dim, mlp_dim)
+
+    def forward(self, x: Tensor, memory: Tensor, attended: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Shapes:
+            x: batch num_tokens dim
+            memory: batch num_memory memory_dim
+            attended: batch num_memory (True = may be attended to)
+            returns: batch num_tokens dim
+        """
+        y = self.norm1(x)
+        x = x + self.attn(y, y)
+        x = x + self.c_attn(self.norm3(x), self.norm4(memory), attended=attended)
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]

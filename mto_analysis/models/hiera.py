@@ -1,0 +1,226 @@
+"""Hiera MAE: a hierarchical encoder of visible mask units, and MAE's decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
+
+__all__ = ["Hiera", "HieraConfig"]
+
+_EMBED_STRIDE = 4
+_UNIT = 8  # side of a mask unit in tokens of the first stage
+_LOCAL_STAGES = 2
+
+
+@dataclass(frozen=True)
+class HieraConfig:
+    """Architecture of a :class:`Hiera`; the published base model by default.
+
+    ``dim``, ``num_heads`` and ``mlp_dim`` are those of the first stage and double with each stage. The first ``pools``
+    changes of stage also halve the token grid; ``patch_size`` is the side of a decoder token in pixels.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    kernel: int = 7
+    dim: int = 96
+    depths: tuple[int, ...] = (2, 3, 16, 3)
+    num_heads: int = 1
+    mlp_dim: int = 384
+    pools: int = 2
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    decoder_mlp_dim: int = 2048
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the values; a list, as JSON has it, becomes a tuple."""
+        object.__setattr__(self, "depths", tuple(self.depths))
+        for dim, heads, name in (
+            (self.dim, self.num_heads, "num_heads"),
+            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
+        ):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
+        if not 1 <= self.pools < min(len(self.depths), 4) or min(self.depths) < 1:
+            raise ValueError(f"{self.pools} pools do not fit stages of {self.depths} blocks")
+        if self.image_size % (_UNIT * _EMBED_STRIDE) or self.patch_size != _EMBED_STRIDE << self.pools:
+            raise ValueError(f"mask units do not divide a picture of {self.image_size} px")
+
+
+class Hiera(MaskedImageModel):
+    """Hiera, pre-trained as a masked autoencoder. Layer 0 is the decoder's input after its position embedding.
+
+    The encoder sees whole mask units of 32 px only: pixels of masked ones are zero in its convolution, and their tokens
+    are left out. Outputs of the pooled stages and of the last one are added up for the decoder.
+
+    Source:
+        Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles" (ICML 2023);
+        facebookresearch/hiera.
+    """
+
+    stacks: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __init__(self, config: HieraConfig, info: ModelInfo) -> None:
+        super().__init__(config, info)
+        c = config
+        out_dim = c.dim << (len(c.depths) - 1)
+        grid = c.image_size // _EMBED_STRIDE
+        self.units = grid // _UNIT
+        self.patch_embed = nn.Conv2d(c.channels, c.dim, c.kernel, stride=_EMBED_STRIDE, padding=c.kernel // 2)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, c.dim))
+        ends = list(accumulate(c.depths))
+        self.blocks = nn.ModuleList()
+        for number in range(ends[-1]):
+            stage = sum(number >= end for end in ends)
+            starts = number in ends
+            self.blocks.append(
+                HieraBlock(
+                    c.dim << (stage - starts),
+                    c.dim << stage,
+                    c.num_heads << stage,
+                    c.mlp_dim << stage,
+                    pool=starts and stage <= c.pools,
+                    local=stage - starts < _LOCAL_STAGES,
+                    eps=c.eps,
+                )
+            )
+        # Blocks whose output goes to the decoder, and what brings each to the decoder's grid.
+        self.fused = [*(end - 1 for end in ends[: c.pools]), ends[-1] - 1]
+        self.fusion = nn.ModuleList(
+            nn.Conv2d(c.dim << stage, out_dim, 1 << (c.pools - stage), stride=1 << (c.pools - stage))
+            for stage in range(c.pools)
+        )
+        self.encoder_norm = nn.LayerNorm(out_dim, eps=c.eps)
+        self.decoder_embed = nn.Linear(out_dim, c.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.decoder_dim))
+        self.decoder_blocks = transformer_blocks(
+            c.decoder_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_mlp_dim, eps=c.eps
+        )
+        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=c.eps)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
+
+    def _unit_mask(self, mask: Tensor) -> Tensor:
+        """The mask of units ``batch num_units``, which must be wholly masked or visible."""
+        side = self.info.grid[0] // self.units
+        squares = mask.reshape(len(mask), self.units, side, self.units, side)
+        masked = squares.all(dim=4).all(dim=2)
+        if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
+            size = _UNIT * _EMBED_STRIDE
+            raise ValueError(f"mask must not change inside squares of {size} px; choose a mask unit of {size} px")
+        return masked.flatten(1)
+
+    def _encode(self, images: Tensor, units: Tensor) -> Tensor:
+        """Decoder tokens of visible units, the mask token elsewhere: ``batch num_patches decoder_dim``, row-major."""
+        batch, side, c = len(images), self.units, self.config
+        hidden = units.reshape(batch, 1, side, side)
+        hidden = hidden.repeat_interleave(_UNIT * _EMBED_STRIDE, 2).repeat_interleave(_UNIT * _EMBED_STRIDE, 3)
+        x = self.patch_embed(images.masked_fill(hidden, 0)).flatten(2).mT + self.pos_embed
+        x = x.reshape(batch, side, _UNIT, side, _UNIT, -1).transpose(2, 3).reshape(batch, side * side, -1)
+        visible = VisiblePatches(units, prefix_tokens=0)
+        x = visible.take(x).reshape(batch, -1, _UNIT, _UNIT, c.dim)
+        fused: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            x = block(x, visible.attended)
+            if number in self.fused[:-1]:
+                y = self.fusion[len(fused)](x.flatten(0, 1).permute(0, 3, 1, 2))
+                fused.append(y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]))
+        x = self.decoder_embed(self.encoder_norm(sum(fused, start=x)))
+        inside = x.shape[2]
+        x = visible.put_back(x.flatten(2), self.mask_token.repeat(1, 1, inside * inside))
+        x = x.reshape(batch, side, side, inside, inside, -1).transpose(2, 3)
+        return x.reshape(batch, self.info.num_patches, -1)
+
+    def _hidden(self, images: Tensor, units: Tensor) -> Iterator[Tensor]:
+        x = self._encode(images, units) + self.decoder_pos_embed
+        yield x
+        for block in self.decoder_blocks:
+            x = block(x)
+            yield x
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+        return len(self.decoder_blocks)
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        units = self._unit_mask(mask)
+        return (LayerTokens(depth, x, mask) for depth, x in enumerate(self._hidden(images, units)))
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        for x in self._hidden(images, self._unit_mask(mask)):  # noqa: B007 - only the last depth is wanted
+            pass
+        x = self.decoder_pred(self.decoder_norm(x)).mT.reshape(len(images), -1, *self.info.grid)
+        return F.pixel_shuffle(x, self.config.patch_size)  # inside a patch values run channel, row, column
+
+
+class HieraBlock(nn.Module):
+    """A pre-norm block that may change the width and halve the grid by max pooling, of queries too.
+
+    Args:
+        dim: Width of the input.
+        out_dim: Width of the output.
+        num_heads: Attention heads.
+        mlp_dim: Width of the hidden layer.
+        pool: Whether 2 x 2 tokens become one.
+        local: Whether tokens attend inside their mask unit only.
+        eps: Of the layer norms.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, num_heads: int, mlp_dim: int, *, pool: bool, local: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.pool = pool
+        self.local = local
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.qkv = nn.Linear(dim, 3 * out_dim)
+        self.attn_proj = nn.Linear(out_dim, out_dim)
+        self.proj = nn.Linear(dim, out_dim) if dim != out_dim else None
+        self.norm2 = nn.LayerNorm(out_dim, eps=eps)
+        self.mlp = feed_forward(out_dim, mlp_dim)
+
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Shapes:
+            x: batch num_units side side dim
+            attended: batch num_units (True = may be attended to)
+            returns: batch num_units side side out_dim (half the side where it pools)
+        """
+        y = self.norm1(x)
+        if self.proj is not None:
+            x = self._pool(self.proj(y))
+        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        x = x + self.attn_proj(self._attend(self._pool(q), k, v, attended))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if not self.pool:
+            return x
+        batch, units, side, _, dim = x.shape
+        return x.reshape(batch, units, side // 2, 2, side // 2, 2, dim).amax(dim=(3, 5))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None) -> Tensor:
+        batch, units, _, _, dim = q.shape
+        sequences = batch * units if self.local else batch
+        heads = [
+            part.reshape(sequences, -1, self.num_heads, dim // self.num_heads).transpose(1, 2) for part in (q, k, v)
+        ]
+        seen = None
+        if attended is not None and not self.local:
+            seen = attended.repeat_interleave(k.shape[2] * k.shape[3], dim=1)[:, None, None]
+        x = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=seen)
+        return x.transpose(1, 2).flatten(2).reshape(q.shape)

@@ -1,0 +1,93 @@
+"""The ViT encoder of the inpainting-style families: masked tokens replace patches at its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
+
+__all__ = ["InpaintingConfig", "InpaintingViT"]
+
+
+@dataclass(frozen=True)
+class InpaintingConfig:
+    """Architecture of an :class:`InpaintingViT`; that of the published SimMIM, BEiT and ConMIM ViT-B by default.
+
+    ``position_bias`` is one relative position table for all blocks (``shared``), one per block (``per_block``) or none;
+    ``absolute_positions`` adds a learned embedding to every token, masked ones too.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    layer_scale: float | None = 0.1
+    position_bias: Literal["shared", "per_block"] | None = "shared"
+    absolute_positions: bool = False
+    final_norm: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.num_heads < 1 or self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide the width {self.dim}, got {self.num_heads}")
+
+
+class InpaintingViT(MaskedImageModel):
+    """Encoder with masked tokens inside. Layer 0 is the input of block 0.
+
+    Without absolute positions all masked tokens are one vector at layer 0; with them they differ by their position.
+    This class predicts no pixels: heads for visual tokens or features say nothing about the tokens and are left out.
+
+    Source:
+        Bao et al., "BEiT" (ICLR 2022); microsoft/unilm. SimMIM, ConMIM and data2vec vision share the encoder.
+    """
+
+    stacks: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    def __init__(self, config: InpaintingConfig, info: ModelInfo) -> None:
+        super().__init__(config, info)
+        c = config
+        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim)) if c.absolute_positions else None
+        tables = {"shared": 1, "per_block": c.depth, None: 0}[c.position_bias]
+        self.position_biases = nn.ModuleList(RelativePositionBias(info.grid, c.num_heads) for _ in range(tables))
+        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
+        self.norm = nn.LayerNorm(c.dim, eps=c.eps) if c.final_norm else nn.Identity()
+
+    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``."""
+        x = self.patch_embed(images)
+        x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        yield x
+        bias = self.position_biases[0]() if self.config.position_bias == "shared" else None
+        for depth, block in enumerate(self.blocks):
+            if self.config.position_bias == "per_block":
+                bias = self.position_biases[depth]()
+            x = block(x, attn_mask=bias)
+            yield x
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+        return len(self.blocks)
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        for depth, x in enumerate(self._hidden(images, mask)):
+            yield LayerTokens(depth, x[:, 1:], mask)
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        raise ValueError(f"a {self.info.family} model predicts no pixels, so there is nothing to reconstruct")

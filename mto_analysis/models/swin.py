@@ -1,0 +1,161 @@
+"""SimMIM with a Swin transformer, version 1 or 2: masked tokens in an encoder of stages whose token grid shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.windows import PatchMerging, WindowBlock
+
+__all__ = ["SimMIMSwin", "SwinConfig"]
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """Architecture of a :class:`SimMIMSwin`; the published Swin-B by default.
+
+    ``dim``, ``mlp_dim`` are those of the first stage and double at each merge. A window that is no smaller than a
+    stage's grid shrinks to the grid and is not shifted there. ``decoder`` is whether the head that predicts pixels is
+    there. ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
+    """
+
+    image_size: int = 192
+    patch_size: int = 4
+    channels: int = 3
+    dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    mlp_dim: int = 512
+    window: int = 6
+    version: Literal[1, 2] = 1
+    patch_norm: bool = True
+    absolute_positions: bool = False
+    decoder: bool = True
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the values; lists, as JSON has them, become tuples."""
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.depths) != len(self.num_heads) or not self.depths or min(*self.depths, *self.num_heads, 1) < 1:
+            raise ValueError(f"depths and num_heads must name each stage, got {self.depths} and {self.num_heads}")
+        if self.version not in (1, 2):
+            raise ValueError(f"version must be 1 or 2, got {self.version}")
+        if self.image_size % self.stride:
+            raise ValueError(f"the stride of {self.stride} px does not divide a picture of {self.image_size} px")
+        for dim, heads, grid in zip(self.dims, self.num_heads, self.grids, strict=True):
+            if dim % heads:
+                raise ValueError(f"num_heads must divide the width {dim}, got {heads}")
+            if grid % min(self.window, grid):
+                raise ValueError(f"a window of {self.window} does not divide a grid of {grid} x {grid}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a token of the last stage spans."""
+        return self.patch_size << (len(self.depths) - 1)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return tuple(self.dim * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Side of each stage's token grid."""
+        return tuple(self.image_size // (self.patch_size * 2**stage) for stage in range(len(self.depths)))
+
+
+class SimMIMSwin(MaskedImageModel):
+    """SimMIM's Swin encoder. Layer 0 is the input of the first block; depths count the blocks of all stages.
+
+    Between stages, 2 x 2 tokens merge into one; the mask of a depth is that of its own grid. What a merge gives is the
+    next stage's input and no depth of its own.
+
+    Source:
+        Xie et al., "SimMIM" (CVPR 2022); Liu et al., "Swin Transformer" (ICCV 2021) and "Swin Transformer V2" (CVPR
+        2022); microsoft/SimMIM, microsoft/Swin-Transformer.
+    """
+
+    stacks: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    def __init__(self, config: SwinConfig, info: ModelInfo) -> None:
+        super().__init__(config, info)
+        c = config
+        self.patch_embed = PatchEmbed(
+            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=nn.LayerNorm if c.patch_norm else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.dim)) if c.absolute_positions else None
+        self.stages = nn.ModuleList()
+        self.merges = nn.ModuleList()
+        for stage, (dim, grid, heads) in enumerate(zip(c.dims, c.grids, c.num_heads, strict=True)):
+            block = partial(WindowBlock, dim, heads, c.mlp_dim * 2**stage, grid, c.window, version=c.version, eps=c.eps)
+            self.stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(c.depths[stage])))
+            if stage + 1 < len(c.depths):
+                self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1))
+        self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
+        self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
+
+    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Patch tokens at every layer depth: ``batch num_patches dim``, of the grid and width of their stage."""
+        x = self.patch_embed(images)
+        x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        yield x
+        for stage, blocks in enumerate(self.stages):
+            if stage:
+                x = self.merges[stage - 1](x)
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x)
+                yield x
+
+    def stage_masks(self, mask: Tensor) -> list[Tensor]:
+        """The mask on each stage's grid.
+
+        Shapes:
+            mask: batch num_patches (of the first stage)
+            returns: for each stage batch num_patches (of that stage)
+
+        Raises:
+            ValueError: If a merge would join masked and visible tokens, so that its result is neither.
+        """
+        masks = [mask]
+        for grid in self.config.grids[1:]:
+            squares = masks[-1].reshape(len(mask), grid, 2, grid, 2)
+            masked = squares.all(dim=4).all(dim=2)
+            if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
+                raise ValueError(
+                    f"mask must not change inside squares of {self.config.stride} px, which a {self.info.family} model "
+                    f"merges into one token; choose a mask unit of {self.config.stride} px"
+                )
+            masks.append(masked.flatten(1))
+        return masks
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack, its number of blocks."""
+        return sum(self.config.depths)
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        stages = self.stage_masks(mask)
+        masks = [stages[0]] + [stages[stage] for stage, depth in enumerate(self.config.depths) for _ in range(depth)]
+        return (
+            LayerTokens(depth, x, of_depth)
+            for depth, (x, of_depth) in enumerate(zip(self._hidden(images, mask), masks, strict=True))
+        )
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        if self.decoder is None:
+            raise ValueError("the checkpoint has no decoder, so it predicts no pixels")
+        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
+            pass
+        x = self.norm(x).mT.reshape(len(images), -1, *(self.config.grids[-1],) * 2)
+        return F.pixel_shuffle(self.decoder(x), self.config.stride)

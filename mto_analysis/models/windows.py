@@ -1,0 +1,193 @@
+"""Blocks of the Swin transformers, versions 1 and 2: attention inside windows, merging between stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.models.swin_transformer import window_partition, window_reverse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mto_analysis.models.vit import RelativePositionBias, feed_forward, relative_position_index, transformer_blocks
+
+__all__ = ["PatchMerging", "WindowBlock"]
+
+# Between regions that the cyclic shift brought together; the original adds it rather than minus infinity.
+_APART = -100.0
+_MOST_LOGIT_SCALE = 4.605170185988092  # log 100
+
+
+class WindowBlock(nn.Module):
+    """A Swin block: timm's ViT block over windows of tokens, cyclically shifted in every second block.
+
+    Norms and the MLP act on single tokens, so the residual stream as a whole can be cut into windows. timm's own Swin
+    block keeps indices and shift masks where the model is built, which is the meta device for a checkpoint.
+
+    Args:
+        dim: Width.
+        num_heads: Attention heads.
+        mlp_dim: Width of the hidden layer.
+        grid: Side of the token grid.
+        window: Side of a window; a grid that is no larger is one window and is never shifted.
+        shifted: Whether windows are shifted by half of their side.
+        version: 1, or 2: cosine attention, norms after each branch, a small network for the position bias.
+        eps: Of the layer norms.
+    """
+
+    apart: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        grid: int,
+        window: int,
+        *,
+        shifted: bool,
+        version: Literal[1, 2],
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.window = min(window, grid)
+        self.shift = self.window // 2 if shifted and grid > window else 0
+        apart = shift_mask(grid, self.window, self.shift) if self.shift else None
+        self.register_buffer("apart", apart, persistent=False)
+        self.block: nn.Module
+        self.position_bias: nn.Module
+        if version == 1:
+            self.block = transformer_blocks(dim, 1, num_heads, mlp_dim, eps=eps)[0]
+            self.position_bias = RelativePositionBias((self.window,) * 2, num_heads, class_token=False)
+        else:
+            self.block = CosineBlock(dim, num_heads, mlp_dim, eps=eps)
+            self.position_bias = LogPositionBias(self.window, num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block.
+
+        Shapes:
+            x: batch num_patches dim
+            returns: batch num_patches dim
+        """
+        batch, num_patches, dim = x.shape
+        side = (self.window, self.window)
+        bias = self.position_bias()
+        if self.apart is not None:
+            bias = (bias + self.apart.to(bias.dtype)).repeat(batch, 1, 1, 1)
+        x = x.reshape(batch, self.grid, self.grid, dim).roll((-self.shift, -self.shift), (1, 2))
+        windows = window_partition(x, side).flatten(1, 2)
+        windows = self.block(windows, attn_mask=bias)
+        x = window_reverse(windows.unflatten(1, side), side, self.grid, self.grid)
+        return x.roll((self.shift, self.shift), (1, 2)).reshape(batch, num_patches, dim)
+
+
+def shift_mask(grid: int, window: int, shift: int) -> Tensor:
+    """What to add to logits in shifted windows: tokens from opposite edges of the map must not meet.
+
+    Shapes:
+        returns: num_windows 1 window_tokens window_tokens
+
+    Example:
+        >>> shift_mask(4, 2, 1).shape
+        torch.Size([4, 1, 4, 4])
+        >>> int(shift_mask(4, 2, 1)[0].count_nonzero())  # the first window lies inside the map
+        0
+    """
+    place = torch.arange(grid, device="cpu")
+    band = (place >= grid - window).long() + (place >= grid - shift).long()
+    region = (3 * band[:, None] + band).reshape(1, grid, grid, 1)
+    windows = window_partition(region, (window, window)).flatten(1)
+    return _APART * (windows[:, :, None] != windows[:, None, :]).unsqueeze(1).float()
+
+
+class PatchMerging(nn.Module):
+    """Join 2 x 2 tokens into one of twice the width; version 1 normalises before the reduction, version 2 after.
+
+    Channels run over the tokens at (row, column) (0, 0), (1, 0), (0, 1), (1, 1), as in the original.
+    """
+
+    def __init__(self, dim: int, grid: int, *, norm_first: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm_first = norm_first
+        self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merge.
+
+        Shapes:
+            x: batch num_patches dim
+            returns: batch num_patches/4 2*dim
+        """
+        half = self.grid // 2
+        x = x.reshape(len(x), half, 2, half, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), half * half, -1)
+        return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))  # type: ignore[no-any-return]
+
+
+class CosineBlock(nn.Module):
+    """Version 2's block: norms come after attention and MLP, before each is added to its input."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.attn = CosineAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = feed_forward(dim, mlp_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        """One block; shapes as in :class:`CosineAttention`."""
+        x = x + self.norm1(self.attn(x, attn_mask))
+        return x + self.norm2(self.mlp(x))  # type: ignore[no-any-return]
+
+
+class CosineAttention(nn.Module):
+    """Version 2's attention: cosines of queries and keys, times a learned factor per head."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        """Attend.
+
+        Shapes:
+            x: batch num_tokens dim
+            attn_mask: batch num_heads num_tokens num_tokens (added to the logits)
+            returns: batch num_tokens dim
+        """
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_MOST_LOGIT_SCALE).exp()
+        x = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=attn_mask, scale=1.0)
+        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class LogPositionBias(nn.Module):
+    """Version 2's bias: a small network of the log-spaced offset of two tokens of a window, between 0 and 16."""
+
+    index: Tensor
+    coords: Tensor
+
+    def __init__(self, window: int, num_heads: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
+        offset = torch.arange(1 - window, window, dtype=torch.float32, device="cpu") * 8 / max(window - 1, 1)
+        offset = offset.sign() * (offset.abs() + 1).log2() / 3
+        coords = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1).reshape(-1, 2)
+        self.register_buffer("coords", coords, persistent=False)
+        index = relative_position_index((window, window))[1:, 1:].contiguous()
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The bias to add to the logits.
+
+        Shapes:
+            returns: 1 num_heads num_tokens num_tokens
+        """
+        table = 16 * torch.sigmoid(self.mlp(self.coords))
+        return table[self.index].permute(2, 0, 1).unsqueeze(0).contiguous()

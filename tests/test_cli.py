@@ -1,0 +1,852 @@
+"""The command: every option, exit codes with one line on stderr, interrupted runs, what ``--help`` costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import typer
+from conftest import write_pictures
+from golden_files import GOLDEN
+from PIL import Image
+from tiny_models import make_mae, make_simmim
+from typer.testing import CliRunner
+
+from mto_analysis import (
+    load_checkpoint,
+    load_masks,
+    mask_keys,
+    open_pictures,
+    picture_batches,
+    save_checkpoint,
+    save_masks,
+)
+from mto_analysis.demo import DEMO_CHECKPOINTS
+from mto_analysis.probe import masks_from_rule, probe
+from mto_analyze import app
+
+FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json"}
+MAE_FILE = GOLDEN / "mae" / "checkpoint.pth"
+SIMMIM_FILE = GOLDEN / "simmim_vit" / "checkpoint.pth"
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result
+
+
+def fails(code: int, *arguments: object) -> str:
+    """The one line on stderr of a failing run."""
+    result = run(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("mto-analyze: error: ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return lines[0]
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """A real process, in its own group, as a shell starts it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from mto_analyze import app; app()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def csv(folder: Path, name: str = "heterogeneity.csv") -> pd.DataFrame:
+    return pd.read_csv(folder / name)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered: most of a small run's time."""
+    monkeypatch.setattr("mto_analysis.plots.style.figure_bytes", lambda figure, kind: kind.encode())
+
+
+# heterogeneity.
+
+
+def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, picture_folder: Path, out: Path) -> None:
+    result = ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+    assert set(contents(out)) == FILES
+    table, per_image = csv(out), csv(out, "heterogeneity_per_image.csv")
+    needed = "model stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized num_visible num_images"
+    assert set(needed.split()) <= set(table.columns)
+    model = load_checkpoint(checkpoints["mae"])
+    expected = probe(model, picture_batches(open_pictures(picture_folder), model.info), masks_from_rule(model.info))
+    np.testing.assert_allclose(table["heterogeneity"], expected.summary()["heterogeneity"], rtol=1e-9)
+    np.testing.assert_allclose(per_image["heterogeneity"], expected.to_frame()["heterogeneity"], rtol=1e-9)
+    assert per_image["image"].tolist() == expected.to_frame()["image"].tolist()
+    with Image.open(out / "heterogeneity.png") as picture:
+        picture.load()
+        assert len(picture.convert("L").getcolors(1 << 20)) > 10  # something is drawn
+    assert (out / "heterogeneity.pdf").read_bytes().rstrip().endswith(b"%%EOF")
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["arguments"]["seed"] == 0
+    assert facts["arguments"]["ckpt"] == [str(checkpoints["mae"])]
+    assert facts["models"][0]["model"] == "mae"
+    assert len(facts["models"][0]["sha256"]) == 64
+    assert facts["skipped"] == {}
+    # The table on stdout, everything else on stderr.
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:4] == ["model", "stack", "layer_depth", "heterogeneity"]
+    assert len(lines) == 1 + len(table)
+    assert f"{table['heterogeneity'][2]:.6g}" in lines[3]
+    assert "wrote" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim_vit", "hf_vitmae"])
+@pytest.mark.usefixtures("quick")
+def test_heterogeneity__equals_the_original_code(name: str, golden_of, tmp_path: Path, monkeypatch) -> None:
+    # Golden pictures are stored after preprocessing, so they take its place.
+    golden = golden_of(name)
+    names = write_pictures(tmp_path / "p", ("0.png", "1.png"))
+    monkeypatch.setattr(
+        "mto_analysis.data.preprocessing", lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]]
+    )
+    for row in range(2):
+        Image.new("RGB", (4, 4), (row, 0, 0)).save(names / f"{row}.png")
+    save_masks(tmp_path / "masks.npz", golden.mask[:, None].numpy(), ["0.png", "1.png"])
+    heads = [f"--{key.replace('_', '-')}={value}" for key, value in golden.heads.items()]
+    ok(
+        *("heterogeneity", "--ckpt", golden.source, "--images", names, "--masks", tmp_path / "masks.npz"),
+        *("--out", tmp_path / "out", *heads),
+    )
+    values = csv(tmp_path / "out", "heterogeneity_per_image.csv").pivot(
+        index="layer_depth", columns="image", values="heterogeneity"
+    )
+    np.testing.assert_allclose(values, golden.expected["heterogeneity"], atol=5e-5)
+
+
+# For each option of each command: what shows that it is heard. A new option without a case here fails below.
+
+
+def option_limit(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--limit", 2)
+    assert set(csv(path, "heterogeneity_per_image.csv")["image"]) == {"A.png", "b/x.png"}
+    assert (csv(path)["num_images"] == 2).all()
+
+
+def option_mask_ratio(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--mask-ratio", 0.5)
+    assert (csv(path)["num_visible"] == 8).all()
+
+
+def option_mask_unit(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--mask-unit", 8)
+    assert json.loads((path / "run.json").read_text())["models"][0]["mask_rule"]["kind"] == "block"
+
+
+def option_masks(path, pictures, ckpt):
+    names = list(open_pictures(pictures).names)
+    mask = torch.zeros(len(names), 1, 16, dtype=torch.bool)
+    for row in range(len(names)):
+        mask[row, 0, : row + 3] = True  # ragged
+    save_masks(path.parent / "masks.npz", mask.numpy(), names)
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--masks", path.parent / "masks.npz")
+    per_image = csv(path, "heterogeneity_per_image.csv")
+    assert dict(zip(per_image["image"], per_image["num_masked"], strict=True)) == {
+        n: i + 3 for i, n in enumerate(names)
+    }
+    table = csv(path)
+    assert (table["num_visible"] == 10.5).all()
+    assert (table["num_visible_min"] == 8).all()
+    assert (table["num_visible_max"] == 13).all()
+
+
+def option_masks_per_image(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--masks-per-image", 3)
+    assert sorted(set(csv(path, "heterogeneity_per_image.csv")["mask"])) == [0, 1, 2]
+    assert (csv(path)["num_masks"] == 3).all()
+
+
+def option_seed(path, pictures, ckpt):
+    for seed in (0, 1):
+        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(seed), "--seed", seed)
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "again", "--seed", 1)
+    values = {name: csv(path / name)["heterogeneity"].tolist() for name in ("0", "1", "again")}
+    assert values["1"] == values["again"] != values["0"]
+
+
+def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
+    """The batches that a run probes, and the worker processes that it asks for."""
+    from mto_analysis.studies import heterogeneity as study
+
+    sizes: list[int] = []
+    workers: set[int] = set()
+    probe_batches, load_batches = study.probe, study.picture_batches
+
+    def watched_probe(model, batches, *positional, **options):
+        batches = list(batches)
+        sizes.extend(len(batch.names) for batch in batches)
+        return probe_batches(model, batches, *positional, **options)
+
+    def watched_batches(*positional, **options):
+        workers.add(options["num_workers"])
+        return load_batches(*positional, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "probe", watched_probe)
+        patch.setattr(study, "picture_batches", watched_batches)
+        ok(*arguments)
+    return sizes, workers
+
+
+def option_batch_size(path, pictures, ckpt):
+    for size, expected in ((1, [1] * 6), (4, [4, 2])):
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(size))
+        assert sizes_and_workers(*arguments, "--batch-size", size)[0] == expected
+    one, four = (csv(path / name) for name in ("1", "4"))
+    np.testing.assert_allclose(one["heterogeneity"], four["heterogeneity"], atol=2e-5)
+    assert json.loads((path / "4/run.json").read_text())["arguments"]["batch_size"] == 4
+
+
+def option_device(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--device", "cpu")
+    line = fails(2, "heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--device", "tpu9")
+    assert "device tpu9 cannot be used" in line
+
+
+def option_dtype(path, pictures, ckpt):
+    for dtype in ("float32", "float64", "bfloat16"):
+        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / dtype, "--dtype", dtype)
+    full, double, half = (csv(path / d)["heterogeneity"].to_numpy() for d in ("float32", "float64", "bfloat16"))
+    assert 0 < np.abs(full - double).max() < 1e-4 < np.abs(half - double).max()
+    assert (
+        run("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--dtype", "int8").exit_code
+        == 2
+    )
+
+
+def option_num_workers(path, pictures, ckpt):
+    for count in (0, 2):
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(count))
+        assert count in sizes_and_workers(*arguments, "--num-workers", count)[1]
+    assert csv(path / "0").equals(csv(path / "2"))
+
+
+def option_label(path, pictures, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--label", "epoch 800", "--images", pictures, "--out", path)
+    assert set(csv(path)["model"]) == {"epoch 800"}
+
+
+def option_strict(path, pictures, ckpt):
+    (pictures / "broken.png").write_bytes(b"junk")
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures)
+    result = ok(*arguments, "--out", path)
+    assert [line for line in result.stderr.splitlines() if line.startswith("skipped broken.png: ")]
+    assert (csv(path)["num_skipped"] == 1).all()
+    assert list(json.loads((path / "run.json").read_text())["skipped"]) == ["broken.png"]
+    result = run(*arguments, "--out", path / "strict", "--strict", "--quiet")
+    assert result.exit_code == 4
+    assert "picture broken.png cannot be read" in result.stderr.splitlines()[-1]
+    assert not (path / "strict").exists()
+
+
+def option_quiet(path, pictures, ckpt):
+    ckpt = DEMO_CHECKPOINTS["MAE"]
+    for quiet in ("--quiet", "-q"):
+        result = ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / quiet.strip("-"), quiet)
+        assert "masks:" not in result.stderr
+        assert "wrote" not in result.stderr
+        assert result.stdout.startswith(" ") or result.stdout.startswith("model")
+
+
+def option_overwrite(path, pictures, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path)
+    ok(*arguments)
+    before = contents(path)
+    (path / "notes.txt").write_text("mine")
+    ok(*arguments, "--seed", 5, "--overwrite")
+    after = contents(path)
+    assert after.pop("notes.txt") == b"mine"
+    assert set(after) == set(before) == FILES
+    assert after["heterogeneity.csv"] != before["heterogeneity.csv"]
+
+
+def option_num_heads(path, pictures, ckpt):
+    write_pictures(pictures)
+    arguments = ("heterogeneity", "--ckpt", MAE_FILE, "--images", pictures)
+    assert "give it as num_heads=... (--num-heads on the command line)" in fails(3, *arguments, "--out", path)
+    ok(*arguments, "--num-heads", 4, "--decoder-num-heads", 2, "--out", path)
+    config = json.loads((path / "run.json").read_text())["models"][0]["config"]
+    assert (config["num_heads"], config["decoder_num_heads"]) == (4, 2)
+
+
+def option_save_masks(path, pictures, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--masks-per-image", 2)
+    ok(
+        *arguments,
+        "--label",
+        "MAE, 800 epochs",
+        "--batch-size",
+        4,
+        "--seed",
+        3,
+        "--save-masks",
+        "--out",
+        path / "first",
+    )
+    assert set(contents(path / "first")) == FILES | {"masks-MAE-800-epochs.npz"}
+    masks = load_masks(path / "first/masks-MAE-800-epochs.npz")
+    info, names = load_checkpoint(ckpt).info, list(open_pictures(pictures).names)
+    for k in range(2):
+        drawn = info.mask_rule.draw(mask_keys(names, k=k, seed=3), info.grid, 4)
+        assert torch.equal(torch.stack([masks[name][k] for name in names]), drawn)
+    ok(*arguments, "--masks", path / "first/masks-MAE-800-epochs.npz", "--out", path / "second")
+    np.testing.assert_allclose(csv(path / "first")["heterogeneity"], csv(path / "second")["heterogeneity"], rtol=1e-5)
+    assert "masks-" not in " ".join(contents(path / "second"))
+
+
+HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
+    "limit": option_limit,
+    "mask_ratio": option_mask_ratio,
+    "mask_unit": option_mask_unit,
+    "masks": option_masks,
+    "save_masks": option_save_masks,
+    "masks_per_image": option_masks_per_image,
+    "seed": option_seed,
+    "batch_size": option_batch_size,
+    "device": option_device,
+    "dtype": option_dtype,
+    "num_workers": option_num_workers,
+    "label": option_label,
+    "strict": option_strict,
+    "quiet": option_quiet,
+    "overwrite": option_overwrite,
+    "num_heads": option_num_heads,
+    "decoder_num_heads": option_num_heads,
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("option", [name for name in HETEROGENEITY_OPTIONS if name != "decoder_num_heads"])
+def test_heterogeneity__hears_each_option(option: str, checkpoints, picture_folder: Path, out: Path) -> None:
+    HETEROGENEITY_OPTIONS[option](out, picture_folder, checkpoints["mae"])
+
+
+def test_commands__have_no_untested_option() -> None:
+    commands = typer.main.get_command(app).commands
+    options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
+    everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
+    assert options["heterogeneity"] - everywhere == set(HETEROGENEITY_OPTIONS)
+    assert options["inspect"] == {"ckpt", "num_heads", "decoder_num_heads", "offline", "as_json"}
+    assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
+    assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}
+    # A command that comes later brings its own test module.
+    assert {"demo", "inspect", "heterogeneity", "plot"} <= set(options)
+    for name, command in commands.items():
+        assert all(getattr(parameter, "help", None) for parameter in command.params if parameter.name != "help"), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_heterogeneity__compares_checkpoints_and_epochs(checkpoints, picture_folder: Path, out: Path) -> None:
+    both = [argument for name in ("simmim", "simmim_early") for argument in ("--ckpt", checkpoints[name])]
+    ok("heterogeneity", *both, "--images", picture_folder, "--out", out / "1")
+    assert csv(out / "1")["model"].unique().tolist() == ["simmim", "simmim_early"]
+    labels = ("--label", "epoch 800", "--label", "epoch 10")
+    ok("heterogeneity", *both, *labels, "--images", picture_folder, "--out", out / "2")
+    assert csv(out / "2")["model"].unique().tolist() == ["epoch 800", "epoch 10"]
+    one, two = (csv(out / name).drop(columns="model") for name in "12")
+    pd.testing.assert_frame_equal(one, two)
+    for name in ("simmim", "simmim_early"):
+        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", picture_folder, "--out", out / name)
+        alone = csv(out / name)
+        together = csv(out / "1")
+        pd.testing.assert_frame_equal(together[together["model"] == name].reset_index(drop=True), alone)
+    line = fails(2, "heterogeneity", *both, "--label", "one", "--images", picture_folder, "--out", out / "3")
+    assert "give one different label per checkpoint" in line
+
+
+@pytest.mark.usefixtures("quick")
+def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, picture_folder: Path, out: Path) -> None:
+    # Drawn by rule, written to a file, read by another laboratory: the same table.
+    info = load_checkpoint(checkpoints["simmim"]).info
+    names = list(open_pictures(picture_folder).names)
+    drawn = torch.stack([info.mask_rule.draw(mask_keys(names, k=k, seed=9), info.grid, 4) for k in range(2)], dim=1)
+    save_masks(out.parent / "masks.npz", drawn.numpy(), names)
+    assert torch.equal(load_masks(out.parent / "masks.npz")["c.png"], drawn[names.index("c.png")])
+    arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--images", picture_folder, "--masks-per-image", 2)
+    ok(*arguments, "--seed", 9, "--out", out / "rule")
+    ok(*arguments, "--masks", out.parent / "masks.npz", "--out", out / "file")
+    ok(*arguments, "--seed", 8, "--out", out / "other")
+    rule, file, other = (csv(out / name) for name in ("rule", "file", "other"))
+    pd.testing.assert_frame_equal(rule, file)
+    assert not rule["heterogeneity"].equals(other["heterogeneity"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, picture_folder: Path) -> None:
+    result = ok("heterogeneity", "--ckpt", SIMMIM_FILE, "--limit", 2, "--out", out / "1")
+    assert "no --images: measuring on 256 bundled CIFAR-10 pictures" in result.stderr
+    assert "masks: 0.6 of units of 16 px (file), seed 0" in result.stderr
+    result = ok(
+        "heterogeneity", "--ckpt", SIMMIM_FILE, "--images", picture_folder, "--mask-ratio", 0.5, "--out", out / "2"
+    )
+    assert "masks: 0.5 of units of 16 px (as asked for)" in result.stderr
+    assert "own loss" in result.stderr
+    assert "predicting the mean" in result.stderr
+
+
+@pytest.mark.usefixtures("quick")
+def test_save_masks__writes_one_file_per_checkpoint_whatever_its_label(
+    checkpoints, picture_folder: Path, out: Path
+) -> None:
+    both = [argument for name in ("mae", "simmim") for argument in ("--ckpt", checkpoints[name])]
+    ok("heterogeneity", *both, "--images", picture_folder, "--save-masks", "--out", out / "1")
+    assert set(contents(out / "1")) == FILES | {"masks-mae.npz", "masks-simmim.npz"}
+    counts = {name: int(load_masks(out / "1" / f"masks-{name}.npz")["A.png"].sum()) for name in ("mae", "simmim")}
+    assert counts == {"mae": 12, "simmim": 8}
+    labels = ("--label", "../a b", "--label", "../a/b")  # the same once they are file names
+    line = fails(2, "heterogeneity", *both, *labels, "--images", picture_folder, "--save-masks", "--out", out / "2")
+    assert "labels '../a b' and '../a/b' would share the mask file masks-..-a-b.npz" in line
+    ok("heterogeneity", *both, *labels, "--images", picture_folder, "--out", out / "3")
+    assert {path.name for path in out.iterdir()} == {"1", "3"}
+
+
+# Exit codes.
+
+
+@pytest.mark.usefixtures("quick")
+def test_second_run__without_overwrite_exits_2_and_changes_nothing(
+    checkpoints, picture_folder: Path, out: Path
+) -> None:
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+    ok(*arguments)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    assert "choose another --out or pass --overwrite" in fails(2, *arguments, "--seed", 3)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    # One file is enough, and it is seen before a model is loaded.
+    for name in FILES - {"run.json"}:
+        (out / name).unlink()
+    fails(2, "heterogeneity", "--ckpt", "nowhere.pth", "--images", picture_folder, "--out", out)
+
+
+def test_exit_2__for_values_out_of_range(checkpoints, picture_folder: Path, out: Path) -> None:
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "--quiet")
+    assert "mask_ratio must lie between 0 and 1, got 1.5" in fails(2, *arguments, "--mask-ratio", 1.5)
+    assert "not a multiple of the patch" in fails(2, *arguments, "--mask-unit", 6)
+    assert "a checkpoint is given twice" in fails(2, *arguments, "--ckpt", checkpoints["mae"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["heterogeneity"],
+        ["heterogeneity", "--ckpt", "x", "--unknown"],
+        ["heterogeneity", "--ckpt", "x", "--limit", "0"],
+        ["heterogeneity", "--ckpt", "x", "--batch-size", "none"],
+        ["heterogeneity", "--ckpt", "x", "--num-workers", "-1"],
+        ["heterogeneity", "--ckpt", "x", "--dtype", "int8"],
+        ["inspect"],
+        ["plot"],
+        ["nonsense"],
+    ],
+)
+def test_exit_2__for_wrong_usage(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_exit_3__for_checkpoints(tmp_path: Path, picture_folder: Path, out: Path) -> None:
+    (tmp_path / "notes.pth").write_text("just notes\n")
+    (tmp_path / "cut.pth").write_bytes(SIMMIM_FILE.read_bytes()[:5000])
+    for path, message in {
+        tmp_path / "none.pth": "no checkpoint at",
+        tmp_path / "notes.pth": "is a text file, not weights",
+        tmp_path / "cut.pth": "truncated",
+        MAE_FILE: "--num-heads on the command line",
+    }.items():
+        for arguments in (
+            ["heterogeneity", "--ckpt", path, "--images", picture_folder, "--out", out],
+            ["inspect", path],
+        ):
+            if path == MAE_FILE and arguments[0] == "inspect":
+                continue  # it lists them
+            line = fails(3, *arguments)
+            assert message in line
+            assert path.name in line
+    assert not out.exists()
+
+
+def test_exit_4__for_data(checkpoints, tmp_path: Path, picture_folder: Path, out: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "masks.npz").write_text("no masks")
+    save_masks(tmp_path / "other.npz", np.array([[[True] * 8 + [False] * 8]]), ["someone.png"])
+    arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--out", out, "--quiet")
+    assert "no pictures at" in fails(4, *arguments, "--images", tmp_path / "none")
+    assert "holds no pictures" in fails(4, *arguments, "--images", tmp_path / "empty")
+    for masks, message in (("masks.npz", "is not a mask file"), ("none.npz", "no mask file at")):
+        assert message in fails(4, *arguments, "--images", picture_folder, "--masks", tmp_path / masks)
+    line = fails(4, *arguments, "--images", picture_folder, "--masks", tmp_path / "other.npz")
+    assert "no mask for picture A.png" in line
+    assert "no table at" in fails(4, "plot", tmp_path / "none.csv", "--out", out)
+    assert not out.exists()
+
+
+def test_exit_5__for_numbers_that_are_not_finite(tmp_path: Path, picture_folder: Path, out: Path) -> None:
+    model = make_simmim()
+    model.blocks[1].mlp.fc2.weight.data *= 1e38  # finite, but what it makes is not
+    model.blocks[1].mlp.fc2.weight.data.clamp_(-3e38, 3e38)
+    save_checkpoint(model, tmp_path / "huge.safetensors")
+    result = run(
+        "heterogeneity", "--ckpt", tmp_path / "huge.safetensors", "--images", picture_folder, "--out", out, "-q"
+    )
+    assert result.exit_code == 5
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(
+        "mto-analyze: error: heterogeneity is not finite in stack encoder at layer depth 2 for picture "
+    )
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_exit_130__when_interrupted(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("mto_analysis.studies.heterogeneity.probe", "mto_analysis.plots.heterogeneity.draw_heterogeneity"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "-q")
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == "mto-analyze: error: interrupted; nothing half-written was left behind"
+    assert not [path for path in contents(out.parent) if path.endswith(".tmp")]
+
+
+def test_out_of_memory__is_one_line(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate\nmany GiB")):
+
+        def fail(*arguments: object, error=error, **options: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mto_analysis.studies.heterogeneity.measure_checkpoints", fail)
+            line = fails(2, "heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+        assert "out of memory; use a smaller --batch-size" in line
+
+
+def test_exit_codes__are_documented() -> None:
+    text = " ".join(ok("--help").stdout.split())
+    assert "Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted." in text
+
+
+def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device", "heterogeneity.csv")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "-q")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "mto-analyze: error: No space left on device: heterogeneity.csv"
+    assert contents(out) == {}
+
+
+# inspect.
+
+
+def test_inspect__says_what_a_file_is() -> None:
+    text = ok("inspect", SIMMIM_FILE).stdout
+    rows = {line[:15].strip(" :"): line[15:] for line in text.splitlines()}
+    assert rows["file"] == str(SIMMIM_FILE)
+    assert rows["family"] == "simmim_vit (microsoft/SimMIM ViT)"
+    assert "num_heads 3" in rows["architecture"]
+    assert "dim 48" in rows["architecture"]
+    assert rows["masked tokens"] == "inpainting-style, in encoder (layer depths 0 to 4)"
+    assert rows["picture"] == "64 px, patches of 8 px, 64 patches"
+    assert rows["masks"] == "0.6 of units of 16 px (file)"
+    assert rows["target"] == "pixels"
+    assert "relative_position_index" in rows["left out"]
+    assert rows["missing"] == "nothing"
+
+
+def test_inspect__lists_what_must_be_given() -> None:
+    text = ok("inspect", MAE_FILE).stdout
+    assert "num_heads ?" in text
+    assert text.splitlines()[-1].split(":")[1].strip() == "--num-heads, --decoder-num-heads"
+    text = ok("inspect", MAE_FILE, "--num-heads", 4, "--decoder-num-heads", 2).stdout
+    assert text.splitlines()[-1].split(":")[1].strip() == "nothing"
+
+
+def test_inspect__prints_json() -> None:
+    report = json.loads(ok("inspect", MAE_FILE, "--json", "--num-heads", 4).stdout)
+    assert report["info"]["family"] == "mae"
+    assert report["info"]["style"] == "decoder"
+    assert report["depths"] == {"decoder": 4}
+    assert report["needed"] == ["decoder_num_heads"]
+    assert report["config"]["num_heads"] == 4
+    assert report["config"]["decoder_num_heads"] is None
+
+
+# plot.
+
+
+@pytest.fixture
+def measured(checkpoints, picture_folder: Path, tmp_path: Path, quick: None) -> Path:
+    for name in ("mae", "simmim"):
+        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", picture_folder, "--out", tmp_path / "runs" / name)
+    return tmp_path / "runs"
+
+
+def test_plot__redraws_the_same_figure_from_the_table(
+    checkpoints, picture_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", tmp_path / "run")
+    monkeypatch.setattr("mto_analysis.checkpoints.load_checkpoint", None)  # no model is needed
+    ok("plot", tmp_path / "run" / "heterogeneity.csv", "--out", tmp_path / "plot")
+    run_files, plot_files = contents(tmp_path / "run"), contents(tmp_path / "plot")
+    assert set(plot_files) == {"heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json"}
+    for name in ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf"):
+        assert plot_files[name] == run_files[name], name
+
+
+def test_plot__compares_tables(measured: Path, tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    from mto_analysis.plots import heterogeneity as module
+
+    real = module.draw_heterogeneity
+
+    def watched(table, *, title=None):
+        figure = real(table, title=title)
+        drawn.append(figure)
+        return figure
+
+    monkeypatch.setattr(module, "draw_heterogeneity", watched)
+    tables = [measured / name / "heterogeneity.csv" for name in ("mae", "simmim")]
+    ok("plot", *tables, "--title", "Fig. 1a", "--out", tmp_path / "plot", "--quiet")
+    (figure,) = drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "simmim"]
+    assert figure.get_suptitle().startswith("Fig. 1a\n")
+    assert csv(tmp_path / "plot")["model"].unique().tolist() == ["mae", "simmim"]
+
+
+def test_plot__never_overwrites_by_itself(measured: Path, tmp_path: Path) -> None:
+    table = measured / "mae" / "heterogeneity.csv"
+    assert "already holds heterogeneity.csv" in fails(2, "plot", table, "--out", measured / "mae")
+    ok("plot", table, "--out", tmp_path / "plot")
+    before = contents(tmp_path / "plot")
+    fails(2, "plot", table, "--out", tmp_path / "plot")
+    assert contents(tmp_path / "plot") == before
+    result = ok("plot", table, "--out", tmp_path / "plot", "--overwrite", "--quiet")
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_plot__refuses_other_tables(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    line = fails(4, "plot", tmp_path / "other.csv", "--out", tmp_path / "plot")
+    assert "is not a heterogeneity table: it lacks model, stack" in line
+
+
+# demo.
+
+
+def test_demo__writes_figures_and_tables_and_says_what_they_show(out: Path) -> None:
+    result = ok("demo", "--limit", 8, "--out", out)
+    names = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")} | {"run.json"}
+    assert set(contents(out)) == names
+    for name in names - {"run.json"}:
+        assert str(out / name) in result.stdout
+    assert result.stdout.startswith("MAE: H goes from 0.")
+    assert csv(out, "fig1a.csv")["model"].unique().tolist() == ["MAE", "SimMIM"]
+    assert csv(out, "fig1b.csv")["model"].nunique() == 4
+    assert (csv(out, "fig1b.csv")["num_images"] == 8).all()
+    before = contents(out)
+    assert "pass --overwrite" in fails(2, "demo", "--out", out)
+    assert contents(out) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo__is_quiet_and_overwrites_when_asked(out: Path) -> None:
+    out.mkdir()
+    (out / "fig1a.csv").write_text("old")
+    result = ok("demo", "--limit", 2, "--out", out, "--quiet", "--overwrite")
+    assert result.stderr == ""
+    assert (csv(out, "fig1a.csv")["num_images"] == 2).all()
+
+
+# Real processes.
+
+
+def test_help__imports_nothing_heavy() -> None:
+    code = """
+import sys
+from mto_analyze import app
+for command in ([], ["heterogeneity"], ["demo"], ["inspect"], ["plot"]):
+    try:
+        app([*command, "--help"])
+    except SystemExit as stop:
+        assert not stop.code, command
+heavy = {"torch", "torchvision", "timm", "matplotlib", "pandas", "numpy", "seaborn", "scipy", "pyarrow", "PIL"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+import mto_analysis
+print("LIBRARY", sorted(heavy & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "LIBRARY []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["inspect", "none.pth"], 3), (["plot", "none.csv"], 4), (["--help"], 0)],
+)
+def test_process__ends_with_its_exit_code_and_one_line(arguments: list[str], code: int, tmp_path: Path) -> None:
+    process = start(*arguments, cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    if code:
+        assert len(stderr.splitlines()) == 1
+        assert stdout == ""
+    else:
+        assert "heterogeneity" in stdout
+        assert stderr == ""
+
+
+LONG = ("--masks-per-image", 100000, "--batch-size", 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_process__interrupted_ends_with_130_and_leaves_nothing(
+    checkpoints, picture_folder: Path, out: Path, num_workers: int
+) -> None:
+    process = start(
+        *("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, *LONG),
+        *("--num-workers", num_workers),
+    )
+    assert "masks:" in process.stderr.readline()  # the model is loaded
+    assert "own loss" in process.stderr.readline()
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: to the workers too
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr == "mto-analyze: error: interrupted; nothing half-written was left behind\n"
+    assert stdout == ""
+    assert not out.exists()
+
+
+def whole(path: Path) -> bool:
+    content = path.read_bytes()
+    if path.suffix == ".csv":
+        return content.endswith(b"\n") and len(pd.read_csv(path)) > 0
+    if path.suffix == ".json":
+        return bool(json.loads(content))
+    if path.suffix == ".png":
+        return content.endswith(b"IEND\xaeB`\x82")
+    return content.rstrip().endswith(b"%%EOF")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_process__killed_at_any_moment_leaves_only_whole_files(
+    checkpoints, picture_folder: Path, out: Path, kind
+) -> None:
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "--overwrite")
+    started = time.monotonic()
+    process = start(*arguments)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    duration = time.monotonic() - started
+    moments = random.Random(0)
+    cut_short = 0
+    for number in range(20):
+        process = start(*arguments, "--seed", number)
+        # Half of the kills fall into the last third, where files are written.
+        time.sleep(duration * (moments.uniform(0.6, 1.05) if number % 2 else moments.uniform(0.1, 1.0)))
+        if process.poll() is None:
+            cut_short += 1
+            os.killpg(process.pid, kind)
+        _, stderr = process.communicate(timeout=60)
+        if kind == signal.SIGINT:
+            assert process.returncode in (0, 130, -signal.SIGINT), stderr
+            leftovers = [path for path in contents(out) if path.startswith(".")]
+            assert not leftovers
+        names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        assert names == FILES  # the old ones or new ones, none missing
+        assert all(whole(out / name) for name in FILES)
+    assert cut_short >= 5
+
+
+@pytest.mark.slow
+def test_help__takes_less_than_half_a_second() -> None:
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        start("--help").communicate(timeout=60)
+        times.append(time.monotonic() - started)
+    assert sorted(times)[2] < 0.5
+
+
+@pytest.mark.slow
+def test_demo__takes_less_than_a_minute(out: Path) -> None:
+    started = time.monotonic()
+    process = start("demo", "--out", out)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert time.monotonic() - started < 60
+    assert all(whole(path) for path in out.iterdir())
+
+
+@pytest.mark.slow
+def test_heterogeneity__measures_a_vit_b_in_the_official_layout(tmp_path: Path, out: Path) -> None:
+    # What the documents promise of mae_pretrain_vit_base_full.pth: no option is needed.
+    model = make_mae(
+        image_size=224,
+        patch_size=16,
+        dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_dim=3072,
+        decoder_dim=512,
+        decoder_depth=8,
+        decoder_num_heads=16,
+        decoder_mlp_dim=2048,
+    )
+    for parameter in model.parameters():
+        parameter.data *= 0.1
+    torch.save({"model": model.state_dict()}, tmp_path / "mae_pretrain_vit_base_full.pth")
+    pictures = write_pictures(tmp_path / "pictures")
+    ok("heterogeneity", "--ckpt", tmp_path / "mae_pretrain_vit_base_full.pth", "--images", pictures, "--out", out)
+    table = csv(out)
+    assert table["layer_depth"].tolist() == list(range(9))
+    assert (table["num_visible"] == 49).all()
+    assert (table["model"] == "mae_pretrain_vit_base_full").all()

@@ -1,0 +1,149 @@
+import numpy as np
+import pandas as pd
+import pytest
+import reference_rauc as slow
+
+from mto_analysis.comparison import common_window, compare, compare_methods, mean_curve, window_grid
+from mto_analysis.curves import read_curves
+from mto_analysis.errors import DataError
+from mto_analysis.intervals import fieller, paired_moments
+from mto_analysis.rauc import curve_points, rauc
+
+EPOCHS = np.arange(100.0, 801.0, 100.0)
+
+
+def runs(top, pace, seeds, spread=0.1, start=0):
+    rng = np.random.default_rng(start)
+    base = top - (top - 80) * np.exp(-(EPOCHS - 50) / pace)
+    return {
+        str(seed): (EPOCHS, base + rng.normal(0, spread) + rng.normal(0, spread / 3, EPOCHS.size))
+        for seed in range(start, start + seeds)
+    }
+
+
+MAE, MTO = runs(83.6, 250, 5), runs(84.0, 150, 5)
+
+
+def test_compare__one_run_each_is_eq_6_without_an_interval():
+    result = compare(MAE["0"], MTO["0"], 100, 400)
+    assert result.rauc == pytest.approx(slow.rauc(MAE["0"], MTO["0"], 100, 400))
+    assert (result.rauc, result.numerator) == (rauc(MAE["0"], MTO["0"], 100, 400), result.rauc * result.denominator)
+    assert str(result.interval) == str(result.bootstrap) == "no interval: one seed"
+
+
+def test_compare__over_seeds_is_the_ratio_of_means_with_fiellers_interval():
+    result = compare(MAE, MTO, 100, 400)
+    numerators = [slow.integral(MTO[s], 100, 400, slow.at(MAE[s], 100)) for s in MAE]
+    denominators = [slow.integral(MAE[s], 100, 400, slow.at(MAE[s], 100)) for s in MAE]
+    assert result.rauc == pytest.approx(np.mean(numerators) / np.mean(denominators))
+    expected = fieller(paired_moments(numerators, denominators))
+    assert (result.interval.low, result.interval.high) == pytest.approx((expected.low, expected.high))
+    assert result.paired
+    assert result.bootstrap.kind == "bounded"
+
+
+def test_compare__identical_runs_give_exactly_one():
+    assert compare(MAE, MAE, 100, 800).rauc == 1.0
+
+
+def test_compare__seeds_pair_by_label_not_by_order():
+    shuffled = {seed: MTO[seed] for seed in reversed(MTO)}
+    assert compare(MAE, shuffled, 100, 400).interval == compare(MAE, MTO, 100, 400).interval
+
+
+def test_compare__seeds_that_do_not_pair_use_the_unpaired_interval():
+    other = runs(84.0, 150, 4, start=7)
+    result = compare(MAE, other, 100, 400)
+    assert not result.paired
+    assert result.interval.method == "Fieller, unpaired"
+    assert "seeds do not pair" in result.notes[0]
+    assert compare(MAE, MTO, 100, 400, pairing="none").rauc == pytest.approx(compare(MAE, MTO, 100, 400).rauc)
+
+
+def test_compare__pairing_on_demand_drops_the_rest_and_says_so():
+    result = compare(MAE, runs(84.0, 150, 5, start=3), 100, 400, pairing="seed")
+    assert result.seeds_baseline == ("3", "4")
+    assert "6 runs without a partner" in result.notes[0]
+    with pytest.raises(ValueError, match="no seed pairs"):
+        compare(MAE, runs(84.0, 150, 2, start=7), 100, 400, pairing="seed")
+
+
+def test_compare__one_side_with_one_seed_has_no_interval():
+    assert "one side has one seed" in str(compare(MAE, MTO["0"], 100, 400).interval)
+
+
+def test_compare__a_gain_within_the_noise_of_seeds_is_undefined():
+    flat = {str(s): ([0, 1, 2], [70.0, 70.0 + d, 70.0 + d]) for s, d in enumerate([-1.0, 1.5, 0.1])}
+    better = {s: ([0, 1, 2], [71.0, 74.0, 75.0]) for s in flat}
+    result = compare(flat, better, 0, 2)
+    assert result.rauc is None
+    assert "within noise of zero over 3 seeds" in result.reason
+    assert str(result.interval).startswith("unbounded")
+    assert result.denominator > 0
+
+
+def test_compare__takes_tidy_frames():
+    frame = pd.concat(
+        [
+            pd.DataFrame({"method": name, "epoch": e, "score": s, "seed": seed})
+            for name, group in (("MAE", MAE), ("MTO", MTO))
+            for seed, (e, s) in group.items()
+        ]
+    )
+    result = compare(frame[frame["method"] == "MAE"], frame[frame["method"] == "MTO"], 100, 400)
+    assert result == compare(MAE, MTO, 100, 400)
+
+
+def test_compare__companions_follow_the_mean_curve():
+    result = compare(MAE, MTO, 100, 800)
+    one, two = (mean_curve({s: curve_points(run) for s, run in group.items()}) for group in (MAE, MTO))
+    reached = slow.first_epoch_with(two, one.scores[-1], 800)
+    assert result.epochs_to_final == pytest.approx(reached, abs=0.01)
+    assert result.share_saved == pytest.approx(1 - reached / 800, abs=1e-4)
+    assert result.final_gap == pytest.approx(two.scores[-1] - one.scores[-1])
+    assert result.mean_lead * 700 == pytest.approx(result.area_difference)
+    assert result.bounds[0] < result.rauc < result.bounds[1]
+
+
+def test_compare__first_epoch_called_zero_still_counts_as_one_epoch():
+    one, two = ([0, 99], [50.0, 60.0]), ([0, 49, 99], [50.0, 60.0, 62.0])
+    assert compare(one, two, 0, 99, origin=-1.0).share_saved == pytest.approx(0.5)
+
+
+def test_compare__says_what_makes_a_ratio_fragile():
+    notes = compare(([0, 1, 2], [50, 60, 48]), ([0, 1, 2], [50, 61, 47]), 0, 2).notes
+    assert any("fragile" in note for note in notes)
+    assert any("falls below the baseline's final score again" in note for note in notes)
+    copies = {"0": ([0, 1], [5.0, 6.0]), "1": ([0, 1], [5.0, 6.0])}
+    assert "copies of one run" in compare(copies, copies, 0, 1).notes[0]
+
+
+def test_window_grid__agrees_with_single_windows():
+    grid = window_grid(MAE, MTO)
+    assert len(grid) == EPOCHS.size * (EPOCHS.size - 1) / 2
+    row = grid[(grid["start"] == 200) & (grid["end"] == 600)]
+    assert row["rauc"].item() == pytest.approx(compare(MAE, MTO, 200, 600).rauc)
+    assert len(window_grid((np.arange(500), np.arange(500)), (np.arange(500), np.arange(500)), most=10)) == 45
+
+
+def test_compare_methods__goes_over_pairs_groups_and_windows(tmp_path):
+    lines = ["method,epoch,score,backbone"]
+    for backbone, shift in (("ViT-B", 0), ("ViT-L", 2)):
+        lines += [f"MAE,{e},{60 + shift + e},{backbone}" for e in (1, 2, 3)]
+        lines += [f"MTO,{e},{61 + shift + e},{backbone}" for e in (1, 2, 3)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    table = read_curves([tmp_path / "a.csv"], groups=["backbone"])
+    results = compare_methods(table, [("MAE", "MTO")], [(1, 3), (2, 3)])
+    assert [(one.group["backbone"], one.start, one.rauc) for one in results] == [
+        ("ViT-B", 1.0, 2.0), ("ViT-B", 2.0, 3.0), ("ViT-L", 1.0, 2.0), ("ViT-L", 2.0, 3.0),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="MTO against MAE from 0 to 3: no score at 0"):
+        compare_methods(table, [("MAE", "MTO")], [(0, 3)])
+
+
+def test_common_window__is_the_longest_that_all_runs_logged(tmp_path):
+    (tmp_path / "a.csv").write_text("method,epoch,score\nA,1,5\nA,2,6\nA,3,7\nB,2,5\nB,3,6\nB,4,7\nC,9,1\n")
+    table = read_curves([tmp_path / "a.csv"], unit="percent")
+    assert common_window(table, ["A", "B"]) == (2.0, 3.0)
+    with pytest.raises(DataError, match="fewer than two"):
+        common_window(table, ["A", "C"])

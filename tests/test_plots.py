@@ -1,0 +1,210 @@
+"""Figures: lines, labels and limits are read back from the axes."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from PIL import Image
+
+from mto_analysis import DataError
+from mto_analysis.plots.heterogeneity import draw_heterogeneity, plot_fall, plot_heterogeneity
+from mto_analysis.plots.style import COLORS, PAGE_WIDTH, figure_bytes, paper_style
+
+
+def curve(
+    model: str, values: list[float], num_visible: float = 49, stack: str = "decoder", **more: object
+) -> pd.DataFrame:
+    h = np.array(values)
+    bound = np.log(num_visible)
+    return pd.DataFrame(
+        {
+            "model": model,
+            "stack": stack,
+            "layer_depth": np.arange(len(h)),
+            "heterogeneity": h,
+            "ci_low": h - 0.1,
+            "ci_high": h + 0.2,
+            "normalized": h / bound,
+            "normalized_ci_low": (h - 0.1) / bound,
+            "normalized_ci_high": (h + 0.2) / bound,
+            "num_visible": num_visible,
+            "num_images": 8,
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    return pd.concat([curve("MAE", [3.0, 2.0, 1.0]), curve("SimMIM", [4.3, 4.2], 76, "encoder")], ignore_index=True)
+
+
+def solid_lines(ax: Axes) -> list:
+    return [line for line in ax.lines if not line.get_label().startswith("_")]
+
+
+def bound_lines(ax: Axes) -> list:
+    return [line for line in ax.lines if line.get_label().startswith("_")]
+
+
+def edges(band: PolyCollection, depth: float) -> tuple[float, float]:
+    (path,) = band.get_paths()
+    y = path.vertices[path.vertices[:, 0] == depth, 1]
+    return float(y.min()), float(y.max())
+
+
+def test_plot_heterogeneity__draws_h_over_depth(frame: pd.DataFrame) -> None:
+    ax = plot_heterogeneity(frame)
+    mae, simmim = solid_lines(ax)
+    assert mae.get_label() == "MAE"
+    assert mae.get_xydata().tolist() == [[0, 3], [1, 2], [2, 1]]
+    assert simmim.get_label() == "SimMIM"
+    assert simmim.get_xydata().tolist() == [[0, 4.3], [1, 4.2]]
+    assert ax.get_xlabel() == "Layer depth"
+    assert ax.get_ylabel() == "Heterogeneity H (nats)"
+    assert ax.get_ylim()[0] == 0
+
+
+def test_plot_heterogeneity__draws_each_models_bound(frame: pd.DataFrame) -> None:
+    ax = plot_heterogeneity(frame)
+    bounds = bound_lines(ax)
+    assert [set(line.get_ydata()) for line in bounds] == [{np.log(49)}, {np.log(76)}]
+    assert [line.get_color() for line in bounds] == [line.get_color() for line in solid_lines(ax)]
+    assert [text.get_text() for text in ax.texts] == [r"$\log 49$", r"$\log 76$"]
+    same = pd.concat([curve("a", [1.0]), curve("b", [2.0])])
+    assert len(plot_heterogeneity(same).texts) == 1  # one bound, one word
+
+
+def test_plot_heterogeneity__draws_the_interval(frame: pd.DataFrame) -> None:
+    ax = plot_heterogeneity(frame)
+    first, second = ax.collections
+    assert edges(first, 1) == pytest.approx((1.9, 2.2))
+    assert edges(second, 0) == pytest.approx((4.2, 4.5))
+    assert not plot_heterogeneity(frame.drop(columns=["ci_low", "ci_high"])).collections
+
+
+def test_plot_heterogeneity__sorts_rows_by_depth(frame: pd.DataFrame) -> None:
+    shuffled = frame.sample(frac=1, random_state=3)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_heterogeneity(shuffled))}
+    assert lines == {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_heterogeneity(frame))}
+
+
+def test_plot_heterogeneity__tells_stacks_of_one_model_apart() -> None:
+    frame = pd.concat([curve("BootMAE", [1.0, 2.0], stack=stack) for stack in ("pixel_decoder", "feature_decoder")])
+    labels = [line.get_label() for line in solid_lines(plot_heterogeneity(frame))]
+    assert labels == ["BootMAE, pixel_decoder", "BootMAE, feature_decoder"]
+
+
+def test_curves__differ_without_colour() -> None:
+    frame = pd.concat([curve(f"model {number}", [1.0, 2.0]) for number in range(7)])
+    for plot in (plot_heterogeneity, plot_fall):
+        looks = [(line.get_marker(), str(line.get_linestyle())) for line in solid_lines(plot(frame))]
+        assert len(set(looks)) == 7
+        assert len({line.get_color() for line in solid_lines(plot(frame))}) == len(COLORS) == 7
+    assert len(solid_lines(plot_heterogeneity(pd.concat([curve(str(n), [1.0]) for n in range(15)])))) == 15
+
+
+def test_plot_fall__shows_the_distance_to_the_bound_downwards_on_a_log_axis() -> None:
+    values = [np.log(49) * share for share in (0.999, 0.99, 0.5)]
+    ax = plot_fall(curve("MAE", values))
+    (line,) = solid_lines(ax)
+    np.testing.assert_allclose(line.get_ydata(), [0.001, 0.01, 0.5], rtol=1e-9)
+    assert ax.get_yscale() == "log"
+    bottom, top = ax.get_ylim()
+    assert bottom > 1 > 0.001 > top  # the axis points down, and everything is inside
+    assert "downwards" in ax.get_ylabel()
+    heights = ax.transData.transform(line.get_xydata())[:, 1]
+    assert (np.diff(heights) < 0).all()
+    assert heights[0] - heights[1] > 10  # a fall of 1 % can be seen
+
+
+def test_plot_fall__draws_the_interval_and_survives_the_bound() -> None:
+    bound = np.log(49)
+    frame = curve("MAE", [bound + 1e-9, bound * 0.9])  # rounding can take H above its bound
+    ax = plot_fall(frame)
+    (line,) = solid_lines(ax)
+    assert line.get_ydata()[0] == 1e-7
+    assert line.get_ydata()[1] == pytest.approx(0.1)
+    low, high = edges(ax.collections[0], 1)
+    assert (low, high) == pytest.approx((1 - (bound * 0.9 + 0.2) / bound, 1 - (bound * 0.9 - 0.1) / bound))
+    assert np.isfinite(ax.collections[0].get_paths()[0].vertices).all()
+
+
+def test_draw_heterogeneity__puts_both_views_side_by_side(frame: pd.DataFrame) -> None:
+    figure = draw_heterogeneity(frame, title="two models")
+    left, right = figure.axes
+    assert [line.get_label() for line in solid_lines(left)] == ["MAE", "SimMIM"]
+    assert right.get_yscale() == "log"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MAE", "SimMIM"]
+    heading = figure.get_suptitle()
+    assert heading.startswith("two models\n")
+    assert "mean over 8 pictures; bands: 95 % interval over pictures" in heading
+    assert figure.get_size_inches()[0] == PAGE_WIDTH
+
+
+def test_draw_heterogeneity__draws_one_image_without_a_band() -> None:
+    frame = curve("MAE", [2.0, 1.0])
+    columns = ["ci_low", "ci_high", "normalized_ci_low", "normalized_ci_high"]
+    frame[columns] = float("nan")
+    figure = draw_heterogeneity(frame)
+    assert solid_lines(figure.axes[0])[0].get_ydata().tolist() == [2.0, 1.0]
+    assert figure_bytes(figure, "png")
+
+
+def test_draw_heterogeneity__names_differing_numbers_of_pictures() -> None:
+    frame = pd.concat([curve("a", [1.0]), curve("b", [2.0], num_images=16)])
+    assert "mean over 8 or 16 pictures" in draw_heterogeneity(frame).get_suptitle()
+
+
+@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_fall, draw_heterogeneity])
+def test_plots__name_missing_columns(plot, frame: pd.DataFrame) -> None:
+    with pytest.raises(DataError, match="the table lacks the columns heterogeneity, num_visible"):
+        plot(frame.drop(columns=["heterogeneity", "num_visible"]))
+
+
+@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_fall])
+def test_plots__draw_on_given_axes_and_leave_the_frame_alone(plot, frame: pd.DataFrame) -> None:
+    from matplotlib.figure import Figure
+
+    before = frame.copy()
+    ax = Figure().subplots()
+    assert plot(frame, ax=ax) is ax
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_plots__leave_global_settings_alone(frame: pd.DataFrame) -> None:
+    import matplotlib.pyplot as plt
+
+    before = dict(mpl.rcParams)
+    figure_bytes(draw_heterogeneity(frame), "pdf")
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
+    with paper_style():
+        assert mpl.rcParams["font.size"] == 8
+    assert dict(mpl.rcParams) == before
+    with pytest.raises(ZeroDivisionError), paper_style():
+        _ = 1 / 0
+    assert dict(mpl.rcParams) == before
+
+
+def test_figure_bytes__are_the_same_for_the_same_table(frame: pd.DataFrame) -> None:
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        first, second = (figure_bytes(draw_heterogeneity(frame), kind) for _ in range(2))
+        assert first == second
+        assert first.startswith(start)
+
+
+def test_figure_bytes__have_300_dots_per_inch_and_embedded_fonts(frame: pd.DataFrame) -> None:
+    figure = draw_heterogeneity(frame)
+    with Image.open(io.BytesIO(figure_bytes(figure, "png"))) as picture:
+        assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert picture.size[0] > 1800
+    assert b"/FontFile2" in figure_bytes(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
+    assert b"/Type3" not in figure_bytes(figure, "pdf")
