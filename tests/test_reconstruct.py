@@ -127,7 +127,7 @@ def test_reconstruct_models__leaves_out_a_model_without_pixels_and_refuses_when_
     study = reconstruct_models([bare, good], warn=said.append)
     assert {row.model for row in study.reconstructions} == {"MAE"}
     assert said == ["contrastive (mae) predicts no pixels, so there is nothing to reconstruct"]
-    with pytest.raises(CheckpointError, match="predicts pixels"):
+    with pytest.raises(CheckpointError, match="contrastive .mae. predicts no pixels"):
         reconstruct_models([bare])
     with pytest.raises(ValueError, match="predicts no pixels"):
         reconstruct_shown(bare)
@@ -210,5 +210,6 @@ def test_reconstruct_command__says_in_one_line_that_a_model_predicts_no_pixels(t
         app, ["reconstruct", "-q", "--ckpt", str(tmp_path / "features.safetensors"), "--out", str(tmp_path / "out")]
     )
     assert result.exit_code == 3
-    assert "features (mae) predicts no pixels, so there is nothing to reconstruct" in result.stderr
+    line = "mto-analyze: error: features (mae) predicts no pixels, so there is nothing to reconstruct"
+    assert result.stderr.splitlines() == [line]
     assert not (tmp_path / "out").exists()

@@ -153,15 +153,18 @@ def reconstruct_models(
     Raises:
         CheckpointError: If no model predicts pixels.
     """
-    study = ReconstructionStudy()
+    study, without = ReconstructionStudy(), []
     for shown in models:
         if shown.own_loss is None:
-            warn(f"{shown.label} ({shown.model.info.family}) predicts no pixels, so there is nothing to reconstruct")
+            family = shown.model.info.family
+            without.append(f"{shown.label} ({family}) predicts no pixels, so there is nothing to reconstruct")
             continue
         study.models.append(shown.facts)
         study.reconstructions += reconstruct_shown(shown)
     if not study.reconstructions:
-        raise CheckpointError("no checkpoint predicts pixels, so there is nothing to reconstruct")
+        raise CheckpointError("; ".join(without))
+    for message in without:
+        warn(message)
     return study
 
 
