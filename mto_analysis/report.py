@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from mto_analysis.studies.reconstruct import Reconstruction
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["ReportContents", "render_report"]
 
@@ -49,6 +50,7 @@ class ReportContents:
         explored: Chosen pictures in each stack of each model.
         reconstructions: The same pictures as the models fill them in.
         versions: Of the packages that made the numbers.
+        figures: More figures, such as Fig. 2 of each model, by their captions.
     """
 
     table: pd.DataFrame
@@ -56,6 +58,7 @@ class ReportContents:
     explored: Sequence[Explored]
     reconstructions: Sequence[Reconstruction]
     versions: Mapping[str, str]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def render_report(contents: ReportContents, *, title: str = "Masked tokens, layer by layer") -> str:
@@ -88,6 +91,10 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         max_patches=MAX_PATCHES,
         num_shown=max((len(each.pictures) for each in contents.explored), default=0),
         curves=Markup(figure_svg(draw_heterogeneity(contents.table), "curves")),
+        figures={
+            caption: Markup(figure_svg(figure, f"figure{number}"))
+            for number, (caption, figure) in enumerate(contents.figures.items())
+        },
         sentences=[_sentence(label, curve) for label, curve in _curves(contents.table)],
         models=[
             _model_table(label, curve, _masses(contents.explored, curve)) for label, curve in _curves(contents.table)

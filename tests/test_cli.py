@@ -774,6 +774,8 @@ def whole(path: Path) -> bool:
         return bool(json.loads(content))
     if path.suffix == ".png":
         return content.endswith(b"IEND\xaeB`\x82")
+    if path.suffix == ".html":
+        return content.rstrip().endswith(b"</html>")
     return content.rstrip().endswith(b"%%EOF")
 
 

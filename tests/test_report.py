@@ -17,6 +17,7 @@ from mto_analysis import affinity_matrix, heterogeneity, load_checkpoint
 from mto_analysis.data import choose_pictures, open_pictures
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
 from mto_analysis.errors import DataError, NumericalError
+from mto_analysis.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.report import ReportContents, render_report
 from mto_analysis.studies import explore
 from mto_analysis.studies.explore import PackedProducts, explore_shown
@@ -202,6 +203,15 @@ def test_render_report__does_without_explorer_and_pixels(contents: ReportContent
     assert explorer_data(html)["models"] == []
     assert "too many to explore" in html
     assert "None of these models predicts pixels" in html
+
+
+def test_render_report__takes_more_figures_with_their_captions(contents: ReportContents) -> None:
+    more = {f"Again, {number} < 2": draw_heterogeneity(contents.table) for number in range(2)}
+    page = Page(render_report(replace(contents, figures=more)))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert all(caption in page.text for caption in more)
+    assert [tag for tag, _ in page.tags].count("svg") == 5
 
 
 def test_collect_report__says_at_once_that_a_picture_is_not_there() -> None:

@@ -169,7 +169,7 @@
     const line = (points, stroke, dash) => `<polyline fill="none" stroke="${stroke}" stroke-width="2" stroke-dasharray="${dash}" points="${points}"/>`;
     const here = x(depth().depth);
     $("depths").innerHTML = `<title id="depths-title">H over layer depth of the chosen patch (solid) and of the picture (dashed)</title>
-      <line x1="34" y1="104" x2="284" y2="104" stroke="var(--quiet)"/><line x1="34" y1="12" x2="284" y2="12" stroke="var(--quiet)" stroke-dasharray="1 3"/>
+      <line x1="34" y1="104" x2="284" y2="104" stroke="var(--quiet)"/>${line(all.map((each) => `${x(each.depth)},${y(Math.log(each.visible.length))}`).join(" "), "var(--quiet)", "1 3")}
       <line x1="${here}" y1="12" x2="${here}" y2="104" stroke="var(--quiet)" stroke-width="1"/>
       ${line(all.map((each) => `${x(each.depth)},${y(each.mean)}`).join(" "), "var(--quiet)", "5 3")}
       ${line(same.map((each) => `${x(each.depth)},${y(each.entropy.get(state.patch))}`).join(" "), "var(--weight)", "")}
