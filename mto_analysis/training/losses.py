@@ -185,10 +185,12 @@ class MTOConfig:
             raise ValueError(f"ranking_direction must be descending or as_printed, got {self.ranking_direction!r}")
         if self.similarity not in ("dot", "scaled_dot", "cosine"):
             raise ValueError(f"similarity must be dot, scaled_dot or cosine, got {self.similarity!r}")
-        if not self.eps > 0 or self.warmup_steps < 0:
+        if not 0 < self.eps < float("inf") or self.warmup_steps < 0:
             raise ValueError(f"eps must be positive and warmup_steps not negative, got {self.eps}, {self.warmup_steps}")
-        if self.layers is not None and (len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"layers must be at least two ascending layer depths, got {self.layers}")
+        if self.layers is not None:
+            depths = list(self.layers)
+            if len(depths) < 2 or depths != sorted(set(depths)) or depths[0] < 0:
+                raise ValueError(f"layers must be at least two ascending layer depths, got {self.layers}")
 
     @classmethod
     def paper(cls) -> MTOConfig:
@@ -224,7 +226,7 @@ def layer_entropies(tokens: Tensor, split: SortedMask, depth: int, config: MTOCo
     """What the losses need of one layer depth: H, and at depth 0 also the rows of Eq. (3).
 
     Shapes:
-        tokens: batch num_patches dim
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
         returns: batch, and batch at depth 0
     """
     x = _similar(tokens, config.similarity)
@@ -252,23 +254,26 @@ def combine_terms(
     return MTOTerms(config.warmup(step) * weighted, sparsity, embedding, ranking, h)
 
 
-def mto_loss(layers: Sequence[Tensor], mask: Tensor, config: MTOConfig | None = None, *, step: int = 0) -> MTOTerms:
+def mto_loss(
+    layers: Sequence[Tensor], mask: Tensor | Sequence[Tensor], config: MTOConfig | None = None, *, step: int = 0
+) -> MTOTerms:
     """Masked token optimisation from the tokens of all layer depths (Algorithm 1).
 
     For a model's own training step :func:`attach_mto` does the same without keeping the tokens of all layers.
 
     Shapes:
         layers: one ``batch num_patches dim`` per layer depth 0 to L (widths may differ)
-        mask: batch num_patches
+        mask: batch num_patches, or one such per layer depth (Swin)
 
     Args:
         layers: Patch tokens, without prefix tokens.
-        mask: True where masked.
+        mask: True where masked; where the number of patches changes with the depth, a mask for each layer depth.
         config: Settings.
         step: For the warm-up of weights.
 
     Raises:
-        ValueError: If a row of ``mask`` masks no patch or every patch, or there are fewer than two layers.
+        ValueError: If a row of ``mask`` masks no patch or every patch, tokens do not fit it, or there are fewer layers
+            than two or than ``config.layers`` asks for.
 
     Example:
         >>> mask = torch.tensor([[True, True, False, False]])
@@ -279,10 +284,11 @@ def mto_loss(layers: Sequence[Tensor], mask: Tensor, config: MTOConfig | None = 
     if len(layers) < 2:
         raise ValueError(f"layers must hold layer depth 0 and at least one more, got {len(layers)}")
     config = config or MTOConfig()
-    split = SortedMask.of(mask)
-    heterogeneities, rows = [], None
-    for depth, tokens in enumerate(layers):
-        h, more = layer_entropies(tokens, split, depth, config)
-        heterogeneities.append(h)
-        rows = more if depth == 0 else rows
-    return combine_terms(heterogeneities, rows, split, config, step=step)
+    if config.layers and config.layers[-1] >= len(layers):
+        raise ValueError(f"config.layers must be 0 to {len(layers) - 1}, got {config.layers}")
+    splits = [SortedMask.of(mask)] * len(layers) if isinstance(mask, Tensor) else [SortedMask.of(each) for each in mask]
+    entropies = [
+        layer_entropies(tokens, split, depth, config)
+        for depth, (tokens, split) in enumerate(zip(layers, splits, strict=True))
+    ]
+    return combine_terms([h for h, _ in entropies], entropies[0][1], splits[0], config, step=step)
