@@ -30,6 +30,19 @@ __all__ = [
 
 Similarity = Literal["dot", "scaled_dot", "cosine"]
 
+# The values of settings that are one of a few words.
+_CHOICES = {
+    "reduction": ("sum", "mean"),
+    "direction": ("descending", "as_printed"),
+    "similarity": ("dot", "scaled_dot", "cosine"),
+}
+
+
+def _check_choice(name: str, value: str) -> None:
+    choices = _CHOICES[name.rpartition("_")[2]]
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
 
 def _similar(tokens: Tensor, similarity: Similarity) -> Tensor:
     """Tokens whose dot products are the wanted similarity, in at least float32."""
@@ -70,7 +83,7 @@ def sparsity_loss(
         similarity: ``dot`` as printed, ``scaled_dot`` (divided by the root of the width) or ``cosine``.
 
     Raises:
-        ValueError: If a row of ``mask`` masks no patch or every patch.
+        ValueError: If a row of ``mask`` masks no patch or every patch, tokens do not fit it, or a word is unknown.
 
     Source:
         "Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024), Eq. (3).
@@ -80,6 +93,8 @@ def sparsity_loss(
         >>> sparsity_loss(torch.zeros(1, 4, 8), mask)  # two visible rows, uniform over four tokens
         tensor(2.7726)
     """
+    _check_choice("reduction", reduction)
+    _check_choice("similarity", similarity)
     split = SortedMask.of(mask)
     _, rows = visible_rows_entropy(_similar(tokens, similarity), split, include_self=include_self)
     return _reduce_rows(rows, split, reduction).mean()
@@ -133,8 +148,7 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
         >>> ranking_loss(torch.tensor([[1.0], [1.0]]))
         tensor(0.6931)
     """
-    if direction not in ("descending", "as_printed"):
-        raise ValueError(f"direction must be descending or as_printed, got {direction!r}")
+    _check_choice("direction", direction)
     h = heterogeneities.to(torch.promote_types(heterogeneities.dtype, torch.float32))
     rise = h[1:] - h[:-1]
     return torch.nn.functional.softplus(rise if direction == "descending" else -rise).sum(dim=0).mean()
@@ -179,12 +193,8 @@ class MTOConfig:
         for name in ("sparsity_weight", "embedding_weight", "ranking_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.sparsity_reduction not in ("sum", "mean"):
-            raise ValueError(f"sparsity_reduction must be sum or mean, got {self.sparsity_reduction!r}")
-        if self.ranking_direction not in ("descending", "as_printed"):
-            raise ValueError(f"ranking_direction must be descending or as_printed, got {self.ranking_direction!r}")
-        if self.similarity not in ("dot", "scaled_dot", "cosine"):
-            raise ValueError(f"similarity must be dot, scaled_dot or cosine, got {self.similarity!r}")
+        for name in ("sparsity_reduction", "ranking_direction", "similarity"):
+            _check_choice(name, getattr(self, name))
         if not 0 < self.eps < float("inf") or self.warmup_steps < 0:
             raise ValueError(f"eps must be positive and warmup_steps not negative, got {self.eps}, {self.warmup_steps}")
         if self.layers is not None:
@@ -245,10 +255,11 @@ def combine_terms(
         rows: batch (sum over visible rows of Eq. 3), or none where its weight is 0
     """
     h = torch.stack(list(heterogeneities))
-    ranked = h if config.layers is None else h[list(config.layers)]
+    # Layer depths that are not ranked stay out of the graph.
+    ranked = h if config.layers is None else torch.stack([heterogeneities[depth] for depth in config.layers])
     zero = h.new_zeros(())
     sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
-    embedding = embedding_loss(h[0], eps=config.eps) if config.embedding_weight > 0 else zero
+    embedding = embedding_loss(heterogeneities[0], eps=config.eps) if config.embedding_weight > 0 else zero
     ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
     weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding + config.ranking_weight * ranking
     return MTOTerms(config.warmup(step) * weighted, sparsity, embedding, ranking, h)

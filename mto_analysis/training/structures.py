@@ -216,14 +216,12 @@ def _lightly_decoder(module: nn.Module) -> list[StackSpec]:
 
 
 def _lightly_backbone(module: nn.Module) -> list[StackSpec]:
-    """Lightly's SimMIM backbone."""
+    """Lightly's SimMIM backbone, on a ViT of torchvision or of timm."""
     if not callable(getattr(module, "preprocess", None)):
         return []
-    return [
-        *_stack(
-            "encoder", _blocks(_at(module, "vit.encoder.layers")), module, "mask_token", "vit.encoder.pos_embedding"
-        )
-    ]
+    if blocks := _blocks(_at(module, "vit.encoder.layers")):
+        return [*_stack("encoder", blocks, module, "mask_token", "vit.encoder.pos_embedding")]
+    return [*_stack("encoder", _blocks(_at(module, "vit.blocks")), module, "mask_token", "vit.pos_embed")]
 
 
 # One class name serves several code bases, and MAE also has `blocks` and `mask_token`: the order matters.
