@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,8 +21,9 @@ CONFIG = MTOConfig(sparsity_weight=1, embedding_weight=1, ranking_weight=1)
 
 
 def ours_mae():
-    config = MAEConfig(16, 4, dim=16, depth=1, num_heads=2, mlp_dim=16, decoder_dim=12, decoder_depth=2)
-    config = replace(config, decoder_num_heads=2, decoder_mlp_dim=16)
+    encoder = {"dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    decoder = {"decoder_dim": 12, "decoder_depth": 2, "decoder_num_heads": 2, "decoder_mlp_dim": 16}
+    config = MAEConfig(16, 4, **encoder, **decoder)
     return MAE(config, ModelInfo("mae", "decoder", 16, 4, MaskRule("random", 0.75, 4)))
 
 
@@ -169,6 +171,7 @@ def test_attach__detach_leaves_no_trace(case):
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of checkpoints without gradients
 def test_attach__records_nothing_without_training(case):
     model = build(case)
     mto = attach_mto(model)
@@ -193,7 +196,10 @@ def test_attach__bf16_autocast_equals_the_slow_way(case):
 
     found = attached_way(case, model, mto, 0, autocast)
     assert found[0].dtype == torch.float32
-    assert_same(found, slow_way(case, twin, 0, autocast=autocast), rtol=1e-3, atol=1e-5)
+    expected = slow_way(case, twin, 0, autocast=autocast)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
+    # Swin's later stages hold tokens in bfloat16, so gradients are added up in bfloat16, in another order.
+    assert_same(found, expected, rtol=2e-2, atol=1e-3)
 
 
 MAE_CASE = CASES["mae"]
@@ -391,7 +397,9 @@ def test_checkpointing__a_whole_stack_with_reentry_is_refused():
 @pytest.fixture
 def compiler():
     torch._dynamo.reset()
-    yield
+    with warnings.catch_warnings():  # torch's own, when it goes on after a hook
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
     torch._dynamo.reset()
 
 
