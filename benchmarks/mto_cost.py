@@ -1,10 +1,10 @@
-"""What the attached losses cost above a plain training step (forward, backward, fused AdamW), in time and peak memory.
+"""What the attached losses cost above a plain training step (forward, backward, fused AdamW), time and peak memory.
 
-Time: plain steps and steps with the losses take turns on one model in one process. Printed are the median ratio of whole
-steps and, steadier on a busy machine, the time inside the hooks, ``loss()`` and their backward passes (with one addition
-of gradients per layer depth, which autograd makes) over the rest of the same step. Memory: the peak (VmHWM) of fresh
-processes that do one or the other, median of five each. On CUDA: whole steps, and peak allocated memory. Random weights
-and pictures.
+Time: plain steps and steps with the losses take turns on one model in one process. Printed are the median ratio of
+whole steps and, steadier on a busy machine, the time inside the hooks, ``loss()`` and their backward passes (with one
+addition of gradients per layer depth, which autograd makes) over the rest of the same step. Memory: the peak (VmHWM)
+of fresh processes that do one or the other, median of five each. On CUDA: whole steps, and peak allocated memory.
+Random weights and pictures.
 
 Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -68,6 +68,7 @@ class Training:
         self.device, self.bf16 = device, case.bf16
 
     def step(self, mto: MTO | None) -> None:
+        """One step, with the losses where there is a handle."""
         with torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext():
             prediction = self.model(self.images, self.mask)
         patch = self.model.info.patch_size
@@ -114,7 +115,7 @@ def times(case: Case, size: int, repeats: int, device: str) -> tuple[float, floa
         start = time.perf_counter()
         training.step(None)
         middle = time.perf_counter()
-        mto = attach_mto(training.model, MTOConfig())
+        mto = attach_mto(training.model, MTOConfig(), check_every=0)
         for name in ("_model_starts", "_model_ends", "_block_starts", "_block_ends", "loss"):
             watch.on(mto, name)
         watch.seconds, again = 0.0, time.perf_counter()
@@ -159,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         training = Training(CASES[options.models[0]], options.batch, options.device)
-        mto = attach_mto(training.model, MTOConfig()) if options.child == "mto" else None
+        mto = attach_mto(training.model, MTOConfig(), check_every=0) if options.child == "mto" else None
         for _ in range(3):
             training.step(mto)
         print(peak_megabytes(options.device))

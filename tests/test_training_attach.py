@@ -117,7 +117,7 @@ def assert_near(found, expected):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
     pairs = [(found[1][name], gradient) for name, gradient in expected[1].items() if gradient is not None]
     ours, theirs = (torch.cat([pair[k].flatten() for pair in pairs]) for k in (0, 1))
-    assert (ours - theirs).norm() < 0.01 * theirs.norm()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def traces(model):

@@ -212,8 +212,11 @@ def checkpointing(model, reentrant):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["hf vitmae", "hf beit"])
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    # BEiT's shared position bias enters blocks from outside, which reentrant checkpointing cannot differentiate at all.
+    [("hf vitmae", True), ("hf vitmae", False), ("hf beit", False)],
+)
 def test_hf__gradient_checkpointing_equals_the_slow_way(name, reentrant):
     case = LIBRARIES[name]
     model = build(case)
@@ -223,6 +226,7 @@ def test_hf__gradient_checkpointing_equals_the_slow_way(name, reentrant):
     assert_same(found, slow_way(case, twin, 0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of checkpoints inside checkpoints
 def test_hf_swin__gradient_checkpointing_of_whole_stages():
     case = LIBRARIES["hf swin"]
     model = build(case)
