@@ -262,8 +262,8 @@ def test_hf_trainer__compute_loss_with_accumulation(tmp_path):
     model = build(LIBRARIES["hf vitmae"])
     mto = attach_mto(model)
     rows = [{"pixel_values": picture} for picture in torch.cat([pictures(seed) for seed in range(4)])]
-    arguments = hf.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=BATCH, gradient_accumulation_steps=2, report_to=[]
-    )
+    settings = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True}
+    batches = {"max_steps": 2, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2}
+    arguments = hf.TrainingArguments(tmp_path, **batches, **settings)
     WithMTO(model, arguments, train_dataset=rows).train()
     assert mto.step == 4
