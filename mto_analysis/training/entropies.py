@@ -85,8 +85,10 @@ class SortedMask(NamedTuple):
 
     def unsort(self, gradient: Tensor, tokens: Tensor) -> Tensor:
         """The gradient of sorted patches as that of ``tokens``; prefix tokens have none."""
-        back = torch.zeros_like(tokens, memory_format=torch.contiguous_format).flatten(0, 1)
-        return back.index_copy_(0, self.rows, gradient.flatten(0, 1).to(tokens.dtype)).view(tokens.shape)
+        back = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        back[:, : self.prefix_tokens] = 0
+        back.flatten(0, 1).index_copy_(0, self.rows, gradient.flatten(0, 1).to(tokens.dtype))
+        return back
 
 
 def _entropy_and_slope(logits: Tensor, ok: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -135,10 +137,12 @@ class _MaskedVisibleEntropy(torch.autograd.Function):
         tokens, slope = ctx.saved_tensors
         split: SortedMask = ctx.split
         with torch.autocast(tokens.device.type, enabled=False):
-            _, x_m, x_v = split.sort(tokens)
+            gradient, x_m, x_v = split.sort(tokens)
             slope = slope * grad[:, None, None]
-            if split.masked_ok is None:
-                gradient = torch.cat([slope @ x_v, slope.mT @ x_m], dim=1)
+            if split.masked_ok is None:  # in the place of the tokens: fresh memory costs as much time as products
+                by_visible = slope.mT @ x_m
+                torch.bmm(slope, x_v, out=x_m)
+                x_v.copy_(by_visible)
             else:  # front and back overlap; slopes are 0 where they are not meant
                 gradient = slope.new_zeros(len(tokens), split.num_patches, tokens.shape[-1])
                 gradient[:, : split.most_masked] += slope @ x_v

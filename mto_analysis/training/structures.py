@@ -59,7 +59,9 @@ class StackSpec:
         rows = () if self.masked_row is None else self.masked_row()
         found = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         for row in [rows] if isinstance(rows, Tensor) else rows:
-            found |= (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
+            found = (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
+            if isinstance(rows, Tensor) or bool(found.any()):
+                break
         return found
 
 
