@@ -5,16 +5,20 @@ import pickle
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import training_models as foreign
 from torch import nn
 from training_models import CASES, Case, draw_mask, pictures
 
-from mto_analysis import MaskRule, ModelInfo
+from mto_analysis import MaskRule, ModelInfo, load_checkpoint
 from mto_analysis.models import MAE, MAEConfig, SimMIM, SimMIMConfig
-from mto_analysis.training import CollapseWarning, MTOConfig, StackSpec, attach_mto, mto_loss
+from mto_analysis.training import CollapseWarning, MTOConfig, StackSpec, attach_mto, mto_loss, ranking_loss
+
+GOLDEN = Path(__file__).parent / "golden"
 
 # Every term of weight 1, so that each one's gradient shows.
 CONFIG = MTOConfig(sparsity_weight=1, embedding_weight=1, ranking_weight=1)
@@ -545,3 +549,19 @@ def test_warning__only_every_so_many_steps():
     mto = attach_mto(model, check_every=0)
     case.run(model, 0)
     mto.loss()  # warnings are errors here
+
+
+@pytest.mark.parametrize(("folder", "heads"), [("simmim_swin", {}), ("bootmae", {"num_heads": 3})])
+def test_attach__to_our_swin_and_bootmae_gives_the_original_codes_terms(folder, heads):
+    path = GOLDEN / folder
+    model = load_checkpoint(path / "checkpoint.pth", **heads).train()
+    inputs, expected = np.load(path / "inputs.npz"), np.load(path / "expected.npz")
+    images, mask = torch.from_numpy(inputs["images"]), torch.from_numpy(inputs["mask"])
+    mto = attach_mto(model, MTOConfig.paper(), check_every=0)
+    for stack in model.stacks:
+        for _ in model.layer_tokens(images, mask, stack):
+            pass
+        of = "" if len(model.stacks) == 1 else f"_{stack.partition('_')[0]}"
+        h = torch.from_numpy(expected[f"heterogeneity{of}"])
+        wanted = expected[f"l_spa{of}"].mean() + expected[f"l_e{of}"].mean() + float(ranking_loss(h))
+        assert float(mto.loss()) == pytest.approx(wanted, rel=1e-4)

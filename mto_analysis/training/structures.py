@@ -150,7 +150,13 @@ def _stack(
 
 
 def _bootmae(model: nn.Module) -> list[StackSpec]:
-    """LightDXY/BootMAE: two decoders; visible rows carry no decoder position, masked rows do."""
+    """LightDXY/BootMAE, and ours: two decoders; visible rows carry no decoder position, masked rows do."""
+    if ours := _blocks(_at(model, "pixel_blocks")):
+        feature = _blocks(_at(model, "feature_blocks"))
+        return [
+            *_stack("pixel_decoder", ours, model, "pixel_mask_token", "pixel_pos_embed"),
+            *_stack("feature_decoder", feature, model, "feature_mask_token", "pos_embed"),
+        ]
     if _at(model, "decode_blocks_1") is None or _at(model, "de_pos_embed") is None:
         return []
     return [
@@ -199,7 +205,9 @@ def _hf_inpainting(model: nn.Module) -> list[StackSpec]:
 
 
 def _beit(model: nn.Module) -> list[StackSpec]:
-    """TencentARC/ConMIM, the original BEiT, and our inpainting-style ViTs."""
+    """TencentARC/ConMIM, the original BEiT, and our inpainting-style ViTs and Swin."""
+    if stages := [block for stage in _blocks(_at(model, "stages")) for block in _blocks(stage)]:
+        return [*_stack("encoder", stages, model, "mask_token", "pos_embed", prefix=0)]
     if _at(model, "cls_token") is None or _at(model, "patch_embed") is None:
         return []
     return [*_stack("encoder", _blocks(_at(model, "blocks")), model, "mask_token", "pos_embed")]
