@@ -564,4 +564,4 @@ def test_attach__to_our_swin_and_bootmae_gives_the_original_codes_terms(folder, 
         of = "" if len(model.stacks) == 1 else f"_{stack.partition('_')[0]}"
         h = torch.from_numpy(expected[f"heterogeneity{of}"])
         wanted = expected[f"l_spa{of}"].mean() + expected[f"l_e{of}"].mean() + float(ranking_loss(h))
-        assert float(mto.loss()) == pytest.approx(wanted, rel=1e-4)
+        assert mto.loss().item() == pytest.approx(wanted, rel=1e-4)
