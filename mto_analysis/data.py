@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.models import ModelInfo
 
-__all__ = ["BrokenPicture", "PictureBatch", "Pictures", "open_pictures", "picture_batches", "preprocessing"]
+__all__ = [
+    "BrokenPicture",
+    "PictureBatch",
+    "Pictures",
+    "choose_pictures",
+    "open_pictures",
+    "picture_batches",
+    "preprocessing",
+]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -244,3 +252,26 @@ def picture_batches(
                 on_broken(BrokenPicture(name, content))
         if good:
             yield PictureBatch(tuple(name for name, _ in good), torch.stack([image for _, image in good]))
+
+
+class _ChosenPictures:
+    def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
+        self.names = [pictures.names[row] for row in rows]
+        self._pictures, self._rows = pictures, rows
+
+    def open(self, index: int) -> Image.Image:
+        return self._pictures.open(self._rows[index])
+
+
+def choose_pictures(pictures: Pictures, names: Sequence[str]) -> Pictures:
+    """The named pictures alone, in the order asked for; their masks are the same, as masks hang on names.
+
+    Raises:
+        DataError: If there is no picture of a name.
+    """
+    row_of = {name: row for row, name in enumerate(pictures.names)}
+    missing = [name for name in names if name not in row_of]
+    if missing:
+        known = ", ".join(list(row_of)[:3])
+        raise DataError(f"there is no picture {', '.join(missing)}; there are {len(row_of)}: {known}, ...")
+    return _ChosenPictures(pictures, [row_of[name] for name in names])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mto_analysis.data import PictureBatch, open_pictures, picture_batches
 from mto_analysis.models import ModelInfo
@@ -14,7 +14,17 @@ from mto_analysis.models import ModelInfo
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DEMO_CHECKPOINTS", "DEMO_MASKS", "DEMO_PICTURES", "demo_batches", "demo_sentences", "measure_demo"]
+    from mto_analysis.report import ReportContents
+
+__all__ = [
+    "DEMO_CHECKPOINTS",
+    "DEMO_MASKS",
+    "DEMO_PICTURES",
+    "demo_batches",
+    "demo_report",
+    "demo_sentences",
+    "measure_demo",
+]
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -48,7 +58,7 @@ class DemoTables:
 
     fig1a: pd.DataFrame
     fig1b: pd.DataFrame
-    models: list[dict[str, object]]
+    models: list[dict[str, Any]]
 
 
 def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambda message: None) -> DemoTables:
@@ -79,6 +89,32 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
     table = pd.concat(tables, ignore_index=True)
     early = table["model"].str.endswith("early")
     return DemoTables(table[~early].reset_index(drop=True), table, models)
+
+
+def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
+    """The bundled models on a few of the bundled pictures in full, for the report.
+
+    Args:
+        tables: What :func:`measure_demo` measured.
+        shown: Number of pictures.
+    """
+    from mto_analysis.data import choose_pictures
+    from mto_analysis.masking import load_masks
+    from mto_analysis.report import ReportContents
+    from mto_analysis.studies.heterogeneity import Settings
+    from mto_analysis.studies.report import show_pictures, used_versions
+
+    pictures = open_pictures(DEMO_PICTURES)
+    names = [pictures.names[index * len(pictures.names) // shown] for index in range(shown)]
+    explored, reconstructions = [], []
+    for method, masks in DEMO_MASKS.items():
+        labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
+        sources = [DEMO_CHECKPOINTS[label] for label in labels]
+        settings = Settings(masks=load_masks(masks))
+        found = show_pictures(sources, choose_pictures(pictures, names), settings, labels=labels)
+        explored += found[0]
+        reconstructions += found[1]
+    return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions())
 
 
 def demo_sentences(tables: DemoTables) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.vit import patchify, unpatchify
 
-__all__ = ["OwnLoss", "mean_prediction", "normalize_patches", "own_loss", "reconstruction_loss"]
+__all__ = ["OwnLoss", "mean_prediction", "normalize_patches", "own_loss", "reconstruction_loss", "restore_patches"]
 
 Target = Literal["pixels", "normalized_pixels"]
 
@@ -34,6 +34,25 @@ def normalize_patches(patches: Tensor) -> Tensor:
     """
     centred = patches - patches.mean(dim=-1, keepdim=True)
     return centred / (patches.var(dim=-1, keepdim=True) + _VARIANCE_EPS).sqrt()
+
+
+def restore_patches(patches: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`normalize_patches`: the mean and deviation of each patch of ``like`` are put back.
+
+    A model that predicts normalised patches says nothing of a patch's brightness and contrast. To show its prediction
+    they are taken from the original, which such a picture must say.
+
+    Shapes:
+        patches: batch num_patches values
+        like: batch num_patches values
+        returns: batch num_patches values
+
+    Example:
+        >>> patches = torch.tensor([[[1.0, 3.0]]])
+        >>> restore_patches(normalize_patches(patches), like=patches)
+        tensor([[[1., 3.]]])
+    """
+    return patches * (like.var(dim=-1, keepdim=True) + _VARIANCE_EPS).sqrt() + like.mean(dim=-1, keepdim=True)
 
 
 def reconstruction_loss(

@@ -679,7 +679,10 @@ def test_plot__refuses_other_tables(tmp_path: Path) -> None:
 
 def test_demo__writes_figures_and_tables_and_says_what_they_show(out: Path) -> None:
     result = ok("demo", "--limit", 8, "--out", out)
-    names = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")} | {"run.json"}
+    names = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")} | {
+        "report.html",
+        "run.json",
+    }
     assert set(contents(out)) == names
     for name in names - {"run.json"}:
         assert str(out / name) in result.stdout

@@ -9,6 +9,8 @@ from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
 from mto_analyze.plot import plot
 from mto_analyze.rauc import rauc
+from mto_analyze.reconstruct import reconstruct
+from mto_analyze.report import report
 from mto_analyze.tables import tables
 
 __all__ = ["app"]
@@ -22,6 +24,6 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-for command in (demo, inspect, heterogeneity, plot, rauc, tables):
+for command in (demo, inspect, heterogeneity, reconstruct, report, plot, rauc, tables):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")

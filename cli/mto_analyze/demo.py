@@ -1,4 +1,4 @@
-"""``mto-analyze demo``: Figs. 1(a) and 1(b) of bundled small models on bundled pictures, offline."""
+"""``mto-analyze demo``: Figs. 1(a) and 1(b) and the report of bundled small models on bundled pictures, offline."""
 
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,22 @@ def demo(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure bundled small MAE and SimMIM models and draw Figs. 1(a) and 1(b): no download, under a minute."""
+    """Measure bundled small MAE and SimMIM models: Figs. 1(a) and 1(b), and a report to explore; no download."""
     from mto_analysis.outputs import OutputFolder, run_facts
 
     names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
-    folder = OutputFolder(out, [*names, "run.json"], overwrite=overwrite)
+    folder = OutputFolder(out, [*names, "report.html", "run.json"], overwrite=overwrite)
 
-    from mto_analysis.demo import demo_sentences, measure_demo
+    from mto_analysis.demo import demo_report, demo_sentences, measure_demo
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.report import render_report
 
     tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))
     for figure, table in (("fig1a", tables.fig1a), ("fig1b", tables.fig1b)):
         folder.write_figure(figure, draw_heterogeneity(table))
         folder.write_table(f"{figure}.csv", table)
+    page = folder.write_bytes("report.html", render_report(demo_report(tables), title="Demo: small models").encode())
     folder.write_json("run.json", run_facts(context.params, models=tables.models))
     typer.echo("\n".join(demo_sentences(tables)))
     typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
+    typer.echo(f"to explore: open {page} in a browser")

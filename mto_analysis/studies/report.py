@@ -1,0 +1,100 @@
+"""Everything a report needs, of several checkpoints: H over all pictures, and a few pictures in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mto_analysis.data import Pictures, choose_pictures
+from mto_analysis.outputs import labels_of, run_facts
+from mto_analysis.report import ReportContents
+from mto_analysis.studies.explore import Explored, explore_shown
+from mto_analysis.studies.heterogeneity import Progress, Settings, measure_checkpoints
+from mto_analysis.studies.reconstruct import Reconstruction, reconstruct_shown
+from mto_analysis.studies.shown import shown_models
+
+__all__ = ["collect_report", "show_pictures", "used_versions"]
+
+
+def show_pictures(
+    sources: Sequence[str | Path],
+    pictures: Pictures,
+    settings: Settings,
+    *,
+    labels: Sequence[str],
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
+) -> tuple[list[Explored], list[Reconstruction]]:
+    """All ``pictures`` through each checkpoint, for the explorer, and reconstructed where a model predicts pixels."""
+    explored, reconstructions = [], []
+    for shown in shown_models(
+        sources,
+        pictures,
+        replace(settings, limit=None),
+        labels=labels,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        offline=offline,
+    ):
+        explored += explore_shown(shown)
+        reconstructions += reconstruct_shown(shown) if shown.own_loss else []
+    return explored, reconstructions
+
+
+def collect_report(
+    sources: Sequence[str | Path],
+    pictures: Pictures,
+    settings: Settings | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    shown: Sequence[str] | int = 4,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda batches, total, label: iter(batches),
+) -> ReportContents:
+    """Measure checkpoints on the same pictures and look at a few of them closely.
+
+    Args:
+        sources: Checkpoints: paths, registry ids, ``hf://owner/name``, URLs.
+        pictures: From :func:`~mto_analysis.data.open_pictures`.
+        settings: How to measure.
+        labels: Names of the models; by default from the paths.
+        shown: Names of the pictures for explorer and reconstructions, or how many of those measured, spread evenly.
+        num_heads: For checkpoints that do not hold their head counts.
+        decoder_num_heads: The same for decoders.
+        offline: Never touch the network.
+        say: Takes notes for the user.
+        warn: Takes warnings for the user.
+        progress: Wraps the batches, given their number and a label.
+
+    Raises:
+        ValueError: If labels do not fit, or an option does not.
+        CheckpointError: If a checkpoint cannot be used.
+        DataError: If no picture can be read, or one to be shown is not there.
+        NumericalError: If a value is not finite.
+    """
+    settings = settings or Settings()
+    names = list(labels) if labels else labels_of(sources)
+    # Names that are not there are an error now, not after measuring.
+    chosen = pictures if isinstance(shown, int) else choose_pictures(pictures, shown)
+    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+    study = measure_checkpoints(
+        sources, pictures, settings, labels=names, **heads, offline=offline, say=say, warn=warn, progress=progress
+    )
+    if isinstance(shown, int):
+        measured = list(dict.fromkeys(study.per_image["image"]))  # broken pictures are not among them
+        count = min(shown, len(measured))
+        chosen = choose_pictures(pictures, [measured[index * len(measured) // count] for index in range(count)])
+    explored, reconstructions = show_pictures(sources, chosen, settings, labels=names, **heads, offline=offline)
+    return ReportContents(study.table, study.models, explored, reconstructions, used_versions())
+
+
+def used_versions() -> dict[str, str]:
+    """Versions of Python and the packages behind the numbers; no time and no machine: the same run, the same report."""
+    facts = run_facts({})
+    return {**facts["versions"], "python": facts["python"]}

@@ -1,0 +1,106 @@
+"""A few chosen pictures, prepared and masked for each checkpoint in turn: what is drawn, not only measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mto_analysis.checkpoints import checkpoint_sha256, resolve
+from mto_analysis.data import Pictures, picture_batches
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.outputs import labels_of
+from mto_analysis.reconstruction import OwnLoss, own_loss
+from mto_analysis.studies.heterogeneity import Settings, _load
+
+__all__ = ["ShownModel", "loss_in_words", "shown_models"]
+
+
+@dataclass(frozen=True)
+class ShownModel:
+    """One checkpoint with the chosen pictures, on its device.
+
+    Shapes:
+        images: batch channels height width
+        mask: batch num_patches
+    """
+
+    label: str
+    model: MaskedImageModel
+    names: tuple[str, ...]
+    images: Tensor
+    mask: Tensor
+    own_loss: OwnLoss | None  #: ``None`` where the family predicts no pixels
+    facts: dict[str, Any]  #: For ``run.json``.
+
+
+def shown_models(
+    sources: Sequence[str | Path],
+    pictures: Pictures,
+    settings: Settings | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Iterator[ShownModel]:
+    """Load one checkpoint after the other, with the same pictures for each; the caller measures under ``undisturbed``.
+
+    Args:
+        sources: Checkpoints: paths, registry ids, ``hf://owner/name``, URLs.
+        pictures: From :func:`~mto_analysis.data.open_pictures`; ``settings.limit`` of them are taken, spread evenly.
+        settings: Masks and device.
+        labels: Names of the models; by default from the paths.
+        num_heads: For checkpoints that do not hold their head counts.
+        decoder_num_heads: The same for decoders.
+        offline: Never touch the network.
+        say: Takes notes: masks, and the model's own loss beside that of predicting the mean.
+        warn: Takes the warning that a model does no better than predicting the mean.
+
+    Raises:
+        ValueError: If labels do not fit.
+        CheckpointError: If a checkpoint cannot be used.
+        DataError: If a picture cannot be read.
+    """
+    settings = settings or Settings()
+    names = list(labels) if labels else labels_of(sources)
+    if len(names) != len(sources) or len(set(names)) != len(names):
+        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    count = min(settings.limit or len(pictures.names), len(pictures.names))
+    paths = [resolve(source, offline=offline) for source in sources]
+    for source, path, label in zip(sources, paths, names, strict=True):
+        model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1).to(settings.device)
+        masks, words, rule = settings.mask_source(model)
+        batch = next(picture_batches(pictures, model.info, batch_size=count, limit=settings.limit))
+        images, mask = batch.images.to(settings.device), masks(batch.names, 0).to(settings.device)
+        loss = own_loss(model, images, mask)
+        say(f"{label}: {model.info.family} ({model.info.layout}), {model.info.image_size} px; masks: {words}")
+        if loss is not None:
+            (warn if loss.suspicious else say)(f"{label}: {loss_in_words(loss, len(images))}")
+        facts = {
+            "model": label,
+            "source": str(source),
+            "sha256": checkpoint_sha256(path),
+            "info": asdict(model.info),
+            "config": asdict(model.config),
+            "mask_rule": asdict(rule) if rule else None,
+            "masks": words,
+            "own_loss": loss._asdict() if loss else None,
+        }
+        yield ShownModel(label, model, batch.names, images, mask, loss, facts)
+
+
+def loss_in_words(loss: OwnLoss, num_pictures: int) -> str:
+    """The own loss beside that of predicting the mean, and what it means if that is no better."""
+    target = f"{loss.target.replace('_', ' ')}{', judged from the loss' if loss.judged else ''}"
+    text = (
+        f"own loss {loss.loss:.4g}, predicting the mean {loss.predict_the_mean:.4g} "
+        f"({target}; {num_pictures} picture{'s' * (num_pictures > 1)})"
+    )
+    doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
+    return text + doubt * loss.suspicious
