@@ -74,9 +74,12 @@ def test_commands__exist_with_the_options_shown(page: str, line: str) -> None:
     words = shlex.split(line)[1:]
     if words[0].startswith("-"):
         return
-    assert words[0] in COMMANDS, line
+    commands = COMMANDS
+    while words[0] in commands and hasattr(commands[words[0]], "commands"):  # a group, such as `checkpoints`
+        commands = commands[words.pop(0)].commands
+    assert words[0] in commands, line
     options = {
-        option for parameter in COMMANDS[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
+        option for parameter in commands[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
     }
     used = {word.split("=")[0] for word in words[1:] if word.startswith("-") and len(word) > 1}
     assert used <= options | {"--help"}, line

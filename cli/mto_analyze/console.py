@@ -39,6 +39,13 @@ class Commands(TyperGroup):
             if not (isinstance(error, MemoryError) or "out of memory" in str(error).lower()):
                 raise
             self._stop("out of memory; use a smaller --batch-size", USAGE)
+        except Exception as error:
+            # A usage error: typer brings its own click, whose exceptions have no public name but this method.
+            format_message = getattr(error, "format_message", None)
+            if format_message is None:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
+            self._stop(f"{format_message().rstrip('.')}; see `{path} --help`", USAGE)
 
     @staticmethod
     def _stop(message: str, code: int) -> None:

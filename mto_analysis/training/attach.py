@@ -46,13 +46,12 @@ class _Losses(StackForward):
 
     def measure(self, depth: int, tokens: Tensor) -> None:
         """Entropies of one layer depth."""
-        count = tokens.shape[1] - self.spec.prefix_tokens
-        if count in self.splits:
-            patches = tokens[:, self.spec.prefix_tokens :]
-        else:
-            patches, mask = self.patches(tokens)
-            self.splits[count] = SortedMask.of(mask)
-        self.heterogeneity[depth], rows = layer_entropies(patches, self.splits[count], depth, self.config)
+        prefix = self.spec.prefix_tokens
+        count = tokens.shape[1] - prefix
+        if count not in self.splits:
+            self.splits[count] = SortedMask.of(self.mask_for(count), prefix)
+        split = self.splits[count]
+        self.heterogeneity[depth], rows = layer_entropies(self.images(tokens), split, depth, self.config)
         if depth == 0:
             self.rows = rows
 
@@ -78,6 +77,9 @@ class MTO(Attached):
     """What :func:`attach_mto` gives: the loss of the last forward, its terms for logging, and the way to detach."""
 
     def __init__(self, model: nn.Module, specs: Sequence[StackSpec], config: MTOConfig, check_every: int) -> None:
+        for spec in specs:
+            if config.layers and config.layers[-1] > len(spec.blocks):
+                raise ValueError(f"layers must be 0 to {len(spec.blocks)} for {spec.name}, got {config.layers}")
         self.config = config
         self._check_every = check_every
         self._losses = [_Losses(spec, config) for spec in specs]
@@ -96,7 +98,8 @@ class MTO(Attached):
         if not seen:
             raise RuntimeError(
                 "no forward with masked tokens since the last loss(): the model was in eval mode or without gradients, "
-                "no patch was masked, dropout changed the mask token, or torch.compile had run before attach_mto"
+                "no patch was masked, dropout changed the mask token, torch.compile had run before attach_mto, "
+                "or detach() was called"
             )
         terms = {losses.spec.name: losses.finish(self.step) for losses in seen}
         self._last = {name: MTOTerms(*(value.detach() for value in each)) for name, each in terms.items()}

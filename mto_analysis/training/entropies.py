@@ -20,59 +20,75 @@ __all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
 
 
 class SortedMask(NamedTuple):
-    """A batch of masks, sorted once for all layers: patches in the order masked, then visible, of each image.
+    """A batch of masks, sorted once for all layers: the patches of each image masked first, then visible.
 
-    Images of different counts are padded: ``masked`` and ``visible`` are as long as the largest count, and
-    ``masked_ok``, ``visible_ok`` say which entries are real (``None`` where all are).
+    Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
+    ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
+    (``None`` where all are).
 
     Shapes:
-        masked: batch most_masked (patch indices)
-        visible: batch most_visible (patch indices)
+        rows: batch * num_patches (rows of the flattened tokens)
         masked_ok: batch most_masked
         visible_ok: batch most_visible
         num_masked: batch
         num_visible: batch
     """
 
-    masked: Tensor
-    visible: Tensor
+    rows: Tensor
+    most_masked: int
+    most_visible: int
     masked_ok: Tensor | None
     visible_ok: Tensor | None
     num_masked: Tensor
     num_visible: Tensor
+    prefix_tokens: int
 
     @classmethod
-    def of(cls, mask: Tensor) -> SortedMask:
+    def of(cls, mask: Tensor, prefix_tokens: int = 0) -> SortedMask:
         """Sort a mask.
 
         Shapes:
             mask: batch num_patches
 
+        Args:
+            mask: True where masked.
+            prefix_tokens: Tokens in front of the patches in what is to be measured.
+
         Raises:
             ValueError: If a row masks no patch or every patch.
         """
-        check_mask(mask)
-        num_masked = mask.sum(dim=1)
-        num_visible = mask.shape[1] - num_masked
-        fewest, most = (int(count) for count in torch.stack([num_masked.min(), num_masked.max()]).tolist())
-        order = masked_first_order(mask)
-        masked, visible = order[:, :most], order.flip(1)[:, : mask.shape[1] - fewest]
-        if fewest == most:
-            return cls(masked, visible, None, None, num_masked, num_visible)
-        return cls(
-            masked,
-            visible,
-            torch.arange(masked.shape[1], device=mask.device) < num_masked[:, None],
-            torch.arange(visible.shape[1], device=mask.device) < num_visible[:, None],
-            num_masked,
-            num_visible,
-        )
+        batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
+        num_masked = mask.sum(dim=-1)
+        # One wait for the device; the full check has the message.
+        fewest, most = torch.stack(num_masked.aminmax()).tolist() if batch else (0, 0)
+        if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
+            check_mask(mask)
+        start = torch.arange(batch, device=mask.device)[:, None] * (prefix_tokens + num_patches) + prefix_tokens
+        masked_ok = visible_ok = None
+        if fewest != most:
+            place = torch.arange(num_patches, device=mask.device)
+            masked_ok, visible_ok = place[:most] < num_masked[:, None], place[fewest:] >= num_masked[:, None]
+        rows = (start + masked_first_order(mask)).flatten()
+        num_visible = num_patches - num_masked
+        return cls(rows, most, num_patches - fewest, masked_ok, visible_ok, num_masked, num_visible, prefix_tokens)
 
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return len(self.rows) // len(self.num_masked)
 
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens at the given patches, in at least float32: ``batch some dim``."""
-    batch = torch.arange(len(tokens), device=tokens.device)[:, None]
-    return tokens[batch, index].to(torch.promote_types(tokens.dtype, torch.float32))
+    def sort(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches in sorted order, in at least float32; views of the masked and of the visible ones."""
+        x = tokens.flatten(0, 1).index_select(0, self.rows)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).view(len(tokens), -1, tokens.shape[-1])
+        return x, x[:, : self.most_masked], x[:, -self.most_visible :]
+
+    def unsort(self, gradient: Tensor, tokens: Tensor) -> Tensor:
+        """The gradient of sorted patches as that of ``tokens``; prefix tokens have none."""
+        back = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        back[:, : self.prefix_tokens] = 0
+        back.flatten(0, 1).index_copy_(0, self.rows, gradient.flatten(0, 1).to(tokens.dtype))
+        return back
 
 
 def _entropy_and_slope(logits: Tensor, ok: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,10 +109,13 @@ def _entropy_and_slope(logits: Tensor, ok: Tensor | None) -> tuple[Tensor, Tenso
     return entropy, weight.mul_(z.sub_(mean)).neg_()
 
 
-def _share_of_masked_rows(split: SortedMask, like: Tensor) -> Tensor:
-    """Weights that make a sum over masked rows their mean: ``batch most_masked``."""
-    share = split.num_masked.to(like.dtype).reciprocal()[:, None]
-    return share.expand_as(like) if split.masked_ok is None else share * split.masked_ok
+def _mean_over_masked(rows: Tensor, slope: Tensor, split: SortedMask) -> Tensor:
+    """Mean over an image's masked rows; ``slope`` is turned into that of the mean, 0 in rows that are not meant."""
+    share = split.num_masked.to(rows.dtype).reciprocal()[:, None].expand_as(rows)
+    if split.masked_ok is not None:
+        share = share * split.masked_ok
+    slope.mul_(share.unsqueeze(-1))
+    return (rows * share).sum(dim=1)
 
 
 class _MaskedVisibleEntropy(torch.autograd.Function):
@@ -104,24 +123,31 @@ class _MaskedVisibleEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, split: SortedMask) -> Tensor:
-        x_m, x_v = _rows(tokens, split.masked), _rows(tokens, split.visible)
+        _, x_m, x_v = split.sort(tokens)
         ok = None if split.visible_ok is None else split.visible_ok[:, None, :]
-        entropy, slope = _entropy_and_slope(x_m @ x_v.mT, ok)
-        share = _share_of_masked_rows(split, entropy)
+        rows, slope = _entropy_and_slope(x_m @ x_v.mT, ok)
+        h = _mean_over_masked(rows, slope, split)
         ctx.split = split
-        ctx.save_for_backward(tokens, slope.mul_(share.unsqueeze(-1)))
-        return (entropy * share).sum(dim=1)
+        ctx.save_for_backward(tokens, slope)
+        return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         tokens, slope = ctx.saved_tensors
-        split = ctx.split
-        slope = slope * grad[:, None, None]
-        gradient = torch.zeros(tokens.shape, dtype=slope.dtype, device=tokens.device)
-        _add_rows(gradient, split.masked, slope @ _rows(tokens, split.visible), split.masked_ok)
-        _add_rows(gradient, split.visible, slope.mT @ _rows(tokens, split.masked), split.visible_ok)
-        return gradient.to(tokens.dtype), None
+        split: SortedMask = ctx.split
+        with torch.autocast(tokens.device.type, enabled=False):
+            gradient, x_m, x_v = split.sort(tokens)
+            slope = slope * grad[:, None, None]
+            if split.masked_ok is None:  # in the place of the tokens: fresh memory costs as much time as products
+                by_visible = slope.mT @ x_m
+                torch.bmm(slope, x_v, out=x_m)
+                x_v.copy_(by_visible)
+            else:  # front and back overlap; slopes are 0 where they are not meant
+                gradient = slope.new_zeros(len(tokens), split.num_patches, tokens.shape[-1])
+                gradient[:, : split.most_masked] += slope @ x_v
+                gradient[:, -split.most_visible :] += slope.mT @ x_m
+        return split.unsort(gradient, tokens), None
 
 
 class _InitialEntropies(torch.autograd.Function):
@@ -129,77 +155,82 @@ class _InitialEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, split: SortedMask, include_self: bool) -> tuple[Tensor, Tensor]:
-        x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        x_v = _rows(tokens, split.visible)
+        x, _, x_v = split.sort(tokens)
         product = x_v @ x.mT  # visible rows, all columns
-        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
         # H_0 has masked rows: the masked columns of the product, turned over.
-        turned = product.mT[batch, split.masked]
+        turned = product[:, :, : split.most_masked].mT.contiguous()
         ok = None if split.visible_ok is None else split.visible_ok[:, None, :]
-        h, slope_h = _entropy_and_slope(turned, ok)
-        share = _share_of_masked_rows(split, h)
-        slope_h.mul_(share.unsqueeze(-1))
+        h_rows, slope_h = _entropy_and_slope(turned, ok)
+        h = _mean_over_masked(h_rows, slope_h, split)
         others = None
         if not include_self:
-            others = torch.ones_like(product, dtype=torch.bool).scatter_(2, split.visible.unsqueeze(-1), False)
+            others = torch.ones(product.shape[1:], dtype=torch.bool, device=product.device)
+            others.diagonal(product.shape[2] - product.shape[1]).fill_(False)
         rows, slope_s = _entropy_and_slope(product, others)
         if split.visible_ok is not None:
             rows = rows * split.visible_ok
             slope_s.mul_(split.visible_ok.unsqueeze(-1))
         ctx.split = split
         ctx.save_for_backward(tokens, slope_h, slope_s)
-        return (h * share).sum(dim=1), rows.sum(dim=1)
+        return h, rows.sum(dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor, grad_s: Tensor) -> tuple[Tensor, None, None]:
         tokens, slope_h, slope_s = ctx.saved_tensors
-        split = ctx.split
-        slope = slope_s * grad_s[:, None, None]
-        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
-        by_column = slope.mT  # a view: what is added to it is added to the slope
-        if split.masked_ok is None:
-            by_column[batch, split.masked] += slope_h * grad_h[:, None, None]
-        else:
-            keep = split.masked_ok
-            image = batch.expand_as(split.masked)[keep]
-            by_column[image, split.masked[keep]] += (slope_h * grad_h[:, None, None])[keep]
-        x = tokens.to(slope.dtype)
-        gradient = slope.mT @ _rows(tokens, split.visible)
-        _add_rows(gradient, split.visible, slope @ x, split.visible_ok)
-        return gradient.to(tokens.dtype), None, None
+        split: SortedMask = ctx.split
+        with torch.autocast(tokens.device.type, enabled=False):
+            x, _, x_v = split.sort(tokens)
+            slope = slope_s * grad_s[:, None, None]
+            slope[:, :, : split.most_masked] += (slope_h * grad_h[:, None, None]).mT
+            gradient = slope.mT @ x_v
+            gradient[:, -split.most_visible :] += slope @ x
+        return split.unsort(gradient, tokens), None, None
 
 
-def _add_rows(gradient: Tensor, index: Tensor, rows: Tensor, ok: Tensor | None) -> None:
-    batch = torch.arange(len(gradient), device=gradient.device)[:, None]
-    if ok is None:  # indices of an image are all different, so nothing is lost by plain indexing
-        gradient[batch, index] += rows
-    else:
-        gradient[batch.expand_as(index)[ok], index[ok]] += rows[ok]
+def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:
+    """Run in full precision, and keep what the backward pass needs out of the hands of activation checkpointing.
+
+    Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
+    where the entropies are not made again. Tokens are kept by the model anyway.
+    """
+    num_tokens = split.prefix_tokens + split.num_patches
+    if tokens.ndim != 3 or tokens.shape[:2] != (len(split.num_masked), num_tokens):
+        raise ValueError(
+            f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
+            f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
+        )
+    with (
+        torch.autocast(tokens.device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+    ):
+        return function.apply(tokens, split, *arguments)
 
 
 def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
     """Heterogeneity, Eq. (2), with an analytic first derivative; the same values as :func:`affinity.heterogeneity`.
 
     Shapes:
-        tokens: batch num_patches dim
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
         returns: batch (nats)
+
+    Raises:
+        ValueError: If tokens do not fit the mask.
 
     Example:
         >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
         >>> masked_visible_entropy(torch.zeros(1, 4, 8), split)
         tensor([0.6931])
     """
-    with torch.autocast(tokens.device.type, enabled=False):
-        value: Tensor = _MaskedVisibleEntropy.apply(tokens, split)
-    return value
+    h: Tensor = _apply(_MaskedVisibleEntropy, tokens, split)
+    return h
 
 
 def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: bool = True) -> tuple[Tensor, Tensor]:
     """H_0 of Eq. (2), and the sum over visible rows of the entropy over all tokens, Eq. (3), from one product.
 
     Shapes:
-        tokens: batch num_patches dim
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
         returns: batch, batch (nats; the second from 0 to num_visible * log(num_patches))
 
     Args:
@@ -207,11 +238,13 @@ def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: boo
         split: The sorted mask.
         include_self: Whether a row's own token is among its columns, as printed.
 
+    Raises:
+        ValueError: If tokens do not fit the mask.
+
     Example:
         >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
         >>> visible_rows_entropy(torch.zeros(1, 4, 8), split)
         (tensor([0.6931]), tensor([2.7726]))
     """
-    with torch.autocast(tokens.device.type, enabled=False):
-        h, rows = _InitialEntropies.apply(tokens, split, include_self)
+    h, rows = _apply(_InitialEntropies, tokens, split, include_self)
     return h, rows

@@ -33,27 +33,33 @@ class StackForward:
     def clear(self) -> None:
         """Forget the last forward."""
         self.mask: Tensor | None = None
+        self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
 
     def start(self, tokens: Tensor) -> None:
         """The first block's input: find the mask, and take layer depth 0."""
-        self.clear()
         mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
-        if bool(mask.any()):  # else it is evaluation code, a teacher or fine-tuning
-            self.mask = mask
+        mixed = mask.any(dim=1) & ~mask.all(dim=1)
+        some, every = torch.stack([mixed.any(), mixed.all()]).tolist()
+        if some:  # else it is evaluation code, a teacher or fine-tuning
+            self._images = None if every else mixed.nonzero().squeeze(1)
+            self.mask = mask if every else mask[mixed]
             self.take(0, tokens)
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """A block's output, or at depth 0 the first block's input."""
         raise NotImplementedError
 
-    def patches(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch tokens, and the mask on their grid: Swin joins 2 x 2 tokens, masked or visible together."""
-        patches = tokens[:, self.spec.prefix_tokens :]
+    def images(self, tokens: Tensor) -> Tensor:
+        """The tokens of those images that have a masked and a visible patch; of the others nothing can be measured."""
+        return tokens if self._images is None else tokens.index_select(0, self._images)
+
+    def mask_for(self, count: int) -> Tensor:
+        """The mask on a grid of ``count`` patches: Swin joins 2 x 2 tokens, masked or visible together."""
         if self.mask is None:
             raise RuntimeError("the forward has no mask")
-        count, fine = patches.shape[1], self.mask.shape[1]
+        fine = self.mask.shape[1]
         if count == fine:
-            return patches, self.mask
+            return self.mask
         side, coarse = math.isqrt(fine), math.isqrt(count)
         if side * side != fine or coarse * coarse != count or side % coarse:
             raise RuntimeError(f"{self.spec.name} goes from {fine} to {count} tokens, which is no merging of cells")
@@ -61,7 +67,7 @@ class StackForward:
         cells = self.mask.reshape(-1, coarse, cell, coarse, cell).transpose(2, 3).flatten(3)
         if not bool((cells.all(-1) == cells.any(-1)).all()):
             raise RuntimeError(f"the mask cuts through merged tokens; use mask units of at least {cell} tokens")
-        return patches, cells.all(-1).flatten(1)
+        return cells.all(-1).flatten(1)
 
 
 class Attached:
@@ -73,15 +79,15 @@ class Attached:
         # What the model-level hook saw; None outside the model's own call (Lightning calls training_step instead).
         self._recording: bool | None = None
         self._handles = [
-            model.register_forward_pre_hook(_weakly(self, model, "_model_starts"), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_weakly(self, model, "_model_ends"), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_Hook(self, model, "_model_starts"), with_kwargs=True, prepend=True),
+            model.register_forward_hook(_Hook(self, model, "_model_ends"), with_kwargs=True, always_call=True),
         ]
         for stack, forward in enumerate(self._forwards):
             first = forward.spec.blocks[0]
-            starts = _weakly(self, first, "_block_starts", stack)
+            starts = _Hook(self, first, "_block_starts", stack)
             self._handles.append(first.register_forward_pre_hook(starts, with_kwargs=True))
             for depth, block in enumerate(forward.spec.blocks, start=1):
-                ends = _weakly(self, block, "_block_ends", stack, depth)
+                ends = _Hook(self, block, "_block_ends", stack, depth)
                 self._handles.append(block.register_forward_hook(ends, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -108,10 +114,15 @@ class Attached:
         self._recording = None
 
     def _block_starts(self, stack: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        recording = module.training and torch.is_grad_enabled() if self._recording is None else self._recording
+        if recomputing():
+            return
         self._forwards[stack].clear()
-        if recording and not recomputing() and self._due():
+        if self._records(module) and self._due():
             self._forwards[stack].start(args[0] if args else kwargs["hidden_states"])
+
+    def _records(self, module: nn.Module) -> bool:
+        # Gradients are off inside a block that is checkpointed (reentrant), so the model's own call is asked first.
+        return module.training and torch.is_grad_enabled() if self._recording is None else self._recording
 
     def _block_ends(
         self, stack: int, depth: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
@@ -130,13 +141,28 @@ def warn_of(message: str) -> None:
     warnings.warn(message, CollapseWarning, stacklevel=4)
 
 
-def _weakly(attached: Attached, module: nn.Module, method: str, *bound: int) -> Callable[..., None]:
-    """A hook that keeps neither the handle nor the model alive, and does nothing on a copy of the module."""
-    handle, owner = weakref.ref(attached), weakref.ref(module)
+class _Hook:
+    """A hook that keeps neither the handle nor the model alive, and that copies and pickles of a model do not have."""
 
-    def hook(called: nn.Module, *arguments: Any) -> None:
-        target = handle()
-        if target is not None and owner() is called:
-            getattr(target, method)(*bound, called, *arguments)
+    def __init__(self, attached: Attached, module: nn.Module, method: str, *bound: int) -> None:
+        self._handle, self._owner = weakref.ref(attached), weakref.ref(module)
+        self._method, self._bound = method, bound
 
-    return hook
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, called: nn.Module, *arguments: Any) -> None:
+        """Tell the handle, unless a copy of the module was called."""
+        target = self._handle()
+        if target is not None and self._owner() is called:
+            getattr(target, self._method)(*self._bound, called, *arguments)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        """In a copy of the model the hook is empty."""
+        return _empty_hook, ()
+
+
+def _empty_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*arguments: Any) -> None:
+    pass

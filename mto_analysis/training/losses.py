@@ -30,6 +30,19 @@ __all__ = [
 
 Similarity = Literal["dot", "scaled_dot", "cosine"]
 
+# The values of settings that are one of a few words.
+_CHOICES = {
+    "reduction": ("sum", "mean"),
+    "direction": ("descending", "as_printed"),
+    "similarity": ("dot", "scaled_dot", "cosine"),
+}
+
+
+def _check_choice(name: str, value: str) -> None:
+    choices = _CHOICES[name.rpartition("_")[2]]
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
 
 def _similar(tokens: Tensor, similarity: Similarity) -> Tensor:
     """Tokens whose dot products are the wanted similarity, in at least float32."""
@@ -70,7 +83,7 @@ def sparsity_loss(
         similarity: ``dot`` as printed, ``scaled_dot`` (divided by the root of the width) or ``cosine``.
 
     Raises:
-        ValueError: If a row of ``mask`` masks no patch or every patch.
+        ValueError: If a row of ``mask`` masks no patch or every patch, tokens do not fit it, or a word is unknown.
 
     Source:
         "Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024), Eq. (3).
@@ -80,6 +93,8 @@ def sparsity_loss(
         >>> sparsity_loss(torch.zeros(1, 4, 8), mask)  # two visible rows, uniform over four tokens
         tensor(2.7726)
     """
+    _check_choice("reduction", reduction)
+    _check_choice("similarity", similarity)
     split = SortedMask.of(mask)
     _, rows = visible_rows_entropy(_similar(tokens, similarity), split, include_self=include_self)
     return _reduce_rows(rows, split, reduction).mean()
@@ -133,8 +148,7 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
         >>> ranking_loss(torch.tensor([[1.0], [1.0]]))
         tensor(0.6931)
     """
-    if direction not in ("descending", "as_printed"):
-        raise ValueError(f"direction must be descending or as_printed, got {direction!r}")
+    _check_choice("direction", direction)
     h = heterogeneities.to(torch.promote_types(heterogeneities.dtype, torch.float32))
     rise = h[1:] - h[:-1]
     return torch.nn.functional.softplus(rise if direction == "descending" else -rise).sum(dim=0).mean()
@@ -179,16 +193,14 @@ class MTOConfig:
         for name in ("sparsity_weight", "embedding_weight", "ranking_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.sparsity_reduction not in ("sum", "mean"):
-            raise ValueError(f"sparsity_reduction must be sum or mean, got {self.sparsity_reduction!r}")
-        if self.ranking_direction not in ("descending", "as_printed"):
-            raise ValueError(f"ranking_direction must be descending or as_printed, got {self.ranking_direction!r}")
-        if self.similarity not in ("dot", "scaled_dot", "cosine"):
-            raise ValueError(f"similarity must be dot, scaled_dot or cosine, got {self.similarity!r}")
-        if not self.eps > 0 or self.warmup_steps < 0:
+        for name in ("sparsity_reduction", "ranking_direction", "similarity"):
+            _check_choice(name, getattr(self, name))
+        if not 0 < self.eps < float("inf") or self.warmup_steps < 0:
             raise ValueError(f"eps must be positive and warmup_steps not negative, got {self.eps}, {self.warmup_steps}")
-        if self.layers is not None and (len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"layers must be at least two ascending layer depths, got {self.layers}")
+        if self.layers is not None:
+            depths = list(self.layers)
+            if len(depths) < 2 or depths != sorted(set(depths)) or depths[0] < 0:
+                raise ValueError(f"layers must be at least two ascending layer depths, got {self.layers}")
 
     @classmethod
     def paper(cls) -> MTOConfig:
@@ -224,7 +236,7 @@ def layer_entropies(tokens: Tensor, split: SortedMask, depth: int, config: MTOCo
     """What the losses need of one layer depth: H, and at depth 0 also the rows of Eq. (3).
 
     Shapes:
-        tokens: batch num_patches dim
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
         returns: batch, and batch at depth 0
     """
     x = _similar(tokens, config.similarity)
@@ -243,32 +255,36 @@ def combine_terms(
         rows: batch (sum over visible rows of Eq. 3), or none where its weight is 0
     """
     h = torch.stack(list(heterogeneities))
-    ranked = h if config.layers is None else h[list(config.layers)]
+    # Layer depths that are not ranked stay out of the graph.
+    ranked = h if config.layers is None else torch.stack([heterogeneities[depth] for depth in config.layers])
     zero = h.new_zeros(())
     sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
-    embedding = embedding_loss(h[0], eps=config.eps) if config.embedding_weight > 0 else zero
+    embedding = embedding_loss(heterogeneities[0], eps=config.eps) if config.embedding_weight > 0 else zero
     ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
     weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding + config.ranking_weight * ranking
     return MTOTerms(config.warmup(step) * weighted, sparsity, embedding, ranking, h)
 
 
-def mto_loss(layers: Sequence[Tensor], mask: Tensor, config: MTOConfig | None = None, *, step: int = 0) -> MTOTerms:
+def mto_loss(
+    layers: Sequence[Tensor], mask: Tensor | Sequence[Tensor], config: MTOConfig | None = None, *, step: int = 0
+) -> MTOTerms:
     """Masked token optimisation from the tokens of all layer depths (Algorithm 1).
 
     For a model's own training step :func:`attach_mto` does the same without keeping the tokens of all layers.
 
     Shapes:
         layers: one ``batch num_patches dim`` per layer depth 0 to L (widths may differ)
-        mask: batch num_patches
+        mask: batch num_patches, or one such per layer depth (Swin)
 
     Args:
         layers: Patch tokens, without prefix tokens.
-        mask: True where masked.
+        mask: True where masked; where the number of patches changes with the depth, a mask for each layer depth.
         config: Settings.
         step: For the warm-up of weights.
 
     Raises:
-        ValueError: If a row of ``mask`` masks no patch or every patch, or there are fewer than two layers.
+        ValueError: If a row of ``mask`` masks no patch or every patch, tokens do not fit it, or there are fewer layers
+            than two or than ``config.layers`` asks for.
 
     Example:
         >>> mask = torch.tensor([[True, True, False, False]])
@@ -279,10 +295,11 @@ def mto_loss(layers: Sequence[Tensor], mask: Tensor, config: MTOConfig | None = 
     if len(layers) < 2:
         raise ValueError(f"layers must hold layer depth 0 and at least one more, got {len(layers)}")
     config = config or MTOConfig()
-    split = SortedMask.of(mask)
-    heterogeneities, rows = [], None
-    for depth, tokens in enumerate(layers):
-        h, more = layer_entropies(tokens, split, depth, config)
-        heterogeneities.append(h)
-        rows = more if depth == 0 else rows
-    return combine_terms(heterogeneities, rows, split, config, step=step)
+    if config.layers and config.layers[-1] >= len(layers):
+        raise ValueError(f"config.layers must be 0 to {len(layers) - 1}, got {config.layers}")
+    splits = [SortedMask.of(mask)] * len(layers) if isinstance(mask, Tensor) else [SortedMask.of(each) for each in mask]
+    entropies = [
+        layer_entropies(tokens, split, depth, config)
+        for depth, (tokens, split) in enumerate(zip(layers, splits, strict=True))
+    ]
+    return combine_terms([h for h, _ in entropies], entropies[0][1], splits[0], config, step=step)

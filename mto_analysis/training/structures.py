@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["StackSpec", "find_stacks", "unwrap"]
@@ -27,7 +28,8 @@ class StackSpec:
             returns them, or a tuple that starts with them. The number of tokens may shrink by 4 between blocks (Swin).
         mask_token: The learned vector, for its gradient's norm.
         prefix_tokens: Class and register tokens in front of the patch tokens.
-        masked_row: What a masked token is at the first block's input, ``num_patches dim`` or anything that broadcasts.
+        masked_row: What a masked token is at the first block's input, ``num_patches dim`` or anything that broadcasts;
+            or several such, where a model may round it.
         mask: The mask of the running forward, ``batch num_patches`` in the order of the tokens, True = masked.
     """
 
@@ -35,7 +37,7 @@ class StackSpec:
     blocks: Sequence[nn.Module]
     mask_token: nn.Parameter | None = None
     prefix_tokens: int = 1
-    masked_row: Callable[[], Tensor] | None = None
+    masked_row: Callable[[], Tensor | Sequence[Tensor]] | None = None
     mask: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -54,8 +56,13 @@ class StackSpec:
         """
         if self.mask is not None:
             return self.mask().to(tokens.device).flatten(1).bool()
-        row = tokens.new_empty(0) if self.masked_row is None else self.masked_row()
-        return (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
+        rows = () if self.masked_row is None else self.masked_row()
+        found = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
+        for row in [rows] if isinstance(rows, Tensor) else rows:
+            found = (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
+            if isinstance(rows, Tensor) or bool(found.any()):
+                break
+        return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -64,9 +71,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: For nn.DataParallel, whose replicas no hook can follow.
     """
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("nn.DataParallel copies the model in every step; use DistributedDataParallel")
     while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("nn.DataParallel copies the model in every step; use DistributedDataParallel")
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             inner = getattr(model, "module", None)
@@ -84,9 +91,12 @@ def find_stacks(model: nn.Module) -> list[StackSpec]:
     for rule in _RULES:
         if stacks := rule(model):
             return stacks
-    for module in model.modules():  # the user's class holds a decoder or backbone of a known structure
-        if stacks := _lightly(module):
-            return stacks
+    # The user's class holds a decoder or a backbone of a known structure. An MAE's backbone has a mask token too, which
+    # is never used: decoders first.
+    for rule in (_lightly_decoder, _lightly_backbone):
+        for module in model.modules():
+            if stacks := rule(module):
+                return stacks
     raise ValueError(
         f"{type(model).__name__} has no known structure with masked tokens; "
         "give attach_mto(..., stacks=[StackSpec(name, blocks, masked_row=..., prefix_tokens=...)])"
@@ -125,16 +135,28 @@ def _stack(
     if not blocks or parameter is None:
         return
 
-    def masked_row() -> Tensor:
-        now, added = _parameter(owner, token), None if position is None else _at(owner, position)
+    def masked_row() -> Tensor | Sequence[Tensor]:
+        now, found = _parameter(owner, token), None if position is None else _at(owner, position)
         row = (parameter if now is None else now).reshape(1, 1, -1)
-        return row + added[:, prefix:] if isinstance(added, Tensor) else row
+        added = found[:, prefix:] if isinstance(found, Tensor) else torch.zeros_like(row)
+        device = row.device.type
+        if not torch.is_autocast_enabled(device):
+            return row + added
+        # Some models bring the mask token to the dtype of the patches that it joins, some the position too.
+        half = torch.get_autocast_dtype(device)
+        return row + added, row.to(half) + added, row.to(half) + added.to(half)
 
     yield StackSpec(name, blocks, parameter, prefix, masked_row)
 
 
 def _bootmae(model: nn.Module) -> list[StackSpec]:
-    """LightDXY/BootMAE: two decoders; visible rows carry no decoder position, masked rows do."""
+    """LightDXY/BootMAE, and ours: two decoders; visible rows carry no decoder position, masked rows do."""
+    if ours := _blocks(_at(model, "pixel_blocks")):
+        feature = _blocks(_at(model, "feature_blocks"))
+        return [
+            *_stack("pixel_decoder", ours, model, "pixel_mask_token", "pixel_pos_embed"),
+            *_stack("feature_decoder", feature, model, "feature_mask_token", "pos_embed"),
+        ]
     if _at(model, "decode_blocks_1") is None or _at(model, "de_pos_embed") is None:
         return []
     return [
@@ -183,25 +205,33 @@ def _hf_inpainting(model: nn.Module) -> list[StackSpec]:
 
 
 def _beit(model: nn.Module) -> list[StackSpec]:
-    """TencentARC/ConMIM, the original BEiT, and our inpainting-style ViTs."""
+    """TencentARC/ConMIM, the original BEiT, and our inpainting-style ViTs and Swin."""
+    if stages := [block for stage in _blocks(_at(model, "stages")) for block in _blocks(stage)]:
+        return [*_stack("encoder", stages, model, "mask_token", "pos_embed", prefix=0)]
     if _at(model, "cls_token") is None or _at(model, "patch_embed") is None:
         return []
     return [*_stack("encoder", _blocks(_at(model, "blocks")), model, "mask_token", "pos_embed")]
 
 
-def _lightly(module: nn.Module) -> list[StackSpec]:
-    """Lightly's MAE decoders, current and older, and its SimMIM backbone."""
-    if callable(getattr(module, "decode", None)):
-        prefix = getattr(module, "num_prefix_tokens", 1)
-        if older := _blocks(_at(module, "decoder_blocks")):
-            return [*_stack("decoder", older, module, "mask_token", "decoder_pos_embed")]
-        if isinstance(prefix, int) and _at(module, "pos_embed") is not None:
-            blocks = _blocks(_at(module, "blocks"))
-            return [*_stack("decoder", blocks, module, "mask_token", "pos_embed", prefix)]
-    if callable(getattr(module, "preprocess", None)):
-        blocks = _blocks(_at(module, "vit.encoder.layers"))
+def _lightly_decoder(module: nn.Module) -> list[StackSpec]:
+    """Lightly's MAE decoders, current and older."""
+    prefix = getattr(module, "num_prefix_tokens", 1)
+    if not callable(getattr(module, "decode", None)) or not isinstance(prefix, int):
+        return []
+    if older := _blocks(_at(module, "decoder_blocks")):
+        return [*_stack("decoder", older, module, "mask_token", "decoder_pos_embed", prefix)]
+    if _at(module, "pos_embed") is None:
+        return []
+    return [*_stack("decoder", _blocks(_at(module, "blocks")), module, "mask_token", "pos_embed", prefix)]
+
+
+def _lightly_backbone(module: nn.Module) -> list[StackSpec]:
+    """Lightly's SimMIM backbone, on a ViT of torchvision or of timm."""
+    if not callable(getattr(module, "preprocess", None)):
+        return []
+    if blocks := _blocks(_at(module, "vit.encoder.layers")):
         return [*_stack("encoder", blocks, module, "mask_token", "vit.encoder.pos_embedding")]
-    return []
+    return [*_stack("encoder", _blocks(_at(module, "vit.blocks")), module, "mask_token", "vit.pos_embed")]
 
 
 # One class name serves several code bases, and MAE also has `blocks` and `mask_token`: the order matters.

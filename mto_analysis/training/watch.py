@@ -22,13 +22,16 @@ class _Numbers(StackForward):
     def clear(self) -> None:
         """Forget the last forward."""
         super().clear()
+        self.splits: dict[int, TokenSplit] = {}
         self.values: dict[str, float] = {}
 
     @torch.no_grad()
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure one layer depth."""
-        patches, mask = self.patches(tokens.detach())
-        split = TokenSplit(mask)
+        patches = self.images(tokens.detach())[:, self.spec.prefix_tokens :]
+        if patches.shape[1] not in self.splits:
+            self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1]))
+        split = self.splits[patches.shape[1]]
         self.values[f"heterogeneity_{depth}"] = heterogeneity(patches, split).mean().item()
         for quadrant, mass in enumerate(quadrant_mass(patches, split).mean(dim=0).tolist(), start=1):
             self.values[f"quadrant_{quadrant}_mass_{depth}"] = mass
@@ -52,6 +55,7 @@ class Watch(Attached):
         self._every = every
         self._on_record = on_record
         self._numbers = [_Numbers(spec) for spec in specs]
+        self._ended: set[int] = set()
         super().__init__(model, self._numbers)
 
     def _due(self) -> bool:
@@ -61,11 +65,13 @@ class Watch(Attached):
         self, stack: int, depth: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         super()._block_ends(stack, depth, module, args, kwargs, output)
-        last = stack == len(self._numbers) - 1 and depth == len(self._numbers[stack].spec.blocks)
-        if not last or recomputing() or not (module.training if self._recording is None else self._recording):
+        if depth < len(self._numbers[stack].spec.blocks) or recomputing() or not self._records(module):
             return
-        self._record()
-        self.step += 1
+        self._ended.add(stack)
+        if len(self._ended) == len(self._numbers):  # stacks may run in any order
+            self._ended.clear()
+            self._record()
+            self.step += 1
 
     def _record(self) -> None:
         record: dict[str, float] = {"step": self.step}
