@@ -127,7 +127,7 @@ def test_reconstruct_models__leaves_out_a_model_without_pixels_and_refuses_when_
     study = reconstruct_models([bare, good], warn=said.append)
     assert {row.model for row in study.reconstructions} == {"MAE"}
     assert said == ["contrastive (mae) predicts no pixels, so there is nothing to reconstruct"]
-    with pytest.raises(CheckpointError, match="contrastive .mae. predicts no pixels"):
+    with pytest.raises(CheckpointError, match=r"contrastive .mae. predicts no pixels"):
         reconstruct_models([bare])
     with pytest.raises(ValueError, match="predicts no pixels"):
         reconstruct_shown(bare)
