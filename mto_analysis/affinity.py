@@ -72,6 +72,7 @@ class TokenSplit:
         rows_of: dict[int, list[int]] = {}
         for row, count in enumerate(self.num_masked.tolist()):
             rows_of.setdefault(count, []).append(row)
+        self.counts = frozenset(rows_of)
         self._blocks = [
             (torch.tensor(rows[start : start + _IMAGES_AT_ONCE], device=mask.device), count)
             for count, rows in rows_of.items()

@@ -2,6 +2,7 @@
 
 import typer
 
+from mto_analyze.affinity import affinity
 from mto_analyze.console import Commands
 from mto_analyze.demo import demo
 from mto_analyze.heterogeneity import heterogeneity
@@ -19,5 +20,5 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-for command in (demo, inspect, heterogeneity, plot):
+for command in (demo, inspect, heterogeneity, affinity, plot):
     app.command()(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,28 @@ from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.masking import MaskRule, masks_to_bytes
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import labels_of
-from mto_analysis.probe import MaskSource, ProbeResult, masks_from_file, masks_from_rule, probe, undisturbed
+from mto_analysis.probe import (
+    LayerMeasure,
+    MaskSource,
+    ProbeResult,
+    masks_from_file,
+    masks_from_rule,
+    probe,
+    undisturbed,
+)
 from mto_analysis.reconstruction import own_loss
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Settings", "measure_checkpoints", "pick_device"]
+__all__ = ["HeterogeneityStudy", "Settings", "Watch", "measure_checkpoints", "pick_device"]
 
 _SELF_CHECK_PICTURES = 16
 
 Progress = Callable[[Iterable[PictureBatch], int, str], Iterator[PictureBatch]]
+
+#: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.
+Watch = Callable[[MaskedImageModel, str], AbstractContextManager[Sequence[LayerMeasure]]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,7 @@ def measure_checkpoints(
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda batches, total, label: iter(batches),
+    watch: Watch = lambda model, label: nullcontext(()),
 ) -> HeterogeneityStudy:
     """Measure heterogeneity at every layer depth of each checkpoint on the same pictures.
 
@@ -134,6 +147,7 @@ def measure_checkpoints(
         say: Takes notes for the user.
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
+        watch: What else to measure in the same pass; its numbers are columns of ``per_image``.
 
     Raises:
         ValueError: If labels do not fit, or an option does not.
@@ -158,7 +172,7 @@ def measure_checkpoints(
     tables, values = [], []
     for source, label in zip(sources, names, strict=True):
         model = _load(source, num_heads, decoder_num_heads, several=len(sources) > 1)
-        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress)
+        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress, watch)
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(source), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
@@ -188,6 +202,7 @@ def _measure(
     say: Callable[[str], None],
     warn: Callable[[str], None],
     progress: Progress,
+    watch: Watch,
 ) -> tuple[ProbeResult, dict[str, Any]]:
     info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
@@ -211,12 +226,14 @@ def _measure(
         masks = _kept(masks, study.masks.setdefault(label, {}))
     steps = -(-count // settings.batch_size)
     try:
-        result = probe(
-            model,
-            progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
-            masks,
-            masks_per_image=settings.masks_per_image,
-        )
+        with watch(model, label) as layer_measures:
+            result = probe(
+                model,
+                progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
+                masks,
+                masks_per_image=settings.masks_per_image,
+                layer_measures=layer_measures,
+            )
     except DataError as error:
         if broken and len(broken) == count:
             raise DataError(
