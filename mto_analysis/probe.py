@@ -28,6 +28,7 @@ __all__ = [
     "ProbeResult",
     "masks_from_file",
     "masks_from_rule",
+    "mean_and_interval",
     "probe",
     "undisturbed",
 ]
@@ -162,6 +163,22 @@ class ProbeResult:
             num_masks=masks,
         )
         return table.reset_index()
+
+
+def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Mean and 95 % interval over images of some columns, per group; an image's masks are averaged first.
+
+    Columns: the keys, then for each column itself, ``_ci_low`` and ``_ci_high``, then ``num_visible num_images``.
+    """
+    per_image = frame.groupby([*keys, "image"], sort=False)[[*columns, "num_visible"]].mean()
+    groups = per_image.groupby(list(keys), sort=False)
+    mean, count = groups.mean(), groups.size()
+    half = groups.std(ddof=1).mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+    table = mean[[]].copy()
+    for column in columns:
+        table[column] = mean[column]
+        table[f"{column}_ci_low"], table[f"{column}_ci_high"] = mean[column] - half[column], mean[column] + half[column]
+    return table.assign(num_visible=mean["num_visible"], num_images=count).reset_index()
 
 
 def _t_quantile(count: int) -> float:

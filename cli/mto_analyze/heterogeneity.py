@@ -4,14 +4,29 @@ import re
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mto_analyze.console import as_text, note, progress
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Overwrite, Quiet
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mto_analysis.outputs import OutputFolder
+
 FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+
+
+DEFINITION_FILES = ("definitions.csv", "attention.csv", "definitions.png", "definitions.pdf")
+
+
+class Definitions(StrEnum):
+    """Which definitions of heterogeneity."""
+
+    paper = "paper"
+    all = "all"
 
 
 class Precision(StrEnum):
@@ -47,6 +62,9 @@ def heterogeneity(
     dtype: Annotated[
         Precision, typer.Option(help="Of the forward; H is always computed in float32 or better.")
     ] = Precision.float32,
+    definitions: Annotated[
+        Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
+    ] = Definitions.paper,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
@@ -57,13 +75,14 @@ def heterogeneity(
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
-    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out.
+    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
+    --definitions all also definitions.csv, attention.csv, definitions.png and .pdf.
     """
     from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
     mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
-    names = (*FILES, *mask_files)
+    names = (*FILES, *mask_files, *(DEFINITION_FILES if definitions == Definitions.all else ()))
     folder = OutputFolder(out, names, overwrite=overwrite)
 
     import torch
@@ -72,8 +91,10 @@ def heterogeneity(
     from mto_analysis.demo import DEMO_PICTURES
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.studies.definitions import Definitions as Watched
     from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device
 
+    watched = Watched() if definitions == Definitions.all else None
     if images is None:
         note(
             "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
@@ -102,7 +123,10 @@ def heterogeneity(
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
+        **({"watch": watched.watch} if watched else {}),
     )
+    if watched:
+        write_definitions(folder, watched.take_table(study), watched.attention_table())
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
@@ -111,3 +135,12 @@ def heterogeneity(
     folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
     typer.echo(as_text(study.table))
     note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)
+
+
+def write_definitions(folder: "OutputFolder", table: "pd.DataFrame", attention: "pd.DataFrame") -> None:
+    """The tables and the figure of ``--definitions all``."""
+    from mto_analysis.plots.definitions import draw_definitions
+
+    folder.write_table("definitions.csv", table)
+    folder.write_table("attention.csv", attention)
+    folder.write_figure("definitions", draw_definitions(table, attention))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,6 +90,14 @@ class MAE(MaskedImageModel):
         placed = x.new_zeros(*mask.shape, x.shape[-1]).scatter(1, visible.expand(-1, -1, x.shape[-1]), x[:, 1:])
         tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), placed)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+
+    def position_embedding(self, stack: str) -> Tensor:
+        """The decoder's sin-cos table."""
+        return self.decoder_pos_embed[:, 1:]
+
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The decoder's blocks."""
+        return tuple(self.decoder_blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""
