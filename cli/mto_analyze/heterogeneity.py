@@ -20,6 +20,7 @@ FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png"
 
 
 DEFINITION_FILES = ("definitions.csv", "attention.csv", "definitions.png", "definitions.pdf")
+CONTROL_FILES = ("controls.csv", "controls.png", "controls.pdf")
 
 
 class Definitions(StrEnum):
@@ -65,6 +66,10 @@ def heterogeneity(
     definitions: Annotated[
         Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
     ] = Definitions.paper,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
+    ] = False,
+    control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
@@ -76,13 +81,15 @@ def heterogeneity(
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
     Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
-    --definitions all also definitions.csv, attention.csv, definitions.png and .pdf.
+    --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
+    controls.png and .pdf.
     """
     from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
     mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
     names = (*FILES, *mask_files, *(DEFINITION_FILES if definitions == Definitions.all else ()))
+    names += CONTROL_FILES if controls else ()
     folder = OutputFolder(out, names, overwrite=overwrite)
 
     import torch
@@ -91,10 +98,12 @@ def heterogeneity(
     from mto_analysis.demo import DEMO_PICTURES
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.studies.controls import Controls
     from mto_analysis.studies.definitions import Definitions as Watched
-    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device
+    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device, together
 
     watched = Watched() if definitions == Definitions.all else None
+    controlled = Controls(control_seeds) if controls else None
     if images is None:
         note(
             "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
@@ -123,10 +132,22 @@ def heterogeneity(
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
-        **({"watch": watched.watch} if watched else {}),
+        watch=together(*(each.watch for each in (watched, controlled) if each)),
     )
     if watched:
         write_definitions(folder, watched.take_table(study), watched.attention_table())
+    if controlled:
+        rows = controlled.measure(
+            study,
+            ckpt,
+            open_pictures(images or DEMO_PICTURES),
+            settings,
+            num_heads=num_heads,
+            decoder_num_heads=decoder_num_heads,
+            say=partial(note, quiet=quiet),
+            progress=partial(progress, quiet=quiet),
+        )
+        write_controls(folder, study.table, rows)
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
@@ -144,3 +165,13 @@ def write_definitions(folder: "OutputFolder", table: "pd.DataFrame", attention: 
     folder.write_table("definitions.csv", table)
     folder.write_table("attention.csv", attention)
     folder.write_figure("definitions", draw_definitions(table, attention))
+
+
+def write_controls(folder: "OutputFolder", table: "pd.DataFrame", controls: "pd.DataFrame") -> None:
+    """The table, the figure and the sentences of ``--controls``."""
+    from mto_analysis.plots.controls import draw_controls
+    from mto_analysis.studies.controls import CONTROLS, control_bands, control_sentences
+
+    folder.write_table("controls.csv", controls)
+    folder.write_figure("controls", draw_controls(table, control_bands(controls), CONTROLS))
+    typer.echo("\n".join(control_sentences(table, controls)))

@@ -27,10 +27,10 @@ TOKENS = {
 }
 # The four places of the grid that hold no definition, as a cosine does not see norms.
 _ATTENTION = {
-    ("matched_each", "cosine"): ("mass_masked_to_visible", "attention, masked to visible"),
-    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "attention, visible to masked"),
-    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "its entropy, masked to visible"),
-    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "its entropy, visible to masked"),
+    ("matched_each", "cosine"): ("mass_masked_to_visible", "share, masked to visible"),
+    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "share, visible to masked"),
+    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "nats, masked to visible"),
+    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "nats, visible to masked"),
 }
 
 
@@ -96,9 +96,13 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
                     ax.tick_params(labelleft=False)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3)
-        figure.supxlabel("Layer depth (attention: block)", fontsize=8)
+        for ax in axes[-1]:
+            ax.set_xlabel("block" if ax.get_facecolor()[0] < 1 else "layer depth", fontsize=7)
         figure.supylabel(r"$H\,/\,\log N_{\mathrm{visible}}$", fontsize=8)
-        caption = "bands: 95 % interval over pictures; hollow: layer depth 0 without the position embedding"
+        caption = (
+            "bands: 95 % interval over pictures; hollow: layer depth 0 without the position embedding\n"
+            "grey panels: the model's own attention, mean and range over heads"
+        )
         figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=7, color="0.3")
     return figure
 
@@ -117,8 +121,6 @@ def _plot_attention(attention: pd.DataFrame, column: str, words: str, *, ax: Axe
         ax.set_ylim(-0.03, 1.05)
     else:
         ax.set_ylim(bottom=0)
-    unit = "share" if column.startswith("mass") else "nats"
-    ax.annotate(f"{unit}; band: heads", (0.97, 0.06), xycoords="axes fraction", ha="right", size=5.5, color="0.35")
     ax.set_facecolor("0.97")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from mto_analysis.reconstruction import own_loss
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Settings", "Watch", "measure_checkpoints", "pick_device"]
+__all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "pick_device", "together"]
 
 _SELF_CHECK_PICTURES = 16
 
@@ -39,6 +39,17 @@ Progress = Callable[[Iterable[PictureBatch], int, str], Iterator[PictureBatch]]
 
 #: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.
 Watch = Callable[[MaskedImageModel, str], AbstractContextManager[Sequence[LayerMeasure]]]
+
+
+def together(*watches: Watch) -> Watch:
+    """Several watches as one."""
+
+    @contextmanager
+    def watch(model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
+        with ExitStack() as stack:
+            yield [measure for each in watches for measure in stack.enter_context(each(model, label))]
+
+    return watch
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ def measure_checkpoints(
     study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), [])
     tables, values = [], []
     for source, label in zip(sources, names, strict=True):
-        model = _load(source, num_heads, decoder_num_heads, several=len(sources) > 1)
+        model = load_source(source, num_heads, decoder_num_heads, several=len(sources) > 1)
         result, facts = _measure(model, label, pictures, settings, study, say, warn, progress, watch)
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(source), **facts})
         tables.append(result.summary().assign(model=label))
@@ -181,7 +192,7 @@ def measure_checkpoints(
     return study
 
 
-def _load(
+def load_source(
     source: str | Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool
 ) -> MaskedImageModel:
     """Head counts given for several checkpoints are for those that need them."""
