@@ -54,6 +54,9 @@ def heterogeneity(
     mask_unit: Annotated[
         int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
     ] = None,
+    match_visible: Annotated[
+        bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
+    ] = False,
     masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
     save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
     masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per picture.")] = 1,
@@ -68,6 +71,12 @@ def heterogeneity(
     ] = Definitions.paper,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
+    ] = False,
+    properties: Annotated[
+        bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
+    ] = False,
+    difference: Annotated[
+        bool, typer.Option("--difference", help="Of two checkpoints: second minus first, picture by picture.")
     ] = False,
     control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
@@ -90,6 +99,9 @@ def heterogeneity(
     mask_files = {f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.npz": name for name in labels if save_masks}
     names = (*FILES, *mask_files, *(DEFINITION_FILES if definitions == Definitions.all else ()))
     names += CONTROL_FILES if controls else ()
+    names += (*(["properties.csv"] if properties else []), *(["difference.csv"] if difference else []))
+    if difference and len(labels) != 2:
+        raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
     folder = OutputFolder(out, names, overwrite=overwrite)
 
     import torch
@@ -98,12 +110,15 @@ def heterogeneity(
     from mto_analysis.demo import DEMO_PICTURES
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.studies.comparison import paired_difference
     from mto_analysis.studies.controls import Controls
     from mto_analysis.studies.definitions import Definitions as Watched
     from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device, together
+    from mto_analysis.studies.properties import Properties
 
     watched = Watched() if definitions == Definitions.all else None
     controlled = Controls(control_seeds) if controls else None
+    seen = Properties() if properties else None
     if images is None:
         note(
             "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
@@ -112,6 +127,7 @@ def heterogeneity(
         limit=limit,
         mask_ratio=mask_ratio,
         mask_unit=mask_unit,
+        num_visible=matched_visible(ckpt, num_heads, decoder_num_heads) if match_visible else None,
         masks=load_masks(masks) if masks else None,
         masks_per_image=masks_per_image,
         seed=seed,
@@ -132,7 +148,7 @@ def heterogeneity(
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
-        watch=together(*(each.watch for each in (watched, controlled) if each)),
+        watch=together(*(each.watch for each in (watched, controlled, seen) if each)),
     )
     if watched:
         write_definitions(folder, watched.take_table(study), watched.attention_table())
@@ -148,6 +164,10 @@ def heterogeneity(
             progress=partial(progress, quiet=quiet),
         )
         write_controls(folder, study.table, rows)
+    if seen:
+        folder.write_table("properties.csv", seen.table())
+    if difference:
+        folder.write_table("difference.csv", paired_difference(study.per_image, *labels))
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
@@ -175,3 +195,12 @@ def write_controls(folder: "OutputFolder", table: "pd.DataFrame", controls: "pd.
     folder.write_table("controls.csv", controls)
     folder.write_figure("controls", draw_controls(table, control_bands(controls), CONTROLS))
     typer.echo("\n".join(control_sentences(table, controls)))
+
+
+def matched_visible(ckpt: list[Path], num_heads: int | None, decoder_num_heads: int | None) -> int:
+    """The number of visible patches of ``--match-visible``."""
+    from mto_analysis.checkpoints import inspect_checkpoint
+    from mto_analysis.studies.comparison import common_num_visible
+
+    reports = [inspect_checkpoint(each, num_heads=num_heads, decoder_num_heads=decoder_num_heads) for each in ckpt]
+    return common_num_visible([report.info for report in reports])

@@ -27,6 +27,7 @@ from mto_analysis.probe import (
     undisturbed,
 )
 from mto_analysis.reconstruction import own_loss
+from mto_analysis.studies.comparison import rule_leaving
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,7 @@ class Settings:
         limit: Number of pictures, spread evenly; all by default.
         mask_ratio: Instead of the model's own.
         mask_unit: Side in pixels of the square masked at once, instead of the model's own.
+        num_visible: The model's own kind of mask, but with so many patches left visible.
         masks: Masks by picture name, instead of drawing them.
         masks_per_image: Masks per picture.
         seed: Of the masks.
@@ -74,6 +76,7 @@ class Settings:
     limit: int | None = None
     mask_ratio: float | None = None
     mask_unit: int | None = None
+    num_visible: int | None = None
     masks: Mapping[str, Tensor] | None = None
     masks_per_image: int = 1
     seed: int = 0
@@ -88,12 +91,17 @@ class Settings:
         """Check what belongs together."""
         if self.masks is not None and (self.mask_ratio is not None or self.mask_unit is not None):
             raise ValueError("masks from a file have their own ratio and unit; leave mask_ratio and mask_unit out")
+        if self.num_visible is not None and (self.masks, self.mask_ratio, self.mask_unit) != (None, None, None):
+            raise ValueError("num_visible decides the mask; leave masks, mask_ratio and mask_unit out")
 
     def mask_source(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
         """Where masks come from, in words, and their rule."""
         if self.masks is not None:
             return masks_from_file(model.info, self.masks), "from the mask file", None
-        rule = model.info.mask_rule.with_options(ratio=self.mask_ratio, unit=self.mask_unit)
+        if self.num_visible is not None:
+            rule = rule_leaving(model.info, self.num_visible)
+        else:
+            rule = model.info.mask_rule.with_options(ratio=self.mask_ratio, unit=self.mask_unit)
         origin = model.info.mask_rule_source if rule == model.info.mask_rule else "as asked for"
         return masks_from_rule(model.info, rule, seed=self.seed), f"{rule} ({origin}), seed {self.seed}", rule
 
