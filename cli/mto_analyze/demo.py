@@ -1,4 +1,4 @@
-"""``mto-analyze demo``: Figs. 1(a) and 1(b) of bundled small models on bundled pictures, offline."""
+"""``mto-analyze demo``: Figs. 1(a), 1(b) and 2 of bundled small models on bundled pictures, offline."""
 
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,24 @@ def demo(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure bundled small MAE and SimMIM models and draw Figs. 1(a) and 1(b): no download, under a minute."""
+    """Measure bundled small MAE and SimMIM models and draw Figs. 1(a), 1(b) and 2: no download, under a minute."""
     from mto_analysis.outputs import OutputFolder, run_facts
 
     names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
+    names += ["fig2.csv", *(f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf"))]
     folder = OutputFolder(out, [*names, "run.json"], overwrite=overwrite)
 
     from mto_analysis.demo import demo_sentences, measure_demo
+    from mto_analysis.plots.affinity import draw_affinity
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
 
     tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))
     for figure, table in (("fig1a", tables.fig1a), ("fig1b", tables.fig1b)):
         folder.write_figure(figure, draw_heterogeneity(table))
         folder.write_table(f"{figure}.csv", table)
+    folder.write_table("fig2.csv", tables.fig2)
+    for model, maps in tables.maps.items():
+        folder.write_figure(f"fig2-{model.lower()}", draw_affinity(maps, title=model))
     folder.write_json("run.json", run_facts(context.params, models=tables.models))
     typer.echo("\n".join(demo_sentences(tables)))
     typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
