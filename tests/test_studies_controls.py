@@ -116,8 +116,8 @@ def test_control_sentences__say_where_the_curve_leaves_the_bands() -> None:
     bands = control_bands(controls).set_index(["control", "layer_depth"])
     assert bands.loc[("random_weights", 0), ["low", "high"]].tolist() == pytest.approx([0.88, 0.94])
     (sentence,) = control_sentences(curve, controls)
-    assert "random weights: outside at layer depth 1 only" in sentence
-    assert "zero mask token: outside at every layer depth" in sentence
+    assert "outside at layer depth 1 only of random weights" in sentence
+    assert "outside at every layer depth of zero mask token" in sentence
 
 
 def test_plot_controls__draws_a_band_per_control_under_the_curve() -> None:

@@ -35,6 +35,7 @@ CONTROLS = {
     "shuffled_positions": "shuffled masked positions",
     "visible_null": "visible against visible",
 }
+_MARGIN = 0.001
 _IN_PASS = ("shuffled_positions", "visible_null")
 
 
@@ -180,7 +181,8 @@ def control_bands(controls: pd.DataFrame) -> pd.DataFrame:
 def control_sentences(table: pd.DataFrame, controls: pd.DataFrame) -> list[str]:
     """One plain sentence per model and stack: whether its curve leaves the bands of its controls, and where.
 
-    A curve is outside where its own 95 % interval and the band do not meet.
+    A curve is outside where its own 95 % interval and the band are more than 0.001 of the bound apart; less is no
+    finding, and near the bound it is rounding.
 
     Args:
         table: Rows of ``heterogeneity.csv``.
@@ -194,18 +196,20 @@ def control_sentences(table: pd.DataFrame, controls: pd.DataFrame) -> list[str]:
         parts = []
         for control, band in mine.groupby("control", sort=False):
             both = curve.merge(band, on="layer_depth")
-            above = both["normalized_ci_low"].fillna(both["normalized"]) > both["high"]
-            below = both["normalized_ci_high"].fillna(both["normalized"]) < both["low"]
-            parts.append(f"{CONTROLS[str(control)]}: {_where(both['layer_depth'].tolist(), (above | below).tolist())}")
+            above = both["normalized_ci_low"].fillna(both["normalized"]) > both["high"] + _MARGIN
+            below = both["normalized_ci_high"].fillna(both["normalized"]) < both["low"] - _MARGIN
+            parts.append(
+                f"{_where(both['layer_depth'].tolist(), (above | below).tolist())} of {CONTROLS[str(control)]}"
+            )
         name = f"{model}, {stack}" if several else str(model)
-        sentences.append(f"{name}: the curve against the bands of its controls - {'; '.join(parts)}.")
+        sentences.append(f"{name}: the curve against the bands of its controls: {', '.join(parts)}.")
     return sentences
 
 
 def _where(depths: Sequence[int], outside: Sequence[bool]) -> str:
     left = [str(depth) for depth, out in zip(depths, outside, strict=True) if out]
     if not left:
-        return "never leaves it"
+        return "never outside that"
     if len(left) == len(depths):
         return "outside at every layer depth"
-    return f"outside at layer depth {', '.join(left)} only"
+    return f"outside at layer depth {' '.join(left)} only"
