@@ -1,8 +1,10 @@
-"""What measuring H at every layer depth costs above the bare forward of the same model, in time and in peak memory.
+"""What measuring every layer depth costs above the bare forward of the same model, in time and in peak memory.
 
-Time: the bare forward and the probe take turns in one process; printed are the median ratio of whole runs and, steadier
-on a busy machine, the time spent inside the measure over the rest of the same run. Memory: the peak (VmHWM) of fresh
-processes that do one or the other, median of five each. Random weights, random pictures.
+Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, moments of dot products and cosines, row
+entropies, and the mean map. Time: the bare forward and the probes take turns in one process; printed are the median
+ratio of whole runs and, steadier on a busy machine, the time spent inside the measure over the rest of the same run.
+Memory: the peak (VmHWM) of fresh processes that do one or the other, median of five each. Random weights, random
+pictures.
 
 Run: ``python benchmarks/probe_cost.py`` (about ten minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +24,11 @@ import torch
 from mto_analysis.affinity import TokenSplit, heterogeneity
 from mto_analysis.data import PictureBatch
 from mto_analysis.masking import MaskRule
-from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.quadrants import AffinityMaps
 
-TARGETS = {"time": 2.0, "memory": 16.0}
+TARGETS = "targets: H 2 %; everything 4 % (SimMIM ViT-B), 3 % (MAE ViT-B); 16 MB"
 
 
 def build(name: str) -> MaskedImageModel:
@@ -47,35 +51,47 @@ def bare(model: MaskedImageModel, batch: PictureBatch) -> None:
 
 
 class Stopwatch:
-    """The measure, with the time spent in it."""
+    """What is measured, with the time spent in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
         self.seconds = 0.0
+        self._maps = AffinityMaps() if what == "everything" else None
 
-    def __call__(self, tokens: torch.Tensor, split: TokenSplit) -> torch.Tensor:
-        """H, timed."""
+    def __call__(
+        self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]
+    ) -> Mapping[str, torch.Tensor]:
+        """The numbers of a layer, timed."""
         start = time.perf_counter()
-        value = heterogeneity(tokens, split)
+        if self._maps is None:
+            value: Mapping[str, torch.Tensor] = {"heterogeneity": heterogeneity(layer.tokens, split)}
+        else:
+            value = self._maps(stack, layer, split, names)
         self.seconds += time.perf_counter() - start
         return value
 
 
-def times(name: str, size: int, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of the bare forward, percent by whole runs, percent inside the measure."""
+def times(name: str, size: int, repeats: int, measures: Sequence[str]) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Median seconds of the bare forward; for each measure percent by whole runs and percent inside it."""
     model, batch = build(name), pictures(size)
-    forward, whole, inside = [], [], []
+    forward: list[float] = []
+    whole: dict[str, list[float]] = {what: [] for what in measures}
+    inside: dict[str, list[float]] = {what: [] for what in measures}
     for repeat in range(repeats + 1):
         start = time.perf_counter()
         bare(model, batch)
-        middle = time.perf_counter()
-        watch = Stopwatch()
-        probe(model, [batch], measures={"heterogeneity": watch})
-        end = time.perf_counter()
-        if repeat:  # the first turn warms up
-            forward.append(middle - start)
-            whole.append(100 * ((end - middle) / (middle - start) - 1))
-            inside.append(100 * watch.seconds / (end - middle - watch.seconds))
-    return statistics.median(forward), statistics.median(whole), statistics.median(inside)
+        seconds = time.perf_counter() - start
+        for what in measures:
+            watch = Stopwatch(what)
+            start = time.perf_counter()
+            probe(model, [batch], measures={}, layer_measures=[watch])
+            took = time.perf_counter() - start
+            if repeat:  # the first turn warms up
+                whole[what].append(100 * (took / seconds - 1))
+                inside[what].append(100 * watch.seconds / (took - watch.seconds))
+        if repeat:
+            forward.append(seconds)
+    percent = {what: (statistics.median(whole[what]), statistics.median(inside[what])) for what in measures}
+    return statistics.median(forward), percent
 
 
 def peak_megabytes() -> float:
@@ -83,43 +99,45 @@ def peak_megabytes() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def memory(name: str, size: int, repeats: int = 5) -> tuple[float, float]:
-    """Median peak megabytes of processes that run the bare forward, and the probe."""
-    peaks: dict[str, list[float]] = {"bare": [], "probe": []}
+def memory(name: str, size: int, measures: Sequence[str], repeats: int = 5) -> dict[str, float]:
+    """Median peak megabytes of processes that run the bare forward, and each probe."""
+    peaks: dict[str, list[float]] = {what: [] for what in ("bare", *measures)}
     for _ in range(repeats):
         for what, found in peaks.items():
             command = [sys.executable, __file__, "--child", what, "--models", name, "--batches", str(size)]
             found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return statistics.median(peaks["bare"]), statistics.median(peaks["probe"])
+    return {what: statistics.median(found) for what, found in peaks.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["simmim_vit_b", "mae_vit_b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--measures", nargs="+", choices=("H", "everything"), default=["H", "everything"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--child", choices=("bare", "probe"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("bare", "H", "everything"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         model, batch = build(options.models[0]), pictures(options.batches[0])
         for _ in range(2):
-            bare(model, batch) if options.child == "bare" else probe(model, [batch])
+            if options.child == "bare":
+                bare(model, batch)
+            else:
+                probe(model, [batch], measures={}, layer_measures=[Stopwatch(options.child)])
         print(peak_megabytes())
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
-        f"targets: {TARGETS['time']} %, {TARGETS['memory']} MB"
-    )
-    print("model         batch  bare forward  probe, whole runs  probe, inside  peak bare  above it")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TARGETS}")
+    print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it")
     for name in options.models:
         for size in options.batches:
-            forward, whole, inside = times(name, size, options.repeats)
-            row = f"{name:<13} {size:>5}  {forward:>10.2f} s  {whole:>15.2f} %  {inside:>11.2f} %"
-            if not options.no_memory:
-                low, high = memory(name, size)
-                row += f"  {low:>6.0f} MB  {high - low:>5.1f} MB"
-            print(row, flush=True)
+            forward, percent = times(name, size, options.repeats, options.measures)
+            peaks = {} if options.no_memory else memory(name, size, options.measures)
+            for what, (whole, inside) in percent.items():
+                row = f"{name:<13} {size:>5}  {what:<10}  {forward:>10.2f} s  {whole:>8.2f} %  {inside:>4.2f} %"
+                if peaks:
+                    row += f"  {peaks['bare']:>6.0f} MB  {peaks[what] - peaks['bare']:>5.1f} MB"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ class TokenSplit:
         rows_of: dict[int, list[int]] = {}
         for row, count in enumerate(self.num_masked.tolist()):
             rows_of.setdefault(count, []).append(row)
+        self.counts = frozenset(rows_of)
         self._blocks = [
             (torch.tensor(rows[start : start + _IMAGES_AT_ONCE], device=mask.device), count)
             for count, rows in rows_of.items()
@@ -79,13 +80,14 @@ class TokenSplit:
         ]
         self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
 
-    def map(self, tokens: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
         """Reduce the tokens of a few images at a time, sorted masked first, to one value or row of values per image.
 
         Args:
             tokens: ``batch num_patches dim``.
             reduce: From sorted tokens ``some num_patches dim`` (at least float32) and their number of masked tokens to
                 ``some ...``.
+            per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
 
         Raises:
             ValueError: If tokens do not fit the mask.
@@ -99,7 +101,9 @@ class TokenSplit:
         # Under autocast the product would be made in half precision again.
         with torch.autocast(tokens.device.type, enabled=False):
             parts = [
-                reduce(tokens[rows[:, None], self.order[rows]].to(dtype), num_masked)
+                reduce(
+                    tokens[rows[:, None], self.order[rows]].to(dtype), num_masked, *(each[rows] for each in per_image)
+                )
                 for rows, num_masked in self._blocks
             ]
         return torch.cat(parts)[self._back]

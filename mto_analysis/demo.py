@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.data import PictureBatch, open_pictures, picture_batches
-from mto_analysis.models import ModelInfo
+from mto_analysis.models import MaskedImageModel, ModelInfo
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mto_analysis.probe import LayerMeasure
+    from mto_analysis.quadrants import AffinityMap
     from mto_analysis.report import ReportContents
 
 __all__ = [
@@ -54,10 +57,15 @@ def demo_batches(info: ModelInfo, *, limit: int | None = None, batch_size: int =
 
 @dataclass(frozen=True)
 class DemoTables:
-    """Rows of ``heterogeneity.csv`` for Fig. 1(a), final models, and Fig. 1(b), early against final."""
+    """Rows of ``heterogeneity.csv`` for Fig. 1(a), final models, and Fig. 1(b), early against final; Fig. 2.
+
+    Fig. 2 is ``quadrants.csv`` of the final models, and their mean maps.
+    """
 
     fig1a: pd.DataFrame
     fig1b: pd.DataFrame
+    fig2: pd.DataFrame
+    maps: dict[str, list[AffinityMap]]
     models: list[dict[str, Any]]
 
 
@@ -71,9 +79,17 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
     import pandas as pd
 
     from mto_analysis.masking import load_masks
+    from mto_analysis.quadrants import AffinityMaps
+    from mto_analysis.studies.affinity import quadrant_table
     from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints
 
-    tables, models = [], []
+    recorders: dict[str, AffinityMaps] = {}
+
+    def watch(model: MaskedImageModel, label: str) -> AbstractContextManager[Sequence[LayerMeasure]]:
+        recorders[label] = AffinityMaps()
+        return nullcontext((recorders[label],))
+
+    tables, quadrants, models = [], [], []
     for method, masks in DEMO_MASKS.items():
         labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
         study = measure_checkpoints(
@@ -83,12 +99,21 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
             labels=labels,
             say=say,
             warn=say,
+            watch=watch,
         )
         tables.append(study.table)
+        quadrants.append(quadrant_table(study.per_image))
         models += study.models
     table = pd.concat(tables, ignore_index=True)
     early = table["model"].str.endswith("early")
-    return DemoTables(table[~early].reset_index(drop=True), table, models)
+    fig2 = pd.concat(quadrants, ignore_index=True)
+    return DemoTables(
+        fig1a=table[~early].reset_index(drop=True),
+        fig1b=table,
+        fig2=fig2[~fig2["model"].str.endswith("early")].reset_index(drop=True),
+        maps={label: recorder.maps for label, recorder in recorders.items() if not label.endswith("early")},
+        models=models,
+    )
 
 
 def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:

@@ -16,18 +16,32 @@ from mto_analysis.affinity import TokenSplit, heterogeneity
 from mto_analysis.data import PictureBatch
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.masking import MaskRule, mask_keys
-from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MaskSource", "Measure", "ProbeResult", "masks_from_file", "masks_from_rule", "probe", "undisturbed"]
+__all__ = [
+    "LayerMeasure",
+    "MaskSource",
+    "Measure",
+    "ProbeResult",
+    "masks_from_file",
+    "masks_from_rule",
+    "mean_and_interval",
+    "probe",
+    "undisturbed",
+]
 
 #: Masks of a batch: from picture names and k to a bool tensor ``batch num_patches``.
 MaskSource = Callable[[Sequence[str], int], Tensor]
 
 #: A number per image from its tokens ``batch num_patches dim`` at one layer depth.
 Measure = Callable[[Tensor, TokenSplit], Tensor]
+
+#: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's pictures; the
+#: names of numbers must be the same at every depth, and none may be a measure's.
+LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
 
 MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
 
@@ -151,6 +165,22 @@ class ProbeResult:
         return table.reset_index()
 
 
+def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Mean and 95 % interval over images of some columns, per group; an image's masks are averaged first.
+
+    Columns: the keys, then for each column itself, ``_ci_low`` and ``_ci_high``, then ``num_visible num_images``.
+    """
+    per_image = frame.groupby([*keys, "image"], sort=False)[[*columns, "num_visible"]].mean()
+    groups = per_image.groupby(list(keys), sort=False)
+    mean, count = groups.mean(), groups.size()
+    half = groups.std(ddof=1).mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+    table = mean[[]].copy()
+    for column in columns:
+        table[column] = mean[column]
+        table[f"{column}_ci_low"], table[f"{column}_ci_high"] = mean[column] - half[column], mean[column] + half[column]
+    return table.assign(num_visible=mean["num_visible"], num_images=count).reset_index()
+
+
 def _t_quantile(count: int) -> float:
     from scipy.special import stdtrit
 
@@ -181,6 +211,7 @@ def probe(
     masks_per_image: int = 1,
     stacks: Sequence[str] | None = None,
     measures: Mapping[str, Measure] = MEASURES,
+    layer_measures: Sequence[LayerMeasure] = (),
 ) -> ProbeResult:
     """Measure every layer depth of a model over pictures, streamed: one depth of one batch is held at a time.
 
@@ -194,6 +225,7 @@ def probe(
         masks_per_image: Masks per picture, k = 0, 1, ...
         stacks: Stacks to measure; by default all that hold masked tokens.
         measures: Numbers to compute from the tokens of each depth.
+        layer_measures: Functions of stack and layer that give several numbers, and may keep more for themselves.
 
     Raises:
         ValueError: If there is no picture, or a stack is unknown.
@@ -218,7 +250,9 @@ def probe(
             images = batch.images.to(like.device, like.dtype)
             for k in range(masks_per_image):
                 mask = masks(batch.names, k).to(like.device)
-                chunks += [_measure(model, images, mask, stack, batch.names, k, measures) for stack in chosen]
+                chunks += [
+                    _measure(model, images, mask, stack, batch.names, k, measures, layer_measures) for stack in chosen
+                ]
     if not chunks:
         raise DataError("there is no picture to measure")
     return ProbeResult(tuple(chunks))
@@ -232,16 +266,20 @@ def _measure(
     names: tuple[str, ...],
     k: int,
     measures: Mapping[str, Measure],
+    layer_measures: Sequence[LayerMeasure],
 ) -> _Chunk:
-    values: dict[str, list[Tensor]] = {name: [] for name in measures}
+    values: dict[str, list[Tensor]] = {}
     counts: list[Tensor] = []
     sizes: list[int] = []
     split: TokenSplit | None = None
     for layer in model.layer_tokens(images, mask, stack):
         if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
             split = TokenSplit(layer.mask)
-        for name, measure in measures.items():
-            values[name].append(measure(layer.tokens, split))
+        found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
+        for layer_measure in layer_measures:
+            found.update(layer_measure(stack, layer, split, names))
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.

@@ -1,17 +1,32 @@
 """``mto-analyze heterogeneity``: Eq. (2) at every layer depth of one or several checkpoints (Fig. 1)."""
 
-import re
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mto_analyze.console import as_text, note, progress
+from mto_analyze.console import as_text, note, progress, slug
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mto_analysis.outputs import OutputFolder
+
 FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+
+
+DEFINITION_FILES = ("definitions.csv", "attention.csv", "definitions.png", "definitions.pdf")
+CONTROL_FILES = ("controls.csv", "controls.png", "controls.pdf")
+
+
+class Definitions(StrEnum):
+    """Which definitions of heterogeneity."""
+
+    paper = "paper"
+    all = "all"
 
 
 class Precision(StrEnum):
@@ -38,6 +53,9 @@ def heterogeneity(
     mask_unit: Annotated[
         int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
     ] = None,
+    match_visible: Annotated[
+        bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
+    ] = False,
     masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
     save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
     masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per picture.")] = 1,
@@ -47,6 +65,19 @@ def heterogeneity(
     dtype: Annotated[
         Precision, typer.Option(help="Of the forward; H is always computed in float32 or better.")
     ] = Precision.float32,
+    definitions: Annotated[
+        Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
+    ] = Definitions.paper,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
+    ] = False,
+    properties: Annotated[
+        bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
+    ] = False,
+    difference: Annotated[
+        bool, typer.Option("--difference", help="Of two checkpoints: second minus first, picture by picture.")
+    ] = False,
+    control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
@@ -58,13 +89,19 @@ def heterogeneity(
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
-    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out.
+    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
+    --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
+    controls.png and .pdf.
     """
     from mto_analysis.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
     mask_files = _mask_files(labels) if save_masks else {}
-    names = (*FILES, *mask_files)
+    names = (*FILES, *mask_files, *(DEFINITION_FILES if definitions == Definitions.all else ()))
+    names += CONTROL_FILES if controls else ()
+    names += (*(["properties.csv"] if properties else []), *(["difference.csv"] if difference else []))
+    if difference and len(labels) != 2:
+        raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
     folder = OutputFolder(out, names, overwrite=overwrite)
 
     import torch
@@ -73,8 +110,15 @@ def heterogeneity(
     from mto_analysis.demo import DEMO_PICTURES
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device
+    from mto_analysis.studies.comparison import paired_difference
+    from mto_analysis.studies.controls import Controls
+    from mto_analysis.studies.definitions import Definitions as Watched
+    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device, together
+    from mto_analysis.studies.properties import Properties
 
+    watched = Watched() if definitions == Definitions.all else None
+    controlled = Controls(control_seeds) if controls else None
+    seen = Properties() if properties else None
     if images is None:
         note(
             "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
@@ -83,6 +127,7 @@ def heterogeneity(
         limit=limit,
         mask_ratio=mask_ratio,
         mask_unit=mask_unit,
+        num_visible=matched_visible(ckpt, offline, num_heads, decoder_num_heads) if match_visible else None,
         masks=load_masks(masks) if masks else None,
         masks_per_image=masks_per_image,
         seed=seed,
@@ -104,7 +149,27 @@ def heterogeneity(
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
+        watch=together(*(each.watch for each in (watched, controlled, seen) if each)),
     )
+    if watched:
+        write_definitions(folder, watched.take_table(study), watched.attention_table())
+    if controlled:
+        rows = controlled.measure(
+            study,
+            ckpt,
+            open_pictures(images or DEMO_PICTURES),
+            settings,
+            num_heads=num_heads,
+            decoder_num_heads=decoder_num_heads,
+            offline=offline,
+            say=partial(note, quiet=quiet),
+            progress=partial(progress, quiet=quiet),
+        )
+        write_controls(folder, study.table, rows)
+    if seen:
+        folder.write_table("properties.csv", seen.table())
+    if difference:
+        folder.write_table("difference.csv", paired_difference(study.per_image, *labels))
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
@@ -119,8 +184,37 @@ def _mask_files(labels: list[str]) -> dict[str, str]:
     """The label behind each mask file; two labels may not end up in one file."""
     files: dict[str, str] = {}
     for label in labels:
-        name = f"masks-{re.sub(r'[^A-Za-z0-9.-]+', '-', label)}.npz"
+        name = f"masks-{slug(label)}.npz"
         if name in files and files[name] != label:
             raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
         files[name] = label
     return files
+
+
+def write_definitions(folder: "OutputFolder", table: "pd.DataFrame", attention: "pd.DataFrame") -> None:
+    """The tables and the figure of ``--definitions all``."""
+    from mto_analysis.plots.definitions import draw_definitions
+
+    folder.write_table("definitions.csv", table)
+    folder.write_table("attention.csv", attention)
+    folder.write_figure("definitions", draw_definitions(table, attention))
+
+
+def write_controls(folder: "OutputFolder", table: "pd.DataFrame", controls: "pd.DataFrame") -> None:
+    """The table, the figure and the sentences of ``--controls``."""
+    from mto_analysis.plots.controls import draw_controls
+    from mto_analysis.studies.controls import CONTROLS, control_bands, control_sentences
+
+    folder.write_table("controls.csv", controls)
+    folder.write_figure("controls", draw_controls(table, control_bands(controls), CONTROLS))
+    typer.echo("\n".join(control_sentences(table, controls)))
+
+
+def matched_visible(ckpt: list[str], offline: bool, num_heads: int | None, decoder_num_heads: int | None) -> int:
+    """The number of visible patches of ``--match-visible``."""
+    from mto_analysis.checkpoints import inspect_checkpoint
+    from mto_analysis.studies.comparison import common_num_visible
+
+    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+    reports = [inspect_checkpoint(each, **heads, offline=offline) for each in ckpt]
+    return common_num_visible([report.info for report in reports])

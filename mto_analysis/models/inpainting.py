@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -80,6 +80,14 @@ class InpaintingViT(MaskedImageModel):
                 bias = self.position_biases[depth]()
             x = block(x, attn_mask=bias)
             yield x
+
+    def position_embedding(self, stack: str) -> Tensor | None:
+        """The absolute positions, of models that have them."""
+        return None if self.pos_embed is None else self.pos_embed[:, 1:]
+
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -144,6 +144,21 @@ class MaskedImageModel(nn.Module, ABC):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """The same as :meth:`reconstruct`."""
         return self.reconstruct(images, mask)
+
+    def position_embedding(self, stack: str) -> Tensor | None:
+        """What was added to the patch tokens of layer depth 0 for their place, where it can be taken off again.
+
+        Shapes:
+            returns: 1 num_patches dim, or ``None`` where positions act otherwise (relative biases) or not at all
+        """
+        return None
+
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The blocks of a stack in order, for watching their attention; none where that is of another kind.
+
+        Each has ``attn`` with ``qkv``, ``num_heads`` and ``scale`` as in timm, over prefix tokens first, then patches.
+        """
+        return ()
 
     @abstractmethod
     def depth(self, stack: str) -> int:

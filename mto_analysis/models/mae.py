@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,6 +94,14 @@ class MAE(MaskedImageModel):
         for block in self.decoder_blocks:
             x = block(x)
             yield x
+
+    def position_embedding(self, stack: str) -> Tensor:
+        """The decoder's sin-cos table."""
+        return self.decoder_pos_embed[:, 1:]
+
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The decoder's blocks."""
+        return tuple(self.decoder_blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

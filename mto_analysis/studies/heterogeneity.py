@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,40 @@ from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.masking import MaskRule, masks_to_bytes
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import labels_of
-from mto_analysis.probe import MaskSource, ProbeResult, masks_from_file, masks_from_rule, probe, undisturbed
+from mto_analysis.probe import (
+    LayerMeasure,
+    MaskSource,
+    ProbeResult,
+    masks_from_file,
+    masks_from_rule,
+    probe,
+    undisturbed,
+)
 from mto_analysis.reconstruction import own_loss
+from mto_analysis.studies.comparison import rule_leaving
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Settings", "measure_checkpoints", "pick_device"]
+__all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "pick_device", "together"]
 
 _SELF_CHECK_PICTURES = 16
 
 Progress = Callable[[Iterable[PictureBatch], int, str], Iterator[PictureBatch]]
+
+#: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.
+Watch = Callable[[MaskedImageModel, str], AbstractContextManager[Sequence[LayerMeasure]]]
+
+
+def together(*watches: Watch) -> Watch:
+    """Several watches as one."""
+
+    @contextmanager
+    def watch(model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
+        with ExitStack() as stack:
+            yield [measure for each in watches for measure in stack.enter_context(each(model, label))]
+
+    return watch
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,7 @@ class Settings:
         limit: Number of pictures, spread evenly; all by default.
         mask_ratio: Instead of the model's own.
         mask_unit: Side in pixels of the square masked at once, instead of the model's own.
+        num_visible: The model's own kind of mask, but with so many patches left visible.
         masks: Masks by picture name, instead of drawing them.
         masks_per_image: Masks per picture.
         seed: Of the masks.
@@ -51,6 +76,7 @@ class Settings:
     limit: int | None = None
     mask_ratio: float | None = None
     mask_unit: int | None = None
+    num_visible: int | None = None
     masks: Mapping[str, Tensor] | None = None
     masks_per_image: int = 1
     seed: int = 0
@@ -65,12 +91,17 @@ class Settings:
         """Check what belongs together."""
         if self.masks is not None and (self.mask_ratio is not None or self.mask_unit is not None):
             raise ValueError("masks from a file have their own ratio and unit; leave mask_ratio and mask_unit out")
+        if self.num_visible is not None and (self.masks, self.mask_ratio, self.mask_unit) != (None, None, None):
+            raise ValueError("num_visible decides the mask; leave masks, mask_ratio and mask_unit out")
 
     def mask_source(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
         """Where masks come from, in words, and their rule."""
         if self.masks is not None:
             return masks_from_file(model.info, self.masks), "from the mask file", None
-        rule = model.info.mask_rule.with_options(ratio=self.mask_ratio, unit=self.mask_unit)
+        if self.num_visible is not None:
+            rule = rule_leaving(model.info, self.num_visible)
+        else:
+            rule = model.info.mask_rule.with_options(ratio=self.mask_ratio, unit=self.mask_unit)
         origin = model.info.mask_rule_source if rule == model.info.mask_rule else "as asked for"
         return masks_from_rule(model.info, rule, seed=self.seed), f"{rule} ({origin}), seed {self.seed}", rule
 
@@ -122,6 +153,7 @@ def measure_checkpoints(
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda batches, total, label: iter(batches),
+    watch: Watch = lambda model, label: nullcontext(()),
 ) -> HeterogeneityStudy:
     """Measure heterogeneity at every layer depth of each checkpoint on the same pictures.
 
@@ -136,6 +168,7 @@ def measure_checkpoints(
         say: Takes notes for the user.
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
+        watch: What else to measure in the same pass; its numbers are columns of ``per_image``.
 
     Raises:
         ValueError: If labels do not fit, or an option does not.
@@ -160,8 +193,8 @@ def measure_checkpoints(
     tables, values = [], []
     paths = [resolve(source, offline=offline) for source in sources]  # all of them, before an hour is spent on one
     for source, path, label in zip(sources, paths, names, strict=True):
-        model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1)
-        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress)
+        model = load_source(path, num_heads, decoder_num_heads, several=len(sources) > 1)
+        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress, watch)
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(path), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
@@ -170,14 +203,16 @@ def measure_checkpoints(
     return study
 
 
-def _load(path: Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool) -> MaskedImageModel:
+def load_source(
+    source: str | Path, num_heads: int | None, decoder_num_heads: int | None, *, several: bool, offline: bool = False
+) -> MaskedImageModel:
     """Head counts given for several checkpoints are for those that need them."""
     if several:
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(source, offline=offline)
         except HeadCountError:
             pass
-    return load_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=decoder_num_heads, offline=offline)
 
 
 def _measure(
@@ -189,6 +224,7 @@ def _measure(
     say: Callable[[str], None],
     warn: Callable[[str], None],
     progress: Progress,
+    watch: Watch,
 ) -> tuple[ProbeResult, dict[str, Any]]:
     info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
@@ -212,12 +248,14 @@ def _measure(
         masks = _kept(masks, study.masks.setdefault(label, {}))
     steps = -(-count // settings.batch_size)
     try:
-        result = probe(
-            model,
-            progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
-            masks,
-            masks_per_image=settings.masks_per_image,
-        )
+        with watch(model, label) as layer_measures:
+            result = probe(
+                model,
+                progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
+                masks,
+                masks_per_image=settings.masks_per_image,
+                layer_measures=layer_measures,
+            )
     except DataError as error:
         if broken and len(broken) == count:
             raise DataError(

@@ -82,15 +82,31 @@ def collect_report(
     names = list(labels) if labels else labels_of(sources)
     # Names that are not there are an error now, not after measuring.
     chosen = pictures if isinstance(shown, int) else choose_pictures(pictures, shown)
-    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
     study = measure_checkpoints(
-        sources, pictures, settings, labels=names, **heads, offline=offline, say=say, warn=warn, progress=progress
+        sources,
+        pictures,
+        settings,
+        labels=names,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        offline=offline,
+        say=say,
+        warn=warn,
+        progress=progress,
     )
     if isinstance(shown, int):
         measured = list(dict.fromkeys(study.per_image["image"]))  # broken pictures are not among them
         count = min(shown, len(measured))
         chosen = choose_pictures(pictures, [measured[index * len(measured) // count] for index in range(count)])
-    explored, reconstructions = show_pictures(sources, chosen, settings, labels=names, **heads, offline=offline)
+    explored, reconstructions = show_pictures(
+        sources,
+        chosen,
+        settings,
+        labels=names,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        offline=offline,
+    )
     return ReportContents(study.table, study.models, explored, reconstructions, used_versions())
 
 

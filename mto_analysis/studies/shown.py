@@ -14,7 +14,7 @@ from mto_analysis.data import Pictures, picture_batches
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import labels_of
 from mto_analysis.reconstruction import OwnLoss, own_loss
-from mto_analysis.studies.heterogeneity import Settings, _load
+from mto_analysis.studies.heterogeneity import Settings, load_source
 
 __all__ = ["ShownModel", "loss_in_words", "shown_models"]
 
@@ -74,7 +74,7 @@ def shown_models(
     count = min(settings.limit or len(pictures.names), len(pictures.names))
     paths = [resolve(source, offline=offline) for source in sources]
     for source, path, label in zip(sources, paths, names, strict=True):
-        model = _load(path, num_heads, decoder_num_heads, several=len(sources) > 1).to(settings.device)
+        model = load_source(path, num_heads, decoder_num_heads, several=len(sources) > 1).to(settings.device)
         masks, words, rule = settings.mask_source(model)
         batch = next(picture_batches(pictures, model.info, batch_size=count, limit=settings.limit))
         images, mask = batch.images.to(settings.device), masks(batch.names, 0).to(settings.device)

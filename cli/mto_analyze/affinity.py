@@ -1,0 +1,124 @@
+"""``mto-analyze affinity``: affinity maps of every layer depth and the numbers of their quadrants (Fig. 2)."""
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mto_analyze.console import note, progress, slug
+from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
+
+
+class Kind(StrEnum):
+    """What a map shows."""
+
+    softmax = "softmax"
+    dot = "dot"
+    cosine = "cosine"
+
+
+class Scale(StrEnum):
+    """How values become colours."""
+
+    per_map = "per-map"
+    shared = "shared"
+
+
+def affinity(
+    context: typer.Context,
+    ckpt: Checkpoints,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder, list (.txt) or Parquet file; by default 256 bundled CIFAR-10 pictures."),
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")] = Kind.softmax,
+    pictures: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a picture to map by itself; repeat for several. By default the mean over all."),
+    ] = None,
+    scale: Annotated[
+        Scale, typer.Option(help="per-map: each from its own least to greatest value, as in the paper; or shared.")
+    ] = Scale.per_map,
+    label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, spread evenly.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")] = None,
+    mask_unit: Annotated[
+        int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
+    num_heads: Heads = None,
+    decoder_num_heads: DecoderHeads = None,
+    offline: Offline = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("affinity"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.
+
+    Writes affinity.png and .pdf (one pair per model and picture), affinity.npz, quadrants.csv and run.json to --out.
+    """
+    from mto_analysis.outputs import OutputFolder, labels_of, run_facts
+
+    if pictures and limit:
+        raise ValueError("--pictures names the pictures, so leave --limit out")
+    labels = label or labels_of(ckpt)
+    stems = {
+        (model, picture): "-".join(
+            ["affinity", *([slug(model)] if len(labels) > 1 else []), *([slug(picture)] if picture else [])]
+        )
+        for model in labels
+        for picture in pictures or [""]
+    }
+    figures = [f"{stem}.{suffix}" for stem in stems.values() for suffix in ("png", "pdf")]
+    folder = OutputFolder(out, ["affinity.npz", "quadrants.csv", *figures, "run.json"], overwrite=overwrite)
+
+    from mto_analysis.data import open_pictures
+    from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.masking import load_masks
+    from mto_analysis.plots.affinity import draw_affinity
+    from mto_analysis.studies.affinity import map_checkpoints
+    from mto_analysis.studies.heterogeneity import Settings, pick_device
+
+    settings = Settings(
+        limit=limit,
+        mask_ratio=mask_ratio,
+        mask_unit=mask_unit,
+        masks=load_masks(masks) if masks else None,
+        seed=seed,
+        batch_size=batch_size,
+        device=pick_device(device),
+        num_workers=num_workers,
+        strict=strict,
+    )
+    study = map_checkpoints(
+        ckpt,
+        open_pictures(images or DEMO_PICTURES),
+        settings,
+        kind=kind.value,
+        chosen=pictures or (),
+        labels=labels,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        offline=offline,
+        say=partial(note, quiet=quiet),
+        warn=note,
+        progress=partial(progress, quiet=quiet),
+    )
+    folder.write_table("quadrants.csv", study.quadrants)
+    folder.write_bytes("affinity.npz", study.maps_file())
+    for (model, picture), stem in stems.items():
+        maps = [each for each in study.maps[model] if (each.picture or "") == picture]
+        if maps:  # none where the picture was broken and skipped
+            folder.write_figure(stem, draw_affinity(maps, scale=scale.value, title=model))
+    facts = run_facts(context.params, models=study.heterogeneity.models, skipped=study.heterogeneity.broken)
+    folder.write_json("run.json", facts)
+    columns = ["model", "stack", "layer_depth", "quadrant", "mass", "dot_mean", "cosine_mean", "row_entropy"]
+    typer.echo(study.quadrants[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    note(f"wrote {', '.join(folder.names)} to {folder.path}", quiet=quiet)
