@@ -28,6 +28,7 @@ from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, M
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.quadrants import AffinityMaps
 
+clock = time.perf_counter
 TARGETS = "targets: H 2 %; everything 4 % (SimMIM ViT-B), 3 % (MAE ViT-B); 16 MB"
 
 
@@ -61,12 +62,12 @@ class Stopwatch:
         self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]
     ) -> Mapping[str, torch.Tensor]:
         """The numbers of a layer, timed."""
-        start = time.perf_counter()
+        start = clock()
         if self._maps is None:
             value: Mapping[str, torch.Tensor] = {"heterogeneity": heterogeneity(layer.tokens, split)}
         else:
             value = self._maps(stack, layer, split, names)
-        self.seconds += time.perf_counter() - start
+        self.seconds += clock() - start
         return value
 
 
@@ -77,14 +78,14 @@ def times(name: str, size: int, repeats: int, measures: Sequence[str]) -> tuple[
     whole: dict[str, list[float]] = {what: [] for what in measures}
     inside: dict[str, list[float]] = {what: [] for what in measures}
     for repeat in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         bare(model, batch)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         for what in measures:
             watch = Stopwatch(what)
-            start = time.perf_counter()
+            start = clock()
             probe(model, [batch], measures={}, layer_measures=[watch])
-            took = time.perf_counter() - start
+            took = clock() - start
             if repeat:  # the first turn warms up
                 whole[what].append(100 * (took / seconds - 1))
                 inside[what].append(100 * watch.seconds / (took - watch.seconds))
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=("H", "everything"), default=["H", "everything"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: steady on a busy machine")
     parser.add_argument("--child", choices=("bare", "H", "everything"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -127,6 +129,10 @@ def main() -> None:
                 probe(model, [batch], measures={}, layer_measures=[Stopwatch(options.child)])
         print(peak_megabytes())
         return
+    if options.cpu_time:
+        global clock
+        torch.set_num_threads(1)
+        clock = time.thread_time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TARGETS}")
     print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it")
     for name in options.models:

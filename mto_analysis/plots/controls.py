@@ -48,7 +48,11 @@ def plot_controls(curve: pd.DataFrame, bands: pd.DataFrame, words: dict[str, str
     low, high = curve["normalized_ci_low"], curve["normalized_ci_high"]
     ax.fill_between(curve["layer_depth"], low, high, color="black", alpha=0.2, linewidth=0)
     ax.set_xlabel("Layer depth")
-    ax.set_ylim(-0.03, 1.05)
+    # All near the bound, as in SimMIM: the axis then shows what is there, not a line at the top.
+    least = min(float(curve["normalized"].min()), float(bands["low"].min()))
+    room = 0.05 if least < 0.5 else 0.1 * (1 - least) + 1e-3
+    ax.set_ylim((0 if least < 0.5 else least) - room, 1 + room)
+    ax.ticklabel_format(axis="y", useOffset=False)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -62,7 +66,7 @@ def draw_controls(table: pd.DataFrame, bands: pd.DataFrame, words: dict[str, str
         words: Control to its name in the legend.
     """
     curves = list(table.groupby(["model", "stack"], sort=False))
-    width = min(len(curves), 3)
+    width = 2 if len(curves) == 4 else min(len(curves), 3)
     rows = -(-len(curves) // width)
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH * max(width, 2) / 3, 2.3 * rows + 0.8), layout="constrained")
