@@ -363,7 +363,15 @@ def test_commands__have_no_untested_option() -> None:
     commands = typer.main.get_command(app).commands
     options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
     everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
-    assert options["heterogeneity"] - everywhere == set(HETEROGENEITY_OPTIONS)
+    further = {
+        "definitions",
+        "controls",
+        "control_seeds",
+        "properties",
+        "match_visible",
+        "difference",
+    }  # in test_studies_*
+    assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
     assert options["inspect"] == {"ckpt", "num_heads", "decoder_num_heads", "offline", "as_json"}
     assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
     assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}
@@ -679,10 +687,9 @@ def test_plot__refuses_other_tables(tmp_path: Path) -> None:
 
 def test_demo__writes_figures_and_tables_and_says_what_they_show(out: Path) -> None:
     result = ok("demo", "--limit", 8, "--out", out)
-    names = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")} | {
-        "report.html",
-        "run.json",
-    }
+    figures = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")}
+    maps = {f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf")}
+    names = figures | maps | {"fig2.csv", "report.html", "run.json"}
     assert set(contents(out)) == names
     for name in names - {"run.json"}:
         assert str(out / name) in result.stdout

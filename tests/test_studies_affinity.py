@@ -90,7 +90,7 @@ def test_map_checkpoints__chosen_pictures_are_mapped_alone_and_unknown_ones_name
     )
     assert [(each.picture, each.layer_depth) for each in study.maps["MAE"]][::5] == [("7", 0), ("3", 0)]
     assert set(study.quadrants["num_images"]) == {2}
-    with pytest.raises(DataError, match="no picture is called cat"):
+    with pytest.raises(DataError, match="there is no picture cat"):
         map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), chosen=["cat"])
 
 
