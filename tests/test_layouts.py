@@ -242,3 +242,8 @@ def test_load_checkpoint__knows_eva_by_its_width(tmp_path: Path) -> None:
     report = inspect_checkpoint(tmp_path / "eva.pt")
     assert (report.info.family, report.config["num_heads"], report.info.image_size) == ("eva", 16, 224)
     assert (report.info.mean[0], int(report.info.mask_ratio * 256)) == (0.48145466, 105)
+
+
+def test_info__says_where_visible_tokens_never_change(published: Published, tmp_path: Path) -> None:
+    model = load_checkpoint(published.save(tmp_path), **published.heads)
+    assert bool(model.info.caveat) == (model.info.family in ("milan", "cae"))

@@ -79,6 +79,7 @@ def _cae(state: StateDict, heads: Heads, rule: MaskRule, source: str) -> Convers
         patch_size=patch_size,
         mask_rule=MaskRule("blockwise", rule.ratio, patch_size),
         target="features",
+        caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
         mask_rule_source=source if grid * grid == _PUBLISHED_PATCHES else f"rule: the fraction of the {source}",
     )
     return Conversion(CAE, model, info, state)

@@ -42,6 +42,7 @@ def _milan(state: StateDict, heads: Heads) -> Conversion:
         family="milan",
         target="features",
         criterion=None,
+        caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
         mask_rule_source="published ratio; MILAN chose visible patches by CLIP's attention, not at random",
     )
     config = replace(conversion.config, feature_dim=predicted)

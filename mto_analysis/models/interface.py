@@ -46,6 +46,7 @@ class ModelInfo:
             ``features``, or ``None`` where the file does not say.
         criterion: Error of the model's own loss: ``l1`` or ``l2``, or ``None`` where it predicts no pixels.
         layout: Whose file it was read from.
+        caveat: What a reader of its curves must know, printed beside them.
         mask_rule_source: Where the mask rule comes from, as printed: the file, the published model, or a rule.
     """
 
@@ -60,6 +61,7 @@ class ModelInfo:
     criterion: Literal["l1", "l2"] | None = None
     layout: str = "mto_analysis"
     mask_rule_source: str = "given"
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         """Check the values."""

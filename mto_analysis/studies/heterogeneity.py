@@ -229,6 +229,8 @@ def _measure(
     info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
     say(f"{label}: {info.family} ({info.layout}), {info.image_size} px; masks: {words}")
+    if info.caveat:
+        say(f"{label}: {info.caveat}")
 
     def report(picture: BrokenPicture) -> None:
         if picture.name not in broken:  # once, though every model meets it again
