@@ -139,7 +139,7 @@ def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
         found = show_pictures(sources, choose_pictures(pictures, names), settings, labels=labels)
         explored += found[0]
         reconstructions += found[1]
-    return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions())
+    return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions(), tables.maps)
 
 
 def demo_sentences(tables: DemoTables) -> list[str]:

@@ -22,9 +22,11 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from mto_analysis.plots.affinity import draw_affinity
 from mto_analysis.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.plots.reconstruct import draw_reconstructions, reconstruction_caption
 from mto_analysis.plots.svg import figure_svg
+from mto_analysis.quadrants import AffinityMap
 from mto_analysis.studies.explore import MAX_PATCHES, Explored
 from mto_analysis.studies.reconstruct import Reconstruction
 
@@ -50,7 +52,8 @@ class ReportContents:
         explored: Chosen pictures in each stack of each model.
         reconstructions: The same pictures as the models fill them in.
         versions: Of the packages that made the numbers.
-        figures: More figures, such as Fig. 2 of each model, by their captions.
+        maps: Mean affinity maps of each model, drawn as Fig. 2.
+        figures: More figures by their captions.
     """
 
     table: pd.DataFrame
@@ -58,6 +61,7 @@ class ReportContents:
     explored: Sequence[Explored]
     reconstructions: Sequence[Reconstruction]
     versions: Mapping[str, str]
+    maps: Mapping[str, Sequence[AffinityMap]] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
@@ -77,6 +81,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
     )
     script = (_ASSETS / "report.js").read_text(encoding="utf-8")
     reconstructions = list(contents.reconstructions)
+    maps = {f"Affinity maps, {model}": draw_affinity(list(each), title=model) for model, each in contents.maps.items()}
     drawn = draw_reconstructions(reconstructions, captioned=False) if reconstructions else None
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -93,7 +98,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         curves=Markup(figure_svg(draw_heterogeneity(contents.table), "curves")),
         figures={
             caption: Markup(figure_svg(figure, f"figure{number}"))
-            for number, (caption, figure) in enumerate(contents.figures.items())
+            for number, (caption, figure) in enumerate({**maps, **contents.figures}.items())
         },
         sentences=[_sentence(label, curve) for label, curve in _curves(contents.table)],
         models=[

@@ -80,7 +80,8 @@ def test_render_report__is_well_formed_with_unique_ids_and_labels(html: str) -> 
             if reference in attributes and attributes[reference] != "depths-title":  # made by the script
                 assert attributes[reference] in ids, (tag, attributes)
     headings = re.findall(r"<h2[^>]*>([^<]*)", html)
-    assert headings == ["Heterogeneity over layer depth", "Explorer", "Numbers per layer", "Reconstructions", "The run"]
+    first = ["Heterogeneity over layer depth", "Explorer", "Figures"]
+    assert headings == [*first, "Numbers per layer", "Reconstructions", "The run"]
     assert 'aria-live="polite"' in html
 
 
@@ -211,7 +212,7 @@ def test_render_report__takes_more_figures_with_their_captions(contents: ReportC
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
     assert all(caption in page.text for caption in more)
-    assert [tag for tag, _ in page.tags].count("svg") == 5
+    assert [tag for tag, _ in page.tags].count("svg") == 7
 
 
 def test_collect_report__says_at_once_that_a_picture_is_not_there() -> None:

@@ -24,11 +24,14 @@ def demo(
     names += ["fig2.csv", *(f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf"))]
     folder = OutputFolder(out, [*names, "report.html", "run.json"], overwrite=overwrite)
 
+    import torch
+
     from mto_analysis.demo import demo_report, demo_sentences, measure_demo
     from mto_analysis.plots.affinity import draw_affinity
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
     from mto_analysis.report import render_report
 
+    torch.set_num_threads(1)  # as fast for such small models, and no waiting for threads on a busy machine
     tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))
     for figure, table in (("fig1a", tables.fig1a), ("fig1b", tables.fig1b)):
         folder.write_figure(figure, draw_heterogeneity(table))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from mto_analysis.data import Pictures, choose_pictures
+from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.outputs import labels_of, run_facts
+from mto_analysis.probe import LayerMeasure
+from mto_analysis.quadrants import AffinityMaps
 from mto_analysis.report import ReportContents
-from mto_analysis.studies.explore import Explored, explore_shown
+from mto_analysis.studies.explore import MAX_PATCHES, Explored, explore_shown
 from mto_analysis.studies.heterogeneity import Progress, Settings, measure_checkpoints
 from mto_analysis.studies.reconstruct import Reconstruction, reconstruct_shown
 from mto_analysis.studies.shown import shown_models
@@ -82,6 +86,14 @@ def collect_report(
     names = list(labels) if labels else labels_of(sources)
     # Names that are not there are an error now, not after measuring.
     chosen = pictures if isinstance(shown, int) else choose_pictures(pictures, shown)
+    recorders: dict[str, AffinityMaps] = {}
+
+    def watch(model: MaskedImageModel, label: str) -> nullcontext[Sequence[LayerMeasure]]:
+        if not _has_mean_maps(model.info, settings):
+            return nullcontext(())
+        recorders[label] = AffinityMaps()
+        return nullcontext((recorders[label],))
+
     study = measure_checkpoints(
         sources,
         pictures,
@@ -93,6 +105,7 @@ def collect_report(
         say=say,
         warn=warn,
         progress=progress,
+        watch=watch,
     )
     if isinstance(shown, int):
         measured = list(dict.fromkeys(study.per_image["image"]))  # broken pictures are not among them
@@ -107,7 +120,17 @@ def collect_report(
         decoder_num_heads=decoder_num_heads,
         offline=offline,
     )
-    return ReportContents(study.table, study.models, explored, reconstructions, used_versions())
+    maps = {label: recorder.maps for label, recorder in recorders.items()}
+    return ReportContents(study.table, study.models, explored, reconstructions, used_versions(), maps)
+
+
+def _has_mean_maps(info: ModelInfo, settings: Settings) -> bool:
+    """Whether maps can be averaged, which needs equal counts of masked patches, and drawn small enough."""
+    if info.num_patches > MAX_PATCHES:
+        return False
+    if settings.masks is None:
+        return info.mask_rule.with_options(unit=settings.mask_unit).kind != "blockwise"
+    return len({count for masks in settings.masks.values() for count in masks.sum(dim=-1).tolist()}) == 1
 
 
 def used_versions() -> dict[str, str]:
