@@ -310,9 +310,10 @@ class TestNames:
 
 def hub(endpoint: str, home: Path, code: str, **environment: str) -> str:
     """What a fresh process prints: the hub's client reads its settings when it is imported."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment},
+        env={**os.environ, **settings, **environment},
         capture_output=True,
         text=True,
         timeout=60,

@@ -74,7 +74,7 @@ def map_checkpoints(
         DataError: If a chosen picture is not there.
 
     Example:
-        >>> from mto_analysis.data import Pictures, choose_pictures
+        >>> from mto_analysis.data import open_pictures
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
         >>> study = map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), Settings(limit=4))
         >>> [tuple(each.values.shape) for maps in study.maps.values() for each in maps][:2]
