@@ -381,6 +381,7 @@ def test_hub__errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def unreachable(**_: object) -> str:
         raise LocalEntryNotFoundError("two\nlines")
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match="cannot be reached"):
         resolve("hf://o/name")
