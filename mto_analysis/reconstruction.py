@@ -121,6 +121,16 @@ class OwnLoss(NamedTuple):
         """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
         return not self.loss < self.predict_the_mean
 
+    def in_words(self, num_pictures: int) -> str:
+        """Both losses in a sentence, and what it means if the model's own is no better."""
+        target = f"{self.target.replace('_', ' ')}{', judged from the loss' if self.judged else ''}"
+        text = (
+            f"own loss {self.loss:.4g}, predicting the mean {self.predict_the_mean:.4g} "
+            f"({target}; {num_pictures} picture{'s' * (num_pictures > 1)})"
+        )
+        doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
+        return text + doubt * self.suspicious
+
 
 @torch.no_grad()
 def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss | None:

@@ -302,13 +302,7 @@ def _self_check(
     if loss is None:
         say(f"{label}: predicts no pixels, so its own loss cannot be checked on pictures")
         return None
-    target = f"{loss.target.replace('_', ' ')}{', judged from the loss' if loss.judged else ''}"
-    mean = f"predicting the mean {loss.predict_the_mean:.4g}"
-    text = f"own loss {loss.loss:.4g}, {mean} ({target}; {len(batch.names)} pictures)"
-    if loss.suspicious:
-        warn(f"{label}: {text}: no better than the mean, so it is untrained or loaded wrongly (head counts?)")
-    else:
-        say(f"{label}: {text}")
+    (warn if loss.suspicious else say)(f"{label}: {loss.in_words(len(batch.names))}")
     return loss._asdict()
 
 

@@ -16,7 +16,7 @@ from mto_analysis.outputs import labels_of
 from mto_analysis.reconstruction import OwnLoss, own_loss
 from mto_analysis.studies.heterogeneity import Settings, load_source
 
-__all__ = ["ShownModel", "loss_in_words", "shown_models"]
+__all__ = ["ShownModel", "shown_models"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def shown_models(
         loss = own_loss(model, images, mask)
         say(f"{label}: {model.info.family} ({model.info.layout}), {model.info.image_size} px; masks: {words}")
         if loss is not None:
-            (warn if loss.suspicious else say)(f"{label}: {loss_in_words(loss, len(images))}")
+            (warn if loss.suspicious else say)(f"{label}: {loss.in_words(len(images))}")
         facts = {
             "model": label,
             "source": str(source),
@@ -93,14 +93,3 @@ def shown_models(
             "own_loss": loss._asdict() if loss else None,
         }
         yield ShownModel(label, model, batch.names, images, mask, loss, facts)
-
-
-def loss_in_words(loss: OwnLoss, num_pictures: int) -> str:
-    """The own loss beside that of predicting the mean, and what it means if that is no better."""
-    target = f"{loss.target.replace('_', ' ')}{', judged from the loss' if loss.judged else ''}"
-    text = (
-        f"own loss {loss.loss:.4g}, predicting the mean {loss.predict_the_mean:.4g} "
-        f"({target}; {num_pictures} picture{'s' * (num_pictures > 1)})"
-    )
-    doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
-    return text + doubt * loss.suspicious
