@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["OutputFolder", "labels_of", "run_facts", "write_atomically"]
+__all__ = ["OutputFolder", "chosen_labels", "labels_of", "run_facts", "write_atomically"]
 
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
@@ -110,6 +110,18 @@ def labels_of(sources: Sequence[str | Path]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise ValueError("a checkpoint is given twice; name them apart with --label")
+
+
+def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:
+    """The labels that were given, or those of :func:`labels_of`.
+
+    Raises:
+        ValueError: If there is not one different label per checkpoint.
+    """
+    names = list(labels) if labels else labels_of(sources)
+    if len(names) != len(sources) or len(set(names)) != len(names):
+        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    return names
 
 
 def run_facts(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, picture_bat
 from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.masking import MaskRule, masks_to_bytes
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.outputs import labels_of
+from mto_analysis.outputs import chosen_labels
 from mto_analysis.probe import (
     LayerMeasure,
     MaskSource,
@@ -186,9 +186,7 @@ def measure_checkpoints(
     import pandas as pd
 
     settings = settings or Settings()
-    names = list(labels) if labels else labels_of(sources)
-    if len(names) != len(sources) or len(set(names)) != len(names):
-        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    names = chosen_labels(sources, labels)
     study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), [])
     tables, values = [], []
     paths = [resolve(source, offline=offline) for source in sources]  # all of them, before an hour is spent on one

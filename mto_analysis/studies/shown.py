@@ -12,7 +12,7 @@ from torch import Tensor
 from mto_analysis.checkpoints import checkpoint_sha256, resolve
 from mto_analysis.data import Pictures, picture_batches
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.outputs import labels_of
+from mto_analysis.outputs import chosen_labels
 from mto_analysis.reconstruction import OwnLoss, own_loss
 from mto_analysis.studies.heterogeneity import Settings, load_source
 
@@ -68,9 +68,7 @@ def shown_models(
         DataError: If a picture cannot be read.
     """
     settings = settings or Settings()
-    names = list(labels) if labels else labels_of(sources)
-    if len(names) != len(sources) or len(set(names)) != len(names):
-        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    names = chosen_labels(sources, labels)
     count = min(settings.limit or len(pictures.names), len(pictures.names))
     paths = [resolve(source, offline=offline) for source in sources]
     for source, path, label in zip(sources, paths, names, strict=True):
