@@ -17,6 +17,8 @@ _FORMULA = re.compile(
     r"<(?P<tag>span|div) class=\"arithmatex\">\s*\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]\s*</(?P=tag)>", re.DOTALL
 )
 
+_THIN = '<mspace width="0.17em" />'
+
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Every formula of a page, converted."""
@@ -25,4 +27,5 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
 def _converted(match: re.Match[str]) -> str:
     display = "block" if match["open"] == "[" else "inline"
-    return convert(html.unescape(match["latex"]).strip(), display=display)
+    formula = convert(html.unescape(match["latex"]).strip(), display=display)
+    return re.sub(r"<mi>(log|max)</mi>", rf"{_THIN}<mi>\1</mi>{_THIN}", formula)  # else "p log p" runs together
