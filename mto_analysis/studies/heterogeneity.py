@@ -267,9 +267,6 @@ def _measure(
     rows = settings.rows(pictures)
     if processes.main:
         loss = _self_check(model, batches(_SELF_CHECK_PICTURES, rows, 0), masks, label, say, warn)
-    kept: dict[str, list[Tensor]] | None = {} if settings.keep_masks else None
-    if kept is not None:
-        masks = _kept(masks, kept)
     with watch(model, label) as layer_measures:
         result = shared_probe(
             model,
@@ -283,12 +280,11 @@ def _measure(
             progress=progress,
             masks_per_image=settings.masks_per_image,
             layer_measures=layer_measures,
+            keep_masks=study.masks.setdefault(label, {}) if settings.keep_masks else None,
         )
-    for others_broken, others_masks in processes.exchange((dict(broken), kept or {})):
-        for name, reason in others_broken.items():
+    for others in processes.exchange(dict(broken)):
+        for name, reason in others.items():
             report(BrokenPicture(name, reason))
-        if settings.keep_masks:
-            study.masks.setdefault(label, {}).update(others_masks)
     if not result.chunks:
         raise DataError(f"none of the {len(rows)} pictures can be read; the first: {next(iter(broken.values()))}")
     return result, {
@@ -298,16 +294,6 @@ def _measure(
         "masks": words,
         "own_loss": loss,
     }
-
-
-def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
-    def draw(names: Sequence[str], k: int) -> Tensor:
-        drawn = masks(names, k)
-        for name, mask in zip(names, drawn, strict=True):
-            kept.setdefault(name, []).append(mask)
-        return drawn
-
-    return draw
 
 
 def _self_check(

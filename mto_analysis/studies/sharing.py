@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from mto_analysis.data import PictureBatch
 from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.probe import LayerMeasure, MaskSource, ProbeResult, probe, undisturbed
@@ -48,6 +50,7 @@ def shared_probe(
     progress: Progress = lambda batches, total, label: iter(batches),
     masks_per_image: int = 1,
     layer_measures: Sequence[LayerMeasure] = (),
+    keep_masks: dict[str, list[Tensor]] | None = None,
 ) -> ProbeResult:
     """Probe this process's part of the pictures, and put the parts of all together; all get the whole.
 
@@ -66,6 +69,7 @@ def shared_probe(
         progress: Wraps this process's batches.
         masks_per_image: Masks per picture.
         layer_measures: As for :func:`~mto_analysis.probe.probe`.
+        keep_masks: Takes the masks of all pictures by name.
 
     Returns:
         All chunks in the order of pictures; none if no picture could be read.
@@ -82,17 +86,31 @@ def shared_probe(
         result = probe(
             model,
             chain([first], stream),
-            masks,
+            masks if keep_masks is None else _kept(masks, keep_masks),
             masks_per_image=masks_per_image,
             layer_measures=layer_measures,
         )
     if processes.count == 1:
         return result
     shared = [each for each in objects if isinstance(each, Shared)]
-    parts = processes.exchange((result, [each.kept() for each in shared]))
+    parts = processes.exchange((result, [each.kept() for each in shared], dict(keep_masks or {})))
     for number, measure in enumerate(shared):
-        measure.put_together([kept[number] for _, kept in parts])
-    return ProbeResult(()).merge(*(part for part, _ in parts))
+        measure.put_together([kept[number] for _, kept, _ in parts])
+    if keep_masks is not None:
+        keep_masks.clear()
+        for _, _, drawn in parts:
+            keep_masks.update(drawn)
+    return ProbeResult(()).merge(*(part for part, _, _ in parts))
+
+
+def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
+    def draw(names: Sequence[str], k: int) -> Tensor:
+        drawn = masks(names, k)
+        for name, mask in zip(names, drawn, strict=True):
+            kept.setdefault(name, []).append(mask)
+        return drawn
+
+    return draw
 
 
 def _show_first(
