@@ -136,7 +136,8 @@ def test_heterogeneity__equals_the_original_code(name: str, golden_of, tmp_path:
     golden = golden_of(name)
     names = write_pictures(tmp_path / "p", ("0.png", "1.png"))
     monkeypatch.setattr(
-        "mto_analysis.data.preprocessing", lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]]
+        "mto_analysis.data.batches.preprocessing",
+        lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]],
     )
     for row in range(2):
         Image.new("RGB", (4, 4), (row, 0, 0)).save(names / f"{row}.png")
