@@ -219,7 +219,7 @@ def check_classes(train: LabelledPictures, test: LabelledPictures) -> int:
     Raises:
         DataError: If training and test pictures differ in their classes, or there is only one.
     """
-    if train.class_names != test.class_names:
+    if train.class_names and test.class_names and train.class_names != test.class_names:
         odd = sorted(set(train.class_names) ^ set(test.class_names))
         which = f"; only one of them has {', '.join(odd[:3])}" if odd else ""
         raise DataError(

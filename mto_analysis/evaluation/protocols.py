@@ -44,8 +44,8 @@ class Evaluation:
         temperature: Of kNN's weights, exp(cosine / temperature).
         penalty: Of the linear classifier, on half the squared norm of its weights.
         iterations: At most so many steps of L-BFGS.
-        limit: Use so many training pictures, spread evenly; all by default. Along a run on a CPU the pass of the encoder
-            over the pictures is nearly all of the time, so this sets the price.
+        limit: Use so many training pictures, spread evenly; all by default. Along a run on a CPU the encoder
+            takes nearly all of the time, so this sets the price.
         test_limit: The same for test pictures.
         precision: Of the encoder: float32, or bfloat16 by autocast, which moves scores by a few hundredths of a point.
         batch_size: Pictures at once through the encoder; the last digits of features depend on it, so it is fixed.
