@@ -67,7 +67,7 @@ class InpaintingViT(MaskedImageModel):
         self.norm = nn.LayerNorm(c.dim, eps=c.eps) if c.final_norm else nn.Identity()
 
     def _hidden(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-        """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``."""
+        """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``; nothing masked without a mask."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
