@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -138,11 +138,21 @@ class BootMAE(MaskedImageModel):
             images: batch channels height width
             returns: batch num_patches dim
         """
+        return self._whole(images)[:, 1:]
+
+    def _whole(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        return x[:, 1:]  # type: ignore[no-any-return]
+        return x  # type: ignore[no-any-return]
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""
