@@ -254,8 +254,7 @@ def _score_all(
     process: int,
 ) -> None:
     """Score what the curve lacks, then write the figure, the random encoders and what was run."""
-    from mto_analysis.checkpoints import load_checkpoint
-    from mto_analysis.evaluation.runs import named_checkpoints, score_checkpoints, score_random
+    from mto_analysis.evaluation.runs import load_encoder, named_checkpoints, score_checkpoints, score_random
     from mto_analysis.outputs import run_facts, write_atomically
 
     given = context.params
@@ -263,8 +262,7 @@ def _score_all(
     checkpoints = named_checkpoints(given["ckpt"], given["method"], given["seed"])
 
     def load(checkpoint: RunCheckpoint) -> MaskedImageModel:
-        model = load_checkpoint(checkpoint.source, num_heads=given["num_heads"], offline=given["offline"])
-        return model.to(device)
+        return load_encoder(checkpoint.source, num_heads=given["num_heads"], offline=given["offline"]).to(device)
 
     there = sum(curve.holds(checkpoint) for checkpoint in checkpoints)
     if there:

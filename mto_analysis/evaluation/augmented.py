@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def augmented_batches(
 def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image.Image], Tensor]:
     from timm.data import create_transform  # type: ignore[attr-defined]
 
-    transform: Callable[[Image.Image], Tensor] = create_transform(
+    transform = create_transform(
         info.image_size,
         is_training=True,
         scale=settings.crop_scale,
@@ -119,7 +120,17 @@ def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image
         re_prob=settings.erasing,
         re_mode="pixel",
     )
-    return transform
+    for each in transform.transforms:
+        for change in getattr(each, "ops", ()):
+            if "Posterize" in getattr(change, "name", ""):
+                change.level_fn = partial(_a_bit_at_least, change.level_fn)
+    return transform  # type: ignore[no-any-return]
+
+
+def _a_bit_at_least(level_of: Callable[..., tuple[int, ...]], *arguments: Any) -> tuple[int, ...]:
+    """At its strongest, timm's posterize keeps no bit: older Pillow made the picture black, newer ones refuse."""
+    bits, *rest = level_of(*arguments)
+    return (max(bits, 1), *rest)
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):

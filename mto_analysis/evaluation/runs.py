@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mto_analysis.errors import CheckpointNotFoundError, DataError, OutputExistsError
+from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint
+from mto_analysis.errors import CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
 from mto_analysis.evaluation.evaluator import Score
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
@@ -21,6 +22,7 @@ __all__ = [
     "CurveFile",
     "RunCheckpoint",
     "find_checkpoints",
+    "load_encoder",
     "named_checkpoints",
     "score_checkpoints",
     "score_random",
@@ -70,9 +72,21 @@ def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]
     found = _NUMBER.search(source)
     if found is not None:
         return [RunCheckpoint(source, method, seed, int(found[1]))]
-    from mto_analysis.checkpoints import inspect_checkpoint
-
     return [RunCheckpoint(source, method, seed, inspect_checkpoint(source).epoch)]
+
+
+def load_encoder(source: str, *, num_heads: int | None = None, offline: bool = False) -> MaskedImageModel:
+    """A checkpoint for the sake of its encoder: heads of the decoder, which it does not use, need not be known.
+
+    Raises:
+        CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for the decoder's heads.
+    """
+    try:
+        return load_checkpoint(source, num_heads=num_heads, offline=offline)
+    except HeadCountError as error:
+        if error.option != "decoder_num_heads":
+            raise
+        return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=error.stand_in, offline=offline)
 
 
 def _identity(source: str) -> tuple[str | None, int | None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.plots.style import COLORS, COLUMN_WIDTH, LINE_STYLES, MARKERS, paper_style
 
@@ -42,14 +43,13 @@ def plot_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None
         if random and method in random:
             label = "random encoder" if len(set(random.values())) == 1 else f"random encoder ({method})"
             known = ax.get_legend_handles_labels()[1]
-            ax.axhline(
-                random[method], color="0.4" if label == "random encoder" else color, linewidth=0.9, linestyle=(0, (4, 2)),
-                label=label if label not in known else None, zorder=1,
-            )  # fmt: skip
+            own = "0.4" if label == "random encoder" else color
+            label = "_" if label in known else label
+            ax.axhline(random[method], color=own, linewidth=0.9, linestyle=(0, (4, 2)), label=label, zorder=1)
     ax.set_xlabel("pre-training epoch")
     protocols = shown["protocol"].unique()
     ax.set_ylabel(_PROTOCOLS.get(protocols[0], "top-1 accuracy (%)") if len(protocols) == 1 else "top-1 accuracy (%)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="best", handlelength=2.2)
     return ax
 
