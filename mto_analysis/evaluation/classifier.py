@@ -45,7 +45,8 @@ class Classifier(nn.Module):
             first = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
         elif self.own_norm:
             first = nn.LayerNorm(dim, eps=_EPS)
-        linear = nn.Linear(dim, num_classes)
+        with torch.random.fork_rng(devices=[]):  # a layer's own initialisation draws from the global state
+            linear = nn.Linear(dim, num_classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             # timm's trunc_normal_ cuts at an absolute 2, far outside: a plain normal.
