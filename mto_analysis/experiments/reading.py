@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mto_analysis.errors import ExperimentError
-from mto_analysis.pretraining.values import parse_value, typed_value
+from mto_analysis.values import parse_value, typed_value
 
 __all__ = ["Overrides", "TableReader"]
 

@@ -13,8 +13,8 @@ from mto_analysis.errors import ExperimentError, MTOAnalysisError
 from mto_analysis.evaluation import Evaluation
 from mto_analysis.experiments.reading import Overrides, TableReader
 from mto_analysis.pretraining.recipes import Recipe, load_recipe
-from mto_analysis.pretraining.values import field_types, typed_value
 from mto_analysis.training import MTOConfig
+from mto_analysis.values import field_types, typed_value
 
 __all__ = ["Arm", "Candidate", "Choice", "Experiment", "Pictures", "Variant", "experiment_names", "load_experiment"]
 
@@ -166,8 +166,8 @@ class Experiment:
             ("arms: names must differ", len(set(arms)) < len(arms)),
             ("seeds: an experiment needs at least one", not self.seeds),
             ("seeds: must differ, and not be negative", len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0),
-            ("choose: an arm has mto = \"chosen\", so it needs candidates", self._chosen and not candidates),
-            ("choose: no arm has mto = \"chosen\"", bool(candidates) and not self._chosen),
+            ('choose: an arm has mto = "chosen", so it needs candidates', self._chosen and not candidates),
+            ('choose: no arm has mto = "chosen"', bool(candidates) and not self._chosen),
             (f"choose.candidates: at most {MOST_CANDIDATES}", len(candidates) > MOST_CANDIDATES),
             ("choose.candidates: names must differ", len(set(candidates)) < len(candidates)),
             ("choose.seeds: at least one is needed", bool(candidates) and not seeds),
@@ -276,9 +276,7 @@ def _read(content: str, source: str, folder: Path | None, options: Mapping[str, 
     evaluation, points = _evaluation(top.table("evaluation"))
     arms = tuple(_arm(each) for each in top.tables("arms"))
     choice = _choice(top.table("choose")) if "choose" in top else None
-    windows = tuple(
-        typed_value("windows", tuple[float, float], each) for each in _array(top, "windows", [[0.0, 1.0]])
-    )
+    windows = tuple(typed_value("windows", tuple[float, float], each) for each in _array(top, "windows", [[0.0, 1.0]]))
     compare = tuple(typed_value("compare", tuple[str, str], each) for each in _array(top, "compare", []))
     keys = ("precision", "device", "deterministic", "num_workers", "log_every")
     declared = field_types(Experiment)
@@ -364,7 +362,7 @@ def _mto(reader: TableReader, values: Any) -> MTOConfig:
     inner = TableReader(reader.source, f"{reader.path}.mto", values, reader.overrides)
     preset = inner.take("preset", str, "default")
     if preset not in ("default", "paper"):
-        raise inner.error("preset", f"must be default or paper (or mto = \"chosen\"), got {preset!r}")
+        raise inner.error("preset", f'must be default or paper (or mto = "chosen"), got {preset!r}')
     config: MTOConfig = _fields(inner, MTOConfig() if preset == "default" else MTOConfig.paper())
     return config
 
