@@ -34,9 +34,7 @@ def experiment(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process of its own.")] = 1,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="key=value: a key of the file (seeds, evaluation.points), or of all recipes (epochs)."
-        ),
+        typer.Option("--set", help="key=value: a key of the file (seeds, ...), or of all recipes (epochs, ...)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and estimated time.")] = False,
     quiet: Quiet = False,
@@ -147,8 +145,8 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
         lines.append(f"{run.name}: {state}")
     minutes = total / 60
     lines.append(
-        f"{len(runs.all)} runs, {left} to do; about {minutes:.3g} minutes of training one after the other (from a few timed "
-        f"steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come on top"
+        f"{len(runs.all)} runs, {left} to do; about {minutes:.3g} minutes of training one after the other (from a few "
+        f"timed steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come on top"
     )
     return "\n".join(lines)
 

@@ -52,6 +52,7 @@ class TableReader:
         return ".".join(filter(None, (self.path, key)))
 
     def __contains__(self, key: str) -> bool:
+        """Whether a key is there and was not taken yet."""
         return key in self._left
 
     def take(self, key: str, declared: Any, default: Any = _REQUIRED) -> Any:

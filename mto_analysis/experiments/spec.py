@@ -239,7 +239,7 @@ def load_experiment(name_or_path: str | Path, options: Mapping[str, str] | None 
     Args:
         name_or_path: Which.
         options: Text by key, as ``--set`` gives it: a key of the file (``seeds``, ``evaluation.protocol``,
-            ``arms.MTO.mto.ranking_weight``), or a setting of the recipes (``epochs``, ``model.depth``), for all of them.
+            ``arms.MTO.mto.ranking_weight``), or a setting of all recipes (``epochs``, ``model.depth``).
 
     Raises:
         ExperimentError: If there is none, or a key is wrong; names the key.
@@ -312,12 +312,12 @@ def _array(reader: TableReader, key: str, default: list[Any]) -> list[Any]:
     return found
 
 
-def _fields(reader: TableReader, start: Any, known: tuple[str, ...] = ()) -> Any:
+def _fields(reader: TableReader, start: Any, known: tuple[str, ...] = (), also: str = "") -> Any:
     """A dataclass with the fields that the table names."""
     declared = field_types(type(start))
     names = known or tuple(each.name for each in fields(start))
     changes = {key: reader.take(key, declared[key], getattr(start, key)) for key in names}
-    reader.end(", ".join(names))
+    reader.end(f"{also}{', '.join(names)}")
     try:
         return replace(start, **changes)
     except ValueError as error:
@@ -369,9 +369,10 @@ def _mto(reader: TableReader, values: Any) -> MTOConfig:
 
 def _evaluation(reader: TableReader) -> tuple[Evaluation, int]:
     points = reader.take("points", int, 10)
-    known = tuple(each.name for each in fields(Evaluation) if each.name not in ("train", "test", "every"))
-    # The protocol's own pictures and epochs are filled in for each run.
-    chosen: Evaluation = _fields(reader, Evaluation("linear", "", ""), known)
+    protocol = reader.take("protocol", Literal["knn", "linear", "linear_cached"], "linear")
+    filled_in = ("protocol", "train", "test", "every")  # these are not read here, or for each run
+    known = tuple(each.name for each in fields(Evaluation) if each.name not in filled_in)
+    chosen: Evaluation = _fields(reader, Evaluation(protocol, "", ""), known, "protocol, points, ")
     return chosen, points
 
 
