@@ -7,6 +7,7 @@ error, as the data are then not those the run began with.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -199,7 +200,7 @@ class CroppedBatches(Dataset[CroppedBatch]):
     def _fill(self, target: Tensor, row: int, epoch: int, broken: list[tuple[int, str]]) -> int:
         """Put a picture's crop, or that of its replacement, into ``target``; returns the row that it is of."""
         known = set()
-        for candidate in (row, *replacement_rows(self._keys, row, seed=self._seed, epoch=epoch)):
+        for candidate in itertools.chain((row,), replacement_rows(self._keys, row, seed=self._seed, epoch=epoch)):
             if candidate in known:
                 continue
             content = None
