@@ -13,6 +13,7 @@ __all__ = [
     "MTOAnalysisError",
     "NumericalError",
     "OutputExistsError",
+    "RecipeError",
 ]
 
 
@@ -24,6 +25,12 @@ class MTOAnalysisError(Exception):
 
 class OutputExistsError(MTOAnalysisError):
     """An output file is already there and ``--overwrite`` was not given (exit code 2)."""
+
+    exit_code = 2
+
+
+class RecipeError(MTOAnalysisError, ValueError):
+    """A recipe is unknown, is not whole, or a setting of it is wrong (exit code 2)."""
 
     exit_code = 2
 
