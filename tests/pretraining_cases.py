@@ -73,3 +73,17 @@ def rows(path: Path) -> list[dict[str, str]]:
     """A table without the columns that depend on the machine."""
     with path.open(newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+class Stopped(Exception):
+    """Ends a run where a test wants it to."""
+
+
+def stop_after(step: int) -> Any:
+    """Stop a run after a step, as a kill would."""
+
+    def stop(record: Any) -> None:
+        if record.step == step:
+            raise Stopped
+
+    return stop

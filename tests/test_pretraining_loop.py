@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pretraining_cases import contents, rows, run, same, small_recipe, some_pictures
+from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, some_pictures, stop_after
 
 from mto_analysis import load_checkpoint
 from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
@@ -14,18 +14,6 @@ from mto_analysis.pretraining import RunSettings, pretrain
 from mto_analysis.training import MTOConfig
 
 FULL = RunSettings(device="cpu", log_every=3, mto=MTOConfig(), ema=0.9, accumulation=2, save_steps=1, keep_every=1)
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(step):
-    def stop(record):
-        if record.step == step:
-            raise Stopped
-
-    return stop
 
 
 def score_of(model):
