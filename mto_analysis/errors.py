@@ -14,6 +14,7 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "OutputExistsError",
+    "RecipeError",
 ]
 
 
@@ -31,6 +32,12 @@ class OutputExistsError(MTOAnalysisError):
 
 class OutputError(MTOAnalysisError, OSError):
     """A file cannot be written: the disk is full or the folder is not writable (exit code 2)."""
+
+    exit_code = 2
+
+
+class RecipeError(MTOAnalysisError, ValueError):
+    """A recipe is unknown, is not whole, or a setting of it is wrong (exit code 2)."""
 
     exit_code = 2
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
-from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
+from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
 
 __all__ = ["BootMAE", "BootMAEConfig"]
 
@@ -64,14 +64,16 @@ class BootMAE(MaskedImageModel):
         c = config
         self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim))
+        table = sincos_table(info.grid, c.dim, rows_first=True)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
         self.norm = nn.LayerNorm(c.dim, eps=c.eps)
         block = partial(BootMAEBlock, num_heads=c.num_heads, memory_dim=c.dim, eps=c.eps)
 
         self.pixel_embed = nn.Linear(c.dim, c.decoder_dim)
         self.pixel_mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
-        self.pixel_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.decoder_dim))
+        table = sincos_table(info.grid, c.decoder_dim, rows_first=True)
+        self.pixel_pos_embed = nn.Parameter(table, requires_grad=False)
         self.pixel_blocks = nn.ModuleList(
             block(dim=c.decoder_dim, mlp_dim=c.decoder_mlp_dim) for _ in range(c.decoder_depth)
         )

@@ -111,10 +111,19 @@ class MAE(MaskedImageModel):
         for depth, x in enumerate(self._hidden(images, mask)):
             yield LayerTokens(depth, x[:, 1:], mask)
 
+    def predict_patches(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the decoder predicts for every patch, without any check: for training.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+            returns: batch num_patches values (row, column, channel; or features)
+        """
+        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
+            pass
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # type: ignore[no-any-return]
+
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         if self.config.feature_dim is not None:
             raise ValueError(f"this {self.info.family} model predicts features, not pixels: nothing to reconstruct")
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
-        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        return unpatchify(patches, self.config.patch_size, self.info.grid)
+        return unpatchify(self.predict_patches(images, mask), self.config.patch_size, self.info.grid)
