@@ -147,7 +147,9 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
         raise ValueError("give pictures with --data")
     settings = RunSettings.from_facts(stored.get("settings", {}))
     changes = {
-        name: values[name] for name in RunSettings.__dataclass_fields__ if values.get(name) is not None and name != "mto"
+        name: values[name]
+        for name in RunSettings.__dataclass_fields__
+        if values.get(name) is not None and name != "mto"
     }
     settings = replace(settings, **changes)
     if values["mto"]:

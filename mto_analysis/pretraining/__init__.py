@@ -1,4 +1,4 @@
-"""Pre-training of MAE, SimMIM, BootMAE and ConMIM: recipes, methods with their losses, and the engine that runs them."""
+"""Pre-training of MAE, SimMIM, BootMAE and ConMIM: recipes, methods with their losses, and the engine."""
 
 from mto_analysis.pretraining.loop import StepRecord, pretrain
 from mto_analysis.pretraining.methods import Method, build_method

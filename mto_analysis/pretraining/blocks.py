@@ -28,14 +28,14 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
     """On the CPU in half precision explicit attention is faster than torch's fused one (2.5 times), else slower."""
     for module in model.modules():
         if hasattr(module, "fused_attn") and device.type == "cpu" and precision != "no":
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[assignment]
 
 
 def prepare_blocks(model: nn.Module, *, compiled: bool, checkpointing: bool) -> None:
     """Compile the blocks, recompute them in the backward pass, or both; where gradients are off they run as before.
 
-    Only a block's ``forward`` is replaced, not the call: hooks stay outside, so they see each block once per forward and
-    tokens that have gradients, the same as without. Names of weights stay too, and copies of the model are whole.
+    Only a block's ``forward`` is replaced, not the call: hooks stay outside, so they see each block once per forward,
+    and tokens that have gradients. Names of weights stay too, and copies of the model are whole.
     """
     run: Callable[..., Any] = _plain
     if compiled:

@@ -121,9 +121,7 @@ class _Run:
         self.recipe, self.pictures, self.folder, self.settings = recipe, pictures, folder, settings
         self.processes = Processes(settings.device)
         self.note = note if self.processes.main else _silent
-        self.micro_batch = micro_batch_size(
-            recipe, processes=self.processes.count, accumulation=settings.accumulation
-        )
+        self.micro_batch = micro_batch_size(recipe, processes=self.processes.count, accumulation=settings.accumulation)
         self.steps_per_epoch = len(pictures.names) // recipe.batch_size
         if not self.steps_per_epoch:
             raise DataError(

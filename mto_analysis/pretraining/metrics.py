@@ -140,7 +140,7 @@ class Boards:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
             try:
                 import wandb as client

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: steps, schedule, parameter groups, memory, and time from a few timed steps."""
+"""What a run would do, before it does it: steps, schedule, parameter groups, memory, time by a few timed steps."""
 
 from __future__ import annotations
 
@@ -79,7 +79,11 @@ def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes
     rows = [
         *_recipe_rows(recipe),
         ("", "", ""),
-        ("pictures", f"{len(pictures.names)}", f"{len(pictures.names) - steps * recipe.batch_size} left over per epoch"),
+        (
+            "pictures",
+            f"{len(pictures.names)}",
+            f"{len(pictures.names) - steps * recipe.batch_size} left over per epoch",
+        ),
         (
             "effective batch",
             f"{recipe.batch_size} = {micro} x {count} x {settings.accumulation}",
@@ -94,7 +98,11 @@ def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes
         ("masked token optimisation", "on" if settings.mto else "off", str(settings.mto or "")),
         ("", "", ""),
         *measured.rows(micro),
-        ("time", _duration(seconds), f"{recipe.batch_size * total / seconds:.0f} pictures/s, from {_TIMED_STEPS} timed steps; reading pictures not counted"),
+        (
+            "time",
+            _duration(seconds),
+            f"{recipe.batch_size * total / seconds:.0f} pictures/s in timed steps, reading pictures not counted",
+        ),
     ]
     return Plan(tuple(rows), measured.total(micro), seconds)
 
@@ -130,9 +138,7 @@ class _Measured:
         yield "  activations", _size(self.per_batch + self.per_picture * micro), f"{_size(self.per_picture)} a picture"
 
 
-def _measure(
-    stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Processes, micro: int
-) -> _Measured:
+def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Processes, micro: int) -> _Measured:
     trained = [each for each in stepper.method.parameters() if each.requires_grad]
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])

@@ -1,4 +1,4 @@
-"""How a recipe is run: seed, precision, processes' share, what is logged, kept and evaluated; and what an epoch gave."""
+"""How a recipe is run: seed, precision, processes' share, what is logged, kept and evaluated; what an epoch gave."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def mto_config(options: Mapping[str, str], base: MTOConfig | None = None) -> MTO
     declared = field_types(MTOConfig)
     for key in options:
         if key not in declared:
-            raise ValueError(f"no setting is called mto.{key}; known are {', '.join(f'mto.{name}' for name in declared)}")
+            raise ValueError(
+                f"no setting is called mto.{key}; known are {', '.join(f'mto.{name}' for name in declared)}"
+            )
     return replace(start, **{key: parse_value(f"mto.{key}", declared[key], text) for key, text in options.items()})
 
 

@@ -42,12 +42,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's share, or the tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator,no-any-return]
+    share: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return share
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together from all shares; a collective call."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator,no-any-return]
+    joined: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return joined
 
 
 def whole_state(

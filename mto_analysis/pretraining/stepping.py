@@ -15,7 +15,7 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.pretraining import sharding
 from mto_analysis.pretraining.blocks import choose_attention, prepare_blocks
-from mto_analysis.pretraining.methods import build_method
+from mto_analysis.pretraining.methods import Method, build_method
 from mto_analysis.pretraining.optimization import learning_rate, parameter_groups
 from mto_analysis.pretraining.processes import Processes, quiet_search
 from mto_analysis.training import attach_mto, watch_mto
@@ -63,7 +63,7 @@ class Stepper:
         self.method = build_method(recipe, seed=settings.seed).to(device).train()
         self.ema: Any = None
         if settings.ema is not None:
-            from timm.utils import ModelEmaV3
+            from timm.utils.model_ema import ModelEmaV3
 
             self.ema = ModelEmaV3(self.method.student, decay=settings.ema)
         choose_attention(self.method, device, settings.precision)
@@ -105,7 +105,7 @@ class Stepper:
                         self.mto.step = step  # its warm-up counts optimizer steps
                     terms = self.losses(batch)
                     loss = torch.stack([term.float() for term in terms.values()]).sum()
-                    self.scaler.scale(loss / count).backward()
+                    self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
                 for name, term in terms.items():
                     part = term.detach().double() / count if device.type != "mps" else term.detach() / count
                     sums[name] = sums[name] + part if name in sums else part
@@ -230,7 +230,7 @@ class Stepper:
             raise CheckpointError(f"last.pth does not fit this run's model and optimizer ({line})") from error
 
 
-def build_optimizer(method: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the method's parameter groups, fused into one kernel where torch has it."""
     groups = parameter_groups(method, recipe)
     devices = {each.device.type for each in method.parameters()}
