@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -109,6 +109,20 @@ class BootMAE(MaskedImageModel):
         for block in self.pixel_blocks if pixels else self.feature_blocks:
             x = block(x, memory, visible.attended)
             yield x
+
+    def _whole(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

@@ -82,6 +82,18 @@ class InpaintingViT(MaskedImageModel):
             x = block(x, attn_mask=bias)
             yield x
 
+    def _whole(self, images: Tensor) -> Tensor:
+        for x in self._hidden(images, None):  # noqa: B007 - only the last depth is wanted
+            pass
+        return x
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
+
     def position_embedding(self, stack: str) -> Tensor | None:
         """The absolute positions, of models that have them."""
         return None if self.pos_embed is None else self.pos_embed[:, 1:]

@@ -82,6 +82,21 @@ class MAE(MaskedImageModel):
         tokens = visible.put_back(x[:, 1:], self.mask_token)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
 
+    def _whole(self, images: Tensor) -> Tensor:
+        # Also for MFF, whose sum of layers is for the decoder alone: downstream it uses the last block.
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
+
     def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         for block in self.blocks:
             x = block(x, attn_mask=attn_mask)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mto_analysis.errors import RecipeError
 from mto_analysis.masking import MaskRule
-from mto_analysis.pretraining.values import field_types, parse_value, typed_value
+from mto_analysis.values import field_types, parse_value, typed_value
 
 if TYPE_CHECKING:
     from mto_analysis.data import Augmentation  # type: ignore[attr-defined]
