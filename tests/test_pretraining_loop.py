@@ -7,7 +7,9 @@ import torch
 from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, some_pictures, stop_after
 
 from mto_analysis import load_checkpoint
+from mto_analysis.demo import DEMO_PICTURES
 from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
+from mto_analysis.evaluation import Evaluation
 from mto_analysis.logs import read_log
 from mto_analysis.pretraining import RunSettings, pretrain
 from mto_analysis.training import MTOConfig
@@ -191,11 +193,7 @@ def test_loss__not_finite_stops_with_term_step_and_checkpoint(tmp_path, monkeypa
 
 
 def test_evaluation__is_run_every_so_many_epochs_and_at_the_end(tmp_path):
-    from mto_analysis.demo import DEMO_PICTURES
-
-    evaluation = pytest.importorskip("mto_analysis.evaluation").Evaluation(
-        "knn", str(DEMO_PICTURES), str(DEMO_PICTURES), every=2
-    )
+    evaluation = Evaluation("knn", str(DEMO_PICTURES), str(DEMO_PICTURES), every=2)
     settings = RunSettings(device="cpu", evaluation=evaluation, evaluate_start=True)
     records = run(tmp_path / "run", small_recipe(epochs="3"), settings)
     assert [record.score is None for record in records] == [True, False, False]

@@ -86,7 +86,7 @@ def pretrain(
 ) -> None:
     """Pre-train a masked image model.
 
-    Writes run.json, recipe.toml, metrics.csv, last.pth and kept checkpoints to --out, and curves.csv where it evaluates.
+    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, and curves.csv where it evaluates.
     Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
     """
     values = {name: value for name, value in locals().items() if value is not None}

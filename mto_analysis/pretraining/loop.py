@@ -16,8 +16,8 @@ from mto_analysis.data import TrainBatch, TrainingData
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import run_facts
+from mto_analysis.pretraining.group import Group
 from mto_analysis.pretraining.metrics import Averages, Boards, Table
-from mto_analysis.pretraining.processes import Processes
 from mto_analysis.pretraining.settings import EpochRecord, RunSettings
 from mto_analysis.pretraining.state import RunFolder, differences, write_checkpoint
 from mto_analysis.pretraining.stepping import Stepper
@@ -119,9 +119,9 @@ class _Run:
         strict: bool,
     ) -> None:
         self.recipe, self.pictures, self.folder, self.settings = recipe, pictures, folder, settings
-        self.processes = Processes(settings.device)
-        self.note = note if self.processes.main else _silent
-        self.micro_batch = micro_batch_size(recipe, processes=self.processes.count, accumulation=settings.accumulation)
+        self.group = Group(settings.device)
+        self.note = note if self.group.main else _silent
+        self.micro_batch = micro_batch_size(recipe, processes=self.group.count, accumulation=settings.accumulation)
         self.steps_per_epoch = len(pictures.names) // recipe.batch_size
         if not self.steps_per_epoch:
             raise DataError(
@@ -147,11 +147,11 @@ class _Run:
         source: str | None,
     ) -> bool:
         """Check everything, build, restore; whether anything is left to do."""
-        settings, processes = self.settings, self.processes
+        settings, group = self.settings, self.group
         identity = self._identity()
         self.folder.check(identity, resume=resume, overwrite=overwrite)
         resume = resume and self.folder.holds_run()
-        processes.wait()  # nobody writes before all have looked
+        group.wait()  # nobody writes before all have looked
         state = self.folder.read_last() if resume else None
         layout = self._layout()
         if resume:
@@ -164,7 +164,7 @@ class _Run:
         if state is not None and state["epoch"] >= self.recipe.epochs:
             self.note(f"{self.folder.path} is complete ({state['epoch']} epochs): nothing to do")
             return False
-        if processes.main:
+        if group.main:
             self.folder.claim(self.facts, self.recipe.to_toml(), resume=resume)
         self.evaluate = self._evaluation(evaluate)
         self.data = TrainingData(
@@ -174,23 +174,23 @@ class _Run:
             self.recipe.patch_size,
             seed=settings.seed,
             num_workers=settings.num_workers,
-            device=processes.device,
+            device=group.device,
             on_broken=self.on_broken,
             in_memory=settings.in_memory,
             strict=self.strict,
         )
-        self.stepper = Stepper(self.recipe, settings, processes, self.steps_per_epoch)
+        self.stepper = Stepper(self.recipe, settings, group, self.steps_per_epoch)
         if state is not None:
             self._restore(state)
         elif resume:
             self.note(f"{self.folder.path} holds no checkpoint yet: starting from the beginning")
-        if processes.main:
+        if group.main:
             self.metrics.cut_back(self.step)
             self.curves.cut_back(self.step // self.steps_per_epoch if self.step else -1)
         self.boards = Boards(
             self.folder.path,
-            tensorboard=settings.tensorboard and processes.main,
-            wandb=settings.wandb if processes.main else None,
+            tensorboard=settings.tensorboard and group.main,
+            wandb=settings.wandb if group.main else None,
             step=self.step,
             config=identity,
         )
@@ -212,9 +212,9 @@ class _Run:
     def _layout(self) -> dict[str, Any]:
         """What a result depends on in its last digits."""
         return {
-            "processes": self.processes.count,
+            "processes": self.group.count,
             "accumulation": self.settings.accumulation,
-            "device": self.processes.device.type,
+            "device": self.group.device.type,
             "threads": torch.get_num_threads(),
             "compile": self.settings.compile,
             "torch": torch.__version__,
@@ -230,12 +230,12 @@ class _Run:
         evaluator = Evaluator(self.settings.evaluation, num_workers=self.settings.num_workers)
         if self.settings.fsdp:
             return lambda: self._on_main(evaluator.score)
-        shared = self.processes.count > 1
+        shared = self.group.count > 1
         return lambda: evaluator.score(self.stepper.method.student, shared=shared)
 
     def _on_main(self, score: Callable[[MaskedImageModel], float]) -> float:
         model = self.stepper.whole_student()
-        return float(self.processes.shared(score(model) if model is not None else 0.0))
+        return float(self.group.shared(score(model) if model is not None else 0.0))
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.stepper.load(state)
@@ -286,8 +286,8 @@ class _Run:
                 epoch,
                 micro_batch=self.micro_batch,
                 accumulation=self.settings.accumulation,
-                process=self.processes.index,
-                processes=self.processes.count,
+                process=self.group.index,
+                processes=self.group.count,
                 skip_steps=skip,
             )
         except OSError as error:
@@ -304,7 +304,7 @@ class _Run:
     def _look(self) -> None:
         """Bring the losses of the last steps to the CPU, averaged over processes, and check them."""
         names = list(self.pending[0])
-        values = self.processes.mean(torch.stack([torch.stack(list(each.values())) for each in self.pending]))
+        values = self.group.mean(torch.stack([torch.stack(list(each.values())) for each in self.pending]))
         first = self.step - len(self.pending) + 1
         self.pending.clear()
         for step, row in enumerate(values.tolist(), start=first):
@@ -331,7 +331,7 @@ class _Run:
     ) -> None:
         names = list(measured)
         shown = torch.tensor([*measured.values(), math.nan if norm is None else float(norm)], dtype=torch.float64)
-        *values, norm_mean = self.processes.mean(shown).tolist()
+        *values, norm_mean = self.group.mean(shown).tolist()
         measured = dict(zip(names, values, strict=True))
         h = {name: value for name, value in measured.items() if "heterogeneity" in name}
         self.epoch_means.add(h)
@@ -348,7 +348,7 @@ class _Run:
         keep = self.settings.keep_every
         kept = (keep is not None and epoch % keep == 0) or epoch == self.recipe.epochs
         self._save(None, kept=kept, last=kept or epoch % self.settings.save_every == 0)
-        if epoch == self.recipe.epochs and self.processes.main:
+        if epoch == self.recipe.epochs and self.group.main:
             self.folder.write_facts({**self.facts, **run_facts({}), "state": "complete"})
         return EpochRecord(
             epoch=epoch,
@@ -371,7 +371,7 @@ class _Run:
         if self.evaluate is None:
             raise ValueError("the run has no evaluation")
         training = self.stepper.method.training
-        devices = [self.processes.device] if self.processes.device.type == "cuda" else []
+        devices = [self.group.device] if self.group.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             score = self.evaluate()
         self.stepper.method.train(training)
@@ -384,7 +384,7 @@ class _Run:
             "protocol": protocol,
             "hours": self.seconds / 3600,
         }
-        if self.processes.main:
+        if self.group.main:
             self.curves.append(row, list(row))
         return score
 
@@ -401,7 +401,7 @@ class _Run:
             "step": self.step,
         }
         row = {**start, **row}
-        if self.processes.main:
+        if self.group.main:
             self.metrics.append(row, list(dict.fromkeys([*row, "score"])))
             self.boards.add(row, self.step)
 
@@ -428,7 +428,7 @@ class _Run:
                 "epoch_means": self.epoch_means.state(),
             }
             write_checkpoint(self.folder.last, {**content, "resume": resume})
-        self.processes.wait()
+        self.group.wait()
 
 
 class _Timed:

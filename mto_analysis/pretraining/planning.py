@@ -13,9 +13,9 @@ from torch import Tensor
 from mto_analysis.data import TrainBatch
 from mto_analysis.errors import DataError
 from mto_analysis.masking import mask_keys
+from mto_analysis.pretraining.group import Group
 from mto_analysis.pretraining.loop import micro_batch_size
 from mto_analysis.pretraining.optimization import learning_rate, peak_learning_rate
-from mto_analysis.pretraining.processes import Processes
 from mto_analysis.pretraining.stepping import Stepper
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes
         ValueError: If the batch cannot be shared out.
         DataError: If there are too few pictures.
     """
-    here = Processes(settings.device)
+    here = Group(settings.device)
     count = processes or here.count
     micro = micro_batch_size(recipe, processes=count, accumulation=settings.accumulation)
     steps = len(pictures.names) // recipe.batch_size
@@ -138,7 +138,7 @@ class _Measured:
         yield "  activations", _size(self.per_batch + self.per_picture * micro), f"{_size(self.per_picture)} a picture"
 
 
-def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Processes, micro: int) -> _Measured:
+def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Group, micro: int) -> _Measured:
     trained = [each for each in stepper.method.parameters() if each.requires_grad]
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mto_analysis.pretraining.values import field_types, parse_value
 from mto_analysis.training import MTOConfig
+from mto_analysis.values import field_types, parse_value
 
 if TYPE_CHECKING:
     from mto_analysis.evaluation import Evaluation
@@ -125,9 +125,8 @@ def mto_config(options: Mapping[str, str], base: MTOConfig | None = None) -> MTO
     declared = field_types(MTOConfig)
     for key in options:
         if key not in declared:
-            raise ValueError(
-                f"no setting is called mto.{key}; known are {', '.join(f'mto.{name}' for name in declared)}"
-            )
+            known = ", ".join(f"mto.{name}" for name in ("preset", *declared))
+            raise ValueError(f"no setting is called mto.{key}; known are {known}")
     return replace(start, **{key: parse_value(f"mto.{key}", declared[key], text) for key, text in options.items()})
 
 

@@ -15,9 +15,9 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.pretraining import sharding
 from mto_analysis.pretraining.blocks import choose_attention, prepare_blocks
+from mto_analysis.pretraining.group import Group, quiet_search
 from mto_analysis.pretraining.methods import Method, build_method
 from mto_analysis.pretraining.optimization import learning_rate, parameter_groups
-from mto_analysis.pretraining.processes import Processes, quiet_search
 from mto_analysis.training import attach_mto, watch_mto
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ class Stepper:
     Args:
         recipe: The method's settings.
         settings: The run's.
-        processes: Those of the run.
+        group: The processes of the run.
         steps_per_epoch: Optimizer steps.
     """
 
-    def __init__(self, recipe: Recipe, settings: RunSettings, processes: Processes, steps_per_epoch: int) -> None:
-        self._recipe, self._settings, self._processes = recipe, settings, processes
+    def __init__(self, recipe: Recipe, settings: RunSettings, group: Group, steps_per_epoch: int) -> None:
+        self._recipe, self._settings, self._group = recipe, settings, group
         self._steps_per_epoch, self._total = steps_per_epoch, steps_per_epoch * recipe.epochs
-        device = processes.device
+        device = group.device
         self.method = build_method(recipe, seed=settings.seed).to(device).train()
         self.ema: Any = None
         if settings.ema is not None:
@@ -74,7 +74,7 @@ class Stepper:
             sharding.shard(self.method, device)
             self._wrapped: nn.Module = self.method
         else:
-            self._wrapped = processes.parallel(self.method)
+            self._wrapped = group.parallel(self.method)
         self.optimizer = build_optimizer(self.method, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._whole: MaskedImageModel | None = None
@@ -88,7 +88,7 @@ class Stepper:
             step: Optimizer steps taken before, over the whole run.
             watch: Also measure H of every layer, the terms of MTO and the norm of the gradient.
         """
-        recipe, device = self._recipe, self._processes.device
+        recipe, device = self._recipe, self._group.device
         count = self._settings.accumulation
         rate = learning_rate(recipe, step, self._steps_per_epoch, recipe.batch_size)
         for group in self.optimizer.param_groups:
@@ -96,7 +96,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with step_randomness(self._settings.seed, step, self._processes.index, device), quiet_search():
+        with step_randomness(self._settings.seed, step, self._group.index, device), quiet_search():
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
@@ -164,7 +164,7 @@ class Stepper:
         """Whether all weights are finite; a collective call where they are sharded."""
         norms = torch._foreach_norm([sharding.local(each.detach()) for each in self._trained])
         good = torch.isfinite(torch.stack(list(norms)).sum()).float()
-        return bool(self._processes.mean(good) == 1)
+        return bool(self._group.mean(good) == 1)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on; a collective call where weights are sharded."""
@@ -183,9 +183,9 @@ class Stepper:
             state: From :meth:`state`, where it is at hand; else a collective call where weights are sharded.
         """
         if not self._settings.fsdp:
-            return self.method.student if self._processes.main else None
+            return self.method.student if self._group.main else None
         weights = (self.state() if state is None else state)["method"]
-        if not self._processes.main:
+        if not self._group.main:
             return None
         if self._whole is None:
             self._whole = build_method(self._recipe, seed=self._settings.seed).student
@@ -208,7 +208,7 @@ class Stepper:
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         """The terms of a batch, as a step computes them."""
-        with torch.autocast(self._processes.device.type, _DTYPES.get(self._settings.precision), enabled=self._half):
+        with torch.autocast(self._group.device.type, _DTYPES.get(self._settings.precision), enabled=self._half):
             terms: dict[str, Tensor] = self._wrapped(batch.images, batch.mask, batch.second_images)
         return terms if self.mto is None else {**terms, "mto": self.mto.loss()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "choose_device"]
+from mto_analysis.processes import this_process
+
+__all__ = ["Group", "choose_device", "quiet_search"]
 
 # A linear evaluation on the main process may take long, and the others wait for it.
 _PATIENCE = timedelta(hours=6)
@@ -35,16 +36,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Processes:
-    """This process among those of the run; alone where nothing launched several.
+class Group:
+    """This process among those of the run, and what they compute together; alone where nothing launched several.
 
     Args:
         device: As in :class:`RunSettings`; each process gets its own GPU.
     """
 
     def __init__(self, device: str) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.index = 0
+        launched = this_process()
+        self.count, self.index = launched.count, launched.rank
         self.device = choose_device(device)
         if self.count > 1:
             from accelerate.state import PartialState  # it reads what the launcher left in the environment
