@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ SMALL = {
 OWN = {
     "mae": {"model.decoder_dim": "16", "model.decoder_depth": "2", "model.decoder_num_heads": "2"},
     "simmim": {},
+    "bootmae": {"model.decoder_dim": "16", "model.decoder_mlp_dim": "20", "model.feature_mlp_dim": "28"},
+    "conmim": {"model.projector_dim": "20", "model.projection_dim": "8"},
 }
-TERMS = {"mae": ["pixels"], "simmim": ["pixels"]}
+TERMS = {"mae": ["pixels"], "simmim": ["pixels"], "bootmae": ["pixels", "features"], "conmim": ["contrast"]}
 
 
 def tiny_recipe(method, **options):
@@ -59,14 +62,18 @@ def test_method__every_trained_weight_has_a_finite_gradient(name):
     sum(method(*a_batch()).values()).backward()
     for key, parameter in method.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
+        assert parameter.requires_grad or key.endswith(("pos_embed", ".k.bias")) or key.startswith("teacher."), key
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
 
 
-@pytest.mark.parametrize("name", TERMS)
+def test_method__only_conmim_depends_on_the_batch():
+    """Its batch norms see the micro-batch, as the original's see a process's share."""
+    assert [name for name in TERMS if build_method(tiny_recipe(name), seed=0).depends_on_batch] == ["conmim"]
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "bootmae"])
 def test_method__micro_batches_average_exactly(name):
     method = build_method(tiny_recipe(name), seed=0).double()
-    if method.depends_on_batch:
-        pytest.skip("its batch norms see the micro-batch, as the original's see a process's share")
     images, mask, second = (x.double() if x.is_floating_point() else x for x in a_batch(count=6))
     whole = sum(method(images, mask, second).values())
     parts = [sum(method(images[i : i + 2], mask[i : i + 2], second[i : i + 2]).values()) for i in (0, 2, 4)]
@@ -96,6 +103,9 @@ def test_method__key_biases_stay_exactly_zero(name):
         assert key.count_nonzero() == 0
         assert query.count_nonzero() > 0
         assert last.count_nonzero() > 0
+    separate = [value for key, value in method.student.state_dict().items() if key.endswith(".k.bias")]
+    assert len(separate) == (8 if name == "bootmae" else 0)
+    assert not any(value.count_nonzero() for value in separate)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -183,3 +193,140 @@ def test_simmim__drop_path_grows_with_the_block_and_acts_in_training_only():
     assert torch.equal(first, method(*batch)["pixels"])
     method.eval()
     assert torch.equal(method(*batch)["pixels"], method(*batch)["pixels"])
+
+
+def loop_layer_norm(values):
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return [(value - mean) / (variance + 1e-6) ** 0.5 for value in values]
+
+
+def test_bootmae__losses_by_loops():
+    """From the paper and the original's script: weights of masked neighbours, targets per channel, features of the
+    teacher's last block for the whole picture."""
+    method = build_method(tiny_recipe("bootmae"), seed=0)
+    with torch.no_grad():
+        for parameter in method.teacher.parameters():
+            parameter.mul_(1.1)  # so that it is not the student
+    images, mask, _ = a_batch(count=2)
+    with torch.no_grad():
+        pixels, features = method.student.predict(images, mask)
+        assert torch.equal(pixels, method.student.reconstruct(images, mask))
+        x = method.teacher.patch_embed(images) + method.teacher.pos_embed[:, 1:]
+        first = (method.teacher.cls_token + method.teacher.pos_embed[:, :1]).expand(2, -1, -1)
+        x = torch.cat([first, x], dim=1)
+        for block in method.teacher.blocks:
+            x = block(x)
+        target = x[:, 1:]
+        terms = method(images, mask)
+    sums = {"pixels": 0.0, "features": 0.0}
+    for n in range(2):
+        masked = mask[n].reshape(4, 4)
+        for row in range(4):
+            for column in range(4):
+                if not masked[row, column]:
+                    continue
+                around = [
+                    float(masked[y, x])
+                    for y in range(max(0, row - 1), min(4, row + 2))
+                    for x in range(max(0, column - 1), min(4, column + 2))
+                ]
+                weight = 1 + sum(around) / 9
+                errors = []
+                for channel in range(3):
+                    here = (n, channel, slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+                    values, guess = images[here].flatten().tolist(), pixels[here].flatten().tolist()
+                    mean = sum(values) / 16
+                    deviation = (sum((value - mean) ** 2 for value in values) / 16 + 1e-5) ** 0.5
+                    errors += [((v - mean) / deviation - g) ** 2 for v, g in zip(values, guess, strict=True)]
+                sums["pixels"] += weight * sum(errors) / len(errors)
+                patch = 4 * row + column
+                pair = (loop_layer_norm(each[n, patch].tolist()) for each in (features, target))
+                errors = [(a - b) ** 2 for a, b in zip(*pair, strict=True)]
+                sums["features"] += weight * sum(errors) / len(errors)
+    # The first of 20 epochs: a quarter of the run raises the weight to 1.
+    assert terms["pixels"].item() == pytest.approx(sums["pixels"] / int(mask.sum()), rel=1e-4)
+    assert terms["features"].item() == pytest.approx(sums["features"] / int(mask.sum()) / 5, rel=1e-4)
+
+
+def test_bootmae__feature_weight_and_momentum_follow_the_epochs():
+    options = {"epochs": "8", "momentum": "0.5,0.75,1", "momentum_epochs": "0,2,4"}
+    method = build_method(tiny_recipe("bootmae", **options), seed=0)
+    weights, movements = [], []
+    for number in range(16):  # two steps an epoch
+        weights.append(float(method.feature_weight))
+        with torch.no_grad():
+            method.student.cls_token.fill_(1.0)
+            method.teacher.cls_token.zero_()
+        method.after_step((number + 1) / 16)
+        movements.append(1 - float(method.teacher.cls_token[0, 0, 0]))
+    assert weights == pytest.approx([0.5, 0.5] + [1.0] * 14)
+    expected = [0.5, 0.625, 0.75, 0.875, 1, 1, 1, 1]
+    assert movements == pytest.approx([value for value in expected for _ in range(2)])
+
+
+def test_bootmae__teacher_is_in_eval_mode_and_no_part_of_the_optimizer():
+    method = build_method(tiny_recipe("bootmae"), seed=0)
+    assert method.student.training
+    assert not method.teacher.training
+    names = [name for group in parameter_groups(method, method.recipe) for name in group["param_names"]]
+    assert not any(name.startswith("teacher") for name in names)
+
+
+def test_conmim__loss_by_loops():
+    method = build_method(tiny_recipe("conmim"), seed=0)
+    with torch.no_grad():
+        for parameter in method.teacher.parameters():
+            parameter.mul_(1.1)
+    images, mask, second = a_batch(count=3)
+    with torch.no_grad():
+        queries = method.student.project(images, mask)
+        keys = method.teacher.project(second, torch.zeros_like(mask))
+        assert torch.equal(keys, method.teacher.project(second, None))
+        loss = method(images, mask, second)["contrast"].item()
+    total, count = 0.0, 0
+    for n in range(3):
+        for patch in mask[n].nonzero().flatten().tolist():
+            query = queries[n, patch] / queries[n, patch].norm()
+            logits = [float(query @ (key / key.norm())) / 0.1 for key in keys[n]]
+            total -= logits[patch] - math.log(sum(math.exp(each) for each in logits))
+            count += 1
+    assert loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_conmim__batch_norms_count_the_class_token_and_both_branches_use_the_batch():
+    method = build_method(tiny_recipe("conmim"), seed=0)
+    assert method.teacher.training
+    images, mask, second = a_batch()
+    seen = []
+    handle = method.student.projectors[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    method(images, mask, second)
+    handle.remove()
+    assert seen == [torch.Size([4 * 17, 20])]
+    assert method.teacher.projectors[1].num_batches_tracked == 1
+
+
+def test_conmim__teacher_follows_on_a_cosine_to_a_standstill():
+    method = build_method(tiny_recipe("conmim", momentum="0.5"), seed=0)
+    movements = []
+    for number in range(4):
+        with torch.no_grad():
+            method.student.cls_token.fill_(1.0)
+            method.teacher.cls_token.zero_()
+        method.after_step((number + 1) / 4)
+        movements.append(1 - float(method.teacher.cls_token[0, 0, 0]))
+    # Step `it` of `total` has 1 - (1 - 0.5) (1 + cos(pi it / total)) / 2.
+    assert movements == pytest.approx([1 - 0.25 * (1 + math.cos(math.pi * it / 4)) for it in range(4)])
+
+
+@pytest.mark.parametrize("name", ["bootmae", "conmim"])
+def test_method__mto_on_the_student_ignores_the_teacher(name):
+    method = build_method(tiny_recipe(name), seed=0)
+    mto = attach_mto(method.student)
+    images, mask, second = a_batch()
+    method(images, mask, second)
+    loss = mto.loss()
+    for parameter in method.teacher.parameters():
+        parameter.data.mul_(2)
+    method(images, mask, second)
+    assert torch.equal(loss, mto.loss())

@@ -55,8 +55,18 @@ def test_learning_rate__multistep_by_hand():
     assert rates[41:] == pytest.approx([0.01] * 9)
 
 
+@pytest.mark.parametrize("name", ["bootmae_cifar10", "conmim_cifar10"])
+def test_learning_rate__bootmae_and_conmim_by_hand(name):
+    recipe = small(name)
+    rates = [learning_rate(recipe, step, 5, 8) for step in range(50)]
+    assert rates[:10] == pytest.approx([step / 9 for step in range(10)])  # the last warm-up step has the peak already
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[30] == pytest.approx(0.1 + 0.9 / 2)
+    assert rates[49] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 39 / 40)))
+
+
 def test_learning_rate__runs_of_one_warmup_step_and_of_none():
-    for name in ("mae_cifar10", "simmim_cifar10"):
+    for name in ("mae_cifar10", "simmim_cifar10", "bootmae_cifar10", "conmim_cifar10"):
         assert learning_rate(small(name, warmup_epochs="0"), 0, 5, 8) == pytest.approx(1.0)
         assert learning_rate(small(name, warmup_epochs="0.2"), 0, 5, 8) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="step must lie between 0 and 49"):
@@ -67,6 +77,10 @@ def test_peak_learning_rate__scales_with_the_batch():
     recipe = small("mae_cifar10")
     assert peak_learning_rate(recipe, 32) == 4.0
     assert peak_learning_rate(small("mae_cifar10", lr_batch="none"), 32) == 1.0
+    published = {"mae_vit_base": 2.4e-3, "simmim_vit_base": 4e-4, "bootmae_vit_base": 2.4e-3, "conmim_vit_base": 5e-4}
+    for name, rate in published.items():
+        recipe = load_recipe(name)
+        assert peak_learning_rate(recipe, recipe.batch_size) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,8 @@ def test_peak_learning_rate__scales_with_the_batch():
     [
         ("mae", [], ["cls_token", "mask_token", "patch_embed.proj.weight"]),
         ("simmim", ["cls_token"], ["mask_token", "position_biases.0.relative_position_bias_table", "decoder.weight"]),
+        ("bootmae", ["cls_token", "pixel_blocks.0.attn.q.bias"], ["pixel_mask_token", "feature_mask_token"]),
+        ("conmim", ["cls_token", "projectors.1.weight"], ["mask_token", "projectors.0.weight"]),
     ],
 )
 def test_parameter_groups__decay_as_the_original(name, spared, decaying):

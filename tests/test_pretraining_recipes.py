@@ -7,6 +7,7 @@ import pytest
 from mto_analysis.errors import RecipeError
 from mto_analysis.pretraining import Recipe, load_recipe, recipe_names
 from mto_analysis.pretraining.recipes import _ONLY_FOR
+from mto_analysis.tables import printed
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -88,3 +89,32 @@ def test_load_recipe__a_wrong_file_is_refused_in_a_line(change, message, tmp_pat
 def test_load_recipe__unknown_name_lists_those_there_are():
     with pytest.raises(RecipeError, match=r"no recipe is called 'vit', nor is it a file; known are .*mae_cifar10"):
         load_recipe("vit")
+
+
+def test_augmentation__is_the_recipes():
+    ours = load_recipe("simmim_vit_base").augmentation()
+    assert (ours.image_size, ours.scale, ours.interpolation, ours.padding) == (224, (0.67, 1.0), "bilinear", None)
+    assert ours.second_view is None
+    assert load_recipe("conmim_vit_base").augmentation().second_view is not None
+    assert load_recipe("mae_cifar10").augmentation().padding == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("mae_vit_base", "MAE"),
+        ("mae_vit_large", "MAE"),
+        ("simmim_vit_base", "SimMIM"),
+        ("bootmae_vit_base", "BootMAE"),
+        ("conmim_vit_base", "ConMIM"),
+    ],
+)
+def test_paper_recipe__is_that_of_the_supplementary_table(name, column):
+    recipe, table = load_recipe(name), printed("supp_tables3to6_hyperparameters").set_index("setting")[column]
+    rate = table["pretrain_peak_lr"] or table["pretrain_base_lr"]
+    assert recipe.base_lr == float(rate)
+    assert recipe.weight_decay == float(table["pretrain_weight_decay"])
+    assert recipe.betas == tuple(float(each) for each in table["pretrain_betas"].split(","))
+    assert recipe.batch_size == int(table["pretrain_batch_size"])
+    assert recipe.schedule == table["schedule"]
+    assert recipe.warmup_epochs == float(table["pretrain_warmup_epochs"])

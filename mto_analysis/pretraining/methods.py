@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -120,11 +121,15 @@ def build_method(recipe: Recipe, *, seed: int) -> Method:
         >>> list(method(images, torch.arange(64)[None] >= 16))
         ['pixels']
     """
+    from mto_analysis.pretraining.bootmae import BootMAEMethod
+    from mto_analysis.pretraining.conmim import ConMIMMethod
     from mto_analysis.pretraining.mae import MAEMethod
     from mto_analysis.pretraining.simmim import SimMIMMethod
 
-    methods: dict[str, type[Method]] = {
+    methods: dict[str, Callable[[Any, Recipe], Method]] = {
         "mae": MAEMethod,
         "simmim": SimMIMMethod,
+        "bootmae": BootMAEMethod,
+        "conmim": ConMIMMethod,
     }
     return methods[recipe.method](build_student(recipe, seed=seed), recipe).train()

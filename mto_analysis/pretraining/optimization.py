@@ -12,7 +12,8 @@ from mto_analysis.pretraining.recipes import Recipe
 __all__ = ["learning_rate", "parameter_groups", "peak_learning_rate"]
 
 # What the originals name in `no_weight_decay`; MAE names nothing, so its class token decays. Mask tokens decay in all.
-_NO_DECAY = {"mae": (), "simmim": ("cls_token", "pos_embed"), "bootmae": ("cls_token",), "conmim": ("cls_token",)}
+_BEIT_CODE = ("cls_token", "pos_embed")
+_NO_DECAY = {"mae": (), "simmim": _BEIT_CODE, "bootmae": _BEIT_CODE, "conmim": _BEIT_CODE}
 
 
 def parameter_groups(method: Method, recipe: Recipe) -> list[dict[str, Any]]:

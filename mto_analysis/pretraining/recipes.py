@@ -19,7 +19,7 @@ from mto_analysis.masking import MaskRule
 from mto_analysis.values import field_types, parse_value, typed_value
 
 if TYPE_CHECKING:
-    from mto_analysis.data import Augmentation  # type: ignore[attr-defined]
+    from mto_analysis.data import Augmentation
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
 
@@ -178,13 +178,17 @@ class Recipe:
         return MaskRule(self.mask_kind, self.mask_ratio, self.mask_unit)
 
     def model_config(self) -> Any:
-        """The architecture's config: ``MAEConfig``, ``SimMIMConfig``, ``BootMAEConfig`` or ``ConMIMConfig``."""
+        """The architecture's config: ``MAEConfig``, ``SimMIMConfig``, ``BootMAEConfig`` or ``ConMIMConfig``.
+
+        BootMAE predicts features as wide as its own encoder.
+        """
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
-        return _config_class(self.method)(**self.model, **sizes)
+        config = _config_class(self.method)(**self.model, **sizes)
+        return replace(config, feature_dim=config.dim) if self.method == "bootmae" else config
 
     def augmentation(self) -> Augmentation:
         """How its pictures are cropped, flipped and normalised."""
-        from mto_analysis.data import Augmentation  # type: ignore[attr-defined]
+        from mto_analysis.data import CONMIM_TEACHER, Augmentation
 
         return Augmentation(
             image_size=self.image_size,
@@ -195,6 +199,7 @@ class Recipe:
             mean=self.mean,
             std=self.std,
             padding=self.padding,
+            second_view=CONMIM_TEACHER if self.second_view else None,
         )
 
     def with_options(self, options: Mapping[str, str]) -> Recipe:
@@ -315,7 +320,7 @@ def _read(content: str, where: str) -> Recipe:
     return Recipe(model=model, sources=names, **typed)
 
 
-def _config_class(method: str) -> type:
+def _config_class(method: str) -> Any:
     from mto_analysis.models import BootMAEConfig, ConMIMConfig, MAEConfig, SimMIMConfig
 
     return {"mae": MAEConfig, "simmim": SimMIMConfig, "bootmae": BootMAEConfig, "conmim": ConMIMConfig}[method]
