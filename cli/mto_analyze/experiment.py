@@ -146,7 +146,8 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
     minutes = total / 60
     lines.append(
         f"{len(runs.all)} runs, {left} to do; about {minutes:.3g} minutes of training one after the other (from a few "
-        f"timed steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come on top"
+        f"timed steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come "
+        "on top"
     )
     return "\n".join(lines)
 

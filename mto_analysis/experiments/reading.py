@@ -99,11 +99,6 @@ class TableReader:
             for number, each in enumerate(found, start=1)
         ]
 
-    def rest(self) -> dict[str, Any]:
-        """All that was not taken, for a reader that knows its keys."""
-        left, self._left = self._left, {}
-        return left
-
     def end(self, known: str) -> None:
         """No key may be left.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def collect(runs: ExperimentRuns) -> Results:
         curve = read_curve(run)
         if curve.empty:
             raise DataError(f"{run.name} has no scores yet: run the experiment again")
-        who = {"method": run.method, "seed": run.seed, "recipe": run.variant, "arm": run.arm}
+        who: dict[str, Any] = {"method": run.method, "seed": run.seed, "recipe": run.variant, "arm": run.arm}
         curves.append(curve.assign(**who))
         metrics = pd.read_csv(RunFolder(run.folder).metrics)
         epochs = metrics[metrics["kind"] == "epoch"]

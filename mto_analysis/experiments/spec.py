@@ -352,18 +352,16 @@ def _arm(reader: TableReader) -> Arm:
         return Arm(name)
     if mto == "chosen":
         return Arm(name, chosen=True)
-    return Arm(name, mto=_mto(reader, mto))
+    values = {"preset": mto} if isinstance(mto, str) else mto
+    return Arm(name, mto=_mto(TableReader(reader.source, f"{reader.path}.mto", values, reader.overrides)))
 
 
-def _mto(reader: TableReader, values: Any) -> MTOConfig:
-    """Settings of MTO: ``"default"``, ``"paper"``, or a table of its fields, with ``preset``."""
-    if isinstance(values, str):
-        values = {"preset": values}
-    inner = TableReader(reader.source, f"{reader.path}.mto", values, reader.overrides)
-    preset = inner.take("preset", str, "default")
+def _mto(reader: TableReader) -> MTOConfig:
+    """Settings of MTO: the preset ``default`` or ``paper``, and what is changed in it."""
+    preset = reader.take("preset", str, "default")
     if preset not in ("default", "paper"):
-        raise inner.error("preset", f'must be default or paper (or mto = "chosen"), got {preset!r}')
-    config: MTOConfig = _fields(inner, MTOConfig() if preset == "default" else MTOConfig.paper())
+        raise reader.error("preset", f'must be default or paper, or the arm\'s mto = "chosen"; got {preset!r}')
+    config: MTOConfig = _fields(reader, MTOConfig() if preset == "default" else MTOConfig.paper(), also="preset, ")
     return config
 
 
@@ -380,7 +378,7 @@ def _choice(reader: TableReader) -> Choice:
     candidates = []
     for each in reader.tables("candidates"):
         name = each.take("name", str)
-        candidates.append(Candidate(name, _mto(each, each.rest())))
+        candidates.append(Candidate(name, _mto(each)))
     seeds = reader.take("seeds", tuple[int, ...])
     share = reader.take("share", float, 0.5)
     by = reader.take("by", Literal["final", "mean"], "final")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -102,22 +103,22 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax: Where to draw; a new figure without.
     """
     ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
-    depths = sorted(layers["layer_depth"].unique())
+    depths = sorted(map(int, layers["layer_depth"].unique()))
     colors = _depth_colors(max(depths))
-    for depth, runs in layers.groupby("layer_depth"):
-        band = _mean_and_band(runs, "heterogeneity")
-        color = colors(int(depth))
-        ax.plot(band.index, band["mean"], color=color, label=f"layer depth {int(depth)}", linewidth=1.1)
+    for depth in depths:
+        band = _mean_and_band(layers[layers["layer_depth"] == depth], "heterogeneity")
+        color = colors(depth)
+        ax.plot(band.index, band["mean"], color=color, label=f"layer depth {depth}", linewidth=1.1)
         ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
     ax.set_xlabel("pre-training epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
-def _depth_colors(deepest: int):  # type: ignore[no-untyped-def]
+def _depth_colors(deepest: int) -> Callable[[int], Any]:
     # Viridis without its palest tones, which vanish on white.
     scale = mpl.cm.ScalarMappable(Normalize(0, max(1, deepest) / 0.85), "viridis")
-    return scale.to_rgba
+    return lambda depth: scale.to_rgba(depth)
 
 
 def draw_trajectories(layers: pd.DataFrame) -> Figure:
@@ -146,7 +147,7 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
             axes[0].set_ylabel("Heterogeneity H (nats)")
             for empty in axes[len(row) :]:
                 empty.set_axis_off()
-        _depth_legend(figure, sorted(layers["layer_depth"].unique()))
+        _depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
         seeds = layers["seed"].nunique()
         words = f"; mean of {seeds} seeds, bands: 95 % interval" if seeds > 1 else "; one seed"
         figure.suptitle(f"H while training, mean over an epoch's logged steps{words}", fontsize=7, color="0.3")
@@ -154,10 +155,9 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
 
 
 def _depth_legend(figure: Figure, depths: Sequence[int]) -> None:
-    deepest = int(max(depths))
-    colors = _depth_colors(deepest)
+    colors = _depth_colors(max(depths))
     shown = depths if len(depths) <= 8 else [depths[round(at)] for at in np.linspace(0, len(depths) - 1, 7)]
-    handles = [mpl.lines.Line2D([], [], color=colors(int(depth)), label=f"{int(depth)}") for depth in shown]
+    handles = [mpl.lines.Line2D([], [], color=colors(depth), label=f"{depth}") for depth in shown]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), title="layer depth", handlelength=1.5
     )
