@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,9 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
         key = (run.variant, run.settings.mto is not None or run.waits)
         if key not in seconds:  # timed once for each, per step
             settings = run.settings if not run.waits else runs.choosing[0].settings
-            seconds[key] = plan(run.recipe, pictures, settings).seconds / run.recipe.epochs
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
+                seconds[key] = plan(run.recipe, pictures, settings).seconds / run.recipe.epochs
         finished = run.finished()
         left += not finished
         total += 0.0 if finished else seconds[key] * run.recipe.epochs
@@ -158,13 +161,15 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
     from mto_analysis.experiments.running import total_steps
 
     finished: set[Any] = set()
+    said: set[Any] = set()
     total = len(runs.all)
 
     def line(progress: Progress) -> None:
         if progress.state in ("found", "done"):
             finished.add(progress.run.folder)
-        if progress.state == "found":
-            return
+        if progress.state == "note" and (progress.run.folder, progress.words) not in said:
+            said.add((progress.run.folder, progress.words))
+            note(f"{progress.run.name}: {progress.words}", quiet=quiet)
         if progress.state == "done":
             score = _last_score(progress)
             note(f"[{len(finished)}/{total}] {progress.run.name}: {score}", quiet=quiet)

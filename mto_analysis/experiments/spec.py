@@ -165,7 +165,10 @@ class Experiment:
             ("arms: an experiment needs at least one", not self.arms),
             ("arms: names must differ", len(set(arms)) < len(arms)),
             ("seeds: an experiment needs at least one", not self.seeds),
-            ("seeds: must differ, and not be negative", len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0),
+            (
+                "seeds: must differ, and not be negative",
+                len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0,
+            ),
             ('choose: an arm has mto = "chosen", so it needs candidates', self._chosen and not candidates),
             ('choose: no arm has mto = "chosen"', bool(candidates) and not self._chosen),
             (f"choose.candidates: at most {MOST_CANDIDATES}", len(candidates) > MOST_CANDIDATES),

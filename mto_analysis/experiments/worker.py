@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,7 @@ def work(connection: Connection, threads: int, device: str | None) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    warnings.showwarning = lambda message, *rest: connection.send(Report("note", words=str(message)))
     worker = _Worker(connection, device)
     while True:
         try:

@@ -112,13 +112,18 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
     ax.set_xlabel("pre-training epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(bottom=0)  # H is never negative, also where the interval of two seeds is
     return ax
 
 
 def _depth_colors(deepest: int) -> Callable[[int], Any]:
     # Viridis without its palest tones, which vanish on white.
     scale = mpl.cm.ScalarMappable(Normalize(0, max(1, deepest) / 0.85), "viridis")
-    return lambda depth: scale.to_rgba(depth)
+
+    def color(depth: int) -> Any:
+        return scale.to_rgba(np.array(depth))
+
+    return color
 
 
 def draw_trajectories(layers: pd.DataFrame) -> Figure:
