@@ -90,6 +90,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.gradient: torch.Tensor | None = None
 
     def on(self, owner: object, name: str) -> None:
         """Time a function of an object or class."""
@@ -99,7 +100,8 @@ class Stopwatch:
             start = clock()
             result = function(*arguments)
             if isinstance(result, tuple) and isinstance(result[0], torch.Tensor):
-                result[0] + result[0]  # a gradient: autograd adds it to the model's own
+                self.gradient = torch.zeros_like(result[0]) if self.gradient is None else self.gradient
+                self.gradient.add_(result[0])  # in place, as autograd adds it to the model's own
             self.seconds += clock() - start
             return result
 
