@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mto_analysis.affinity import masked_first_order
+from mto_analysis.affinity import Scratch, masked_first_order
 from mto_analysis.masking import check_mask
 
 __all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
@@ -30,8 +30,8 @@ class SortedMask:
 
     Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
     ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
-    (``None`` where all are). ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of each
-    token in it (of a prefix token: one past the end).
+    (``None`` where all are); ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of each
+    token in it (of a prefix token: one past the end). All layers share ``scratch`` memory.
 
     Shapes:
         rows: batch * num_patches
@@ -52,7 +52,7 @@ class SortedMask:
     num_masked: Tensor
     num_visible: Tensor
     prefix_tokens: int
-    _scratch: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
     @classmethod
     def of(cls, mask: Tensor, prefix_tokens: int = 0, counts: tuple[int, int] | None = None) -> SortedMask:
@@ -100,19 +100,6 @@ class SortedMask:
             num_patches - num_masked,
             prefix_tokens,
         )
-
-    def scratch(self, use: str, like: Tensor, *shape: int) -> Tensor:
-        """Memory for a passing result, in at least float32.
-
-        On a CPU fresh memory of this size costs as much time as a product, so all layers use the same.
-        """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        if like.device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=like.device)
-        key = (use, dtype, shape)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(shape, dtype=dtype)
-        return self._scratch[key]
 
     def sort(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches in sorted order, in at least float32; views of the masked and of the visible ones.
