@@ -32,9 +32,9 @@ _NAMES = (
     *(f"q{quadrant}_{name}" for name in QUADRANT_STATISTICS for quadrant in (1, 2, 3, 4)),
 )
 
-# Entries of a product that are worked on at once. On a CPU 0.6 MB in float32, which stays in the cache, also for the
-# first stages of a Swin with thousands of patches; elsewhere as many as keep the device busy.
-_ENTRIES_AT_ONCE = {"cpu": 4 * 196 * 196}
+# Entries of a product that are worked on at once. On a CPU 1.2 MB in float32: fewer would cost more in
+# steps than in memory, and a first stage of Swin with thousands of patches goes image by image; elsewhere as many as keep the device busy.
+_ENTRIES_AT_ONCE = {"cpu": 8 * 196 * 196}
 _ENTRIES_AT_ONCE_ELSEWHERE = 128 * 196 * 196
 
 # Subnormal numbers take a processor a hundred times as long: exp, products and sums stay above them. Weights of e^-60
