@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def differences(device: str) -> Iterator[str]:
     for name, mask in masks.items():
         results: list[list[Tensor]] = []
         for there, dtype in (("cpu", torch.float64), (device, torch.float32)):
-            x, split = tokens.to(there, dtype).requires_grad_(), entropies.SortedMask.of(mask.to(there), 1)
+            x, split = tokens.clone().to(there, dtype).requires_grad_(), entropies.SortedMask.of(mask.to(there), 1)
             values = [*entropies.visible_rows_entropy(x, split), entropies.masked_visible_entropy(x, split)]
             torch.stack(values).sum().backward()
             statistics_ = quadrant_statistics(x.detach()[:, 1:], mask.to(there))
@@ -172,15 +173,16 @@ def train(name: str, training: Training, clock: Clock, tf32: bool, repeats: int,
 
     plain_mb = peak_mb(clock, plain)
     mto = attached()
-    with_mb = peak_mb(clock, lambda: training.step(mto))
+    with_mb = peak_mb(clock, partial(training.step, mto))
     mto.detach()
     plain_ms, with_ms, inside = [], [], []
     for repeat in range(repeats + 1):
         first = clock.of(plain, steps)
         mto = attached()
-        second = clock.of(lambda: training.step(mto), steps)
+        with_losses = partial(training.step, mto)
+        second = clock.of(with_losses, steps)
         with watched(clock, mto) as spans:
-            whole = clock.of(lambda: training.step(mto), 1)
+            whole = clock.of(with_losses, 1)
             within = sum(clock.between(*span) for span in spans)
         mto.detach()
         if repeat:  # the first turn warms up

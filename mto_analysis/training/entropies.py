@@ -30,8 +30,8 @@ class SortedMask:
 
     Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
     ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
-    (``None`` where all are); ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of each
-    token in it (of a prefix token: one past the end). All layers share ``scratch`` memory.
+    (``None`` where all are); ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of
+    each token in it (of a prefix token: one past the end). All layers share ``scratch`` memory.
 
     Shapes:
         rows: batch * num_patches
@@ -75,7 +75,7 @@ class SortedMask:
         if counts is None:
             counts = (0, 0)
             if batch:
-                counts = tuple(torch.stack(num_masked.aminmax()).tolist())  # type: ignore[assignment]
+                counts = tuple(torch.stack(num_masked.aminmax()).tolist())
         fewest, most = counts
         if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
             check_mask(mask)  # has the message
@@ -116,7 +116,7 @@ class SortedMask:
         return x, x[:, : self.most_masked], x[:, -self.most_visible :]
 
     def gradient_of_sorted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Scratch memory for the gradient of sorted patches, for :meth:`unsort`, and it as ``batch num_patches dim``."""
+        """Memory for the gradient of sorted patches, for :meth:`unsort`, and it as ``batch num_patches dim``."""
         gradient = self.scratch("gradient", tokens, len(self.rows) + 1, tokens.shape[-1])
         return gradient, gradient[:-1].view(len(tokens), -1, tokens.shape[-1])
 
