@@ -12,6 +12,7 @@ __all__ = [
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
+    "OutputError",
     "OutputExistsError",
     "RecipeError",
 ]
@@ -25,6 +26,12 @@ class MTOAnalysisError(Exception):
 
 class OutputExistsError(MTOAnalysisError):
     """An output file is already there and ``--overwrite`` was not given (exit code 2)."""
+
+    exit_code = 2
+
+
+class OutputError(MTOAnalysisError, OSError):
+    """A file cannot be written: the disk is full or the folder is not writable (exit code 2)."""
 
     exit_code = 2
 

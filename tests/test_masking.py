@@ -369,3 +369,15 @@ def test_save_masks__refuses_what_could_not_be_read_back(tmp_path: Path) -> None
         with pytest.raises(ValueError, match="masks must be bool"):
             save_masks(tmp_path / "masks.npz", masks, names)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_patches", [2, 7, 64, 196])
+def test_random_mask__takes_the_numbers_that_each_keys_generator_gives(num_patches: int) -> None:
+    # They are made by the thousand, but must stay those of `random()`: masks of earlier results hang on them.
+    keys = mask_keys([f"{row}.png" for row in range(20)], seed=3, epoch=2)
+    mask = random_mask(keys, num_patches, 0.5)
+    for key, row in zip(keys, mask.tolist(), strict=True):
+        generator = key.generator()
+        noise = [generator.random() for _ in range(num_patches)]
+        visible = sorted(range(num_patches), key=noise.__getitem__)[: num_patches // 2]
+        assert [place for place in range(num_patches) if not row[place]] == sorted(visible)
