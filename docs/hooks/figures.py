@@ -24,6 +24,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 def gallery() -> str:
     """A section per caption: the figures of that name, the caption, the files."""
+    if not CAPTIONS.is_file():
+        return ""
     captions = CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:]
     return "\n".join(_section(*each.split("\n", 1)) for each in captions)
 
@@ -31,8 +33,9 @@ def gallery() -> str:
 def _section(name: str, caption: str) -> str:
     text = " ".join(caption.split())
     found = _TITLE.match(text)
-    drawn = [path.stem for path in sorted(FOLDER.glob(f"{name}*.png")) if re.fullmatch(rf"{name}(-\D.*)?", path.stem)]
-    lines = [f"## {found[0] if found else name}", ""]
+    stems = sorted(path.stem for path in FOLDER.glob(f"{name}*.png"))  # "fig2" before "fig2-mae"
+    drawn = [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem)]
+    lines = [f"## {found[0] if found else name.replace('-', ' ').capitalize()}", ""]
     for each in drawn:
         links = [f"[{kind}](figures/{each}.{kind})" for kind in ("pdf", "csv") if (FOLDER / f"{each}.{kind}").is_file()]
         lines += [f"![{each}](figures/{each}.png)", "", f"`{each}`: {', '.join(links)}", ""]
