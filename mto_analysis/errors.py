@@ -9,9 +9,11 @@ __all__ = [
     "CheckpointNotFoundError",
     "DataError",
     "DataNotFoundError",
+    "ExperimentError",
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
+    "OutputError",
     "OutputExistsError",
     "RecipeError",
 ]
@@ -29,8 +31,20 @@ class OutputExistsError(MTOAnalysisError):
     exit_code = 2
 
 
+class OutputError(MTOAnalysisError, OSError):
+    """A file cannot be written: the disk is full or the folder is not writable (exit code 2)."""
+
+    exit_code = 2
+
+
 class RecipeError(MTOAnalysisError, ValueError):
     """A recipe is unknown, is not whole, or a setting of it is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class ExperimentError(MTOAnalysisError, ValueError):
+    """An experiment file cannot be used, or a folder holds another experiment (exit code 2)."""
 
     exit_code = 2
 

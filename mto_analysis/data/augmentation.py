@@ -157,7 +157,7 @@ class Augmentation:
         return result.flip(-1) if flip else result
 
     def finish(self, images: Tensor, keys: Keys, *, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Colour changes and normalisation: the pictures and, where asked for, their second view.
+        """Colour changes and normalisation: the pictures (which are used up) and, if asked for, their second view.
 
         Shapes:
             images: batch channels height width (0..255)
@@ -173,9 +173,9 @@ class Augmentation:
         return self._normalised(images), second
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).mul_(255).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).mul_(255).view(1, 3, 1, 1)
-        return (images - mean).div_(std)
+        mean = torch.tensor([255 * value for value in self.mean], device=images.device).view(1, 3, 1, 1)
+        factor = torch.tensor([1 / (255 * value) for value in self.std], device=images.device).view(1, 3, 1, 1)
+        return images.sub_(mean).mul_(factor)
 
 
 def _resized(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:

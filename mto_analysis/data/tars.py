@@ -71,6 +71,8 @@ def open_tars(path: Path) -> _TarPictures:
         reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)  # type: ignore[no-untyped-call]
         shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
         numbers = _webdataset_labels(shards)
+    except DataError:
+        raise
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: a tar file cannot be read ({str(error).splitlines()[0]})") from error
     except ValueError as error:  # timm unpacks an empty list

@@ -8,29 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mto_analysis.data.augmentation import Augmentation, Geometry
+from mto_analysis.data.augmentation import Augmentation
 from mto_analysis.data.batches import BrokenPicture
-from mto_analysis.data.keyed import keyed_permutation, name_keys
-from mto_analysis.data.loading import (
-    BatchPlan,
-    CroppedBatch,
-    CroppedBatches,
-    PlanSampler,
-    Rows,
-    decode_all,
-    fits_memory,
-    replacement_rows,
-)
+from mto_analysis.data.draws import Draws, Rows
+from mto_analysis.data.memory import HeldPictures, decode_all, fits_memory
 from mto_analysis.data.sources import Pictures
+from mto_analysis.data.workers import BatchPlan, CroppedBatch, CroppedBatches
 from mto_analysis.errors import DataError
-from mto_analysis.masking import MaskRule, mask_keys
+from mto_analysis.masking import MaskRule
 
 __all__ = ["TrainBatch", "TrainingData"]
 
@@ -74,6 +64,16 @@ class TrainingData:
 
     Raises:
         ValueError: If patches do not fit the picture, or the mask rule not the patches.
+
+    Example:
+        >>> from mto_analysis.data import open_pictures
+        >>> from mto_analysis.demo import DEMO_PICTURES
+        >>> data = TrainingData(
+        ...     open_pictures(DEMO_PICTURES), Augmentation(32), MaskRule("random", 0.75, 4), patch_size=4
+        ... )
+        >>> batch = next(data.micro_batches(epoch=0, micro_batch=64))
+        >>> batch.images.shape, batch.mask.sum(dim=1)[0]
+        (torch.Size([64, 3, 32, 32]), tensor(48))
     """
 
     def __init__(
@@ -91,23 +91,12 @@ class TrainingData:
         strict: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if patch_size < 1 or augmentation.image_size % patch_size:
-            raise ValueError(f"patch_size must divide image_size {augmentation.image_size}, got {patch_size}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        side = augmentation.image_size // patch_size
-        self._grid = (side, side)
-        mask_rule.draw(mask_keys(["a rule that does not fit the patches fails here"]), self._grid, patch_size)
-        self._pictures, self._augmentation, self._rule = pictures, augmentation, mask_rule
-        self._patch_size, self._seed, self._workers = patch_size, seed, num_workers
-        self._device = torch.device(device)
+        self._draws = Draws(pictures.names, augmentation, mask_rule, patch_size, seed)
+        self._pictures, self._workers, self._device = pictures, num_workers, torch.device(device)
         self._on_broken, self._in_memory, self._strict, self._on_progress = on_broken, in_memory, strict, on_progress
-        self._keys = name_keys(pictures.names)
-        self._pixels: Tensor | None = None
-        self._prepared = False
-        self._broken_rows: set[int] = set()
-        self._loader: DataLoader[CroppedBatch] | None = None
-        self._sampler = PlanSampler()
+        self._source: HeldPictures | CroppedBatches | None = None
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -118,6 +107,7 @@ class TrainingData:
         """Optimizer steps in an epoch; the last incomplete global batch is dropped.
 
         Raises:
+            ValueError: If ``global_batch`` is not positive.
             DataError: If there are too few pictures for one.
         """
         if global_batch < 1:
@@ -130,7 +120,7 @@ class TrainingData:
 
     def order(self, epoch: int) -> Rows:
         """The rows of all pictures in the order of an epoch."""
-        return keyed_permutation(self._keys, seed=self._seed, epoch=epoch)
+        return self._draws.order(epoch)
 
     def prepare(self) -> bool:
         """Decode small pictures into memory, once; the first batch does it if nobody did. True if they are held there.
@@ -139,26 +129,26 @@ class TrainingData:
             DataError: If a picture cannot be read, is broken (with ``strict``) or is of another size than the others
                 where ``in_memory`` was asked for.
         """
-        if self._prepared:
-            return self._pixels is not None
-        wanted = self._in_memory
-        if wanted is None:
-            wanted = fits_memory(self._pictures, self._augmentation.image_size)
-        if wanted:
-            found: list[tuple[int, str]] = []
-            pixels = decode_all(
-                self._pictures,
-                self._augmentation,
-                lambda row, reason: found.append((row, reason)),
-                self._on_progress,
+        if self._source is None:
+            self._source = self._held() or CroppedBatches(
+                self._pictures, self._draws, num_workers=self._workers, pin=self._device.type == "cuda"
             )
-            if isinstance(pixels, Tensor):
-                self._note_broken(found)
-                self._pixels = pixels.to(self._device)
-            elif self._in_memory:
-                raise DataError(f"picture {pixels} is not of the size of the others; leave in_memory off")
-        self._prepared = True
-        return self._pixels is not None
+        return isinstance(self._source, HeldPictures)
+
+    def _held(self) -> HeldPictures | None:
+        augmentation, wanted = self._draws.augmentation, self._in_memory
+        if wanted is None:
+            wanted = fits_memory(self._pictures, augmentation.image_size)
+        if not wanted:
+            return None
+        broken: dict[int, str] = {}
+        pixels = decode_all(self._pictures, augmentation, on_broken=broken.__setitem__, on_progress=self._on_progress)
+        if isinstance(pixels, str):
+            if self._in_memory:
+                raise DataError(f"picture {pixels} is not of the size of the others; leave in_memory to None")
+            return None
+        self._note_broken(list(broken.items()))
+        return HeldPictures(pixels, self._draws, broken, self._device)
 
     def micro_batches(
         self,
@@ -194,136 +184,65 @@ class TrainingData:
             )
         steps = self.steps_per_epoch(micro_batch * accumulation * processes)
         order = self.order(epoch)
-        starts = (
-            (number * processes + process) * micro_batch
-            for number in range(skip_steps * accumulation, steps * accumulation)
-        )
-        plans = [BatchPlan(epoch, order[start : start + micro_batch]) for start in starts]
-        return self._batches(plans)
+        numbers = range(skip_steps * accumulation, steps * accumulation)
+        starts = [(number * processes + process) * micro_batch for number in numbers]
+        return self._batches([BatchPlan(epoch, order[start : start + micro_batch]) for start in starts])
 
     def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
-        if self.prepare():
-            yield from self._from_memory(plans)
-        else:
-            yield from self._from_workers(plans)
+        self.prepare()
+        if isinstance(self._source, HeldPictures):
+            yield from self._from_memory(self._source, plans)
+        elif self._source is not None:
+            yield from self._from_workers(self._source, plans)
 
-    # Small pictures.
-
-    def _from_memory(self, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
+    def _from_memory(self, held: HeldPictures, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
         # Masks and geometry are drawn on the CPU, one batch ahead of the device.
-        with ThreadPoolExecutor(1, thread_name_prefix="masks") as drawing:
-            coming = drawing.submit(self._draw, plans[0]) if plans else None
+        with ThreadPoolExecutor(1, thread_name_prefix="masks") as ahead:
+            coming = [ahead.submit(held.draw, plan.rows, plan.epoch) for plan in plans[:1]]
             for number, plan in enumerate(plans):
-                assert coming is not None
-                rows, names, geometry, mask = coming.result()
-                if number + 1 < len(plans):
-                    coming = drawing.submit(self._draw, plans[number + 1])
-                yield self._augmented(plan.epoch, rows, names, geometry, mask)
+                rows, geometry, mask = coming.pop().result()
+                coming = [ahead.submit(held.draw, later.rows, later.epoch) for later in plans[number + 1 : number + 2]]
+                images, second = held.augmented(rows, geometry, plan.epoch)
+                mask = mask.to(self._device, non_blocking=True)
+                yield TrainBatch(self._draws.names_of(rows), images, second, mask)
 
-    def _draw(self, plan: BatchPlan) -> tuple[Rows, tuple[str, ...], Geometry, Tensor]:
-        rows = plan.rows
-        if self._broken_rows:
-            rows = np.array([self._good_row(row, plan.epoch) for row in rows.tolist()], dtype=np.int64)
-        names = tuple(self._pictures.names[row] for row in rows.tolist())
-        assert self._pixels is not None
-        heights = np.full(len(rows), self._pixels.shape[1], dtype=np.int64)
-        widths = np.full(len(rows), self._pixels.shape[3], dtype=np.int64)
-        geometry = self._augmentation.draw(self._keys[rows], heights, widths, seed=self._seed, epoch=plan.epoch)
-        mask = self._rule.draw(mask_keys(names, seed=self._seed, epoch=plan.epoch), self._grid, self._patch_size)
-        return rows, names, geometry, mask
+    def _from_workers(self, source: CroppedBatches, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
+        batches = source.run(plans)
+        if self._device.type == "cuda":
+            batches = self._copied_ahead(batches)
+        for batch in batches:
+            self._note_broken(batch.broken)
+            rows = batch.rows.numpy()
+            batch = batch.to(self._device)
+            images, second = self._draws.finish(batch.pixels, rows, batch.epoch)
+            yield TrainBatch(self._draws.names_of(rows), images, second, batch.mask)
 
-    def _good_row(self, row: int, epoch: int) -> int:
-        if row not in self._broken_rows:
-            return row
-        for candidate in replacement_rows(self._keys, row, seed=self._seed, epoch=epoch):
-            if candidate not in self._broken_rows:
-                return candidate
-        raise DataError(f"{len(self._broken_rows)} of {len(self)} pictures are broken, too many to replace")
-
-    def _augmented(
-        self, epoch: int, rows: Rows, names: tuple[str, ...], geometry: Geometry, mask: Tensor
-    ) -> TrainBatch:
-        assert self._pixels is not None
-        pixels = self._pixels[torch.from_numpy(rows).to(self._device)]
-        cut = self._augmentation.apply_to_batch(pixels, geometry)
-        images, second = self._augmentation.finish(cut, self._keys[rows], seed=self._seed, epoch=epoch)
-        return TrainBatch(names, images, second, mask.to(self._device, non_blocking=True))
-
-    # Large pictures.
-
-    def _from_workers(self, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
-        previous: tuple[int, CroppedBatch] | None = None
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        for plan, cropped in zip(plans, self._cropped(plans), strict=True):
-            if cropped.failure is not None:
-                raise DataError(cropped.failure)
-            self._note_broken(cropped.broken)
-            if stream is None:
-                yield self._finished(plan.epoch, cropped)
-                continue
-            # One batch ahead on a stream of its own, so that the copy overlaps with the model's work.
-            with torch.cuda.stream(stream):
-                pixels = cropped.pixels.to(self._device, non_blocking=True)
-                moved = cropped._replace(pixels=pixels, mask=cropped.mask.to(self._device, non_blocking=True))
-            if previous is not None:
-                yield self._finished(*previous, stream)
-            previous = (plan.epoch, moved)
-        if previous is not None:
-            yield self._finished(*previous, stream)
-
-    def _cropped(self, plans: Sequence[BatchPlan]) -> Iterator[CroppedBatch]:
-        batches = CroppedBatches(
-            self._pictures, self._keys, self._augmentation, self._rule, self._patch_size, self._seed
-        )
-        if self._workers == 0:
-            yield from (batches[plan] for plan in plans)
-            return
-        if self._loader is None:
-            self._loader = DataLoader(
-                batches,
-                batch_size=None,
-                sampler=self._sampler,
-                num_workers=self._workers,
-                collate_fn=_unchanged,
-                pin_memory=self._device.type == "cuda",
-                persistent_workers=True,
-                generator=torch.Generator(),  # or it would draw its seed from the global generator
-            )
-        self._sampler.plans = list(plans)
-        try:
-            yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a process that decodes pictures ended ({str(error).splitlines()[0]}); often memory is short: "
-                f"use fewer workers"
-            ) from error
-
-    def _finished(self, epoch: int, cropped: CroppedBatch, stream: Any = None) -> TrainBatch:
-        if stream is not None:
+    def _copied_ahead(self, batches: Iterator[CroppedBatch]) -> Iterator[CroppedBatch]:
+        """One batch ahead on a stream of its own, so that copying overlaps with the model's work."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        ready: CroppedBatch | None = None
+        while True:
+            batch = next(batches, None)
+            coming = None
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    coming = batch.to(self._device)
+            if ready is not None:
+                yield ready
+            if coming is None:
+                return
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(stream)
-            cropped.pixels.record_stream(current)
-            cropped.mask.record_stream(current)
-        rows = cropped.rows.numpy()
-        names = tuple(self._pictures.names[row] for row in rows.tolist())
-        pixels = cropped.pixels.to(self._device)
-        images, second = self._augmentation.finish(pixels, self._keys[rows], seed=self._seed, epoch=epoch)
-        return TrainBatch(names, images, second, cropped.mask.to(self._device))
+            for tensor in (coming.pixels, coming.mask):
+                tensor.record_stream(current)
+            ready = coming
 
     def _note_broken(self, found: Sequence[tuple[int, str]]) -> None:
         for row, reason in found:
             name = self._pictures.names[row]
             if self._strict:
                 raise DataError(f"picture {name} cannot be decoded ({reason})")
-            if row in self._broken_rows:
-                continue
-            self._broken_rows.add(row)
-            self.broken[name] = reason
-            if self._on_broken is not None:
-                self._on_broken(BrokenPicture(name, reason))
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
+            if name not in self.broken:
+                self.broken[name] = reason
+                if self._on_broken is not None:
+                    self._on_broken(BrokenPicture(name, reason))

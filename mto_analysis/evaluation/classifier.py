@@ -105,6 +105,7 @@ def build_classifier(
         for name, parameter in model.named_parameters():
             if name == "pos_embed":
                 parameter.requires_grad = True
+    model.eval()  # drop path would draw random numbers below
     classifier = Classifier(model, settings, num_classes, seed)
     _freeze_unused(classifier)
     return classifier

@@ -94,7 +94,7 @@ class Recipe:
     model: Mapping[str, Any]
     image_size: int
     patch_size: int
-    mask_kind: Literal["random", "block", "blockwise"]
+    mask_kind: Literal["random", "block", "blockwise", "topped_up"]
     mask_ratio: float
     mask_unit: int
     target: Literal["pixels", "normalized_pixels", "features"]
