@@ -28,6 +28,9 @@ SHELL = ("bash", "console")
 #: Languages of blocks that hold nothing to run.
 INERT = ("text", "math", "csv", "bibtex")
 
+#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps.
+QUICK = ("epochs=1", "batch_size=4", "model.depth=1")
+
 
 def scripts(page: Path) -> list[str]:
     """Python blocks that are run: those that are not sessions, which ``doctest`` runs."""
@@ -134,6 +137,8 @@ class StandIns:
         self.folder, self.checkpoints = folder, checkpoints
         self.ids = {row.id for row in list_checkpoints()}
         self.pictures = write_pictures(folder / "PICTURES", ("cat.jpg", "dogs/rex.jpg", "a.png", "b.png"))
+        for name in ("DATA", "TRAIN", "TEST"):  # labelled by their sub-folders
+            write_pictures(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
         epochs, seeds = (100, 200, 300, 400), (0, 1, 2)
         rows = [
             (method, epoch, 60 + gain * epoch / 20 + seed / 10, seed)
@@ -150,7 +155,10 @@ class StandIns:
         if words[:2] == ["checkpoints", "info"]:
             return words
         command, _ = leaf(words)
-        more = [] if "--overwrite" not in options(command) or "--overwrite" in words else ["--overwrite"]
+        fresh = "--overwrite" in options(command) and not {"--overwrite", "--resume"} & set(words)
+        more = ["--overwrite"] if fresh else []
+        if words[0] == "pretrain" and "--resume" not in words:
+            more += [word for setting in QUICK for word in ("--set", setting)]
         return [self.word(word) for word in words] + more
 
     def word(self, word: str) -> str:
