@@ -6,6 +6,7 @@ from mto_analyze.affinity import affinity
 from mto_analyze.checkpoints import checkpoints
 from mto_analyze.console import Commands
 from mto_analyze.demo import demo
+from mto_analyze.evaluate import evaluate
 from mto_analyze.experiment import experiment
 from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
@@ -33,3 +34,4 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(evaluate, name="evaluate")
