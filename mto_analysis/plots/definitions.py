@@ -69,16 +69,25 @@ def plot_definition(table: pd.DataFrame, definition: str, *, ax: Axes | None = N
     return ax
 
 
-def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str | None = None) -> Figure:
+def draw_definitions(
+    table: pd.DataFrame,
+    attention: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: float = PAGE_WIDTH,
+    note: bool = True,
+) -> Figure:
     """All definitions, a row per form of tokens and a column per similarity; attention in the places left over.
 
     Args:
         table: Rows of ``definitions.csv``.
         attention: Rows of ``attention.csv``; may be empty.
         title: Line above the figure.
+        width: Of the figure, in inches.
+        note: Say above the figure what is shown; leave it out where a caption does.
     """
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 6.6), layout="constrained")
+        figure = Figure(figsize=(width, 6.6 if width > 6 else 5.4), layout="constrained")
         axes = figure.subplots(len(TOKENS), len(SIMILARITIES), sharex=False)
         for row, (tokens, row_words) in enumerate(TOKENS.items()):
             for column, (similarity, words) in enumerate(SIMILARITIES.items()):
@@ -103,7 +112,9 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
             "bands: 95 % interval over pictures; hollow: layer depth 0 without the position embedding\n"
             "grey panels: the model's own attention, mean and range over heads"
         )
-        figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=7, color="0.3")
+        heading = "\n".join(filter(None, (title, caption if note else "")))
+        if heading:
+            figure.suptitle(heading, fontsize=7, color="0.3")
     return figure
 
 
