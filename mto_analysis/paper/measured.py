@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
 
 from mto_analysis.paper.catalogue import FIGURES, Drawn
 from mto_analysis.paper.workbench import EARLY, Curves, Workbench
@@ -15,9 +14,6 @@ from mto_analysis.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.plots.style import TEXT_WIDTH
 from mto_analysis.quadrants import AffinityMap
 from mto_analysis.studies.controls import CONTROLS, control_bands, control_sentences
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["controls", "definitions", "fig1a", "fig1b", "fig2", "map_table"]
 
@@ -38,7 +34,11 @@ def fig1a(bench: Workbench) -> Drawn:
 def fig1b(bench: Workbench) -> Drawn:
     """Heterogeneity of models at several epochs."""
     what = "of each checkpoint" if bench.inputs.checkpoints else "of models at 2 % (early) and at the end of training"
-    return _heterogeneity(bench, bench.curves, bench.curves.table, what)
+    table = bench.curves.table
+    if not bench.inputs.checkpoints:  # those at the end first: they look as in Fig. 1(a)
+        early = table["model"].str.endswith(EARLY)
+        table = pd.concat([table[~early], table[early]], ignore_index=True)
+    return _heterogeneity(bench, bench.curves, table, what)
 
 
 def _heterogeneity(bench: Workbench, curves: Curves, table: pd.DataFrame, what: str) -> Drawn:
@@ -74,8 +74,6 @@ def fig2(bench: Workbench) -> Drawn:
 
 def map_table(model: str, maps: list[AffinityMap]) -> pd.DataFrame:
     """Affinity maps as rows ``model stack layer_depth row num_masked`` and a column per key, to five digits."""
-    import pandas as pd
-
     tables = []
     for each in maps:
         values = each.values.double().numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from mto_analysis.errors import DataError
 from mto_analysis.paper.catalogue import Drawn
 from mto_analysis.paper.workbench import Workbench
 from mto_analysis.plots.claims import draw_accuracy_claims, draw_depth_claims
@@ -113,7 +114,7 @@ def supp_fig2(bench: Workbench) -> Drawn:
     table = rows.assign(
         measure=rows["measure"].map(_MEASURES),
         decoder_depth=pd.to_numeric(rows["decoder_depth"].where(rows["decoder_depth"] != ""), errors="coerce"),
-        kind=[next(kind for words, kind in _DEPTH_KINDS if words in claim) for claim in rows["claim"]],
+        kind=[_kind_of(claim) for claim in rows["claim"]],
     )
     table["words"] = [
         f"lowest: {top1} %\n(depth not said)" if kind == "lowest" else claim
@@ -129,3 +130,10 @@ def supp_fig2(bench: Workbench) -> Drawn:
     )
     figure = draw_depth_claims(table, says=says, width=TEXT_WIDTH)
     return Drawn({bench.name: figure}, {bench.name: table.drop(columns="words")}, caption)
+
+
+def _kind_of(claim: str) -> str:
+    for words, kind in _DEPTH_KINDS:
+        if words in claim:
+            return kind
+    raise DataError(f"supp_fig2_claims.csv: {claim!r} is a claim of a form that the figure cannot draw")

@@ -9,21 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mto_analysis.data import Pictures, open_pictures
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS, DEMO_PICTURES
-from mto_analysis.masking import load_masks
-from mto_analysis.models import MaskedImageModel
 from mto_analysis.paper.catalogue import Inputs
-from mto_analysis.probe import LayerMeasure
-from mto_analysis.quadrants import AffinityMap, AffinityMaps
-from mto_analysis.studies.affinity import quadrant_table
-from mto_analysis.studies.controls import Controls
-from mto_analysis.studies.definitions import Definitions
-from mto_analysis.studies.heterogeneity import Progress, Settings, Watch, measure_checkpoints, together
-from mto_analysis.studies.properties import Properties
 
+# Tables and schematics are drawn at this bench too, and need not wait for torch.
 if TYPE_CHECKING:
     import pandas as pd
+
+    from mto_analysis.data import Pictures
+    from mto_analysis.models import MaskedImageModel
+    from mto_analysis.probe import LayerMeasure
+    from mto_analysis.quadrants import AffinityMap
+    from mto_analysis.studies.heterogeneity import Progress, Settings, Watch
 
 __all__ = ["Curves", "Maps", "Scrutiny", "Workbench"]
 
@@ -97,7 +93,10 @@ class Workbench:
     @property
     def pictures_in_words(self) -> str:
         """What the pictures are, for captions."""
-        return "CIFAR-10 test pictures" if self.inputs.images is None else f"pictures of {self.inputs.images.name}"
+        from mto_analysis.demo import DEMO_PICTURES
+
+        images = self.inputs.images
+        return "CIFAR-10 test pictures" if images in (None, DEMO_PICTURES) else f"pictures of {images.name}"
 
     @cached_property
     def curves(self) -> Curves:
@@ -107,6 +106,9 @@ class Workbench:
     @cached_property
     def maps(self) -> Maps:
         """Mean affinity maps of every model."""
+        from mto_analysis.quadrants import AffinityMaps
+        from mto_analysis.studies.affinity import quadrant_table
+
         recorders: dict[str, AffinityMaps] = {}
 
         def watch(model: MaskedImageModel, label: str) -> AbstractContextManager[Sequence[LayerMeasure]]:
@@ -121,6 +123,11 @@ class Workbench:
     def scrutiny(self) -> Scrutiny:
         """Definitions, attention, properties and controls of every model."""
         import pandas as pd
+
+        from mto_analysis.studies.controls import Controls
+        from mto_analysis.studies.definitions import Definitions
+        from mto_analysis.studies.heterogeneity import measure_checkpoints, together
+        from mto_analysis.studies.properties import Properties
 
         names = ("curves", "definitions", "attention", "properties", "controls")
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
@@ -148,6 +155,8 @@ class Workbench:
         """Curves of every model, and the values per picture."""
         import pandas as pd
 
+        from mto_analysis.studies.heterogeneity import measure_checkpoints
+
         tables, per_image, models = [], [], []
         for group in self._groups():
             study = measure_checkpoints(
@@ -171,9 +180,16 @@ class Workbench:
 
     @cached_property
     def _pictures(self) -> Pictures:
+        from mto_analysis.data import open_pictures
+        from mto_analysis.demo import DEMO_PICTURES
+
         return open_pictures(self.inputs.images or DEMO_PICTURES)
 
     def _groups(self) -> Iterator[_Group]:
+        from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
+        from mto_analysis.masking import load_masks
+        from mto_analysis.studies.heterogeneity import Settings
+
         inputs = self.inputs
         common: dict[str, Any] = {
             "limit": inputs.limit,

@@ -27,10 +27,10 @@ TOKENS = {
 }
 # The four places of the grid that hold no definition, as a cosine does not see norms.
 _ATTENTION = {
-    ("matched_each", "cosine"): ("mass_masked_to_visible", "share, masked to visible"),
-    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "share, visible to masked"),
-    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "nats, masked to visible"),
-    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "nats, visible to masked"),
+    ("matched_each", "cosine"): ("mass_masked_to_visible", "attention, share:\nmasked to visible"),
+    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "attention, share:\nvisible to masked"),
+    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "attention, nats:\nmasked to visible"),
+    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "attention, nats:\nvisible to masked"),
 }
 
 
@@ -98,7 +98,7 @@ def draw_definitions(
                     continue
                 plot_definition(table, name, ax=ax)
                 if row == 0:
-                    ax.set_title(words + (" (Eq. 2)" if column == 0 else ""), fontsize=7)
+                    ax.set_title(words + (" (Eq. 2)" if column == 0 else ""), fontsize=7 if width > 6 else 6.3)
                 if column == 0:
                     ax.set_ylabel(row_words, fontsize=7)
                 else:
@@ -120,7 +120,7 @@ def draw_definitions(
 
 def _plot_attention(attention: pd.DataFrame, column: str, words: str, *, ax: Axes) -> None:
     """Mean over heads per block, and the range of heads."""
-    ax.set_title(words, fontsize=6.5)
+    ax.set_title(words, fontsize=6, pad=3)
     for index, (_, rows) in enumerate(_by_model(attention)):
         blocks = rows.groupby("block")[column].agg(["mean", "min", "max"])
         color = COLORS[index % len(COLORS)]

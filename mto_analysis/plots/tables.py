@@ -134,8 +134,10 @@ def _row(
 
 
 def _text_width(text: str, size: float) -> float:
-    """Width in points, as matplotlib's own font has it."""
-    return float(TextPath((0, 0), text, size=size, prop=FontProperties()).get_extents().width) if text.strip() else 0.0
+    """Width in points in matplotlib's own font, with room for what a renderer's hinting adds."""
+    if not text.strip():
+        return 0.0
+    return 1.03 * float(TextPath((0, 0), text, size=size, prop=FontProperties()).get_extents().width) + 0.5
 
 
 def _wrapped(text: str, room: float, size: float) -> list[str]:
