@@ -137,6 +137,18 @@ class AttentionWatch:
             attention.qkv.register_forward_hook(after),
         ]
 
+    def kept(self) -> Any:
+        """Sums over this process's pictures."""
+        return {key: (total.cpu(), self._images[key]) for key, total in self._sums.items()}
+
+    def put_together(self, parts: Sequence[Any]) -> None:
+        """Keep the sums over all pictures."""
+        self._sums, self._images = {}, {}
+        for part in parts:
+            for key, (total, images) in part.items():
+                self._sums[key] = total + self._sums[key] if key in self._sums else total
+                self._images[key] = images + self._images.get(key, 0)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per stack, block and head, blocks and heads counted from 1.
 

@@ -12,7 +12,9 @@ __all__ = [
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
+    "OutputError",
     "OutputExistsError",
+    "RecipeError",
 ]
 
 
@@ -24,6 +26,18 @@ class MTOAnalysisError(Exception):
 
 class OutputExistsError(MTOAnalysisError):
     """An output file is already there and ``--overwrite`` was not given (exit code 2)."""
+
+    exit_code = 2
+
+
+class OutputError(MTOAnalysisError, OSError):
+    """A file cannot be written: the disk is full or the folder is not writable (exit code 2)."""
+
+    exit_code = 2
+
+
+class RecipeError(MTOAnalysisError, ValueError):
+    """A recipe is unknown, is not whole, or a setting of it is wrong (exit code 2)."""
 
     exit_code = 2
 

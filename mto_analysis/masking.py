@@ -36,6 +36,7 @@ __all__ = [
     "masks_to_bytes",
     "random_mask",
     "save_masks",
+    "topped_up_mask",
 ]
 
 
@@ -98,8 +99,8 @@ def mask_from_noise(noise: Tensor, num_visible: int) -> Tensor:
         >>> mask_from_noise(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), num_visible=1)
         tensor([[ True, False,  True,  True]])
     """
-    rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
-    return rank >= num_visible
+    first = noise.argsort(dim=1, stable=True)[:, :num_visible]
+    return torch.ones(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, first, False)
 
 
 def random_mask(keys: Sequence[MaskKey], num_patches: int, mask_ratio: float) -> Tensor:
@@ -116,8 +117,7 @@ def random_mask(keys: Sequence[MaskKey], num_patches: int, mask_ratio: float) ->
         tensor([147, 147])
     """
     _check_ratio(mask_ratio)
-    noise = torch.tensor([_uniform(key.generator(), num_patches) for key in keys], dtype=torch.float64)
-    mask = mask_from_noise(noise.reshape(len(keys), num_patches), int(num_patches * (1 - mask_ratio)))
+    mask = mask_from_noise(_uniform(keys, num_patches), int(num_patches * (1 - mask_ratio)))
     check_mask(mask)
     return mask
 
@@ -146,10 +146,8 @@ def block_mask(keys: Sequence[MaskKey], grid: tuple[int, int], mask_ratio: float
     if unit < 1 or rows % unit or columns % unit:
         raise ValueError(f"a mask unit of {unit} patches does not divide the {rows} x {columns} grid")
     num_units = (rows // unit) * (columns // unit)
-    noise = torch.tensor([_uniform(key.generator(), num_units) for key in keys], dtype=torch.float64)
-    noise = noise.reshape(len(keys), num_units)
     # The units that MAE's rule leaves visible are the ones SimMIM masks: both take the first of a random order.
-    units = ~mask_from_noise(noise, math.ceil(num_units * mask_ratio))
+    units = ~mask_from_noise(_uniform(keys, num_units), math.ceil(num_units * mask_ratio))
     units = units.reshape(len(keys), rows // unit, columns // unit)
     mask = units.repeat_interleave(unit, dim=1).repeat_interleave(unit, dim=2).flatten(1)
     check_mask(mask)
@@ -193,15 +191,60 @@ def blockwise_mask(
     return mask
 
 
+def topped_up_mask(keys: Sequence[MaskKey], grid: tuple[int, int], num_masked: int) -> Tensor:
+    """BootMAE's mask: blockwise rectangles over 120 of 196 patches, topped up at random to exactly ``num_masked``.
+
+    Up to three patches of the rectangles then become visible in exchange for others, as the original rolls its order
+    of patches (there by one number for a whole batch, here by one for each picture).
+
+    Shapes:
+        returns: batch num_patches
+
+    Args:
+        keys: One key per row.
+        grid: Rows and columns of the patch grid; on others than 14 x 14 the rectangles are in proportion.
+        num_masked: Number of patches to mask.
+
+    Source:
+        Dong et al., "Bootstrapped Masked Autoencoders" (ECCV 2022); LightDXY/BootMAE, ``masking_generator.py``.
+
+    Example:
+        >>> topped_up_mask(mask_keys(["a", "b"]), grid=(14, 14), num_masked=147).sum(dim=1)
+        tensor([147, 147])
+    """
+    num_patches = grid[0] * grid[1]
+    if not 0 < num_masked < num_patches:
+        raise ValueError(f"num_masked must lie between 0 and {num_patches}, got {num_masked}")
+    blocked, least, most = (max(1, round(num_patches * each / 196)) for each in (120, 16, 60))
+    mask = torch.ones(len(keys), num_patches, dtype=torch.bool)
+    for row, key in zip(mask, keys, strict=True):
+        generator = key.generator()
+        # The original tries without end; here the order below fills up what a thousand tries in a row do not.
+        block = _blockwise(generator, grid, min(blocked, num_patches - 1), least, 0.3, max_block=most, max_tries=1000)
+        rank = np.array([generator.random() for _ in range(num_patches)]) + block.flatten()
+        order = np.roll(np.argsort(rank, kind="stable"), generator.randint(0, 3))
+        row[torch.from_numpy(order[: num_patches - num_masked])] = False
+    check_mask(mask)
+    return mask
+
+
 def _blockwise(
-    generator: random.Random, grid: tuple[int, int], num_masked: int, min_block: int, min_aspect: float
+    generator: random.Random,
+    grid: tuple[int, int],
+    num_masked: int,
+    min_block: int,
+    min_aspect: float,
+    *,
+    max_block: int | None = None,
+    max_tries: int = 10,
 ) -> np.ndarray:
     rows, columns = grid
     mask = np.zeros(grid, dtype=bool)
     log_aspect = (math.log(min_aspect), -math.log(min_aspect))
     tries = 0
-    while (remaining := num_masked - int(mask.sum())) > 0 and tries < 10:
+    while (remaining := num_masked - int(mask.sum())) > 0 and tries < max_tries:
         tries += 1
+        remaining = min(remaining, max_block or remaining)
         area = generator.uniform(min_block, remaining)
         aspect = math.exp(generator.uniform(*log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -215,8 +258,18 @@ def _blockwise(
     return mask
 
 
-def _uniform(generator: random.Random, count: int) -> list[float]:
-    return [generator.random() for _ in range(count)]
+def _uniform(keys: Sequence[MaskKey], count: int) -> Tensor:
+    """The first ``count`` values of each key's ``random()``, made by the thousand; training draws a mask per picture.
+
+    ``random()`` takes two 32-bit words of the generator and keeps 27 bits of the first and 26 of the second.
+    ``getrandbits`` hands out the same words, the first in the lowest bits.
+
+    Shapes:
+        returns: batch count (float64)
+    """
+    bits = b"".join(key.generator().getrandbits(64 * count).to_bytes(8 * count, "little") for key in keys)
+    words = np.frombuffer(bits, dtype="<u4").astype(np.float64).reshape(len(keys), count, 2)
+    return torch.from_numpy((np.floor(words[..., 0] / 32) * 2.0**26 + np.floor(words[..., 1] / 64)) / 2.0**53)
 
 
 @dataclass(frozen=True)
@@ -224,21 +277,21 @@ class MaskRule:
     """How a model's masks are drawn.
 
     Args:
-        kind: ``random`` (MAE), ``block`` (SimMIM) or ``blockwise`` (BEiT).
+        kind: ``random`` (MAE), ``block`` (SimMIM), ``blockwise`` (BEiT) or ``topped_up`` (BootMAE).
         ratio: Fraction of patches (units, for ``block``) to mask.
         unit: Side of the square that is masked at once, in pixels.
         min_block: Smallest rectangle of ``blockwise``, in patches.
     """
 
-    kind: Literal["random", "block", "blockwise"]
+    kind: Literal["random", "block", "blockwise", "topped_up"]
     ratio: float
     unit: int
     min_block: int = 16
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.kind not in ("random", "block", "blockwise"):
-            raise ValueError(f"kind must be random, block or blockwise, got {self.kind!r}")
+        if self.kind not in ("random", "block", "blockwise", "topped_up"):
+            raise ValueError(f"kind must be random, block, blockwise or topped_up, got {self.kind!r}")
         _check_ratio(self.ratio)
         if self.unit < 1:
             raise ValueError(f"unit must be at least 1 pixel, got {self.unit}")
@@ -262,6 +315,8 @@ class MaskRule:
         num_patches = grid[0] * grid[1]
         if self.kind == "random":
             return random_mask(keys, num_patches, self.ratio)
+        if self.kind == "topped_up":
+            return topped_up_mask(keys, grid, num_patches - int(num_patches * (1 - self.ratio)))
         if self.kind == "blockwise":
             # A rectangle of BEiT's 16 patches does not fit a grid of a few patches; there it shrinks in proportion.
             min_block = max(1, min(self.min_block, round(num_patches * self.min_block / 196)))
@@ -272,7 +327,12 @@ class MaskRule:
 
     def __str__(self) -> str:
         """In words, as printed beside results."""
-        what = {"random": "random patches", "block": "units", "blockwise": "blockwise rectangles, patches"}[self.kind]
+        what = {
+            "random": "random patches",
+            "block": "units",
+            "blockwise": "blockwise rectangles, patches",
+            "topped_up": "rectangles topped up at random, patches",
+        }[self.kind]
         return f"{self.ratio:.4g} of {what} of {self.unit} px"
 
 

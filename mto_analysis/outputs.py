@@ -8,11 +8,11 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mto_analysis.errors import OutputExistsError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["OutputFolder", "chosen_labels", "labels_of", "run_facts", "write_atomically"]
+__all__ = ["OutputFolder", "atomic_file", "chosen_labels", "labels_of", "run_facts", "write_atomically"]
 
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
@@ -31,10 +31,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
     """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of ``path`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
+    """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; a result should be as readable as any other file the user creates.

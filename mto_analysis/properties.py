@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,11 +45,7 @@ class PropertyMeasure:
         counts = layer.mask.sum(dim=0)
         self._counts[stack] = self._counts[stack] + counts if stack in self._counts else counts
         self._masks[stack] = self._masks.get(stack, 0) + len(layer.mask)
-        position = self._positions[stack]
-        for when, tokens in (
-            ("", layer.tokens),
-            ("_before_position", layer.tokens if position is None else layer.tokens - position),
-        ):
+        for when, tokens in self._variants(stack, layer):
             first = self._first.setdefault((stack, when), _first_masked(tokens, layer.mask))
             for name, value in (
                 ("spread" + when, split.map(tokens, lambda x, count, first=first: _spread(x, count, first))),
@@ -57,6 +53,31 @@ class PropertyMeasure:
             ):
                 self._values.setdefault((stack, name), []).append(value)
         return {}
+
+    def anchor(self, stack: str, layer: LayerTokens) -> None:
+        """Take the first masked row from here, where the first picture is in another process's part."""
+        for when, tokens in self._variants(stack, layer):
+            self._first[(stack, when)] = _first_masked(tokens, layer.mask)
+
+    def _variants(self, stack: str, layer: LayerTokens) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        position = self._positions[stack]
+        plain = layer.tokens if position is None else layer.tokens - position
+        return ("", layer.tokens), ("_before_position", plain)
+
+    def kept(self) -> Any:
+        """Counts and values of this process's pictures."""
+        counts = {stack: each.cpu() for stack, each in self._counts.items()}
+        return counts, self._masks, {key: [each.cpu() for each in values] for key, values in self._values.items()}
+
+    def put_together(self, parts: Sequence[Any]) -> None:
+        """Keep the counts and values of all pictures."""
+        self._counts, self._masks, self._values = {}, {}, {}
+        for counts, masks, values in parts:
+            for stack in counts:
+                self._counts[stack] = counts[stack] + self._counts.get(stack, 0)
+                self._masks[stack] = masks[stack] + self._masks.get(stack, 0)
+            for key, each in values.items():
+                self._values.setdefault(key, []).extend(each)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per stack and property, means over images and masks.

@@ -7,7 +7,8 @@ quadrant is the second one turned: only three of the four are multiplied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Set as AbstractSet
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -233,11 +234,7 @@ class AffinityMaps:
     def _add(self, key: tuple[str, int, str | None], tokens: Tensor, split: TokenSplit) -> Tensor:
         kept = self._sums.get(key)
         counts = split.counts | ({kept[2]} if kept else set())
-        if len(counts) > 1:
-            raise ValueError(
-                f"a mean map needs the same number of masked patches in every picture, got {min(counts)} to "
-                f"{max(counts)}; choose single pictures (--pictures), or another mask (--mask-unit)"
-            )
+        self._check_counts(counts)
         sums: list[Tensor] = [kept[0]] if kept else []
 
         def sink(total: Tensor) -> None:
@@ -249,6 +246,33 @@ class AffinityMaps:
         table = split.map(tokens, lambda x, num_masked: _statistics(x, num_masked, self.kind, sink))
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
+
+    def kept(self) -> Any:
+        """Sums of maps over this process's pictures."""
+        return {key: (total.cpu(), count, num_masked) for key, (total, count, num_masked) in self._sums.items()}
+
+    def put_together(self, parts: Sequence[Any]) -> None:
+        """Keep the sums over all pictures.
+
+        Raises:
+            ValueError: If a mean is wanted and the number of masked patches differs between parts.
+        """
+        self._sums = {}
+        for part in parts:
+            for key, (total, count, num_masked) in part.items():
+                if key in self._sums:
+                    before, images, like = self._sums[key]
+                    self._check_counts({like, num_masked})
+                    total, count = before + total, images + count
+                self._sums[key] = (total, count, num_masked)
+
+    @staticmethod
+    def _check_counts(counts: AbstractSet[int]) -> None:
+        if len(counts) > 1:
+            raise ValueError(
+                f"a mean map needs the same number of masked patches in every picture, got {min(counts)} to "
+                f"{max(counts)}; choose single pictures (--pictures), or another mask (--mask-unit)"
+            )
 
     @property
     def maps(self) -> list[AffinityMap]:

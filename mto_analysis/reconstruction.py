@@ -13,7 +13,15 @@ from torch import Tensor
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.vit import patchify, unpatchify
 
-__all__ = ["OwnLoss", "mean_prediction", "normalize_patches", "own_loss", "reconstruction_loss", "restore_patches"]
+__all__ = [
+    "OwnLoss",
+    "mean_prediction",
+    "normalize_patches",
+    "own_loss",
+    "patch_loss",
+    "reconstruction_loss",
+    "restore_patches",
+]
 
 Target = Literal["pixels", "normalized_pixels"]
 
@@ -84,9 +92,42 @@ def reconstruction_loss(
     """
     goal = patchify(images, patch_size)
     goal = normalize_patches(goal) if target == "normalized_pixels" else goal
-    error = patchify(prediction, patch_size) - goal
+    return patch_loss(patchify(prediction, patch_size), goal, mask, criterion=criterion)
+
+
+def patch_loss(
+    prediction: Tensor,
+    goal: Tensor,
+    mask: Tensor,
+    *,
+    criterion: Literal["l1", "l2"] = "l2",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean error over the values of masked patches, for patches that are cut out already.
+
+    Shapes:
+        prediction: batch num_patches values
+        goal: batch num_patches values
+        mask: batch num_patches
+        weight: batch num_patches
+        returns: batch
+
+    Args:
+        prediction: Of every patch.
+        goal: What it should be.
+        mask: True where masked.
+        criterion: Absolute (``l1``) or squared error.
+        weight: Of each masked patch; the sum is still divided by the number of masked patches.
+
+    Example:
+        >>> goal = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])
+        >>> patch_loss(0 * goal, goal, torch.tensor([[True, False]]))
+        tensor([5.])
+    """
+    error = prediction - goal
     per_patch = (error.abs() if criterion == "l1" else error.square()).mean(dim=-1)
-    return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
+    counted = mask if weight is None else mask * weight
+    return (per_patch * counted).sum(dim=1) / mask.sum(dim=1)
 
 
 def mean_prediction(images: Tensor, mask: Tensor, patch_size: int, *, target: Target = "pixels") -> Tensor:

@@ -136,7 +136,8 @@ def test_heterogeneity__equals_the_original_code(name: str, golden_of, tmp_path:
     golden = golden_of(name)
     names = write_pictures(tmp_path / "p", ("0.png", "1.png"))
     monkeypatch.setattr(
-        "mto_analysis.data.preprocessing", lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]]
+        "mto_analysis.data.batches.preprocessing",
+        lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]],
     )
     for row in range(2):
         Image.new("RGB", (4, 4), (row, 0, 0)).save(names / f"{row}.png")
@@ -205,10 +206,11 @@ def option_seed(path, pictures, ckpt):
 def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
     """The batches that a run probes, and the worker processes that it asks for."""
     from mto_analysis.studies import heterogeneity as study
+    from mto_analysis.studies import sharing
 
     sizes: list[int] = []
     workers: set[int] = set()
-    probe_batches, load_batches = study.probe, study.picture_batches
+    probe_batches, load_batches = sharing.probe, study.picture_batches
 
     def watched_probe(model, batches, *positional, **options):
         batches = list(batches)
@@ -220,7 +222,7 @@ def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
         return load_batches(*positional, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "probe", watched_probe)
+        patch.setattr(sharing, "probe", watched_probe)
         patch.setattr(study, "picture_batches", watched_batches)
         ok(*arguments)
     return sizes, workers
@@ -550,7 +552,7 @@ def test_exit_130__when_interrupted(checkpoints, picture_folder: Path, out: Path
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("mto_analysis.studies.heterogeneity.probe", "mto_analysis.plots.heterogeneity.draw_heterogeneity"):
+    for place in ("mto_analysis.studies.sharing.probe", "mto_analysis.plots.heterogeneity.draw_heterogeneity"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "-q")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from documents import ROOT, notebooks
+
+#: What the first code cell says, made small; a notebook uses some of these names.
+SMALL = {"LIMIT": 8, "SEEDS": 3, "STEPS": 4, "BATCH": 8, "EPOCHS": 1}
 
 FOUND = {str(path.relative_to(ROOT)): path for path in notebooks()}
 
@@ -21,6 +26,18 @@ def test_notebooks__are_there() -> None:
     assert any(Path(name).name.startswith("01_") for name in FOUND)
 
 
+def make_small(notebook: Any) -> None:
+    """Replace the values of the first code cell by small ones."""
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source, count = re.subn(
+        rf"^({'|'.join(SMALL)}) = \d+",
+        lambda found: f"{found[1]} = {SMALL[found[1]]}",
+        first.source,
+        flags=re.MULTILINE,
+    )
+    assert count, "the first code cell holds the few values to change"
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_notebook__runs_in_a_fresh_kernel(name: str, nbformat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
@@ -28,6 +45,7 @@ def test_notebook__runs_in_a_fresh_kernel(name: str, nbformat, tmp_path: Path, m
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(FOUND[name], as_version=4)
+    make_small(notebook)
     kernel = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=kernel).execute()
     for cell in notebook.cells:
@@ -46,3 +64,13 @@ def test_notebook__is_committed_without_outputs(name: str, nbformat) -> None:
         if cell.cell_type == "code":
             assert not cell.outputs
             assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_notebook__tells_in_calls_to_the_library(name: str, nbformat) -> None:
+    for cell in nbformat.read(FOUND[name], as_version=4).cells:
+        if cell.cell_type == "code":
+            source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef):
+                    assert (node.end_lineno or 0) - node.lineno < 18, f"{node.name} belongs into a module"

@@ -10,6 +10,7 @@ from mto_analyze.figures import figures
 from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
 from mto_analyze.plot import plot
+from mto_analyze.pretrain import pretrain
 from mto_analyze.rauc import rauc
 from mto_analyze.reconstruct import reconstruct
 from mto_analyze.report import report
@@ -26,6 +27,6 @@ app = typer.Typer(
     help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
-for command in (demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables, figures):
+for command in (demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables, figures, pretrain):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mto_analyze.console import note, progress, slug
+from mto_analysis.processes import Processes
+from mto_analyze.console import launched, note, progress, slug
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 
@@ -26,6 +27,7 @@ class Scale(StrEnum):
     shared = "shared"
 
 
+@launched
 def affinity(
     context: typer.Context,
     ckpt: Checkpoints,
@@ -59,6 +61,8 @@ def affinity(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("affinity"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    *,
+    processes: Processes,
 ) -> None:
     """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.
 
@@ -77,7 +81,8 @@ def affinity(
         for picture in pictures or [""]
     }
     figures = [f"{stem}.{suffix}" for stem in stems.values() for suffix in ("png", "pdf")]
-    folder = OutputFolder(out, ["affinity.npz", "quadrants.csv", *figures, "run.json"], overwrite=overwrite)
+    names = ["affinity.npz", "quadrants.csv", *figures, "run.json"]
+    processes.on_main(partial(OutputFolder, out, names, overwrite=overwrite))
 
     from mto_analysis.data import open_pictures
     from mto_analysis.demo import DEMO_PICTURES
@@ -110,14 +115,19 @@ def affinity(
         say=partial(note, quiet=quiet),
         warn=note,
         progress=partial(progress, quiet=quiet),
+        processes=processes,
     )
+    if not processes.main:
+        return
+    folder = OutputFolder(out, names, overwrite=overwrite)
     folder.write_table("quadrants.csv", study.quadrants)
     folder.write_bytes("affinity.npz", study.maps_file())
     for (model, picture), stem in stems.items():
         maps = [each for each in study.maps[model] if (each.picture or "") == picture]
         if maps:  # none where the picture was broken and skipped
             folder.write_figure(stem, draw_affinity(maps, scale=scale.value, title=model))
-    facts = run_facts(context.params, models=study.heterogeneity.models, skipped=study.heterogeneity.broken)
+    measured = study.heterogeneity
+    facts = run_facts(context.params, models=measured.models, skipped=measured.broken, processes=processes.count)
     folder.write_json("run.json", facts)
     columns = ["model", "stack", "layer_depth", "quadrant", "mass", "dot_mean", "cosine_mean", "row_entropy"]
     typer.echo(study.quadrants[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from mto_analysis.errors import MTOAnalysisError
+from mto_analysis.processes import in_step, this_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,38 +24,93 @@ Item = TypeVar("Item")
 USAGE = 2
 INTERRUPTED = 130
 
+#: Commands that share their work between the processes of a launcher.
+LAUNCHED = ("heterogeneity", "affinity", "pretrain")
+
 
 class Commands(TyperGroup):
     """The command group that turns our errors into one line on stderr and a documented exit code."""
+
+    _leave_at_once = False
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program; processes of a launcher that shared their work leave without tearing down libraries.
+
+        At exit, threads of gloo and pyarrow now and then abort a process that has done all its work, and the launcher
+        would call the run failed.
+        """
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as stop:
+            if not Commands._leave_at_once:
+                raise
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; mendable errors end with their own code, Ctrl-C with 130."""
         try:
             return super().invoke(ctx)
-        except MTOAnalysisError as error:
-            self._stop(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            self._stop("interrupted; nothing half-written was left behind", INTERRUPTED)
-        except ValueError as error:  # an argument out of range
-            self._stop(str(error), USAGE)
-        except OSError as error:
-            self._stop(f"{error.strerror or error}: {error.filename or 'while writing results'}", USAGE)
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "out of memory" in str(error).lower()):
+        except (Exception, KeyboardInterrupt) as error:
+            found = explain(error)
+            if found is None:
                 raise
-            self._stop("out of memory; use a smaller --batch-size", USAGE)
-        except Exception as error:
-            # A usage error: typer brings its own click, whose exceptions have no public name but this method.
-            format_message = getattr(error, "format_message", None)
-            if format_message is None:
-                raise
-            path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
-            self._stop(f"{format_message().rstrip('.')}; see `{path} --help`", USAGE)
+            message, code = found
+            note(f"mto-analyze: error: {message}")
+            raise typer.Exit(code) from error
 
-    @staticmethod
-    def _stop(message: str, code: int) -> None:
-        typer.echo(f"mto-analyze: error: {' '.join(message.split())}", err=True)
-        raise typer.Exit(code)
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command; one that knows nothing of launchers would run, and write, once in every process."""
+        found = super().resolve_command(ctx, args)
+        count = this_process().count
+        if count > 1 and found[0] not in LAUNCHED:
+            raise ValueError(
+                f"{found[0]} cannot share its work between {count} processes; run it without the launcher "
+                f"(these can: {', '.join(LAUNCHED)})"
+            )
+        return found
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """A mendable error as one line and an exit code; ``None`` for a mistake in the program."""
+    message, code = str(error), USAGE
+    if isinstance(error, MTOAnalysisError):
+        code = error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted; nothing half-written was left behind", INTERRUPTED
+    elif isinstance(error, ValueError):  # an argument out of range
+        pass
+    elif isinstance(error, OSError):
+        message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
+        message = "out of memory; use a smaller --batch-size"
+    else:
+        # A usage error: typer brings its own click, whose exceptions have no public name but this method.
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            return None
+        path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
+        message = f"{format_message().rstrip('.')}; see `{path} --help`"
+    return " ".join(message.split()), code
+
+
+def launched(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose processes, under a launcher, share the work and end together; name it in ``LAUNCHED``.
+
+    It gets the keyword argument ``processes``, which is no option.
+    """
+    signature = inspect.signature(command)
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        Commands._leave_at_once = this_process().count > 1
+        with in_step(explain) as processes:
+            command(*arguments, **options, processes=processes)
+
+    seen = [each for name, each in signature.parameters.items() if name != "processes"]
+    run.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+    return run
 
 
 def as_text(table: pd.DataFrame) -> str:
@@ -61,14 +120,14 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def note(message: str, *, quiet: bool = False) -> None:
-    """Say something on stderr, unless told to be quiet."""
-    if not quiet:
+    """Say something on stderr, unless told to be quiet; of several processes the main one speaks."""
+    if not quiet and this_process().main:
         typer.echo(message, err=True)
 
 
 def progress(items: Iterable[Item], total: int | None, label: str, *, quiet: bool = False) -> Iterator[Item]:
     """Show a bar on stderr while items pass by; nothing when stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not this_process().main or not sys.stderr.isatty():
         yield from items
         return
     from rich.console import Console

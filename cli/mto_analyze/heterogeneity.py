@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mto_analyze.console import as_text, note, progress, slug
+from mto_analysis.processes import Processes
+from mto_analyze.console import as_text, launched, note, progress, slug
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+@launched
 def heterogeneity(
     context: typer.Context,
     ckpt: Checkpoints,
@@ -86,6 +88,8 @@ def heterogeneity(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("heterogeneity"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    *,
+    processes: Processes,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
@@ -102,7 +106,7 @@ def heterogeneity(
     names += (*(["properties.csv"] if properties else []), *(["difference.csv"] if difference else []))
     if difference and len(labels) != 2:
         raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
-    folder = OutputFolder(out, names, overwrite=overwrite)
+    processes.on_main(partial(OutputFolder, out, names, overwrite=overwrite))
 
     import torch
 
@@ -150,9 +154,10 @@ def heterogeneity(
         warn=note,
         progress=partial(progress, quiet=quiet),
         watch=together(*(each.watch for each in (watched, controlled, seen) if each)),
+        processes=processes,
     )
-    if watched:
-        write_definitions(folder, watched.take_table(study), watched.attention_table())
+    tables = (watched.take_table(study), watched.attention_table()) if watched else None
+    rows = None
     if controlled:
         rows = controlled.measure(
             study,
@@ -164,7 +169,14 @@ def heterogeneity(
             offline=offline,
             say=partial(note, quiet=quiet),
             progress=partial(progress, quiet=quiet),
+            processes=processes,
         )
+    if not processes.main:
+        return
+    folder = OutputFolder(out, names, overwrite=overwrite)
+    if tables:
+        write_definitions(folder, *tables)
+    if rows is not None:
         write_controls(folder, study.table, rows)
     if seen:
         folder.write_table("properties.csv", seen.table())
@@ -175,7 +187,9 @@ def heterogeneity(
     folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
     for name, model in mask_files.items():
         folder.write_bytes(name, study.mask_file(model))
-    folder.write_json("run.json", run_facts(context.params, models=study.models, skipped=study.broken))
+    folder.write_json(
+        "run.json", run_facts(context.params, models=study.models, skipped=study.broken, processes=processes.count)
+    )
     typer.echo(as_text(study.table))
     note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mto_analysis.checkpoints.containers import first_line
 from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
+from mto_analysis.checkpoints.facts import section, whole
 from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
-from mto_analysis.checkpoints.native import save_checkpoint
+from mto_analysis.checkpoints.native import save_checkpoint, stored_info
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
@@ -138,9 +139,24 @@ def inspect_checkpoint(
 
 def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
     layout, convert = recognize(raw)
+    about = section(raw.extras, "mto_analysis")  # files that publishing.py wrote say what their layout cannot
     with _naming(raw, layout):
+        if about:
+            heads = _stated_heads(heads, section(about, "config"))
         conversion = convert(raw, heads)
+        if about:
+            stored = section(about, "config")
+            known = {each.name: stored[each.name] for each in fields(conversion.config) if each.name in stored}
+            info = stored_info(section(about, "info"))
+            conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
     return replace(conversion, info=replace(conversion.info, layout=layout))
+
+
+def _stated_heads(given: Heads, stored: Mapping[str, Any]) -> Heads:
+    """The head counts that a file states, unless the user contradicts them."""
+    counts = {option: whole(stored, option) for option in ("num_heads", "decoder_num_heads")}
+    known = {option: given.choose(option, count, stated=count) for option, count in counts.items() if count}
+    return replace(given, **known)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from mto_analysis.models import (
     BootMAE,
     BootMAEConfig,
     CAEConfig,
+    ConMIM,
+    ConMIMConfig,
     Hiera,
     HieraConfig,
     InpaintingConfig,
@@ -38,7 +40,7 @@ from mto_analysis.models import (
 )
 from mto_analysis.outputs import write_atomically
 
-__all__ = ["convert_native", "save_checkpoint"]
+__all__ = ["convert_native", "save_checkpoint", "stored_info"]
 
 _VERSION = 1
 _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
@@ -99,8 +101,10 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         if about["version"] > _VERSION:
             raise CheckpointError("the file was written by a newer mto-analysis; upgrade to read it")
         make, settings = _FAMILIES[about["family"]]
+        if "projector_dim" in about["config"]:  # a ConMIM as it is trained
+            make, settings = ConMIM, ConMIMConfig
         config = settings(**about["config"])
-        info = _info(about["info"])
+        info = stored_info(about["info"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -113,7 +117,8 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 
 
-def _info(stored: Mapping[str, Any]) -> ModelInfo:
+def stored_info(stored: Mapping[str, Any]) -> ModelInfo:
+    """Facts about a model from plain values; names that a newer version may have added are left out."""
     known = {field.name for field in fields(ModelInfo)}
     values = {name: value for name, value in stored.items() if name in known}
     values["mask_rule"] = MaskRule(**values["mask_rule"])

@@ -2,6 +2,7 @@
 
 from mto_analysis.models.bootmae import BootMAE, BootMAEConfig
 from mto_analysis.models.cae import CAE, CAEConfig
+from mto_analysis.models.conmim import ConMIM, ConMIMConfig
 from mto_analysis.models.hiera import Hiera, HieraConfig
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
@@ -19,6 +20,8 @@ __all__ = [
     "BootMAE",
     "BootMAEConfig",
     "CAEConfig",
+    "ConMIM",
+    "ConMIMConfig",
     "Hiera",
     "HieraConfig",
     "InpaintingConfig",

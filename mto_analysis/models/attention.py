@@ -21,6 +21,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, head_dim: int, memory_dim: int | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.fused_attn = True  # the name that timm has for it
         self.q = nn.Linear(dim, num_heads * head_dim)
         self.k = nn.Linear(memory_dim or dim, num_heads * head_dim)
         self.v = nn.Linear(memory_dim or dim, num_heads * head_dim)
@@ -42,5 +43,10 @@ class CrossAttention(nn.Module):
             project(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, key if value is None else value))
         )
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if attended is None else attended[:, None, None])
+        attn_mask = None if attended is None else attended[:, None, None]
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        else:
+            logits = (q * q.shape[-1] ** -0.5) @ k.mT
+            x = (logits if attn_mask is None else logits.masked_fill(~attn_mask, float("-inf"))).softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
-from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
+from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
 
 __all__ = ["BootMAE", "BootMAEConfig"]
 
@@ -64,14 +64,16 @@ class BootMAE(MaskedImageModel):
         c = config
         self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim))
+        table = sincos_table(info.grid, c.dim, rows_first=True)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
         self.norm = nn.LayerNorm(c.dim, eps=c.eps)
         block = partial(BootMAEBlock, num_heads=c.num_heads, memory_dim=c.dim, eps=c.eps)
 
         self.pixel_embed = nn.Linear(c.dim, c.decoder_dim)
         self.pixel_mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
-        self.pixel_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.decoder_dim))
+        table = sincos_table(info.grid, c.decoder_dim, rows_first=True)
+        self.pixel_pos_embed = nn.Parameter(table, requires_grad=False)
         self.pixel_blocks = nn.ModuleList(
             block(dim=c.decoder_dim, mlp_dim=c.decoder_mlp_dim) for _ in range(c.decoder_depth)
         )
@@ -84,29 +86,73 @@ class BootMAE(MaskedImageModel):
         self.feature_norm = nn.LayerNorm(c.dim, eps=c.eps)
         self.feature_pred = nn.Linear(c.dim, c.feature_dim)
 
-    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
-        """Class and patch tokens of a decoder at every layer depth: ``batch 1+num_patches dim``."""
-        pixels = stack == "pixel_decoder"
-        visible = VisiblePatches(mask)
+    def _encode(self, images: Tensor, visible: VisiblePatches) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's output after its norm, and its tokens after the first and after the last block."""
         x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        memory = x
+        first = x
         for depth, block in enumerate(self.blocks):
             x = block(x, attn_mask=visible.attn_mask)
-            if depth == 0 or not pixels:
-                memory = x
-        x = self.norm(x)
-        if pixels:
-            x = self.pixel_embed(x)
+            if depth == 0:
+                first = x
+        return self.norm(x), first, x
+
+    def _decode(self, encoded: Tensor, memory: Tensor, visible: VisiblePatches, stack: str) -> Iterator[Tensor]:
+        """Class and patch tokens of a decoder at every layer depth: ``batch 1+num_patches dim``."""
+        if stack == "pixel_decoder":
+            x, blocks = self.pixel_embed(encoded), self.pixel_blocks
             masked = self.pixel_mask_token + self.pixel_pos_embed[:, 1:]
         else:
-            x = self.feature_embed(x)
+            x, blocks = self.feature_embed(encoded), self.feature_blocks
             masked = self.feature_mask_token + self.pos_embed[:, 1:]
         x = torch.cat([x[:, :1], visible.put_back(x[:, 1:], masked)], dim=1)
         yield x
-        for block in self.pixel_blocks if pixels else self.feature_blocks:
+        for block in blocks:
             x = block(x, memory, visible.attended)
             yield x
+
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
+        """The same from pictures."""
+        visible = VisiblePatches(mask)
+        encoded, first, last = self._encode(images, visible)
+        return self._decode(encoded, first if stack == "pixel_decoder" else last, visible, stack)
+
+    def predict(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels and features of every patch from one pass through the encoder, without any check: for training.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+            returns: batch channels height width; batch num_patches feature_dim
+        """
+        visible = VisiblePatches(mask)
+        encoded, first, last = self._encode(images, visible)
+        *_, pixels = self._decode(encoded, first, visible, "pixel_decoder")
+        *_, features = self._decode(encoded, last, visible, "feature_decoder")
+        return self._to_pixels(pixels), self.feature_pred(self.feature_norm(features))[:, 1:]
+
+    def whole_features(self, images: Tensor) -> Tensor:
+        """Patch tokens after the last block, before the norm, of pictures without any mask: the feature target.
+
+        Shapes:
+            images: batch channels height width
+            returns: batch num_patches dim
+        """
+        return self._whole(images)[:, 1:]
+
+    def _whole(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""
@@ -119,7 +165,11 @@ class BootMAE(MaskedImageModel):
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         for x in self._hidden(images, mask, "pixel_decoder"):  # noqa: B007 - only the last depth is wanted
             pass
-        x = self.pixel_norm(x)[:, 1:].mT.reshape(len(images), -1, *self.info.grid)
+        return self._to_pixels(x)
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
+        """The pixel decoder's last tokens as a picture."""
+        x = self.pixel_norm(x)[:, 1:].mT.reshape(len(x), -1, *self.info.grid)
         return self.pixel_pred(x)  # type: ignore[no-any-return]
 
 

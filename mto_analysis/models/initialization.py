@@ -11,82 +11,143 @@ from torch import Tensor, nn
 
 from mto_analysis.models.interface import MaskedImageModel
 
-__all__ = ["initialization_of", "mask_token_names", "random_weights", "with_mask_token"]
+__all__ = ["initialization_of", "initialize", "mask_token_names", "random_weights", "with_mask_token"]
 
 _STD = 0.02
 
-_Draw = Callable[[torch.Size], Tensor]
+#: Families of the BEiT code base: their own deviation cuts everything off, and branches shrink with the block.
+_BEIT_CODE = ("simmim_vit", "conmim", "beit")
 
 
 def initialization_of(model: MaskedImageModel) -> str:
     """In words, how :func:`random_weights` draws the weights of a model's family."""
-    if model.info.family == "mae":
+    family = model.info.family
+    if family == "mae":
         return "MAE's: xavier-uniform linear layers and patch embedding, tokens normal with deviation 0.02"
-    if model.info.family == "simmim_vit":
-        return "SimMIM's: normal with deviation 0.02, cut off there; branch outputs / sqrt(2 x block)"
+    if family == "bootmae":
+        return "BootMAE's: xavier-uniform layers, mask tokens normal with deviation 0.02, cut off there"
+    if family in _BEIT_CODE:
+        name = {"simmim_vit": "SimMIM", "conmim": "ConMIM", "beit": "BEiT"}[family]
+        return f"{name}'s: normal with deviation 0.02, cut off there; branch outputs / sqrt(2 x block)"
     return "normal with deviation 0.02, cut off at two deviations (the family's own is not known here)"
 
 
 def random_weights(model: MaskedImageModel, seed: int) -> MaskedImageModel:
     """A copy of a model with the weights its pre-training starts from; fixed position tables and buffers stay.
 
-    MAE's and SimMIM's own initialisation; other families get truncated normals of deviation 0.02. The global random
-    state is not touched.
-
     Args:
         model: The architecture.
-        seed: Of the weights; drawn on the CPU, so equal on every device.
-
-    Source:
-        facebookresearch/mae, microsoft/SimMIM.
+        seed: As for :func:`initialize`.
     """
     fresh = copy.deepcopy(model)
-    mae = model.info.family == "mae"
-    # SimMIM's ViT cuts tokens and layers off at one deviation.
-    cut = 1.0 if model.info.family == "simmim_vit" else 2.0
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(shape: torch.Size) -> Tensor:
-        return torch.empty(shape).normal_(0, _STD, generator=generator)
-
-    def truncated(shape: torch.Size) -> Tensor:
-        # By the inverse of the normal distribution function, from a uniform number between the two cuts.
-        low = 0.5 * (1 + math.erf(-cut / math.sqrt(2)))
-        uniform = torch.empty(shape, dtype=torch.float64).uniform_(2 * low - 1, 1 - 2 * low, generator=generator)
-        return (torch.erfinv(uniform) * (_STD * math.sqrt(2))).float()
-
-    def xavier(shape: torch.Size) -> Tensor:
-        fan_out, fan_in = shape[0], math.prod(shape[1:])
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    layer, token = (xavier, normal) if mae else (truncated, truncated)
-    with torch.no_grad():
-        for module in fresh.modules():
-            own = dict(module.named_parameters(recurse=False))
-            for name, parameter in own.items():
-                if not parameter.requires_grad:
-                    continue
-                parameter.copy_(_drawn(module, name, parameter, layer, token))
-        if model.info.family == "simmim_vit":
-            for stack in fresh.stacks:
-                for number, block in enumerate(fresh.stack_blocks(stack), start=1):
-                    for weight in (block.attn.proj.weight, block.mlp.fc2.weight):  # type: ignore[union-attr]
-                        weight.div_(math.sqrt(2.0 * number))  # type: ignore[operator]
+    initialize(fresh, seed)
     return fresh
 
 
-def _drawn(module: nn.Module, name: str, parameter: Tensor, layer: _Draw, token: _Draw) -> Tensor:
-    """What a parameter starts from, by the module it belongs to."""
-    if isinstance(module, nn.LayerNorm):
+@torch.no_grad()
+def initialize(model: MaskedImageModel, seed: int) -> None:
+    """Give a model the weights its pre-training starts from; what does not train, such as position tables, stays.
+
+    The own initialisation of MAE, SimMIM's ViT, BootMAE, ConMIM and BEiT; other families get truncated normals of
+    deviation 0.02. The global random state is not touched.
+
+    Args:
+        model: Changed in place.
+        seed: Of the weights; drawn on the CPU, so equal on every device.
+
+    Source:
+        facebookresearch/mae, microsoft/SimMIM, LightDXY/BootMAE, TencentARC/ConMIM, microsoft/unilm. Layers that their
+        own rules leave out (MAE's patch embedding's bias, SimMIM's and BootMAE's pixel heads) start as PyTorch's do.
+    """
+    family = model.info.family
+    draws = _Draws(torch.Generator().manual_seed(seed))
+    draw = {"mae": _draw_mae, "bootmae": _draw_bootmae}.get(family, _draw_beit if family in _BEIT_CODE else _draw_other)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                value = _constant(module, name, parameter)
+                parameter.copy_(draw(draws, path, module, name, parameter.shape) if value is None else value)
+    if family in _BEIT_CODE:
+        for stack in model.stacks:
+            for number, block in enumerate(model.stack_blocks(stack), start=1):
+                for weight in (block.attn.proj.weight, block.mlp.fc2.weight):  # type: ignore[union-attr]
+                    weight.div_(math.sqrt(2.0 * number))  # type: ignore[operator]
+
+
+class _Draws:
+    """Random tensors, all from one generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def normal(self, shape: torch.Size, std: float = _STD) -> Tensor:
+        return torch.empty(shape).normal_(0, std, generator=self.generator)
+
+    def truncated(self, shape: torch.Size, cut: float) -> Tensor:
+        """Normal, cut off at so many deviations: the inverse of its distribution function, between the two cuts."""
+        low = 0.5 * (1 + math.erf(-cut / math.sqrt(2)))
+        uniform = torch.empty(shape, dtype=torch.float64).uniform_(2 * low - 1, 1 - 2 * low, generator=self.generator)
+        return (torch.erfinv(uniform) * (_STD * math.sqrt(2))).float()
+
+    def uniform(self, shape: torch.Size, bound: float) -> Tensor:
+        return torch.empty(shape).uniform_(-bound, bound, generator=self.generator)
+
+    def xavier(self, shape: torch.Size, fans: int | None = None) -> Tensor:
+        """Uniform in a bound from the sum of inputs and outputs."""
+        return self.uniform(shape, math.sqrt(6 / (fans or shape[0] + math.prod(shape[1:]))))
+
+    def as_torch(self, shape: torch.Size, module: nn.Module) -> Tensor:
+        """As PyTorch starts a convolution, weight or bias: uniform in 1 / sqrt(fan in)."""
+        return self.uniform(shape, 1 / math.sqrt(math.prod(module.get_parameter("weight").shape[1:])))
+
+
+_Draw = Callable[[_Draws, str, nn.Module, str, torch.Size], Tensor]
+
+
+def _constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
+    """What starts from the same value in every family."""
+    if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
         return torch.ones_like(parameter) if name == "weight" else torch.zeros_like(parameter)
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        return layer(parameter.shape) if name == "weight" else torch.zeros_like(parameter)
+    if isinstance(module, nn.Linear) and name == "bias":
+        return torch.zeros_like(parameter)
     if name == "gamma":  # layer scale: as it was set for the architecture
         return torch.full_like(parameter, float(getattr(module, "init_values", 0.1)))
-    if "bias_table" in name:
-        return torch.zeros_like(parameter)
-    return token(parameter.shape)
+    return torch.zeros_like(parameter) if "bias_table" in name else None
+
+
+def _draw_mae(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+    if isinstance(module, nn.Conv2d) and name == "bias":
+        return draws.as_torch(shape, module)
+    return draws.xavier(shape) if isinstance(module, (nn.Linear, nn.Conv2d)) else draws.normal(shape)
+
+
+def _draw_beit(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+    if isinstance(module, nn.Conv2d) and path == "decoder":
+        return draws.as_torch(shape, module)
+    if isinstance(module, nn.Conv2d) and name == "bias":
+        return torch.zeros(shape)
+    return draws.truncated(shape, cut=1.0)
+
+
+def _draw_bootmae(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+    if isinstance(module, nn.ConvTranspose2d):
+        return draws.as_torch(shape, module)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if name == "bias":
+            return torch.zeros(shape)
+        # Query, key and value count apart in self-attention; key and value together where others are attended to.
+        if path.endswith(".attn.qkv"):
+            return draws.xavier(shape, shape[0] // 3 + shape[1])
+        if path.endswith((".c_attn.k", ".c_attn.v")):
+            return draws.xavier(shape, 2 * shape[0] + shape[1])
+        return draws.xavier(shape)
+    return draws.normal(shape, std=1e-6) if name == "cls_token" else draws.truncated(shape, cut=1.0)
+
+
+def _draw_other(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+    if isinstance(module, nn.Conv2d) and name == "bias":
+        return torch.zeros(shape)
+    return draws.truncated(shape, cut=2.0)
 
 
 def mask_token_names(model: MaskedImageModel) -> list[str]:

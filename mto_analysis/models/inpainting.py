@@ -66,10 +66,11 @@ class InpaintingViT(MaskedImageModel):
         self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
         self.norm = nn.LayerNorm(c.dim, eps=c.eps) if c.final_norm else nn.Identity()
 
-    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
-        """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``."""
+    def _hidden(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``; nothing masked without a mask."""
         x = self.patch_embed(images)
-        x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
@@ -80,6 +81,18 @@ class InpaintingViT(MaskedImageModel):
                 bias = self.position_biases[depth]()
             x = block(x, attn_mask=bias)
             yield x
+
+    def _whole(self, images: Tensor) -> Tensor:
+        for x in self._hidden(images, None):  # noqa: B007 - only the last depth is wanted
+            pass
+        return x
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
 
     def position_embedding(self, stack: str) -> Tensor | None:
         """The absolute positions, of models that have them."""

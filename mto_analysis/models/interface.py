@@ -95,12 +95,16 @@ class MaskedImageModel(nn.Module, ABC):
     """A masked image model whose tokens can be watched layer by layer.
 
     A family sets :attr:`stacks`, takes its settings as a frozen dataclass ``config`` and its :class:`ModelInfo`, and
-    implements :meth:`depth`, :meth:`_layer_tokens` and :meth:`_reconstruct`. Images are normalised float tensors
+    implements :meth:`depth`, :meth:`_layer_tokens` and :meth:`_reconstruct`; one whose encoder is of use downstream
+    also :meth:`encoder_blocks`, :meth:`_whole` and :meth:`_final_norm`. Images are normalised float tensors
     ``batch channels height width``; masks are bool ``batch num_patches``, True = masked.
     """
 
     #: Names of the stacks of blocks that hold masked tokens: ``encoder``, ``decoder``, ``pixel_decoder`` ...
     stacks: ClassVar[tuple[str, ...]]
+
+    #: Tokens that the encoder puts before those of patches: 1 for a class token.
+    encoder_prefix_tokens: ClassVar[int] = 1
 
     def __init__(self, config: Any, info: ModelInfo) -> None:
         super().__init__()
@@ -143,6 +147,44 @@ class MaskedImageModel(nn.Module, ABC):
         self._check(images, mask)
         return self._reconstruct(images, mask)
 
+    def encode(self, images: Tensor, *, norm: bool = True) -> Tensor:
+        """Encoder tokens of whole pictures, without any mask: what downstream tasks use.
+
+        Shapes:
+            images: batch channels height width
+            returns: batch num_tokens dim (:attr:`encoder_prefix_tokens` first, then patches, row-major)
+
+        Args:
+            images: Normalised pictures.
+            norm: Apply the encoder's final norm; fine-tuning replaces it where it averages patches.
+
+        Raises:
+            ValueError: If shapes are off, or the family has no encoder that sees whole pictures.
+        """
+        self._check_images(images)
+        x = self._whole(images)
+        return self._final_norm()(x) if norm else x
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks in order, for layer-wise learning rates and drop path.
+
+        Raises:
+            ValueError: If the family has no encoder that sees whole pictures.
+        """
+        raise ValueError(self._no_encoder)
+
+    def _whole(self, images: Tensor) -> Tensor:
+        """Encoder tokens of whole pictures before the final norm."""
+        raise ValueError(self._no_encoder)
+
+    def _final_norm(self) -> nn.Module:
+        """The encoder's final norm."""
+        raise ValueError(self._no_encoder)
+
+    @property
+    def _no_encoder(self) -> str:
+        return f"a {self.info.family} model has no encoder here that sees whole pictures, so it cannot be evaluated"
+
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """The same as :meth:`reconstruct`."""
         return self.reconstruct(images, mask)
@@ -182,10 +224,13 @@ class MaskedImageModel(nn.Module, ABC):
             raise ValueError(f"stack must be one of {names}, got {stack!r}")
         return stack
 
-    def _check(self, images: Tensor, mask: Tensor) -> None:
+    def _check_images(self, images: Tensor) -> None:
         side = self.info.image_size
         if images.ndim != 4 or tuple(images.shape[2:]) != (side, side):
             raise ValueError(f"images must be [batch, channels, {side}, {side}], got {list(images.shape)}")
+
+    def _check(self, images: Tensor, mask: Tensor) -> None:
+        self._check_images(images)
         check_mask(mask, self.info.num_patches)
         if len(mask) != len(images):
             raise ValueError(f"images and mask must have the same batch, got {len(images)} and {len(mask)}")

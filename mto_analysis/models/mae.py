@@ -82,6 +82,21 @@ class MAE(MaskedImageModel):
         tokens = visible.put_back(x[:, 1:], self.mask_token)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
 
+    def _whole(self, images: Tensor) -> Tensor:
+        # Also for MFF, whose sum of layers is for the decoder alone: downstream it uses the last block.
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return tuple(self.blocks)
+
     def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         for block in self.blocks:
             x = block(x, attn_mask=attn_mask)
@@ -111,10 +126,19 @@ class MAE(MaskedImageModel):
         for depth, x in enumerate(self._hidden(images, mask)):
             yield LayerTokens(depth, x[:, 1:], mask)
 
+    def predict_patches(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the decoder predicts for every patch, without any check: for training.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+            returns: batch num_patches values (row, column, channel; or features)
+        """
+        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
+            pass
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # type: ignore[no-any-return]
+
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         if self.config.feature_dim is not None:
             raise ValueError(f"this {self.info.family} model predicts features, not pixels: nothing to reconstruct")
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
-        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        return unpatchify(patches, self.config.patch_size, self.info.grid)
+        return unpatchify(self.predict_patches(images, mask), self.config.patch_size, self.info.grid)

@@ -28,8 +28,18 @@ class SimMIM(InpaintingViT):
         super().__init__(config, info)
         self.decoder = nn.Conv2d(config.dim, config.patch_size**2 * config.channels, kernel_size=1)
 
-    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+    def predict_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the head predicts, without any check: for training.
+
+        Shapes:
+            images: batch channels height width
+            mask: batch num_patches
+            returns: batch channels height width
+        """
         for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
             pass
         x = self.norm(x)[:, 1:].mT.reshape(len(images), -1, *self.info.grid)
         return nn.functional.pixel_shuffle(self.decoder(x), self.config.patch_size)
+
+    def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        return self.predict_pixels(images, mask)

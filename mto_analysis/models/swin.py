@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -85,6 +85,7 @@ class SimMIMSwin(MaskedImageModel):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("encoder",)
+    encoder_prefix_tokens: ClassVar[int] = 0
 
     def __init__(self, config: SwinConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
@@ -104,10 +105,11 @@ class SimMIMSwin(MaskedImageModel):
         self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
         self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
 
-    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    def _hidden(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         """Patch tokens at every layer depth: ``batch num_patches dim``, of the grid and width of their stage."""
         x = self.patch_embed(images)
-        x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         yield x
@@ -117,6 +119,18 @@ class SimMIMSwin(MaskedImageModel):
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
                 yield x
+
+    def _whole(self, images: Tensor) -> Tensor:
+        for x in self._hidden(images, None):  # noqa: B007 - only the last depth is wanted
+            pass
+        return x
+
+    def _final_norm(self) -> nn.Module:
+        return self.norm
+
+    def encoder_blocks(self) -> Sequence[nn.Module]:
+        """The blocks of all stages."""
+        return tuple(block for blocks in self.stages for block in blocks)  # type: ignore[attr-defined]
 
     def stage_masks(self, mask: Tensor) -> list[Tensor]:
         """The mask on each stage's grid.

@@ -95,11 +95,13 @@ class VisiblePatches:
     def __init__(self, mask: Tensor, prefix_tokens: int = 1) -> None:
         self.mask = mask
         num_visible = (~mask).sum(dim=1)
-        most = int(num_visible.max())
+        # One question to the device: each waits until it has done all its work.
+        least, most = (int(each) for each in torch.stack(num_visible.aminmax()).tolist())
         self.index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most].unsqueeze(-1)
-        attended = torch.arange(-prefix_tokens, most, device=mask.device) < num_visible[:, None]
         #: Which of the taken tokens are real (batch num_tokens), or ``None`` where all are.
-        self.attended = None if bool(attended.all()) else attended
+        self.attended: Tensor | None = None
+        if least < most:
+            self.attended = torch.arange(-prefix_tokens, most, device=mask.device) < num_visible[:, None]
 
     @property
     def attn_mask(self) -> Tensor | None:
@@ -169,13 +171,18 @@ def relative_position_index(grid: tuple[int, int]) -> Tensor:
     return index
 
 
-def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
+def sincos_table(grid: tuple[int, int], dim: int, *, rows_first: bool = False) -> Tensor:
     """MAE's fixed position table: the first half of the channels encodes the column, the second the row.
 
     In each half, sines come before cosines, at frequencies ``10000^(-k / (dim / 4))``; the class token's row is zero.
 
     Shapes:
         returns: 1 num_tokens dim
+
+    Args:
+        grid: Rows and columns of patches.
+        dim: Width of a token.
+        rows_first: Whether the first half encodes the row instead, as in MoCo v3 and BootMAE.
 
     Source:
         He et al. (CVPR 2022); facebookresearch/mae.
@@ -188,7 +195,7 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     halves = []
-    for position in (x, y):
+    for position in (y, x) if rows_first else (x, y):
         angle = position.flatten().to(torch.float64)[:, None] * frequency
         halves += [angle.sin(), angle.cos()]
     table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), torch.cat(halves, dim=1)])

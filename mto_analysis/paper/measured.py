@@ -34,11 +34,7 @@ def fig1a(bench: Workbench) -> Drawn:
 def fig1b(bench: Workbench) -> Drawn:
     """Heterogeneity of models at several epochs."""
     what = "of each checkpoint" if bench.inputs.checkpoints else "of models at 2 % (early) and at the end of training"
-    table = bench.curves.table
-    if not bench.inputs.checkpoints:  # those at the end first: they look as in Fig. 1(a)
-        early = table["model"].str.endswith(EARLY)
-        table = pd.concat([table[~early], table[early]], ignore_index=True)
-    return _heterogeneity(bench, bench.curves, table, what)
+    return _heterogeneity(bench, bench.curves, bench.curves.table, what)
 
 
 def _heterogeneity(bench: Workbench, curves: Curves, table: pd.DataFrame, what: str) -> Drawn:

@@ -147,7 +147,7 @@ class Workbench:
             found["properties"].append(properties.table())
             found["curves"].append(study.table)
             models += study.models
-        whole = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        whole = {name: self._in_order(pd.concat(parts, ignore_index=True)) for name, parts in found.items()}
         curves = Curves(whole.pop("curves"), models)
         return Scrutiny(curves, **whole)
 
@@ -165,7 +165,14 @@ class Workbench:
             tables.append(study.table)
             per_image.append(study.per_image)
             models += study.models
-        return Curves(pd.concat(tables, ignore_index=True), models), pd.concat(per_image, ignore_index=True)
+        table = self._in_order(pd.concat(tables, ignore_index=True))
+        return Curves(table, models), pd.concat(per_image, ignore_index=True)
+
+    def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Bundled models at the end of training first, so that each looks the same in every figure."""
+        if self.inputs.checkpoints:
+            return table
+        return table.sort_values("model", key=lambda names: names.str.endswith(EARLY), kind="stable", ignore_index=True)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit, heterogeneity, row_entropy
-from mto_analysis.data import Pictures, picture_batches
+from mto_analysis.data import PictureBatch, Pictures, choose_pictures, picture_batches
 from mto_analysis.masking import MaskKey
-from mto_analysis.models import LayerTokens, MaskedImageModel
+from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.models.initialization import initialization_of, mask_token_names, random_weights, with_mask_token
-from mto_analysis.probe import LayerMeasure, mean_and_interval, probe
-from mto_analysis.studies.heterogeneity import HeterogeneityStudy, Progress, Settings, load_source
+from mto_analysis.probe import LayerMeasure, mean_and_interval
+from mto_analysis.processes import Processes
+from mto_analysis.studies.heterogeneity import HeterogeneityStudy, Settings, load_source
+from mto_analysis.studies.sharing import Progress, shared_probe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,6 +124,7 @@ class Controls:
         offline: bool = False,
         say: Callable[[str], None] = lambda message: None,
         progress: Progress = lambda batches, total, label: iter(batches),
+        processes: Processes | None = None,
     ) -> pd.DataFrame:
         """One row per model, stack, layer depth, control and seed.
 
@@ -144,17 +148,17 @@ class Controls:
             say(f"{label}: random weights as {initialization_of(model)}")
             for control, seed, changed in self._changed(model):
                 changed.to(settings.device, settings.dtype)
-                batches = picture_batches(
-                    pictures,
-                    model.info,
+                result = shared_probe(
+                    changed,
+                    partial(_batches, pictures, model.info, settings.batch_size),
+                    settings.rows(pictures),
+                    settings.mask_source(changed)[0],
+                    processes or Processes(),
                     batch_size=settings.batch_size,
-                    limit=settings.limit,
                     num_workers=settings.num_workers,
-                    on_broken=lambda picture: None,  # named in the main pass
+                    label=f"{label}, {CONTROLS[control]} {seed}",
+                    progress=progress,
                 )
-                steps = -(-min(settings.limit or len(pictures.names), len(pictures.names)) // settings.batch_size)
-                name = f"{label}, {CONTROLS[control]} {seed}"
-                result = probe(changed, progress(batches, steps, name), settings.mask_source(model)[0])
                 tables.append(result.summary().assign(model=label, control=control, seed=seed))
         columns = [*keys, "control", "seed", "normalized", "normalized_ci_low", "normalized_ci_high", "num_images"]
         return pd.concat(tables, ignore_index=True)[columns]
@@ -166,6 +170,14 @@ class Controls:
             for seed in range(self.seeds):
                 yield "random_token", seed, with_mask_token(model, seed)
             yield "zero_token", 0, with_mask_token(model, None)
+
+
+def _batches(
+    pictures: Pictures, info: ModelInfo, size: int, part: Sequence[int], num_workers: int
+) -> Iterator[PictureBatch]:
+    chosen = choose_pictures(pictures, [pictures.names[row] for row in part])
+    # Broken ones were named in the main pass.
+    return picture_batches(chosen, info, batch_size=size, num_workers=num_workers, on_broken=lambda picture: None)
 
 
 def control_bands(controls: pd.DataFrame) -> pd.DataFrame:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint, resolve
-from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, picture_batches
+from mto_analysis.data import BrokenPicture, PictureBatch, Pictures, choose_pictures, picture_batches
 from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.masking import MaskRule, masks_to_bytes
 from mto_analysis.models import MaskedImageModel
@@ -23,11 +24,12 @@ from mto_analysis.probe import (
     ProbeResult,
     masks_from_file,
     masks_from_rule,
-    probe,
     undisturbed,
 )
+from mto_analysis.processes import Processes, this_process
 from mto_analysis.reconstruction import own_loss
 from mto_analysis.studies.comparison import rule_leaving
+from mto_analysis.studies.sharing import Progress, shared_probe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "pick_device", "together"]
 
 _SELF_CHECK_PICTURES = 16
-
-Progress = Callable[[Iterable[PictureBatch], int, str], Iterator[PictureBatch]]
 
 #: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.
 Watch = Callable[[MaskedImageModel, str], AbstractContextManager[Sequence[LayerMeasure]]]
@@ -94,6 +94,12 @@ class Settings:
         if self.num_visible is not None and (self.masks, self.mask_ratio, self.mask_unit) != (None, None, None):
             raise ValueError("num_visible decides the mask; leave masks, mask_ratio and mask_unit out")
 
+    def rows(self, pictures: Pictures) -> list[int]:
+        """Which pictures are measured, by number."""
+        total = len(pictures.names)
+        count = min(self.limit or total, total)
+        return [index * total // count for index in range(count)]
+
     def mask_source(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
         """Where masks come from, in words, and their rule."""
         if self.masks is not None:
@@ -128,17 +134,24 @@ class HeterogeneityStudy:
 def pick_device(name: str) -> str:
     """``auto`` is CUDA if there is one, else the CPU; MPS is taken only when asked for, as it can be silently wrong.
 
+    Under a launcher, ``auto`` and ``cuda`` are this process's own GPU.
+
     Raises:
         ValueError: If the device is unknown or not there.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return _own_gpu() if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(_own_gpu() if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return str(device)
+
+
+def _own_gpu() -> str:
+    here = this_process()
+    return f"cuda:{here.local_rank % torch.cuda.device_count()}" if here.count > 1 else "cuda"
 
 
 def measure_checkpoints(
@@ -154,8 +167,13 @@ def measure_checkpoints(
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda batches, total, label: iter(batches),
     watch: Watch = lambda model, label: nullcontext(()),
+    processes: Processes | None = None,
 ) -> HeterogeneityStudy:
     """Measure heterogeneity at every layer depth of each checkpoint on the same pictures.
+
+    Several processes measure a part of the pictures each, in the batches of one process, and all of them get the whole
+    result. A layer measure that keeps something for itself must then be a
+    :class:`~mto_analysis.studies.sharing.Shared` one.
 
     Args:
         sources: Checkpoints, one after the other in memory: paths, registry ids, ``hf://owner/name``, URLs.
@@ -169,6 +187,7 @@ def measure_checkpoints(
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
         watch: What else to measure in the same pass; its numbers are columns of ``per_image``.
+        processes: Those of a launcher, from :func:`~mto_analysis.processes.in_step`; by default this one alone.
 
     Raises:
         ValueError: If labels do not fit, or an option does not.
@@ -192,7 +211,9 @@ def measure_checkpoints(
     paths = [resolve(source, offline=offline) for source in sources]  # all of them, before an hour is spent on one
     for source, path, label in zip(sources, paths, names, strict=True):
         model = load_source(path, num_heads, decoder_num_heads, several=len(sources) > 1)
-        result, facts = _measure(model, label, pictures, settings, study, say, warn, progress, watch)
+        result, facts = _measure(
+            model, label, pictures, settings, study, say, warn, progress, watch, processes or Processes()
+        )
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(path), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
@@ -223,6 +244,7 @@ def _measure(
     warn: Callable[[str], None],
     progress: Progress,
     watch: Watch,
+    processes: Processes,
 ) -> tuple[ProbeResult, dict[str, Any]]:
     info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
@@ -235,33 +257,36 @@ def _measure(
             broken[picture.name] = picture.reason
             warn(f"skipped {picture.name}: {picture.reason}")
 
-    def batches(size: int, limit: int | None, num_workers: int) -> Iterator[PictureBatch]:
+    def batches(size: int, part: Sequence[int], num_workers: int) -> Iterator[PictureBatch]:
         on_broken = None if settings.strict else report
-        return picture_batches(
-            pictures, info, batch_size=size, limit=limit, num_workers=num_workers, on_broken=on_broken
-        )
+        chosen = choose_pictures(pictures, [pictures.names[row] for row in part])
+        return picture_batches(chosen, info, batch_size=size, num_workers=num_workers, on_broken=on_broken)
 
     model.to(settings.device, settings.dtype)
-    count = min(settings.limit or len(pictures.names), len(pictures.names))
-    loss = _self_check(model, batches(_SELF_CHECK_PICTURES, settings.limit, 0), masks, label, say, warn)
-    if settings.keep_masks:
-        masks = _kept(masks, study.masks.setdefault(label, {}))
-    steps = -(-count // settings.batch_size)
-    try:
-        with watch(model, label) as layer_measures:
-            result = probe(
-                model,
-                progress(batches(settings.batch_size, settings.limit, settings.num_workers), steps, label),
-                masks,
-                masks_per_image=settings.masks_per_image,
-                layer_measures=layer_measures,
-            )
-    except DataError as error:
-        if broken and len(broken) == count:
-            raise DataError(
-                f"none of the {count} pictures can be read; the first: {next(iter(broken.values()))}"
-            ) from error
-        raise
+    loss = None
+    rows = settings.rows(pictures)
+    if processes.main:
+        loss = _self_check(model, batches(_SELF_CHECK_PICTURES, rows, 0), masks, label, say, warn)
+    with watch(model, label) as layer_measures:
+        result = shared_probe(
+            model,
+            partial(batches, settings.batch_size),
+            rows,
+            masks,
+            processes,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+            label=label,
+            progress=progress,
+            masks_per_image=settings.masks_per_image,
+            layer_measures=layer_measures,
+            keep_masks=study.masks.setdefault(label, {}) if settings.keep_masks else None,
+        )
+    for others in processes.exchange(dict(broken)):
+        for name, reason in others.items():
+            report(BrokenPicture(name, reason))
+    if not result.chunks:
+        raise DataError(f"none of the {len(rows)} pictures can be read; the first: {next(iter(broken.values()))}")
     return result, {
         "info": asdict(info),
         "config": asdict(model.config),
@@ -269,16 +294,6 @@ def _measure(
         "masks": words,
         "own_loss": loss,
     }
-
-
-def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
-    def draw(names: Sequence[str], k: int) -> Tensor:
-        drawn = masks(names, k)
-        for name, mask in zip(names, drawn, strict=True):
-            kept.setdefault(name, []).append(mask)
-        return drawn
-
-    return draw
 
 
 def _self_check(

@@ -14,8 +14,9 @@ from mto_analysis.probe import LayerMeasure
 from mto_analysis.quadrants import AffinityMaps
 from mto_analysis.report import ReportContents
 from mto_analysis.studies.explore import MAX_PATCHES, Explored, explore_shown
-from mto_analysis.studies.heterogeneity import Progress, Settings, measure_checkpoints
+from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints
 from mto_analysis.studies.reconstruct import Reconstruction, reconstruct_shown
+from mto_analysis.studies.sharing import Progress
 from mto_analysis.studies.shown import shown_models
 
 __all__ = ["collect_report", "show_pictures", "used_versions"]

@@ -1,0 +1,234 @@
+"""``mto-analyze pretrain``: from pictures to a trained model, with or without MTO, on one process or many."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mto_analyze.console import note
+from mto_analyze.options import Overwrite, Quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from mto_analysis.pretraining import EpochRecord, Recipe, RunSettings, StepRecord
+
+
+class NumberFormat(StrEnum):
+    """Number formats of the forward pass."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class AlongRun(StrEnum):
+    """Evaluations that are cheap enough to be repeated along a run."""
+
+    knn = "knn"
+    linear = "linear"
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    recipe: Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards, saved dataset.")
+    ] = None,
+    mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value: a setting of the recipe, model.KEY, or mto.KEY; repeat."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from last.pth; other options may then be left out.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation, masks, drop path.")] = None,
+    precision: Annotated[NumberFormat | None, typer.Option(help="Of the forward pass.")] = None,
+    accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches for one step.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile blocks.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
+    ] = None,
+    ema: Annotated[float | None, typer.Option(help="Also average the weights, with this decay.")] = None,
+    fsdp: Annotated[bool | None, typer.Option("--fsdp/--no-fsdp", help="Share weights over processes.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
+    ] = None,
+    num_workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures.")] = None,
+    in_memory: Annotated[
+        bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded pictures; by default if small.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints that stay.")] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between rows of metrics.csv.")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
+    eval_train: Annotated[Path | None, typer.Option(help="Labelled pictures; by default --data.")] = None,
+    eval_test: Annotated[Path | None, typer.Option(help="Labelled pictures to score on; turns evaluation on.")] = None,
+    protocol: Annotated[AlongRun | None, typer.Option(help="Of the evaluation.")] = None,
+    eval_start: Annotated[bool | None, typer.Option("--eval-start/--no-eval-start", help="Also at epoch 0.")] = None,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also events.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to as well.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pre-train a masked image model.
+
+    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, and curves.csv where it evaluates.
+    Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
+    """
+    values = {name: value for name, value in locals().items() if value is not None}
+    values["precision"] = None if precision is None else precision.value
+    values["protocol"] = None if protocol is None else protocol.value
+
+    import os
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    from mto_analysis.data import open_pictures
+    from mto_analysis.pretraining import plan, pretrain
+
+    chosen, source, settings = _choose(values)
+    pictures = open_pictures(source)
+    if dry_run:
+        typer.echo(plan(chosen, pictures, settings).as_text())
+        return
+    main = os.environ.get("RANK", "0") == "0"
+    tell = _teller(quiet or not main)
+    with _bar(quiet or not main) as on_step:
+        for record in pretrain(
+            chosen,
+            pictures,
+            out,
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=on_step,
+            on_note=tell,
+            on_broken=lambda broken: tell(f"another picture takes the place of {broken.name} ({broken.reason})"),
+            strict=strict,
+            source=str(source),
+        ):
+            tell(_line(record, chosen.epochs))
+
+
+def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
+    """Recipe, pictures and settings: what was given, else what the resumed run had, else the defaults."""
+    from mto_analysis.pretraining import RunFolder, RunSettings, load_recipe, mto_config
+    from mto_analysis.training import MTOConfig
+
+    folder = RunFolder(values["out"])
+    stored: dict[str, Any] = folder.stored_facts() if values["resume"] and folder.holds_run() else {}
+    options = _pairs(values.get("set_") or [])
+    mto_options = {key.removeprefix("mto."): text for key, text in options.items() if key.startswith("mto.")}
+    recipe_options = {key: text for key, text in options.items() if not key.startswith("mto.")}
+    if "recipe" in values:
+        recipe = load_recipe(values["recipe"])
+    elif stored:
+        recipe = load_recipe(folder.recipe)
+    else:
+        raise ValueError("give a recipe with --recipe, for instance mae_cifar10")
+    recipe = recipe.with_options(recipe_options)
+    source = values.get("data") or stored.get("pictures")
+    if source is None:
+        raise ValueError("give pictures with --data")
+    settings = RunSettings.from_facts(stored.get("settings", {}))
+    changes = {
+        name: values[name]
+        for name in RunSettings.__dataclass_fields__
+        if values.get(name) is not None and name != "mto"
+    }
+    settings = replace(settings, **changes)
+    if values["mto"]:
+        settings = replace(settings, mto=settings.mto or MTOConfig())
+    if mto_options:
+        if settings.mto is None:
+            raise ValueError(f"--set mto.{next(iter(mto_options))} needs --mto")
+        settings = replace(settings, mto=mto_config(mto_options, settings.mto))
+    return recipe, Path(source), _with_evaluation(settings, values, source)
+
+
+def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: Path | str) -> RunSettings:
+    from mto_analysis.evaluation import Evaluation
+
+    given = {
+        name: values[option]
+        for name, option in (
+            ("every", "every"),
+            ("train", "eval_train"),
+            ("test", "eval_test"),
+            ("protocol", "protocol"),
+        )
+        if values.get(option) is not None
+    }
+    if values.get("eval_start") is not None:
+        settings = replace(settings, evaluate_start=values["eval_start"])
+    if settings.evaluation is not None:
+        return replace(settings, evaluation=replace(settings.evaluation, **given))
+    if "test" not in given:
+        if given:
+            raise ValueError("evaluating along the run needs labelled test pictures: --eval-test")
+        return settings
+    return replace(settings, evaluation=Evaluation(**{"protocol": "knn", "train": str(source), **given}))
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    return lambda message: note(message, quiet=quiet)
+
+
+def _line(record: EpochRecord, epochs: int) -> str:
+    terms = " ".join(f"{name} {value:.4g}" for name, value in record.terms.items()) if len(record.terms) > 1 else ""
+    score = "" if record.score is None else f"  score {record.score:.2f} %"
+    return (
+        f"epoch {record.epoch}/{epochs}  loss {record.loss:.5g}{f' ({terms})' if terms else ''}"
+        f"  {record.images_per_second:.0f} pictures/s, waiting {record.data_wait:.0%}{score}"
+    )
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[StepRecord], None] | None]:
+    """A bar over all steps with the time left; nothing where stderr is no terminal."""
+    import sys
+
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("pre-training", total=None)
+
+        def show(record: StepRecord) -> None:
+            bar.update(
+                task,
+                total=record.total_steps,
+                completed=record.step,
+                description=f"epoch {record.epoch + 1} loss {record.loss:.4g}",
+            )
+
+        yield show

@@ -1,0 +1,31 @@
+"""Reading a training picture's file, and what to say when it cannot be read."""
+
+from __future__ import annotations
+
+from mto_analysis.data.sources import Pictures
+from mto_analysis.errors import DataError
+
+__all__ = ["read_content", "reason_of"]
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def read_content(pictures: Pictures, row: int) -> bytes:
+    """The encoded file of a picture.
+
+    A file that is gone is an error and no broken picture: the data are not those the run began with, and to go on
+    without would make another run of it.
+
+    Raises:
+        DataError: If it is gone or cannot be read.
+        ValueError: If the source holds no picture there; to be treated as a broken one.
+    """
+    try:
+        return pictures.read(row)
+    except OSError as error:
+        raise DataError(
+            f"picture {pictures.names[row]} cannot be read any more ({reason_of(error)}); restore it, then resume"
+        ) from error

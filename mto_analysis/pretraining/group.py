@@ -1,0 +1,101 @@
+"""The processes of a run, as ``torchrun`` or ``accelerate launch`` started them: who this is, and what all agree on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mto_analysis.processes import this_process
+
+__all__ = ["Group", "choose_device", "quiet_search"]
+
+# A linear evaluation on the main process may take long, and the others wait for it.
+_PATIENCE = timedelta(hours=6)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+class Group:
+    """This process among those of the run, and what they compute together; alone where nothing launched several.
+
+    Args:
+        device: As in :class:`RunSettings`; each process gets its own GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        launched = this_process()
+        self.count, self.index = launched.count, launched.rank
+        self.device = choose_device(device)
+        if self.count > 1:
+            from accelerate.state import PartialState  # it reads what the launcher left in the environment
+
+            state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
+            self.count, self.index = state.num_processes, state.process_index
+            if self.device.type != "cpu":
+                self.device = state.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes, on the CPU in float64; a collective call."""
+        values = values.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
+        if self.count > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self.count
+        return values.cpu().double()
+
+    def shared(self, value: Any) -> Any:
+        """What the main process has; a collective call."""
+        if self.count == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over the processes.
+
+        Unused parameters are looked for although there are none as a rule: only then torch keeps the order of its
+        gradient buckets, on which the last bit of a sum over more than two processes depends, and resume is exact.
+        """
+        if self.count == 1:
+            return module
+        own = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=own, broadcast_buffers=False, find_unused_parameters=True)
+
+
+@contextmanager
+def quiet_search() -> Iterator[None]:
+    """Without torch's advice that unused parameters were looked for and not found."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        yield

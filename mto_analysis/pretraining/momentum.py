@@ -1,0 +1,67 @@
+"""Slow branches: a copy of the student that follows it, and how fast."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+__all__ = ["follow", "momentum_at", "rising_momentum", "slow_copy"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def slow_copy(student: _Module) -> _Module:
+    """A copy that gets no gradients; hooks on the student are not on it."""
+    teacher = copy.deepcopy(student)
+    teacher.requires_grad_(False)
+    return teacher
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move each weight of the teacher towards the student's: ``momentum * teacher + (1 - momentum) * student``.
+
+    Args:
+        teacher: Changed in place; buffers stay.
+        student: Of the same structure.
+        momentum: 1 for no change.
+
+    Example:
+        >>> teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        >>> _ = teacher.weight.data.fill_(1.0), student.weight.data.fill_(2.0)
+        >>> follow(teacher, student, 0.75)
+        >>> teacher.weight.item()
+        1.25
+    """
+    slow, fast = ([parameter.detach() for parameter in module.parameters()] for module in (teacher, student))
+    torch._foreach_lerp_(slow, fast, 1.0 - momentum)
+
+
+def momentum_at(epoch: int, epochs: Sequence[int], values: Sequence[float]) -> float:
+    """Momentum of an epoch, linear between given ones and constant outside.
+
+    Example:
+        >>> momentum_at(50, (0, 100, 400), (0.999, 0.9999, 0.99999))  # BootMAE
+        0.99945
+    """
+    after = bisect.bisect_right(epochs, epoch)
+    if after == 0 or after == len(epochs):
+        return values[min(after, len(epochs) - 1)]
+    (start, end), (low, high) = epochs[after - 1 : after + 1], values[after - 1 : after + 1]
+    return low + (epoch - start) / (end - start) * (high - low)
+
+
+def rising_momentum(start: float, progress: float) -> float:
+    """A half cosine from ``start`` at the run's beginning to 1 at its end.
+
+    Example:
+        >>> rising_momentum(0.996, 0.5)  # ConMIM
+        0.998
+    """
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,264 @@
+"""What a run would do, before it does it: steps, schedule, parameter groups, memory, time by a few timed steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mto_analysis.data import TrainBatch
+from mto_analysis.errors import DataError
+from mto_analysis.masking import mask_keys
+from mto_analysis.pretraining.group import Group
+from mto_analysis.pretraining.loop import micro_batch_size
+from mto_analysis.pretraining.optimization import learning_rate, peak_learning_rate
+from mto_analysis.pretraining.stepping import Stepper
+
+if TYPE_CHECKING:
+    from mto_analysis.data import Pictures
+    from mto_analysis.pretraining.recipes import Recipe
+    from mto_analysis.pretraining.settings import RunSettings
+
+__all__ = ["Plan", "plan"]
+
+# Pictures in the probe steps: activations are measured at both, and grow linearly with the batch.
+_PROBES = (1, 3)
+_TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        rows: Title, value and remark, in order.
+        bytes_needed: Estimate for one process.
+        seconds: Estimate for the whole run.
+    """
+
+    rows: tuple[tuple[str, str, str], ...]
+    bytes_needed: int
+    seconds: float
+
+    def as_text(self) -> str:
+        """Aligned lines."""
+        first = max(len(row[0]) for row in self.rows)
+        second = min(44, max(len(row[1]) for row in self.rows))
+        return "\n".join(f"{a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in self.rows)
+
+
+def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes: int | None = None) -> Plan:
+    """Everything a run would do; nothing is written.
+
+    Args:
+        recipe: What would be trained.
+        pictures: Only counted.
+        settings: How.
+        processes: How many there would be; by default those that were launched.
+
+    Raises:
+        ValueError: If the batch cannot be shared out.
+        DataError: If there are too few pictures.
+    """
+    here = Group(settings.device)
+    count = processes or here.count
+    micro = micro_batch_size(recipe, processes=count, accumulation=settings.accumulation)
+    steps = len(pictures.names) // recipe.batch_size
+    if not steps:
+        raise DataError(
+            f"{len(pictures.names)} pictures do not fill one batch of {recipe.batch_size}; use a smaller batch_size"
+        )
+    stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps)
+    measured = _measure(stepper, recipe, settings, here, micro)
+    total = steps * recipe.epochs
+    seconds = measured.seconds_per_picture * micro * settings.accumulation * total
+    rows = [
+        *_recipe_rows(recipe),
+        ("", "", ""),
+        (
+            "pictures",
+            f"{len(pictures.names)}",
+            f"{len(pictures.names) - steps * recipe.batch_size} left over per epoch",
+        ),
+        (
+            "effective batch",
+            f"{recipe.batch_size} = {micro} x {count} x {settings.accumulation}",
+            "pictures per forward x processes x accumulation",
+        ),
+        ("steps", f"{total} = {recipe.epochs} x {steps}", "epochs x steps per epoch"),
+        ("peak learning rate", f"{peak_learning_rate(recipe, recipe.batch_size):.6g}", _scaling(recipe)),
+        *_schedule_rows(recipe, steps),
+        ("", "", ""),
+        *_group_rows(stepper),
+        ("precision", {"no": "float32"}.get(settings.precision, settings.precision), f"on {here.device}"),
+        ("masked token optimisation", "on" if settings.mto else "off", str(settings.mto or "")),
+        ("", "", ""),
+        *measured.rows(micro),
+        (
+            "time",
+            _duration(seconds),
+            f"{recipe.batch_size * total / seconds:.0f} pictures/s in timed steps, reading pictures not counted",
+        ),
+    ]
+    return Plan(tuple(rows), measured.total(micro), seconds)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Bytes by what holds them, and the time of a picture."""
+
+    weights: int
+    teachers: int
+    gradients: int
+    optimizer: int
+    ema: int
+    per_batch: int
+    per_picture: int
+    seconds_per_picture: float
+
+    def total(self, micro: int) -> int:
+        fixed = self.weights + self.teachers + self.gradients + self.optimizer + self.ema
+        return fixed + self.per_batch + self.per_picture * micro
+
+    def rows(self, micro: int) -> Iterator[tuple[str, str, str]]:
+        yield "memory of a process", _size(self.total(micro)), "estimate, without torch itself and decoded pictures"
+        for name, size in (
+            ("weights", self.weights),
+            ("slow branch", self.teachers),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("moving average", self.ema),
+        ):
+            if size:
+                yield f"  {name}", _size(size), ""
+        yield "  activations", _size(self.per_batch + self.per_picture * micro), f"{_size(self.per_picture)} a picture"
+
+
+def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Group, micro: int) -> _Measured:
+    trained = [each for each in stepper.method.parameters() if each.requires_grad]
+    weights = _bytes(trained)
+    everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])
+    shares = here.count if settings.fsdp else 1
+    kept = {size: _activations(stepper, _pictures(recipe, size, here.device), trained) for size in _PROBES}
+    slope = max(0, (kept[_PROBES[1]] - kept[_PROBES[0]]) // (_PROBES[1] - _PROBES[0]))
+    size = max(1, min(micro, 8))
+    batch = _pictures(recipe, size, here.device)
+    _time(stepper, batch)  # the first step makes the optimizer's state, and compiles
+    seconds = min(_time(stepper, batch) for _ in range(_TIMED_STEPS)) / size
+    return _Measured(
+        weights // shares,
+        (everything - weights) // shares,
+        weights // shares,
+        2 * weights // shares,
+        weights if settings.ema is not None else 0,
+        max(0, kept[_PROBES[0]] - slope * _PROBES[0]),
+        slope,
+        seconds,
+    )
+
+
+def _pictures(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
+    """Noise, with masks as the recipe draws them."""
+    side = recipe.image_size
+    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    names = tuple(map(str, range(count)))
+    grid = (side // recipe.patch_size,) * 2
+    mask = recipe.mask_rule.draw(mask_keys(names), grid, recipe.patch_size).to(device)
+    return TrainBatch(names, images, images if recipe.second_view else None, mask)
+
+
+def _activations(stepper: Stepper, batch: TrainBatch, weights: Sequence[Tensor]) -> int:
+    """Bytes that a forward keeps for the backward pass: every storage once, weights left out."""
+    owned = {each.untyped_storage().data_ptr() for each in weights}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        terms = stepper.losses(batch)
+    size = sum(each.untyped_storage().nbytes() for each in kept.values())
+    del terms
+    return size
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _time(stepper: Stepper, batch: TrainBatch) -> float:
+    """Seconds of an optimizer step."""
+    start = time.perf_counter()
+    result = stepper.step(iter([batch]), 0)
+    for value in result.losses.values():
+        value.item()  # waits for the device
+    if batch.images.is_cuda:
+        torch.cuda.synchronize(batch.images.device)
+    return time.perf_counter() - start
+
+
+def _recipe_rows(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    values = recipe.to_dict()
+    yield "recipe", recipe.name, recipe.summary
+    for name, value in values.items():
+        if name in ("name", "summary", "sources", "model") or value is None:
+            continue
+        yield name, _plain(value), recipe.source_of(name)
+    for name, value in values["model"].items():
+        yield f"model.{name}", _plain(value), recipe.source_of(f"model.{name}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(_plain, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _scaling(recipe: Recipe) -> str:
+    if recipe.lr_batch is None:
+        return "not scaled with the batch"
+    return f"base_lr {recipe.base_lr:g} x effective batch / {recipe.lr_batch}"
+
+
+def _schedule_rows(recipe: Recipe, steps: int) -> Iterator[tuple[str, str, str]]:
+    total = recipe.epochs * steps
+    marks = {0.0, recipe.warmup_epochs, recipe.epochs / 4, recipe.epochs / 2, 3 * recipe.epochs / 4, recipe.epochs}
+    for epoch in sorted(marks | set(map(float, recipe.milestones))):
+        step = min(total - 1, round(epoch * steps))
+        rate = learning_rate(recipe, step, steps, recipe.batch_size)
+        yield f"learning rate, epoch {epoch:g}", f"{rate:.4g}", f"step {step + 1}"
+
+
+def _group_rows(stepper: Stepper) -> Iterator[tuple[str, str, str]]:
+    for group in stepper.optimizer.param_groups:
+        count = sum(each.numel() for each in group["params"])
+        yield (
+            f"parameters, {group.get('name', 'group')}",
+            f"{count:,} in {len(group['params'])}",
+            f"weight decay {group['weight_decay']:g}",
+        )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"
