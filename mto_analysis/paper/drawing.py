@@ -13,7 +13,7 @@ from mto_analysis.outputs import OutputFolder, run_facts, write_atomically
 from mto_analysis.paper.catalogue import FIGURES, Drawn, Inputs, PaperFigure, find_figures
 
 if TYPE_CHECKING:
-    from mto_analysis.studies.heterogeneity import Progress
+    from mto_analysis.studies.sharing import Progress
 
 __all__ = ["CAPTIONS", "draw_paper", "merge_captions"]
 

@@ -18,7 +18,8 @@ from mto_analysis.paper.catalogue import Inputs, PaperFigure, find_figures
 from mto_analysis.paper.drawing import draw_paper
 from mto_analysis.probe import undisturbed
 from mto_analysis.reconstruction import own_loss
-from mto_analysis.studies.heterogeneity import Progress, Settings, load_source
+from mto_analysis.studies.heterogeneity import Settings, load_source
+from mto_analysis.studies.sharing import Progress
 
 __all__ = ["PUBLIC", "draw_public"]
 

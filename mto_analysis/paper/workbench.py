@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
     from mto_analysis.probe import LayerMeasure
     from mto_analysis.quadrants import AffinityMap
-    from mto_analysis.studies.heterogeneity import Progress, Settings, Watch
+    from mto_analysis.studies.heterogeneity import Settings, Watch
+    from mto_analysis.studies.sharing import Progress
 
 __all__ = ["Curves", "Maps", "Scrutiny", "Workbench"]
 
