@@ -25,8 +25,9 @@ from mto_analyze import app
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 COMMANDS = typer.main.get_command(app).commands
 SHELL = ("bash", "console")
-#: Languages of blocks that hold nothing to run.
+#: Languages of blocks that hold nothing to run, and what lines in them are to be run all the same.
 INERT = ("text", "math", "csv", "bibtex")
+CODE = re.compile(r"(\$ )?(mto-analyze|pip|python\d?|torchrun|accelerate|import|from \S+ import)\s")
 
 #: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps.
 QUICK = ("epochs=1", "batch_size=4", "model.depth=1")
@@ -88,7 +89,7 @@ def unrun(block: Block) -> list[str]:
     if block.language in SHELL:
         return [command for command in block.commands() if not command.startswith("mto-analyze ")]
     if block.language in INERT:
-        return re.findall(r"^(?:mto-analyze |pip |python |import |from \S+ import ).*", block.code, re.MULTILINE)
+        return [line for line in block.code.splitlines() if CODE.match(line)]
     return [f"a block of {block.language or 'no language'}: {block.code[:60]}"]
 
 
