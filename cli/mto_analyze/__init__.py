@@ -31,11 +31,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables),
-    *(pretrain, experiment),
-    demo,
-    tables,
-    figures,
-    pretrain,
+    *(pretrain, experiment, figures),
 ):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")
