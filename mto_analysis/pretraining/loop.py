@@ -179,7 +179,7 @@ class _Run:
             in_memory=settings.in_memory,
             strict=self.strict,
         )
-        self.stepper = Stepper(self.recipe, settings, group, self.steps_per_epoch)
+        self.stepper = Stepper(self.recipe, settings, group, self.steps_per_epoch, self.micro_batch)
         if state is not None:
             self._restore(state)
         elif resume:
