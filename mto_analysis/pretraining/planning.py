@@ -126,7 +126,7 @@ class _Measured:
         yield "memory of a process", _size(self.total(micro)), "estimate, without torch itself and decoded pictures"
         for name, size in (
             ("weights", self.weights),
-            ("slow branch", self.teachers),
+            ("slow branch, fixed tables", self.teachers),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("moving average", self.ema),
@@ -192,14 +192,11 @@ def _time(stepper: Stepper, batch: TrainBatch) -> float:
 
 
 def _recipe_rows(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    values = recipe.to_dict()
     yield "recipe", recipe.name, recipe.summary
-    for name, value in values.items():
-        if name in ("name", "summary", "sources", "model") or value is None:
-            continue
-        yield name, _plain(value), recipe.source_of(name)
-    for name, value in values["model"].items():
-        yield f"model.{name}", _plain(value), recipe.source_of(f"model.{name}")
+    yield "method", recipe.method, ""
+    for name, value in recipe.settings().items():
+        if value is not None and value != ():
+            yield name, _plain(value), recipe.source_of(name)
 
 
 def _plain(value: Any) -> str:

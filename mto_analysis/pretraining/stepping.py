@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,7 +94,9 @@ class Stepper:
         batch = noise_batch(self._recipe, micro_batch, self._group.device)
         buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         self._wrapped = self.method
-        with step_randomness(self._settings.seed, -1, self._group.index, self._group.device):
+        with step_randomness(self._settings.seed, -1, self._group.index, self._group.device), warnings.catch_warnings():
+            # Of a 1 x 1 convolution (SimMIM's head), whose gradient may be laid out either way.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
             torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]
             unused = any(each.requires_grad and each.grad is None for each in self.method.parameters())
             self._wrapped = self._group.parallel(self.method, unused=unused)
@@ -121,7 +124,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with step_randomness(self._settings.seed, step, self._group.index, device):
+        with self._kernels(), step_randomness(self._settings.seed, step, self._group.index, device):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
@@ -148,6 +151,16 @@ class Stepper:
     @property
     def _half(self) -> bool:
         return self._settings.precision != "no"
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Those whose sums have one order only, where that was asked for."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self._settings.deterministic or before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
