@@ -45,8 +45,8 @@ def simmim(**widths: int) -> SimMIM:
     return SimMIM(SimMIMConfig(**widths), ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6, 32)))
 
 
-def mae() -> MAE:
-    return MAE(MAEConfig(), ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16)))
+def mae(**widths: int) -> MAE:
+    return MAE(MAEConfig(**widths), ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16)))
 
 
 CASES = {
@@ -59,16 +59,16 @@ CASES = {
 class Training:
     """A model in training, one step at a time, with the losses or without."""
 
-    def __init__(self, case: Case, size: int, device: str) -> None:
+    def __init__(self, model: MaskedImageModel, bf16: bool, size: int, device: str) -> None:
         torch.manual_seed(0)
-        self.model = case.build().train().to(device)
+        self.model = model.train().to(device)
         for token in (self.model.mask_token, self.model.cls_token):
             torch.nn.init.normal_(token, std=0.02)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.images = torch.randn(size, 3, 224, 224, device=device)
         info = self.model.info
         self.mask = info.mask_rule.draw(mask_keys(map(str, range(size))), info.grid, info.patch_size).to(device)
-        self.device, self.bf16 = device, case.bf16
+        self.device, self.bf16 = device, bf16
 
     def step(self, mto: MTO | None) -> None:
         """One step, with the losses where there is a handle."""
@@ -81,8 +81,6 @@ class Training:
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 class Stopwatch:
@@ -90,6 +88,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.gradient: torch.Tensor | None = None
 
     def on(self, owner: object, name: str) -> None:
         """Time a function of an object or class."""
@@ -99,7 +98,8 @@ class Stopwatch:
             start = clock()
             result = function(*arguments)
             if isinstance(result, tuple) and isinstance(result[0], torch.Tensor):
-                result[0] + result[0]  # a gradient: autograd adds it to the model's own
+                self.gradient = torch.zeros_like(result[0]) if self.gradient is None else self.gradient
+                self.gradient.add_(result[0])  # in place, as autograd adds it to the model's own
             self.seconds += clock() - start
             return result
 
@@ -108,7 +108,7 @@ class Stopwatch:
 
 def times(case: Case, size: int, repeats: int, device: str) -> tuple[float, float, float]:
     """Median seconds of a plain step, percent by whole steps, percent inside what the losses add."""
-    training, watch = Training(case, size, device), Stopwatch()
+    training, watch = Training(case.build(), case.bf16, size, device), Stopwatch()
     functions = (entropies._InitialEntropies, entropies._MaskedVisibleEntropy)
     originals = [function.backward for function in functions]
     for function in functions:
@@ -162,7 +162,8 @@ def main() -> None:
     parser.add_argument("--child", choices=("plain", "mto"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        training = Training(CASES[options.models[0]], options.batch, options.device)
+        case = CASES[options.models[0]]
+        training = Training(case.build(), case.bf16, options.batch, options.device)
         mto = attach_mto(training.model, MTOConfig(), check_every=0) if options.child == "mto" else None
         for _ in range(3):
             training.step(mto)

@@ -6,6 +6,7 @@ Half precision is raised to float32; float64 stays float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from mto_analysis.masking import check_mask
 
 __all__ = [
     "Quadrants",
+    "Scratch",
     "TokenSplit",
     "affinity_matrix",
     "heterogeneity",
@@ -25,9 +27,32 @@ __all__ = [
     "split_quadrants",
 ]
 
-# Rows of a batch are gathered and multiplied a few images at a time: the copies then stay in the cache, and memory
-# above the model's own forward stays at a few MB for any batch.
-_IMAGES_AT_ONCE = 8
+# On a CPU images of a batch are gathered and multiplied a few at a time: the copies then stay in the cache, and memory
+# above the model's own forward stays at a few MB for any batch. Elsewhere many small steps would cost more than the
+# forward itself.
+_IMAGES_AT_ONCE = {"cpu": 8}
+_IMAGES_AT_ONCE_ELSEWHERE = 128
+
+
+class Scratch:
+    """Memory for passing results, used again and again: on a CPU fresh memory costs as much time as a product."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
+        """Memory of a shape, on the device of a tensor and in its dtype, but at least float32.
+
+        It is overwritten by the next result of the same use.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if like.device.type != "cpu":  # there allocators keep memory themselves
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        size = math.prod(shape)
+        kept = self._kept.get((use, dtype))
+        if kept is None or len(kept) < size:
+            kept = self._kept[use, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
 
 
 def row_entropy(logits: Tensor) -> Tensor:
@@ -73,11 +98,15 @@ class TokenSplit:
         for row, count in enumerate(self.num_masked.tolist()):
             rows_of.setdefault(count, []).append(row)
         self.counts = frozenset(rows_of)
+        at_once = _IMAGES_AT_ONCE.get(mask.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
         self._blocks = [
-            (torch.tensor(rows[start : start + _IMAGES_AT_ONCE], device=mask.device), count)
+            (torch.tensor(rows[start : start + at_once], device=mask.device), count)
             for count, rows in rows_of.items()
-            for start in range(0, len(rows), _IMAGES_AT_ONCE)
+            for start in range(0, len(rows), at_once)
         ]
+        self._scratch = Scratch()
+        # Rows of the tokens' storage in sorted order, by block and by how many rows lie between two images.
+        self._storage_rows: dict[tuple[int, int], Tensor] = {}
         self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
 
     def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
@@ -86,7 +115,7 @@ class TokenSplit:
         Args:
             tokens: ``batch num_patches dim``.
             reduce: From sorted tokens ``some num_patches dim`` (at least float32) and their number of masked tokens to
-                ``some ...``.
+                ``some ...``. The tokens lie in memory that is used again: keep no view of them.
             per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
 
         Raises:
@@ -97,16 +126,32 @@ class TokenSplit:
                 f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], "
                 f"got tokens {list(tokens.shape)} and mask {list(self.mask.shape)}"
             )
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
         # Under autocast the product would be made in half precision again.
         with torch.autocast(tokens.device.type, enabled=False):
             parts = [
-                reduce(
-                    tokens[rows[:, None], self.order[rows]].to(dtype), num_masked, *(each[rows] for each in per_image)
-                )
-                for rows, num_masked in self._blocks
+                reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
+                for block, (rows, num_masked) in enumerate(self._blocks)
             ]
         return torch.cat(parts)[self._back]
+
+    def _sorted(self, tokens: Tensor, block: int) -> Tensor:
+        rows = self._blocks[block][0]
+        between, row, along = tokens.stride()
+        if (tokens.requires_grad and torch.is_grad_enabled()) or along != 1 or row < 1 or between % row:
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            return tokens[rows[:, None], self.order[rows]].to(dtype)
+        # Tokens behind prefix tokens are a view: taken as rows of its storage, nothing is copied but the rows wanted.
+        key = block, between // row
+        if key not in self._storage_rows:
+            self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
+        batch, count, dim = tokens.shape
+        flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
+        x = self._scratch("sorted", tokens, len(rows) * count, dim)
+        if x.dtype == tokens.dtype:
+            torch.index_select(flat, 0, self._storage_rows[key], out=x)
+        else:
+            x.copy_(flat.index_select(0, self._storage_rows[key]))
+        return x.view(len(rows), count, dim)
 
 
 def masked_first_order(mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "DataError",
     "DataNotFoundError",
+    "ExperimentError",
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
@@ -38,6 +39,12 @@ class OutputError(MTOAnalysisError, OSError):
 
 class RecipeError(MTOAnalysisError, ValueError):
     """A recipe is unknown, is not whole, or a setting of it is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class ExperimentError(MTOAnalysisError, ValueError):
+    """An experiment file cannot be used, or a folder holds another experiment (exit code 2)."""
 
     exit_code = 2
 

@@ -36,6 +36,7 @@ __all__ = [
     "masks_to_bytes",
     "random_mask",
     "save_masks",
+    "topped_up_mask",
 ]
 
 
@@ -190,15 +191,60 @@ def blockwise_mask(
     return mask
 
 
+def topped_up_mask(keys: Sequence[MaskKey], grid: tuple[int, int], num_masked: int) -> Tensor:
+    """BootMAE's mask: blockwise rectangles over 120 of 196 patches, topped up at random to exactly ``num_masked``.
+
+    Up to three patches of the rectangles then become visible in exchange for others, as the original rolls its order
+    of patches (there by one number for a whole batch, here by one for each picture).
+
+    Shapes:
+        returns: batch num_patches
+
+    Args:
+        keys: One key per row.
+        grid: Rows and columns of the patch grid; on others than 14 x 14 the rectangles are in proportion.
+        num_masked: Number of patches to mask.
+
+    Source:
+        Dong et al., "Bootstrapped Masked Autoencoders" (ECCV 2022); LightDXY/BootMAE, ``masking_generator.py``.
+
+    Example:
+        >>> topped_up_mask(mask_keys(["a", "b"]), grid=(14, 14), num_masked=147).sum(dim=1)
+        tensor([147, 147])
+    """
+    num_patches = grid[0] * grid[1]
+    if not 0 < num_masked < num_patches:
+        raise ValueError(f"num_masked must lie between 0 and {num_patches}, got {num_masked}")
+    blocked, least, most = (max(1, round(num_patches * each / 196)) for each in (120, 16, 60))
+    mask = torch.ones(len(keys), num_patches, dtype=torch.bool)
+    for row, key in zip(mask, keys, strict=True):
+        generator = key.generator()
+        # The original tries without end; here the order below fills up what a thousand tries in a row do not.
+        block = _blockwise(generator, grid, min(blocked, num_patches - 1), least, 0.3, max_block=most, max_tries=1000)
+        rank = np.array([generator.random() for _ in range(num_patches)]) + block.flatten()
+        order = np.roll(np.argsort(rank, kind="stable"), generator.randint(0, 3))
+        row[torch.from_numpy(order[: num_patches - num_masked])] = False
+    check_mask(mask)
+    return mask
+
+
 def _blockwise(
-    generator: random.Random, grid: tuple[int, int], num_masked: int, min_block: int, min_aspect: float
+    generator: random.Random,
+    grid: tuple[int, int],
+    num_masked: int,
+    min_block: int,
+    min_aspect: float,
+    *,
+    max_block: int | None = None,
+    max_tries: int = 10,
 ) -> np.ndarray:
     rows, columns = grid
     mask = np.zeros(grid, dtype=bool)
     log_aspect = (math.log(min_aspect), -math.log(min_aspect))
     tries = 0
-    while (remaining := num_masked - int(mask.sum())) > 0 and tries < 10:
+    while (remaining := num_masked - int(mask.sum())) > 0 and tries < max_tries:
         tries += 1
+        remaining = min(remaining, max_block or remaining)
         area = generator.uniform(min_block, remaining)
         aspect = math.exp(generator.uniform(*log_aspect))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -231,21 +277,21 @@ class MaskRule:
     """How a model's masks are drawn.
 
     Args:
-        kind: ``random`` (MAE), ``block`` (SimMIM) or ``blockwise`` (BEiT).
+        kind: ``random`` (MAE), ``block`` (SimMIM), ``blockwise`` (BEiT) or ``topped_up`` (BootMAE).
         ratio: Fraction of patches (units, for ``block``) to mask.
         unit: Side of the square that is masked at once, in pixels.
         min_block: Smallest rectangle of ``blockwise``, in patches.
     """
 
-    kind: Literal["random", "block", "blockwise"]
+    kind: Literal["random", "block", "blockwise", "topped_up"]
     ratio: float
     unit: int
     min_block: int = 16
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.kind not in ("random", "block", "blockwise"):
-            raise ValueError(f"kind must be random, block or blockwise, got {self.kind!r}")
+        if self.kind not in ("random", "block", "blockwise", "topped_up"):
+            raise ValueError(f"kind must be random, block, blockwise or topped_up, got {self.kind!r}")
         _check_ratio(self.ratio)
         if self.unit < 1:
             raise ValueError(f"unit must be at least 1 pixel, got {self.unit}")
@@ -269,6 +315,8 @@ class MaskRule:
         num_patches = grid[0] * grid[1]
         if self.kind == "random":
             return random_mask(keys, num_patches, self.ratio)
+        if self.kind == "topped_up":
+            return topped_up_mask(keys, grid, num_patches - int(num_patches * (1 - self.ratio)))
         if self.kind == "blockwise":
             # A rectangle of BEiT's 16 patches does not fit a grid of a few patches; there it shrinks in proportion.
             min_block = max(1, min(self.min_block, round(num_patches * self.min_block / 196)))
@@ -279,7 +327,12 @@ class MaskRule:
 
     def __str__(self) -> str:
         """In words, as printed beside results."""
-        what = {"random": "random patches", "block": "units", "blockwise": "blockwise rectangles, patches"}[self.kind]
+        what = {
+            "random": "random patches",
+            "block": "units",
+            "blockwise": "blockwise rectangles, patches",
+            "topped_up": "rectangles topped up at random, patches",
+        }[self.kind]
         return f"{self.ratio:.4g} of {what} of {self.unit} px"
 
 

@@ -1,19 +1,21 @@
 """Fig. 2: mass, moments and row entropy of each quadrant of the affinity, and the maps themselves, streamed.
 
 All numbers of a layer depth, and its map, come from one product of tokens. The product is symmetric, so the third
-quadrant is the second one turned: only three of the four are multiplied.
+quadrant is the second one turned: only three of the four are multiplied. All four lie in one matrix, in memory that all
+layers use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import TokenSplit
+from mto_analysis.affinity import Scratch, TokenSplit
 from mto_analysis.models import LayerTokens
 
 __all__ = ["QUADRANT_STATISTICS", "AffinityKind", "AffinityMap", "AffinityMaps", "quadrant_statistics"]
@@ -31,9 +33,11 @@ _NAMES = (
     *(f"q{quadrant}_{name}" for name in QUADRANT_STATISTICS for quadrant in (1, 2, 3, 4)),
 )
 
-# Entries of a product that are worked on at once: 0.6 MB in float32, which stays in the cache, also for the first
-# stages of a Swin with thousands of patches.
-_ENTRIES_AT_ONCE = 4 * 196 * 196
+# Entries of a product that are worked on at once. On a CPU 1.2 MB in float32: fewer would cost more in steps than in
+# memory, and a first stage of Swin with thousands of patches goes image by image; elsewhere as many as keep the device
+# busy.
+_ENTRIES_AT_ONCE = {"cpu": 8 * 196 * 196}
+_ENTRIES_AT_ONCE_ELSEWHERE = 128 * 196 * 196
 
 # Subnormal numbers take a processor a hundred times as long: exp, products and sums stay above them. Weights of e^-60
 # of the greatest change no sum in float32 and none that matters in float64; shares below 1e-10 are 0 in a map.
@@ -66,111 +70,104 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         (tensor([0.7500]), tensor([2.]), tensor([0.]))
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    table = split.map(tokens, _statistics)
+    table = split.map(tokens, _Statistics())
     return dict(zip(_NAMES, table.unbind(dim=-1), strict=True))
 
 
-def _statistics(x: Tensor, num_masked: int, kind: AffinityKind = "softmax", sink: _MapSink | None = None) -> Tensor:
-    """Numbers in the order of ``_NAMES``, ``some len(_NAMES)``; the sum of maps goes to ``sink``."""
-    at_once = max(1, _ENTRIES_AT_ONCE // x.shape[1] ** 2)
-    return torch.cat([_statistics_at_once(part, num_masked, kind, sink) for part in torch.split(x, at_once)])
+class _Statistics:
+    """Numbers in the order of ``_NAMES``, ``some len(_NAMES)``, of sorted tokens; the sum of maps goes to ``sink``."""
 
+    def __init__(self, kind: AffinityKind = "softmax", scratch: Scratch | None = None) -> None:
+        self.kind = kind
+        self.scratch = scratch or Scratch()
+        self.sink: _MapSink | None = None
 
-def _statistics_at_once(x: Tensor, num_masked: int, kind: AffinityKind, sink: _MapSink | None) -> Tensor:
-    masked, visible = x[:, :num_masked], x[:, num_masked:]
-    # One wide product is faster than two narrow ones.
-    first, second = (masked @ x.mT).split([num_masked, x.shape[1] - num_masked], dim=-1)  # type: ignore[no-untyped-call]
-    fourth = visible @ visible.mT
-    of_masked, of_visible = (
-        each.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt().unsqueeze(-1) for each in (first, fourth)
-    )
-    moments = [
-        _moments(products, rows, columns)
-        for products, rows, columns in (
-            (first, of_masked, of_masked),
-            (second, of_masked, of_visible),
-            (fourth, of_visible, of_visible),
+    @torch.no_grad()
+    def __call__(self, x: Tensor, num_masked: int) -> Tensor:
+        """Some images at a time."""
+        entries = _ENTRIES_AT_ONCE.get(x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+        at_once = max(1, entries // x.shape[1] ** 2)
+        return torch.cat([self._at_once(part, num_masked) for part in torch.split(x, at_once)])
+
+    def _at_once(self, x: Tensor, num_masked: int) -> Tensor:
+        batch, count, _ = x.shape
+        products = self.scratch("products", x, batch, count, count)
+        buffer = self.scratch("buffer", x, batch, count, count)
+        masked, visible = slice(num_masked), slice(num_masked, count)
+        # One wide product is faster than two narrow ones.
+        torch.bmm(x[:, masked], x.mT, out=products[:, masked])
+        torch.bmm(x[:, visible], x[:, visible].mT, out=products[:, visible, visible])
+        products[:, visible, masked].copy_(products[:, masked, visible].mT)
+
+        shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
+        first, second, fourth = (
+            _moments(products[:, rows, columns], shrink[:, rows], shrink[:, columns], buffer)
+            for rows, columns in ((masked, masked), (masked, visible), (visible, visible))
         )
-    ]
-    moments.insert(2, moments[1])
-    # A copy even where one row or column makes the turned view contiguous: quadrants are worked on in place.
-    third = second.mT.clone(memory_format=torch.contiguous_format)
-    if sink is not None and kind != "softmax":
-        quadrants = [first, second, third, fourth]
-        if kind == "cosine":
-            quadrants = _cosines(quadrants, (of_masked, of_visible))
-        sink(_joined([each.sum(dim=0) for each in quadrants]))
+        if self.sink is not None and self.kind == "dot":
+            self.sink(products.sum(dim=0))
+        if self.sink is not None and self.kind == "cosine":
+            self.sink(torch.mul(products, shrink, out=buffer).mul_(shrink.mT).sum(dim=0))
 
-    masked_rows, visible_rows = _Rows(_Part(first), _Part(second)), _Rows(_Part(third), _Part(fourth))
-    if sink is not None and kind == "softmax":
-        sink(_joined([*masked_rows.maps(), *visible_rows.maps()]))
-    masses = (*masked_rows.masses, *visible_rows.masses)
-    quadrant_major = [torch.stack([mass, *rest]) for mass, rest in zip(masses, moments, strict=True)]
-    rows = torch.stack([masked_rows.right.entropy, masked_rows.entropy, visible_rows.entropy])
-    return torch.cat([rows, torch.stack(quadrant_major, dim=1).flatten(0, 1)]).mT
+        found, weights, scale = _softmax(products, (masked, visible), buffer)
+        if self.sink is not None and self.kind == "softmax":
+            scale = torch.where(scale < _LEAST_FACTOR, 0, scale)
+            for number, kind in enumerate((masked, visible)):
+                weights[..., kind].mul_(scale[..., number : number + 1])
+            self.sink(weights.sum(dim=0))
+        moments = torch.stack([first, second, second, fourth], dim=-1)  # batch statistic quadrant
+        return torch.cat([found, moments.flatten(1)], dim=1)
 
 
-def _moments(products: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and deviation of dot products, then of cosines; centred first, as the spread may be tiny beside it."""
+def _moments(products: Tensor, rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
+    """Mean and deviation of dot products, then of cosines: ``batch 4``.
 
-    def mean_and_deviation(values: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        mean = values.mean(dim=(1, 2), keepdim=True)
-        return mean.flatten(), torch.sub(values, mean, out=buffer).square_().mean(dim=(1, 2)).sqrt()
-
-    cosines = products * rows
-    cosines *= columns.mT
-    buffer = torch.empty_like(products)
-    return *mean_and_deviation(products, buffer), *mean_and_deviation(cosines, buffer)
-
-
-class _Part:
-    """Softmax of one quadrant with its own maximum, so that it never underflows as a whole. Overwrites the products."""
-
-    def __init__(self, products: Tensor) -> None:
-        self.top = products.amax(dim=-1, keepdim=True)
-        shifted = products.sub_(self.top).clamp_min_(_LEAST_LOGIT)
-        self.weights = shifted.exp()
-        self.total = self.weights.sum(dim=-1, keepdim=True)
-        self.moment = shifted.mul_(self.weights).sum(dim=-1, keepdim=True)
-
-    @property
-    def entropy(self) -> Tensor:
-        """Mean over rows of the entropy of the softmax over this quadrant alone: H (Eq. 2) for the second."""
-        return (self.total.log() - self.moment / self.total).mean(dim=(1, 2))
+    Centred first, as the spread may be tiny beside the mean.
+    """
+    values = buffer.flatten()[: products.numel()].view(products.shape)
+    root = math.sqrt(products[0].numel())
+    found = [products.mean(dim=(1, 2))]
+    torch.sub(products, found[0][:, None, None], out=values)
+    found.append(torch.linalg.vector_norm(values, dim=(1, 2)) / root)
+    torch.mul(products, rows, out=values).mul_(columns.mT)
+    found.append(values.mean(dim=(1, 2)))
+    found.append(torch.linalg.vector_norm(values.sub_(found[2][:, None, None]), dim=(1, 2)) / root)
+    return torch.stack(found, dim=1)
 
 
-class _Rows:
-    """Softmax over a whole row, put together from its two quadrants."""
+def _softmax(products: Tensor, kinds: tuple[slice, slice], weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropies and masses from the softmax of rows; overwrites the products.
 
-    def __init__(self, left: _Part, right: _Part) -> None:
-        self.left, self.right = left, right
-        top = torch.maximum(left.top, right.top)
-        down = (left.top - top, right.top - top)
-        factors = (down[0].exp(), down[1].exp())
-        total = left.total * factors[0] + right.total * factors[1]
-        moment = sum(
-            factor * (part.moment + part.total * shift)
-            for part, factor, shift in zip((left, right), factors, down, strict=True)
-        )
-        self._factors = [factor / total for factor in factors]
-        self.masses = [
-            (part.total * factor).mean(dim=(1, 2)) for part, factor in zip((left, right), self._factors, strict=True)
-        ]
-        self.entropy = (total.log() - moment / total).mean(dim=(1, 2))
+    Masked and visible columns have their own maximum, so that neither kind underflows as a whole.
 
-    def maps(self) -> Iterator[Tensor]:
-        """Sum over images of the two quadrants of the softmax map."""
-        for part, factor in zip((self.left, self.right), self._factors, strict=True):
-            yield part.weights.mul_(torch.where(factor < _LEAST_FACTOR, 0, factor)).sum(dim=0)
+    Shapes:
+        products, weights: batch num_patches num_patches
+        returns: batch 7 (H, row entropies, masses of the quadrants), the weights, batch num_patches 2 (what turns
+            weights of masked and visible columns into shares of their rows)
+    """
 
+    def by_kind(values: Tensor) -> Tensor:
+        return torch.stack([values[..., kind].sum(dim=-1) for kind in kinds], dim=-1)
 
-def _cosines(quadrants: Sequence[Tensor], kinds: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [products * kinds[index // 2] * kinds[index % 2].mT for index, products in enumerate(quadrants)]
+    masked, visible = kinds
+    top = torch.stack([products[..., kind].amax(dim=-1) for kind in kinds], dim=-1)
+    for number, kind in enumerate(kinds):
+        products[..., kind].sub_(top[..., number : number + 1])
+    torch.exp(products.clamp_min_(_LEAST_LOGIT), out=weights)
+    total = by_kind(weights)
+    moment = by_kind(products.mul_(weights))
+    h = total[:, masked, 1].log() - moment[:, masked, 1] / total[:, masked, 1]
 
-
-def _joined(quadrants: Sequence[Tensor]) -> Tensor:
-    first, second, third, fourth = quadrants
-    return torch.cat([torch.cat([first, second], dim=1), torch.cat([third, fourth], dim=1)])
+    # A row's softmax, put together from both kinds of columns.
+    down = top - top.amax(dim=-1, keepdim=True)
+    factor = down.exp()
+    whole = (total * factor).sum(dim=-1, keepdim=True)
+    entropy = whole.log().squeeze(-1) - (factor * (moment + total * down)).sum(dim=-1) / whole.squeeze(-1)
+    scale = factor / whole
+    masses = total * scale
+    numbers = [values.mean(dim=1) for values in (h, entropy[:, masked], entropy[:, visible])]
+    numbers += [values.mean(dim=1) for kind in kinds for values in masses[:, kind].unbind(dim=-1)]
+    return torch.stack(numbers, dim=1), weights, scale
 
 
 class AffinityMap(NamedTuple):
@@ -212,6 +209,7 @@ class AffinityMaps:
         self.kind = kind
         self.each_picture = each_picture
         self._sums: dict[tuple[str, int, str | None], tuple[Tensor, int, int]] = {}
+        self._statistics = _Statistics(kind)
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Statistics of a batch at one layer depth; its maps are added to those kept.
@@ -243,7 +241,8 @@ class AffinityMaps:
             else:
                 sums.append(total)
 
-        table = split.map(tokens, lambda x, num_masked: _statistics(x, num_masked, self.kind, sink))
+        self._statistics.sink = sink
+        table = split.map(tokens, self._statistics)
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
 

@@ -89,6 +89,29 @@ def test_choose_pictures__keep_their_labels(tmp_path: Path) -> None:
     assert chosen.read(1) == pictures.read(0)
 
 
+def test_open_pictures__follows_linked_folders_once(tmp_path: Path) -> None:
+    write(tmp_path / "all", "cat/1.png", "dog/2.png", "eel/3.png")
+    some = tmp_path / "some"
+    some.mkdir()
+    for name in ("dog", "cat"):
+        (some / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "all" / "cat" / "round").symlink_to(tmp_path / "all" / "cat")
+    (some / "up").symlink_to(tmp_path)
+    pictures = open_pictures(some)
+    assert pictures.names == ["cat/1.png", "dog/2.png"]
+    assert pictures.labels == [0, 1]
+    assert value_of(pictures, 1) == 1
+
+
+def test_open_pictures__does_not_guess_between_kinds(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png")
+    write_parquet(tmp_path / "data" / "p.parquet", [1])
+    message = r"holds pictures \(cat/1\.png\) and Parquet files \(data/p\.parquet\); give the folder"
+    with pytest.raises(DataError, match=message):
+        open_pictures(tmp_path)
+    assert len(open_pictures(tmp_path / "data").names) == 1
+
+
 # Parquet and saved datasets.
 
 

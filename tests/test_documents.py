@@ -20,13 +20,18 @@ from documents import ROOT, Block, blocks, indented_code, pages
 from typer.testing import CliRunner
 
 from mto_analysis.checkpoints.registry import list_checkpoints
+from mto_analysis.demo import DEMO_PICTURES
 from mto_analyze import app
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 COMMANDS = typer.main.get_command(app).commands
 SHELL = ("bash", "console")
-#: Languages of blocks that hold nothing to run.
+#: Languages of blocks that hold nothing to run, and what lines in them are to be run all the same.
 INERT = ("text", "math", "csv", "bibtex")
+CODE = re.compile(r"(\$ )?(mto-analyze|pip|python\d?|torchrun|accelerate|import|from \S+ import)\s")
+
+#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps, and fit an experiment's to 256 pictures.
+QUICK = {"pretrain": ("epochs=1", "batch_size=4", "model.depth=1"), "experiment": ("epochs=1", "batch_size=64")}
 
 
 def scripts(page: Path) -> list[str]:
@@ -85,7 +90,7 @@ def unrun(block: Block) -> list[str]:
     if block.language in SHELL:
         return [command for command in block.commands() if not command.startswith("mto-analyze ")]
     if block.language in INERT:
-        return re.findall(r"^(?:mto-analyze |pip |python |import |from \S+ import ).*", block.code, re.MULTILINE)
+        return [line for line in block.code.splitlines() if CODE.match(line)]
     return [f"a block of {block.language or 'no language'}: {block.code[:60]}"]
 
 
@@ -134,6 +139,11 @@ class StandIns:
         self.folder, self.checkpoints = folder, checkpoints
         self.ids = {row.id for row in list_checkpoints()}
         self.pictures = write_pictures(folder / "PICTURES", ("cat.jpg", "dogs/rex.jpg", "a.png", "b.png"))
+        for name in ("DATA", "TRAIN", "TEST"):  # labelled by their sub-folders
+            write_pictures(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
+        (folder / "CIFAR10").mkdir()
+        for part in ("train", "test"):
+            shutil.copy(DEMO_PICTURES, folder / "CIFAR10" / f"{part}.parquet")
         epochs, seeds = (100, 200, 300, 400), (0, 1, 2)
         rows = [
             (method, epoch, 60 + gain * epoch / 20 + seed / 10, seed)
@@ -150,7 +160,10 @@ class StandIns:
         if words[:2] == ["checkpoints", "info"]:
             return words
         command, _ = leaf(words)
-        more = [] if "--overwrite" not in options(command) or "--overwrite" in words else ["--overwrite"]
+        fresh = "--overwrite" in options(command) and not {"--overwrite", "--resume"} & set(words)
+        more = ["--overwrite"] if fresh else []
+        if "--resume" not in words:
+            more += [word for setting in QUICK.get(words[0], ()) for word in ("--set", setting)]
         return [self.word(word) for word in words] + more
 
     def word(self, word: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mto_analysis import DataError, MaskRule, block_mask, blockwise_mask, load_masks, mask_keys, random_mask, save_masks
-from mto_analysis.masking import MaskKey, _blockwise, check_mask, mask_from_noise
+from mto_analysis.masking import MaskKey, _blockwise, check_mask, mask_from_noise, topped_up_mask
 
 IMAGES = [f"folder/{number}.jpg" for number in range(40)]
 
@@ -239,7 +239,7 @@ def test_mask_rule_draw__refuses_units_between_patches() -> None:
 
 
 def test_mask_rule__refuses_unknown_kinds_and_units() -> None:
-    with pytest.raises(ValueError, match="kind must be random, block or blockwise, got 'grid'"):
+    with pytest.raises(ValueError, match="kind must be random, block, blockwise or topped_up, got 'grid'"):
         MaskRule("grid", 0.5, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unit must be at least 1 pixel, got 0"):
         MaskRule("block", 0.5, 0)
@@ -381,3 +381,25 @@ def test_random_mask__takes_the_numbers_that_each_keys_generator_gives(num_patch
         noise = [generator.random() for _ in range(num_patches)]
         visible = sorted(range(num_patches), key=noise.__getitem__)[: num_patches // 2]
         assert [place for place in range(num_patches) if not row[place]] == sorted(visible)
+
+
+def test_topped_up_mask__is_exact_and_lies_mostly_in_rectangles() -> None:
+    keys = mask_keys([str(number) for number in range(200)])
+    mask = topped_up_mask(keys, (14, 14), 147)
+    assert (mask.sum(dim=1) == 147).all()
+    assert torch.equal(mask[3:4], topped_up_mask(keys[3:4], (14, 14), 147))
+
+    def alike(masks: torch.Tensor) -> float:
+        """How often neighbours are both masked or both visible."""
+        grid = masks.reshape(-1, 14, 14)
+        return float((grid[:, :, 1:] == grid[:, :, :-1]).float().mean())
+
+    assert alike(random_mask(keys, 196, 0.75)) == pytest.approx(0.625, abs=0.01)  # 0.75^2 + 0.25^2
+    assert alike(mask) > 0.64
+    assert (topped_up_mask(keys, (8, 8), 48).sum(dim=1) == 48).all()
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (4, 4)])
+def test_topped_up_mask__small_grids_do_not_hang(grid: tuple[int, int]) -> None:
+    mask = topped_up_mask(mask_keys(["a", "b", "c"]), grid, grid[0] * grid[1] - 1)
+    assert (~mask).sum(dim=1).tolist() == [1, 1, 1]

@@ -28,6 +28,10 @@ INTERRUPTED = 130
 LAUNCHED = ("heterogeneity", "affinity", "pretrain")
 
 
+class _LauncherError(ValueError):
+    """A command that knows nothing of launchers; all processes refuse it, and the first one says so."""
+
+
 class Commands(TyperGroup):
     """The command group that turns our errors into one line on stderr and a documented exit code."""
 
@@ -62,7 +66,12 @@ class Commands(TyperGroup):
             if found is None:
                 raise
             message, code = found
-            note(f"mto-analyze: error: {message}")
+            here = this_process()
+            if here.main:
+                note(f"mto-analyze: error: {message}")
+            elif not Commands._leave_at_once and not isinstance(error, _LauncherError):
+                # Nobody else knows of it: this command's processes do not tell each other.
+                typer.echo(f"mto-analyze: error: process {here.rank} of {here.count}: {message}", err=True)
             raise typer.Exit(code) from error
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -70,7 +79,7 @@ class Commands(TyperGroup):
         found = super().resolve_command(ctx, args)
         count = this_process().count
         if count > 1 and found[0] not in LAUNCHED:
-            raise ValueError(
+            raise _LauncherError(
                 f"{found[0]} cannot share its work between {count} processes; run it without the launcher "
                 f"(these can: {', '.join(LAUNCHED)})"
             )

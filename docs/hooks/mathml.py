@@ -6,6 +6,7 @@ Pages write ``$...$`` in a line and a ``math`` fence for a formula on its own, a
 from __future__ import annotations
 
 import html
+import logging
 import re
 
 from latex2mathml.converter import convert
@@ -17,12 +18,16 @@ _FORMULA = re.compile(
     r"<(?P<tag>span|div) class=\"arithmatex\">\s*\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]\s*</(?P=tag)>", re.DOTALL
 )
 
+_log = logging.getLogger("mkdocs.hooks.mathml")
 _THIN = '<mspace width="0.17em" />'
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Every formula of a page, converted."""
-    return _FORMULA.sub(_converted, content)
+    content = _FORMULA.sub(_converted, content)
+    if 'class="arithmatex"' in content:
+        _log.warning("%s: a formula was not converted", page.file.src_uri)  # an error of a strict build
+    return content
 
 
 def _converted(match: re.Match[str]) -> str:

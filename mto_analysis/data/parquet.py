@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ class _CellPictures:
         self._groups, self._starts = groups, starts
         self._files: dict[Path, Any] = {}
         self._group: tuple[int, Any] | None = None
+        self._process = os.getpid()
 
     def _load(self, path: Path, group: int) -> Any:
         raise NotImplementedError
 
     def read(self, index: int) -> bytes:
+        if self._process != os.getpid():  # a forked worker process must not share its parent's open files
+            self._files, self._group, self._process = {}, None, os.getpid()
         group = bisect.bisect_right(self._starts, index) - 1
         if self._group is None or self._group[0] != group:
             self._group = (group, self._load(*self._groups[group]))
@@ -70,7 +74,7 @@ class _ParquetPictures(_CellPictures):
 
         # A file stays open, and a group is read on demand, however large the file.
         file = self._files.get(path) or self._files.setdefault(path, pq.ParquetFile(path))
-        return file.read_row_group(group, columns=["image"]).column(0)
+        return file.read_row_group(group, columns=["image"], use_threads=False).column(0)
 
 
 class _ArrowPictures(_CellPictures):

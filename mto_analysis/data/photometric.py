@@ -84,7 +84,8 @@ class Photometric:
         if len(rows):
             index = _on(images, rows)
             chosen = images[index]
-            images[index] = torch.where(chosen < 128 / 255, chosen, 1 - chosen)
+            bright = (chosen >= 128 / 255).to(chosen.dtype)
+            images[index] = chosen + bright * (1 - 2 * chosen)
         return images * 255
 
     def _strength(self, change: int) -> float:
@@ -145,20 +146,22 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
         turn: batch 1 1
     """
     red, green, blue = images.unbind(1)
-    value, least = images.amax(dim=1), images.amin(dim=1)
-    chroma = value - least
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    # Sums with 0 and 1 choose between values as `torch.where` does, which takes five times as long on a CPU.
+    safe = chroma + (chroma == 0).to(chroma.dtype)
+    is_red = (value == red).to(chroma.dtype)
+    is_green = (value == green).to(chroma.dtype) * (1 - is_red)
+    is_blue = 1 - is_red - is_green
+    hue = ((green - blue) * is_red + (blue - red) * is_green + (red - green) * is_blue) / safe
+    hue = hue + 2 * is_green + 4 * is_blue
     hue = hue / 6 + turn
     hue = (hue - hue.floor()) * 6
     # Each colour falls from the value by the chroma, by how far the hue is from its own sector.
     parts = []
     for sector in (5, 3, 1):
-        place = (hue + sector) % 6
+        place = hue + sector
+        place = place - 6 * (place >= 6).to(place.dtype)
         ramp = torch.minimum(place, 4 - place).clamp_(0, 1)
         parts.append(value - chroma * ramp)
     return torch.stack(parts, dim=1)

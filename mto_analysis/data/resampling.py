@@ -92,10 +92,12 @@ def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1).to(torch.float32)) ** 2)
     kernel = _exact(kernel / kernel.sum(dim=1, keepdim=True))
-    source = (torch.arange(size, device=sigma.device).unsqueeze(1) + offsets).clamp_(0, size - 1)
+    rows = torch.arange(size, device=sigma.device)
     matrices = torch.zeros(len(sigma), size, size, device=sigma.device)
-    rows = kernel.unsqueeze(1).expand(-1, size, -1)
-    return matrices.scatter_add_(2, source.expand(len(sigma), -1, -1), rows)
+    for place, offset in enumerate(range(-radius, radius + 1)):
+        # Each row once per offset, so that nothing is added to one number twice at a time.
+        matrices[:, rows, (rows + offset).clamp_(0, size - 1)] += kernel[:, place : place + 1]
+    return matrices
 
 
 def resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A picture's name is its path relative to the folder or list, or its row in a fil
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -49,18 +50,20 @@ class Pictures(Protocol):
 
 
 class _FilePictures:
+    """Files named relative to a folder; a list of a million paths would take a gigabyte, names take a tenth."""
+
     def __init__(
         self,
+        folder: Path,
         names: Sequence[str],
-        paths: Sequence[Path],
         labels: Sequence[int] | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         self.names, self.labels, self.class_names = names, labels, class_names
-        self._paths = paths
+        self._folder = folder
 
     def read(self, index: int) -> bytes:
-        return self._paths[index].read_bytes()
+        return (self._folder / self.names[index]).read_bytes()
 
     def open(self, index: int) -> Image.Image:
         return decode_picture(self.read(index))
@@ -116,7 +119,7 @@ def open_pictures(source: str | Path, *, split: str | None = None) -> Pictures:
 
         return open_parquet([path], path)
     if path.suffix.lower() in SUFFIXES:
-        return _FilePictures([path.name], [path])
+        return _FilePictures(path.parent, [path.name])
     if path.suffix.lower() in (".txt", ".lst"):
         return _open_list(path)
     if path.suffix.lower() == ".tar":
@@ -139,27 +142,50 @@ def _open_folder(path: Path, split: str | None) -> Pictures:
         from mto_analysis.data.parquet import open_saved_dataset
 
         return open_saved_dataset(path, _names_of_split(split) if split else None)
-    shards = sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    names, shards, tars = _walk(path)
+    if sum(map(bool, (names, shards, tars))) > 1:
+        kinds = (("pictures", names), ("Parquet files", shards), ("tar files", tars))
+        held = " and ".join(f"{kind} ({found[0]})" for kind, found in kinds if found)
+        raise DataError(f"{path} holds {held}; give the folder or file of one kind")
     if shards:
         from mto_analysis.data.parquet import open_parquet
 
-        return open_parquet(_shards_of_split(path, shards, split), path)
+        return open_parquet(_shards_of_split(path, [path / shard for shard in shards], split), path)
     if split is not None:
         raise DataNotFoundError(f"{path} has no split {split!r}; it needs a sub-folder {split} or files {split}-*")
-    if any(path.glob("*.tar")):
+    if tars:
         from mto_analysis.data.tars import open_tars
 
         return open_tars(path)
-    files = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-    )
-    if not files:
+    if not names:
         raise DataError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
-    names = [name for name, _ in files]
     labels, class_names = _folder_labels(names)
-    return _FilePictures(names, [file for _, file in files], labels, class_names)
+    return _FilePictures(path, names, labels, class_names)
+
+
+def _walk(path: Path) -> tuple[list[str], list[str], list[str]]:
+    """Pictures, Parquet files and (at the top) tar files below a folder, sorted; linked folders are followed once."""
+    names: list[str] = []
+    shards: list[str] = []
+    tars: list[str] = []
+    seen = {path.resolve()}
+    for folder, folders, files in os.walk(path, followlinks=True):
+        inside = Path(folder).relative_to(path).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
+        for name in [one for one in folders if Path(folder, one).is_symlink()]:
+            target = Path(folder, name).resolve()
+            if target in seen or path.resolve().is_relative_to(target):
+                folders.remove(name)
+            seen.add(target)
+        for file in files:
+            suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 (a Path for each of a million files is slow)
+            if suffix in SUFFIXES:
+                names.append(prefix + file)
+            elif suffix == ".parquet":
+                shards.append(prefix + file)
+            elif suffix == ".tar" and not prefix:
+                tars.append(file)
+    return sorted(names), sorted(shards), sorted(tars)
 
 
 def _shards_of_split(path: Path, shards: Sequence[Path], split: str | None) -> list[Path]:
@@ -199,7 +225,7 @@ def _open_list(path: Path) -> Pictures:
         names, labels = [left.strip() for left, _, _ in pairs], [int(right) for _, _, right in pairs]
     if len(set(names)) != len(names):
         raise DataError(f"{path} lists a picture twice; masks hang on names")
-    return _FilePictures(names, [path.parent / name for name in names], labels)
+    return _FilePictures(path.parent, names, labels)
 
 
 def choose_pictures(pictures: Pictures, names: Sequence[str]) -> Pictures:

@@ -32,7 +32,7 @@ def _unit(info: ModelInfo) -> int:
 
 def _native(info: ModelInfo) -> int:
     unit = _unit(info)
-    if info.mask_rule.kind == "random":
+    if info.mask_rule.kind in ("random", "topped_up"):
         return int(info.num_patches * (1 - info.mask_rule.ratio))
     units = info.num_patches // unit
     return (units - math.ceil(units * info.mask_rule.ratio)) * unit

@@ -49,7 +49,8 @@ class _Losses(StackForward):
         prefix = self.spec.prefix_tokens
         count = tokens.shape[1] - prefix
         if count not in self.splits:
-            self.splits[count] = SortedMask.of(self.mask_for(count), prefix)
+            mask, counts = self.mask_for(count)
+            self.splits[count] = SortedMask.of(mask, prefix, counts)
         split = self.splits[count]
         self.heterogeneity[depth], rows = layer_entropies(self.images(tokens), split, depth, self.config)
         if depth == 0:

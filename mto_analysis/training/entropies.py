@@ -7,27 +7,35 @@ anyway), an index, and one small matrix per image; no gathered copy of the token
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mto_analysis.affinity import masked_first_order
+from mto_analysis.affinity import Scratch, masked_first_order
 from mto_analysis.masking import check_mask
 
 __all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
 
+# Subnormal numbers take a processor a hundred times as long: weights, slopes and their products stay above them.
+# Weights of e^-60 of the greatest change no sum in float32 and none that matters in float64.
+_LEAST_LOGIT = -60.0
 
-class SortedMask(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class SortedMask:
     """A batch of masks, sorted once for all layers: the patches of each image masked first, then visible.
 
     Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
     ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
-    (``None`` where all are).
+    (``None`` where all are); ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of
+    each token in it (of a prefix token: one past the end). All layers share ``scratch`` memory.
 
     Shapes:
-        rows: batch * num_patches (rows of the flattened tokens)
+        rows: batch * num_patches
+        places: batch * num_tokens
         masked_ok: batch most_masked
         visible_ok: batch most_visible
         num_masked: batch
@@ -35,6 +43,8 @@ class SortedMask(NamedTuple):
     """
 
     rows: Tensor
+    places: Tensor
+    num_patches: int
     most_masked: int
     most_visible: int
     masked_ok: Tensor | None
@@ -42,9 +52,10 @@ class SortedMask(NamedTuple):
     num_masked: Tensor
     num_visible: Tensor
     prefix_tokens: int
+    scratch: Scratch = field(default_factory=Scratch)
 
     @classmethod
-    def of(cls, mask: Tensor, prefix_tokens: int = 0) -> SortedMask:
+    def of(cls, mask: Tensor, prefix_tokens: int = 0, counts: tuple[int, int] | None = None) -> SortedMask:
         """Sort a mask.
 
         Shapes:
@@ -53,69 +64,107 @@ class SortedMask(NamedTuple):
         Args:
             mask: True where masked.
             prefix_tokens: Tokens in front of the patches in what is to be measured.
+            counts: The least and the greatest number of masked patches of an image, where they are known: to ask the
+                mask for them is to wait for the device.
 
         Raises:
             ValueError: If a row masks no patch or every patch.
         """
         batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
         num_masked = mask.sum(dim=-1)
-        # One wait for the device; the full check has the message.
-        fewest, most = torch.stack(num_masked.aminmax()).tolist() if batch else (0, 0)
+        if counts is None:
+            counts = (0, 0)
+            if batch:
+                counts = tuple(torch.stack(num_masked.aminmax()).tolist())
+        fewest, most = counts
         if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
-            check_mask(mask)
-        start = torch.arange(batch, device=mask.device)[:, None] * (prefix_tokens + num_patches) + prefix_tokens
+            check_mask(mask)  # has the message
         masked_ok = visible_ok = None
         if fewest != most:
             place = torch.arange(num_patches, device=mask.device)
             masked_ok, visible_ok = place[:most] < num_masked[:, None], place[fewest:] >= num_masked[:, None]
-        rows = (start + masked_first_order(mask)).flatten()
-        num_visible = num_patches - num_masked
-        return cls(rows, most, num_patches - fewest, masked_ok, visible_ok, num_masked, num_visible, prefix_tokens)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return len(self.rows) // len(self.num_masked)
+        image = torch.arange(batch, device=mask.device)[:, None]
+        order = masked_first_order(mask)
+        rows = (image * (prefix_tokens + num_patches) + prefix_tokens + order).flatten()
+        places = torch.full((batch, prefix_tokens + num_patches), len(rows), device=mask.device)
+        places[:, prefix_tokens:].scatter_(1, order, torch.arange(len(rows), device=mask.device).view_as(order))
+        return cls(
+            rows,
+            places.flatten(),
+            num_patches,
+            most,
+            num_patches - fewest,
+            masked_ok,
+            visible_ok,
+            num_masked,
+            num_patches - num_masked,
+            prefix_tokens,
+        )
 
     def sort(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches in sorted order, in at least float32; views of the masked and of the visible ones."""
-        x = tokens.flatten(0, 1).index_select(0, self.rows)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).view(len(tokens), -1, tokens.shape[-1])
+        """Patches in sorted order, in at least float32; views of the masked and of the visible ones.
+
+        They lie in scratch memory, until the next call.
+        """
+        x = self.scratch("sorted", tokens, len(self.rows), tokens.shape[-1])
+        flat = tokens.flatten(0, 1)
+        if x.dtype == tokens.dtype:
+            torch.index_select(flat, 0, self.rows, out=x)
+        else:
+            x.copy_(flat.index_select(0, self.rows))
+        x = x.view(len(tokens), -1, tokens.shape[-1])
         return x, x[:, : self.most_masked], x[:, -self.most_visible :]
 
+    def gradient_of_sorted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for the gradient of sorted patches, for :meth:`unsort`, and it as ``batch num_patches dim``."""
+        gradient = self.scratch("gradient", tokens, len(self.rows) + 1, tokens.shape[-1])
+        return gradient, gradient[:-1].view(len(tokens), -1, tokens.shape[-1])
+
     def unsort(self, gradient: Tensor, tokens: Tensor) -> Tensor:
-        """The gradient of sorted patches as that of ``tokens``; prefix tokens have none."""
-        back = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-        back[:, : self.prefix_tokens] = 0
-        back.flatten(0, 1).index_copy_(0, self.rows, gradient.flatten(0, 1).to(tokens.dtype))
-        return back
+        """What lies in :meth:`gradient_of_sorted` as gradient of ``tokens``; prefix tokens have none."""
+        gradient[-1] = 0
+        return gradient.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
 
 
-def _entropy_and_slope(logits: Tensor, ok: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Entropy of each row and its derivative by the logits; columns that are not ``ok`` have no weight.
+def _products(columns: Tensor, rows: Tensor) -> Tensor:
+    """Dot products ``num_columns batch num_rows``: sums over columns are then sums of long vectors."""
+    logits = columns.new_empty(columns.shape[1], len(columns), rows.shape[1])
+    torch.bmm(columns, rows.mT, out=logits.transpose(0, 1))
+    return logits
 
-    Overwrites ``logits``.
+
+def _entropy_and_slope(logits: Tensor, weights: Tensor, ok: Tensor | None, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of entropy times ``share``, and its derivative; columns that are not ``ok`` have no weight.
+
+    Overwrites ``logits`` with the derivative, and ``weights``.
+
+    Shapes:
+        logits, weights: num_columns batch num_rows
+        ok: num_columns, batch or 1, num_rows or 1
+        share: batch num_rows
+        returns: batch, num_columns batch num_rows
     """
     if ok is not None:
         logits.masked_fill_(~ok, float("-inf"))
-    z = logits.sub_(logits.amax(dim=-1, keepdim=True))
-    weight = z.exp()
-    total = weight.sum(dim=-1, keepdim=True)
+    z = logits.sub_(logits.amax(dim=0)).clamp_min_(_LEAST_LOGIT)
+    torch.exp(z, out=weights)
     if ok is not None:
-        z.masked_fill_(~ok, 0.0)  # or -inf times a weight of 0 is NaN
-    weight.div_(total)
-    mean = (weight * z).sum(dim=-1, keepdim=True)
-    entropy = (total.log() - mean).squeeze(-1)
-    return entropy, weight.mul_(z.sub_(mean)).neg_()
+        weights.masked_fill_(~ok, 0.0)
+    total = weights.sum(dim=0)
+    slope = z.mul_(weights)
+    mean = slope.sum(dim=0).div_(total)
+    # -p (z - mean) times the share, with p = weights / total.
+    slope.addcmul_(weights, mean, value=-1).mul_(share / -total)
+    return total.log_().sub_(mean).mul_(share).sum(dim=1), slope
 
 
-def _mean_over_masked(rows: Tensor, slope: Tensor, split: SortedMask) -> Tensor:
-    """Mean over an image's masked rows; ``slope`` is turned into that of the mean, 0 in rows that are not meant."""
-    share = split.num_masked.to(rows.dtype).reciprocal()[:, None].expand_as(rows)
+def _heterogeneity_and_slope(logits: Tensor, split: SortedMask) -> tuple[Tensor, Tensor]:
+    """Mean over an image's masked rows of the entropy, and its derivative by the logits, which it overwrites."""
+    ok = None if split.visible_ok is None else split.visible_ok.mT.unsqueeze(-1)
+    share = split.num_masked.to(logits.dtype).reciprocal()[:, None]
     if split.masked_ok is not None:
         share = share * split.masked_ok
-    slope.mul_(share.unsqueeze(-1))
-    return (rows * share).sum(dim=1)
+    return _entropy_and_slope(logits, split.scratch("weights", logits, *logits.shape), ok, share)
 
 
 class _MaskedVisibleEntropy(torch.autograd.Function):
@@ -124,9 +173,7 @@ class _MaskedVisibleEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, split: SortedMask) -> Tensor:
         _, x_m, x_v = split.sort(tokens)
-        ok = None if split.visible_ok is None else split.visible_ok[:, None, :]
-        rows, slope = _entropy_and_slope(x_m @ x_v.mT, ok)
-        h = _mean_over_masked(rows, slope, split)
+        h, slope = _heterogeneity_and_slope(_products(x_v, x_m), split)
         ctx.split = split
         ctx.save_for_backward(tokens, slope)
         return h
@@ -137,17 +184,18 @@ class _MaskedVisibleEntropy(torch.autograd.Function):
         tokens, slope = ctx.saved_tensors
         split: SortedMask = ctx.split
         with torch.autocast(tokens.device.type, enabled=False):
-            gradient, x_m, x_v = split.sort(tokens)
-            slope = slope * grad[:, None, None]
-            if split.masked_ok is None:  # in the place of the tokens: fresh memory costs as much time as products
-                by_visible = slope.mT @ x_m
-                torch.bmm(slope, x_v, out=x_m)
-                x_v.copy_(by_visible)
+            _, x_m, x_v = split.sort(tokens)
+            slope = torch.mul(slope, grad[:, None], out=split.scratch("weights", slope, *slope.shape))
+            by_masked, by_visible = slope.permute(1, 2, 0), slope.transpose(0, 1)
+            gradient, patches = split.gradient_of_sorted(tokens)
+            if split.masked_ok is None:
+                torch.bmm(by_masked, x_v, out=patches[:, : split.most_masked])
+                torch.bmm(by_visible, x_m, out=patches[:, split.most_masked :])
             else:  # front and back overlap; slopes are 0 where they are not meant
-                gradient = slope.new_zeros(len(tokens), split.num_patches, tokens.shape[-1])
-                gradient[:, : split.most_masked] += slope @ x_v
-                gradient[:, -split.most_visible :] += slope.mT @ x_m
-        return split.unsort(gradient, tokens), None
+                patches.zero_()
+                patches[:, : split.most_masked] += by_masked @ x_v
+                patches[:, -split.most_visible :] += by_visible @ x_m
+            return split.unsort(gradient, tokens), None
 
 
 class _InitialEntropies(torch.autograd.Function):
@@ -156,23 +204,20 @@ class _InitialEntropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, split: SortedMask, include_self: bool) -> tuple[Tensor, Tensor]:
         x, _, x_v = split.sort(tokens)
-        product = x_v @ x.mT  # visible rows, all columns
+        product = _products(x, x_v)  # all columns, visible rows
         # H_0 has masked rows: the masked columns of the product, turned over.
-        turned = product[:, :, : split.most_masked].mT.contiguous()
-        ok = None if split.visible_ok is None else split.visible_ok[:, None, :]
-        h_rows, slope_h = _entropy_and_slope(turned, ok)
-        h = _mean_over_masked(h_rows, slope_h, split)
+        turned = product[: split.most_masked].permute(2, 1, 0).contiguous()
+        h, slope_h = _heterogeneity_and_slope(turned, split)
         others = None
         if not include_self:
-            others = torch.ones(product.shape[1:], dtype=torch.bool, device=product.device)
-            others.diagonal(product.shape[2] - product.shape[1]).fill_(False)
-        rows, slope_s = _entropy_and_slope(product, others)
-        if split.visible_ok is not None:
-            rows = rows * split.visible_ok
-            slope_s.mul_(split.visible_ok.unsqueeze(-1))
+            others = torch.ones(len(product), product.shape[2], dtype=torch.bool, device=product.device)
+            others.diagonal(product.shape[2] - len(product)).fill_(False)
+            others = others.unsqueeze(1)
+        share = product.new_ones(1, 1) if split.visible_ok is None else split.visible_ok.to(product.dtype)
+        rows, slope_s = _entropy_and_slope(product, torch.empty_like(product), others, share)
         ctx.split = split
         ctx.save_for_backward(tokens, slope_h, slope_s)
-        return h, rows.sum(dim=1)
+        return h, rows
 
     @staticmethod
     @once_differentiable
@@ -181,11 +226,12 @@ class _InitialEntropies(torch.autograd.Function):
         split: SortedMask = ctx.split
         with torch.autocast(tokens.device.type, enabled=False):
             x, _, x_v = split.sort(tokens)
-            slope = slope_s * grad_s[:, None, None]
-            slope[:, :, : split.most_masked] += (slope_h * grad_h[:, None, None]).mT
-            gradient = slope.mT @ x_v
-            gradient[:, -split.most_visible :] += slope @ x
-        return split.unsort(gradient, tokens), None, None
+            slope = slope_s * grad_s[:, None]
+            slope[: split.most_masked] += (slope_h * grad_h[:, None]).permute(2, 1, 0)
+            gradient, patches = split.gradient_of_sorted(tokens)
+            torch.bmm(slope.transpose(0, 1), x_v, out=patches)
+            patches[:, -split.most_visible :] += slope.permute(1, 2, 0) @ x
+            return split.unsort(gradient, tokens), None, None
 
 
 def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:

@@ -33,14 +33,19 @@ class StackForward:
     def clear(self) -> None:
         """Forget the last forward."""
         self.mask: Tensor | None = None
+        self._counts = (0, 0)  # the least and the greatest number of masked patches of an image
         self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
 
     def start(self, tokens: Tensor) -> None:
         """The first block's input: find the mask, and take layer depth 0."""
         mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
-        mixed = mask.any(dim=1) & ~mask.all(dim=1)
-        some, every = torch.stack([mixed.any(), mixed.all()]).tolist()
-        if some:  # else it is evaluation code, a teacher or fine-tuning
+        num_masked, num_patches = mask.sum(dim=1), mask.shape[1]
+        mixed = (num_masked > 0) & (num_masked < num_patches)
+        fewest = torch.where(mixed, num_masked, num_patches).min()
+        # The one wait for the device of a forward.
+        fewest, most, every = torch.stack([fewest, (num_masked * mixed).max(), mixed.all()]).tolist()
+        if most:  # else it is evaluation code, a teacher or fine-tuning
+            self._counts = fewest, most
             self._images = None if every else mixed.nonzero().squeeze(1)
             self.mask = mask if every else mask[mixed]
             self.take(0, tokens)
@@ -53,13 +58,16 @@ class StackForward:
         """The tokens of those images that have a masked and a visible patch; of the others nothing can be measured."""
         return tokens if self._images is None else tokens.index_select(0, self._images)
 
-    def mask_for(self, count: int) -> Tensor:
-        """The mask on a grid of ``count`` patches: Swin joins 2 x 2 tokens, masked or visible together."""
+    def mask_for(self, count: int) -> tuple[Tensor, tuple[int, int]]:
+        """The mask on a grid of ``count`` patches, and the least and greatest number of masked patches of an image.
+
+        Swin joins 2 x 2 tokens, masked or visible together.
+        """
         if self.mask is None:
             raise RuntimeError("the forward has no mask")
         fine = self.mask.shape[1]
         if count == fine:
-            return self.mask
+            return self.mask, self._counts
         side, coarse = math.isqrt(fine), math.isqrt(count)
         if side * side != fine or coarse * coarse != count or side % coarse:
             raise RuntimeError(f"{self.spec.name} goes from {fine} to {count} tokens, which is no merging of cells")
@@ -67,7 +75,8 @@ class StackForward:
         cells = self.mask.reshape(-1, coarse, cell, coarse, cell).transpose(2, 3).flatten(3)
         if not bool((cells.all(-1) == cells.any(-1)).all()):
             raise RuntimeError(f"the mask cuts through merged tokens; use mask units of at least {cell} tokens")
-        return cells.all(-1).flatten(1)
+        fewest, most = self._counts
+        return cells.all(-1).flatten(1), (fewest // cell**2, most // cell**2)
 
 
 class Attached:

@@ -57,12 +57,20 @@ class StackSpec:
         if self.mask is not None:
             return self.mask().to(tokens.device).flatten(1).bool()
         rows = () if self.masked_row is None else self.masked_row()
+        candidates = [rows] if isinstance(rows, Tensor) else list(rows)
         found = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
-        for row in [rows] if isinstance(rows, Tensor) else rows:
-            found = (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
-            if isinstance(rows, Tensor) or bool(found.any()):
-                break
+        for row in candidates:
+            if tokens.is_cuda:  # to ask is to wait for the device
+                found = torch.where(found.any(), found, _equal(tokens, row))
+            elif len(candidates) == 1 or bool(_equal(tokens[..., :16], row[..., :16]).any()):
+                found = _equal(tokens, row)
+                if found.any():
+                    break
         return found
+
+
+def _equal(tokens: Tensor, row: Tensor) -> Tensor:
+    return (tokens.detach() == row.detach().to(tokens.dtype)).all(dim=-1)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

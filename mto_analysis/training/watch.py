@@ -30,7 +30,7 @@ class _Numbers(StackForward):
         """Measure one layer depth."""
         patches = self.images(tokens.detach())[:, self.spec.prefix_tokens :]
         if patches.shape[1] not in self.splits:
-            self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1]))
+            self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1])[0])
         split = self.splits[patches.shape[1]]
         self.values[f"heterogeneity_{depth}"] = heterogeneity(patches, split).mean().item()
         for quadrant, mass in enumerate(quadrant_mass(patches, split).mean(dim=0).tolist(), start=1):

@@ -1,0 +1,216 @@
+"""``mto-analyze experiment``: many runs, with and without MTO, and what they show."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mto_analyze.console import note
+from mto_analyze.options import Quiet
+
+if TYPE_CHECKING:
+    from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results
+    from mto_analysis.outputs import OutputFolder
+
+FIGURES = ("curves", "rauc", "time", "heterogeneity")
+FILES = (
+    *("curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "summary.md", "run.json"),
+    *(f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "pdf")),
+)
+
+
+def experiment(
+    file: Annotated[str, typer.Argument(help="Experiment file (TOML), or the name of one that comes with the tool.")],
+    out: Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on where it stopped.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures: train.parquet and test.parquet, if not set otherwise.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process of its own.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value: a key of the file (seeds, ...), or of all recipes (epochs, ...)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and estimated time.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole experiment: every arm with every seed, evaluated along the way, then RAUC, figures and a page.
+
+    Stopped or killed, it goes on from the last epoch of every run when the same command is given again. Writes
+    curves.csv, rauc.csv, heterogeneity.csv, choice.csv, summary.md, run.json and the figures curves, rauc, time and
+    heterogeneity to --out; runs are in its folders runs and choose.
+    """
+    from mto_analysis.data import open_pictures
+    from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
+    from mto_analysis.outputs import OutputFolder
+
+    chosen = load_experiment(file, _pairs(set_ or []))
+    pictures = chosen.pictures.resolved(data)
+    runs = ExperimentRuns(chosen, pictures, out)
+    folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
+    runs.check()
+    count = len(open_pictures(pictures.train).names)
+    if dry_run:
+        typer.echo(_plan(runs, jobs, count))
+        return
+    began = time.time()
+    with _board(runs, count, quiet) as tell:
+        do_runs(runs, jobs=jobs, num_pictures=count, tell=tell)
+    _write(folder, chosen, runs, jobs=jobs, count=count, began=began)
+    note(f"wrote {', '.join(name for name in FILES if (out / name).exists())} to {out}", quiet=quiet)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _write(
+    folder: OutputFolder, chosen: Experiment, runs: ExperimentRuns, *, jobs: int, count: int, began: float
+) -> None:
+    from mto_analysis.experiments import collect, summary_page
+    from mto_analysis.outputs import run_facts
+
+    results = collect(runs)
+    folder.write_table("curves.csv", results.curves)
+    folder.write_table("rauc.csv", results.rauc_table())
+    folder.write_table("heterogeneity.csv", results.heterogeneity)
+    if len(results.choice):
+        folder.write_table("choice.csv", results.choice)
+    _draw(folder, results)
+    page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_pictures=count)
+    folder.write_bytes("summary.md", page.encode())
+    facts = {"experiment": chosen.facts(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
+    folder.write_json("run.json", run_facts({"data": vars(runs.pictures)}, **facts))
+    typer.echo(page)
+
+
+def _draw(folder: OutputFolder, results: Results) -> None:
+    from mto_analysis.experiments.results import TIME
+    from mto_analysis.plots.experiment import draw_experiment_curves, draw_trajectories
+    from mto_analysis.plots.rauc import rauc_figure
+    from mto_analysis.plots.style import paper_style
+
+    score = "top-1 accuracy (%)"
+    folder.write_figure("curves", draw_experiment_curves(results.curves, score=score))
+    with paper_style():
+        for stem, comparisons, axis, label in (
+            ("rauc", results.comparisons, "epoch", "epoch"),
+            ("time", results.timed, TIME, "training time (s)"),
+        ):
+            if comparisons:
+                pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
+                folder.write_figure(stem, rauc_figure(comparisons, pairs, axis=label, score=score))
+    if len(results.heterogeneity):
+        folder.write_figure("heterogeneity", draw_trajectories(results.heterogeneity))
+
+
+def _device(chosen: Experiment) -> str:
+    import platform
+
+    import torch
+
+    cuda = torch.cuda.is_available() and chosen.device in ("auto", "cuda")
+    return torch.cuda.get_device_name() if cuda or chosen.device.startswith("cuda:") else f"CPU ({platform.machine()})"
+
+
+def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
+    """What ``--dry-run`` prints: a line per method, and how long all of it would take."""
+    from mto_analysis.data import open_pictures
+    from mto_analysis.pretraining import plan
+
+    pictures = open_pictures(runs.pictures.train)
+    lines, total, left = [], 0.0, 0
+    seconds: dict[tuple[str, bool], float] = {}
+    for run in runs.all:
+        key = (run.variant, run.settings.mto is not None or run.waits)
+        if key not in seconds:  # timed once for each, per step
+            settings = run.settings if not run.waits else runs.choosing[0].settings
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
+                seconds[key] = plan(run.recipe, pictures, settings).seconds / run.recipe.epochs
+        finished = run.finished()
+        left += not finished
+        total += 0.0 if finished else seconds[key] * run.recipe.epochs
+        steps = run.recipe.epochs * (count // run.recipe.batch_size)
+        state = "finished" if finished else f"{run.recipe.epochs} epochs, {steps} steps"
+        lines.append(f"{run.name}: {state}")
+    minutes = total / 60
+    lines.append(
+        f"{len(runs.all)} runs, {left} to do; about {minutes:.3g} minutes of training one after the other (from a few "
+        f"timed steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come "
+        "on top"
+    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A line per run that is going on and a bar for all; without a terminal, a line per finished run."""
+    from mto_analysis.experiments.running import total_steps
+
+    finished: set[Any] = set()
+    said: set[Any] = set()
+    total = len(runs.all)
+
+    def line(progress: Progress) -> None:
+        if progress.state in ("found", "done"):
+            finished.add(progress.run.folder)
+        if progress.state == "note" and (progress.run.folder, progress.words) not in said:
+            said.add((progress.run.folder, progress.words))
+            note(f"{progress.run.name}: {progress.words}", quiet=quiet)
+        if progress.state == "done":
+            score = _last_score(progress)
+            note(f"[{len(finished)}/{total}] {progress.run.name}: {score}", quiet=quiet)
+
+    if quiet or not sys.stderr.isatty():
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        whole = bars.add_task("all runs", total=sum(total_steps(run, count) for run in runs.all), words="")
+        tasks: dict[Any, Any] = {}
+        steps: dict[Any, int] = {}
+
+        def show(progress: Progress) -> None:
+            run = progress.run
+            line(progress)
+            if progress.state == "begun":
+                tasks[run.folder] = bars.add_task(run.name, total=progress.total_steps, words="")
+            if progress.state in ("found", "going", "done"):
+                steps[run.folder] = progress.step
+                words = f"epoch {progress.epoch}/{run.recipe.epochs}"
+                words += f", {progress.score:.1f} %" if progress.score is not None else ""
+                if run.folder in tasks:
+                    bars.update(tasks[run.folder], completed=progress.step, words=words)
+            if progress.state == "done" and run.folder in tasks:
+                bars.remove_task(tasks.pop(run.folder))
+            bars.update(whole, completed=sum(steps.values()), words=f"{len(finished)}/{total}")
+
+        yield show
+
+
+def _last_score(progress: Progress) -> str:
+    from mto_analysis.experiments.runs import read_curve
+
+    curve = read_curve(progress.run)
+    if curve.empty:
+        return "no score"
+    return (
+        f"{curve['score'].iloc[-1]:.2f} % after {progress.epoch} epochs, {curve['seconds'].iloc[-1]:.0f} s of training"
+    )

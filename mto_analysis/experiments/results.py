@@ -1,0 +1,183 @@
+"""What an experiment showed: curves, RAUC over epochs and over training time, H per layer, as tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mto_analysis.comparison import Comparison, compare
+from mto_analysis.errors import DataError
+from mto_analysis.experiments.runs import ExperimentRuns, best_candidate, read_curve
+from mto_analysis.pretraining import RunFolder
+from mto_analysis.rauc import Points
+from mto_analysis.rauc_report import as_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TIME", "Results", "collect"]
+
+#: The axis of equal time: seconds of training, evaluations not counted.
+TIME = "seconds"
+
+# A mean gain of the baseline up to this, in points of accuracy, is none.
+_NOISE = 0.01
+
+_HETEROGENEITY = re.compile(r"(?:(?P<stack>.+?)[._/])?heterogeneity_(?P<depth>\d+)")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of an experiment.
+
+    Attributes:
+        curves: ``method epoch score seed seconds recipe arm protocol``.
+        heterogeneity: ``method seed epoch stack layer_depth heterogeneity recipe arm``; means over an epoch's logged
+            steps, in training mode.
+        speed: ``method seed step_seconds images_per_second data_wait``, medians over epochs.
+        choice: ``variant candidate seed final mean``; empty without a choice.
+        chosen: Candidate by variant.
+        comparisons: Every pair in every window, over epochs.
+        timed: The same pairs over the time that both have; one window each.
+    """
+
+    curves: pd.DataFrame
+    heterogeneity: pd.DataFrame
+    speed: pd.DataFrame
+    choice: pd.DataFrame
+    chosen: dict[str, str]
+    comparisons: tuple[Comparison, ...]
+    timed: tuple[Comparison, ...]
+
+    def runs(self, method: str, axis: str = "epoch") -> dict[str, Points]:
+        """Curves of a method by seed, over epochs or seconds."""
+        rows = self.curves[self.curves["method"] == method]
+        return {
+            str(seed): Points(run[axis].to_numpy(dtype=float), run["score"].to_numpy(dtype=float))
+            for seed, run in rows.groupby("seed", sort=False)
+        }
+
+    def rauc_table(self) -> pd.DataFrame:
+        """Rows of :func:`~mto_analysis.rauc_report.as_frame`, over epochs and over seconds."""
+        import pandas as pd
+
+        tables = [as_frame(self.comparisons), as_frame(self.timed, TIME)]
+        return pd.concat([each for each in tables if len(each)] or tables[:1], ignore_index=True)
+
+
+def collect(runs: ExperimentRuns) -> Results:
+    """Read what all runs left.
+
+    Raises:
+        DataError: If a run has no curve yet.
+    """
+    import pandas as pd
+
+    curves, layers, speeds = [], [], []
+    for run in runs.main:
+        curve = read_curve(run)
+        if curve.empty:
+            raise DataError(f"{run.name} has no scores yet: run the experiment again")
+        who: dict[str, Any] = {"method": run.method, "seed": run.seed, "recipe": run.variant, "arm": run.arm}
+        curves.append(curve.assign(**who))
+        metrics = pd.read_csv(RunFolder(run.folder).metrics)
+        epochs = metrics[metrics["kind"] == "epoch"]
+        layers.append(_layers(epochs).assign(**who))
+        rate = epochs["images_per_second"].median()
+        speeds.append(
+            {
+                "method": run.method,
+                "seed": run.seed,
+                "step_seconds": run.recipe.batch_size / rate,
+                "images_per_second": rate,
+                "data_wait": epochs["data_wait"].median(),
+            }
+        )
+    columns = ["method", "epoch", "score", "seed", "seconds", "recipe", "arm", "protocol"]
+    table = pd.concat(curves, ignore_index=True)[columns]
+    choice = runs.chosen_table()
+    settings = runs.experiment.choice
+    chosen = {}
+    if settings is not None:
+        for variant in runs.experiment.variants:
+            chosen[variant.label] = best_candidate(choice, variant.label, settings.by, len(settings.seeds))
+    results = Results(
+        table,
+        pd.concat(layers, ignore_index=True)[
+            ["method", "seed", "epoch", "stack", "layer_depth", "heterogeneity", "recipe", "arm"]
+        ],
+        pd.DataFrame(speeds),
+        choice,
+        chosen,
+        (),
+        (),
+    )
+    pairs, windows = runs.experiment.pairs, runs.experiment.windows
+    over_epochs = [_compared(results, pair, window) for pair in pairs for window in windows]
+    over_time = [_timed(results, pair) for pair in pairs]
+    return Results(
+        results.curves,
+        results.heterogeneity,
+        results.speed,
+        results.choice,
+        results.chosen,
+        tuple(each for each in over_epochs if each is not None),
+        tuple(each for each in over_time if each is not None),
+    )
+
+
+def _layers(epochs: pd.DataFrame) -> pd.DataFrame:
+    """H per layer depth in long form; empty where the engine measured none."""
+    import pandas as pd
+
+    parts = []
+    for column in epochs:
+        if (found := _HETEROGENEITY.fullmatch(str(column))) is not None:
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "epoch": epochs["epoch"],
+                        "stack": found["stack"] or "",
+                        "layer_depth": int(found["depth"]),
+                        "heterogeneity": epochs[column],
+                    }
+                )
+            )
+    if not parts:
+        return pd.DataFrame({"epoch": [], "stack": [], "layer_depth": [], "heterogeneity": []})
+    return pd.concat(parts, ignore_index=True).dropna(subset="heterogeneity")
+
+
+def _compared(results: Results, pair: tuple[str, str], window: tuple[float, float]) -> Comparison | None:
+    """RAUC from the first evaluated epoch at or after the window's start to that at or after its end."""
+    baseline, target = (results.runs(method) for method in pair)
+    shared = _shared_epochs([*baseline.values(), *target.values()])
+    start, end = (float(shared[min(np.searchsorted(shared, share * shared[-1]), len(shared) - 1)]) for share in window)
+    if not start < end:
+        return None
+    return compare(baseline, target, start, end, names=pair, noise=_NOISE)
+
+
+def _timed(results: Results, pair: tuple[str, str]) -> Comparison | None:
+    """RAUC over the training time that all runs of both methods have had."""
+    baseline, target = (results.runs(method, TIME) for method in pair)
+    runs = [*baseline.values(), *target.values()]
+    if not all((np.diff(run.epochs) > 0).all() for run in runs):
+        return None
+    start, end = max(run.epochs[0] for run in runs), min(run.epochs[-1] for run in runs)
+    if not start < end:
+        return None
+    return compare(baseline, target, float(start), float(end), interpolate=True, names=pair, noise=_NOISE)
+
+
+def _shared_epochs(runs: Sequence[Points]) -> np.ndarray:
+    shared = runs[0].epochs
+    for run in runs[1:]:
+        shared = np.intersect1d(shared, run.epochs)
+    if not shared.size:
+        raise DataError("the runs share no evaluated epoch")
+    return shared

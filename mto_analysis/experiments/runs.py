@@ -1,0 +1,241 @@
+"""The runs of an experiment, each in a folder of its own: which there are, which are finished, what they showed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mto_analysis.errors import DataError, ExperimentError
+from mto_analysis.experiments.spec import Arm, Experiment, Pictures, Variant
+from mto_analysis.pretraining import Recipe, RunFolder, RunSettings
+from mto_analysis.pretraining.state import differences
+from mto_analysis.training import MTOConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve", "shortened"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pre-training with its evaluations.
+
+    Args:
+        stage: ``choose`` for a candidate's run, ``main`` for an arm's.
+        variant: Label of the variant.
+        arm: Name of the arm, or of the candidate.
+        method: What curves call it.
+        seed: Of everything.
+        recipe: What is trained.
+        settings: How; of a chosen arm the settings of MTO are filled in when they are chosen.
+        waits: Whether the settings of MTO are still to be chosen.
+        source: Pictures to train on.
+        folder: For the engine's files.
+    """
+
+    stage: Literal["choose", "main"]
+    variant: str
+    arm: str
+    method: str
+    seed: int
+    recipe: Recipe
+    settings: RunSettings
+    waits: bool
+    source: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What a user sees."""
+        return f"{'choosing: ' if self.stage == 'choose' else ''}{self.method}, seed {self.seed}"
+
+    def finished(self) -> bool:
+        """Whether the engine says so."""
+        folder = RunFolder(self.folder)
+        return folder.facts.exists() and folder.stored_facts().get("state") == "complete"
+
+    def check(self) -> None:
+        """Whether what its folder holds, if anything, is this run.
+
+        Raises:
+            ExperimentError: If it is another one; says what differs.
+        """
+        folder = RunFolder(self.folder)
+        if not folder.facts.exists():
+            return
+        stored = folder.stored_facts().get("identity", {})
+        settings = self.settings.facts()
+        evaluation = self.settings.evaluation
+        now: dict[str, Any] = {
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "precision": settings["precision"],
+            "evaluation": evaluation.settings() if evaluation else None,
+            **({} if self.waits else {"mto": settings["mto"]}),
+        }
+        if other := differences({key: stored.get(key) for key in now}, now):
+            raise ExperimentError(
+                f"{self.folder} holds another run: {'; '.join(other)}; use the same settings, or another --out"
+            )
+
+
+class ExperimentRuns:
+    """All runs of an experiment.
+
+    Args:
+        experiment: What is run.
+        pictures: With absolute paths.
+        folder: Of the whole experiment.
+
+    Raises:
+        ExperimentError: If two runs would share a folder, or a folder holds another run.
+    """
+
+    def __init__(self, experiment: Experiment, pictures: Pictures, folder: Path) -> None:
+        self.experiment, self.pictures, self.folder = experiment, pictures, folder
+        self.choosing = tuple(self._choosing())
+        self.main = tuple(self._main())
+        folders: dict[Path, str] = {}
+        for run in self.all:
+            if run.folder in folders:
+                raise ExperimentError(
+                    f"{folders[run.folder]!r} and {run.name!r} would share the folder {run.folder.name}; rename one"
+                )
+            folders[run.folder] = run.name
+
+    @property
+    def all(self) -> tuple[Run, ...]:
+        """In the order in which they begin."""
+        return (*self.choosing, *self.main)
+
+    def check(self) -> None:
+        """Whether what the folder holds belongs to this experiment.
+
+        Raises:
+            ExperimentError: If a run's folder holds another run.
+        """
+        for run in self.all:
+            run.check()
+
+    def _settings(self, recipe: Recipe, seed: int, mto: MTOConfig | None) -> RunSettings:
+        experiment, pictures = self.experiment, self.pictures
+        evaluation = replace(
+            experiment.evaluation,
+            train=pictures.eval_train or pictures.train,
+            test=pictures.eval_test,
+            every=max(1, recipe.epochs // experiment.points),
+        )
+        return RunSettings(
+            seed=seed,
+            mto=mto,
+            precision=experiment.precision,
+            deterministic=experiment.deterministic,
+            num_workers=experiment.num_workers,
+            log_every=experiment.log_every,
+            device=experiment.device,
+            evaluation=evaluation,
+            evaluate_start=True,
+        )
+
+    def _choosing(self) -> Iterator[Run]:
+        choice = self.experiment.choice
+        for seed in choice.seeds if choice else ():
+            for variant in self.experiment.variants:
+                recipe = shortened(variant.recipe, choice.share if choice else 1.0)
+                for candidate in choice.candidates if choice else ():
+                    method = f"{variant.label} + {candidate.name}"
+                    settings = self._settings(recipe, seed, candidate.mto)
+                    folder = self.folder / "choose" / f"{_slug(method)}-seed{seed}"
+                    names = (variant.label, candidate.name, method)
+                    yield Run("choose", *names, seed, recipe, settings, False, self.pictures.train, folder)
+
+    def _main(self) -> Iterator[Run]:
+        for seed in self.experiment.seeds:
+            for variant in self.experiment.variants:
+                for arm in self.experiment.arms:
+                    yield self._arm_run(variant, arm, seed)
+
+    def _arm_run(self, variant: Variant, arm: Arm, seed: int) -> Run:
+        method = self.experiment.method(variant, arm)
+        settings = self._settings(variant.recipe, seed, arm.mto)
+        folder = self.folder / "runs" / f"{_slug(method)}-seed{seed}"
+        names = (variant.label, arm.name, method)
+        return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.pictures.train, folder)
+
+    def chosen_table(self) -> pd.DataFrame:
+        """Scores of all candidates so far: ``variant candidate seed final mean``."""
+        import pandas as pd
+
+        rows = []
+        for run in self.choosing:
+            curve = read_curve(run)
+            scores = curve.loc[curve["epoch"] > 0, "score"]
+            if len(scores) and int(curve["epoch"].iloc[-1]) == run.recipe.epochs:
+                rows.append((run.variant, run.arm, run.seed, float(scores.iloc[-1]), float(scores.mean())))
+        return pd.DataFrame(rows, columns=["variant", "candidate", "seed", "final", "mean"])
+
+    def resolve(self, run: Run) -> Run:
+        """A waiting run with the settings that were chosen for its variant.
+
+        Raises:
+            DataError: If a candidate's run is missing.
+        """
+        choice = self.experiment.choice
+        if not run.waits or choice is None:
+            return run
+        name = best_candidate(self.chosen_table(), run.variant, choice.by, len(choice.seeds))
+        mto = next(each.mto for each in choice.candidates if each.name == name)
+        return replace(run, settings=replace(run.settings, mto=mto), waits=False)
+
+
+def best_candidate(table: pd.DataFrame, variant: str, by: str, num_seeds: int) -> str:
+    """The candidate with the greatest mean over seeds; of equals the first.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = [("MAE", "a", 1, 40.0, 30.0), ("MAE", "b", 1, 41.0, 29.0)]
+        >>> table = pd.DataFrame(rows, columns=["variant", "candidate", "seed", "final", "mean"])
+        >>> best_candidate(table, "MAE", "final", 1), best_candidate(table, "MAE", "mean", 1)
+        ('b', 'a')
+    """
+    groups = table[table["variant"] == variant].groupby("candidate", sort=False)[by]
+    if groups.ngroups == 0 or int(groups.size().min()) < num_seeds:
+        raise DataError(f"the choice for {variant} is not finished: run the experiment again")
+    return str(groups.mean().idxmax())
+
+
+def shortened(recipe: Recipe, share: float) -> Recipe:
+    """A recipe whose run, with all that happens at some epoch of it, takes a share of the time."""
+
+    def epochs(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(round(share * value) for value in values)
+
+    return replace(
+        recipe,
+        epochs=max(1, round(share * recipe.epochs)),
+        warmup_epochs=share * recipe.warmup_epochs,
+        milestones=tuple(sorted({max(1, each) for each in epochs(recipe.milestones)})),
+        momentum_epochs=epochs(recipe.momentum_epochs),
+    )
+
+
+def read_curve(run: Run) -> pd.DataFrame:
+    """What the engine wrote of a run's scores; empty before the first.
+
+    Columns: ``epoch score seconds`` and ``protocol``.
+    """
+    import pandas as pd
+
+    path = RunFolder(run.folder).curves
+    if not path.exists():
+        return pd.DataFrame({"epoch": [], "score": [], "seconds": [], "protocol": []})
+    table = pd.read_csv(path)
+    return table.assign(seconds=3600 * table["hours"])[["epoch", "score", "seconds", "protocol"]]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()

@@ -1,0 +1,217 @@
+"""A whole tiny experiment: runs, choice, tables, figures and page; stopped and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from experiment_cases import TINY, write_experiment
+from typer.testing import CliRunner
+
+from mto_analysis.experiments import ExperimentRuns, RunFailedError, do_runs, load_experiment
+from mto_analysis.experiments.results import collect
+from mto_analysis.experiments.runs import read_curve
+from mto_analysis.experiments.summary import verdict
+from mto_analysis.experiments.worker import Report
+from mto_analysis.rauc import rauc
+from mto_analyze import app
+
+#: Columns that depend on how fast the machine is.
+TIMING = ["seconds"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["experiment", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished experiment."""
+    folder = tmp_path_factory.mktemp("experiment")
+    result = run(write_experiment(folder), "--data", folder, "--out", folder / "out")
+    assert result.exit_code == 0, result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 6
+    assert "# tiny" in result.stdout
+    return folder
+
+
+def test_experiment__writes_tables_figures_and_a_page(done: Path) -> None:
+    out = done / "out"
+    files = {path.name for path in out.iterdir() if path.is_file()}
+    figures = {f"{stem}.{kind}" for stem in ("curves", "rauc", "time", "heterogeneity") for kind in ("png", "pdf")}
+    assert files == {"curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "summary.md", "run.json", *figures}
+    curves = pd.read_csv(out / "curves.csv")
+    assert len(curves) == 2 * 2 * 3  # methods, seeds, epochs 0 to 2
+    assert curves["method"].unique().tolist() == ["MAE", "MAE + MTO"]
+    assert (curves.groupby(["method", "seed"])["seconds"].diff().dropna() > 0).all()
+    layers = pd.read_csv(out / "heterogeneity.csv")
+    assert len(layers) == 2 * 2 * 2 * 3  # methods, seeds, epochs, layer depths of the decoder
+    assert (layers["heterogeneity"] >= 0).all()
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["chosen"]["MAE"] in ("small", "large")
+
+
+def test_experiment__random_encoders_of_a_seed_are_the_same(done: Path) -> None:
+    curves = pd.read_csv(done / "out/curves.csv")
+    start = curves[curves["epoch"] == 0].pivot_table(index="seed", columns="method", values="score")
+    assert (start["MAE"] == start["MAE + MTO"]).all()
+
+
+def test_experiment__the_arm_takes_the_best_candidate(done: Path) -> None:
+    choice = pd.read_csv(done / "out/choice.csv")
+    assert choice["seed"].unique().tolist() == [100]
+    best = choice.loc[choice["final"].idxmax(), "candidate"]
+    facts = json.loads((done / "out/run.json").read_text())
+    assert facts["chosen"] == {"MAE": best}
+    stored = json.loads((done / "out/runs/mae-mto-seed1/run.json").read_text())["identity"]["mto"]
+    assert stored["sparsity_weight"] == {"small": 0.01, "large": 0.5}[best]
+
+
+def test_experiment__rauc_is_that_of_the_curves(done: Path) -> None:
+    table = pd.read_csv(done / "out/rauc.csv")
+    assert table["axis"].tolist() == ["epoch", "seconds"]
+    curves = pd.read_csv(done / "out/curves.csv")
+    means = curves.pivot_table(index="epoch", columns="method", values="score")
+    expected = rauc(
+        (means.index.to_numpy(), means["MAE"].to_numpy()), (means.index.to_numpy(), means["MAE + MTO"].to_numpy()), 0, 2
+    )
+    if expected.reason is None:
+        assert table["rauc"][0] == pytest.approx(float(expected))
+    assert table["numerator"][0] == pytest.approx(expected.numerator)
+    assert table["denominator"][0] == pytest.approx(expected.denominator)
+
+
+def test_experiment__again_finds_all_runs_finished(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*.pth")}
+    curves = (done / "out/curves.csv").read_bytes()
+    result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--quiet")
+    assert result.exit_code == 0
+    assert (done / "out/curves.csv").read_bytes() == curves
+    assert {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*.pth")} == before
+    result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--dry-run")
+    assert "6 runs, 0 to do" in result.stdout
+
+
+def test_experiment__refuses_another_one_in_its_folder(done: Path) -> None:
+    result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--set", "batch_size=32")
+    assert result.exit_code == 2
+    assert "holds another run: recipe.batch_size was 16 and is now 32" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
+    file = write_experiment(tmp_path)
+    result = run(file, "--data", tmp_path, "--out", tmp_path / "out", "--dry-run", "--set", "seeds=0,1,2")
+    assert result.exit_code == 0, result.stderr
+    assert "MAE + MTO, seed 2: 2 epochs, 8 steps" in result.stdout
+    assert "8 runs, 8 to do" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None:
+    file = write_experiment(tmp_path, TINY.replace("batch_size = 16", "batch_size = 128"))
+    result = run(file, "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 4
+    line = result.stderr.splitlines()[-1]
+    assert "choosing: MAE + small, seed 100: 64 pictures do not fill one batch of 128" in line
+    assert "run the same command again" in line
+
+
+@pytest.mark.slow
+def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_experiment(tmp_path)
+    experiment = load_experiment(file)
+    runs = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out")
+
+    def kill(progress) -> None:
+        if progress.state == "going":
+            import multiprocessing
+
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(RunFailedError, match=r"choosing: MAE .*: its process died"):
+        do_runs(runs, num_pictures=64, tell=kill)
+
+
+def test_report__crosses_a_pipe() -> None:
+    import pickle
+
+    report = Report("progress", 3, 1, 50.0)
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def without_timing(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path).drop(columns=TIMING, errors="ignore")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_experiment__killed_and_started_again_ends_as_if_nothing_had_happened(done: Path, tmp_path: Path, kind) -> None:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")])}
+    command = [sys.executable, "-m", "mto_analyze", "experiment", done / "tiny.toml", "--data", done, "--jobs", "2"]
+    command += ["--out", tmp_path / "out"]
+    kills = 0
+    for wait in (6.0, 8.0, 10.0, 12.0, 60.0, 300.0):
+        process = subprocess.Popen(
+            [*map(str, command)], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            process.communicate(timeout=wait)
+            assert process.returncode == 0
+            break
+        except subprocess.TimeoutExpired:
+            if kind is signal.SIGKILL:
+                process.kill()  # the parent alone: its children must see to it themselves
+            else:
+                os.killpg(process.pid, kind)
+            _, stderr = process.communicate(timeout=60)
+            assert kind is signal.SIGKILL or process.returncode == 130, stderr
+            deadline = time.monotonic() + 30
+            while alive(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert not alive(process.pid), "a child outlived its parent"
+            kills += 1
+    assert process.returncode == 0
+    assert kills
+    for name in ("curves.csv", "heterogeneity.csv", "choice.csv"):
+        pd.testing.assert_frame_equal(without_timing(tmp_path / "out" / name), without_timing(done / "out" / name))
+
+
+def alive(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_verdict__claims_nothing_that_the_interval_does_not_say(done: Path) -> None:
+    from dataclasses import replace
+
+    experiment = load_experiment(done / "tiny.toml")
+    results = collect(ExperimentRuns(experiment, experiment.pictures.resolved(done), done / "out"))
+    one = results.comparisons[0]
+    bounded = replace(one.interval, kind="bounded", low=0.9, high=1.2)
+    assert "no difference is shown" in verdict(replace(one, rauc=1.05, interval=bounded))
+    assert "learned faster" in verdict(replace(one, rauc=1.1, interval=replace(bounded, low=1.01)))
+    assert "learned more slowly" in verdict(replace(one, rauc=0.9, interval=replace(bounded, high=0.99)))
+    assert "no finding" in verdict(replace(one, rauc=1.1, interval=replace(bounded, kind="none", low=None, high=None)))
+    assert "undefined" in verdict(replace(one, rauc=None, reason="no gain"))
+
+
+def test_read_curve__of_a_run_that_has_not_begun_is_empty(tmp_path: Path) -> None:
+    experiment = load_experiment(write_experiment(tmp_path))
+    runs = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out")
+    assert read_curve(runs.main[0]).empty
+    assert not runs.main[0].finished()
