@@ -16,17 +16,20 @@ from mto_analysis.models.vit import patchify, unpatchify
 __all__ = [
     "OwnLoss",
     "mean_prediction",
+    "normalize_channels",
     "normalize_patches",
     "own_loss",
     "patch_loss",
     "reconstruction_loss",
     "restore_patches",
+    "target_patches",
 ]
 
-Target = Literal["pixels", "normalized_pixels"]
+Target = Literal["pixels", "normalized_pixels", "normalized_channels"]
 
-# MAE's own constant in the denominator.
+# The originals' own constants in the denominator: MAE's, and BootMAE's.
 _VARIANCE_EPS = 1e-6
+_CHANNEL_EPS = 1e-5
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
@@ -44,7 +47,42 @@ def normalize_patches(patches: Tensor) -> Tensor:
     return centred / (patches.var(dim=-1, keepdim=True) + _VARIANCE_EPS).sqrt()
 
 
-def restore_patches(patches: Tensor, like: Tensor) -> Tensor:
+def normalize_channels(patches: Tensor, channels: int) -> Tensor:
+    """Centre each channel of each patch and divide by its standard deviation (not that of a sample), as BootMAE does.
+
+    Shapes:
+        patches: batch num_patches values (row, column, channel)
+        returns: batch num_patches values
+
+    Example:
+        >>> normalize_channels(torch.tensor([[[1.0, 5.0, 3.0, 5.0]]]), channels=2).round(decimals=3)
+        tensor([[[-1.,  0.,  1.,  0.]]])
+    """
+    mean, deviation = _channel_statistics(patches, channels)
+    return (patches - mean) / deviation
+
+
+def _channel_statistics(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each value's channel in its patch."""
+    pixels = patches.reshape(*patches.shape[:-1], -1, channels)
+    variance, mean = torch.var_mean(pixels, dim=-2, keepdim=True, correction=0)
+    return mean.expand_as(pixels).flatten(-2), (variance + _CHANNEL_EPS).sqrt().expand_as(pixels).flatten(-2)
+
+
+def target_patches(images: Tensor, patch_size: int, target: Target) -> Tensor:
+    """What a model of this target should predict for every patch.
+
+    Shapes:
+        images: batch channels height width
+        returns: batch num_patches values (row, column, channel)
+    """
+    patches = patchify(images, patch_size)
+    if target == "normalized_pixels":
+        return normalize_patches(patches)
+    return normalize_channels(patches, images.shape[1]) if target == "normalized_channels" else patches
+
+
+def restore_patches(patches: Tensor, like: Tensor, *, channels: int | None = None) -> Tensor:
     """Undo :func:`normalize_patches`: the mean and deviation of each patch of ``like`` are put back.
 
     A model that predicts normalised patches says nothing of a patch's brightness and contrast. To show its prediction
@@ -55,11 +93,19 @@ def restore_patches(patches: Tensor, like: Tensor) -> Tensor:
         like: batch num_patches values
         returns: batch num_patches values
 
+    Args:
+        patches: Normalised.
+        like: With the statistics.
+        channels: Undo :func:`normalize_channels` of so many instead.
+
     Example:
         >>> patches = torch.tensor([[[1.0, 3.0]]])
         >>> restore_patches(normalize_patches(patches), like=patches)
         tensor([[[1., 3.]]])
     """
+    if channels is not None:
+        mean, deviation = _channel_statistics(like, channels)
+        return patches * deviation + mean
     return patches * (like.var(dim=-1, keepdim=True) + _VARIANCE_EPS).sqrt() + like.mean(dim=-1, keepdim=True)
 
 
@@ -90,8 +136,7 @@ def reconstruction_loss(
         >>> reconstruction_loss(0 * images, images, mask, patch_size=2)
         tensor([1.])
     """
-    goal = patchify(images, patch_size)
-    goal = normalize_patches(goal) if target == "normalized_pixels" else goal
+    goal = target_patches(images, patch_size, target)
     return patch_loss(patchify(prediction, patch_size), goal, mask, criterion=criterion)
 
 
@@ -138,7 +183,7 @@ def mean_prediction(images: Tensor, mask: Tensor, patch_size: int, *, target: Ta
         mask: batch num_patches
         returns: batch channels height width
     """
-    if target == "normalized_pixels":
+    if target != "pixels":
         return torch.zeros_like(images)
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     visible = (~mask).unsqueeze(-1)

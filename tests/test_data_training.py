@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -340,3 +341,29 @@ def test_training_data__refuses_settings_that_do_not_fit(small: Path) -> None:
         TrainingData(pictures, Augmentation(16), MaskRule("block", 0.5, 12), 4)
     with pytest.raises(ValueError, match="num_workers must be at least 0"):
         TrainingData(pictures, Augmentation(16), RULE, 4, num_workers=-1)
+
+
+class _Deadly:
+    """Pictures of which one ends the process that reads it."""
+
+    labels, class_names = None, ()
+
+    def __init__(self, source: Path) -> None:
+        self._pictures = open_pictures(source)
+        self.names = self._pictures.names
+
+    def read(self, index: int) -> bytes:
+        if index == 3:
+            os._exit(9)
+        return self._pictures.read(index)
+
+    def open(self, index: int) -> Image.Image:
+        return self._pictures.open(index)
+
+
+# torch's loader may hear of the same end once more while it is taken down.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_micro_batches__say_that_a_worker_process_ended(large: Path) -> None:
+    data = TrainingData(_Deadly(large), Augmentation(16), RULE, 4, num_workers=1)
+    with pytest.raises(DataError, match=r"^a process that decodes pictures ended \(.*use fewer workers$"):
+        list(data.micro_batches(0, micro_batch=4))

@@ -20,6 +20,7 @@ from documents import ROOT, Block, blocks, indented_code, pages
 from typer.testing import CliRunner
 
 from mto_analysis.checkpoints.registry import list_checkpoints
+from mto_analysis.demo import DEMO_PICTURES
 from mto_analyze import app
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
@@ -29,8 +30,8 @@ SHELL = ("bash", "console")
 INERT = ("text", "math", "csv", "bibtex")
 CODE = re.compile(r"(\$ )?(mto-analyze|pip|python\d?|torchrun|accelerate|import|from \S+ import)\s")
 
-#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps.
-QUICK = ("epochs=1", "batch_size=4", "model.depth=1")
+#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps, and fit an experiment's to 256 pictures.
+QUICK = {"pretrain": ("epochs=1", "batch_size=4", "model.depth=1"), "experiment": ("epochs=1", "batch_size=64")}
 
 
 def scripts(page: Path) -> list[str]:
@@ -140,6 +141,9 @@ class StandIns:
         self.pictures = write_pictures(folder / "PICTURES", ("cat.jpg", "dogs/rex.jpg", "a.png", "b.png"))
         for name in ("DATA", "TRAIN", "TEST"):  # labelled by their sub-folders
             write_pictures(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
+        (folder / "CIFAR10").mkdir()
+        for part in ("train", "test"):
+            shutil.copy(DEMO_PICTURES, folder / "CIFAR10" / f"{part}.parquet")
         epochs, seeds = (100, 200, 300, 400), (0, 1, 2)
         rows = [
             (method, epoch, 60 + gain * epoch / 20 + seed / 10, seed)
@@ -158,8 +162,8 @@ class StandIns:
         command, _ = leaf(words)
         fresh = "--overwrite" in options(command) and not {"--overwrite", "--resume"} & set(words)
         more = ["--overwrite"] if fresh else []
-        if words[0] == "pretrain" and "--resume" not in words:
-            more += [word for setting in QUICK for word in ("--set", setting)]
+        if "--resume" not in words:
+            more += [word for setting in QUICK.get(words[0], ()) for word in ("--set", setting)]
         return [self.word(word) for word in words] + more
 
     def word(self, word: str) -> str:

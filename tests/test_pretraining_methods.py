@@ -330,3 +330,19 @@ def test_method__mto_on_the_student_ignores_the_teacher(name):
         parameter.data.mul_(2)
     method(images, mask, second)
     assert torch.equal(loss, mto.loss())
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_method__half_precision_loses_little_and_mto_still_sees_the_mask(name):
+    method = build_method(tiny_recipe(name), seed=0)
+    whole = {key: value.item() for key, value in method(*a_batch()).items()}
+    mto = attach_mto(method.student)
+    set_attention(method, "cpu", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(*a_batch())
+        loss = sum(terms.values()) + mto.loss()
+    assert all(value.dtype == torch.float32 for value in terms.values())
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(whole, rel=0.03)
+    loss.backward()
+    gradients = [each.grad for each in method.parameters() if each.grad is not None]
+    assert all(torch.isfinite(each).all() for each in gradients)

@@ -56,7 +56,7 @@ def test_with_options__values_are_typed_and_their_source_changes():
         ({"model.num_heads": "5"}, "num_heads must divide the width 128, got 5"),
         ({"mask_ratio": "1.5"}, "mask_ratio must lie between 0 and 1"),
         ({"schedule": "multistep"}, "a multistep schedule needs milestones"),
-        ({"target": "features"}, "target must be pixels or normalized_pixels"),
+        ({"target": "features"}, "target must be features for conmim only"),
     ],
 )
 def test_with_options__errors_name_setting_and_rule(option, message):

@@ -77,3 +77,41 @@ def test_load_checkpoint__published_head_counts_cannot_be_contradicted(tmp_path)
     assert load_checkpoint(path, num_heads=3).config.num_heads == 3
     with pytest.raises(CheckpointError, match="contradicts"):
         load_checkpoint(path, num_heads=2)
+
+
+def test_save_checkpoint__a_conmim_as_it_is_trained_reads_back(tmp_path):
+    from mto_analysis import save_checkpoint
+
+    student = trained("conmim").student.eval()
+    save_checkpoint(student, tmp_path / "student.safetensors")
+    loaded = load_checkpoint(tmp_path / "student.safetensors")
+    images, mask, _ = a_batch()
+    with torch.no_grad():
+        assert torch.equal(loaded.project(images, mask), student.project(images, mask))
+
+
+def test_published_state__refuses_what_the_layout_cannot_hold(tmp_path):
+    method = trained("conmim")
+    torch.save({"model": published_state(method.student), **published_facts(method.student)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="needs projectors"):
+        published_state(load_checkpoint(tmp_path / "a.pth"))
+    student = trained("simmim").student
+    with torch.no_grad():
+        student.blocks[1].attn.qkv.bias[30] = 1.0  # of the 24 keys after the 24 queries
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.bias has a bias of keys"):
+        published_state(student)
+
+
+def test_published_state__renamed_weights_share_their_storage():
+    student = trained("simmim").student
+    state = published_state(student)
+    assert state["encoder.blocks.0.mlp.fc1.weight"].data_ptr() == student.blocks[0].mlp.fc1.weight.data_ptr()
+    assert state["encoder.blocks.0.attn.q_bias"].data_ptr() == student.blocks[0].attn.qkv.bias.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["bootmae", "conmim"])
+def test_teacher_state__is_another_model_in_the_same_layout(name):
+    method = trained(name)
+    ours, theirs = published_state(method.student), method.teacher_state()
+    assert set(ours) == set(theirs)
+    assert any(not torch.equal(ours[key], theirs[key]) for key in ours)

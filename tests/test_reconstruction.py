@@ -7,10 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from golden_files import read_golden
 from tiny_models import make_mae, make_simmim, some_images, some_masks
 
 from mto_analysis import load_checkpoint, own_loss, reconstruction_loss
-from mto_analysis.reconstruction import OwnLoss, mean_prediction, normalize_patches
+from mto_analysis.models.vit import patchify
+from mto_analysis.reconstruction import (
+    OwnLoss,
+    mean_prediction,
+    normalize_channels,
+    normalize_patches,
+    restore_patches,
+    target_patches,
+)
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
@@ -124,3 +133,24 @@ def test_own_loss__shows_a_wrong_head_count() -> None:
     assert good.loss < 0.5 * good.predict_the_mean
     assert not good.suspicious
     assert bad.loss > 1.5 * good.loss
+
+
+def test_normalize_channels__each_channel_of_a_patch_by_itself_and_back(generator: torch.Generator) -> None:
+    patches = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
+    normal = normalize_channels(patches, 3)
+    for channel in range(3):
+        values = patches[1, 2, channel::3]
+        deviation = ((values - values.mean()).square().mean() + 1e-5).sqrt()
+        torch.testing.assert_close(normal[1, 2, channel::3], (values - values.mean()) / deviation)
+    torch.testing.assert_close(restore_patches(normal, like=patches, channels=3), patches)
+
+
+def test_own_loss__of_bootmae_is_the_error_of_normalized_channels() -> None:
+    golden = read_golden("bootmae")
+    model = load_checkpoint(golden.source, num_heads=3)
+    shown = own_loss(model, golden.images, golden.mask)
+    goal = target_patches(golden.images, model.info.patch_size, "normalized_channels")
+    error = (patchify(torch.from_numpy(golden.expected["out_pixel"]), model.info.patch_size) - goal).square().mean(-1)
+    assert shown is not None
+    assert shown.target == "normalized_channels"
+    assert shown.loss == pytest.approx(error[golden.mask].mean().item(), rel=1e-4)

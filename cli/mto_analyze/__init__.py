@@ -6,7 +6,9 @@ from mto_analyze.affinity import affinity
 from mto_analyze.checkpoints import checkpoints
 from mto_analyze.console import Commands
 from mto_analyze.demo import demo
+from mto_analyze.evaluate import evaluate
 from mto_analyze.experiment import experiment
+from mto_analyze.figures import figures
 from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
 from mto_analyze.plot import plot
@@ -29,7 +31,8 @@ app = typer.Typer(
 )
 for command in (
     *(demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables),
-    *(pretrain, experiment),
+    *(pretrain, experiment, figures),
 ):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(evaluate, name="evaluate")

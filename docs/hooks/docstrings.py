@@ -57,4 +57,4 @@ def _shapes(match: re.Match[str]) -> str:
     items = [
         f"{match[1]}- `{name}`: {shape.strip()}" if colon else f"{match[1]}  {name}" for name, colon, shape in pairs
     ]
-    return "\n".join([f"{match[1]}Shapes:", "", *items, "", ""])
+    return "\n".join([f"{match[1]}**Shapes:**", "", *items, "", ""])

@@ -81,7 +81,7 @@ def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         mask_rule=MaskRule("random", _PUBLISHED_RATIO, patch_size),
         mean=IMAGENET_MEAN if imagenet else (0.5, 0.5, 0.5),
         std=IMAGENET_STD if imagenet else (0.5, 0.5, 0.5),
-        target="normalized_pixels",
+        target="normalized_channels",
         criterion="l2",
         mask_rule_source="published BootMAE, whose blocks are topped up at random to this fraction",
     )

@@ -96,11 +96,28 @@ class Augmentation:
         Shapes:
             keys, heights, widths: batch
         """
-        numbers = keyed_uniform(keys, 3 + 2 * _TRIES, seed=seed, epoch=epoch, purpose="geometry")
+        return self.place(self.numbers(keys, seed=seed, epoch=epoch), heights, widths)
+
+    def numbers(self, keys: Keys, *, seed: int, epoch: int) -> npt.NDArray[np.float64]:
+        """The random numbers behind the geometry, which do not need the sizes of the pictures.
+
+        Shapes:
+            keys: batch
+            returns: batch 23
+        """
+        return keyed_uniform(keys, 3 + 2 * _TRIES, seed=seed, epoch=epoch, purpose="geometry")
+
+    def place(self, numbers: npt.NDArray[np.float64], heights: Whole, widths: Whole) -> Geometry:
+        """The geometry that random numbers stand for.
+
+        Shapes:
+            numbers: batch 23
+            heights, widths: batch
+        """
         flip = numbers[:, 0] < self.flip
         if self.padding is not None:
             top, left = (np.floor(numbers[:, 1:3] * (2 * self.padding + 1)).astype(np.int64) - self.padding).T
-            size = np.full(len(keys), self.image_size, dtype=np.int64)
+            size = np.full(len(numbers), self.image_size, dtype=np.int64)
             return Geometry(top, left, size, size, flip)
         area = (self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, 3 : 3 + _TRIES]) * (
             heights * widths
@@ -111,7 +128,7 @@ class Augmentation:
         height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (width > 0) & (width <= widths.reshape(-1, 1)) & (height > 0) & (height <= heights.reshape(-1, 1))
         first = fits.argmax(axis=1)
-        rows = np.arange(len(keys))
+        rows = np.arange(len(numbers))
         height, width, fits = height[rows, first], width[rows, first], fits[rows, first]
         if not fits.all():
             tall, wide = np.rint(widths / self.ratio[0]), np.rint(heights * self.ratio[1])

@@ -61,10 +61,14 @@ class Draws:
         """All rows in the order of an epoch."""
         return keyed_permutation(self.keys, seed=self.seed, epoch=epoch)
 
-    def geometry(self, rows: Rows, size: tuple[int, int], epoch: int) -> Geometry:
+    def numbers(self, rows: Rows, epoch: int) -> npt.NDArray[np.float64]:
+        """The random numbers behind crops and flips, see :meth:`Augmentation.numbers`."""
+        return self.augmentation.numbers(self.keys[rows], seed=self.seed, epoch=epoch)
+
+    def geometry(self, numbers: npt.NDArray[np.float64], size: tuple[int, int]) -> Geometry:
         """Crops and flips of pictures of one size (height, width)."""
-        heights, widths = (np.full(len(rows), side, dtype=np.int64) for side in size)
-        return self.augmentation.draw(self.keys[rows], heights, widths, seed=self.seed, epoch=epoch)
+        heights, widths = (np.full(len(numbers), side, dtype=np.int64) for side in size)
+        return self.augmentation.place(numbers, heights, widths)
 
     def finish(self, images: Tensor, rows: Rows, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Colours and normalisation, see :meth:`Augmentation.finish`."""

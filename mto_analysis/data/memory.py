@@ -96,7 +96,8 @@ class HeldPictures:
         if not self._broken.isdisjoint(rows.tolist()):
             rows = np.array([self._good(row, epoch) for row in rows.tolist()], dtype=np.int64)
         size = (self._pixels.shape[1], self._pixels.shape[3])
-        return rows, self._draws.geometry(rows, size, epoch), self._draws.masks(rows, epoch)
+        geometry = self._draws.geometry(self._draws.numbers(rows, epoch), size)
+        return rows, geometry, self._draws.masks(rows, epoch)
 
     def _good(self, row: int, epoch: int) -> int:
         return next(candidate for candidate in self._draws.candidates(row, epoch) if candidate not in self._broken)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -57,18 +59,25 @@ class _Cropping(Dataset[CroppedBatch]):
     def __getitem__(self, plan: BatchPlan) -> CroppedBatch:
         size = self._draws.augmentation.image_size
         pixels = torch.empty(len(plan.rows), 3, size, size, dtype=torch.uint8)
-        rows = plan.rows.copy()
+        rows, numbers = plan.rows.copy(), self._draws.numbers(plan.rows, plan.epoch)
         broken: list[tuple[int, str]] = []
         failure = None
         try:
             for place, row in enumerate(plan.rows.tolist()):
-                rows[place] = self._fill(pixels[place], row, plan.epoch, broken)
+                rows[place] = self._fill(pixels[place], row, plan.epoch, numbers[place : place + 1], broken)
         except DataError as error:  # would come out of a worker with its whole traceback
             failure = str(error)
         mask = self._draws.masks(rows, plan.epoch)
         return CroppedBatch(plan.epoch, torch.from_numpy(rows), pixels, mask, broken, failure)
 
-    def _fill(self, target: Tensor, row: int, epoch: int, broken: list[tuple[int, str]]) -> int:
+    def _fill(
+        self,
+        target: Tensor,
+        row: int,
+        epoch: int,
+        numbers: npt.NDArray[np.float64],
+        broken: list[tuple[int, str]],
+    ) -> int:
         """Put a picture's crop, or that of its replacement, into ``target``; returns the row that it is of."""
         for candidate in self._draws.candidates(row, epoch):
             try:
@@ -78,8 +87,9 @@ class _Cropping(Dataset[CroppedBatch]):
             except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
                 broken.append((candidate, reason_of(error)))
                 continue
-            rows = torch.tensor([candidate]).numpy()
-            geometry = self._draws.geometry(rows, (one.shape[1], one.shape[2]), epoch)
+            if candidate != row:
+                numbers = self._draws.numbers(np.array([candidate], dtype=np.int64), epoch)
+            geometry = self._draws.geometry(numbers, (one.shape[1], one.shape[2]))
             target.copy_(self._draws.augmentation.apply_to_picture(one, geometry))
             return candidate
         raise DataError(f"there is no picture in place of {self._pictures.names[row]}")
@@ -139,11 +149,14 @@ class CroppedBatches:
                 if batch.failure is not None:
                     raise DataError(batch.failure)
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A batch of a process that ended cannot be fetched any more, which shows before the loader notices the end.
+            if self._loader is None or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
+            lines = f"{type(error).__name__}: {error}".strip().splitlines()
+            reason = lines[-1] if "Caught" in lines[0] else lines[0]  # the last line of a worker's traceback
             raise DataError(
-                f"a process that decodes pictures ended ({reason_of(error)}); often memory is short: use fewer workers"
+                f"a process that decodes pictures ended ({reason}); often memory is short: use fewer workers"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,16 @@ from mto_analysis.evaluation.protocols import Pooling, Precision
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe import undisturbed
 
-__all__ = ["Features", "LabelledPictures", "check_classes", "extract_features", "pooled"]
+__all__ = [
+    "Features",
+    "LabelledPictures",
+    "check_classes",
+    "extract_features",
+    "join_processes",
+    "normalized",
+    "place",
+    "pooled",
+]
 
 #: Decoded pictures up to this size in all are kept in memory between two evaluations.
 _MOST_KEPT = 4 * 2**30
@@ -62,14 +72,14 @@ class LabelledPictures:
         self.rows = [index * total // count for index in range(count)]
         self.labels = torch.tensor([int(labels[row]) for row in self.rows])
         self.class_names = tuple(self.pictures.class_names)
-        self._batch_size, self._num_workers = batch_size, num_workers
+        self.batch_size, self._num_workers = batch_size, num_workers
         self._kept: dict[int, Tensor] = {}
         self._kept_for: tuple[int, ...] = ()
 
     @property
     def num_batches(self) -> int:
         """Batches in all; the last one may be smaller."""
-        return -(-len(self.rows) // self._batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
     def batches(self, info: ModelInfo, process: int = 0, processes: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Every ``processes``-th batch from ``process`` on, with its number.
@@ -84,7 +94,7 @@ class LabelledPictures:
         if len(self._kept) == len(numbers):
             yield from ((number, self._kept[number]) for number in numbers)
             return
-        size = self._batch_size
+        size = self.batch_size
         keep = len(self.rows) * 3 * info.image_size**2 <= _MOST_KEPT
         loader: DataLoader[Any] = DataLoader(
             _Bytes(self.pictures, self.rows, eight_bits(info)),
@@ -182,7 +192,7 @@ def extract_features(
         NumericalError: If a feature is not finite.
     """
     like = next(model.parameters())
-    process, processes = _place() if shared else (0, 1)
+    process, processes = place() if shared else (0, 1)
     parts: dict[int, Tensor] = {}
     half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with undisturbed(model), half:
@@ -199,7 +209,30 @@ def extract_features(
     return Features(vectors, pictures.labels.to(like.device))
 
 
-def _place() -> tuple[int, int]:
+def join_processes(device: str) -> str:
+    """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, if any; the device of this one.
+
+    Args:
+        device: ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate.state import PartialState  # it reads what the launcher left in the environment
+
+        state = PartialState(cpu=device == "cpu")
+        device = device if device == "cpu" else str(state.device)
+    return device
+
+
+def place() -> tuple[int, int]:
     """Number of this process and how many there are."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():

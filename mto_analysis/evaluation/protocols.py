@@ -66,7 +66,7 @@ class Evaluation:
     neighbours: int = 20
     temperature: float = 0.07
     penalty: float = 1e-5
-    iterations: int = 100
+    iterations: int = 200
     limit: int | None = None
     test_limit: int | None = None
     precision: Precision = "float32"

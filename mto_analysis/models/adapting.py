@@ -28,7 +28,8 @@ def set_drop_path(model: MaskedImageModel, rate: float) -> None:
         raise ValueError(f"a {model.info.family} model has no blocks whose branches can be dropped")
     for block, probability in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(probability) if probability > 0 else nn.Identity())
+            branch = DropPath(probability) if probability > 0 else nn.Identity()
+            setattr(block, name, branch.train(block.training))
 
 
 def fix_key_biases(model: nn.Module) -> None:

@@ -43,7 +43,8 @@ class ModelInfo:
         mean: Channel means of pixels scaled to 0..1.
         std: Channel standard deviations of pixels scaled to 0..1.
         target: What the model predicts: ``pixels``, ``normalized_pixels`` (each patch centred and scaled),
-            ``features``, or ``None`` where the file does not say.
+            ``normalized_channels`` (each channel of a patch by itself), ``features``, or ``None`` where the file does
+            not say.
         criterion: Error of the model's own loss: ``l1`` or ``l2``, or ``None`` where it predicts no pixels.
         layout: Whose file it was read from.
         caveat: What a reader of its curves must know, printed beside them.
@@ -57,7 +58,7 @@ class ModelInfo:
     mask_rule: MaskRule
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    target: Literal["pixels", "normalized_pixels", "features"] | None = None
+    target: Literal["pixels", "normalized_pixels", "normalized_channels", "features"] | None = None
     criterion: Literal["l1", "l2"] | None = None
     layout: str = "mto_analysis"
     mask_rule_source: str = "given"

@@ -70,6 +70,8 @@ def draw_affinity(
     scale: Literal["per-map", "shared"] = "per-map",
     title: str | None = None,
     columns: int | None = None,
+    width: float = PAGE_WIDTH,
+    note: bool = True,
 ) -> Figure:
     """The maps of every layer depth of one model, from top left to bottom right; each stack begins a row.
 
@@ -80,6 +82,8 @@ def draw_affinity(
             largest shares would else leave the rest black).
         title: Line above the figure.
         columns: Maps in a row; by default about twice as many as rows.
+        width: Of the figure, in inches.
+        note: Say above the figure what is shown; leave it out where a caption does.
 
     Raises:
         ValueError: If there is no map, or the scale is unknown.
@@ -89,16 +93,17 @@ def draw_affinity(
     if scale not in ("per-map", "shared"):
         raise ValueError(f"scale must be per-map or shared, got {scale!r}")
     stacks = [list(each) for _, each in groupby(maps, key=lambda each: each.stack)]
-    width = columns or _columns(max(map(len, stacks)))
-    rows = [stack[start : start + width] for stack in stacks for start in range(0, len(stack), width)]
-    width = max(map(len, rows))
+    across = columns or _columns(max(map(len, stacks)))
+    rows = [stack[start : start + across] for stack in stacks for start in range(0, len(stack), across)]
+    across = max(map(len, rows))
     arrays = [each.values.double().numpy() for each in maps]
     everything = (min(map(np.min, arrays)), max(map(np.max, arrays)))
     log = scale == "shared" and maps[0].kind == "softmax" and everything[1] > 30 * everything[0]
     with paper_style():
-        side = min((PAGE_WIDTH - 0.6) / width, 2.2)
-        figure = Figure(figsize=(PAGE_WIDTH, side * len(rows) + 0.28 * len(rows) + 0.95), layout="constrained")
-        axes = figure.subplots(len(rows), width, squeeze=False)
+        side = min((width - 0.6) / across, 2.2)
+        height = side * len(rows) + 0.28 * len(rows) + (0.95 if note or title else 0.42)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(len(rows), across, squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
         for row, line in enumerate(rows):
@@ -108,7 +113,7 @@ def draw_affinity(
                 values = each.values.double().numpy()
                 limits = everything if scale == "shared" else (float(values.min()), float(values.max()))
                 image = plot_affinity_map(values, each.num_masked, limits=limits, log=log, ax=ax)
-                depth = f"layer depth {each.layer_depth}"
+                depth = f"{'layer depth' if side > 1.4 else 'depth'} {each.layer_depth}"
                 name = f"{each.stack}, {depth}" if len(stacks) > 1 else depth
                 ax.set_title(name, fontsize=7, pad=3, loc="left")
                 if scale == "per-map":
@@ -124,7 +129,9 @@ def draw_affinity(
             floored = log and everything[0] < everything[1] * 10**-_DECADES
             floor = f" (less than {10.0**-_DECADES:g} of the greatest drawn alike)" if floored else ""
             bar.set_label(f"{KIND_WORDS[maps[0].kind]}; one scale for all maps{floor}", size=7)
-        figure.suptitle("\n".join(filter(None, (title, _caption(maps)))), fontsize=7, color="0.3")
+        heading = "\n".join(filter(None, (title, _caption(maps) if note else "")))
+        if heading:
+            figure.suptitle(heading, fontsize=7, color="0.3")
     return figure
 
 

@@ -57,20 +57,31 @@ def plot_controls(curve: pd.DataFrame, bands: pd.DataFrame, words: dict[str, str
     return ax
 
 
-def draw_controls(table: pd.DataFrame, bands: pd.DataFrame, words: dict[str, str]) -> Figure:
+def draw_controls(
+    table: pd.DataFrame,
+    bands: pd.DataFrame,
+    words: dict[str, str],
+    *,
+    width: float | None = None,
+    note: bool = True,
+) -> Figure:
     """A panel per model and stack, with one legend.
 
     Args:
         table: Rows of ``heterogeneity.csv``.
         bands: Rows of :func:`~mto_analysis.studies.controls.control_bands`.
         words: Control to its name in the legend.
+        width: Of the figure, in inches; by default as its panels need.
+        note: Say above the figure what is shown; leave it out where a caption does.
     """
     curves = list(table.groupby(["model", "stack"], sort=False))
-    width = 2 if len(curves) == 4 else min(len(curves), 3)
-    rows = -(-len(curves) // width)
+    across = 2 if len(curves) == 4 else min(len(curves), 3)
+    rows = -(-len(curves) // across)
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH * max(width, 2) / 3, 2.3 * rows + 0.8), layout="constrained")
-        axes = figure.subplots(rows, width, squeeze=False)
+        if width is None:
+            width = PAGE_WIDTH * max(across, 2) / 3
+        figure = Figure(figsize=(width, (2.3 if note else 1.8) * rows + (0.8 if note else 0.5)), layout="constrained")
+        axes = figure.subplots(rows, across, squeeze=False)
         for ax in axes.flat[len(curves) :]:
             ax.set_axis_off()
         for ax, ((model, stack), curve) in zip(axes.flat, curves, strict=False):
@@ -80,6 +91,6 @@ def draw_controls(table: pd.DataFrame, bands: pd.DataFrame, words: dict[str, str
         axes[0, 0].set_ylabel(r"$H\,/\,\log N_{\mathrm{visible}}$")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
-        caption = "bands: 95 % intervals over pictures, widest ends over seeds"
-        figure.suptitle(caption, fontsize=7, color="0.3")
+        if note:
+            figure.suptitle("bands: 95 % intervals over pictures, widest ends over seeds", fontsize=7, color="0.3")
     return figure

@@ -27,10 +27,10 @@ TOKENS = {
 }
 # The four places of the grid that hold no definition, as a cosine does not see norms.
 _ATTENTION = {
-    ("matched_each", "cosine"): ("mass_masked_to_visible", "share, masked to visible"),
-    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "share, visible to masked"),
-    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "nats, masked to visible"),
-    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "nats, visible to masked"),
+    ("matched_each", "cosine"): ("mass_masked_to_visible", "attention, share:\nmasked to visible"),
+    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "attention, share:\nvisible to masked"),
+    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "attention, nats:\nmasked to visible"),
+    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "attention, nats:\nvisible to masked"),
 }
 
 
@@ -69,16 +69,25 @@ def plot_definition(table: pd.DataFrame, definition: str, *, ax: Axes | None = N
     return ax
 
 
-def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str | None = None) -> Figure:
+def draw_definitions(
+    table: pd.DataFrame,
+    attention: pd.DataFrame,
+    *,
+    title: str | None = None,
+    width: float = PAGE_WIDTH,
+    note: bool = True,
+) -> Figure:
     """All definitions, a row per form of tokens and a column per similarity; attention in the places left over.
 
     Args:
         table: Rows of ``definitions.csv``.
         attention: Rows of ``attention.csv``; may be empty.
         title: Line above the figure.
+        width: Of the figure, in inches.
+        note: Say above the figure what is shown; leave it out where a caption does.
     """
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 6.6), layout="constrained")
+        figure = Figure(figsize=(width, 6.6 if width > 6 else 5.4), layout="constrained")
         axes = figure.subplots(len(TOKENS), len(SIMILARITIES), sharex=False)
         for row, (tokens, row_words) in enumerate(TOKENS.items()):
             for column, (similarity, words) in enumerate(SIMILARITIES.items()):
@@ -89,7 +98,7 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
                     continue
                 plot_definition(table, name, ax=ax)
                 if row == 0:
-                    ax.set_title(words + (" (Eq. 2)" if column == 0 else ""), fontsize=7)
+                    ax.set_title(words + (" (Eq. 2)" if column == 0 else ""), fontsize=7 if width > 6 else 6.3)
                 if column == 0:
                     ax.set_ylabel(row_words, fontsize=7)
                 else:
@@ -103,13 +112,15 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
             "bands: 95 % interval over pictures; hollow: layer depth 0 without the position embedding\n"
             "grey panels: the model's own attention, mean and range over heads"
         )
-        figure.suptitle("\n".join(filter(None, (title, caption))), fontsize=7, color="0.3")
+        heading = "\n".join(filter(None, (title, caption if note else "")))
+        if heading:
+            figure.suptitle(heading, fontsize=7, color="0.3")
     return figure
 
 
 def _plot_attention(attention: pd.DataFrame, column: str, words: str, *, ax: Axes) -> None:
     """Mean over heads per block, and the range of heads."""
-    ax.set_title(words, fontsize=6.5)
+    ax.set_title(words, fontsize=6, pad=3)
     for index, (_, rows) in enumerate(_by_model(attention)):
         blocks = rows.groupby("block")[column].agg(["mean", "min", "max"])
         color = COLORS[index % len(COLORS)]

@@ -70,10 +70,11 @@ def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(depth, bound, color=str(look["color"]), linewidth=0.7, linestyle=":")
         if bound[-1] not in labelled:  # models with the same number of visible patches share a bound
             visible = f"$\\log {curve['num_visible'].iloc[-1]:.4g}$"
-            offset = (0, -3)
+            # Beside the axes, where no curve is.
             ax.annotate(
-                visible, (depth[-1], bound[-1]), offset, textcoords="offset points", ha="right", va="top", size=7
-            )
+                visible, (1, bound[-1]), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="left", va="center", size=6, color=str(look["color"]), annotation_clip=False,
+            )  # fmt: skip
             labelled.add(bound[-1])
     ax.set_ylabel("Heterogeneity H (nats)")
     ax.set_ylim(bottom=0)
@@ -105,28 +106,34 @@ def plot_fall(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     top = min(float((1 - frame["normalized"]).clip(lower=_FLOOR).min()) / 2, 0.1)
     ax.set_ylim(1.3, max(top, _FLOOR / 2))
-    ax.set_ylabel(r"$1 - H\,/\,\log N_{\mathrm{visible}}$ (log, downwards)")
+    ax.set_ylabel(r"$1 - H\,/\,\log N_{\mathrm{visible}}$ (downwards)")
     return ax
 
 
-def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
+def draw_heterogeneity(
+    frame: pd.DataFrame, *, title: str | None = None, width: float = PAGE_WIDTH, note: bool = True
+) -> Figure:
     """Both views of Fig. 1 side by side, with one legend.
 
     Args:
         frame: Rows of ``heterogeneity.csv``, of one or several models.
         title: Line above the figure.
+        width: Of the figure, in inches.
+        note: Say above the figure what is shown; leave it out where a caption does.
 
     Raises:
         DataError: If a column is missing.
     """
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
+        figure = Figure(figsize=(width, 2.7 if width > 6 else 2.35), layout="constrained")
         left, right = figure.subplots(1, 2)
         plot_heterogeneity(frame, ax=left)
         plot_fall(frame, ax=right)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3)
-        figure.suptitle(f"{title}\n{_caption(frame)}" if title else _caption(frame), fontsize=7, color="0.3")
+        heading = "\n".join(filter(None, (title, _caption(frame) if note else "")))
+        if heading:
+            figure.suptitle(heading, fontsize=7, color="0.3")
     return figure
 
 

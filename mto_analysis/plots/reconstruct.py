@@ -53,7 +53,7 @@ def reconstruction_caption(rows: Sequence[Reconstruction]) -> str:
         "Masked patches are grey. Losses are each model's own, on masked patches, beside that of predicting the mean. "
         "Visible patches are not trained to be predicted."
     )
-    normalized = list(dict.fromkeys(row.model for row in rows if row.target == "normalized_pixels"))
+    normalized = list(dict.fromkeys(row.model for row in rows if row.target.startswith("normalized")))
     if normalized:
         whose = ", ".join(normalized)
         text += (

@@ -14,12 +14,11 @@ from mto_analysis.models.vit import patchify
 from mto_analysis.pretraining.methods import Method
 from mto_analysis.pretraining.momentum import follow, momentum_at, slow_copy
 from mto_analysis.pretraining.recipes import Recipe
-from mto_analysis.reconstruction import patch_loss
+from mto_analysis.reconstruction import patch_loss, target_patches
 
-__all__ = ["BootMAEMethod", "neighbour_weights", "normalize_patch_channels"]
+__all__ = ["BootMAEMethod", "neighbour_weights"]
 
-# The original's constant beside a patch's variance, and that of its layer norm on features.
-_VARIANCE_EPS = 1e-5
+# Of the original's layer norm on features.
 _FEATURE_EPS = 1e-6
 
 
@@ -29,7 +28,7 @@ class BootMAEMethod(Method):
     Two terms on masked patches, means over values, from one pass through the student's encoder:
 
     - ``pixels``: squared error of pixels that are centred and scaled in each patch and channel
-      (:func:`normalize_patch_channels`);
+      (:func:`~mto_analysis.reconstruction.normalize_channels`);
     - ``features``: squared error between predicted features and patch tokens of the slow copy's last block, before its
       norm, of the whole picture; both are layer-normalised without weights. Its weight rises over the first
       ``feature_ramp`` of the run, epoch by epoch.
@@ -57,7 +56,7 @@ class BootMAEMethod(Method):
         with torch.no_grad():
             target = self.teacher.whole_features(images).float()
         weight = neighbour_weights(mask, self.student.info.grid) if self.recipe.neighbour_weight else None
-        goal = normalize_patch_channels(patchify(images.float(), patch_size), images.shape[1])
+        goal = target_patches(images.float(), patch_size, self.recipe.pixel_target)
         pixel_loss = patch_loss(patchify(pixels.float(), patch_size), goal, mask, weight=weight)
         feature_loss = patch_loss(_normalized(features.float()), _normalized(target), mask, weight=weight)
         return {"pixels": pixel_loss.mean(), "features": self.feature_weight * feature_loss.mean()}
@@ -91,22 +90,6 @@ class BootMAEMethod(Method):
     def _feature_weight(self) -> float:
         ramp = self.recipe.feature_ramp * self.recipe.epochs
         return self.recipe.feature_weight * (min(1.0, (1 + self._epoch()) / ramp) if ramp else 1.0)
-
-
-def normalize_patch_channels(patches: Tensor, channels: int) -> Tensor:
-    """Centre each channel of each patch and divide by its standard deviation (of all its pixels, not of a sample).
-
-    Shapes:
-        patches: batch num_patches values (row, column, channel)
-        returns: batch num_patches values
-
-    Example:
-        >>> normalize_patch_channels(torch.tensor([[[1.0, 5.0, 3.0, 5.0]]]), channels=2).round(decimals=3)
-        tensor([[[-1.,  0.,  1.,  0.]]])
-    """
-    pixels = patches.reshape(*patches.shape[:-1], -1, channels)
-    variance, mean = torch.var_mean(pixels, dim=-2, keepdim=True, correction=0)
-    return ((pixels - mean) / (variance + _VARIANCE_EPS).sqrt()).flatten(-2)
 
 
 def neighbour_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:

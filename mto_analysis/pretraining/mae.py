@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from mto_analysis.models import MAE
-from mto_analysis.models.vit import patchify
 from mto_analysis.pretraining.methods import Method
-from mto_analysis.reconstruction import normalize_patches, patch_loss
+from mto_analysis.reconstruction import patch_loss, target_patches
 
 __all__ = ["MAEMethod"]
 
@@ -26,8 +25,6 @@ class MAEMethod(Method):
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""
-        goal = patchify(images, self.recipe.patch_size)
-        if self.recipe.target == "normalized_pixels":
-            goal = normalize_patches(goal)
+        goal = target_patches(images.float(), self.recipe.patch_size, self.recipe.pixel_target)
         prediction = self.student.predict_patches(images, mask)
-        return {"pixels": patch_loss(prediction.float(), goal.float(), mask).mean()}
+        return {"pixels": patch_loss(prediction.float(), goal, mask).mean()}

@@ -54,7 +54,7 @@ class Recipe:
         mask_kind: As in :class:`~mto_analysis.masking.MaskRule`.
         mask_ratio: Fraction of patches (units, for ``block``) to mask.
         mask_unit: Side of the square that is masked at once, in pixels.
-        target: What is predicted; ``normalized_pixels`` as the method normalises them.
+        target: What is predicted, as in :class:`~mto_analysis.models.ModelInfo`.
         crop_scale: Area of the random crop, as a fraction of the picture.
         crop_ratio: Its aspect ratio.
         padding: Instead of resized crops: shifts by up to this many pixels over a reflected border.
@@ -97,7 +97,7 @@ class Recipe:
     mask_kind: Literal["random", "block", "blockwise", "topped_up"]
     mask_ratio: float
     mask_unit: int
-    target: Literal["pixels", "normalized_pixels", "features"]
+    target: Literal["pixels", "normalized_pixels", "normalized_channels", "features"]
     epochs: int
     batch_size: int
     base_lr: float
@@ -155,7 +155,7 @@ class Recipe:
             ("momentum must lie between 0 and 1", not all(0 <= each <= 1 for each in self.momentum)),
             ("momentum needs a value", self.method in _ONLY_FOR["momentum"] and not self.momentum),
             ("feature_ramp must lie between 0 and 1", not 0 <= self.feature_ramp <= 1),
-            ("target must be pixels or normalized_pixels", (self.method == "conmim") != (self.target == "features")),
+            ("target must be features for conmim only", (self.method == "conmim") != (self.target == "features")),
         ):
             if broken:
                 raise RecipeError(f"{self.name}: {rule}")
@@ -176,6 +176,13 @@ class Recipe:
     def mask_rule(self) -> MaskRule:
         """How its masks are drawn."""
         return MaskRule(self.mask_kind, self.mask_ratio, self.mask_unit)
+
+    @property
+    def pixel_target(self) -> Literal["pixels", "normalized_pixels", "normalized_channels"]:
+        """The target of methods that predict pixels."""
+        if self.target == "features":
+            raise ValueError(f"{self.method} predicts no pixels")
+        return self.target
 
     def model_config(self) -> Any:
         """The architecture's config: ``MAEConfig``, ``SimMIMConfig``, ``BootMAEConfig`` or ``ConMIMConfig``.
@@ -234,6 +241,12 @@ class Recipe:
             sources["set for this run"] = (*sources.get("set for this run", ()), *options)
         sources = {source: names for source, names in sources.items() if names}
         return replace(self, model=model, sources=sources, **changes)
+
+    def settings(self) -> dict[str, Any]:
+        """What may differ between two recipes of its method, by name; fields of the architecture as ``model.depth``."""
+        values = {name: getattr(self, name) for name in field_types(Recipe) if name not in (*_FIXED, "sources")}
+        own = {name: value for name, value in values.items() if self.method in _ONLY_FOR.get(name, (self.method,))}
+        return {**own, **{f"model.{name}": value for name, value in self.model.items()}}
 
     def source_of(self, setting: str) -> str:
         """Where the value of a field, or of ``model.depth``, comes from."""

@@ -26,8 +26,6 @@ class SimMIMMethod(Method):
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""
         prediction = self.student.predict_pixels(images, mask).float()
-        patch_size, target = self.recipe.patch_size, self.recipe.target
-        if target == "features":
-            raise ValueError("SimMIM predicts pixels")
+        patch_size, target = self.recipe.patch_size, self.recipe.pixel_target
         loss = reconstruction_loss(prediction, images.float(), mask, patch_size, target=target, criterion="l1")
         return {"pixels": loss.mean()}

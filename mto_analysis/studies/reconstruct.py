@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models import ModelInfo
 from mto_analysis.models.vit import patchify, unpatchify
 from mto_analysis.probe import undisturbed
-from mto_analysis.reconstruction import mean_prediction, reconstruction_loss, restore_patches
+from mto_analysis.reconstruction import Target, mean_prediction, reconstruction_loss, restore_patches
 from mto_analysis.studies.shown import ShownModel
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def reconstruction_views(
     mask: Tensor,
     info: ModelInfo,
     *,
-    target: Literal["pixels", "normalized_pixels"],
+    target: Target,
 ) -> Views:
     """A model's prediction beside what it saw, in the space of pixels.
 
@@ -87,13 +87,14 @@ def reconstruction_views(
         images: What it predicts.
         mask: True where masked.
         info: Of the model.
-        target: Space of the prediction. For ``normalized_pixels`` each predicted patch is given the mean and deviation
-            of the original patch, which the model does not predict.
+        target: Space of the prediction. If it is normalised, each predicted patch is given the mean and deviation of
+            the original patch (of each of its channels), which the model does not predict.
     """
     size = info.patch_size
     prediction, images = prediction.float(), images.float()
-    if target == "normalized_pixels":
-        restored = restore_patches(patchify(prediction, size), like=patchify(images, size))
+    if target != "pixels":
+        channels = images.shape[1] if target == "normalized_channels" else None
+        restored = restore_patches(patchify(prediction, size), like=patchify(images, size), channels=channels)
         prediction = unpatchify(restored, size, info.grid)
     original, reconstruction = to_pixels(images, info), to_pixels(prediction, info)
     is_masked = unpatchify(mask[..., None].expand(-1, -1, size**2), size, info.grid)

@@ -1,0 +1,310 @@
+"""``mto-analyze evaluate``: what encoders are worth, by kNN, linear probes and fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mto_analyze.console import note, progress
+from mto_analyze.options import Heads, Offline, Overwrite, Quiet
+
+if TYPE_CHECKING:
+    from mto_analysis.evaluation import Score
+    from mto_analysis.evaluation.runs import CurveFile, RunCheckpoint
+    from mto_analysis.evaluation.settings import ClassifierSettings
+    from mto_analysis.models import MaskedImageModel
+
+evaluate = typer.Typer(
+    no_args_is_help=True,
+    help="Score encoders with labelled pictures: kNN, linear probe or fine-tuning; one checkpoint or a whole run.",
+)
+
+FILES = ("curves.csv", "settings.json", "run.json", "random.csv", "curves.png", "curves.pdf")
+
+Sources = Annotated[
+    list[str],
+    typer.Option("--ckpt", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeat to compare."),
+]
+Train = Annotated[str, typer.Option(help="Labelled training pictures: folder of classes, Parquet, tar shards.")]
+Test = Annotated[str, typer.Option(help="Labelled test pictures.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; an unfinished curve there is continued.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="Name of each --ckpt in the curve; by default the run's own.")
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="Seed of each --ckpt, or one for all; by default the run's own, else 0."),
+]
+Random = Annotated[
+    bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
+]
+Device = Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use so many training pictures, spread evenly.")]
+TestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many test pictures, spread evenly.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; repeat.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Pictures per process and forward; the rest accumulates.")]
+
+
+class PoolingOption(StrEnum):
+    """What becomes of tokens."""
+
+    class_ = "class"
+    patches = "patches"
+
+
+class Precision(StrEnum):
+    """Number format of the encoder's products."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Pooled = Annotated[
+    PoolingOption | None, typer.Option(help="Class token or mean of patches; by default as the family's authors do.")
+]
+Precise = Annotated[Precision, typer.Option(help="Of the encoder; bfloat16 by autocast.")]
+
+
+@evaluate.command()
+def knn(
+    context: typer.Context,
+    ckpt: Sources,
+    train: Train,
+    test: Test,
+    out: Out = Path("evaluation-knn"),
+    neighbours: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="How many vote.")] = 20,
+    temperature: Annotated[float, typer.Option(help="Weight of a neighbour: exp(cosine / temperature).")] = 0.07,
+    pooling: Pooled = None,
+    limit: Limit = None,
+    test_limit: TestLimit = None,
+    method: Methods = None,
+    seed: Seeds = None,
+    random_baseline: Random = False,
+    precision: Precise = Precision.float32,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    num_heads: Heads = None,
+    offline: Offline = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Weighted kNN on features of the frozen encoder (cosine, k = 20, temperature 0.07, as DINO).
+
+    Writes curves.csv (method epoch score seed ...), settings.json and run.json to --out; with several epochs also
+    curves.png and .pdf, with --random-baseline also random.csv. A second call goes on where the first one stopped.
+    """
+    on_features(context, "knn", {"neighbours": neighbours, "temperature": temperature})
+
+
+@evaluate.command()
+def linear(
+    context: typer.Context,
+    ckpt: Sources,
+    train: Train,
+    test: Test,
+    out: Out = Path("evaluation-linear"),
+    cached: Annotated[
+        bool, typer.Option("--cached", help="In seconds: logistic regression on features, without augmentation.")
+    ] = False,
+    setting: Settings = None,
+    pooling: Pooled = None,
+    limit: Limit = None,
+    test_limit: TestLimit = None,
+    method: Methods = None,
+    seed: Seeds = None,
+    random_baseline: Random = False,
+    precision: Precise = Precision.float32,
+    micro_batch: MicroBatch = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    num_heads: Heads = None,
+    offline: Offline = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """MAE's linear probe (BatchNorm, LARS, 90 epochs with crops and flips), or --cached for one in seconds.
+
+    Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth (not with --cached).
+    With --cached, --set takes penalty and iterations.
+    """
+    if cached:
+        from mto_analysis.values import parse_value
+
+        types: dict[str, type] = {"penalty": float, "iterations": int}
+        options = _options(setting)
+        odd = [name for name in options if name not in types]
+        if odd:
+            raise ValueError(f"with --cached there is no setting {odd[0]!r}; there are {', '.join(types)}")
+        return on_features(
+            context, "linear_cached", {name: parse_value(name, types[name], text) for name, text in options.items()}
+        )
+    from mto_analysis.evaluation.settings import linear_settings
+
+    return trained(context, "linear_mae", linear_settings)
+
+
+@evaluate.command()
+def finetune(
+    context: typer.Context,
+    ckpt: Sources,
+    train: Train,
+    test: Test,
+    out: Out = Path("evaluation-finetune"),
+    setting: Settings = None,
+    pooling: Pooled = None,
+    limit: Limit = None,
+    test_limit: TestLimit = None,
+    method: Methods = None,
+    seed: Seeds = None,
+    random_baseline: Random = False,
+    precision: Precise = Precision.float32,
+    micro_batch: MicroBatch = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    num_heads: Heads = None,
+    offline: Offline = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune all of the encoder (layer-wise rates, mixup, RandAugment ...; the paper's supplementary Tables 3-6).
+
+    Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth. A killed run goes on
+    exactly: after every epoch all that it needs is in last.pth.
+    """
+    from mto_analysis.evaluation.settings import finetune_settings
+
+    trained(context, "finetune", finetune_settings)
+
+
+def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> None:
+    """Score by an :class:`Evaluator`, whose pictures are decoded once."""
+    from mto_analysis.evaluation import Evaluation, Evaluator
+    from mto_analysis.evaluation.features import join_processes, place
+    from mto_analysis.evaluation.runs import CurveFile
+
+    given = context.params
+    device = join_processes(given["device"])
+    process, processes = place()
+    chosen = {"pooling": _text(given["pooling"]), "precision": _text(given["precision"])}
+    chosen |= {name: given[name] for name in ("limit", "test_limit")}
+    evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
+    evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
+    curve = CurveFile(given["out"], evaluation.settings(), overwrite=given["overwrite"], writes=process == 0)
+
+    def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
+        return evaluator.evaluate(model, shared=processes > 1)
+
+    _score_all(context, protocol, curve, score, device, process)
+
+
+def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
+    """Score by training a classifier for each checkpoint, in a folder of its own."""
+    from mto_analysis.evaluation.evaluator import Score
+    from mto_analysis.evaluation.features import LabelledPictures, check_classes, join_processes, place
+    from mto_analysis.evaluation.runs import CurveFile
+    from mto_analysis.evaluation.training import TrainingMachine, train_classifier
+
+    given = context.params
+    device = join_processes(given["device"])
+    process, _ = place()
+    options = _options(given["setting"])
+    if given["pooling"] is not None:
+        options["pooling"] = given["pooling"].value
+    machine = TrainingMachine(given["precision"].value, given["micro_batch"], given["num_workers"])
+    workers = given["num_workers"]
+    train = LabelledPictures(given["train"], limit=given["limit"], num_workers=workers)
+    test = LabelledPictures(given["test"], limit=given["test_limit"], num_workers=workers)
+    classes = check_classes(train, test)
+    told = {name: given[name] for name in ("train", "test", "limit", "test_limit")}
+    curve = CurveFile(
+        given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=process == 0
+    )
+
+    def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
+        settings = defaults(model).with_options(options)
+        folder = given["out"] / checkpoint.stem
+        if process == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "settings.json").write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+        epochs = train_classifier(
+            model, train, test, settings, folder, seed=checkpoint.seed, machine=machine, overwrite=given["overwrite"]
+        )
+        label = f"{checkpoint.method} {'' if checkpoint.epoch is None else checkpoint.epoch}"
+        records = list(progress(epochs, settings.epochs, label, quiet=given["quiet"] or process > 0))
+        last = records[-1]
+        seconds = sum(record.seconds for record in records)
+        return Score(last.top1 or 0.0, last.top5, settings.pooling, classes, seconds)
+
+    _score_all(context, protocol, curve, score, device, process)
+
+
+def _score_all(
+    context: typer.Context,
+    protocol: str,
+    curve: CurveFile,
+    score: Callable[[MaskedImageModel, RunCheckpoint], Score],
+    device: str,
+    process: int,
+) -> None:
+    """Score what the curve lacks, then write the figure, the random encoders and what was run."""
+    from mto_analysis.evaluation.runs import load_encoder, named_checkpoints, score_checkpoints, score_random
+    from mto_analysis.outputs import run_facts, write_atomically
+
+    given = context.params
+    say = partial(note, quiet=given["quiet"] or process > 0)
+    checkpoints = named_checkpoints(given["ckpt"], given["method"], given["seed"])
+
+    def load(checkpoint: RunCheckpoint) -> MaskedImageModel:
+        return load_encoder(checkpoint.source, num_heads=given["num_heads"], offline=given["offline"]).to(device)
+
+    there = sum(curve.holds(checkpoint) for checkpoint in checkpoints)
+    if there:
+        say(f"{there} of {len(checkpoints)} checkpoints are in {curve.path} already")
+    todo = [checkpoint for checkpoint in checkpoints if not curve.holds(checkpoint)]
+    rows = score_checkpoints(checkpoints, curve, lambda one: score(load(one), one), protocol)
+    for row in rows:
+        say(f"{row['method']} epoch {row['epoch']} seed {row['seed']}: {row['score']:.2f} % ({row['seconds']:.0f} s)")
+    random: dict[str, float] = {}
+    if given["random_baseline"]:
+        random = score_random(checkpoints, curve, load, score, protocol)
+        for name, value in random.items():
+            say(f"{name}, random weights: {value:.2f} %")
+    if process:
+        return
+    table = curve.table()
+    facts = run_facts(context.params, protocol=protocol, scored=len(todo), random=random)
+    write_atomically(curve.path.parent / "run.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())
+    names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
+    if table["epoch"].nunique() > 1:
+        from mto_analysis.plots.evaluation import draw_accuracy
+        from mto_analysis.plots.style import figure_bytes
+
+        figure = draw_accuracy(table, random)
+        for kind in ("png", "pdf"):
+            write_atomically(curve.path.parent / f"curves.{kind}", figure_bytes(figure, kind))
+        names += ["curves.png", "curves.pdf"]
+    shown = table[["method", "epoch", "seed", "score", "top5", "pooling"]]
+    typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    say(f"wrote {', '.join(names)} to {curve.path.parent}")
+
+
+def _text(value: StrEnum | None) -> str | None:
+    return None if value is None else value.value
+
+
+def _options(texts: list[str] | None) -> dict[str, str]:
+    """``NAME=VALUE`` as a mapping."""
+    options = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+        options[name.strip()] = value
+    return options

@@ -1,0 +1,10 @@
+"""Supplementary Fig. 1: inpainting style against decoder style.
+
+The paper's curves are not published as numbers, so this draws what the text states of them, and says so. With
+``--experiment DIR`` it draws what ``mto-analyze experiment style_comparison`` measured.
+"""
+
+from mto_analyze.figures import run_script
+
+if __name__ == "__main__":
+    run_script("supp-fig1", __file__)

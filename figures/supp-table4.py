@@ -1,0 +1,9 @@
+"""Supplementary Table 4: hyperparameters of MAE.
+
+Printed numbers, with what can be recomputed from them in grey columns.
+"""
+
+from mto_analyze.figures import run_script
+
+if __name__ == "__main__":
+    run_script("supp-table4", __file__)

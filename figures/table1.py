@@ -1,0 +1,9 @@
+"""Table 1: RAUC in two windows.
+
+Printed numbers, with what can be recomputed from them in grey columns.
+"""
+
+from mto_analyze.figures import run_script
+
+if __name__ == "__main__":
+    run_script("table1", __file__)

@@ -1,0 +1,202 @@
+"""Runs as curves: which checkpoints there are, what is scored already, and the command end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from labelled_pictures import write_parquet
+from tiny_models import make_mae, make_simmim
+from typer.testing import CliRunner
+
+from mto_analysis import save_checkpoint
+from mto_analysis.checkpoints.publishing import published_state
+from mto_analysis.errors import CheckpointNotFoundError, DataError, OutputExistsError
+from mto_analysis.evaluation.evaluator import Score
+from mto_analysis.evaluation.runs import (
+    CurveFile,
+    RunCheckpoint,
+    find_checkpoints,
+    named_checkpoints,
+    score_checkpoints,
+)
+from mto_analysis.plots.evaluation import draw_accuracy
+from mto_analyze import app
+
+
+def write_run(folder: Path, epochs: tuple[int, ...] = (2, 10), *, method: str | None = None, seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    for epoch in epochs:
+        model = make_simmim(seed=epoch + seed)
+        for block in model.blocks:
+            block.attn.qkv.bias.data[24:48] = 0  # the original has no bias of keys
+        torch.save({"model": published_state(model), "epoch": epoch}, folder / f"checkpoint-{epoch:04d}.pth")
+    if method is not None:
+        (folder / "metrics.csv").write_text(f"method,seed,kind,epoch\n{method},{seed},epoch,1\n")
+    return folder
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    train, test = write_parquet(tmp_path / "train.parquet", 36, 6), write_parquet(tmp_path / "test.parquet", 12, 6)
+    return ["--train", str(train), "--test", str(test)]
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def score_of(value: float) -> Score:
+    return Score(value, None, "class", 3, 0.1)
+
+
+def test_find_checkpoints__are_in_the_order_of_their_numbers(tmp_path) -> None:
+    run = write_run(tmp_path / "run", (100, 20, 3))
+    (run / "last.pth").write_bytes(b"")
+    assert [found.epoch for found in find_checkpoints(str(run), "a", 1)] == [3, 20, 100]
+    assert find_checkpoints(str(run / "checkpoint-0020.pth"), "a", 1)[0].epoch == 20
+
+
+def test_find_checkpoints__refuses_a_folder_without_any(tmp_path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint-\*\.pth"):
+        find_checkpoints(str(tmp_path), "a", 0)
+
+
+def test_named_checkpoints__take_method_and_seed_from_the_run(tmp_path) -> None:
+    run = write_run(tmp_path / "somewhere", (1,), method="simmim_tiny+MTO", seed=7)
+    plain = write_run(tmp_path / "plain", (1,))
+    found = named_checkpoints([str(run), str(plain)])
+    assert [(one.method, one.seed) for one in found] == [("simmim_tiny+MTO", 7), ("plain", 0)]
+    assert named_checkpoints([str(run)], ["mine"], [3])[0].key == ("mine", 3, 1)
+
+
+def test_named_checkpoints__refuse_two_for_one_row(tmp_path) -> None:
+    runs = [str(write_run(tmp_path / name, (1,))) for name in ("a", "b")]
+    with pytest.raises(DataError, match="are both 'm', seed 0, epoch 1"):
+        named_checkpoints(runs, ["m", "m"])
+    assert len(named_checkpoints(runs, ["m", "m"], [0, 1])) == 2
+    with pytest.raises(ValueError, match="one --method per --ckpt"):
+        named_checkpoints(runs, ["m"])
+
+
+def test_score_checkpoints__goes_on_where_it_stopped(tmp_path) -> None:
+    checkpoints = [RunCheckpoint(f"c{epoch}", "m", 0, epoch) for epoch in (1, 2, 3)]
+    scored: list[int | None] = []
+
+    def score(checkpoint: RunCheckpoint) -> Score:
+        if checkpoint.epoch == 3 and len(scored) < 3:
+            scored.append(None)
+            raise KeyboardInterrupt
+        scored.append(checkpoint.epoch)
+        return score_of(10.0 * (checkpoint.epoch or 0))
+
+    with pytest.raises(KeyboardInterrupt):
+        list(score_checkpoints(checkpoints, CurveFile(tmp_path, {"k": 1}), score, "knn"))
+    list(score_checkpoints(checkpoints, CurveFile(tmp_path, {"k": 1}), score, "knn"))
+    assert scored == [1, 2, None, 3]
+    table = pd.read_csv(tmp_path / "curves.csv")
+    assert table["score"].tolist() == [10, 20, 30]
+    assert table.columns.tolist()[:5] == ["method", "epoch", "score", "seed", "protocol"]
+
+
+def test_curve_file__refuses_other_settings(tmp_path) -> None:
+    CurveFile(tmp_path, {"k": 1}).add(RunCheckpoint("c", "m", 0, 1), score_of(5.0), "knn")
+    with pytest.raises(OutputExistsError, match="begun with k = 1, not 2"):
+        CurveFile(tmp_path, {"k": 2})
+    assert CurveFile(tmp_path, {"k": 2}, overwrite=True).rows == []
+
+
+def test_curve_file__does_not_touch_what_is_none_of_ours(tmp_path) -> None:
+    (tmp_path / "curves.csv").write_text("method,epoch,score\na,1,2\n")
+    with pytest.raises(OutputExistsError, match="no curve of ours"):
+        CurveFile(tmp_path, {"k": 1})
+    assert (tmp_path / "curves.csv").read_text().startswith("method,epoch,score\n")
+
+
+def test_draw_accuracy__has_a_line_per_method_and_the_random_encoder() -> None:
+    rows = [
+        {"method": method, "epoch": epoch, "score": epoch + seed, "seed": seed, "protocol": "knn"}
+        for method in ("a", "b")
+        for seed in (0, 1)
+        for epoch in (1, 2)
+    ]
+    (ax,) = draw_accuracy(pd.DataFrame(rows), {"a": 0.5, "b": 0.5}).axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "random encoder", "b"]
+    assert ax.get_ylabel() == "kNN accuracy (%)"
+    means = [line for line in ax.get_lines() if line.get_label() == "a"]
+    assert means[0].get_ydata().tolist() == [1.5, 2.5]
+
+
+def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None:
+    base = write_run(tmp_path / "base", (1, 2, 3), method="base")
+    with_mto = write_run(tmp_path / "mto", (1, 2, 3), method="base+MTO", seed=0)
+    out = tmp_path / "out"
+    arguments = ["knn", "--ckpt", base, "--ckpt", with_mto, *sources, "--out", out, "-k", 3, "--random-baseline"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    names = ["curves.csv", "curves.pdf", "curves.png", "random.csv", "run.json", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    table = pd.read_csv(out / "curves.csv")
+    assert table["method"].tolist() == ["base"] * 3 + ["base+MTO"] * 3
+    assert table["epoch"].tolist() == [1, 2, 3] * 2
+    assert (table["top5"] >= table["score"]).all()
+    assert json.loads((out / "run.json").read_text())["protocol"] == "knn"
+    again = invoke(*arguments)
+    assert "6 of 6 checkpoints are in" in again.output
+    # Scores of toys are all alike, so that a gain is written in.
+    gains = table.assign(score=10.0 * table["epoch"] + (table["method"] == "base+MTO") * table["epoch"])
+    gains.to_csv(out / "curves.csv", index=False)
+    ratio = CliRunner().invoke(app, ["rauc", "--log", str(out / "curves.csv"), "--baseline", "base", "--json"])
+    assert ratio.exit_code == 0, ratio.output
+    assert json.loads(ratio.stdout)["rauc"] == pytest.approx(1.2)
+
+
+def test_evaluate_linear__is_quick_on_cached_features(tmp_path, sources) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    save_checkpoint(make_mae(), checkpoint)
+    arguments = ["linear", "--cached", "--ckpt", checkpoint, *sources, "--out", tmp_path / "out"]
+    result = invoke(*arguments, "--set", "iterations=30", "--pooling", "patches")
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "out" / "curves.csv")
+    assert table["protocol"].tolist() == ["linear_cached"]
+    assert table["score"].tolist() == [100]
+    assert table["epoch"].isna().all()
+    assert not (tmp_path / "out" / "curves.png").exists()
+    assert invoke(*arguments, "--set", "epochs=3").exit_code == 2
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protocol) -> None:
+    run = write_run(tmp_path / "run", method="m", seed=4)
+    options = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=12", "--micro-batch", 6]
+    result = invoke(protocol, "--ckpt", run, *sources, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    for epoch in (2, 10):
+        folder = tmp_path / "out" / f"m-seed4-{epoch:04d}"
+        assert sorted(path.name for path in folder.iterdir()) == ["classifier.pth", "metrics.csv", "settings.json"]
+        assert json.loads((folder / "settings.json").read_text())["batch_size"] == 12
+    assert pd.read_csv(tmp_path / "out" / "curves.csv")["seed"].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--train", "nowhere"], 4, "no pictures at nowhere"),
+        (["--ckpt", "nowhere.pth"], 3, "nowhere.pth"),
+        (["--device", "cuda:77"], 2, "cannot be used"),
+        (["--temperature", "0"], 2, "temperature must be positive"),
+    ],
+)
+def test_evaluate__says_what_is_wrong_in_one_line(tmp_path, sources, arguments, code, message) -> None:
+    run = write_run(tmp_path / "run", (1,))
+    given = ["knn", "--ckpt", run, *sources, "--out", tmp_path / "out", *arguments]
+    if "--ckpt" in arguments:
+        given = ["knn", *sources, "--out", tmp_path / "out", *arguments]
+    result = invoke(*given)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1

@@ -1,0 +1,310 @@
+"""Training of classifiers: rates by layer, LARS, what learns, and runs that do not depend on the machine."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from labelled_pictures import write_parquet
+from test_parity import load
+from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
+from torch import nn
+from torch.nn import functional as F
+
+from mto_analysis.errors import DataError, NumericalError, OutputExistsError
+from mto_analysis.evaluation.augmented import Share, augmented_batches, global_state_restored
+from mto_analysis.evaluation.classifier import build_classifier, build_optimizer, layer_of
+from mto_analysis.evaluation.features import LabelledPictures
+from mto_analysis.evaluation.settings import ClassifierSettings, finetune_settings, linear_settings
+from mto_analysis.evaluation.training import TrainingMachine, learning_rate, train_classifier
+
+
+def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
+    chosen = {"pooling": "patches", "epochs": 3, "batch_size": 8, "base_lr": 0.05, "warmup_epochs": 1.0}
+    if protocol == "finetune":
+        chosen |= {"weight_decay": 0.05, "layer_decay": 0.5, "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0}
+        chosen |= {"auto_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "smoothing": 0.1}
+    return ClassifierSettings(protocol, **(chosen | changes))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> tuple[LabelledPictures, LabelledPictures]:
+    train, test = write_parquet(tmp_path / "train.parquet"), write_parquet(tmp_path / "test.parquet", 12, seed=1)
+    return LabelledPictures(str(train)), LabelledPictures(str(test))
+
+
+def state_of(folder: Path, name: str = "classifier.pth") -> dict[str, Any]:
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_states(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one["classifier"].keys() == two["classifier"].keys()
+    for name, value in one["classifier"].items():
+        assert torch.equal(value, two["classifier"][name]), name
+    seconds = {"seconds"}
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        assert {k: v for k, v in row.items() if k not in seconds} == {
+            k: v for k, v in other.items() if k not in seconds
+        }
+
+
+def test_layers__are_those_of_electra_by_hand() -> None:
+    classifier = build_classifier(make_mae(), settings(layer_decay=0.5), 3)  # 2 blocks
+    layers = {name: layer_of(classifier, name) for name, p in classifier.named_parameters() if p.requires_grad}
+    assert layers["encoder.cls_token"] == layers["encoder.pos_embed"] == layers["encoder.patch_embed.proj.weight"] == 0
+    assert layers["encoder.blocks.0.attn.qkv.weight"] == 1
+    assert layers["encoder.blocks.1.mlp.fc2.bias"] == 2
+    assert layers["head.0.weight"] == layers["head.1.weight"] == 3
+    optimizer = build_optimizer(classifier, settings(layer_decay=0.5))
+    scales = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(scales) == len(layers)
+    for name, expected in {
+        "encoder.cls_token": (0.125, 0.0),
+        "encoder.pos_embed": (0.125, 0.0),
+        "encoder.patch_embed.proj.weight": (0.125, 0.05),
+        "encoder.blocks.0.attn.qkv.weight": (0.25, 0.05),
+        "encoder.blocks.1.attn.qkv.weight": (0.5, 0.05),
+        "encoder.blocks.1.attn.qkv.bias": (0.5, 0.0),
+        "head.1.weight": (1.0, 0.05),
+    }.items():
+        assert scales[id(classifier.get_parameter(name))] == expected
+
+
+def test_layers__of_a_position_bias_are_those_of_its_block() -> None:
+    model = make_simmim()  # one bias for all three blocks
+    classifier = build_classifier(model, settings(), 3)
+    names = [name for name, _ in classifier.named_parameters() if "position_biases" in name]
+    assert [layer_of(classifier, name) for name in names] == [1, 2, 3]
+    frozen = build_classifier(model, settings("linear_mae"), 3)
+    images = some_images(torch.Generator().manual_seed(0), 2)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.eval().encoder.encode(images), frozen.eval().encoder.encode(images))
+
+
+def test_layers__of_swin_put_merges_with_the_block_before() -> None:
+    model, _, _ = load("simmim_swin")
+    classifier = build_classifier(model, settings(), 3)
+    depths = model.config.depths
+    assert layer_of(classifier, "encoder.merges.0.reduction.weight") == depths[0]
+    assert layer_of(classifier, "encoder.merges.1.reduction.weight") == depths[0] + depths[1]
+    assert layer_of(classifier, "encoder.norm.weight") == sum(depths) + 1
+    assert layer_of(classifier, "encoder.patch_embed.proj.weight") == 0
+
+
+def test_classifier__learns_only_what_logits_depend_on(tiny_model) -> None:
+    classifier = build_classifier(tiny_model, settings(), 3)
+    learning = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert not any("mask_token" in name or "decoder" in name for name in learning)
+    assert "encoder.norm.weight" not in learning  # the mean of patches has a norm of its own
+    assert any("blocks.0" in name for name in learning)
+    assert all(p.requires_grad for name, p in tiny_model.named_parameters() if "pos_embed" not in name)
+
+
+def test_classifier__of_the_linear_probe_freezes_the_encoder(tiny_mae, generator) -> None:
+    classifier = build_classifier(tiny_mae, settings("linear_mae", pooling="class"), 3).train()
+    assert {name for name, p in classifier.named_parameters() if p.requires_grad} == {"head.1.weight", "head.1.bias"}
+    assert not any(module.training for module in classifier.encoder.modules())
+    images = some_images(generator, 6)
+    with torch.no_grad():
+        token = tiny_mae.encode(images)[:, 0]
+    normed = (token - token.mean(dim=0)) / (token.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    linear = classifier.head[1]
+    torch.testing.assert_close(classifier(images), normed @ linear.weight.T + linear.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_drop_path__grows_with_the_block() -> None:
+    classifier = build_classifier(make_simmim(), settings(drop_path=0.2), 3)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in classifier.encoder.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_lars__takes_the_step_of_mae(tiny_mae) -> None:
+    chosen = settings("linear_mae", pooling="class", base_lr=3.0)
+    classifier = build_classifier(tiny_mae, chosen, 3)
+    optimizer = build_optimizer(classifier, chosen)
+    weight, bias = classifier.head[1].weight, classifier.head[1].bias
+    for group in optimizer.param_groups:
+        group["lr"] = 0.7
+    momentum = {id(weight): torch.zeros_like(weight), id(bias): torch.zeros_like(bias)}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        expected = []
+        for parameter in (weight, bias):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            step = parameter.grad.clone()
+            if parameter.ndim > 1:
+                step *= 0.001 * parameter.detach().norm() / step.norm()
+            momentum[id(parameter)] = 0.9 * momentum[id(parameter)] + step
+            expected.append(parameter.detach() - 0.7 * momentum[id(parameter)])
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected[0])
+        torch.testing.assert_close(bias.detach(), expected[1])
+
+
+def test_learning_rate__warms_up_and_falls_along_a_cosine() -> None:
+    chosen = settings(epochs=11, warmup_epochs=1.0, base_lr=0.32, batch_size=512, min_lr=0.04)
+    assert learning_rate(chosen, 0.5) == pytest.approx(0.32)
+    assert learning_rate(chosen, 1.0) == pytest.approx(0.64)
+    assert learning_rate(chosen, 6.0) == pytest.approx(0.34)
+    assert learning_rate(chosen, 11.0) == pytest.approx(0.04)
+    assert learning_rate(chosen, 3.5) == pytest.approx(0.04 + 0.6 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("protocol", ["linear_mae", "finetune"])
+def test_train_classifier__goes_on_exactly_after_a_stop(pictures, tmp_path, protocol) -> None:
+    chosen, model = settings(protocol), make_mae()
+    whole = list(train_classifier(model, *pictures, chosen, tmp_path / "whole"))
+    stopped = train_classifier(model, *pictures, chosen, tmp_path / "stopped")
+    next(stopped)
+    stopped.close()  # as a kill after the first epoch
+    assert (tmp_path / "stopped" / "last.pth").exists()
+    torch.manual_seed(99)  # nothing hangs on global state
+    again = list(train_classifier(model, *pictures, chosen, tmp_path / "stopped"))
+    assert [record.epoch for record in again] == [1, 2, 3]
+    assert_same_states(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
+    assert not (tmp_path / "stopped" / "last.pth").exists()
+    assert [record.top1 for record in whole] == [record.top1 for record in again]
+    assert list(pd.read_csv(tmp_path / "stopped" / "metrics.csv")["epoch"]) == [1, 2, 3]
+
+
+def test_train_classifier__does_not_depend_on_workers(pictures, tmp_path) -> None:
+    for workers in (0, 2):
+        machine = TrainingMachine(num_workers=workers)
+        list(train_classifier(make_mae(), *pictures, settings(epochs=1), tmp_path / str(workers), machine=machine))
+    assert_same_states(state_of(tmp_path / "0"), state_of(tmp_path / "2"))
+
+
+def test_train_classifier__accumulates_to_the_same_step(pictures, tmp_path) -> None:
+    """Without mixup, whose pairs lie in a micro-batch, halves of a batch make the same step to rounding."""
+    chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, epochs=2)
+    for micro in (8, 2):
+        machine = TrainingMachine(micro_batch=micro)
+        list(train_classifier(make_mae(), *pictures, chosen, tmp_path / str(micro), machine=machine))
+    one, two = (state_of(tmp_path / name)["rows"] for name in ("8", "2"))
+    assert [row["train_loss"] for row in one] == pytest.approx([row["train_loss"] for row in two], rel=1e-4)
+
+
+def test_train_classifier__leaves_model_and_random_state_alone(pictures, tmp_path) -> None:
+    model = make_simmim().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(train_classifier(model, *pictures, settings(epochs=1), tmp_path))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_train_classifier__learns_colours(pictures, tmp_path) -> None:
+    chosen = settings("linear_mae", epochs=30, base_lr=900.0, warmup_epochs=2.0)
+    *_, last = train_classifier(make_mae(), *pictures, chosen, tmp_path, machine=TrainingMachine(test_every=30))
+    assert last.top1 == 100
+    assert last.top5 is None
+
+
+def test_train_classifier__refuses_another_setting_or_model(pictures, tmp_path) -> None:
+    chosen = settings("linear_mae")
+    next(train_classifier(make_mae(), *pictures, chosen, tmp_path))
+    with pytest.raises(OutputExistsError, match="another model, seed or settings"):
+        next(train_classifier(make_mae(), *pictures, replace(chosen, base_lr=0.2), tmp_path))
+    with pytest.raises(OutputExistsError, match="another model"):
+        next(train_classifier(make_mae(seed=5), *pictures, chosen, tmp_path))
+    next(train_classifier(make_mae(seed=5), *pictures, chosen, tmp_path, overwrite=True))
+
+
+def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(pictures, tmp_path) -> None:
+    model = make_mae()
+    with torch.no_grad():
+        model.norm.bias[0] = torch.inf
+    with pytest.raises(NumericalError, match="epoch 1, step 1"):
+        list(train_classifier(model, *pictures, settings("linear_mae"), tmp_path))
+
+
+def test_train_classifier__refuses_what_does_not_fit(pictures, tmp_path) -> None:
+    with pytest.raises(DataError, match="24 training pictures do not fill one batch of 64"):
+        next(train_classifier(make_mae(), *pictures, settings(batch_size=64), tmp_path))
+    with pytest.raises(ValueError, match="no multiple"):
+        next(train_classifier(make_mae(), *pictures, settings(), tmp_path, machine=TrainingMachine(micro_batch=3)))
+    with pytest.raises(ValueError, match="must be even"):
+        next(train_classifier(make_mae(), *pictures, settings(batch_size=9), tmp_path))
+    with pytest.raises(DataError, match="no encoder"):
+        next(train_classifier(make_two_stacks(), *pictures, settings(), tmp_path))
+
+
+def test_augmented_batches__hold_the_same_pictures_however_shared_out(pictures) -> None:
+    info, chosen = make_mae().info, settings()
+
+    def batches(share: Share) -> list[Any]:
+        with global_state_restored():
+            return list(augmented_batches(pictures[0], info, chosen, share, seed=3, epoch=2))
+
+    whole = batches(Share(8))
+    halves = [batches(Share(4, 1, process, 2)) for process in (0, 1)]
+    assert len(whole) == 3
+    for number, (images, labels) in enumerate(whole):
+        assert torch.equal(images, torch.cat([half[number][0] for half in halves]))
+        assert torch.equal(labels, torch.cat([half[number][1] for half in halves]))
+
+
+def test_augmentation__bears_every_strength_of_posterize(pictures) -> None:
+    chosen = settings(auto_augment="rand-m10-n6-mstd0.0-inc1", batch_size=24)
+    with global_state_restored():
+        for epoch in range(4):
+            for images, _ in augmented_batches(pictures[0], make_mae().info, chosen, Share(24), seed=0, epoch=epoch):
+                assert images.isfinite().all()
+
+
+def test_settings__are_those_of_the_paper() -> None:
+    large = {"image_size": 128, "patch_size": 16}
+    mae, simmim = finetune_settings(make_mae(**large)), finetune_settings(make_simmim(**large))
+    assert (mae.base_lr, mae.lr_batch, mae.layer_decay, mae.batch_size, mae.epochs) == (1e-3, 256, 0.75, 1024, 100)
+    assert (simmim.learning_rate, simmim.layer_decay, simmim.batch_size) == (5e-3, 0.9, 2048)
+    probe = linear_settings(make_mae(**large))
+    assert (probe.learning_rate, probe.epochs, probe.warmup_epochs, probe.weight_decay) == (6.4, 90, 10, 0)
+    assert finetune_settings(make_mae()).batch_size == 256  # 16 px: for small pictures
+
+
+def test_settings__are_read_from_text() -> None:
+    changed = settings().with_options({"epochs": "7", "betas": "0.9,0.95", "auto_augment": "none"})
+    assert (changed.epochs, changed.betas, changed.auto_augment) == (7, (0.9, 0.95), None)
+    with pytest.raises(ValueError, match="no setting 'epoch'"):
+        settings().with_options({"epoch": "7"})
+    with pytest.raises(ValueError, match="epochs must be a whole number"):
+        settings().with_options({"epochs": "many"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling": "mean"}, "pooling must be"),
+        ({"epochs": 0}, "at least 1"),
+        ({"warmup_epochs": 4.0}, "warmup_epochs must lie"),
+        ({"layer_decay": 0.0}, "layer_decay must lie"),
+        ({"drop_path": 1.0}, "drop_path must lie"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale must rise"),
+        ({"base_lr": 0.0}, "base_lr must be positive"),
+    ],
+)
+def test_settings__check_their_values(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_finetuning__starts_from_a_fresh_norm_of_the_mean(tiny_mae, generator) -> None:
+    classifier = build_classifier(tiny_mae, settings(), 3).eval()
+    images = some_images(generator, 2)
+    with torch.no_grad():
+        mean = tiny_mae.encode(images, norm=False)[:, 1:].mean(dim=1)
+        expected = F.linear(F.layer_norm(mean, mean.shape[1:], eps=1e-6), classifier.head[1].weight)
+        torch.testing.assert_close(classifier(images), expected, atol=1e-7, rtol=1e-3)
+    assert isinstance(classifier.head[0], nn.LayerNorm)
+    assert float(classifier.head[1].weight.detach().std()) < 1e-4
