@@ -361,6 +361,8 @@ class _Deadly:
         return self._pictures.open(index)
 
 
+# torch's loader may hear of the same end once more while it is taken down.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_micro_batches__say_that_a_worker_process_ended(large: Path) -> None:
     data = TrainingData(_Deadly(large), Augmentation(16), RULE, 4, num_workers=1)
     with pytest.raises(DataError, match=r"^a process that decodes pictures ended \(.*use fewer workers$"):

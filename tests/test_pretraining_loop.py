@@ -155,6 +155,7 @@ def test_accumulation__gives_the_same_run_to_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at it
 def test_checkpointing_and_compiling__change_nothing_but_rounding(tmp_path, setting):
     recipe = small_recipe("simmim")
     plain = RunSettings(device="cpu", log_every=1, mto=MTOConfig())

@@ -76,7 +76,7 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "30", "clip_grad": "1.0"}}
+OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "120", "clip_grad": "1.0"}}
 
 
 @pytest.mark.slow

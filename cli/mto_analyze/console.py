@@ -52,6 +52,11 @@ class Commands(TyperGroup):
             sys.stderr.flush()
             os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
 
+    @classmethod
+    def leave_at_once(cls) -> None:
+        """Say that this is such a process."""
+        cls._leave_at_once = True
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; mendable errors end with their own code, Ctrl-C with 130."""
         try:

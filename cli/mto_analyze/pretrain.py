@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note
+from mto_analysis.processes import this_process
+from mto_analyze.console import Commands, explain, note
 from mto_analyze.options import Overwrite, Quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from mto_analysis.pretraining import EpochRecord, Recipe, RunSettings, StepRecord
 
@@ -93,22 +95,17 @@ def pretrain(
     values["precision"] = None if precision is None else precision.value
     values["protocol"] = None if protocol is None else protocol.value
 
-    import os
-
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
     from mto_analysis.data import open_pictures
     from mto_analysis.pretraining import plan, pretrain
 
     chosen, source, settings = _choose(values)
     pictures = open_pictures(source)
-    if dry_run:
-        typer.echo(plan(chosen, pictures, settings).as_text())
-        return
-    main = os.environ.get("RANK", "0") == "0"
-    tell = _teller(quiet or not main)
-    with _bar(quiet or not main) as on_step:
+    with _together(), _bar(quiet) as on_step:
+        if dry_run:
+            planned = plan(chosen, pictures, settings).as_text()
+            if this_process().main:
+                typer.echo(planned)
+            return
         for record in pretrain(
             chosen,
             pictures,
@@ -117,12 +114,33 @@ def pretrain(
             resume=resume,
             overwrite=overwrite,
             on_step=on_step,
-            on_note=tell,
-            on_broken=lambda broken: tell(f"another picture takes the place of {broken.name} ({broken.reason})"),
+            on_note=lambda line: note(line, quiet=quiet),
+            on_broken=lambda broken: note(f"another picture takes the place of {broken.name} ({broken.reason})"),
             strict=strict,
             source=str(source),
         ):
-            tell(_line(record, chosen.epochs))
+            note(_line(record, chosen.epochs), quiet=quiet)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Processes of a launcher end together: one that fails says why, and does not wait for the others."""
+    here = this_process()
+    if here.count == 1:
+        yield
+        return
+    import torch
+
+    Commands.leave_at_once()
+    try:
+        yield
+    except Exception as error:
+        found = explain(error)
+        if found is not None and not here.main:
+            typer.echo(f"mto-analyze: error: process {here.rank}: {found[0]}", err=True)
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
@@ -195,10 +213,6 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _teller(quiet: bool) -> Callable[[str], None]:
-    return lambda message: note(message, quiet=quiet)
-
-
 def _line(record: EpochRecord, epochs: int) -> str:
     terms = " ".join(f"{name} {value:.4g}" for name, value in record.terms.items()) if len(record.terms) > 1 else ""
     score = "" if record.score is None else f"  score {record.score:.2f} %"
@@ -213,7 +227,7 @@ def _bar(quiet: bool) -> Iterator[Callable[[StepRecord], None] | None]:
     """A bar over all steps with the time left; nothing where stderr is no terminal."""
     import sys
 
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or not this_process().main:
         yield None
         return
     from rich.console import Console

@@ -24,8 +24,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 def gallery() -> str:
     """A section per caption: the figures of that name, the caption, the files."""
-    if not CAPTIONS.is_file():
-        return ""
     captions = CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:]
     return "\n".join(_section(*each.split("\n", 1)) for each in captions)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mto_analysis.processes import this_process
 
-__all__ = ["Group", "choose_device", "quiet_search"]
+__all__ = ["Group", "choose_device"]
 
 # A linear evaluation on the main process may take long, and the others wait for it.
 _PATIENCE = timedelta(hours=6)
@@ -81,21 +79,15 @@ class Group:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def parallel(self, module: nn.Module) -> nn.Module:
+    def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
         """The module with gradients averaged over the processes.
 
-        Unused parameters are looked for although there are none as a rule: only then torch keeps the order of its
-        gradient buckets, on which the last bit of a sum over more than two processes depends, and resume is exact.
+        Args:
+            module: On this process's device.
+            unused: Whether some of its parameters take no part in its forward.
         """
-        if self.count == 1:
-            return module
+        options: dict[str, Any] = {"find_unused_parameters": unused}
+        known = inspect.signature(DistributedDataParallel).parameters
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
         own = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=own, broadcast_buffers=False, find_unused_parameters=True)
-
-
-@contextmanager
-def quiet_search() -> Iterator[None]:
-    """Without torch's advice that unused parameters were looked for and not found."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-        yield
+        return DistributedDataParallel(module, device_ids=own, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,6 +120,8 @@ class _Run:
         strict: bool,
     ) -> None:
         self.recipe, self.pictures, self.folder, self.settings = recipe, pictures, folder, settings
+        if settings.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         self.group = Group(settings.device)
         self.note = note if self.group.main else _silent
         self.micro_batch = micro_batch_size(recipe, processes=self.group.count, accumulation=settings.accumulation)
@@ -164,8 +167,6 @@ class _Run:
         if state is not None and state["epoch"] >= self.recipe.epochs:
             self.note(f"{self.folder.path} is complete ({state['epoch']} epochs): nothing to do")
             return False
-        if group.main:
-            self.folder.claim(self.facts, self.recipe.to_toml(), resume=resume)
         self.evaluate = self._evaluation(evaluate)
         self.data = TrainingData(
             self.pictures,
@@ -179,12 +180,15 @@ class _Run:
             in_memory=settings.in_memory,
             strict=self.strict,
         )
-        self.stepper = Stepper(self.recipe, settings, group, self.steps_per_epoch)
+        self.data.prepare()
+        self.stepper = Stepper(self.recipe, settings, group, self.steps_per_epoch, self.micro_batch)
         if state is not None:
             self._restore(state)
         elif resume:
             self.note(f"{self.folder.path} holds no checkpoint yet: starting from the beginning")
+        # Only now, when all that can fail at once has not, is anything written.
         if group.main:
+            self.folder.claim(self.facts, self.recipe.to_toml(), resume=resume)
             self.metrics.cut_back(self.step)
             self.curves.cut_back(self.step // self.steps_per_epoch if self.step else -1)
         self.boards = Boards(
@@ -216,7 +220,7 @@ class _Run:
             "accumulation": self.settings.accumulation,
             "device": self.group.device.type,
             "threads": torch.get_num_threads(),
-            "compile": self.settings.compile,
+            **{name: getattr(self.settings, name) for name in ("compile", "gradient_checkpointing", "deterministic")},
             "torch": torch.__version__,
         }
 

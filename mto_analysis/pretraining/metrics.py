@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class Boards:
             except ImportError as error:
                 raise ValueError("--wandb needs the package wandb: pip install wandb") from error
             note = folder / "wandb-id.txt"
-            identity = note.read_text().strip() if step and note.is_file() else client.util.generate_id()
+            identity = note.read_text().strip() if step and note.is_file() else secrets.token_hex(4)
             write_atomically(note, f"{identity}\n".encode())
             self._run = client.init(
                 project=wandb, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(config)

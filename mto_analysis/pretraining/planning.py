@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mto_analysis.data import TrainBatch
 from mto_analysis.errors import DataError
-from mto_analysis.masking import mask_keys
 from mto_analysis.pretraining.group import Group
 from mto_analysis.pretraining.loop import micro_batch_size
 from mto_analysis.pretraining.optimization import learning_rate, peak_learning_rate
-from mto_analysis.pretraining.stepping import Stepper
+from mto_analysis.pretraining.stepping import Stepper, noise_batch
 
 if TYPE_CHECKING:
-    from mto_analysis.data import Pictures
+    from mto_analysis.data import Pictures, TrainBatch
     from mto_analysis.pretraining.recipes import Recipe
     from mto_analysis.pretraining.settings import RunSettings
 
@@ -72,7 +70,7 @@ def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes
         raise DataError(
             f"{len(pictures.names)} pictures do not fill one batch of {recipe.batch_size}; use a smaller batch_size"
         )
-    stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps)
+    stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps, micro)
     measured = _measure(stepper, recipe, settings, here, micro)
     total = steps * recipe.epochs
     seconds = measured.seconds_per_picture * micro * settings.accumulation * total
@@ -128,7 +126,7 @@ class _Measured:
         yield "memory of a process", _size(self.total(micro)), "estimate, without torch itself and decoded pictures"
         for name, size in (
             ("weights", self.weights),
-            ("slow branch", self.teachers),
+            ("slow branch, fixed tables", self.teachers),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("moving average", self.ema),
@@ -143,10 +141,10 @@ def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Grou
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])
     shares = here.count if settings.fsdp else 1
-    kept = {size: _activations(stepper, _pictures(recipe, size, here.device), trained) for size in _PROBES}
+    kept = {size: _activations(stepper, noise_batch(recipe, size, here.device), trained) for size in _PROBES}
     slope = max(0, (kept[_PROBES[1]] - kept[_PROBES[0]]) // (_PROBES[1] - _PROBES[0]))
     size = max(1, min(micro, 8))
-    batch = _pictures(recipe, size, here.device)
+    batch = noise_batch(recipe, size, here.device)
     _time(stepper, batch)  # the first step makes the optimizer's state, and compiles
     seconds = min(_time(stepper, batch) for _ in range(_TIMED_STEPS)) / size
     return _Measured(
@@ -159,16 +157,6 @@ def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Grou
         slope,
         seconds,
     )
-
-
-def _pictures(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
-    """Noise, with masks as the recipe draws them."""
-    side = recipe.image_size
-    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    names = tuple(map(str, range(count)))
-    grid = (side // recipe.patch_size,) * 2
-    mask = recipe.mask_rule.draw(mask_keys(names), grid, recipe.patch_size).to(device)
-    return TrainBatch(names, images, images if recipe.second_view else None, mask)
 
 
 def _activations(stepper: Stepper, batch: TrainBatch, weights: Sequence[Tensor]) -> int:
@@ -204,14 +192,11 @@ def _time(stepper: Stepper, batch: TrainBatch) -> float:
 
 
 def _recipe_rows(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    values = recipe.to_dict()
     yield "recipe", recipe.name, recipe.summary
-    for name, value in values.items():
-        if name in ("name", "summary", "sources", "model") or value is None:
-            continue
-        yield name, _plain(value), recipe.source_of(name)
-    for name, value in values["model"].items():
-        yield f"model.{name}", _plain(value), recipe.source_of(f"model.{name}")
+    yield "method", recipe.method, ""
+    for name, value in recipe.settings().items():
+        if value is not None and value != ():
+            yield name, _plain(value), recipe.source_of(name)
 
 
 def _plain(value: Any) -> str:

@@ -242,6 +242,12 @@ class Recipe:
         sources = {source: names for source, names in sources.items() if names}
         return replace(self, model=model, sources=sources, **changes)
 
+    def settings(self) -> dict[str, Any]:
+        """What may differ between two recipes of its method, by name; fields of the architecture as ``model.depth``."""
+        values = {name: getattr(self, name) for name in field_types(Recipe) if name not in (*_FIXED, "sources")}
+        own = {name: value for name, value in values.items() if self.method in _ONLY_FOR.get(name, (self.method,))}
+        return {**own, **{f"model.{name}": value for name, value in self.model.items()}}
+
     def source_of(self, setting: str) -> str:
         """Where the value of a field, or of ``model.depth``, comes from."""
         for name in (setting, "model") if setting.startswith("model.") else (setting,):

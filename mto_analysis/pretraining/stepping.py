@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.data import TrainBatch
 from mto_analysis.errors import CheckpointError
+from mto_analysis.masking import mask_keys
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.pretraining import sharding
 from mto_analysis.pretraining.blocks import choose_attention, prepare_blocks
-from mto_analysis.pretraining.group import Group, quiet_search
+from mto_analysis.pretraining.group import Group
 from mto_analysis.pretraining.methods import Method, build_method
 from mto_analysis.pretraining.optimization import learning_rate, parameter_groups
 from mto_analysis.training import attach_mto, watch_mto
 
 if TYPE_CHECKING:
-    from mto_analysis.data import TrainBatch
     from mto_analysis.pretraining.recipes import Recipe
     from mto_analysis.pretraining.settings import RunSettings
 
-__all__ = ["StepResult", "Stepper", "build_optimizer", "step_randomness"]
+__all__ = ["StepResult", "Stepper", "build_optimizer", "noise_batch", "step_randomness"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,9 +56,12 @@ class Stepper:
         settings: The run's.
         group: The processes of the run.
         steps_per_epoch: Optimizer steps.
+        micro_batch: Pictures in a forward of one process.
     """
 
-    def __init__(self, recipe: Recipe, settings: RunSettings, group: Group, steps_per_epoch: int) -> None:
+    def __init__(
+        self, recipe: Recipe, settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
+    ) -> None:
         self._recipe, self._settings, self._group = recipe, settings, group
         self._steps_per_epoch, self._total = steps_per_epoch, steps_per_epoch * recipe.epochs
         device = group.device
@@ -74,11 +79,34 @@ class Stepper:
             sharding.shard(self.method, device)
             self._wrapped: nn.Module = self.method
         else:
-            self._wrapped = group.parallel(self.method)
+            self._wrapped = self.method if group.count == 1 else self._parallel(micro_batch)
         self.optimizer = build_optimizer(self.method, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._whole: MaskedImageModel | None = None
         self._trained = [each for group in self.optimizer.param_groups for each in group["params"]]
+
+    def _parallel(self, micro_batch: int) -> nn.Module:
+        """The method on all processes, after a backward pass on noise.
+
+        In its second forward torch puts the gradients that it adds up into another order, on which the last bit of a
+        sum over more than two processes depends. With that behind it, a resumed run adds as the first one did.
+        """
+        batch = noise_batch(self._recipe, micro_batch, self._group.device)
+        buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
+        self._wrapped = self.method
+        with step_randomness(self._settings.seed, -1, self._group.index, self._group.device), warnings.catch_warnings():
+            # Of a 1 x 1 convolution (SimMIM's head), whose gradient may be laid out either way.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]
+            unused = any(each.requires_grad and each.grad is None for each in self.method.parameters())
+            self._wrapped = self._group.parallel(self.method, unused=unused)
+            if not unused:
+                torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]
+        self.method.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in self.method.named_buffers():
+                buffer.copy_(buffers[name])
+        return self._wrapped
 
     def step(self, batches: Iterator[TrainBatch], step: int, *, watch: bool = False) -> StepResult:
         """Take one optimizer step.
@@ -96,7 +124,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with step_randomness(self._settings.seed, step, self._group.index, device), quiet_search():
+        with self._kernels(), step_randomness(self._settings.seed, step, self._group.index, device):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
@@ -123,6 +151,16 @@ class Stepper:
     @property
     def _half(self) -> bool:
         return self._settings.precision != "no"
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Those whose sums have one order only, where that was asked for."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self._settings.deterministic or before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -236,6 +274,16 @@ def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
     devices = {each.device.type for each in method.parameters()}
     fused = devices <= {"cpu", "cuda"} and not any(sharding.is_sharded(each) for each in method.parameters())
     return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=recipe.betas, fused=fused)
+
+
+def noise_batch(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
+    """Noise for pictures, with masks as the recipe draws them; to try things out."""
+    side = recipe.image_size
+    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    names = tuple(map(str, range(count)))
+    grid = (side // recipe.patch_size,) * 2
+    mask = recipe.mask_rule.draw(mask_keys(names), grid, recipe.patch_size).to(device)
+    return TrainBatch(names, images, images if recipe.second_view else None, mask)
 
 
 def _mto_terms(terms: Mapping[str, float]) -> dict[str, float]:
