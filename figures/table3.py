@@ -1,6 +1,7 @@
 """Table 3: ablation of the losses.
 
-Printed numbers, with what can be recomputed from them in grey columns.
+Printed numbers, with what can be recomputed from them in grey columns. With ``--experiment DIR`` it sets what
+``mto-analyze experiment ablation_table3`` measured beside them.
 """
 
 from mto_analyze.figures import run_script

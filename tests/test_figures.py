@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,12 @@ COMMITTED = Path(__file__).parents[1] / "figures"
 QUICK = [name for name, one in FIGURES.items() if not one.slow]
 SLOW = [name for name, one in FIGURES.items() if one.slow]
 runner = CliRunner()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered, where a test looks only at their tables."""
+    monkeypatch.setattr("mto_analysis.plots.style.figure_bytes", lambda figure, kind, tight=True: b"")
 
 
 def drawn(name: str, **inputs: object):
@@ -131,7 +138,7 @@ class TestCatalogue:
         measured = find_figures(inputs=Inputs(checkpoints=("a.pth",)))
         assert [each.name for each in measured] == ["fig1a", "fig1b", "fig2", "definitions", "controls"]
         experiment = find_figures(inputs=Inputs(experiment=tmp_path))
-        assert [each.name for each in experiment] == ["fig4", "supp-fig1", "supp-fig2"]
+        assert [each.name for each in experiment] == ["fig4", "table3", "supp-fig1", "supp-fig2"]
 
     def test_inputs_are_checked_on_creation(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="one different label per checkpoint"):
@@ -151,6 +158,7 @@ def test_merge_captions__replaces_its_own_and_keeps_the_others_in_order() -> Non
     assert text == "# Mine\n\n## fig1a\n\nfirst\n\n## fig4\n\nnew\n\n## zz\n\nkept\n"
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestMeasured:
     def test_other_checkpoints_and_pictures_are_drawn_with_their_names(
         self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
@@ -402,6 +410,29 @@ class TestExperiments:
         with pytest.raises(DataError, match="does not say its decoder depth"):
             drawn("supp-fig2", experiment=curves_of(tmp_path / "three", {"MAE": 0.0}))
 
+    def test_depths_are_read_from_the_labels_of_the_shipped_experiment(self, tmp_path: Path) -> None:
+        file = Path(registry.__file__).parents[1] / "assets/experiments/decoder_depth.toml"
+        labels = [recipe["label"] for recipe in tomllib.loads(file.read_text())["recipes"]]
+        methods = {label + more: 1.0 for label in labels for more in ("", " + MTO")}
+        table = drawn("supp-fig2", experiment=curves_of(tmp_path / "run", methods)).tables["supp-fig2-measured"]
+        assert table[table["method"] == "with MTO"]["place"].tolist() == [1, 2, 4, 8, 12]
+
+    def test_table_3_sets_the_measured_beside_the_printed(self, tmp_path: Path) -> None:
+        file = Path(registry.__file__).parents[1] / "assets/experiments/ablation_table3.toml"
+        arms = [arm["name"] for arm in tomllib.loads(file.read_text())["arms"]]
+        ahead = {arm: float(index) for index, arm in enumerate(arms)}
+        methods = {"SimMIM" if arm == "no loss" else f"SimMIM + {arm}": value for arm, value in ahead.items()}
+        found = drawn("table3", experiment=curves_of(tmp_path / "run", methods))
+        frame = found.tables["table3-measured"]
+        assert frame["printed"].tolist() == ["", *printed("table3_loss_ablation")["top1"]]
+        assert frame["difference"].iloc[1:].tolist() == pytest.approx([1.1 * value for value in range(1, 8)])
+        (ax,) = found.figures["table3-measured"].axes
+        words = [text.get_text() for text in ax.texts]
+        assert "16.50" in words  # the mean over seeds of the last epoch, without any loss
+        assert any(word.startswith("+1.10 [") for word in words)
+        with pytest.raises(DataError, match="arm 'MTO' must be named after its losses"):
+            drawn("table3", experiment=curves_of(tmp_path / "other", {"SimMIM": 0.0, "SimMIM + MTO": 1.0}))
+
     def test_one_seed_has_no_band(self, tmp_path: Path) -> None:
         folder = curves_of(tmp_path / "run", {"MAE": 0.0, "MAE + MTO": 1.0}, seeds=1)
         found = drawn("fig4", experiment=folder)
@@ -412,7 +443,7 @@ class TestExperiments:
     def test_folders_without_curves_or_pairs_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataNotFoundError, match=r"holds no curves\.csv"):
             drawn("fig4", experiment=tmp_path)
-        with pytest.raises(DataError, match=r"no method is another's name with ' [+] MTO'; there are A, B"):
+        with pytest.raises(DataError, match=r"no method is another's name and more after ' [+] '; there are A, B"):
             drawn("fig4", experiment=curves_of(tmp_path / "run", {"A": 0.0, "B": 1.0}))
 
     def test_plot_runs__names_missing_columns(self) -> None:
@@ -436,6 +467,7 @@ def public_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield server, cache / PUBLIC["SimMIM"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestPublicFiles:
     def test_figures_1_and_2_are_drawn_of_the_fetched_files(self, public_files, tmp_path: Path) -> None:
         server, place = public_files
@@ -477,8 +509,12 @@ class TestPublicFiles:
         _, place = public_files
         place.mkdir(parents=True)
         (place / "final.safetensors").write_bytes(DEMO_CHECKPOINTS["SimMIM"].read_bytes())
-        early = Inputs(checkpoints=(str(DEMO_CHECKPOINTS["SimMIM, early"]),), labels=("SimMIM, early",), limit=3)
-        list(draw_public(["fig1b"], tmp_path / "out", early))
+        early = ["--ckpt", str(DEMO_CHECKPOINTS["SimMIM, early"]), "--label", "SimMIM, early"]
+        result = runner.invoke(
+            app, ["figures", "--public", "fig1b", *early, "--limit", "3", "--out", str(tmp_path / "out")]
+        )
+        assert result.exit_code == 0, result.output
+        assert "SimMIM: sha256" in result.stderr
         assert set(pd.read_csv(tmp_path / "out/fig1b.csv")["model"]) == {"SimMIM", "SimMIM, early"}
 
     def test_figures_without_models_are_refused(self, tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ def figures(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, spread evenly.")] = None,
     experiment: Annotated[
-        Path | None, typer.Option(help="Folder that `experiment` wrote: draw what it measured (fig4, supp-fig1, -2).")
+        Path | None,
+        typer.Option(
+            help="Folder that `experiment` wrote: draw what it measured (fig4, table3, supp-fig1, supp-fig2)."
+        ),
     ] = None,
     public: Annotated[
         bool, typer.Option("--public", help="Fetch the public MAE and SimMIM files and draw Figs. 1-2 of them.")

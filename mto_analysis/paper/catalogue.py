@@ -196,6 +196,8 @@ def _tables() -> list[PaperFigure]:
             title,
             "published",
             "printed:table",
+            _with_experiment,
+            takes_experiment=name == "3",
         )
         for name, title in titles.items()
     ]

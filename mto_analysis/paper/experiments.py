@@ -16,13 +16,16 @@ from mto_analysis.intervals import mean_interval
 from mto_analysis.paper.catalogue import Drawn
 from mto_analysis.plots.runs import draw_runs
 from mto_analysis.plots.style import TEXT_WIDTH
+from mto_analysis.plots.tables import draw_table
 from mto_analysis.rauc import Points
 from mto_analysis.rauc_report import as_frame
+from mto_analysis.tables import printed
 
-__all__ = ["accuracy_curves", "depth_curves", "style_curves"]
+__all__ = ["ablation_table", "accuracy_curves", "depth_curves", "style_curves"]
 
-_MTO = re.compile(r"\s*\+\s*MTO\b.*$")
-_DEPTH = re.compile(r"(?:decoder[ _-]*)?depth[ =_-]*(\d+)", re.IGNORECASE)
+_PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
+_DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
+_LOSSES = ("L_spa", "L_e", "L_r")
 _BANDS = "bands: Student's 95 % interval of the mean over seeds"
 _BARS = _BANDS.replace("bands", "bars")
 
@@ -94,7 +97,7 @@ def depth_curves(name: str, folder: Path) -> Drawn:
         rows = frame[protocols == protocol]
         last = rows.loc[rows.groupby(["method", "seed"])["epoch"].idxmax()].copy()
         last["depth"] = [_depth_of(row, folder) for row in last.to_dict("records")]
-        last["with_mto"] = last["method"].str.contains("MTO")
+        last["with_mto"] = last["method"].str.contains(_PLUS, regex=False)
         for with_mto, group in last.groupby("with_mto"):
             points = [{"place": depth, **_mean(each["score"].to_numpy())} for depth, each in group.groupby("depth")]
             method = "with MTO" if with_mto else "baseline"
@@ -113,6 +116,71 @@ def depth_curves(name: str, folder: Path) -> Drawn:
 _SCORE = "top-1 accuracy (%)"
 
 
+def ablation_table(name: str, folder: Path) -> Drawn:
+    """Final accuracy of each combination of losses, and its difference of the same seed to none; beside the printed."""
+    table = _curves(folder)
+    pairs = _pairs(table)
+    baselines = list(dict.fromkeys(baseline for baseline, _ in pairs))
+    if len(baselines) > 1:
+        raise DataError(f"{folder}: an ablation has one baseline, here are {', '.join(baselines)}")
+    published = printed("table3_loss_ablation").set_index(["l_spa", "l_e", "l_r"])["top1"].to_dict()
+    group = {column: str(table.frame[column].iloc[0]) for column in table.groups}
+    ends = {method: _ends(table.runs(method, group)) for method in (baselines[0], *(target for _, target in pairs))}
+    rows = []
+    for method, scores in ends.items():
+        used = _losses_of(method.partition(_PLUS)[2], folder)
+        row: dict[str, object] = {loss: "x" if on else "" for loss, on in zip(_LOSSES, used, strict=True)}
+        row["printed"] = published.get(tuple(str(int(on)) for on in used), "")
+        row |= _mean(np.array(list(scores.values())))
+        both = [seed for seed in scores if seed in ends[baselines[0]]]
+        if method != baselines[0] and both:
+            gain = _mean(np.array([scores[seed] - ends[baselines[0]][seed] for seed in both]))
+            row |= {"difference": gain["score"], "difference_low": gain["low"], "difference_high": gain["high"]}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    shown = frame[list(_LOSSES)].replace("x", "\N{CHECK MARK}")
+    shown["printed"] = frame["printed"]
+    shown["measured"] = [f"{score:.2f}" for score in frame["score"]]
+    shown["against none"] = [
+        _signed(*ends) for ends in frame[["difference", "difference_low", "difference_high"]].itertuples(index=False)
+    ]
+    seeds = " or ".join(map(str, sorted(set(frame["num_seeds"]))))
+    words = f"n = {seeds} seeds; in brackets Student's 95 % interval of the mean difference of the same seed"
+    stem = f"{name}-measured"
+    figure = draw_table(
+        shown,
+        title=f"Table 3, measured at a small size: {baselines[0]}",
+        notes=(f"Measured: final accuracy in percent, {words}.", "Printed: SimMIM ViT-B at 400 epochs on ImageNet."),
+        heads={"L_spa": r"$L_{\mathrm{spa}}$", "L_e": "$L_e$", "L_r": "$L_r$"},
+        computed=("measured", "against none"),
+        width=TEXT_WIDTH,
+    )
+    caption = (
+        "Measured here, at a small size, beside the paper's numbers, which are of another model, data set and measure:"
+        f" accuracy at the end of pre-training with each combination of losses, and without any; {words}."
+    )
+    return Drawn({stem: figure}, {stem: frame}, caption, {"experiment": str(folder)})
+
+
+def _ends(runs: Mapping[str, Points]) -> dict[str, float]:
+    return {seed: float(run.scores[-1]) for seed, run in runs.items()}
+
+
+def _losses_of(arm: str, folder: Path) -> tuple[bool, ...]:
+    """Which losses an arm's name says that it has; the baseline has none."""
+    words = [word.strip() for word in arm.split(",") if word.strip()]
+    if unknown := [word for word in words if word not in _LOSSES]:
+        raise DataError(f"{folder}: arm {unknown[0]!r} must be named after its losses, such as 'L_spa, L_e'")
+    return tuple(loss in words for loss in _LOSSES)
+
+
+def _signed(difference: float, low: float, high: float) -> str:
+    if difference != difference:
+        return ""
+    text = f"{difference:+.2f}" + ("" if low != low else f" [{low:+.2f}, {high:+.2f}]")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
 def _curves(folder: Path) -> CurveTable:
     path = folder / "curves.csv"
     if not path.is_file():
@@ -123,14 +191,11 @@ def _curves(folder: Path) -> CurveTable:
 
 
 def _pairs(table: CurveTable) -> list[tuple[str, str]]:
-    """Each method with MTO and its baseline of the same name."""
-    pairs = []
-    for target in table.methods:
-        baseline = _MTO.sub("", target)
-        if baseline != target and baseline in table.methods:
-            pairs.append((baseline, target))
+    """Each method and its baseline, whose name it has up to a plus sign: ``MAE`` and ``MAE + MTO``."""
+    found = ((target.partition(_PLUS)[0], target) for target in table.methods if _PLUS in target)
+    pairs = [(baseline, target) for baseline, target in found if baseline in table.methods]
     if not pairs:
-        raise DataError(f"no method is another's name with ' + MTO'; there are {', '.join(table.methods)}")
+        raise DataError(f"no method is another's name and more after ' + '; there are {', '.join(table.methods)}")
     return pairs
 
 
@@ -171,7 +236,7 @@ def _depth_of(row: Mapping[object, object], folder: Path) -> int:
         return int(float(str(row["decoder_depth"])))
     if found := _DEPTH.search(str(row["method"])):
         return int(found[1])
-    raise DataError(f"{folder}: {row['method']!r} does not say its decoder depth; name methods like 'MAE, depth 4'")
+    raise DataError(f"{folder}: {row['method']!r} does not say its decoder depth; name recipes like 'decoder 4'")
 
 
 def _in_words(comparison: Comparison) -> str:

@@ -33,6 +33,10 @@ _HEADS = {
 
 def table(bench: Workbench) -> Drawn:
     """One of the paper's tables; grey columns are computed here from the printed ones."""
+    if bench.inputs.experiment is not None:
+        from mto_analysis.paper.experiments import ablation_table
+
+        return ablation_table(bench.name, bench.inputs.experiment)
     name = bench.name.removeprefix("supp-").removeprefix("table")
     printed = paper_table(f"supp{name}" if bench.name.startswith("supp-") else name)
     shown, remarks = _with_marks(printed.frame)

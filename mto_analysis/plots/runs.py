@@ -47,14 +47,14 @@ def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, int] | None = None, bar
     for method, curve in rows.groupby("method", sort=False):
         look = _LOOKS[looks[str(method)] % len(_LOOKS)]
         every = max(1, len(curve) // 10)
-        ax.plot(curve["place"], curve["score"], markevery=every, markersize=3.5, label=str(method), **look)
+        # Bars of two methods at one place would hide each other.
+        places = curve["place"] + (0.14 * (looks[str(method)] - (len(looks) - 1) / 2) if bars else 0)
+        ax.plot(places, curve["score"], markevery=every, markersize=3.5, label=str(method), **look)
         if bars:
             ends = (curve["score"] - curve["low"], curve["high"] - curve["score"])
-            ax.errorbar(
-                curve["place"], curve["score"], yerr=ends, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=2
-            )
+            ax.errorbar(places, curve["score"], yerr=ends, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=2)
         elif curve["low"].notna().any():
-            ax.fill_between(curve["place"], curve["low"], curve["high"], color=look["color"], alpha=0.2, linewidth=0)
+            ax.fill_between(places, curve["low"], curve["high"], color=look["color"], alpha=0.2, linewidth=0)
     return ax
 
 
