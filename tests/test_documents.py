@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import typer
+import yaml
 from conftest import write_pictures
 from documents import ROOT, Block, blocks, indented_code, pages
 from typer.testing import CliRunner
@@ -224,3 +225,21 @@ def test_results__state_the_values_of_the_figure() -> None:
     for model, rows in table.groupby("model"):
         values = [f"{value:.3f}".removeprefix("0") for value in rows.sort_values("layer_depth")["heterogeneity"]]
         assert re.search(rf"\| {model} \| [\d.]+ \| {re.escape(' '.join(values))} \|", page), model
+
+
+def test_errors__are_said_in_the_words_of_the_page() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "mto_analysis").rglob("*.py")))
+    said = re.sub(r"\"\s*\n\s*f?\"", "", code)  # strings that go on in the next line
+    messages = re.findall(r"^- \*([^*]+)\*", page, re.MULTILINE)
+    assert len(messages) > 8
+    for message in messages:
+        for part in re.split(r"\b[XN]\b", message):  # X and N stand for what differs
+            assert part.strip() in said, message
+
+
+def test_citation__is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert citation["references"][0]["title"] == "Emerging Property of Masked Token for Effective Pre-training"
