@@ -74,14 +74,20 @@ def _equal(tokens: Tensor, row: Tensor) -> Tensor:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile.
+    """The model inside DistributedDataParallel, FullyShardedDataParallel and torch.compile.
 
     Raises:
-        ValueError: For nn.DataParallel, whose replicas no hook can follow.
+        ValueError: For nn.DataParallel, whose replicas no hook can follow, and for FullyShardedDataParallel that joins
+            the mask token with other parameters.
     """
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError("nn.DataParallel copies the model in every step; use DistributedDataParallel")
+        if getattr(model, "_use_orig_params", True) is False:
+            raise ValueError(
+                "FullyShardedDataParallel with use_orig_params=False joins the mask token with other parameters; "
+                "pass use_orig_params=True, or use fully_shard"
+            )
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             inner = getattr(model, "module", None)
