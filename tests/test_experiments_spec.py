@@ -163,3 +163,12 @@ def test_pictures__that_are_missing_are_named(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     found = Pictures().resolved(tmp_path)
     assert found.train == found.eval_train == str(tmp_path / "train.parquet")
+
+
+def test_documentation__shows_a_file_that_loads(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/experiments.md").read_text(encoding="utf-8")
+    path = tmp_path / "shown.toml"
+    path.write_text(text.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    experiment = load_experiment(path)
+    assert experiment.methods == ("MAE", "MAE + MTO")
+    assert all(f"`{name}`" in text for name in experiment_names())

@@ -110,7 +110,10 @@ def _draw(folder: OutputFolder, results: Results) -> None:
             ("time", results.timed, TIME, "training time (s)"),
         ):
             if comparisons:
-                pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
+                pairs = [
+                    (results.drawn_runs(each.baseline, axis), results.drawn_runs(each.target, axis))
+                    for each in comparisons
+                ]
                 folder.write_figure(stem, rauc_figure(comparisons, pairs, axis=label, score=score))
     if len(results.heterogeneity):
         folder.write_figure("heterogeneity", draw_trajectories(results.heterogeneity))

@@ -61,6 +61,15 @@ class Results:
             for seed, run in rows.groupby("seed", sort=False)
         }
 
+    def drawn_runs(self, method: str, axis: str = "epoch", points: int = 41) -> dict[str, Points]:
+        """As :meth:`runs`, for a figure: over seconds, where no two runs share a place, at evenly spaced ones."""
+        runs = self.runs(method, axis)
+        if axis == "epoch":
+            return runs
+        start, end = max(run.epochs[0] for run in runs.values()), min(run.epochs[-1] for run in runs.values())
+        places = np.linspace(start, end, points)
+        return {seed: Points(places, np.interp(places, *run)) for seed, run in runs.items()}
+
     def rauc_table(self) -> pd.DataFrame:
         """Rows of :func:`~mto_analysis.rauc_report.as_frame`, over epochs and over seconds."""
         import pandas as pd

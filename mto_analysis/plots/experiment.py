@@ -17,10 +17,18 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.intervals import mean_interval
 from mto_analysis.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
 
-__all__ = ["draw_experiment_curves", "draw_trajectories", "plot_experiment_curves", "plot_trajectories"]
+__all__ = [
+    "draw_experiment_curves",
+    "draw_trajectories",
+    "plot_experiment_curves",
+    "plot_final_scores",
+    "plot_trajectories",
+]
 
 _PANEL_HEIGHT = 2.6
 _MOST_COLUMNS = 3
+_MOST_BANDS = 4
+_NEAR_BOUND = 0.6
 
 
 def _mean_and_band(runs: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -36,7 +44,19 @@ def _mean_and_band(runs: pd.DataFrame, value: str) -> pd.DataFrame:
     )
 
 
-def plot_experiment_curves(curves: pd.DataFrame, *, ax: Axes | None = None, score: str = "top-1 accuracy (%)") -> Axes:
+def _look(index: int) -> dict[str, Any]:
+    """Colour, marker and line of a method; beyond the colours, the same with other markers and lines."""
+    turn = index + index // len(COLORS)
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[turn % len(MARKERS)],
+        "linestyle": LINE_STYLES[turn % len(LINE_STYLES)],
+    }
+
+
+def plot_experiment_curves(
+    curves: pd.DataFrame, *, ax: Axes | None = None, score: str = "top-1 accuracy (%)", bands: bool = True
+) -> Axes:
     """Score over pre-training epochs, a line per method: the mean over seeds, and the band of its 95 % interval.
 
     The score at epoch 0, where there is one, is that of the random encoder: a dotted line at the mean over all runs.
@@ -45,52 +65,77 @@ def plot_experiment_curves(curves: pd.DataFrame, *, ax: Axes | None = None, scor
         curves: Rows of ``curves.csv``: ``method epoch score seed``.
         ax: Where to draw; a new figure without.
         score: Label of the score.
+        bands: Draw them; of many methods they hide each other.
     """
     ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
     for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
         band = _mean_and_band(runs, "score")
-        color = COLORS[index % len(COLORS)]
-        ax.plot(
-            band.index,
-            band["mean"],
-            label=str(method),
-            color=color,
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
-            markevery=max(1, len(band) // 10),
-        )
-        ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
+        look = _look(index)
+        ax.plot(band.index, band["mean"], label=str(method), markevery=max(1, len(band) // 10), **look)
+        if bands:
+            ax.fill_between(band.index, band["low"], band["high"], color=look["color"], alpha=0.18, linewidth=0)
     random = curves.loc[curves["epoch"] == 0, "score"]
     if len(random):
         ax.axhline(random.mean(), color="0.4", linewidth=0.8, linestyle=":", label="random encoder")
     ax.set_xlabel("pre-training epoch")
     ax.set_ylabel(score)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return ax
+
+
+def plot_final_scores(curves: pd.DataFrame, *, ax: Axes | None = None, score: str = "top-1 accuracy (%)") -> Axes:
+    """Score at the last epoch, a row per method: the mean over seeds with its 95 % interval, and each seed as a dot.
+
+    Args:
+        curves: Rows of ``curves.csv``: ``method epoch score seed``.
+        ax: Where to draw; a new figure without.
+        score: Label of the score.
+    """
+    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    names = []
+    for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
+        values = runs.loc[runs["epoch"] == runs["epoch"].max(), "score"].to_numpy()
+        look = _look(index)
+        names.append(str(method))
+        ax.plot(values, np.full(len(values), index), ".", color=look["color"], alpha=0.5, markersize=4)
+        if len(values) > 1:
+            ax.plot(mean_interval(values, 0.95), (index, index), color=look["color"], linewidth=1.2)
+        ax.plot(values.mean(), index, marker=look["marker"], color=look["color"], markersize=5, label=str(method))
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel(f"final {score}")
     return ax
 
 
 def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy (%)") -> Figure:
-    """A panel per recipe with all its arms.
+    """A panel per recipe with all its arms; where they are many, without bands and with their final scores beside.
 
     Args:
         curves: Rows of ``curves.csv``.
         score: Label of the score.
     """
     panels = list(curves.groupby("recipe", sort=False))
-    columns = min(len(panels), _MOST_COLUMNS)
-    rows = math.ceil(len(panels) / columns)
+    many = max(part["method"].nunique() for _, part in panels) > _MOST_BANDS
+    columns = 2 if many else min(len(panels), _MOST_COLUMNS)
+    rows = len(panels) if many else math.ceil(len(panels) / columns)
     seeds = curves["seed"].nunique()
     with paper_style():
-        width = PAGE_WIDTH * (0.62 if columns == 1 else 1)
-        figure = Figure(figsize=(width, rows * (_PANEL_HEIGHT + 0.35)), layout="constrained")
+        width = PAGE_WIDTH * (0.6 if columns == 1 else 1)
+        figure = Figure(figsize=(width, rows * (_PANEL_HEIGHT + 0.5)), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for (recipe, part), ax in zip(panels, axes, strict=False):
-            plot_experiment_curves(part, ax=ax, score=score)
+        for number, (recipe, part) in enumerate(panels):
+            ax = axes[2 * number if many else number]
+            plot_experiment_curves(part, ax=ax, score=score, bands=not many)
             ax.set_title(str(recipe))
-            ax.legend(loc="lower right" if len(part["method"].unique()) < 5 else "best", handlelength=2.6)
-        for empty in axes[len(panels) :]:
+            if many:
+                plot_final_scores(part, ax=axes[2 * number + 1], score=score)
+            else:  # below the axis: inside, it would lie on a curve or on the line of the random encoder
+                ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, handlelength=2.6)
+        for empty in axes[(2 if many else 1) * len(panels) :]:
             empty.set_axis_off()
-        words = f"mean of {seeds} seeds; bands: 95 % interval of the mean" if seeds > 1 else "one seed"
+        what = "dots: seeds, bars" if many else "bands"
+        words = f"mean of {seeds} seeds; {what}: 95 % interval of the mean" if seeds > 1 else "one seed"
         figure.suptitle(words, fontsize=7, color="0.3")
     return figure
 
@@ -111,8 +156,8 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(band.index, band["mean"], color=color, label=f"layer depth {depth}", linewidth=1.1)
         ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
     ax.set_xlabel("pre-training epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(bottom=0)  # H is never negative, also where the interval of two seeds is
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set_ylim(bottom=0, auto=True)  # H is never negative, also where the interval of two seeds is
     return ax
 
 
@@ -143,13 +188,18 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
     columns = max(len(row) for row in rows)
     with paper_style():
         width = PAGE_WIDTH * {1: 0.55, 2: 0.85}.get(columns, 1)
-        figure = Figure(figsize=(width, len(rows) * (_PANEL_HEIGHT - 0.3) + 0.2), layout="constrained")
+        height = _PANEL_HEIGHT - (0.3 if len(rows) < 4 else 0.8)
+        figure = Figure(figsize=(width, len(rows) * height + 0.5), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
         for row, axes in zip(rows, grid, strict=True):
             for (title, part), ax in zip(row, axes, strict=False):
                 plot_trajectories(part, ax=ax)
                 ax.set_title(title)
-            axes[0].set_ylabel("Heterogeneity H (nats)")
+            values = pd.concat([part["heterogeneity"] for _, part in row])
+            # Where H stays near its bound, as in SimMIM, an axis from 0 would lay all layers on one line.
+            near = values.min() > _NEAR_BOUND * values.max()
+            axes[0].set_ylim(bottom=values.min() - 0.05 * np.ptp(values) if near else 0)
+            axes[0].set_ylabel("H (nats), not from 0" if near else "Heterogeneity H (nats)")
             for empty in axes[len(row) :]:
                 empty.set_axis_off()
         _depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))

@@ -26,6 +26,8 @@ __all__ = ["Plan", "plan"]
 # Pictures in the probe steps: activations are measured at both, and grow linearly with the batch.
 _PROBES = (1, 3)
 _TIMED_STEPS = 2
+# Activations of the timed batch, in bytes.
+_TIMED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Grou
     shares = here.count if settings.fsdp else 1
     kept = {size: _activations(stepper, noise_batch(recipe, size, here.device), trained) for size in _PROBES}
     slope = max(0, (kept[_PROBES[1]] - kept[_PROBES[0]]) // (_PROBES[1] - _PROBES[0]))
-    size = max(1, min(micro, 8))
+    # A batch that is long enough to measure: of small models a step of a few pictures is nearly all overhead.
+    size = max(1, min(micro, max(8, _TIMED_BYTES // max(1, slope))))
     batch = noise_batch(recipe, size, here.device)
     _time(stepper, batch)  # the first step makes the optimizer's state, and compiles
     seconds = min(_time(stepper, batch) for _ in range(_TIMED_STEPS)) / size
