@@ -211,7 +211,7 @@ class TestMeasured:
         self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
     ) -> None:
         said: list[str] = []
-        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder, limit=3)
+        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder, limit=3, device="auto")
         list(draw_paper(["definitions", "controls"], tmp_path, inputs, say=said.append))
         assert sum("masks:" in line for line in said) == 1
         controls = pd.read_csv(tmp_path / "controls.csv")
@@ -516,6 +516,11 @@ class TestPublicFiles:
         assert result.exit_code == 0, result.output
         assert "SimMIM: sha256" in result.stderr
         assert set(pd.read_csv(tmp_path / "out/fig1b.csv")["model"]) == {"SimMIM", "SimMIM, early"}
+
+    def test_an_unknown_device_is_a_usage_error(self, public_files, tmp_path: Path) -> None:
+        result = runner.invoke(app, ["figures", "fig1a", "--device", "abacus", "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert "device abacus cannot be used" in result.stderr
 
     def test_figures_without_models_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="table1 shows no model"):

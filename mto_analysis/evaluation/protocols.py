@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mto_analysis.models import MaskedImageModel
@@ -59,8 +60,8 @@ class Evaluation:
     """
 
     protocol: Protocol | Literal["linear"]
-    train: str
-    test: str
+    train: str | Path
+    test: str | Path
     every: int = 10
     pooling: Pooling | None = None
     neighbours: int = 20

@@ -196,13 +196,13 @@ class Workbench:
     def _groups(self) -> Iterator[_Group]:
         from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
         from mto_analysis.masking import load_masks
-        from mto_analysis.studies.heterogeneity import Settings
+        from mto_analysis.studies.heterogeneity import Settings, pick_device
 
         inputs = self.inputs
         common: dict[str, Any] = {
             "limit": inputs.limit,
             "batch_size": inputs.batch_size,
-            "device": inputs.device,
+            "device": pick_device(inputs.device),
         }
         if inputs.checkpoints:
             yield _Group(inputs.checkpoints, inputs.names, Settings(**common))
