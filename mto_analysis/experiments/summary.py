@@ -39,8 +39,8 @@ def summary_page(experiment: Experiment, results: Results, *, device: str, jobs:
         parts.append(_choice(experiment, results))
     parts.append(
         "## Files\n\n`curves.csv` (all scores), `rauc.csv`, `heterogeneity.csv`, `terms.csv`, `choice.csv` where "
-        "settings were chosen; `curves`, `rauc`, `time`, `heterogeneity` as `.png` and `.pdf`; `run.json`; every run with its "
-        "checkpoint in `runs/`."
+        "settings were chosen; `curves`, `rauc`, `time`, `heterogeneity` as `.png` and `.pdf`; `run.json`; every "
+        "run with its checkpoint in `runs/`."
     )
     return "\n\n".join(filter(None, parts)) + "\n"
 
