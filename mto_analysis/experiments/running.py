@@ -86,7 +86,8 @@ def do_runs(
             tell(Progress(run, "found", steps, steps, run.recipe.epochs))
     if not queue.waiting:
         return
-    with _workers(min(jobs, len(queue.waiting))) as workers:
+    count = min(jobs, len(queue.waiting))
+    with _workers(count, deterministic=runs.experiment.deterministic) as workers:
         while True:
             for worker in workers:
                 if worker.run is None and (ready := queue.next()) is not None:
@@ -163,13 +164,16 @@ class _Queue:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
+def _workers(count: int, *, deterministic: bool) -> Iterator[list[_Worker]]:
     """Processes, none of which outlives the block."""
     context = multiprocessing.get_context("spawn")
     threads = threads_for(count)
     workers: list[_Worker] = []
     try:
-        with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)):
+        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if deterministic:  # or cuBLAS refuses to be
+            variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        with _environment(**variables):
             for number in range(count):
                 mine, theirs = context.Pipe()
                 process = context.Process(target=work, args=(theirs, threads, _device(number)), name=f"run {number}")
