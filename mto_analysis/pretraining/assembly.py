@@ -64,7 +64,7 @@ class Assembly:
             self.wrapped = self.method if group.count == 1 else self._parallel(micro_batch)
         self.optimizer = build_optimizer(self.method, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._whole: MaskedImageModel | None = None
+        self._whole: Method | None = None
         self.trained = [each for group in self.optimizer.param_groups for each in group["params"]]
 
     def _parallel(self, micro_batch: int) -> nn.Module:
@@ -106,30 +106,38 @@ class Assembly:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
 
-    def whole_student(self, state: Mapping[str, Any] | None = None) -> MaskedImageModel | None:
+    def whole_student(self) -> MaskedImageModel | None:
         """The trained model with all its weights; ``None`` on processes that have only a share and need not write.
 
-        Args:
-            state: From :meth:`state`, where it is at hand; else a collective call where weights are sharded.
+        A collective call where weights are sharded.
         """
         if not self.settings.fsdp:
             return self.method.student if self.group.main else None
-        weights = (self.state() if state is None else state)["method"]
+        whole = self._whole_method(self.state())
+        return None if whole is None else whole.student
+
+    def _whole_method(self, state: Mapping[str, Any]) -> Method | None:
+        """The method as a state has it, whole, on the process that writes."""
         if not self.group.main:
             return None
+        if not self.settings.fsdp:
+            return self.method
         if self._whole is None:
-            self._whole = build_method(self.recipe, seed=self.settings.seed).student
-        names = {name: tensor for name, tensor in weights.items() if name.startswith("student.")}
-        self._whole.load_state_dict({name.removeprefix("student."): tensor for name, tensor in names.items()})
+            self._whole = build_method(self.recipe, seed=self.settings.seed)
+        self._whole.load_state_dict(state["method"])
         return self._whole
 
     def published(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a checkpoint holds in the layout of the original method; ``None`` on processes that do not write."""
-        student = self.whole_student(state)
-        if student is None:
+        """What a checkpoint holds in the layout of the original method; ``None`` on processes that do not write.
+
+        Args:
+            state: From :meth:`state`.
+        """
+        whole = self._whole_method(state)
+        if whole is None:
             return None
-        content: dict[str, Any] = {"model": published_state(student), **published_facts(student)}
-        teacher = None if self.settings.fsdp else self.method.teacher_state()
+        content: dict[str, Any] = {"model": published_state(whole.student), **published_facts(whole.student)}
+        teacher = whole.teacher_state()
         if teacher is not None:
             content["model_ema"] = teacher  # the originals' name for it
         if self.ema is not None:
