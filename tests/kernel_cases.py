@@ -1,6 +1,6 @@
-"""Runs the Triton kernels of the losses in Triton's interpreter, beside the plain path in float64; a process of its own.
+"""Runs the Triton kernels of the losses in Triton's interpreter beside the plain path, in a process of its own.
 
-The interpreter must be chosen before Triton is imported. Prints one JSON object: for each case the greatest differences.
+The interpreter must be chosen before Triton is imported. Prints one JSON object: the differences of each case.
 """
 
 import json
@@ -11,9 +11,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from mto_analysis.training import MTOConfig, mto_loss
+from mto_analysis.training import MTOConfig, StackSpec, mto_loss
 from mto_analysis.training.entropies import SortedMask, masked_visible_entropy, visible_rows_entropy
-from mto_analysis.training.fused import FusedEntropies, plain_path
+from mto_analysis.training.fused import FusedEntropies, FusedTerms, plain_path
 
 
 def masks(name):
@@ -57,10 +57,44 @@ def entropies(mask, dim, dtype, prefix, include_self, scale=1.0):
     }
 
 
+def all_losses(config, combine, dtype=torch.float32):
+    """Differences of the terms, and of the gradients of all layers, where ``combine`` makes one number of the terms."""
+    generator = torch.Generator().manual_seed(4)
+    mask = masks("ragged")
+    tokens = 0.5 * torch.randn(3, len(mask), mask.shape[1], 12, generator=generator, dtype=torch.float64)
+    results = []
+    for kind in (torch.float64, dtype):
+        layers = [each.to(kind).requires_grad_() for each in tokens]
+        terms = mto_loss(layers, mask, config, step=2)
+        used = type(terms.loss.grad_fn).__name__ == FusedTerms.__name__ + "Backward"
+        combine(terms).backward()
+        results.append((torch.stack(terms[:4]).detach(), torch.stack([layer.grad for layer in layers])))
+    (terms, gradient), (terms_here, gradient_here) = results
+    worst = max(relative(here, exact) for here, exact in zip(terms_here, terms, strict=True))
+    return {"values": worst, "gradient": relative(gradient_here, gradient), "used": float(used)}
+
+
+def found_masks(count, learned_position):
+    """Whether masks are found as on the plain path, with rows in another dtype and an image of another kind."""
+    generator = torch.Generator().manual_seed(5)
+    mask = masks("ragged")
+    tokens = torch.randn(3, 82, 150, generator=generator).half()[:, 1:]
+    row = torch.randn(1, 81 if learned_position else 1, 150, generator=generator)
+    tokens = torch.where(mask[..., None], row.half(), tokens)
+    tokens[0, 3, 149] += 1  # almost a masked token
+    rows = [row + 1, row, row + 2][-count:] if count > 1 else row
+    spec = StackSpec("encoder", [torch.nn.Identity()], masked_row=lambda: rows)
+    candidates = spec.find_masks(tokens)
+    here = next((each for each in candidates if each.any()), candidates[0])
+    with plain_path():
+        exact = spec.find_mask(tokens)
+    return {"same": float(torch.equal(here, exact)), "masked": int(exact.sum()), "candidates": len(candidates)}
+
+
 def main():
     found = {}
     for name in ("equal", "ragged", "many", "extreme"):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16):  # the interpreter has no products of bfloat16
             for include_self in (None, True, False):
                 dim = {"equal": 64, "ragged": 70, "many": 40, "extreme": 5}[name]
                 key = f"{name} {str(dtype).removeprefix('torch.')} {include_self}"
@@ -74,6 +108,22 @@ def main():
             exact = SortedMask.of(mask, 1)
         same = torch.equal(here.order, exact.order) and torch.equal(here.num_masked, exact.num_masked)
         found["sorted"][name] = float(same)
+    configs = {
+        "default": MTOConfig(warmup_steps=5),
+        "paper": MTOConfig.paper(),
+        "as printed": MTOConfig(ranking_direction="as_printed", include_self=False, sparsity_reduction="sum"),
+        "ranking": MTOConfig(sparsity_weight=0, embedding_weight=0),
+        "no ranking": MTOConfig(ranking_weight=0),
+        "some layers": MTOConfig(layers=(0, 2)),
+    }
+    for name, config in configs.items():
+        found[f"losses {name}"] = all_losses(config, lambda terms: 3 * terms.loss)
+        if name == "paper":
+            found["losses apart"] = all_losses(config, lambda terms: terms.loss + 2 * terms.ranking - terms.embedding)
+            found["losses apart, one"] = all_losses(config, lambda terms: terms.sparsity)
+    for count in (1, 2, 3):
+        for learned_position in (False, True):
+            found[f"masks {count} {learned_position}"] = found_masks(count, learned_position)
     json.dump(found, sys.stdout)
 
 

@@ -7,6 +7,7 @@ float64, and after a kernel failed to compile or to start, which is told once.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from mto_analysis.training.entropies import SortedMask
+    from mto_analysis.training.losses import MTOConfig
 
-__all__ = ["attempt", "fused_entropies", "kernels_for", "plain_path"]
+__all__ = ["attempt", "fused_entropies", "fused_terms", "kernels_for", "plain_path", "term_kernels_for"]
 
 _T = TypeVar("_T")
 
@@ -42,20 +44,26 @@ def plain_path() -> Iterator[None]:
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels, if they can take what lies on the device of a tensor."""
-    if not _switch["on"] or not (tensor.is_cuda or _INTERPRETED):
-        return None
-    return _load(tensor.device)
+    return _load(tensor.device, "kernels") if _usable(tensor) else None
+
+
+def term_kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The kernels around the entropies, if they can take what lies on the device of a tensor."""
+    return _load(tensor.device, "term_kernels") if _usable(tensor) else None
+
+
+def _usable(tensor: Tensor) -> bool:
+    return _switch["on"] and (tensor.is_cuda or _INTERPRETED)
 
 
 @functools.cache
-def _load(device: torch.device) -> ModuleType | None:
+def _load(device: torch.device, name: str) -> ModuleType | None:
     if device.type == "cuda" and (torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0)):
         return None
     try:
-        from mto_analysis.training import kernels
+        return importlib.import_module(f"mto_analysis.training.{name}")
     except Exception:  # not installed, or no version that fits
         return None
-    return kernels
 
 
 def attempt(work: Callable[[], _T]) -> _T | None:
@@ -133,5 +141,84 @@ def fused_entropies(
     def work() -> tuple[Tensor, ...]:
         found = FusedEntropies.apply(tokens, split, include_self, kernels, plain)
         return (found,) if isinstance(found, Tensor) else found
+
+    return attempt(work)
+
+
+class FusedTerms(torch.autograd.Function):
+    """Weighted loss, L_spa, L_e and L_r: layers batch, batch -> four scalars. ``plain`` as above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        spread: Tensor | None,
+        split: SortedMask,
+        config: MTOConfig,
+        factor: float,
+        kernels: ModuleType,
+        plain: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.rest = split.num_masked, split.num_patches, config, factor
+        ctx.kernels, ctx.plain = kernels, plain
+        ctx.save_for_backward(h, spread)
+        terms: tuple[Tensor, ...] = kernels.forward_terms(h, spread, *ctx.rest)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, spread = ctx.saved_tensors
+        *rest, factor = ctx.rest
+
+        def work() -> tuple[Tensor, Tensor | None]:
+            by_loss, *by_terms = given
+            if by_loss is not None and not any(each is not None for each in by_terms):
+                found: tuple[Tensor, Tensor | None] = ctx.kernels.backward_terms(by_loss, h, spread, *rest, factor)
+                return found
+            config = rest[-1]
+            weights = (config.sparsity_weight, config.embedding_weight, config.ranking_weight)
+            by = [h.new_zeros(()) if each is None else each for each in by_terms]
+            if by_loss is not None:
+                by = [each + factor * weight * by_loss for each, weight in zip(by, weights, strict=True)]
+            found = ctx.kernels.backward_terms(torch.stack(by), h, spread, *rest, None)
+            return found
+
+        gradients = attempt(work)
+        if gradients is None:
+            leaves = [each.detach().requires_grad_() for each in (h, spread) if each is not None]
+            with torch.enable_grad():
+                terms = ctx.plain(leaves[0], leaves[1] if spread is not None else None)
+                total = sum(
+                    (term * by for term, by in zip(terms, given, strict=True) if by is not None), h.new_zeros(())
+                )
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
+            gradients = found[0], found[1] if spread is not None else None
+        return *gradients, None, None, None, None, None
+
+
+def fused_terms(
+    h: Tensor,
+    spread: Tensor | None,
+    split: SortedMask,
+    config: MTOConfig,
+    factor: float,
+    plain: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...] | None:
+    """Weighted loss, L_spa, L_e and L_r by kernels, or None where these cannot be used.
+
+    Shapes:
+        h: layers batch
+        spread: batch, or none where L_spa has no weight
+        returns: four scalars
+    """
+    kernels = term_kernels_for(h)
+    if kernels is None or h.dtype != torch.float32 or config.layers is not None or not h.numel():
+        return None
+
+    def work() -> tuple[Tensor, ...]:
+        terms: tuple[Tensor, ...] = FusedTerms.apply(h, spread, split, config, factor, kernels, plain)
+        return terms
 
     return attempt(work)

@@ -387,7 +387,7 @@ def _products(dtype: torch.dtype) -> str:
 
 def _tile(count: int, most: int) -> int:
     """Rows or columns at once."""
-    return min(most, max(16, triton.next_power_of_2(count)))
+    return int(min(most, max(16, triton.next_power_of_2(count))))
 
 
 def _kept(tokens: Tensor, rows: int, columns: int) -> Tensor:
@@ -485,7 +485,7 @@ def backward_entropies(
             SPLIT=half,
             PRODUCTS=_products(tokens.dtype),
             R=rows,
-            C=rows,
+            C=rows if half else min(rows, 32),
             K=channels,
             num_warps=4,
             num_stages=2,
