@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 # Triton's interpreter runs kernels on a CPU, slowly: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_switch = {"on": os.environ.get("MTO_KERNELS", "1") != "0"}
+_switch = {"on": os.environ.get("MTO_KERNELS", "1") != "0", "failed": False}
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def term_kernels_for(tensor: Tensor) -> ModuleType | None:
 
 
 def _usable(tensor: Tensor) -> bool:
-    return _switch["on"] and (tensor.is_cuda or _INTERPRETED)
+    return _switch["on"] and not _switch["failed"] and (tensor.is_cuda or _INTERPRETED)
 
 
 @functools.cache
@@ -68,12 +68,14 @@ def _load(device: torch.device, name: str) -> ModuleType | None:
 
 def attempt(work: Callable[[], _T]) -> _T | None:
     """Work with kernels, or None where they fail: then they are left alone from now on."""
+    if _switch["failed"]:  # after the forward pass, perhaps
+        return None
     try:
         return work()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        _switch["on"] = False
+        _switch["failed"] = True
         reason = next(iter(str(error).strip().splitlines()), "")
         warnings.warn(
             f"CUDA kernels of the MTO losses do not run here, torch's operators do ({type(error).__name__}: {reason})",
@@ -157,7 +159,7 @@ class FusedTerms(torch.autograd.Function):
         config: MTOConfig,
         factor: float,
         kernels: ModuleType,
-        plain: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+        plain: Callable[[Sequence[Tensor], Tensor | None], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.rest = split.num_masked, split.num_patches, config, factor
@@ -189,7 +191,7 @@ class FusedTerms(torch.autograd.Function):
         if gradients is None:
             leaves = [each.detach().requires_grad_() for each in (h, spread) if each is not None]
             with torch.enable_grad():
-                terms = ctx.plain(leaves[0], leaves[1] if spread is not None else None)
+                terms = ctx.plain(leaves[0].unbind(), leaves[1] if spread is not None else None)
                 total = sum(
                     (term * by for term, by in zip(terms, given, strict=True) if by is not None), h.new_zeros(())
                 )
@@ -204,7 +206,7 @@ def fused_terms(
     split: SortedMask,
     config: MTOConfig,
     factor: float,
-    plain: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+    plain: Callable[[Sequence[Tensor], Tensor | None], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...] | None:
     """Weighted loss, L_spa, L_e and L_r by kernels, or None where these cannot be used.
 
@@ -214,7 +216,9 @@ def fused_terms(
         returns: four scalars
     """
     kernels = term_kernels_for(h)
-    if kernels is None or h.dtype != torch.float32 or config.layers is not None or not h.numel():
+    # Layer depths that are not ranked would get gradients, all 0.
+    unranked = config.layers is not None or config.ranking_weight == 0
+    if kernels is None or h.dtype != torch.float32 or unranked or not h.numel():
         return None
 
     def work() -> tuple[Tensor, ...]:

@@ -257,19 +257,19 @@ def combine_terms(
     """
     h, factor = torch.stack(list(heterogeneities)), config.warmup(step)
 
-    def plain(h: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+    def plain(layers: Sequence[Tensor], rows: Tensor | None) -> tuple[Tensor, ...]:
         # Layer depths that are not ranked stay out of the graph.
-        ranked = h if config.layers is None else torch.stack([heterogeneities[depth] for depth in config.layers])
-        first = h[0] if config.layers is None else heterogeneities[0]
+        every = h if layers is heterogeneities else torch.stack(list(layers))
+        ranked = every if config.layers is None else torch.stack([layers[depth] for depth in config.layers])
         zero = h.new_zeros(())
         sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
-        embedding = embedding_loss(first, eps=config.eps) if config.embedding_weight > 0 else zero
+        embedding = embedding_loss(layers[0], eps=config.eps) if config.embedding_weight > 0 else zero
         ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
         weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding
         return factor * (weighted + config.ranking_weight * ranking), sparsity, embedding, ranking
 
     terms = fused_terms(h, rows, split, config, factor, plain)
-    loss, sparsity, embedding, ranking = plain(h, rows) if terms is None else terms
+    loss, sparsity, embedding, ranking = plain(heterogeneities, rows) if terms is None else terms
     return MTOTerms(loss, sparsity, embedding, ranking, h)
 
 
