@@ -83,7 +83,7 @@ OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "60", 
 def test_kills__twenty_at_random_moments_change_no_bit(tmp_path, processes):
     finish(launch(tmp_path / "whole", processes, **OPTIONS))
     reached = kill_at_random(tmp_path / "killed", processes, 20, seed=processes, **OPTIONS)
-    assert len(set(reached)) > 10  # the kills met the run at different places
+    assert len(set(reached)) >= 8  # the kills met the run at different places
     equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -70,7 +70,6 @@ class Workbench:
 
     Args:
         inputs: What is measured.
-        name: Of the figure that is drawn now.
         maps: Keep affinity maps of every pass, as a figure will ask for them.
         say: Takes notes for the user.
         warn: Takes warnings for the user.
