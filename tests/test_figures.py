@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.collections import PolyCollection
 from PIL import Image
 from servers import Page, serve
@@ -24,10 +25,12 @@ from mto_analysis.paper import FIGURES, Drawn, Inputs, draw_paper, find_figures
 from mto_analysis.paper.drawing import CAPTIONS, merge_captions
 from mto_analysis.paper.public import PUBLIC, draw_public
 from mto_analysis.paper.workbench import Workbench
+from mto_analysis.plots.affinity import draw_affinity
 from mto_analysis.plots.runs import plot_runs
 from mto_analysis.plots.schematic import TOKENS, draw_schematic, plot_losses_on_affinity, plot_style
 from mto_analysis.plots.style import PAPER_STYLE, TEXT_WIDTH, paper_style
 from mto_analysis.plots.tables import draw_table
+from mto_analysis.quadrants import AffinityMap
 from mto_analysis.tables import paper_table, printed
 from mto_analyze import app
 
@@ -211,12 +214,28 @@ class TestMeasured:
         self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
     ) -> None:
         said: list[str] = []
-        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder, limit=3)
+        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder, limit=3, device="auto")
         list(draw_paper(["definitions", "controls"], tmp_path, inputs, say=said.append))
         assert sum("masks:" in line for line in said) == 1
         controls = pd.read_csv(tmp_path / "controls.csv")
         assert set(controls["control"]) >= {"random_weights", "zero_token", "visible_null"}
         assert set(pd.read_csv(tmp_path / "definitions.csv")["num_images"]) == {3}
+
+
+def test_draw_affinity__names_and_ranges_of_thirteen_maps_do_not_touch_on_a_page() -> None:
+    values = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
+    maps = [AffinityMap("encoder", depth, None, 4, 5, "softmax", values) for depth in range(13)]
+    figure = draw_affinity(maps, width=TEXT_WIDTH, note=False)
+    with paper_style():
+        figure.draw_without_rendering()
+    panels = [ax for ax in figure.axes if ax.images]
+    assert len(panels) == 13
+    for ax in panels:
+        found = [text for text in (ax.title, ax._left_title, ax._right_title, *ax.texts) if text.get_text()]
+        boxes = [text.get_window_extent() for text in found]
+        assert any(" to " in text.get_text() for text in found)
+        for index, one in enumerate(boxes):
+            assert not any(one.overlaps(two) for two in boxes[index + 1 :])
 
 
 class TestSchematic:
@@ -516,6 +535,11 @@ class TestPublicFiles:
         assert result.exit_code == 0, result.output
         assert "SimMIM: sha256" in result.stderr
         assert set(pd.read_csv(tmp_path / "out/fig1b.csv")["model"]) == {"SimMIM", "SimMIM, early"}
+
+    def test_an_unknown_device_is_a_usage_error(self, public_files, tmp_path: Path) -> None:
+        result = runner.invoke(app, ["figures", "fig1a", "--device", "abacus", "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert "device abacus cannot be used" in result.stderr
 
     def test_figures_without_models_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="table1 shows no model"):

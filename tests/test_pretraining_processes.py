@@ -46,8 +46,7 @@ def finish(started):
 
 def equal_runs(one, other):
     assert same(contents(one / "last.pth"), contents(other / "last.pth"))
-    for name in ("metrics.csv",):
-        assert rows(one / name) == rows(other / name)
+    assert rows(one / "metrics.csv") == rows(other / "metrics.csv")
 
 
 def kill_at_random(folder, processes, kills, seed, **options):
@@ -76,7 +75,7 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "120", "clip_grad": "1.0"}}
+OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "60", "clip_grad": "1.0"}}
 
 
 @pytest.mark.slow
@@ -84,7 +83,7 @@ OPTIONS = {"mto": True, "ema": 0.9, "save_steps": 1, "recipe": {"epochs": "120",
 def test_kills__twenty_at_random_moments_change_no_bit(tmp_path, processes):
     finish(launch(tmp_path / "whole", processes, **OPTIONS))
     reached = kill_at_random(tmp_path / "killed", processes, 20, seed=processes, **OPTIONS)
-    assert len(set(reached)) > 10  # the kills met the run at different places
+    assert len(set(reached)) >= 8  # the kills met the run at different places
     equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -110,10 +109,41 @@ def test_two_processes__give_the_curve_of_one_with_twice_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes__of_another_number_go_on_with_a_word(tmp_path):
-    finish(launch(tmp_path / "run", 2, recipe={"epochs": "2"}))
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["layout"]["processes"] == 2
+def test_fsdp__trains_with_mto_as_one_process_and_resumes_exactly(tmp_path):
+    options = {"mto": True, "recipe": {"epochs": "3"}}
+    finish(launch(tmp_path / "one", 1, **options))
+    finish(launch(tmp_path / "whole", 2, fsdp=True, save_steps=1, **options))
+    for first, second in zip(*(rows(tmp_path / name / "metrics.csv") for name in ("one", "whole")), strict=True):
+        assert float(first["pixels"]) == pytest.approx(float(second["pixels"]), rel=2e-5)
+        assert float(first["mto"]) == pytest.approx(float(second["mto"]), rel=2e-4)
+    kill_at_random(tmp_path / "killed", 2, 1, seed=3, fsdp=True, save_steps=1, **options)
+    equal_runs(tmp_path / "whole", tmp_path / "killed")
+    one, other = (contents(tmp_path / name / "last.pth")["model"] for name in ("one", "whole"))
+    assert one.keys() == other.keys()
+    assert all(one[name].shape == other[name].shape for name in one)
+
+
+@pytest.mark.slow
+def test_launchers__start_the_command(tmp_path):
+    from mto_analysis.demo import DEMO_PICTURES
+
+    arguments = ["-m", "mto_analyze", "pretrain", "--recipe", "mae_cifar10", "--data", str(DEMO_PICTURES)]
+    arguments += ["--device", "cpu", "--set", "model.depth=1", "--set", "epochs=1", "--set", "batch_size=64"]
+    # On CPUs accelerate starts one process only, unless there is MPI; on GPUs it is torchrun.
+    for name, count, start in (
+        ("torchrun", 2, ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]),
+        ("accelerate", 1, ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *start, *arguments, "--out", str(tmp_path / name)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("epoch 1/1") == 1
+        assert json.loads((tmp_path / name / "run.json").read_text())["layout"]["processes"] == count
 
 
 def limited(folder, size, **options):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("curves", "rauc", "time", "heterogeneity")
 FILES = (
-    *("curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "summary.md", "run.json"),
+    *("curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "terms.csv", "summary.md", "run.json"),
     *(f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "pdf")),
 )
 
@@ -43,8 +43,8 @@ def experiment(
     """Run a whole experiment: every arm with every seed, evaluated along the way, then RAUC, figures and a page.
 
     Stopped or killed, it goes on from the last epoch of every run when the same command is given again. Writes
-    curves.csv, rauc.csv, heterogeneity.csv, choice.csv, summary.md, run.json and the figures curves, rauc, time and
-    heterogeneity to --out; runs are in its folders runs and choose.
+    summary.md, curves.csv, rauc.csv, heterogeneity.csv, terms.csv, choice.csv, run.json and the figures curves, rauc,
+    time and heterogeneity to --out; runs are in its folders runs and choose.
     """
     from mto_analysis.data import open_pictures
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
@@ -86,6 +86,7 @@ def _write(
     folder.write_table("curves.csv", results.curves)
     folder.write_table("rauc.csv", results.rauc_table())
     folder.write_table("heterogeneity.csv", results.heterogeneity)
+    folder.write_table("terms.csv", results.terms)
     if len(results.choice):
         folder.write_table("choice.csv", results.choice)
     _draw(folder, results)

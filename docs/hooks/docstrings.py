@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
+
+ROOT = Path(__file__).parents[2]
 
 _FORMULA_LINE = re.compile(r"^( *)\.\. math:: (.+)$", re.MULTILINE)
 _FORMULA = re.compile(r":math:`([^`]+)`")
@@ -47,9 +50,15 @@ def comment_above(obj: griffe.Object) -> str:
 
 
 def _reference(match: re.Match[str]) -> str:
-    """A link where the whole path is given, else the name."""
+    """A link where the whole path is given, to the page of a module or to the place of anything else; else the name."""
     path = match[1]
-    return f"[`{path.rpartition('.')[2]}`][{path}]" if path.startswith("mto_analysis.") else f"`{path}`"
+    name = f"`{path.rpartition('.')[2]}`"
+    if not path.startswith("mto_analysis."):
+        return f"`{path}`"
+    place = ROOT / path.replace(".", "/")
+    if place.is_dir() or place.with_suffix(".py").is_file():
+        return f"[{name}]({path.removeprefix('mto_analysis.').replace('.', '-')}.md)"
+    return f"[{name}][{path}]"
 
 
 def _shapes(match: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, OVERVIEW, content=overview()))
     for module in modules():
         name = module_name(module)
-        files.append(File.generated(config, page_of(name), content=f"# {name}\n\n::: {name}\n"))
+        content = f"# {name}\n\n::: {name}\n" + (public_names(module) if module.name == "__init__.py" else "")
+        files.append(File.generated(config, page_of(name), content=content))
     files.append(File.generated(config, OPTIONS, content="\n".join(options())))
     return files
 
@@ -63,12 +65,24 @@ def page_of(name: str) -> str:
 
 def overview() -> str:
     """The list of modules with the first sentence of each."""
-    lines = ["# Reference", "", *_docstring(PACKAGE / "__init__.py"), "", "| module | what it owns |", "| --- | --- |"]
+    lines = ["# Reference", "", *_docstring(PACKAGE / "__init__.py"), "", public_names(PACKAGE / "__init__.py")]
+    lines += ["", "## Modules", "", "| module | what it owns |", "| --- | --- |"]
     for path in modules():
         name = module_name(path)
-        first = " ".join(_docstring(path)).split(". ")[0].rstrip(".")
+        first = re.split(r"(?<!Eq)(?<!Eqs)(?<!Fig)\. ", " ".join(_docstring(path)))[0].rstrip(".")
+        first = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", first)
         lines.append(f"| [{name}]({page_of(name).removeprefix('reference/')}) | {first.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
+
+
+def public_names(package: Path) -> str:
+    """What a package gives under its own name, each name a link to where it is documented."""
+    links = []
+    for node in ast.walk(ast.parse(package.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mto_analysis."):
+            links += [(each.asname or each.name, f"{node.module}.{each.name}") for each in node.names]
+    shown = (f'<autoref optional identifier="{path}"><code>{name}</code></autoref>' for name, path in sorted(links))
+    return f"\nFrom `{module_name(package)}`: {', '.join(shown)}.\n" if links else ""
 
 
 def _docstring(path: Path) -> list[str]:

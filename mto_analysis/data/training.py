@@ -196,20 +196,40 @@ class TrainingData:
             yield from self._from_workers(self._source, plans)
 
     def _from_memory(self, held: HeldPictures, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
+        # On a GPU a stream of its own, or each copy to it would wait for all of the model's work before.
+        stream = self._side_stream()
         # Masks and geometry are drawn on the CPU, one batch ahead of the device.
         with ThreadPoolExecutor(1, thread_name_prefix="masks") as ahead:
             coming = [ahead.submit(held.draw, plan.rows, plan.epoch) for plan in plans[:1]]
             for number, plan in enumerate(plans):
                 rows, geometry, mask = coming.pop().result()
                 coming = [ahead.submit(held.draw, later.rows, later.epoch) for later in plans[number + 1 : number + 2]]
-                images, second = held.augmented(rows, geometry, plan.epoch)
-                mask = mask.to(self._device, non_blocking=True)
-                yield TrainBatch(self._draws.names_of(rows), images, second, mask)
+                with torch.cuda.stream(stream):
+                    images, second = held.augmented(rows, geometry, plan.epoch)
+                    batch = TrainBatch(self._draws.names_of(rows), images, second, mask.to(self._device))
+                if stream is not None:
+                    self._hand_over(stream, [each for each in batch[1:] if each is not None])
+                yield batch
+
+    def _side_stream(self) -> torch.cuda.Stream | None:
+        """A stream that comes after all that the device was asked for until now; none on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        return stream
+
+    def _hand_over(self, stream: torch.cuda.Stream, tensors: Sequence[Tensor]) -> None:
+        """Let the model's stream use what was made on another."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
     def _from_workers(self, source: CroppedBatches, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
-        batches = source.run(plans)
-        if self._device.type == "cuda":
-            batches = self._copied_ahead(batches)
+        batches, stream = source.run(plans), self._side_stream()
+        if stream is not None:
+            batches = self._copied_ahead(stream, batches)
         for batch in batches:
             self._note_broken(batch.broken)
             rows = batch.rows.numpy()
@@ -217,9 +237,8 @@ class TrainingData:
             images, second = self._draws.finish(batch.pixels, rows, batch.epoch)
             yield TrainBatch(self._draws.names_of(rows), images, second, batch.mask)
 
-    def _copied_ahead(self, batches: Iterator[CroppedBatch]) -> Iterator[CroppedBatch]:
+    def _copied_ahead(self, stream: torch.cuda.Stream, batches: Iterator[CroppedBatch]) -> Iterator[CroppedBatch]:
         """One batch ahead on a stream of its own, so that copying overlaps with the model's work."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ready: CroppedBatch | None = None
         while True:
             batch = next(batches, None)
@@ -231,10 +250,7 @@ class TrainingData:
                 yield ready
             if coming is None:
                 return
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(stream)
-            for tensor in (coming.pixels, coming.mask):
-                tensor.record_stream(current)
+            self._hand_over(stream, [coming.pixels, coming.mask])
             ready = coming
 
     def _note_broken(self, found: Sequence[tuple[int, str]]) -> None:

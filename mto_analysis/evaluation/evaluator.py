@@ -62,10 +62,10 @@ class Evaluator:
         self.evaluation = evaluation
         size = evaluation.batch_size
         self.train = LabelledPictures(
-            evaluation.train, limit=evaluation.limit, batch_size=size, num_workers=num_workers
+            str(evaluation.train), limit=evaluation.limit, batch_size=size, num_workers=num_workers
         )
         self.test = LabelledPictures(
-            evaluation.test, limit=evaluation.test_limit, batch_size=size, num_workers=num_workers
+            str(evaluation.test), limit=evaluation.test_limit, batch_size=size, num_workers=num_workers
         )
         self.num_classes = check_classes(self.train, self.test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mto_analysis.models import MaskedImageModel
@@ -35,7 +36,7 @@ class Evaluation:
     Args:
         protocol: ``knn``, the weighted vote of the nearest training pictures, or ``linear_cached``, a linear classifier
             on features without augmentation; ``linear`` is taken for the latter. What is trained with augmentation (the
-            linear probe of MAE, fine-tuning) is in :mod:`mto_analysis.evaluation.classification`.
+            linear probe of MAE, fine-tuning) is in :mod:`mto_analysis.evaluation.training`.
         train: Labelled training pictures, as for :func:`mto_analysis.open_pictures`.
         test: Labelled test pictures.
         every: Pre-training epochs between two scores along a run.
@@ -59,8 +60,8 @@ class Evaluation:
     """
 
     protocol: Protocol | Literal["linear"]
-    train: str
-    test: str
+    train: str | Path
+    test: str | Path
     every: int = 10
     pooling: Pooling | None = None
     neighbours: int = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Results:
         heterogeneity: ``method seed epoch stack layer_depth heterogeneity recipe arm``; means over an epoch's logged
             steps, in training mode.
         speed: ``method seed step_seconds images_per_second data_wait``, medians over epochs.
+        terms: Of each run's last logged step: ``method seed``, the loss and its terms, those of MTO unweighted.
         choice: ``variant candidate seed final mean``; empty without a choice.
         chosen: Candidate by variant.
         comparisons: Every pair in every window, over epochs.
@@ -48,6 +49,7 @@ class Results:
     curves: pd.DataFrame
     heterogeneity: pd.DataFrame
     speed: pd.DataFrame
+    terms: pd.DataFrame
     choice: pd.DataFrame
     chosen: dict[str, str]
     comparisons: tuple[Comparison, ...]
@@ -86,7 +88,7 @@ def collect(runs: ExperimentRuns) -> Results:
     """
     import pandas as pd
 
-    curves, layers, speeds = [], [], []
+    curves, layers, speeds, terms = [], [], [], []
     for run in runs.main:
         curve = read_curve(run)
         if curve.empty:
@@ -96,6 +98,7 @@ def collect(runs: ExperimentRuns) -> Results:
         metrics = pd.read_csv(RunFolder(run.folder).metrics)
         epochs = metrics[metrics["kind"] == "epoch"]
         layers.append(_layers(epochs).assign(**who))
+        terms.append({**who, **_last_terms(metrics[metrics["kind"] == "step"])})
         rate = epochs["images_per_second"].median()
         speeds.append(
             {
@@ -120,6 +123,7 @@ def collect(runs: ExperimentRuns) -> Results:
             ["method", "seed", "epoch", "stack", "layer_depth", "heterogeneity", "recipe", "arm"]
         ],
         pd.DataFrame(speeds),
+        pd.DataFrame(terms),
         choice,
         chosen,
         (),
@@ -128,15 +132,19 @@ def collect(runs: ExperimentRuns) -> Results:
     pairs, windows = runs.experiment.pairs, runs.experiment.windows
     over_epochs = [_compared(results, pair, window) for pair in pairs for window in windows]
     over_time = [_timed(results, pair) for pair in pairs]
-    return Results(
-        results.curves,
-        results.heterogeneity,
-        results.speed,
-        results.choice,
-        results.chosen,
-        tuple(each for each in over_epochs if each is not None),
-        tuple(each for each in over_time if each is not None),
+    return replace(
+        results,
+        comparisons=tuple(each for each in over_epochs if each is not None),
+        timed=tuple(each for each in over_time if each is not None),
     )
+
+
+def _last_terms(steps: pd.DataFrame) -> dict[str, float]:
+    """The loss and its terms at the last logged step."""
+    last = steps.iloc[-1]
+    start, end = list(steps.columns).index("loss"), list(steps.columns).index("lr")
+    names = [name for name in steps.columns[start:end] if not _HETEROGENEITY.fullmatch(name)]
+    return {name: float(last[name]) for name in names if name != "mask_token_grad_norm"}
 
 
 def _layers(epochs: pd.DataFrame) -> pd.DataFrame:

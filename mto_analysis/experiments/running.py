@@ -51,7 +51,9 @@ class _Worker:
 
 
 def threads_for(jobs: int) -> int:
-    """Threads of each of some processes, so that together they fill the cores."""
+    """Threads of each of some processes, so that together they fill the cores; or what ``OMP_NUM_THREADS`` says."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores // jobs)
 
@@ -86,7 +88,8 @@ def do_runs(
             tell(Progress(run, "found", steps, steps, run.recipe.epochs))
     if not queue.waiting:
         return
-    with _workers(min(jobs, len(queue.waiting))) as workers:
+    count = min(jobs, len(queue.waiting))
+    with _workers(count, deterministic=runs.experiment.deterministic) as workers:
         while True:
             for worker in workers:
                 if worker.run is None and (ready := queue.next()) is not None:
@@ -163,13 +166,18 @@ class _Queue:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
+def _workers(count: int, *, deterministic: bool) -> Iterator[list[_Worker]]:
     """Processes, none of which outlives the block."""
     context = multiprocessing.get_context("spawn")
     threads = threads_for(count)
     workers: list[_Worker] = []
     try:
-        with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)):
+        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        # Threads that wait by spinning take the cores from other runs: ten times as slow on a busy machine.
+        variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+        if deterministic:  # or cuBLAS refuses to be
+            variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        with _environment(**variables):
             for number in range(count):
                 mine, theirs = context.Pipe()
                 process = context.Process(target=work, args=(theirs, threads, _device(number)), name=f"run {number}")

@@ -34,12 +34,13 @@ def summary_page(experiment: Experiment, results: Results, *, device: str, jobs:
         parts.append("## RAUC\n\n" + _rauc_table(results))
     if results.timed:
         parts.append(_time(results, jobs))
+    parts.append(_terms(results))
     if experiment.choice is not None:
         parts.append(_choice(experiment, results))
     parts.append(
-        "## Files\n\n`curves.csv` (all scores), `rauc.csv`, `heterogeneity.csv`, `choice.csv` where settings were "
-        "chosen; `curves`, `rauc`, `time`, `heterogeneity` as `.png` and `.pdf`; `run.json`; every run with its "
-        "checkpoint in `runs/`."
+        "## Files\n\n`curves.csv` (all scores), `rauc.csv`, `heterogeneity.csv`, `terms.csv`, `choice.csv` where "
+        "settings were chosen; `curves`, `rauc`, `time`, `heterogeneity` as `.png` and `.pdf`; `run.json`; every "
+        "run with its checkpoint in `runs/`."
     )
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -199,6 +200,22 @@ def _time(results: Results, jobs: int) -> str:
         else ""
     )
     return "## Equal time\n\n" + "\n".join(lines) + caution
+
+
+def _terms(results: Results) -> str:
+    """Whether the losses of MTO moved, and whether the model's own loss paid for it."""
+    means = results.terms.drop(columns=["seed", "recipe", "arm"]).groupby("method", sort=False).mean()
+    ends = results.heterogeneity[results.heterogeneity["epoch"] == results.heterogeneity["epoch"].max()]
+    own = [name for name in map(str, means) if name not in ("loss", "mto") and not name.startswith("mto_")]
+    rows: list[tuple[str, ...]] = [("method", *own, "L_spa", "L_e", "L_r", "H_0", "H at the last layer depth")]
+    for method, row in means.iterrows():
+        layers = ends[ends["method"] == method].groupby("layer_depth")["heterogeneity"].mean()
+        names = (*own, "mto_sparsity", "mto_embedding", "mto_ranking")
+        values = [row.get(name, np.nan) for name in names]
+        values += [layers.iloc[0], layers.iloc[-1]] if len(layers) else [np.nan, np.nan]
+        rows.append((str(method), *("-" if np.isnan(value) else f"{value:.4g}" for value in values)))
+    words = "Means over seeds: losses of the last logged step, without their weights; H over the last epoch."
+    return f"## Losses at the end\n\n{words}\n\n{_table(rows)}"
 
 
 def _choice(experiment: Experiment, results: Results) -> str:

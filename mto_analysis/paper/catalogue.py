@@ -35,7 +35,7 @@ class Inputs:
         num_heads: For checkpoints that do not hold their head counts.
         decoder_num_heads: The same for decoders.
         batch_size: Pictures at once.
-        device: ``cpu``, ``cuda`` ...
+        device: ``auto``, ``cpu``, ``cuda`` ...
         offline: Never touch the network.
 
     Raises:

@@ -18,7 +18,7 @@ from mto_analysis.paper.catalogue import Inputs, PaperFigure, find_figures
 from mto_analysis.paper.drawing import draw_paper
 from mto_analysis.probe import undisturbed
 from mto_analysis.reconstruction import own_loss
-from mto_analysis.studies.heterogeneity import Settings, load_source
+from mto_analysis.studies.heterogeneity import Settings, load_source, pick_device
 from mto_analysis.studies.sharing import Progress
 
 __all__ = ["PUBLIC", "draw_public"]
@@ -115,7 +115,7 @@ def _check(label: str, path: Path, pictures: Pictures, inputs: Inputs, say: Call
     """Whole, as published, and better than predicting the mean."""
     verified = verify_checkpoint(path, num_heads=inputs.num_heads, decoder_num_heads=inputs.decoder_num_heads)
     model = load_source(path, inputs.num_heads, inputs.decoder_num_heads, several=True)
-    settings = Settings(device=inputs.device)
+    settings = Settings(device=pick_device(inputs.device))
     batch = next(picture_batches(pictures, model.info, batch_size=_CHECKED, limit=_CHECKED))
     model.to(settings.device)
     with undisturbed(model):

@@ -97,7 +97,8 @@ def _accuracy_claims(bench: Workbench, styles: dict[str, str] | None, says: str)
     caption = (
         "Published statements, not measurements. Left: pre-training epochs until the baseline's accuracy at 800 epochs"
         " is reached, with the share of epochs that the text says MTO saves. Right: RAUC (Eq. 6) with MTO against the"
-        f" baseline as Table 1 prints it, in two windows. n = 1 number each; no number of runs is given. {closing}"
+        f" baseline as Table 1 prints it, in two windows. Each is a single number: no n and no interval is published."
+        f" {closing}"
     )
     numbers = pd.concat([claims.assign(statement="epochs"), rauc.assign(statement="rauc")], ignore_index=True)
     order = ["statement", *(column for column in numbers if column != "statement")]

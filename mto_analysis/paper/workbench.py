@@ -70,7 +70,6 @@ class Workbench:
 
     Args:
         inputs: What is measured.
-        name: Of the figure that is drawn now.
         maps: Keep affinity maps of every pass, as a figure will ask for them.
         say: Takes notes for the user.
         warn: Takes warnings for the user.
@@ -196,13 +195,13 @@ class Workbench:
     def _groups(self) -> Iterator[_Group]:
         from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
         from mto_analysis.masking import load_masks
-        from mto_analysis.studies.heterogeneity import Settings
+        from mto_analysis.studies.heterogeneity import Settings, pick_device
 
         inputs = self.inputs
         common: dict[str, Any] = {
             "limit": inputs.limit,
             "batch_size": inputs.batch_size,
-            "device": inputs.device,
+            "device": pick_device(inputs.device),
         }
         if inputs.checkpoints:
             yield _Group(inputs.checkpoints, inputs.names, Settings(**common))

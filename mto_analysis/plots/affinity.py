@@ -29,6 +29,8 @@ KIND_WORDS = {
 _COLOR_MAP = "viridis"
 # Shares below this fraction of the largest are drawn alike on the logarithmic scale of a softmax.
 _DECADES = 4
+# Maps narrower than this, in inches, have their range of values below their name.
+_ONE_LINE = 1.0
 
 
 def plot_affinity_map(
@@ -101,7 +103,7 @@ def draw_affinity(
     log = scale == "shared" and maps[0].kind == "softmax" and everything[1] > 30 * everything[0]
     with paper_style():
         side = min((width - 0.6) / across, 2.2)
-        height = side * len(rows) + 0.28 * len(rows) + (0.95 if note or title else 0.42)
+        height = side * len(rows) + (0.28 if side > _ONE_LINE else 0.37) * len(rows) + (0.95 if note or title else 0.42)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(len(rows), across, squeeze=False)
         for ax in axes.flat:
@@ -115,9 +117,16 @@ def draw_affinity(
                 image = plot_affinity_map(values, each.num_masked, limits=limits, log=log, ax=ax)
                 depth = f"{'layer depth' if side > 1.4 else 'depth'} {each.layer_depth}"
                 name = f"{each.stack}, {depth}" if len(stacks) > 1 else depth
-                ax.set_title(name, fontsize=7, pad=3, loc="left")
+                ax.set_title(name, fontsize=7, pad=3 if side > _ONE_LINE or scale != "per-map" else 10.5, loc="left")
                 if scale == "per-map":
-                    ax.set_title(f"{limits[0]:.2g} to {limits[1]:.2g}", fontsize=5.5, pad=3, loc="right", color="0.35")
+                    words = f"{limits[0]:.2g} to {limits[1]:.2g}"
+                    if side > _ONE_LINE:
+                        ax.set_title(words, fontsize=5.5, pad=3, loc="right", color="0.35")
+                    else:  # no room beside the name
+                        ax.annotate(
+                            words, (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", size=5.5,
+                            color="0.35", va="bottom",
+                        )  # fmt: skip
         _name_quadrants(axes[0, 0], rows[0][0])
         bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
         bar.outline.set_linewidth(0.5)

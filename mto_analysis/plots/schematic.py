@@ -220,7 +220,7 @@ def draw_schematic(*, width: float = TEXT_WIDTH) -> Figure:
             "a": (0.0, 1.0, "Inpainting style (SimMIM, ConMIM, BEiT)"),
             "b": (0.5, 1.0, "Decoder style (MAE, BootMAE)"),
             "c": (0.0, 0.51, r"Affinity matrix $\psi(XX^{\top})$ at layer depth 0"),
-            "d": (0.5, 0.51, "Heterogeneity that MTO asks for"),
+            "d": (0.5, 0.51, "Heterogeneity that MTO asks for (sketch)"),
         }
         for letter, (x, y, words) in titles.items():
             figure.text(x + 0.012, y - 0.01, letter, size=8, va="top", weight="bold")

@@ -1,0 +1,158 @@
+"""``mto-analyze pretrain``: options, one line for each failure, and a run that goes on by its folder alone."""
+
+import json
+
+import pytest
+from pretraining_cases import SMALL_MAE, Stopped, contents, rows, same, small_recipe, some_pictures, stop_after
+from typer.testing import CliRunner
+
+from mto_analysis.data import open_pictures
+from mto_analysis.demo import DEMO_PICTURES
+from mto_analysis.errors import DataError
+from mto_analysis.pretraining import RunSettings, pretrain
+from mto_analysis.training import MTOConfig
+from mto_analyze import app
+
+SETS = [part for key, value in SMALL_MAE.items() for part in ("--set", f"{key}={value}")]
+START = ["pretrain", "--recipe", "mae_cifar10", "--device", "cpu", *SETS, "--set", "batch_size=64"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
+    options = ["--mto", "--set", "mto.ranking_weight=0", "--every", 1, "--eval-test", DEMO_PICTURES, "--seed", 3]
+    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *options)
+    assert done.exit_code == 0, done.output
+    assert "epoch 2/2  loss" in done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["settings"]["mto"]["ranking_weight"] == 0
+    assert facts["identity"]["seed"] == 3
+    curve = rows(tmp_path / "run" / "curves.csv")
+    assert [(row["method"], row["epoch"], row["seed"], row["protocol"]) for row in curve] == [
+        ("mae_cifar10+MTO", "1", "3", "knn"),
+        ("mae_cifar10+MTO", "2", "3", "knn"),
+    ]
+    read = invoke("inspect", tmp_path / "run" / "last.pth")
+    assert "decoder_num_heads 2" in read.output
+
+
+def test_pretrain__resumes_by_its_folder_alone(tmp_path):
+    data = ["--data", DEMO_PICTURES]
+    assert invoke(*START, *data, "--out", tmp_path / "whole", "--mto").exit_code == 0
+    # As if it had been killed after its first epoch: the last write of that epoch is put back.
+    cut = tmp_path / "cut"
+    settings = RunSettings(device="cpu", mto=MTOConfig())
+    with pytest.raises(Stopped):
+        list(
+            pretrain(
+                small_recipe(batch_size="64"),
+                open_pictures(DEMO_PICTURES),
+                cut,
+                settings,
+                on_step=stop_after(6),
+                source=str(DEMO_PICTURES),
+            )
+        )
+    done = invoke("pretrain", "--out", cut, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "resuming after step 4" in done.stderr
+    one, other = (contents(tmp_path / name / "last.pth")["resume"] for name in ("whole", "cut"))
+    assert same(one["method"], other["method"])
+    again = invoke("pretrain", "--out", cut, "--resume")
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stderr
+
+
+def test_dry_run__tells_and_writes_nothing(tmp_path):
+    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", "--dry-run", "--accumulation", 2)
+    assert done.exit_code == 0, done.output
+    assert "64 = 32 x 1 x 2" in done.stdout
+    assert "8 = 2 x 4" in done.stdout
+    assert "set for this run" in done.stdout
+    assert "memory of a process" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--set", "epochs"], 2, "key=value"),
+        (["--set", "depth=3"], 2, "no setting is called 'depth'"),
+        (["--set", "epochs=many"], 2, "epochs must be a whole number"),
+        (["--set", "mto.eps=1"], 2, "needs --mto"),
+        (["--mto", "--set", "mto.sparse=1"], 2, "no setting is called mto.sparse"),
+        (["--mto", "--set", "mto.layers=0,9"], 2, "layers must be 0 to 2"),
+        (["--accumulation", "3"], 2, "effective batch of 64"),
+        (["--every", "2"], 2, "--eval-test"),
+        (["--recipe", "mae_cifar"], 2, "no recipe is called 'mae_cifar'"),
+        (["--device", "cuda:7"], 2, "cuda:7"),
+        (["--fsdp"], 2, "start several with torchrun"),
+        (["--data", "nowhere"], 4, "nowhere"),
+        (["--set", "batch_size=300"], 4, "256 pictures do not fill one batch of 300"),
+        (["--eval-test", "nowhere"], 4, "nowhere"),
+    ],
+)
+def test_pretrain__refuses_in_one_line_and_writes_nothing(tmp_path, options, code, told):
+    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *options)
+    assert done.exit_code == code, done.output
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain__does_not_write_over_a_run(tmp_path):
+    arguments = [*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", "--set", "epochs=1"]
+    assert invoke(*arguments).exit_code == 0
+    before = contents(tmp_path / "run" / "last.pth")
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "--resume" in done.stderr
+    done = invoke(*arguments, "--resume", "--seed", 5)
+    assert done.exit_code == 3
+    assert "seed was 0 and is now 5" in done.stderr
+    assert same(before, contents(tmp_path / "run" / "last.pth"))
+
+
+def picture_files(folder):
+    folder.mkdir()
+    pictures = some_pictures(64)
+    for number in range(64):
+        (folder / f"{number:02}.png").write_bytes(pictures.read(number))
+    return folder
+
+
+def test_broken_picture__is_replaced_or_with_strict_an_error(tmp_path):
+    folder = picture_files(tmp_path / "pictures")
+    (folder / "07.png").write_bytes(b"no picture")
+    done = invoke(*START, "--data", folder, "--out", tmp_path / "run", "--set", "epochs=1")
+    assert done.exit_code == 0, done.output
+    assert "takes the place of 07.png" in done.stderr
+    done = invoke(*START, "--data", folder, "--out", tmp_path / "strict", "--set", "epochs=1", "--strict")
+    assert done.exit_code == 4
+    assert "07.png" in done.stderr
+    assert not (tmp_path / "strict").exists()
+
+
+def test_vanished_pictures__end_the_run_and_it_goes_on_when_they_are_back(tmp_path):
+    folder = picture_files(tmp_path / "pictures")
+
+    def vanish(record):
+        if record.step == 5:
+            folder.rename(tmp_path / "elsewhere")
+
+    settings = RunSettings(device="cpu", in_memory=False)
+    with pytest.raises(DataError):
+        list(
+            pretrain(
+                small_recipe(), open_pictures(folder), tmp_path / "run", settings, on_step=vanish, source=str(folder)
+            )
+        )
+    assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == 4
+    done = invoke("pretrain", "--resume", "--out", tmp_path / "run")
+    assert done.exit_code == 4
+    assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "elsewhere").rename(folder)
+    assert invoke("pretrain", "--resume", "--out", tmp_path / "run").exit_code == 0
+    assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == 8
