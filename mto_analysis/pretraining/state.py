@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mto_analysis.pretraining.recipes import Recipe
     from mto_analysis.pretraining.settings import RunSettings
 
-__all__ = ["RunFolder", "differences", "run_identity", "run_layout", "write_checkpoint"]
+__all__ = ["RunFolder", "differences", "run_differences", "run_identity", "run_layout", "write_checkpoint"]
 
 
 class RunFolder:
@@ -72,8 +72,8 @@ class RunFolder:
         if not self.holds_run():
             return
         if resume:
-            stored = self.stored_facts()
-            if other := differences(stored.get("identity", {}), identity):
+            stored = self.stored_facts().get("identity", {})
+            if other := run_differences(stored, identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
                 )
@@ -131,6 +131,19 @@ def run_identity(recipe: Recipe, pictures: Pictures, settings: RunSettings) -> d
         "pictures": {"count": len(pictures.names), "names": names},
         "evaluation": settings.evaluation.settings() if settings.evaluation else None,
     }
+
+
+def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different ones, in words.
+
+    What a recipe only says of itself does not: a setting that is given again, or in another order, is the same run.
+    """
+
+    def without_words(identity: Mapping[str, Any]) -> dict[str, Any]:
+        recipe = identity.get("recipe") or {}
+        return {**identity, "recipe": {name: recipe[name] for name in recipe if name not in ("summary", "sources")}}
+
+    return differences(without_words(stored), without_words(now))
 
 
 def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
