@@ -30,7 +30,7 @@ def found():
 @pytest.mark.parametrize("mask", ["equal", "ragged", "many", "extreme"])
 def test_kernels__entropies_of_float32_equal_those_of_float64(found, mask):
     cases = {name: case for name, case in found.items() if name.startswith(f"{mask} float32")}
-    assert len(cases) > 1
+    assert cases
     for name, case in cases.items():
         assert case["values"] < 1e-6, name
         assert case["gradient"] < 2e-6, name
@@ -40,7 +40,7 @@ def test_kernels__entropies_of_float32_equal_those_of_float64(found, mask):
 @pytest.mark.parametrize("mask", ["equal", "ragged", "many", "extreme"])
 def test_kernels__entropies_of_float16_are_rounded_once(found, mask):
     cases = {name: case for name, case in found.items() if name.startswith(f"{mask} float16")}
-    assert len(cases) > 1
+    assert cases
     for name, case in cases.items():
         assert case["values"] < 1e-6, name  # products are exact
         assert case["gradient"] < 2**-11, name  # half a unit of the last place
