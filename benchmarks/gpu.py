@@ -82,12 +82,12 @@ def taking(path: str) -> Iterator[None]:
     kernels = sys.modules.get("mto_analysis.training.kernels")
     if path == "kernels-ieee":
         kernels = importlib.import_module("mto_analysis.training.kernels")
-        kernels.PRODUCTS = "ieee"
+        kernels.FLOAT32_PRODUCTS = "ieee"
     try:
         yield
     finally:
         if kernels is not None:
-            kernels.PRODUCTS = None
+            kernels.FLOAT32_PRODUCTS = None
 
 
 def differences(device: str, paths: Sequence[str]) -> Iterator[str]:
