@@ -29,6 +29,10 @@ FLOAT32_PRODUCTS: str | None = None
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
+# Arguments that may change between calls, for which it does not pay to compile again.
+_VARYING = ["h_rows", "spread_rows", "num_patches", "prefix", "by_h_stride", "by_spread_stride"]
+
+
 @triton.jit
 def _row_entropies(
     x,
@@ -98,7 +102,7 @@ def _row_entropies(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["h_rows", "spread_rows"])
+@triton.jit(do_not_specialize=_VARYING[:4])
 def _forward_kernel(
     x,
     order,
@@ -210,7 +214,7 @@ def _times_slope(
     return sum
 
 
-@triton.jit(do_not_specialize=["h_rows", "spread_rows", "by_h_stride", "by_spread_stride"])
+@triton.jit(do_not_specialize=_VARYING)
 def _backward_kernel(
     x,
     order,
