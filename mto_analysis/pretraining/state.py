@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.outputs import atomic_file, write_atomically
 
-__all__ = ["RunFolder", "differences", "write_checkpoint"]
+if TYPE_CHECKING:
+    from mto_analysis.data import Pictures
+    from mto_analysis.pretraining.group import Group
+    from mto_analysis.pretraining.recipes import Recipe
+    from mto_analysis.pretraining.settings import RunSettings
+
+__all__ = ["RunFolder", "differences", "run_differences", "run_identity", "run_layout", "write_checkpoint"]
 
 
 class RunFolder:
@@ -65,8 +72,8 @@ class RunFolder:
         if not self.holds_run():
             return
         if resume:
-            stored = self.stored_facts()
-            if other := differences(stored.get("identity", {}), identity):
+            stored = self.stored_facts().get("identity", {})
+            if other := run_differences(stored, identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
                 )
@@ -112,6 +119,43 @@ class RunFolder:
         if not isinstance(content, dict) or "resume" not in content:
             raise CheckpointError(f"{self.last} holds no state to resume from")
         return dict(content["resume"])
+
+
+def run_identity(recipe: Recipe, pictures: Pictures, settings: RunSettings) -> dict[str, Any]:
+    """What makes a run this run, as plain values: with any of it changed it is another one."""
+    names = hashlib.blake2b("\n".join(pictures.names).encode(), digest_size=8).hexdigest()
+    facts = settings.facts()
+    return {
+        "recipe": recipe.to_dict(),
+        **{name: facts[name] for name in ("seed", "mto", "precision", "ema", "fsdp")},
+        "pictures": {"count": len(pictures.names), "names": names},
+        "evaluation": settings.evaluation.settings() if settings.evaluation else None,
+    }
+
+
+def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different ones, in words.
+
+    What a recipe only says of itself does not: a setting that is given again, or in another order, is the same run.
+    """
+
+    def without_words(identity: Mapping[str, Any]) -> dict[str, Any]:
+        recipe = identity.get("recipe") or {}
+        return {**identity, "recipe": {name: recipe[name] for name in recipe if name not in ("summary", "sources")}}
+
+    return differences(without_words(stored), without_words(now))
+
+
+def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
+    """What a run's result depends on in its last digits only."""
+    return {
+        "processes": group.count,
+        "accumulation": settings.accumulation,
+        "device": group.device.type,
+        "threads": torch.get_num_threads(),
+        **{name: getattr(settings, name) for name in ("compile", "gradient_checkpointing", "deterministic")},
+        "torch": torch.__version__,
+    }
 
 
 def differences(stored: Any, now: Any, name: str = "") -> list[str]:

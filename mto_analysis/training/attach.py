@@ -110,7 +110,8 @@ class MTO(Attached):
             for name, last in self._last.items():
                 _warn_of_collapse(f"{name}, step {self.step}", last, self.config)
         self.step += 1
-        return torch.stack([each.loss for each in terms.values()]).mean()
+        weighted = [each.loss for each in terms.values()]
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).mean()
 
     @property
     def terms(self) -> dict[str, float]:

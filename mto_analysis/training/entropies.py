@@ -8,6 +8,7 @@ anyway), an index, and one small matrix per image; no gathered copy of the token
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mto_analysis.affinity import Scratch, masked_first_order
 from mto_analysis.masking import check_mask
+from mto_analysis.training.fused import attempt, fused_entropies, kernels_for
 
 __all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
 
@@ -30,27 +32,17 @@ class SortedMask:
 
     Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
     ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
-    (``None`` where all are); ``rows`` are the rows of the flattened tokens in sorted order, ``places`` the place of
-    each token in it (of a prefix token: one past the end). All layers share ``scratch`` memory.
+    (``None`` where all are). All layers share ``scratch`` memory.
 
     Shapes:
-        rows: batch * num_patches
-        places: batch * num_tokens
-        masked_ok: batch most_masked
-        visible_ok: batch most_visible
+        order: batch num_patches
         num_masked: batch
-        num_visible: batch
     """
 
-    rows: Tensor
-    places: Tensor
-    num_patches: int
+    order: Tensor
+    num_masked: Tensor
     most_masked: int
     most_visible: int
-    masked_ok: Tensor | None
-    visible_ok: Tensor | None
-    num_masked: Tensor
-    num_visible: Tensor
     prefix_tokens: int
     scratch: Scratch = field(default_factory=Scratch)
 
@@ -71,7 +63,13 @@ class SortedMask:
             ValueError: If a row masks no patch or every patch.
         """
         batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
-        num_masked = mask.sum(dim=-1)
+        num_masked = order = None
+        kernels = kernels_for(mask)
+        if kernels is not None and batch and mask.dtype == torch.bool:
+            found = attempt(lambda: kernels.sort_masks(mask))
+            order, num_masked = (None, None) if found is None else found
+        if num_masked is None:
+            num_masked = mask.sum(dim=-1)
         if counts is None:
             counts = (0, 0)
             if batch:
@@ -79,27 +77,50 @@ class SortedMask:
         fewest, most = counts
         if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
             check_mask(mask)  # has the message
-        masked_ok = visible_ok = None
-        if fewest != most:
-            place = torch.arange(num_patches, device=mask.device)
-            masked_ok, visible_ok = place[:most] < num_masked[:, None], place[fewest:] >= num_masked[:, None]
-        image = torch.arange(batch, device=mask.device)[:, None]
-        order = masked_first_order(mask)
-        rows = (image * (prefix_tokens + num_patches) + prefix_tokens + order).flatten()
-        places = torch.full((batch, prefix_tokens + num_patches), len(rows), device=mask.device)
-        places[:, prefix_tokens:].scatter_(1, order, torch.arange(len(rows), device=mask.device).view_as(order))
-        return cls(
-            rows,
-            places.flatten(),
-            num_patches,
-            most,
-            num_patches - fewest,
-            masked_ok,
-            visible_ok,
-            num_masked,
-            num_patches - num_masked,
-            prefix_tokens,
-        )
+        if order is None:
+            order = masked_first_order(mask)
+        return cls(order, num_masked, most, num_patches - fewest, prefix_tokens)
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return self.order.shape[1]
+
+    @cached_property
+    def num_visible(self) -> Tensor:
+        """Visible patches of each image, ``batch``."""
+        return self.num_patches - self.num_masked
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Rows of the flattened tokens in sorted order, ``batch * num_patches``."""
+        image = torch.arange(len(self.order), device=self.order.device)[:, None]
+        first = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens
+        return (first + self.order).flatten()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Place of each token in sorted order, ``batch * num_tokens``; of a prefix token one past the end."""
+        size, prefix = self.order.numel(), self.prefix_tokens
+        places = torch.full((len(self.order), prefix + self.num_patches), size, device=self.order.device)
+        places[:, prefix:].scatter_(1, self.order, torch.arange(size, device=self.order.device).view_as(self.order))
+        return places.flatten()
+
+    @cached_property
+    def masked_ok(self) -> Tensor | None:
+        """Which of the ``most_masked`` from the front are masked, ``batch most_masked``."""
+        if self.most_masked + self.most_visible == self.num_patches:
+            return None
+        place = torch.arange(self.most_masked, device=self.order.device)
+        return place < self.num_masked[:, None]
+
+    @cached_property
+    def visible_ok(self) -> Tensor | None:
+        """Which of the ``most_visible`` from the back are visible, ``batch most_visible``."""
+        if self.most_masked + self.most_visible == self.num_patches:
+            return None
+        place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
+        return place >= self.num_masked[:, None]
 
     def sort(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches in sorted order, in at least float32; views of the masked and of the visible ones.
@@ -234,7 +255,7 @@ class _InitialEntropies(torch.autograd.Function):
             return split.unsort(gradient, tokens), None, None
 
 
-def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:
+def _apply(tokens: Tensor, split: SortedMask, include_self: bool | None) -> tuple[Tensor, ...]:
     """Run in full precision, and keep what the backward pass needs out of the hands of activation checkpointing.
 
     Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
@@ -246,11 +267,17 @@ def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: Sorte
             f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
             f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
         )
-    with (
-        torch.autocast(tokens.device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
-    ):
-        return function.apply(tokens, split, *arguments)
+
+    def plain(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(x.device.type, enabled=False):
+            if include_self is None:
+                return (_MaskedVisibleEntropy.apply(x, split),)
+            values: tuple[Tensor, ...] = _InitialEntropies.apply(x, split, include_self)
+            return values
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        found = fused_entropies(tokens, split, include_self, plain)
+        return plain(tokens) if found is None else found
 
 
 def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
@@ -268,8 +295,7 @@ def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
         >>> masked_visible_entropy(torch.zeros(1, 4, 8), split)
         tensor([0.6931])
     """
-    h: Tensor = _apply(_MaskedVisibleEntropy, tokens, split)
-    return h
+    return _apply(tokens, split, None)[0]
 
 
 def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: bool = True) -> tuple[Tensor, Tensor]:
@@ -292,5 +318,5 @@ def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: boo
         >>> visible_rows_entropy(torch.zeros(1, 4, 8), split)
         (tensor([0.6931]), tensor([2.7726]))
     """
-    h, rows = _apply(_InitialEntropies, tokens, split, include_self)
+    h, rows = _apply(tokens, split, include_self)
     return h, rows

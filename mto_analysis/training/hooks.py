@@ -38,16 +38,19 @@ class StackForward:
 
     def start(self, tokens: Tensor) -> None:
         """The first block's input: find the mask, and take layer depth 0."""
-        mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
-        num_masked, num_patches = mask.sum(dim=1), mask.shape[1]
-        mixed = (num_masked > 0) & (num_masked < num_patches)
-        fewest = torch.where(mixed, num_masked, num_patches).min()
-        # The one wait for the device of a forward.
-        fewest, most, every = torch.stack([fewest, (num_masked * mixed).max(), mixed.all()]).tolist()
-        if most:  # else it is evaluation code, a teacher or fine-tuning
-            self._counts = fewest, most
-            self._images = None if every else mixed.nonzero().squeeze(1)
-            self.mask = mask if every else mask[mixed]
+        masks = self.spec.find_masks(tokens[:, self.spec.prefix_tokens :])
+        counts = masks.sum(dim=-1).tolist()  # the one wait for the device of a forward
+        mask, num_masked = next(
+            ((each, count) for each, count in zip(masks, counts, strict=True) if any(count)), (masks[0], counts[0])
+        )
+        mixed = [image for image, count in enumerate(num_masked) if 0 < count < mask.shape[1]]
+        if mixed:  # else it is evaluation code, a teacher or fine-tuning
+            self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
+            self._images = None
+            if len(mixed) < len(num_masked):
+                self._images = torch.tensor(mixed, device=mask.device)
+                mask = mask.index_select(0, self._images)
+            self.mask = mask
             self.take(0, tokens)
 
     def take(self, depth: int, tokens: Tensor) -> None:
