@@ -62,7 +62,7 @@ def entropies(mask, dim, dtype, prefix, include_self, scale=1.0):
 def all_losses(config, combine, dtype=torch.float32):
     """Differences of the terms, and of the gradients of all layers, where ``combine`` makes one number of the terms."""
     generator = torch.Generator().manual_seed(4)
-    mask = masks("ragged")
+    mask = masks("extreme")
     tokens = 0.5 * torch.randn(3, len(mask), mask.shape[1], 12, generator=generator, dtype=torch.float64)
     results = []
     for kind in (torch.float64, dtype):
@@ -118,13 +118,17 @@ def attached(name):
 
 def main():
     found = {}
-    for name in ("equal", "ragged", "many", "extreme"):
-        for dtype in (torch.float32, torch.float16):  # the interpreter has no products of bfloat16
-            for include_self in (None, False) if name == "many" else (None, True, False):
-                dim = {"equal": 64, "ragged": 70, "many": 40, "extreme": 5}[name]
-                key = f"{name} {str(dtype).removeprefix('torch.')} {include_self}"
-                scale = {"many": 0.4}.get(name, 0.6)
-                found[key] = entropies(masks(name), dim, dtype, 0 if name == "many" else 2, include_self, scale)
+    half, single = torch.float16, torch.float32  # the interpreter has no products of bfloat16
+    cases = [
+        ("equal", 40, 2, [(single, None), (single, True), (half, False)]),
+        ("ragged", 70, 2, [(single, False), (half, True)]),
+        ("many", 20, 0, [(single, False), (half, None)]),
+        ("extreme", 5, 2, [(single, True), (single, False), (half, True)]),
+    ]
+    for name, dim, prefix, kinds in cases:
+        for dtype, include_self in kinds:
+            key = f"{name} {str(dtype).removeprefix('torch.')} {include_self}"
+            found[key] = entropies(masks(name), dim, dtype, prefix, include_self, 0.6)
     found["sorted"] = {}
     for name in ("equal", "ragged", "many", "extreme"):
         mask = masks(name)

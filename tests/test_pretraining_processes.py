@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, stop_after
 
 from mto_analysis.pretraining import RunSettings
@@ -121,6 +122,22 @@ def test_fsdp__trains_with_mto_as_one_process_and_resumes_exactly(tmp_path):
     one, other = (contents(tmp_path / name / "last.pth")["model"] for name in ("one", "whole"))
     assert one.keys() == other.keys()
     assert all(one[name].shape == other[name].shape for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bootmae", "conmim"])
+def test_fsdp__shares_out_slow_branches_too_and_resumes_exactly(tmp_path, method):
+    options = {"method": method, "recipe": {"epochs": "3"}}
+    finish(launch(tmp_path / "copies", 2, **options))  # batch norms of ConMIM see one process's pictures: not as one
+    finish(launch(tmp_path / "whole", 2, fsdp=True, save_steps=1, **options))
+    for first, second in zip(*(rows(tmp_path / name / "metrics.csv") for name in ("copies", "whole")), strict=True):
+        assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=2e-5)
+    kill_at_random(tmp_path / "killed", 2, 1, seed=4, fsdp=True, save_steps=1, **options)
+    equal_runs(tmp_path / "whole", tmp_path / "killed")
+    copies, whole = (contents(tmp_path / name / "last.pth")["model_ema"] for name in ("copies", "whole"))
+    assert copies.keys() == whole.keys()
+    for name, weight in copies.items():
+        torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mto_analysis.errors import DataError
 from mto_analysis.pretraining.group import Group
-from mto_analysis.pretraining.loop import micro_batch_size
 from mto_analysis.pretraining.optimization import learning_rate, peak_learning_rate
-from mto_analysis.pretraining.stepping import Stepper, noise_batch
+from mto_analysis.pretraining.randomness import noise_batch
+from mto_analysis.pretraining.shares import micro_batch_size, steps_in_epoch
+from mto_analysis.pretraining.stepping import Stepper
 
 if TYPE_CHECKING:
     from mto_analysis.data import Pictures, TrainBatch
@@ -67,11 +67,7 @@ def plan(recipe: Recipe, pictures: Pictures, settings: RunSettings, *, processes
     here = Group(settings.device)
     count = processes or here.count
     micro = micro_batch_size(recipe, processes=count, accumulation=settings.accumulation)
-    steps = len(pictures.names) // recipe.batch_size
-    if not steps:
-        raise DataError(
-            f"{len(pictures.names)} pictures do not fill one batch of {recipe.batch_size}; use a smaller batch_size"
-        )
+    steps = steps_in_epoch(recipe, pictures)
     stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps, micro)
     measured = _measure(stepper, recipe, settings, here, micro)
     total = steps * recipe.epochs

@@ -1,10 +1,10 @@
-"""How a recipe is run: seed, precision, processes' share, what is logged, kept and evaluated; what an epoch gave."""
+"""How a recipe is run: seed, precision, what is logged, kept and evaluated; what a step and an epoch gave."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mto_analysis.training import MTOConfig
 from mto_analysis.values import field_types, parse_value
@@ -12,7 +12,7 @@ from mto_analysis.values import field_types, parse_value
 if TYPE_CHECKING:
     from mto_analysis.evaluation import Evaluation
 
-__all__ = ["EpochRecord", "Precision", "RunSettings", "mto_config"]
+__all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config"]
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -128,6 +128,15 @@ def mto_config(options: Mapping[str, str], base: MTOConfig | None = None) -> MTO
             known = ", ".join(f"mto.{name}" for name in ("preset", *declared))
             raise ValueError(f"no setting is called mto.{key}; known are {known}")
     return replace(start, **{key: parse_value(f"mto.{key}", declared[key], text) for key, text in options.items()})
+
+
+class StepRecord(NamedTuple):
+    """Where a run is; ``loss`` is the last one that was looked at."""
+
+    epoch: int
+    step: int
+    total_steps: int
+    loss: float
 
 
 @dataclass(frozen=True)

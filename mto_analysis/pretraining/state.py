@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.outputs import atomic_file, write_atomically
 
-__all__ = ["RunFolder", "differences", "write_checkpoint"]
+if TYPE_CHECKING:
+    from mto_analysis.data import Pictures
+    from mto_analysis.pretraining.group import Group
+    from mto_analysis.pretraining.recipes import Recipe
+    from mto_analysis.pretraining.settings import RunSettings
+
+__all__ = ["RunFolder", "differences", "run_identity", "run_layout", "write_checkpoint"]
 
 
 class RunFolder:
@@ -127,6 +134,30 @@ def _without_sources(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is, without where the values of its recipe come from: those follow the values."""
     recipe = {name: value for name, value in (identity.get("recipe") or {}).items() if name != "sources"}
     return {**identity, "recipe": recipe}
+
+
+def run_identity(recipe: Recipe, pictures: Pictures, settings: RunSettings) -> dict[str, Any]:
+    """What makes a run this run, as plain values: with any of it changed it is another one."""
+    names = hashlib.blake2b("\n".join(pictures.names).encode(), digest_size=8).hexdigest()
+    facts = settings.facts()
+    return {
+        "recipe": recipe.to_dict(),
+        **{name: facts[name] for name in ("seed", "mto", "precision", "ema", "fsdp")},
+        "pictures": {"count": len(pictures.names), "names": names},
+        "evaluation": settings.evaluation.settings() if settings.evaluation else None,
+    }
+
+
+def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
+    """What a run's result depends on in its last digits only."""
+    return {
+        "processes": group.count,
+        "accumulation": settings.accumulation,
+        "device": group.device.type,
+        "threads": torch.get_num_threads(),
+        **{name: getattr(settings, name) for name in ("compile", "gradient_checkpointing", "deterministic")},
+        "torch": torch.__version__,
+    }
 
 
 def differences(stored: Any, now: Any, name: str = "") -> list[str]:

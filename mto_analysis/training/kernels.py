@@ -10,7 +10,7 @@ Import it only where :mod:`triton` is there; :mod:`mto_analysis.training.fused` 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["backward_entropies", "forward_entropies", "sort_masks"]
 
 #: How products of float32 are made, where it is not to follow torch's setting: ``ieee``, ``tf32x3`` or ``tf32``.
-PRODUCTS: str | None = None
+FLOAT32_PRODUCTS: str | None = None
+
+# Kernels that were compiled, by all that a launch depends on but the addresses.
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+# Arguments that may change between calls, for which it does not pay to compile again.
+_VARYING = ["h_rows", "spread_rows", "num_patches", "prefix", "by_h_stride", "by_spread_stride"]
 
 
 @triton.jit
@@ -95,7 +102,7 @@ def _row_entropies(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING[:4])
 def _forward_kernel(
     x,
     order,
@@ -207,7 +214,7 @@ def _times_slope(
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _backward_kernel(
     x,
     order,
@@ -373,12 +380,31 @@ def _sort_kernel(mask, order, num_masked, num_patches, P: tl.constexpr):
     tl.store(num_masked + image, count)
 
 
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
+) -> None:
+    """Start a kernel; Triton's own way looks at each argument again each time, which takes longer than the rest."""
+    where = arguments[0].device
+    facts = [(each.dtype, each.data_ptr() % 16 == 0) if isinstance(each, Tensor) else each for each in arguments]
+    key = (kernel, where, *facts, *constants)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        try:
+            compiled[grid](*arguments, *constants)
+            return
+        except (TypeError, AttributeError):  # another version of Triton
+            _compiled.clear()
+    compiled = kernel[grid](*arguments, *constants, **options)
+    if len(_compiled) < 256 and hasattr(compiled, "packed_metadata"):
+        _compiled[key] = compiled
+
+
 def _products(dtype: torch.dtype) -> str:
     """How to make products of a dtype."""
     if dtype != torch.float32:
         return "ieee"
-    if PRODUCTS is not None:
-        return PRODUCTS
+    if FLOAT32_PRODUCTS is not None:
+        return FLOAT32_PRODUCTS
     try:
         return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # torch has two ways to set it, and refuses to say it where both were used
@@ -413,7 +439,7 @@ def forward_entropies(
     spread = torch.empty_like(h) if with_rows else None
     rows, columns = _tile(split.most_masked, 128), _tile(split.most_visible, 64)
     with torch.cuda.device_of(tokens):
-        _forward_kernel[(batch,)](
+        arguments = (
             tokens,
             split.order,
             split.num_masked,
@@ -428,15 +454,10 @@ def forward_entropies(
             split.num_patches,
             dim,
             split.prefix_tokens,
-            WITH_ROWS=with_rows,
-            INCLUDE_SELF=bool(include_self),
-            PRODUCTS=_products(tokens.dtype),
-            R=rows,
-            C=columns,
-            K=64 if half else 32,
-            num_warps=8 if rows * columns > 4096 else 4,
-            num_stages=3,
         )
+        constants = (with_rows, bool(include_self), _products(tokens.dtype), rows, columns, 64 if half else 32)
+        warps = 8 if rows * columns > 4096 else 4
+        _launch(_forward_kernel, (batch, 1, 1), arguments, constants, num_warps=warps, num_stages=3)
     return h, spread, kept
 
 
@@ -462,7 +483,8 @@ def backward_entropies(
     channels = _tile(dim, 64)
     by_rows = by_h if by_spread is None else by_spread
     with torch.cuda.device_of(tokens):
-        _backward_kernel[(triton.cdiv(split.num_patches, rows), triton.cdiv(dim, channels), batch)](
+        grid = (-(-split.num_patches // rows), -(-dim // channels), batch)
+        arguments = (
             tokens,
             split.order,
             split.num_masked,
@@ -480,16 +502,11 @@ def backward_entropies(
             split.num_patches,
             dim,
             split.prefix_tokens,
-            WITH_ROWS=include_self is not None,
-            INCLUDE_SELF=bool(include_self),
-            SPLIT=half,
-            PRODUCTS=_products(tokens.dtype),
-            R=rows,
-            C=rows if half else min(rows, 32),
-            K=channels,
-            num_warps=4,
-            num_stages=2,
         )
+        others = rows if half else min(rows, 32)
+        products = _products(tokens.dtype)
+        constants = (include_self is not None, bool(include_self), half, products, rows, others, channels)
+        _launch(_backward_kernel, grid, arguments, constants, num_warps=4, num_stages=2)
     return gradient
 
 
