@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -64,11 +65,15 @@ def fails(code: int, *arguments: object) -> str:
     return lines[0]
 
 
+# A shell lets what it runs in the background ignore interrupts, and children inherit that.
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mto_analyze import app; app()"
+
+
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    """A real process, in its own group, as a shell starts it."""
+    """A real process, in its own group, as a shell starts it; it hears Ctrl-C also where these tests run unheard."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", "from mto_analyze import app; app()", *map(str, arguments)],
+        [sys.executable, "-c", HEARING, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -768,7 +773,11 @@ def test_process__interrupted_ends_with_130_and_leaves_nothing(
     assert "own loss" in process.stderr.readline()
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: to the workers too
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, stderr
     assert stderr == "mto-analyze: error: interrupted; nothing half-written was left behind\n"
     assert stdout == ""

@@ -174,7 +174,11 @@ def without_timing(path: Path) -> pd.DataFrame:
 def test_experiment__killed_and_started_again_ends_as_if_nothing_had_happened(done: Path, tmp_path: Path, kind) -> None:
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")])}
-    command = [sys.executable, "-m", "mto_analyze", "experiment", done / "tiny.toml", "--data", done, "--jobs", "2"]
+    # It hears interrupts also where these tests run in a shell's background, which ignores them.
+    hearing = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mto_analyze import app; app()"
+    )
+    command = [sys.executable, "-c", hearing, "experiment", done / "tiny.toml", "--data", done, "--jobs", "2"]
     command += ["--out", tmp_path / "out"]
     kills = 0
     for wait in (6.0, 8.0, 10.0, 12.0, 60.0, 300.0):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from experiment_cases import TINY, write_experiment
 
-from mto_analysis.errors import ExperimentError
+from mto_analysis.errors import DataNotFoundError, ExperimentError
 from mto_analysis.experiments import ExperimentRuns, experiment_names, load_experiment
 from mto_analysis.experiments.runs import shortened
 from mto_analysis.experiments.spec import Pictures
@@ -158,7 +158,7 @@ def test_shortened__keeps_the_shape_of_the_schedule(tiny: Path) -> None:
 
 
 def test_pictures__that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match=r"there are no pictures at .*train.parquet; give"):
+    with pytest.raises(DataNotFoundError, match=r"there are no pictures at .*train.parquet; give"):
         Pictures().resolved(tmp_path)
     write_experiment(tmp_path)
     found = Pictures().resolved(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -12,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mto_analysis.errors import MTOAnalysisError, OutputExistsError
-from mto_analysis.outputs import OutputFolder, run_facts, write_atomically
+from mto_analysis.outputs import OutputFolder, atomic_file, run_facts, write_atomically
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -170,3 +171,10 @@ def test_errors__have_their_documented_exit_codes() -> None:
     }
     assert {name: getattr(errors, name).exit_code for name in codes} == codes
     assert all(issubclass(getattr(errors, name), MTOAnalysisError) for name in errors.__all__)
+
+
+def test_atomic_file__a_full_disk_names_the_file_that_did_not_fit(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_file(tmp_path / "table.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "table.csv")
+    assert not list(tmp_path.iterdir())

@@ -122,6 +122,13 @@ def test_resume__of_another_run_says_what_differs(tmp_path):
             run(tmp_path / "run", recipe, settings, pictures=pictures, resume=True)
 
 
+def test_resume__takes_settings_given_in_another_order(tmp_path):
+    run(tmp_path / "run", small_recipe().with_options({"epochs": "2", "base_lr": "0.01"}))
+    other = small_recipe().with_options({"base_lr": "0.01"}).with_options({"epochs": "2"})
+    assert other.sources != small_recipe().with_options({"epochs": "2", "base_lr": "0.01"}).sources
+    assert run(tmp_path / "run", other, resume=True) == []  # the same run, and complete
+
+
 def test_resume__of_a_damaged_checkpoint_is_refused(tmp_path):
     run(tmp_path / "run")
     last = tmp_path / "run" / "last.pth"

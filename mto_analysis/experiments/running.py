@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from mto_analysis.experiments.runs import ExperimentRuns, Run
 from mto_analysis.experiments.worker import Report, work
 
 __all__ = ["Progress", "RunFailedError", "do_runs", "threads_for"]
+
+# What the engine tells those who started it by itself; an experiment is taken up by its own command.
+_ENGINE_ADVICE = re.compile(r"[;:] (?:mend it and )?go on with --resume")
 
 
 class RunFailedError(MTOAnalysisError):
@@ -122,7 +126,8 @@ def _hear(worker: _Worker, queue: _Queue, num_pictures: int, tell: Callable[[Pro
     if report.kind == "failed":
         if report.exit_code is None:
             raise RuntimeError(f"{run.name} failed:\n{report.words}")
-        raise RunFailedError(f"{run.name}: {report.words}; mend it and run the same command again", report.exit_code)
+        words = _ENGINE_ADVICE.sub("", report.words)
+        raise RunFailedError(f"{run.name}: {words}; mend it and run the same command again", report.exit_code)
     if report.kind == "note":
         tell(Progress(run, "note", 0, total, words=report.words))
     elif report.kind == "done":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mto_analysis.errors import DataError, ExperimentError
 from mto_analysis.experiments.spec import Arm, Experiment, Pictures, Variant
 from mto_analysis.pretraining import Recipe, RunFolder, RunSettings
-from mto_analysis.pretraining.state import differences
+from mto_analysis.pretraining.state import run_differences
 from mto_analysis.training import MTOConfig
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Run:
             "evaluation": evaluation.settings() if evaluation else None,
             **({} if self.waits else {"mto": settings["mto"]}),
         }
-        if other := differences({key: stored.get(key) for key in now}, now):
+        if other := run_differences({key: stored.get(key) for key in now}, now):
             raise ExperimentError(
                 f"{self.folder} holds another run: {'; '.join(other)}; use the same settings, or another --out"
             )

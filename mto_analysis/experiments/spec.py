@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mto_analysis.errors import ExperimentError, MTOAnalysisError
+from mto_analysis.errors import DataNotFoundError, ExperimentError, MTOAnalysisError
 from mto_analysis.evaluation import Evaluation
 from mto_analysis.experiments.reading import Overrides, TableReader
 from mto_analysis.pretraining.recipes import Recipe, load_recipe
@@ -100,13 +100,13 @@ class Pictures:
         """With absolute paths, so that every process finds them.
 
         Raises:
-            ExperimentError: If one is not there; says which.
+            DataNotFoundError: If one is not there; says which.
         """
 
         def find(name: str) -> str:
             path = (folder or Path()).expanduser() / Path(name).expanduser()
             if not path.exists():
-                raise ExperimentError(f"there are no pictures at {path}; give their folder with --data")
+                raise DataNotFoundError(f"there are no pictures at {path}; give their folder with --data")
             return str(path.resolve())
 
         return Pictures(find(self.train), find(self.eval_train or self.train), find(self.eval_test))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mto_analysis.pretraining.recipes import Recipe
     from mto_analysis.pretraining.settings import RunSettings
 
-__all__ = ["RunFolder", "differences", "run_identity", "run_layout", "write_checkpoint"]
+__all__ = ["RunFolder", "differences", "run_differences", "run_identity", "run_layout", "write_checkpoint"]
 
 
 class RunFolder:
@@ -81,8 +81,7 @@ class RunFolder:
                 )
             return
         if resume:
-            stored = self.stored_facts()
-            if other := differences(_without_sources(stored["identity"]), _without_sources(identity)):
+            if other := run_differences(self.stored_facts()["identity"], identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
                 )
@@ -130,12 +129,6 @@ class RunFolder:
         return dict(content["resume"])
 
 
-def _without_sources(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, without where the values of its recipe come from: those follow the values."""
-    recipe = {name: value for name, value in (identity.get("recipe") or {}).items() if name != "sources"}
-    return {**identity, "recipe": recipe}
-
-
 def run_identity(recipe: Recipe, pictures: Pictures, settings: RunSettings) -> dict[str, Any]:
     """What makes a run this run, as plain values: with any of it changed it is another one."""
     names = hashlib.blake2b("\n".join(pictures.names).encode(), digest_size=8).hexdigest()
@@ -146,6 +139,19 @@ def run_identity(recipe: Recipe, pictures: Pictures, settings: RunSettings) -> d
         "pictures": {"count": len(pictures.names), "names": names},
         "evaluation": settings.evaluation.settings() if settings.evaluation else None,
     }
+
+
+def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different ones, in words.
+
+    What a recipe only says of itself does not: a setting that is given again, or in another order, is the same run.
+    """
+
+    def without_words(identity: Mapping[str, Any]) -> dict[str, Any]:
+        recipe = identity.get("recipe") or {}
+        return {**identity, "recipe": {name: recipe[name] for name in recipe if name not in ("summary", "sources")}}
+
+    return differences(without_words(stored), without_words(now))
 
 
 def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
