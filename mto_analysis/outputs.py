@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["OutputFolder", "atomic_file", "chosen_labels", "labels_of", "run_facts", "write_atomically"]
+__all__ = ["OutputFolder", "atomic_file", "chosen_labels", "file_word", "labels_of", "run_facts", "write_atomically"]
 
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
@@ -108,6 +109,16 @@ class OutputFolder:
         from mto_analysis.plots.style import figure_bytes
 
         return [self._write(f"{stem}.{kind}", figure_bytes(figure, kind)) for kind in ("png", "pdf")]
+
+
+def file_word(name: str) -> str:
+    """A name as part of a file name.
+
+    Example:
+        >>> file_word("SimMIM, epoch 100")
+        'SimMIM-epoch-100'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def labels_of(sources: Sequence[str | Path]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mto_analysis.processes import Processes
-from mto_analyze.console import launched, note, progress, slug
+from mto_analyze.console import launched, note, progress
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 
@@ -68,14 +68,14 @@ def affinity(
 
     Writes affinity.png and .pdf (one pair per model and picture), affinity.npz, quadrants.csv and run.json to --out.
     """
-    from mto_analysis.outputs import OutputFolder, labels_of, run_facts
+    from mto_analysis.outputs import OutputFolder, file_word, labels_of, run_facts
 
     if pictures and limit:
         raise ValueError("--pictures names the pictures, so leave --limit out")
     labels = label or labels_of(ckpt)
     stems = {
         (model, picture): "-".join(
-            ["affinity", *([slug(model)] if len(labels) > 1 else []), *([slug(picture)] if picture else [])]
+            ["affinity", *([file_word(model)] if len(labels) > 1 else []), *([file_word(picture)] if picture else [])]
         )
         for model in labels
         for picture in pictures or [""]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mto_analysis.processes import Processes
-from mto_analyze.console import as_text, launched, note, progress, slug
+from mto_analyze.console import as_text, launched, note, progress
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -196,9 +196,11 @@ def heterogeneity(
 
 def _mask_files(labels: list[str]) -> dict[str, str]:
     """The label behind each mask file; two labels may not end up in one file."""
+    from mto_analysis.outputs import file_word
+
     files: dict[str, str] = {}
     for label in labels:
-        name = f"masks-{slug(label)}.npz"
+        name = f"masks-{file_word(label)}.npz"
         if name in files and files[name] != label:
             raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
         files[name] = label

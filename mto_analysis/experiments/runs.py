@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mto_analysis.errors import DataError, ExperimentError
 from mto_analysis.experiments.spec import Arm, Experiment, Pictures, Variant
+from mto_analysis.outputs import file_word
 from mto_analysis.pretraining import Recipe, RunFolder, RunSettings
 from mto_analysis.pretraining.state import run_differences
 from mto_analysis.training import MTOConfig
@@ -149,7 +149,7 @@ class ExperimentRuns:
                 for candidate in choice.candidates if choice else ():
                     method = f"{variant.label} + {candidate.name}"
                     settings = self._settings(recipe, seed, candidate.mto)
-                    folder = self.folder / "choose" / f"{_slug(method)}-seed{seed}"
+                    folder = self.folder / "choose" / f"{file_word(method).lower()}-seed{seed}"
                     names = (variant.label, candidate.name, method)
                     yield Run("choose", *names, seed, recipe, settings, False, self.pictures.train, folder)
 
@@ -162,7 +162,7 @@ class ExperimentRuns:
     def _arm_run(self, variant: Variant, arm: Arm, seed: int) -> Run:
         method = self.experiment.method(variant, arm)
         settings = self._settings(variant.recipe, seed, arm.mto)
-        folder = self.folder / "runs" / f"{_slug(method)}-seed{seed}"
+        folder = self.folder / "runs" / f"{file_word(method).lower()}-seed{seed}"
         names = (variant.label, arm.name, method)
         return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.pictures.train, folder)
 
@@ -235,7 +235,3 @@ def read_curve(run: Run) -> pd.DataFrame:
         return pd.DataFrame({"epoch": [], "score": [], "seconds": [], "protocol": []})
     table = pd.read_csv(path)
     return table.assign(seconds=3600 * table["hours"])[["epoch", "score", "seconds", "protocol"]]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mto_analysis.errors import DataNotFoundError
+from mto_analysis.outputs import file_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +153,7 @@ _ORIGIN_WORDS = {"measured": "measured", "published": "drawn from published numb
 def _map_stems(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The first model's maps are the figure; those of others carry their name."""
     names = inputs.names or ("SimMIM", "MAE")
-    stems = (figure.name, *(f"{figure.name}-{file_word(name)}" for name in names[1:]))
+    stems = (figure.name, *(f"{figure.name}-{file_word(name).lower()}" for name in names[1:]))
     return stems, (figure.name, *(f"{stem}-maps" for stem in stems))
 
 
@@ -166,16 +167,6 @@ def _with_experiment(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ..
         return _own_stem(figure, inputs)
     name = f"{figure.name}-measured"
     return (name,), (name, f"{name}-rauc") if figure.name == "fig4" else (name,)
-
-
-def file_word(name: str) -> str:
-    """A name as part of a file name.
-
-    Example:
-        >>> file_word("SimMIM, epoch 100")
-        'simmim-epoch-100'
-    """
-    return "".join(sign if sign.isalnum() or sign == "." else " " for sign in name.lower()).strip().replace(" ", "-")
 
 
 def _tables() -> list[PaperFigure]:
