@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mto_analysis.data import open_pictures
 from mto_analysis.demo import DEMO_PICTURES
 from mto_analysis.errors import DataError
-from mto_analysis.pretraining import RunSettings, pretrain
+from mto_analysis.pretraining import RunSettings, load_recipe, pretrain
 from mto_analysis.training import MTOConfig
 from mto_analyze import app
 
@@ -156,3 +156,61 @@ def test_vanished_pictures__end_the_run_and_it_goes_on_when_they_are_back(tmp_pa
     (tmp_path / "elsewhere").rename(folder)
     assert invoke("pretrain", "--resume", "--out", tmp_path / "run").exit_code == 0
     assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == 8
+
+
+def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_path):
+    limits = ["--eval-test", DEMO_PICTURES, "--eval-limit", 32, "--eval-test-limit", 16, "--eval-start"]
+    start = [
+        "pretrain",
+        "--recipe",
+        "mae_cifar10_tiny",
+        "--device",
+        "cpu",
+        "--set",
+        "epochs=1",
+        "--data",
+        DEMO_PICTURES,
+    ]
+    done = invoke(*start, "--mto", *limits, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "wrote run.png, run.pdf" in done.stderr
+    assert [row["epoch"] for row in rows(tmp_path / "run" / "curves.csv")] == ["0", "1"]
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["settings"]["evaluation"]["limit"], facts["settings"]["evaluation"]["test_limit"]) == (32, 16)
+    (tmp_path / "run" / "run.png").unlink()
+    assert invoke("pretrain", "--resume", "--out", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "run.png").is_file()
+
+
+def test_pretrain__replaces_no_file_of_another(tmp_path):
+    mine = tmp_path / "metrics.csv"
+    mine.write_text("mine\n")
+    for more in ([], ["--resume"]):
+        done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path, *more)
+        assert (done.exit_code, mine.read_text()) == (2, "mine\n")
+        assert "holds metrics.csv, of no run" in done.stderr
+    recipe = tmp_path / "other" / "recipe.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(load_recipe("mae_cifar10").to_toml() + "# mine\n")
+    done = invoke("pretrain", "--recipe", recipe, "--data", DEMO_PICTURES, "--out", recipe.parent)
+    assert done.exit_code == 2
+    assert recipe.read_text().endswith("# mine\n")
+
+
+def test_resume__says_that_the_folder_is_of_another_command(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    done = invoke("pretrain", "--resume", "--out", tmp_path)
+    assert done.exit_code == 3
+    assert "run.json is of another command" in done.stderr
+    both = invoke("pretrain", "--resume", "--overwrite", "--out", tmp_path)
+    assert both.exit_code == 2
+    assert "give one of them" in both.stderr
+
+
+@pytest.mark.parametrize(("option", "package"), [(["--tensorboard"], "tensorboard"), (["--wandb", "x"], "wandb")])
+def test_boards__that_are_not_installed_are_named_before_anything_is_written(tmp_path, monkeypatch, option, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *option)
+    assert done.exit_code == 2
+    assert f"pip install {package}" in done.stderr
+    assert not (tmp_path / "run").exists()

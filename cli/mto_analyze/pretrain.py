@@ -79,6 +79,10 @@ def pretrain(
     every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
     eval_train: Annotated[Path | None, typer.Option(help="Labelled pictures; by default --data.")] = None,
     eval_test: Annotated[Path | None, typer.Option(help="Labelled pictures to score on; turns evaluation on.")] = None,
+    eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many of --eval-train; sets what an evaluation takes on a CPU.")
+    ] = None,
+    eval_test_limit: Annotated[int | None, typer.Option(min=1, help="Use so many of --eval-test.")] = None,
     protocol: Annotated[AlongRun | None, typer.Option(help="Of the evaluation.")] = None,
     eval_start: Annotated[bool | None, typer.Option("--eval-start/--no-eval-start", help="Also at epoch 0.")] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also events.")] = None,
@@ -88,7 +92,8 @@ def pretrain(
 ) -> None:
     """Pre-train a masked image model.
 
-    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, and curves.csv where it evaluates.
+    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv where it evaluates, and at the
+    end the figure run.png and .pdf.
     Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
     """
     values = {name: value for name, value in locals().items() if value is not None}
@@ -97,6 +102,7 @@ def pretrain(
 
     from mto_analysis.data import open_pictures
     from mto_analysis.pretraining import plan, pretrain
+    from mto_analysis.pretraining.drawing import draw_run_folder
 
     chosen, source, settings = _choose(values)
     pictures = open_pictures(source)
@@ -120,6 +126,9 @@ def pretrain(
             source=str(source),
         ):
             note(_line(record, chosen.epochs), quiet=quiet)
+        if this_process().main:
+            drawn = draw_run_folder(out)
+            note(f"wrote {', '.join(path.name for path in drawn)} to {out}", quiet=quiet)
 
 
 @contextmanager
@@ -146,14 +155,20 @@ def _together() -> Iterator[None]:
 def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     """Recipe, pictures and settings: what was given, else what the resumed run had, else the defaults."""
     from mto_analysis.pretraining import RunFolder, RunSettings, load_recipe, mto_config
+    from mto_analysis.pretraining.metrics import check_boards
     from mto_analysis.training import MTOConfig
 
+    if values["resume"] and values["overwrite"]:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
     folder = RunFolder(values["out"])
     stored: dict[str, Any] = folder.stored_facts() if values["resume"] and folder.holds_run() else {}
     options = _pairs(values.get("set_") or [])
     mto_options = {key.removeprefix("mto."): text for key, text in options.items() if key.startswith("mto.")}
     recipe_options = {key: text for key, text in options.items() if not key.startswith("mto.")}
     if "recipe" in values:
+        own = folder.recipe.exists() and Path(values["recipe"]).resolve() == folder.recipe.resolve()
+        if own and not folder.holds_run():
+            raise ValueError(f"{folder.recipe} would be replaced by the run's own copy; choose another --out")
         recipe = load_recipe(values["recipe"])
     elif stored:
         recipe = load_recipe(folder.recipe)
@@ -176,6 +191,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
         if settings.mto is None:
             raise ValueError(f"--set mto.{next(iter(mto_options))} needs --mto")
         settings = replace(settings, mto=mto_config(mto_options, settings.mto))
+    check_boards(tensorboard=settings.tensorboard, wandb=settings.wandb is not None)
     return recipe, Path(source), _with_evaluation(settings, values, source)
 
 
@@ -189,6 +205,8 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
             ("train", "eval_train"),
             ("test", "eval_test"),
             ("protocol", "protocol"),
+            ("limit", "eval_limit"),
+            ("test_limit", "eval_test_limit"),
         )
         if values.get(option) is not None
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from mto_analysis.comparison import Comparison, compare
 from mto_analysis.errors import DataError
 from mto_analysis.experiments.runs import ExperimentRuns, best_candidate, read_curve
 from mto_analysis.pretraining import RunFolder
+from mto_analysis.pretraining.metrics import heterogeneity_by_layer, layer_of
 from mto_analysis.rauc import Points
 from mto_analysis.rauc_report import as_frame
 
@@ -26,8 +26,6 @@ TIME = "seconds"
 
 # A mean gain of the baseline up to this, in points of accuracy, is none.
 _NOISE = 0.01
-
-_HETEROGENEITY = re.compile(r"(?:(?P<stack>.+?)[._/])?heterogeneity_(?P<depth>\d+)")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def collect(runs: ExperimentRuns) -> Results:
         curves.append(curve.assign(**who))
         metrics = pd.read_csv(RunFolder(run.folder).metrics)
         epochs = metrics[metrics["kind"] == "epoch"]
-        layers.append(_layers(epochs).assign(**who))
+        layers.append(heterogeneity_by_layer(epochs).assign(**who))
         terms.append({**who, **_last_terms(metrics[metrics["kind"] == "step"])})
         rate = epochs["images_per_second"].median()
         speeds.append(
@@ -143,30 +141,8 @@ def _last_terms(steps: pd.DataFrame) -> dict[str, float]:
     """The loss and its terms at the last logged step."""
     last = steps.iloc[-1]
     start, end = list(steps.columns).index("loss"), list(steps.columns).index("lr")
-    names = [name for name in steps.columns[start:end] if not _HETEROGENEITY.fullmatch(name)]
+    names = [name for name in steps.columns[start:end] if layer_of(name) is None]
     return {name: float(last[name]) for name in names if name != "mask_token_grad_norm"}
-
-
-def _layers(epochs: pd.DataFrame) -> pd.DataFrame:
-    """H per layer depth in long form; empty where the engine measured none."""
-    import pandas as pd
-
-    parts = []
-    for column in epochs:
-        if (found := _HETEROGENEITY.fullmatch(str(column))) is not None:
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "epoch": epochs["epoch"],
-                        "stack": found["stack"] or "",
-                        "layer_depth": int(found["depth"]),
-                        "heterogeneity": epochs[column],
-                    }
-                )
-            )
-    if not parts:
-        return pd.DataFrame({"epoch": [], "stack": [], "layer_depth": [], "heterogeneity": []})
-    return pd.concat(parts, ignore_index=True).dropna(subset="heterogeneity")
 
 
 def _compared(results: Results, pair: tuple[str, str], window: tuple[float, float]) -> Comparison | None:

@@ -18,11 +18,13 @@ from mto_analysis.intervals import mean_interval
 from mto_analysis.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
 
 __all__ = [
+    "depth_legend",
     "draw_experiment_curves",
     "draw_trajectories",
     "plot_experiment_curves",
     "plot_final_scores",
     "plot_trajectories",
+    "scale_heterogeneity",
 ]
 
 _PANEL_HEIGHT = 2.6
@@ -195,21 +197,25 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
             for (title, part), ax in zip(row, axes, strict=False):
                 plot_trajectories(part, ax=ax)
                 ax.set_title(title)
-            values = pd.concat([part["heterogeneity"] for _, part in row])
-            # Where H stays near its bound, as in SimMIM, an axis from 0 would lay all layers on one line.
-            near = values.min() > _NEAR_BOUND * values.max()
-            axes[0].set_ylim(bottom=values.min() - 0.05 * np.ptp(values) if near else 0)
-            axes[0].set_ylabel("H (nats), not from 0" if near else "Heterogeneity H (nats)")
+            scale_heterogeneity(axes[0], pd.concat([part["heterogeneity"] for _, part in row]))
             for empty in axes[len(row) :]:
                 empty.set_axis_off()
-        _depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
+        depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
         seeds = layers["seed"].nunique()
         words = f"; mean of {seeds} seeds, bands: 95 % interval" if seeds > 1 else "; one seed"
         figure.suptitle(f"H while training, mean over an epoch's logged steps{words}", fontsize=7, color="0.3")
     return figure
 
 
-def _depth_legend(figure: Figure, depths: Sequence[int]) -> None:
+def scale_heterogeneity(ax: Axes, values: pd.Series) -> None:
+    """Axis of H from 0; where H stays near its bound, as in SimMIM, that would lay all layers on one line."""
+    near = values.min() > _NEAR_BOUND * values.max()
+    ax.set_ylim(bottom=values.min() - 0.05 * np.ptp(values) if near else 0)
+    ax.set_ylabel("H (nats), not from 0" if near else "Heterogeneity H (nats)")
+
+
+def depth_legend(figure: Figure, depths: Sequence[int]) -> None:
+    """Colours of the layer depths, below the figure; of many depths, some."""
     colors = _depth_colors(max(depths))
     shown = depths if len(depths) <= 8 else [depths[round(at)] for at in np.linspace(0, len(depths) - 1, 7)]
     handles = [mpl.lines.Line2D([], [], color=colors(depth), label=f"{depth}") for depth in shown]

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mto_analysis.errors import DataError, OutputError
 from mto_analysis.outputs import write_atomically
 
-__all__ = ["Averages", "Boards", "Table"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Averages", "Boards", "Table", "check_boards", "heterogeneity_by_layer", "layer_of"]
+
+_HETEROGENEITY = re.compile(r"(?:(?P<stack>.+?)[._/])?heterogeneity_(?P<depth>\d+)")
+
+
+def layer_of(column: str) -> tuple[str, int] | None:
+    """Stack and layer depth of a column of ``metrics.csv`` that holds H; ``None`` for other columns.
+
+    Example:
+        >>> layer_of("heterogeneity_2"), layer_of("pixel_decoder/heterogeneity_0"), layer_of("loss")
+        (('', 2), ('pixel_decoder', 0), None)
+    """
+    found = _HETEROGENEITY.fullmatch(column)
+    return None if found is None else (found["stack"] or "", int(found["depth"]))
+
+
+def heterogeneity_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """H in long form, ``epoch stack layer_depth heterogeneity``; empty where none was measured.
+
+    Args:
+        rows: Of ``metrics.csv``, those of steps or those of epochs.
+    """
+    import pandas as pd
+
+    parts = []
+    for column in rows:
+        if (found := layer_of(str(column))) is not None:
+            stack, depth = found
+            values = {"epoch": rows["epoch"], "stack": stack, "layer_depth": depth, "heterogeneity": rows[column]}
+            parts.append(pd.DataFrame(values))
+    if not parts:
+        return pd.DataFrame({"epoch": [], "stack": [], "layer_depth": [], "heterogeneity": []})
+    return pd.concat(parts, ignore_index=True).dropna(subset="heterogeneity")
 
 
 class Averages:
@@ -117,6 +154,17 @@ def _line(cells: Iterable[str]) -> str:
     return buffer.getvalue()
 
 
+def check_boards(*, tensorboard: bool, wandb: bool) -> None:
+    """Whether the packages are there that a run is to log to as well.
+
+    Raises:
+        ValueError: If one is not installed; says how to mend it.
+    """
+    for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--{name} needs the package {name}: pip install {name}")
+
+
 class Boards:
     """TensorBoard and Weights & Biases, where asked for.
 
@@ -136,17 +184,14 @@ class Boards:
     ) -> None:
         self._events: Any = None
         self._run: Any = None
+        check_boards(tensorboard=tensorboard, wandb=wandb is not None)
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
-            try:
-                import wandb as client
-            except ImportError as error:
-                raise ValueError("--wandb needs the package wandb: pip install wandb") from error
+            import wandb as client
+
             note = folder / "wandb-id.txt"
             identity = note.read_text().strip() if step and note.is_file() else secrets.token_hex(4)
             write_atomically(note, f"{identity}\n".encode())

@@ -153,7 +153,7 @@ class EpochRecord:
         score: Top-1 percent, where the epoch was evaluated.
         images_per_second: Pictures that all processes together went through.
         data_wait: Fraction of the time spent waiting for pictures.
-        seconds: Of training, since the epoch began or the run was resumed.
+        seconds: Of training so far, evaluations not counted.
     """
 
     epoch: int

@@ -37,6 +37,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.curves = self.path / "curves.csv"
         self.last = self.path / "last.pth"
+        self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf")}
 
     def kept(self, epoch: int) -> Path:
         """The checkpoint that is kept of an epoch."""
@@ -53,27 +54,34 @@ class RunFolder:
             CheckpointError: If there is none, or it is damaged.
         """
         try:
-            facts = json.loads(self.facts.read_text(encoding="utf-8"))
-            return dict(facts)
+            facts = dict(json.loads(self.facts.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} holds no run.json, so it is no run that could be resumed") from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.facts} is damaged ({error})") from error
+        if "identity" not in facts:
+            raise CheckpointError(f"{self.facts} is of another command, so there is no run that could be resumed")
+        return facts
 
     def check(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Whether a run may begin or go on here; nothing is changed.
 
         Raises:
-            OutputExistsError: If there is a run and neither ``resume`` nor ``overwrite``, or ``path`` is a file.
+            OutputExistsError: If there is a run and neither ``resume`` nor ``overwrite``, if files of no run would be
+                replaced, or if ``path`` is a file.
             CheckpointError: If the run to resume is another one; the message says what differs.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputExistsError(f"{self.path} is a file, and a run needs a folder; choose another --out")
         if not self.holds_run():
+            if (foreign := [each.name for each in self._files() if each.exists()]) and not overwrite:
+                raise OutputExistsError(
+                    f"{self.path} holds {', '.join(foreign)}, of no run, which would be replaced; choose another --out "
+                    "or pass --overwrite"
+                )
             return
         if resume:
-            stored = self.stored_facts().get("identity", {})
-            if other := run_differences(stored, identity):
+            if other := run_differences(self.stored_facts()["identity"], identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
                 )
@@ -100,7 +108,7 @@ class RunFolder:
 
     def _files(self) -> Iterator[Path]:
         yield self.last  # first: without it nothing can be taken for a run that goes on
-        yield from (self.metrics, self.curves, self.path / "wandb-id.txt")
+        yield from (self.metrics, self.curves, *self.figures.values(), self.path / "wandb-id.txt")
         yield from self.path.glob("checkpoint-[0-9]*.pth")
 
     def read_last(self) -> dict[str, Any] | None:
@@ -114,8 +122,8 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except Exception as error:  # of many types, from a damaged file
-            line = str(error).strip().splitlines()
-            raise CheckpointError(f"{self.last} is damaged ({line[0] if line else type(error).__name__})") from error
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"{self.last} is damaged ({type(error).__name__}: {line})") from error
         if not isinstance(content, dict) or "resume" not in content:
             raise CheckpointError(f"{self.last} holds no state to resume from")
         return dict(content["resume"])
