@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mto_analysis.experiments import ExperimentRuns, RunFailedError, do_runs, load_experiment
 from mto_analysis.experiments.results import collect
+from mto_analysis.experiments.running import _hear, _Worker
 from mto_analysis.experiments.runs import read_curve
 from mto_analysis.experiments.summary import verdict
 from mto_analysis.experiments.worker import Report
@@ -155,6 +156,27 @@ def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(RunFailedError, match=r"choosing: MAE .*: its process died"):
         do_runs(runs, num_pictures=64, tell=kill)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "last.pth cannot be written (No space left on device): mend it and go on with --resume",
+        "metrics.csv cannot be written (No space left on device); go on with --resume",
+        "picture 7.png cannot be read any more (gone); restore it, then resume",
+    ],
+)
+def test_failure__gives_the_advice_of_an_experiment_only(tmp_path: Path, words: str) -> None:
+    experiment = load_experiment(write_experiment(tmp_path))
+    run = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out").all[0]
+
+    class Connection:
+        def recv(self) -> Report:
+            return Report("failed", words=words, exit_code=4)
+
+    with pytest.raises(RunFailedError, match=r"\); mend it and run the same command again$") as failed:
+        _hear(_Worker(None, Connection(), run), None, 64, print)
+    assert "resume" not in str(failed.value)
 
 
 def test_report__crosses_a_pipe() -> None:

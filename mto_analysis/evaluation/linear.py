@@ -10,6 +10,9 @@ __all__ = ["fit_linear", "linear_scores"]
 #: Logits held at once.
 _MOST_VALUES = 2**25
 _EPS = 1e-6  # as MAE's BatchNorm
+#: Values of all features up to which the CPU fits: L-BFGS waits for its device some times a step, and beside other
+#: programs on an H200 each fit took 10 s, mostly of waiting.
+_FOR_CPU = 2**24
 
 
 def linear_scores(
@@ -42,10 +45,13 @@ def linear_scores(
         >>> linear_scores(train, torch.tensor([0, 0, 1, 1]), torch.tensor([[-9.0], [9.0]]), 2).argmax(dim=1)
         tensor([0, 1])
     """
+    device = train.device
+    if train.numel() <= _FOR_CPU:
+        train, labels, test = train.cpu(), labels.cpu(), test.cpu()
     variance, mean = torch.var_mean(train, dim=0, correction=0)
     scale = (variance + _EPS).rsqrt()
     weight, bias = fit_linear((train - mean) * scale, labels, num_classes, penalty=penalty, iterations=iterations)
-    return ((test - mean) * scale) @ weight.T + bias
+    return (((test - mean) * scale) @ weight.T + bias).to(device)
 
 
 def fit_linear(

@@ -18,7 +18,7 @@ from mto_analysis.experiments.worker import Report, work
 __all__ = ["Progress", "RunFailedError", "do_runs", "threads_for"]
 
 # What the engine tells those who started it by itself; an experiment is taken up by its own command.
-_ENGINE_ADVICE = re.compile(r"[;:] (?:mend it and )?go on with --resume")
+_ENGINE_ADVICE = re.compile(r"[;:] (?:(?:mend it and )?go on with --resume|restore it, then resume)")
 
 
 class RunFailedError(MTOAnalysisError):
