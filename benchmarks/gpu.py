@@ -7,16 +7,14 @@ the losses' own products are float32 also inside autocast. Measuring: the bare f
 everything that Fig. 2 takes, in turns. Random weights and pictures, nothing is fetched.
 
 Run: ``python benchmarks/gpu.py --csv gpu.csv`` (about 90 seconds on a large GPU; ``--seconds`` limits it: what would
-begin later is left out). ``--paths kernels plain`` trains with our kernels and with torch's operators in turns, beside
-the same plain steps; ``--only training --repeats 3 --seconds 30`` is the short form, bf16 first. Runs on a CPU too, to
-try the script: ``--tiny``.
+begin later is left out). ``--only training --repeats 3 --seconds 30`` is the short form, bf16 first. Runs on a CPU too,
+to try the script: ``--tiny``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import statistics
 import sys
 import time
@@ -36,9 +34,9 @@ from mto_analysis.masking import mask_keys
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe import probe
 from mto_analysis.quadrants import AffinityMaps, quadrant_statistics
-from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies, fused, mto_loss
+from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies, mto_loss
 
-COLUMNS = ("what", "model", "precision", "tf32", "path", "batch", "plain_ms", "with_ms", "percent", "inside_percent")
+COLUMNS = ("what", "model", "precision", "tf32", "batch", "plain_ms", "with_ms", "percent", "inside_percent")
 COLUMNS += ("plain_mb", "added_mb", "added_mb_percent", "target_percent")
 
 
@@ -49,7 +47,6 @@ class Row(NamedTuple):
     model: str
     precision: str
     tf32: bool
-    path: str
     batch: int
     plain_ms: float
     with_ms: float
@@ -69,28 +66,7 @@ class Row(NamedTuple):
         return {name: "" if cells.get(name) is None else cells[name] for name in COLUMNS}
 
 
-PATHS = ("kernels", "kernels-ieee", "plain")
-
-
-@contextmanager
-def taking(path: str) -> Iterator[None]:
-    """Our kernels, these with float32 products that are not made in TF32, or torch's operators."""
-    if path == "plain":
-        with fused.plain_path():
-            yield
-        return
-    kernels = sys.modules.get("mto_analysis.training.kernels")
-    if path == "kernels-ieee":
-        kernels = importlib.import_module("mto_analysis.training.kernels")
-        kernels.FLOAT32_PRODUCTS = "ieee"
-    try:
-        yield
-    finally:
-        if kernels is not None:
-            kernels.FLOAT32_PRODUCTS = None
-
-
-def differences(device: str, paths: Sequence[str]) -> Iterator[str]:
+def differences(device: str) -> Iterator[str]:
     """How far losses, gradients and statistics on the device lie from float64 on the CPU, of the same tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = 0.3 * torch.randn(8, 197, 768, generator=generator, dtype=torch.float64) / 768**0.5 * 8
@@ -99,38 +75,32 @@ def differences(device: str, paths: Sequence[str]) -> Iterator[str]:
         "ragged": torch.rand(8, 196, generator=generator) < 0.6,
     }
 
-    def entropies_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, str]:
+    def losses_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x, split = x.clone().requires_grad_(), entropies.SortedMask.of(mask, 1)
         values = [*entropies.visible_rows_entropy(x, split), entropies.masked_visible_entropy(x, split)]
-        node = type(values[0].grad_fn).__name__
-        loss = torch.stack([values[0].mean() + values[2].mean(), 0.01 * values[1].mean()]).sum()
+        loss = values[0].mean() + values[2].mean() + 0.01 * values[1].mean()
         terms = mto_loss([x[:, 1:], 0.9 * x[:, 1:], 0.8 * x[:, 1:]], mask, MTOConfig())
         (loss + terms.loss).backward()
         assert x.grad is not None
-        return torch.stack([*values, terms.loss.expand(len(x))]).detach(), x.grad, node
+        return torch.stack([*values, terms.loss.expand(len(x))]).detach(), x.grad
+
+    def error(here: Tensor, exact: Tensor) -> str:
+        return f"{((here.cpu().double() - exact).norm() / exact.norm()).item():.1e}"
 
     for name, mask in masks.items():
-        for dtype in (torch.float32, torch.bfloat16):  # each compiles four kernels
+        for dtype in (torch.float32, torch.bfloat16):
             x = tokens.to(dtype)
-            exact = entropies_of(x.double(), mask)
-            for path in paths:
-                with taking(path):
-                    here = entropies_of(x.to(device), mask.to(device))
-                errors = [
-                    ((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(here[:2], exact[:2], strict=True)
-                ]
-                prefix = here[1][:, 0].abs().max().item()
-                yield (
-                    f"{path}, {str(dtype).removeprefix('torch.')}, {name} masks ({here[2]}): "
-                    f"entropies {errors[0]:.1e}, gradient {errors[1]:.1e} of their norm, of prefix tokens {prefix:.0e}"
-                )
-        found = [
+            exact = losses_of(x.double(), mask)
+            here = losses_of(x.to(device), mask.to(device))
+            yield (
+                f"{str(dtype).removeprefix('torch.')}, {name} masks: losses {error(here[0], exact[0])}, gradient "
+                f"{error(here[1], exact[1])} of their norm, of prefix tokens {here[1][:, 0].abs().max().item():.0e}"
+            )
+        found, expected = (
             torch.stack(list(quadrant_statistics(tokens[:, 1:].to(there, kind), mask.to(there)).values()))
-            .cpu()
-            .double()
-            for there, kind in (("cpu", torch.float64), (device, torch.float32))
-        ]
-        yield f"statistics, {name} masks: {((found[1] - found[0]).norm() / found[0].norm()).item():.1e} of their norm"
+            for there, kind in ((device, torch.float32), ("cpu", torch.float64))
+        )
+        yield f"statistics, {name} masks: {error(found, expected)} of their norm"
 
 
 class Clock:
@@ -171,7 +141,7 @@ class Clock:
 def watched(clock: Clock, mto: MTO) -> Iterator[list[tuple[Any, Any]]]:
     """Moments before and after everything that the losses do, forward and backward."""
     spans: list[tuple[Any, Any]] = []
-    classes = (entropies._InitialEntropies, entropies._MaskedVisibleEntropy, fused.FusedEntropies, fused.FusedTerms)
+    classes = (entropies._InitialEntropies, entropies._MaskedVisibleEntropy)
     originals = [each.backward for each in classes]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,10 +178,8 @@ def peak_mb(clock: Clock, work: Callable[[], object]) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def train(
-    name: str, training: Training, clock: Clock, tf32: bool, repeats: int, steps: int, paths: Sequence[str]
-) -> Iterator[Row]:
-    """One model: a step with the losses, along each path, against one without."""
+def train(name: str, training: Training, clock: Clock, tf32: bool, repeats: int, steps: int) -> Row:
+    """One model: a step with the losses against one without."""
 
     def plain() -> None:
         training.step(None)
@@ -220,47 +188,36 @@ def train(
         return attach_mto(training.model, MTOConfig(), check_every=0)
 
     plain_mb = peak_mb(clock, plain)
-    peaks: dict[str, float | None] = {}
-    for path in paths:
-        mto = attached()
-        with taking(path):
-            peaks[path] = peak_mb(clock, partial(training.step, mto))
-        mto.detach()
-    plain_ms: list[float] = []
-    with_ms: dict[str, list[float]] = {path: [] for path in paths}
-    inside: dict[str, list[float]] = {path: [] for path in paths}
+    mto = attached()
+    with_mb = peak_mb(clock, partial(training.step, mto))
+    mto.detach()
+    plain_ms, with_ms, inside = [], [], []
     for repeat in range(repeats + 1):
         first = clock.of(plain, steps)
+        mto = attached()
+        with_losses = partial(training.step, mto)
+        second = clock.of(with_losses, steps)
+        with watched(clock, mto) as spans:
+            whole = clock.of(with_losses, 1)
+            within = sum(clock.between(*span) for span in spans)
+        mto.detach()
         if repeat:  # the first turn warms up
             plain_ms.append(first)
-        for path in paths:
-            mto = attached()
-            with_losses = partial(training.step, mto)
-            with taking(path):
-                second = clock.of(with_losses, steps)
-                with watched(clock, mto) as spans:
-                    whole = clock.of(with_losses, 1)
-                    within = sum(clock.between(*span) for span in spans)
-            mto.detach()
-            if repeat:
-                with_ms[path].append(second)
-                inside[path].append(100 * within / (whole - within))
-    for path in paths:
-        peak = peaks[path]
-        yield Row(
-            "training step",
-            name,
-            "bf16" if training.bf16 else "fp32",
-            tf32,
-            path,
-            len(training.images),
-            statistics.median(plain_ms),
-            statistics.median(with_ms[path]),
-            statistics.median(inside[path]),
-            plain_mb,
-            None if peak is None or plain_mb is None else peak - plain_mb,
-            8.0,
-        )
+            with_ms.append(second)
+            inside.append(100 * within / (whole - within))
+    return Row(
+        "training step",
+        name,
+        "bf16" if training.bf16 else "fp32",
+        tf32,
+        len(training.images),
+        statistics.median(plain_ms),
+        statistics.median(with_ms),
+        statistics.median(inside),
+        plain_mb,
+        None if with_mb is None or plain_mb is None else with_mb - plain_mb,
+        8.0,
+    )
 
 
 def measure(
@@ -306,7 +263,6 @@ def measure(
             name,
             precision,
             False,
-            "",
             len(batch.names),
             statistics.median(forward),
             statistics.median(found[what]),
@@ -380,7 +336,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         torch.backends.cuda.matmul.allow_tf32 = case.tf32
         size = max(2, round(options.batch * case.times))
         training = Training(case.build(), case.bf16, size, options.device)
-        yield from train(case.name, training, clock, case.tf32, options.repeats, options.steps, options.paths)
+        yield train(case.name, training, clock, case.tf32, options.repeats, options.steps)
         del training
     torch.backends.cuda.matmul.allow_tf32 = False
     for name, build, bf16 in measured[2:]:
@@ -403,8 +359,8 @@ def measured_rows(
 def table(found: Sequence[Row]) -> Iterator[str]:
     """Lines for people."""
     yield (
-        f"{'what':<20} {'model':<13} {'prec':<5} {'tf32':<5} {'path':<12} {'batch':>5}  {'plain':>9}"
-        f"  {'with':>9}  {'adds':>8}  {'inside':>8}  {'peak':>9}  {'above it':>18}  target"
+        f"{'what':<20} {'model':<13} {'prec':<5} {'tf32':<5} {'batch':>5}  {'plain':>9}  {'with':>9}  {'adds':>8}"
+        f"  {'inside':>8}  {'peak':>9}  {'above it':>18}  target"
     )
     for row in found:
         cells = row.cells()
@@ -412,8 +368,7 @@ def table(found: Sequence[Row]) -> Iterator[str]:
         peak = "" if row.plain_mb is None else f"{row.plain_mb:.0f} MB"
         above = "" if row.added_mb is None else f"{row.added_mb:.0f} MB {cells['added_mb_percent']} %"
         yield (
-            f"{row.what:<20} {row.model:<13} {row.precision:<5} {'yes' if row.tf32 else 'no':<5}"
-            f" {row.path:<12} {row.batch:>5}"
+            f"{row.what:<20} {row.model:<13} {row.precision:<5} {'yes' if row.tf32 else 'no':<5} {row.batch:>5}"
             f"  {row.plain_ms:>6.1f} ms  {row.with_ms:>6.1f} ms  {cells['percent']:>6} %  {inside:>8}  {peak:>9}"
             f"  {above:>18}  <= {row.target_percent:.0f} %"
         )
@@ -425,7 +380,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps between two looks at the clock")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin nothing new after so long")
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["kernels"], help="how the losses are made")
     parser.add_argument("--only", choices=("training", "measuring"), help="leave out the other part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
@@ -436,7 +390,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     print(f"torch {torch.__version__}, {device}; medians of {options.repeats} turns of {options.steps}", flush=True)
     print("differences from float64 on the CPU:", flush=True)
-    for line in differences(options.device, options.paths):
+    for line in differences(options.device):
         print(" ", line, flush=True)
     found: list[Row] = []
     try:

@@ -1,6 +1,8 @@
 """``mto-analyze pretrain``: options, one line for each failure, and a run that goes on by its folder alone."""
 
 import json
+import sys
+import warnings
 
 import pytest
 from pretraining_cases import SMALL_MAE, Stopped, contents, rows, same, small_recipe, some_pictures, stop_after
@@ -214,3 +216,19 @@ def test_boards__that_are_not_installed_are_named_before_anything_is_written(tmp
     assert done.exit_code == 2
     assert f"pip install {package}" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings__are_one_line_without_code(monkeypatch):
+    before = warnings.formatwarning
+
+    def warn(*_, **__):
+        warnings.warn("two\n lines", stacklevel=1)
+        raise DataError("and an error")
+
+    monkeypatch.setattr("mto_analysis.data.open_pictures", warn)
+    with warnings.catch_warnings():  # as outside of pytest, which records them
+        warnings.showwarning = lambda *given: sys.stderr.write(warnings.formatwarning(*given))
+        done = invoke(*START, "--data", DEMO_PICTURES, "--out", "run")
+    assert done.stderr == "mto-analyze: warning: two lines\nmto-analyze: error: and an error\n"
+    assert warnings.formatwarning is before

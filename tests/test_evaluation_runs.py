@@ -117,6 +117,31 @@ def test_curve_file__does_not_touch_what_is_none_of_ours(tmp_path) -> None:
     assert (tmp_path / "curves.csv").read_text().startswith("method,epoch,score\n")
 
 
+def test_curve_file__changes_nothing_before_its_first_row(tmp_path) -> None:
+    curve = CurveFile(tmp_path / "new", {"k": 1})
+    assert not (tmp_path / "new").exists()
+    curve.add(RunCheckpoint("c", "m", 0, 1), score_of(5.0), "knn")
+    before = (tmp_path / "new" / "curves.csv").read_bytes()
+    again = CurveFile(tmp_path / "new", {"k": 2}, overwrite=True)
+    assert (tmp_path / "new" / "curves.csv").read_bytes() == before
+    again.add(RunCheckpoint("c", "m", 0, 2), score_of(6.0), "knn")
+    assert pd.read_csv(tmp_path / "new" / "curves.csv")["epoch"].tolist() == [2]
+    (tmp_path / "new" / "curves.csv").unlink()  # as if killed between the settings and the first row
+    assert CurveFile(tmp_path / "new", {"k": 2}).rows == []
+
+
+def test_curve_file__refuses_folders_of_other_commands_and_files(tmp_path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"already holds run\.json"):
+        CurveFile(tmp_path, {"k": 1})
+    (tmp_path / "last.pth").write_bytes(b"a run's")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="holds a run, whose files would be replaced"):
+            CurveFile(tmp_path, {"k": 1}, overwrite=overwrite)
+    with pytest.raises(OutputExistsError, match="is a file"):
+        CurveFile(tmp_path / "run.json", {"k": 1})
+
+
 def test_draw_accuracy__has_a_line_per_method_and_the_random_encoder() -> None:
     rows = [
         {"method": method, "epoch": epoch, "score": epoch + seed, "seed": seed, "protocol": "knn"}

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +59,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; mendable errors end with their own code, Ctrl-C with 130."""
+        before, warnings.formatwarning = warnings.formatwarning, _one_line
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
@@ -72,6 +74,8 @@ class Commands(TyperGroup):
                 # Nobody else knows of it: this command's processes do not tell each other.
                 typer.echo(f"mto-analyze: error: process {here.rank} of {here.count}: {message}", err=True)
             raise typer.Exit(code) from error
+        finally:
+            warnings.formatwarning = before
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; one that knows nothing of launchers would run, and write, once in every process."""
@@ -83,6 +87,11 @@ class Commands(TyperGroup):
                 f"(these can: {', '.join(LAUNCHED)})"
             )
         return found
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of code that gave it."""
+    return f"mto-analyze: warning: {' '.join(str(message).split())}\n"
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

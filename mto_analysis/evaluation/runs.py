@@ -30,6 +30,7 @@ __all__ = [
 
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
 COLUMNS = ("method", "epoch", "score", "seed", "protocol", "top5", "pooling", "checkpoint", "seconds")
+_OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf")
 _NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
 
 
@@ -67,7 +68,9 @@ def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]
             (int(found[1]), path) for path in folder.iterdir() if (found := _NUMBER.search(path.name)) is not None
         )
         if not numbered:
-            raise CheckpointNotFoundError(f"{folder} holds no checkpoint-*.pth; give a run's folder or one checkpoint")
+            last = folder / "last.pth"
+            words = f"give {last}" if last.exists() else "give a run's folder or one checkpoint"
+            raise CheckpointNotFoundError(f"{folder} holds no checkpoint-*.pth; {words}")
         return [RunCheckpoint(str(path), method, seed, number) for number, path in numbered]
     found = _NUMBER.search(source)
     if found is not None:
@@ -150,12 +153,17 @@ class CurveFile:
         writes: Whether this process writes; of several, one does.
 
     Raises:
-        OutputExistsError: If the folder holds a curve with other settings.
+        OutputExistsError: If the folder holds a curve with other settings, a pre-training run, or results of another
+            command that would be replaced, or is a file. Nothing is changed before the first row is written.
     """
 
     def __init__(
         self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False, writes: bool = True
     ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputExistsError(f"{folder} is a file, and results need a folder; choose another --out")
+        if (folder / "last.pth").exists():  # its run.json and curves.csv are what the run goes on from
+            raise OutputExistsError(f"{folder} holds a run, whose files would be replaced; choose another --out")
         self.path = folder / "curves.csv"
         self.writes = writes
         self._settings = json.loads(json.dumps(dict(settings), default=str))
@@ -176,11 +184,33 @@ class CurveFile:
                     f"{self.path} was begun with {odd[0]} = {before.get(odd[0])}, not {self._settings[odd[0]]};"
                     " choose another --out or pass --overwrite"
                 )
-        elif writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("curves.csv", "random.csv"):
-                (folder / name).unlink(missing_ok=True)
-            write_atomically(beside, (json.dumps(self._settings, indent=2) + "\n").encode())
+        elif not overwrite and (there := self._foreign()):
+            raise OutputExistsError(
+                f"{folder} already holds {', '.join(there)}; choose another --out or pass --overwrite"
+            )
+        self._began = bool(self.rows)
+
+    def _foreign(self) -> list[str]:
+        """Names of files that would be replaced; the same settings alone are those of a call that was killed."""
+        there = [name for name in _OWN if (self.path.parent / name).exists()]
+        if there == ["settings.json"]:
+            try:
+                same = json.loads((self.path.parent / "settings.json").read_text()) == self._settings
+            except (OSError, ValueError):
+                same = False
+            return [] if same else there
+        return there
+
+    def begin(self) -> None:
+        """Make the folder ready for a new curve, once there is something to write."""
+        if self._began or not self.writes:
+            return
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("curves.csv", "random.csv"):
+            (folder / name).unlink(missing_ok=True)
+        write_atomically(folder / "settings.json", (json.dumps(self._settings, indent=2) + "\n").encode())
+        self._began = True
 
     def holds(self, checkpoint: RunCheckpoint) -> bool:
         """Whether a checkpoint has its row already."""
@@ -194,6 +224,7 @@ class CurveFile:
         """
         row = _row(checkpoint, score, protocol)
         self.rows.append(row)
+        self.begin()
         if self.writes:
             write_atomically(self.path, _as_csv(self.table()))
         return row
@@ -270,6 +301,7 @@ def score_random(
     Returns:
         Mean accuracy over seeds, by method.
     """
+    curve.begin()
     path = curve.path.parent / "random.csv"
     rows: list[dict[str, Any]] = []
     if path.exists():

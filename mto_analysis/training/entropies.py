@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from mto_analysis.affinity import Scratch, masked_first_order
 from mto_analysis.masking import check_mask
-from mto_analysis.training.fused import attempt, fused_entropies, kernels_for
 
 __all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
 
@@ -63,13 +62,7 @@ class SortedMask:
             ValueError: If a row masks no patch or every patch.
         """
         batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
-        num_masked = order = None
-        kernels = kernels_for(mask)
-        if kernels is not None and batch and mask.dtype == torch.bool:
-            found = attempt(lambda: kernels.sort_masks(mask))
-            order, num_masked = (None, None) if found is None else found
-        if num_masked is None:
-            num_masked = mask.sum(dim=-1)
+        num_masked = mask.sum(dim=-1)
         if counts is None:
             counts = (0, 0)
             if batch:
@@ -77,9 +70,7 @@ class SortedMask:
         fewest, most = counts
         if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
             check_mask(mask)  # has the message
-        if order is None:
-            order = masked_first_order(mask)
-        return cls(order, num_masked, most, num_patches - fewest, prefix_tokens)
+        return cls(masked_first_order(mask), num_masked, most, num_patches - fewest, prefix_tokens)
 
     @property
     def num_patches(self) -> int:
@@ -255,7 +246,7 @@ class _InitialEntropies(torch.autograd.Function):
             return split.unsort(gradient, tokens), None, None
 
 
-def _apply(tokens: Tensor, split: SortedMask, include_self: bool | None) -> tuple[Tensor, ...]:
+def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:
     """Run in full precision, and keep what the backward pass needs out of the hands of activation checkpointing.
 
     Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
@@ -267,17 +258,11 @@ def _apply(tokens: Tensor, split: SortedMask, include_self: bool | None) -> tupl
             f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
             f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
         )
-
-    def plain(x: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, enabled=False):
-            if include_self is None:
-                return (_MaskedVisibleEntropy.apply(x, split),)
-            values: tuple[Tensor, ...] = _InitialEntropies.apply(x, split, include_self)
-            return values
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        found = fused_entropies(tokens, split, include_self, plain)
-        return plain(tokens) if found is None else found
+    with (
+        torch.autocast(tokens.device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+    ):
+        return function.apply(tokens, split, *arguments)
 
 
 def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
@@ -295,7 +280,8 @@ def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
         >>> masked_visible_entropy(torch.zeros(1, 4, 8), split)
         tensor([0.6931])
     """
-    return _apply(tokens, split, None)[0]
+    h: Tensor = _apply(_MaskedVisibleEntropy, tokens, split)
+    return h
 
 
 def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: bool = True) -> tuple[Tensor, Tensor]:
@@ -318,5 +304,5 @@ def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: boo
         >>> visible_rows_entropy(torch.zeros(1, 4, 8), split)
         (tensor([0.6931]), tensor([2.7726]))
     """
-    h, rows = _apply(tokens, split, include_self)
+    h, rows = _apply(_InitialEntropies, tokens, split, include_self)
     return h, rows

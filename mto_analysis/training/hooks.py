@@ -38,11 +38,8 @@ class StackForward:
 
     def start(self, tokens: Tensor) -> None:
         """The first block's input: find the mask, and take layer depth 0."""
-        masks = self.spec.find_masks(tokens[:, self.spec.prefix_tokens :])
-        counts = masks.sum(dim=-1).tolist()  # the one wait for the device of a forward
-        mask, num_masked = next(
-            ((each, count) for each, count in zip(masks, counts, strict=True) if any(count)), (masks[0], counts[0])
-        )
+        mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
+        num_masked = mask.sum(dim=1).tolist()  # the one wait for the device of a forward
         mixed = [image for image, count in enumerate(num_masked) if 0 < count < mask.shape[1]]
         if mixed:  # else it is evaluation code, a teacher or fine-tuning
             self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mto_analysis.training.entropies import SortedMask, masked_visible_entropy, visible_rows_entropy
-from mto_analysis.training.fused import fused_terms
 
 __all__ = [
     "MTOConfig",
@@ -255,22 +254,15 @@ def combine_terms(
         heterogeneities: one ``batch`` per layer depth
         rows: batch (sum over visible rows of Eq. 3), or none where its weight is 0
     """
-    h, factor = torch.stack(list(heterogeneities)), config.warmup(step)
-
-    def plain(layers: Sequence[Tensor], rows: Tensor | None) -> tuple[Tensor, ...]:
-        # Layer depths that are not ranked stay out of the graph.
-        every = h if layers is heterogeneities else torch.stack(list(layers))
-        ranked = every if config.layers is None else torch.stack([layers[depth] for depth in config.layers])
-        zero = h.new_zeros(())
-        sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
-        embedding = embedding_loss(layers[0], eps=config.eps) if config.embedding_weight > 0 else zero
-        ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
-        weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding
-        return factor * (weighted + config.ranking_weight * ranking), sparsity, embedding, ranking
-
-    terms = fused_terms(h, rows, split, config, factor, plain)
-    loss, sparsity, embedding, ranking = plain(heterogeneities, rows) if terms is None else terms
-    return MTOTerms(loss, sparsity, embedding, ranking, h)
+    h = torch.stack(list(heterogeneities))
+    # Layer depths that are not ranked stay out of the graph.
+    ranked = h if config.layers is None else torch.stack([heterogeneities[depth] for depth in config.layers])
+    zero = h.new_zeros(())
+    sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
+    embedding = embedding_loss(heterogeneities[0], eps=config.eps) if config.embedding_weight > 0 else zero
+    ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
+    weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding + config.ranking_weight * ranking
+    return MTOTerms(config.warmup(step) * weighted, sparsity, embedding, ranking, h)
 
 
 def mto_loss(

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.training.fused import attempt, term_kernels_for
-
 __all__ = ["StackSpec", "find_stacks", "unwrap"]
 
 
@@ -58,7 +56,8 @@ class StackSpec:
         """
         if self.mask is not None:
             return self.mask().to(tokens.device).flatten(1).bool()
-        candidates = self._rows()
+        rows = () if self.masked_row is None else self.masked_row()
+        candidates = [rows] if isinstance(rows, Tensor) else list(rows)
         found = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         for row in candidates:
             if tokens.is_cuda:  # to ask is to wait for the device
@@ -68,27 +67,6 @@ class StackSpec:
                 if found.any():
                     break
         return found
-
-    def find_masks(self, tokens: Tensor) -> Tensor:
-        """Masks of the running forward of which the first that masks a patch is meant; finds them without a wait.
-
-        Shapes:
-            tokens: batch num_patches dim
-            returns: some batch num_patches
-        """
-        kernels = term_kernels_for(tokens)
-        if kernels is not None and self.mask is None and tokens.stride(-1) == 1:
-            rows = self._rows()
-            flat = all(row.ndim < 3 or row.shape[0] == 1 for row in rows)
-            if flat and 0 < len(rows) <= kernels.MOST_ROWS and tokens.numel():
-                found: Tensor | None = attempt(lambda: kernels.equal_rows(tokens.detach(), rows))
-                if found is not None:
-                    return found
-        return self.find_mask(tokens).unsqueeze(0)
-
-    def _rows(self) -> list[Tensor]:
-        rows = () if self.masked_row is None else self.masked_row()
-        return [rows] if isinstance(rows, Tensor) else list(rows)
 
 
 def _equal(tokens: Tensor, row: Tensor) -> Tensor:
