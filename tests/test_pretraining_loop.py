@@ -110,6 +110,15 @@ def test_resume__of_a_complete_run_does_nothing(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
 
 
+def test_resume__of_a_run_killed_after_its_last_checkpoint_marks_it_complete(tmp_path):
+    run(tmp_path / "run")
+    facts = tmp_path / "run" / "run.json"
+    finished = json.loads(facts.read_text())
+    facts.write_text(json.dumps({**finished, "state": "running"}))
+    assert run(tmp_path / "run", resume=True) == []
+    assert json.loads(facts.read_text()) == finished
+
+
 def test_resume__of_another_run_says_what_differs(tmp_path):
     run(tmp_path / "run")
     for recipe, settings, pictures, told in (

@@ -85,6 +85,9 @@ def pretrain(
         note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
     if state is not None and state["epoch"] >= recipe.epochs:
         note(f"{run_folder.path} is complete ({state['epoch']} epochs): nothing to do")
+        stored = run_folder.stored_facts()
+        if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
+            run_folder.write_facts({**stored, "state": "complete"})
         return
 
     scorer = Scorer(settings, group, evaluate)
