@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -158,3 +158,14 @@ def progress(items: Iterable[Item], total: int | None, label: str, *, quiet: boo
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield from bar.track(items, total=total, description=label)
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, str]:
+    """What ``--set key=value`` gave, by key."""
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value
+    return pairs

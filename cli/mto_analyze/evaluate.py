@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note, progress
+from mto_analyze.console import note, progress, settings_of
 from mto_analyze.options import Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def linear(
         from mto_analysis.values import parse_value
 
         types: dict[str, type] = {"penalty": float, "iterations": int}
-        options = _options(setting)
+        options = settings_of(setting or [])
         odd = [name for name in options if name not in types]
         if odd:
             raise ValueError(f"with --cached there is no setting {odd[0]!r}; there are {', '.join(types)}")
@@ -214,7 +214,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     given = context.params
     device = join_processes(given["device"])
     process, _ = place()
-    options = _options(given["setting"])
+    options = settings_of(given["setting"] or [])
     if given["pooling"] is not None:
         options["pooling"] = given["pooling"].value
     machine = TrainingMachine(given["precision"].value, given["micro_batch"], given["num_workers"])
@@ -297,14 +297,3 @@ def _score_all(
 
 def _text(value: StrEnum | None) -> str | None:
     return None if value is None else value.value
-
-
-def _options(texts: list[str] | None) -> dict[str, str]:
-    """``NAME=VALUE`` as a mapping."""
-    options = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
-        options[name.strip()] = value
-    return options

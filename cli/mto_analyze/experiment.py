@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note
+from mto_analyze.console import note, settings_of
 from mto_analyze.options import Quiet
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def experiment(
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
     from mto_analysis.outputs import OutputFolder
 
-    chosen = load_experiment(file, _pairs(set_ or []))
+    chosen = load_experiment(file, settings_of(set_ or []))
     pictures = chosen.pictures.resolved(data)
     runs = ExperimentRuns(chosen, pictures, out)
     folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
@@ -64,16 +64,6 @@ def experiment(
         do_runs(runs, jobs=jobs, num_pictures=count, tell=tell)
     _write(folder, chosen, runs, jobs=jobs, count=count, began=began)
     note(f"wrote {', '.join(name for name in FILES if (out / name).exists())} to {out}", quiet=quiet)
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes key=value, got {text!r}")
-        pairs[key.strip()] = value
-    return pairs
 
 
 def _write(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.processes import this_process
-from mto_analyze.console import Commands, explain, note
+from mto_analyze.console import Commands, explain, note, settings_of
 from mto_analyze.options import Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
     folder = RunFolder(values["out"])
     stored: dict[str, Any] = folder.stored_facts() if values["resume"] and folder.holds_run() else {}
-    options = _pairs(values.get("set_") or [])
+    options = settings_of(values.get("set_") or [])
     mto_options = {key.removeprefix("mto."): text for key, text in options.items() if key.startswith("mto.")}
     recipe_options = {key: text for key, text in options.items() if not key.startswith("mto.")}
     if "recipe" in values:
@@ -219,16 +219,6 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
             raise ValueError("evaluating along the run needs labelled test pictures: --eval-test")
         return settings
     return replace(settings, evaluation=Evaluation(**{"protocol": "knn", "train": str(source), **given}))
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes key=value, got {text!r}")
-        pairs[key.strip()] = value
-    return pairs
 
 
 def _line(record: EpochRecord, epochs: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.encoder import PositionedEncoder
+from mto_analysis.models.interface import LayerTokens, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
 
 __all__ = ["BootMAE", "BootMAEConfig"]
@@ -46,7 +47,7 @@ class BootMAEConfig:
             raise ValueError(f"num_heads must divide the width {self.dim}, got {self.num_heads}")
 
 
-class BootMAE(MaskedImageModel):
+class BootMAE(PositionedEncoder):
     """Bootstrapped masked autoencoder. Layer 0 is a decoder's input.
 
     In both decoders masked tokens carry their position and visible ones do not: those bring theirs from the encoder.
@@ -139,20 +140,6 @@ class BootMAE(MaskedImageModel):
             returns: batch num_patches dim
         """
         return self._whole(images)[:, 1:]
-
-    def _whole(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return x  # type: ignore[no-any-return]
-
-    def _final_norm(self) -> nn.Module:
-        return self.norm
-
-    def encoder_blocks(self) -> Sequence[nn.Module]:
-        """The encoder's blocks."""
-        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.encoder import PositionedEncoder
+from mto_analysis.models.interface import LayerTokens, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
 
 __all__ = ["CAE", "CAEConfig"]
@@ -40,7 +41,7 @@ class CAEConfig:
                 raise ValueError(f"{name} must divide the width {self.dim}, got {heads}")
 
 
-class CAE(MaskedImageModel):
+class CAE(PositionedEncoder):
     """Context autoencoder. Layer 0 is the regressor's input: there all masked tokens are one vector.
 
     Positions enter only inside attention. Visible tokens stay what the encoder gave at every layer depth, so a curve of
@@ -63,20 +64,6 @@ class CAE(MaskedImageModel):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(RegressorBlock(c) for _ in range(c.decoder_depth))
-
-    def _whole(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return x  # type: ignore[no-any-return]
-
-    def _final_norm(self) -> nn.Module:
-        return self.norm
-
-    def encoder_blocks(self) -> Sequence[nn.Module]:
-        """The encoder's blocks."""
-        return tuple(self.blocks)
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.encoder import PositionedEncoder
+from mto_analysis.models.interface import LayerTokens, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 
 __all__ = ["MAE", "MAEConfig"]
@@ -46,7 +47,7 @@ class MAEConfig:
                 raise ValueError(f"{name} must divide the width {dim}, got {heads}")
 
 
-class MAE(MaskedImageModel):
+class MAE(PositionedEncoder):
     """Masked autoencoder. Layer 0 is the decoder's input after its position embedding.
 
     Source:
@@ -81,21 +82,6 @@ class MAE(MaskedImageModel):
         x = self.decoder_embed(self.norm(self._encode(x, visible.attn_mask)))
         tokens = visible.put_back(x[:, 1:], self.mask_token)
         return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
-
-    def _whole(self, images: Tensor) -> Tensor:
-        # Also for MFF, whose sum of layers is for the decoder alone: downstream it uses the last block.
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return x  # type: ignore[no-any-return]
-
-    def _final_norm(self) -> nn.Module:
-        return self.norm
-
-    def encoder_blocks(self) -> Sequence[nn.Module]:
-        """The encoder's blocks."""
-        return tuple(self.blocks)
 
     def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         for block in self.blocks:
