@@ -47,7 +47,7 @@ def test_notebook__runs_in_a_fresh_kernel(name: str, nbformat, tmp_path: Path, m
     notebook = nbformat.read(FOUND[name], as_version=4)
     make_small(notebook)
     kernel = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=kernel).execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=kernel).execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             assert output["output_type"] != "error"
