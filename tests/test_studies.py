@@ -13,9 +13,10 @@ from golden_files import GOLDEN
 
 from mto_analysis import DataError, MaskRule, load_checkpoint, mask_keys, open_pictures, picture_batches
 from mto_analysis.checkpoints import checkpoint_sha256
+from mto_analysis.devices import pick_device
 from mto_analysis.outputs import labels_of
 from mto_analysis.probe import masks_from_rule, probe
-from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device
+from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints
 from mto_analysis.studies.tables import read_tables
 
 

@@ -86,10 +86,11 @@ def affinity(
 
     from mto_analysis.data import open_pictures
     from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.devices import pick_device
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.affinity import draw_affinity
     from mto_analysis.studies.affinity import map_checkpoints
-    from mto_analysis.studies.heterogeneity import Settings, pick_device
+    from mto_analysis.studies.heterogeneity import Settings
 
     settings = Settings(
         limit=limit,

@@ -112,12 +112,13 @@ def heterogeneity(
 
     from mto_analysis.data import open_pictures
     from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.devices import pick_device
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.heterogeneity import draw_heterogeneity
     from mto_analysis.studies.comparison import paired_difference
     from mto_analysis.studies.controls import Controls
     from mto_analysis.studies.definitions import Definitions as Watched
-    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, pick_device, together
+    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, together
     from mto_analysis.studies.properties import Properties
 
     watched = Watched() if definitions == Definitions.all else None

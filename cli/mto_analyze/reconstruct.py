@@ -47,9 +47,10 @@ def reconstruct(
 
     from mto_analysis.data import choose_pictures, open_pictures
     from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.devices import pick_device
     from mto_analysis.masking import load_masks
     from mto_analysis.plots.reconstruct import draw_reconstructions
-    from mto_analysis.studies.heterogeneity import Settings, pick_device
+    from mto_analysis.studies.heterogeneity import Settings
     from mto_analysis.studies.reconstruct import reconstruct_models
     from mto_analysis.studies.shown import shown_models
 

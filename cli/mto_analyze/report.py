@@ -44,9 +44,10 @@ def report(
 
     from mto_analysis.data import open_pictures
     from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.devices import pick_device
     from mto_analysis.masking import load_masks
     from mto_analysis.report import render_report
-    from mto_analysis.studies.heterogeneity import Settings, pick_device
+    from mto_analysis.studies.heterogeneity import Settings
     from mto_analysis.studies.report import collect_report
 
     contents = collect_report(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.data import Pictures, open_pictures
+from mto_analysis.devices import pick_device
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.evaluation.protocols import Pooling, Precision
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe import undisturbed
+from mto_analysis.processes import this_process
 
 __all__ = [
     "Features",
@@ -218,13 +219,8 @@ def join_processes(device: str) -> str:
     Raises:
         ValueError: If the device is unknown or not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    device = pick_device(device)
+    if this_process().count > 1:
         from accelerate.state import PartialState  # it reads what the launcher left in the environment
 
         state = PartialState(cpu=device == "cpu")

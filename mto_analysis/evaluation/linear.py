@@ -10,8 +10,8 @@ __all__ = ["fit_linear", "linear_scores"]
 #: Logits held at once.
 _MOST_VALUES = 2**25
 _EPS = 1e-6  # as MAE's BatchNorm
-#: Values of all features up to which the CPU fits: L-BFGS waits for its device some times a step, and beside other
-#: programs on an H200 each fit took 10 s, mostly of waiting.
+#: Values of all features up to which the CPU fits: L-BFGS asks its device for numbers several times a step, and each
+#: time waits for whatever else the device does.
 _FOR_CPU = 2**24
 
 

@@ -12,13 +12,14 @@ from mto_analysis.checkpoints import resolve, save_checkpoint
 from mto_analysis.checkpoints.verification import verify_checkpoint
 from mto_analysis.data import Pictures, open_pictures, picture_batches
 from mto_analysis.demo import DEMO_PICTURES
+from mto_analysis.devices import pick_device
 from mto_analysis.errors import CheckpointError
 from mto_analysis.models.initialization import random_weights
 from mto_analysis.paper.catalogue import Inputs, PaperFigure, find_figures
 from mto_analysis.paper.drawing import draw_paper
 from mto_analysis.probe import undisturbed
 from mto_analysis.reconstruction import own_loss
-from mto_analysis.studies.heterogeneity import Settings, load_source, pick_device
+from mto_analysis.studies.heterogeneity import Settings, load_source
 from mto_analysis.studies.sharing import Progress
 
 __all__ = ["PUBLIC", "draw_public"]

@@ -194,8 +194,9 @@ class Workbench:
 
     def _groups(self) -> Iterator[_Group]:
         from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
+        from mto_analysis.devices import pick_device
         from mto_analysis.masking import load_masks
-        from mto_analysis.studies.heterogeneity import Settings, pick_device
+        from mto_analysis.studies.heterogeneity import Settings
 
         inputs = self.inputs
         common: dict[str, Any] = {

@@ -10,28 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mto_analysis.devices import pick_device
 from mto_analysis.processes import this_process
 
-__all__ = ["Group", "choose_device"]
+__all__ = ["Group"]
 
 # A linear evaluation on the main process may take long, and the others wait for it.
 _PATIENCE = timedelta(hours=6)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: If the machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name} is not there: {str(error).splitlines()[0]}") from error
-    return device
 
 
 class Group:
@@ -44,7 +29,7 @@ class Group:
     def __init__(self, device: str) -> None:
         launched = this_process()
         self.count, self.index = launched.count, launched.rank
-        self.device = choose_device(device)
+        self.device = torch.device(pick_device(device))
         if self.count > 1:
             from accelerate.state import PartialState  # it reads what the launcher left in the environment
 

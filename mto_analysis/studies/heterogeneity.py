@@ -26,7 +26,7 @@ from mto_analysis.probe import (
     masks_from_rule,
     undisturbed,
 )
-from mto_analysis.processes import Processes, this_process
+from mto_analysis.processes import Processes
 from mto_analysis.reconstruction import own_loss
 from mto_analysis.studies.comparison import rule_leaving
 from mto_analysis.studies.sharing import Progress, shared_probe
@@ -34,7 +34,7 @@ from mto_analysis.studies.sharing import Progress, shared_probe
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "pick_device", "together"]
+__all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "together"]
 
 _SELF_CHECK_PICTURES = 16
 
@@ -129,29 +129,6 @@ class HeterogeneityStudy:
         """The mask file of a model measured with ``keep_masks``, for others to measure on the same masks."""
         by_name = self.masks[model]
         return masks_to_bytes(torch.stack([torch.stack(each) for each in by_name.values()]).numpy(), list(by_name))
-
-
-def pick_device(name: str) -> str:
-    """``auto`` is CUDA if there is one, else the CPU; MPS is taken only when asked for, as it can be silently wrong.
-
-    Under a launcher, ``auto`` and ``cuda`` are this process's own GPU.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
-    if name == "auto":
-        return _own_gpu() if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(_own_gpu() if name == "cuda" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return str(device)
-
-
-def _own_gpu() -> str:
-    here = this_process()
-    return f"cuda:{here.local_rank % torch.cuda.device_count()}" if here.count > 1 else "cuda"
 
 
 def measure_checkpoints(
