@@ -6,6 +6,7 @@ Half precision is raised to float32; float64 stays float64.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -108,6 +109,7 @@ class TokenSplit:
         # Rows of the tokens' storage in sorted order, by block and by how many rows lie between two images.
         self._storage_rows: dict[tuple[int, int], Tensor] = {}
         self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
+        self._in_order = len(self._blocks) == 1  # images of one count keep their order
 
     def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
         """Reduce the tokens of a few images at a time, sorted masked first, to one value or row of values per image.
@@ -127,12 +129,14 @@ class TokenSplit:
                 f"got tokens {list(tokens.shape)} and mask {list(self.mask.shape)}"
             )
         # Under autocast the product would be made in half precision again.
-        with torch.autocast(tokens.device.type, enabled=False):
+        device = tokens.device.type
+        inside = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext():
             parts = [
                 reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
                 for block, (rows, num_masked) in enumerate(self._blocks)
             ]
-        return torch.cat(parts)[self._back]
+        return parts[0] if self._in_order else torch.cat(parts)[self._back]
 
     def _sorted(self, tokens: Tensor, block: int) -> Tensor:
         rows = self._blocks[block][0]

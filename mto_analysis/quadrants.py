@@ -1,12 +1,12 @@
 """Fig. 2: mass, moments and row entropy of each quadrant of the affinity, and the maps themselves, streamed.
 
-All numbers of a layer depth, and its map, come from one product of tokens. The product is symmetric, so the third
-quadrant is the second one turned: only three of the four are multiplied. All four lie in one matrix, in memory that all
-layers use.
+All numbers of a layer depth, and its map, come from one product of tokens, in memory that all layers use. The product is
+symmetric: the third quadrant is the second one turned.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -26,18 +26,30 @@ AffinityKind = Literal["softmax", "dot", "cosine"]
 #: Names of the numbers of one quadrant, each prefixed ``q1_`` to ``q4_``.
 QUADRANT_STATISTICS = ("mass", "dot_mean", "dot_std", "cosine_mean", "cosine_std")
 
-_NAMES = (
-    "heterogeneity",
-    "row_entropy_masked",
-    "row_entropy_visible",
-    *(f"q{quadrant}_{name}" for name in QUADRANT_STATISTICS for quadrant in (1, 2, 3, 4)),
+# As they are computed: of masked rows, of visible rows (whose entropy over visible tokens nobody asks for), then moments
+# of the first, second and fourth quadrant.
+_COMPUTED = (
+    *("heterogeneity", "row_entropy_masked", "q1_mass", "q2_mass"),
+    *("", "row_entropy_visible", "q3_mass", "q4_mass"),
+    *(f"q{quadrant}_{name}" for name in QUADRANT_STATISTICS[1:] for quadrant in (1, 2, 4)),
 )
+# Where each number stands there; what the third quadrant does not have of its own is the second one's.
+_COLUMNS = {
+    name: _COMPUTED.index(name if name in _COMPUTED else name.replace("q3", "q2"))
+    for name in (
+        *("heterogeneity", "row_entropy_masked", "row_entropy_visible"),
+        *(f"q{quadrant}_{name}" for name in QUADRANT_STATISTICS for quadrant in (1, 2, 3, 4)),
+    )
+}
 
 # Entries of a product that are worked on at once. On a CPU 1.2 MB in float32: fewer would cost more in steps than in
 # memory, and a first stage of Swin with thousands of patches goes image by image; elsewhere as many as keep the device
 # busy.
 _ENTRIES_AT_ONCE = {"cpu": 8 * 196 * 196}
 _ENTRIES_AT_ONCE_ELSEWHERE = 128 * 196 * 196
+
+# Tokens whose products with all later ones are made at once on a CPU.
+_BLOCK = 64
 
 # Subnormal numbers take a processor a hundred times as long: exp, products and sums stay above them. Weights of e^-60
 # of the greatest change no sum in float32 and none that matters in float64; shares below 1e-10 are 0 in a map.
@@ -70,104 +82,123 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         (tensor([0.7500]), tensor([2.]), tensor([0.]))
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    table = split.map(tokens, _Statistics())
-    return dict(zip(_NAMES, table.unbind(dim=-1), strict=True))
+    return _named(split.map(tokens.detach(), _Statistics()))
+
+
+def _named(table: Tensor) -> dict[str, Tensor]:
+    columns = table.unbind(dim=-1)
+    return {name: columns[place] for name, place in _COLUMNS.items()}
 
 
 class _Statistics:
-    """Numbers in the order of ``_NAMES``, ``some len(_NAMES)``, of sorted tokens; the sum of maps goes to ``sink``."""
+    """Numbers of sorted tokens, ``some len(_COMPUTED)``; the sum of their maps goes to ``sink``.
+
+    Beside a product of a few images a step costs little more than its call: what can be one step for dot products and
+    cosines, or for weights and their logarithms, is one, on both in one matrix.
+    """
 
     def __init__(self, kind: AffinityKind = "softmax", scratch: Scratch | None = None) -> None:
         self.kind = kind
         self.scratch = scratch or Scratch()
         self.sink: _MapSink | None = None
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, num_masked: int) -> Tensor:
         """Some images at a time."""
         entries = _ENTRIES_AT_ONCE.get(x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
         at_once = max(1, entries // x.shape[1] ** 2)
+        if len(x) <= at_once:
+            return self._at_once(x, num_masked)
         return torch.cat([self._at_once(part, num_masked) for part in torch.split(x, at_once)])
 
     def _at_once(self, x: Tensor, num_masked: int) -> Tensor:
         batch, count, _ = x.shape
-        products = self.scratch("products", x, batch, count, count)
-        buffer = self.scratch("buffer", x, batch, count, count)
-        masked, visible = slice(num_masked), slice(num_masked, count)
-        # One wide product is faster than two narrow ones.
-        torch.bmm(x[:, masked], x.mT, out=products[:, masked])
-        torch.bmm(x[:, visible], x[:, visible].mT, out=products[:, visible, visible])
-        products[:, visible, masked].copy_(products[:, masked, visible].mT)
-
+        both = self.scratch("both", x, 2, batch, count, count)
+        products, other = both.unbind()
+        self._multiply(x, products)
         shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
-        first, second, fourth = (
-            _moments(products[:, rows, columns], shrink[:, rows], shrink[:, columns], buffer)
-            for rows, columns in ((masked, masked), (masked, visible), (visible, visible))
-        )
-        if self.sink is not None and self.kind == "dot":
-            self.sink(products.sum(dim=0))
-        if self.sink is not None and self.kind == "cosine":
-            self.sink(torch.mul(products, shrink, out=buffer).mul_(shrink.mT).sum(dim=0))
+        torch.mul(products, shrink, out=other).mul_(shrink.mT)
+        self._to_sink("dot", products)
+        self._to_sink("cosine", other)
+        moments = self._moments(both, num_masked)
 
-        found, weights, scale = _softmax(products, (masked, visible), buffer)
+        numbers, scale = _softmax(both, num_masked)
         if self.sink is not None and self.kind == "softmax":
-            scale = torch.where(scale < _LEAST_FACTOR, 0, scale)
-            for number, kind in enumerate((masked, visible)):
-                weights[..., kind].mul_(scale[..., number : number + 1])
-            self.sink(weights.sum(dim=0))
-        moments = torch.stack([first, second, second, fourth], dim=-1)  # batch statistic quadrant
-        return torch.cat([found, moments.flatten(1)], dim=1)
+            scale.masked_fill_(scale < _LEAST_FACTOR, 0)
+            other[..., :num_masked].mul_(scale[..., :1])
+            other[..., num_masked:].mul_(scale[..., 1:])
+            self._to_sink("softmax", other)
+        return torch.cat([*numbers, *moments], dim=1)
+
+    def _to_sink(self, kind: AffinityKind, maps: Tensor) -> None:
+        if self.sink is not None and self.kind == kind:
+            self.sink(maps.sum(dim=0))
+
+    def _multiply(self, x: Tensor, products: Tensor) -> None:
+        """Dot products of all pairs of tokens.
+
+        On a CPU only blocks on the diagonal and beside it are multiplied, as wide as its kernels like, and turned for
+        the other side. A product into memory with gaps takes up to a third longer: it is copied there.
+        """
+        if x.device.type != "cpu":
+            torch.bmm(x, x.mT, out=products)
+            return
+        batch, count, _ = x.shape
+        edges = [*range(0, max(count - _BLOCK // 2, 1), _BLOCK), count]
+        for start, end in itertools.pairwise(edges):
+            rows = self.scratch("part", x, batch, end - start, count - start)
+            torch.bmm(x[:, start:end], x[:, start:].mT, out=rows)
+            products[:, start:end, start:] = rows
+            products[:, end:, start:end] = rows[..., end - start :].mT
+
+    def _moments(self, both: Tensor, num_masked: int) -> tuple[Tensor, ...]:
+        """Means and deviations of the first, second and fourth quadrant, of each of both matrices: ``batch 6``.
+
+        Centred first, as the spread may be tiny beside the mean.
+        """
+        masked, visible = slice(num_masked), slice(num_masked, None)
+        means, deviations = [], []
+        for rows, columns in ((masked, masked), (masked, visible), (visible, visible)):
+            values = both[:, :, rows, columns]
+            mean = values.mean(dim=(2, 3), keepdim=True)
+            centred = torch.sub(values, mean, out=self.scratch("part", values, *values.shape))
+            norm = torch.linalg.vector_norm(centred, dim=(2, 3), keepdim=True)
+            means.append(mean)
+            deviations.append(norm.div_(math.sqrt(centred[0, 0].numel())))
+        return torch.cat(means + deviations, dim=-1).squeeze(2).unbind()
 
 
-def _moments(products: Tensor, rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
-    """Mean and deviation of dot products, then of cosines: ``batch 4``.
-
-    Centred first, as the spread may be tiny beside the mean.
-    """
-    values = buffer.flatten()[: products.numel()].view(products.shape)
-    root = math.sqrt(products[0].numel())
-    found = [products.mean(dim=(1, 2))]
-    torch.sub(products, found[0][:, None, None], out=values)
-    found.append(torch.linalg.vector_norm(values, dim=(1, 2)) / root)
-    torch.mul(products, rows, out=values).mul_(columns.mT)
-    found.append(values.mean(dim=(1, 2)))
-    found.append(torch.linalg.vector_norm(values.sub_(found[2][:, None, None]), dim=(1, 2)) / root)
-    return torch.stack(found, dim=1)
-
-
-def _softmax(products: Tensor, kinds: tuple[slice, slice], weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropies and masses from the softmax of rows; overwrites the products.
+def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Entropies and masses from the softmax of rows of the first matrix; the second becomes its weights.
 
     Masked and visible columns have their own maximum, so that neither kind underflows as a whole.
 
     Shapes:
-        products, weights: batch num_patches num_patches
-        returns: batch 7 (H, row entropies, masses of the quadrants), the weights, batch num_patches 2 (what turns
-            weights of masked and visible columns into shares of their rows)
+        both: 2 batch num_patches num_patches (logits, anything)
+        returns: entropy over visible columns, entropy, masses, means over masked rows and over visible rows (batch 4
+            each); batch num_patches 2 (what turns weights of masked and visible columns into shares of their rows)
     """
 
-    def by_kind(values: Tensor) -> Tensor:
-        return torch.stack([values[..., kind].sum(dim=-1) for kind in kinds], dim=-1)
+    def by_kind(reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
+        kinds = values[..., :num_masked], values[..., num_masked:]
+        return torch.cat([reduce(each, dim=-1, keepdim=True) for each in kinds], dim=-1)
 
-    masked, visible = kinds
-    top = torch.stack([products[..., kind].amax(dim=-1) for kind in kinds], dim=-1)
-    for number, kind in enumerate(kinds):
-        products[..., kind].sub_(top[..., number : number + 1])
-    torch.exp(products.clamp_min_(_LEAST_LOGIT), out=weights)
-    total = by_kind(weights)
-    moment = by_kind(products.mul_(weights))
-    h = total[:, masked, 1].log() - moment[:, masked, 1] / total[:, masked, 1]
+    logits, weights = both.unbind()
+    top = by_kind(torch.amax, logits)
+    logits[..., :num_masked].sub_(top[..., :1])
+    logits[..., num_masked:].sub_(top[..., 1:])
+    torch.exp(logits.clamp_min_(_LEAST_LOGIT), out=weights)
+    logits.mul_(weights)
+    moment, total = by_kind(torch.sum, both).unbind()
 
     # A row's softmax, put together from both kinds of columns.
     down = top - top.amax(dim=-1, keepdim=True)
     factor = down.exp()
     whole = (total * factor).sum(dim=-1, keepdim=True)
-    entropy = whole.log().squeeze(-1) - (factor * (moment + total * down)).sum(dim=-1) / whole.squeeze(-1)
+    entropy = whole.log() - (factor * (moment + total * down)).sum(dim=-1, keepdim=True) / whole
     scale = factor / whole
-    masses = total * scale
-    numbers = [values.mean(dim=1) for values in (h, entropy[:, masked], entropy[:, visible])]
-    numbers += [values.mean(dim=1) for kind in kinds for values in masses[:, kind].unbind(dim=-1)]
-    return torch.stack(numbers, dim=1), weights, scale
+    over_kind = total.log() - moment / total
+    rows = torch.cat([over_kind[..., 1:], entropy, total * scale], dim=-1)
+    return (rows[:, :num_masked].mean(dim=1), rows[:, num_masked:].mean(dim=1)), scale
 
 
 class AffinityMap(NamedTuple):
@@ -227,7 +258,7 @@ class AffinityMaps:
             table = torch.cat(parts)
         else:
             table = self._add((stack, layer.depth, None), layer.tokens, split)
-        return dict(zip(_NAMES, table.unbind(dim=-1), strict=True))
+        return _named(table)
 
     def _add(self, key: tuple[str, int, str | None], tokens: Tensor, split: TokenSplit) -> Tensor:
         kept = self._sums.get(key)
@@ -242,7 +273,7 @@ class AffinityMaps:
                 sums.append(total)
 
         self._statistics.sink = sink
-        table = split.map(tokens, self._statistics)
+        table = split.map(tokens.detach(), self._statistics)
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
 
