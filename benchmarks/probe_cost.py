@@ -3,8 +3,8 @@
 Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, moments of dot products and cosines, row
 entropies, and the mean map. Time: the bare forward and the probes take turns in one process; printed are the median
 ratio of whole runs and, steadier on a busy machine, the time spent inside the measure over the rest of the same run.
-Memory: the peak (VmHWM) of fresh processes that do one or the other, median of five each. Random weights, random
-pictures.
+Memory: the peak (VmHWM) of fresh processes that do one or the other, median of five each, and how much of the
+difference is library code that only the probe runs (RssFile at the end). Random weights, random pictures.
 
 Run: ``python benchmarks/probe_cost.py`` (about ten minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -95,19 +95,21 @@ def times(name: str, size: int, repeats: int, measures: Sequence[str]) -> tuple[
     return statistics.median(forward), percent
 
 
-def peak_megabytes() -> float:
+def status_megabytes(field: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
-def memory(name: str, size: int, measures: Sequence[str], repeats: int = 5) -> dict[str, float]:
-    """Median peak megabytes of processes that run the bare forward, and each probe."""
-    peaks: dict[str, list[float]] = {what: [] for what in ("bare", *measures)}
+def memory(name: str, size: int, measures: Sequence[str], repeats: int = 5) -> dict[str, tuple[float, float]]:
+    """Medians over processes that run the bare forward, and each probe: peak megabytes, and those of library code."""
+    found: dict[str, list[tuple[float, ...]]] = {what: [] for what in ("bare", *measures)}
     for _ in range(repeats):
-        for what, found in peaks.items():
+        for what in found:
             command = [sys.executable, __file__, "--child", what, "--models", name, "--batches", str(size)]
-            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return {what: statistics.median(found) for what, found in peaks.items()}
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[what].append(tuple(map(float, printed.split())))
+    columns = {what: [statistics.median(column) for column in zip(*rows, strict=True)] for what, rows in found.items()}
+    return {what: (peak, code) for what, (peak, code) in columns.items()}
 
 
 def main() -> None:
@@ -127,14 +129,14 @@ def main() -> None:
                 bare(model, batch)
             else:
                 probe(model, [batch], measures={}, layer_measures=[Stopwatch(options.child)])
-        print(peak_megabytes())
+        print(status_megabytes("VmHWM"), status_megabytes("RssFile"))
         return
     if options.cpu_time:
         global clock
         torch.set_num_threads(1)
         clock = time.thread_time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TARGETS}")
-    print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it")
+    print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it  of that code")
     for name in options.models:
         for size in options.batches:
             forward, percent = times(name, size, options.repeats, options.measures)
@@ -142,7 +144,8 @@ def main() -> None:
             for what, (whole, inside) in percent.items():
                 row = f"{name:<13} {size:>5}  {what:<10}  {forward:>10.2f} s  {whole:>8.2f} %  {inside:>4.2f} %"
                 if peaks:
-                    row += f"  {peaks['bare']:>6.0f} MB  {peaks[what] - peaks['bare']:>5.1f} MB"
+                    above, code = (there - bare for there, bare in zip(peaks[what], peaks["bare"], strict=True))
+                    row += f"  {peaks['bare'][0]:>6.0f} MB  {above:>5.1f} MB  {code:>9.1f} MB"
                 print(row, flush=True)
 
 

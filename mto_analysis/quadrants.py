@@ -1,7 +1,7 @@
 """Fig. 2: mass, moments and row entropy of each quadrant of the affinity, and the maps themselves, streamed.
 
-All numbers of a layer depth, and its map, come from one product of tokens, in memory that all layers use. The product is
-symmetric: the third quadrant is the second one turned.
+All numbers of a layer depth, and its map, come from one product of tokens, in memory that all layers use. The product
+is symmetric: the third quadrant is the second one turned.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ AffinityKind = Literal["softmax", "dot", "cosine"]
 #: Names of the numbers of one quadrant, each prefixed ``q1_`` to ``q4_``.
 QUADRANT_STATISTICS = ("mass", "dot_mean", "dot_std", "cosine_mean", "cosine_std")
 
-# As they are computed: of masked rows, of visible rows (whose entropy over visible tokens nobody asks for), then moments
-# of the first, second and fourth quadrant.
+# As they are computed: of masked rows, of visible rows (whose entropy over visible tokens nobody asks for), then
+# moments of the first, second and fourth quadrant.
 _COMPUTED = (
     *("heterogeneity", "row_entropy_masked", "q1_mass", "q2_mass"),
     *("", "row_entropy_visible", "q3_mass", "q4_mass"),
@@ -82,7 +82,7 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         (tensor([0.7500]), tensor([2.]), tensor([0.]))
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    return _named(split.map(tokens.detach(), _Statistics()))
+    return _named(split.map(tokens.detach(), _Statistics(Scratch())))
 
 
 def _named(table: Tensor) -> dict[str, Tensor]:
@@ -97,10 +97,10 @@ class _Statistics:
     cosines, or for weights and their logarithms, is one, on both in one matrix.
     """
 
-    def __init__(self, kind: AffinityKind = "softmax", scratch: Scratch | None = None) -> None:
+    def __init__(self, scratch: Scratch, kind: AffinityKind = "softmax", sink: _MapSink | None = None) -> None:
+        self.scratch = scratch
         self.kind = kind
-        self.scratch = scratch or Scratch()
-        self.sink: _MapSink | None = None
+        self.sink = sink
 
     def __call__(self, x: Tensor, num_masked: int) -> Tensor:
         """Some images at a time."""
@@ -240,7 +240,7 @@ class AffinityMaps:
         self.kind = kind
         self.each_picture = each_picture
         self._sums: dict[tuple[str, int, str | None], tuple[Tensor, int, int]] = {}
-        self._statistics = _Statistics(kind)
+        self._scratch = Scratch()
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Statistics of a batch at one layer depth; its maps are added to those kept.
@@ -272,8 +272,7 @@ class AffinityMaps:
             else:
                 sums.append(total)
 
-        self._statistics.sink = sink
-        table = split.map(tokens.detach(), self._statistics)
+        table = split.map(tokens.detach(), _Statistics(self._scratch, self.kind, sink))
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
 
