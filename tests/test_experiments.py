@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,11 @@ def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "MAE + MTO, seed 2: 2 epochs, 8 steps" in result.stdout
     assert "8 runs, 8 to do" in result.stdout
+    minutes = [
+        float(each) for each in re.findall(r"([\d.e-]+) (?:minutes of training|of evaluation|in all)", result.stdout)
+    ]
+    assert all(each > 0 for each in minutes)
+    assert minutes[0] + minutes[1] == pytest.approx(minutes[2], rel=0.02)
     assert not (tmp_path / "out").exists()
 
 

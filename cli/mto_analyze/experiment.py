@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -101,10 +102,7 @@ def _draw(folder: OutputFolder, results: Results) -> None:
             ("time", results.timed, TIME, "training time (s)"),
         ):
             if comparisons:
-                pairs = [
-                    (results.drawn_runs(each.baseline, axis), results.drawn_runs(each.target, axis))
-                    for each in comparisons
-                ]
+                pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
                 folder.write_figure(stem, rauc_figure(comparisons, pairs, axis=label, score=score))
     if len(results.heterogeneity):
         folder.write_figure("heterogeneity", draw_trajectories(results.heterogeneity))
@@ -120,13 +118,16 @@ def _device(chosen: Experiment) -> str:
 
 
 def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
-    """What ``--dry-run`` prints: a line per method, and how long all of it would take."""
+    """What ``--dry-run`` prints: a line per run, and how long all of it would take."""
     from mto_analysis.data import open_pictures
-    from mto_analysis.pretraining import plan
+    from mto_analysis.evaluation import Evaluator
+    from mto_analysis.pretraining import build_method, plan
 
     pictures = open_pictures(runs.pictures.train)
-    lines, total, left = [], 0.0, 0
+    lines, training, scoring, left = [], 0.0, 0.0, 0
     seconds: dict[tuple[str, bool], float] = {}
+    seconds_a_score: dict[str, float] = {}
+    evaluator: Evaluator | None = None
     for run in runs.all:
         key = (run.variant, run.settings.mto is not None or run.waits)
         if key not in seconds:  # timed once for each, per step
@@ -134,17 +135,26 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
                 seconds[key] = plan(run.recipe, pictures, settings).seconds / run.recipe.epochs
+        evaluation = run.settings.evaluation
+        if run.variant not in seconds_a_score and evaluation is not None:
+            evaluator = evaluator or Evaluator(evaluation)  # reads the pictures once
+            began = time.perf_counter()
+            evaluator.score(build_method(run.recipe, seed=run.seed).student)
+            seconds_a_score[run.variant] = time.perf_counter() - began
         finished = run.finished()
-        left += not finished
-        total += 0.0 if finished else seconds[key] * run.recipe.epochs
+        if not finished:
+            left += 1
+            training += seconds[key] * run.recipe.epochs
+            if evaluation is not None:  # of the untrained model, along the run, and at its end
+                scores = 1 + math.ceil(run.recipe.epochs / evaluation.every)
+                scoring += scores * seconds_a_score[run.variant]
         steps = run.recipe.epochs * (count // run.recipe.batch_size)
         state = "finished" if finished else f"{run.recipe.epochs} epochs, {steps} steps"
         lines.append(f"{run.name}: {state}")
-    minutes = total / 60
     lines.append(
-        f"{len(runs.all)} runs, {left} to do; about {minutes:.3g} minutes of training one after the other (from a few "
-        f"timed steps), {minutes / jobs:.3g} with {jobs} at once if they do not slow each other down; evaluations come "
-        "on top"
+        f"{len(runs.all)} runs, {left} to do; one after the other about {training / 60:.3g} minutes of training (from "
+        f"a few timed steps) and {scoring / 60:.3g} of evaluation (from one of an untrained model), "
+        f"{(training + scoring) / 60 / jobs:.3g} in all with {jobs} at once if they do not slow each other down"
     )
     return "\n".join(lines)
 
@@ -205,6 +215,4 @@ def _last_score(progress: Progress) -> str:
     curve = read_curve(progress.run)
     if curve.empty:
         return "no score"
-    return (
-        f"{curve['score'].iloc[-1]:.2f} % after {progress.epoch} epochs, {curve['seconds'].iloc[-1]:.0f} s of training"
-    )
+    return f"{curve['score'].iloc[-1]:.2f} % after {progress.epoch} epochs"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TIME", "Results", "collect"]
 
-#: The axis of equal time: seconds of training, evaluations not counted.
+#: The axis of equal time: seconds of training, evaluations not counted. A step of a method lasts the median over all
+#: its runs, so other work on the machine, a pause or a restart leaves no trace.
 TIME = "seconds"
 
 # A mean gain of the baseline up to this, in points of accuracy, is none.
@@ -36,7 +37,7 @@ class Results:
         curves: ``method epoch score seed seconds recipe arm protocol``.
         heterogeneity: ``method seed epoch stack layer_depth heterogeneity recipe arm``; means over an epoch's logged
             steps, in training mode.
-        speed: ``method seed step_seconds images_per_second data_wait``, medians over epochs.
+        speed: ``method seed step_seconds images_per_second data_wait``, medians over logged steps.
         terms: Of each run's last logged step: ``method seed``, the loss and its terms, those of MTO unweighted.
         choice: ``variant candidate seed final mean``; empty without a choice.
         chosen: Candidate by variant.
@@ -61,15 +62,6 @@ class Results:
             for seed, run in rows.groupby("seed", sort=False)
         }
 
-    def drawn_runs(self, method: str, axis: str = "epoch", points: int = 41) -> dict[str, Points]:
-        """As :meth:`runs`, for a figure: over seconds, where no two runs share a place, at evenly spaced ones."""
-        runs = self.runs(method, axis)
-        if axis == "epoch":
-            return runs
-        start, end = max(run.epochs[0] for run in runs.values()), min(run.epochs[-1] for run in runs.values())
-        places = np.linspace(start, end, points)
-        return {seed: Points(places, np.interp(places, *run)) for seed, run in runs.items()}
-
     def rauc_table(self) -> pd.DataFrame:
         """Rows of :func:`~mto_analysis.rauc_report.as_frame`, over epochs and over seconds."""
         import pandas as pd
@@ -92,23 +84,26 @@ def collect(runs: ExperimentRuns) -> Results:
         if curve.empty:
             raise DataError(f"{run.name} has no scores yet: run the experiment again")
         who: dict[str, Any] = {"method": run.method, "seed": run.seed, "recipe": run.variant, "arm": run.arm}
-        curves.append(curve.assign(**who))
         metrics = pd.read_csv(RunFolder(run.folder).metrics)
-        epochs = metrics[metrics["kind"] == "epoch"]
+        epochs, steps = (metrics[metrics["kind"] == kind] for kind in ("epoch", "step"))
+        steps_per_epoch = epochs["step"].iloc[-1] / epochs["epoch"].iloc[-1]
+        curves.append(curve.assign(steps=curve["epoch"] * steps_per_epoch, **who))
         layers.append(heterogeneity_by_layer(epochs).assign(**who))
-        terms.append({**who, **_last_terms(metrics[metrics["kind"] == "step"])})
-        rate = epochs["images_per_second"].median()
+        terms.append({**who, **_last_terms(steps)})
+        rate = steps["images_per_second"].median()
         speeds.append(
             {
                 "method": run.method,
                 "seed": run.seed,
                 "step_seconds": run.recipe.batch_size / rate,
                 "images_per_second": rate,
-                "data_wait": epochs["data_wait"].median(),
+                "data_wait": steps["data_wait"].median(),
             }
         )
-    columns = ["method", "epoch", "score", "seed", "seconds", "recipe", "arm", "protocol"]
-    table = pd.concat(curves, ignore_index=True)[columns]
+    speed = pd.DataFrame(speeds)
+    table = pd.concat(curves, ignore_index=True)
+    table[TIME] = table["steps"] * table["method"].map(speed.groupby("method")["step_seconds"].median())
+    table = table[["method", "epoch", "score", "seed", TIME, "recipe", "arm", "protocol"]]
     choice = runs.chosen_table()
     settings = runs.experiment.choice
     chosen = {}
@@ -120,7 +115,7 @@ def collect(runs: ExperimentRuns) -> Results:
         pd.concat(layers, ignore_index=True)[
             ["method", "seed", "epoch", "stack", "layer_depth", "heterogeneity", "recipe", "arm"]
         ],
-        pd.DataFrame(speeds),
+        speed,
         pd.DataFrame(terms),
         choice,
         chosen,
@@ -159,8 +154,6 @@ def _timed(results: Results, pair: tuple[str, str]) -> Comparison | None:
     """RAUC over the training time that all runs of both methods have had."""
     baseline, target = (results.runs(method, TIME) for method in pair)
     runs = [*baseline.values(), *target.values()]
-    if not all((np.diff(run.epochs) > 0).all() for run in runs):
-        return None
     start, end = max(run.epochs[0] for run in runs), min(run.epochs[-1] for run in runs)
     if not start < end:
         return None

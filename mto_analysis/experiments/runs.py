@@ -226,12 +226,11 @@ def shortened(recipe: Recipe, share: float) -> Recipe:
 def read_curve(run: Run) -> pd.DataFrame:
     """What the engine wrote of a run's scores; empty before the first.
 
-    Columns: ``epoch score seconds`` and ``protocol``.
+    Columns: ``epoch score protocol``.
     """
     import pandas as pd
 
     path = RunFolder(run.folder).curves
     if not path.exists():
-        return pd.DataFrame({"epoch": [], "score": [], "seconds": [], "protocol": []})
-    table = pd.read_csv(path)
-    return table.assign(seconds=3600 * table["hours"])[["epoch", "score", "seconds", "protocol"]]
+        return pd.DataFrame({"epoch": [], "score": [], "protocol": []})
+    return pd.read_csv(path)[["epoch", "score", "protocol"]]
