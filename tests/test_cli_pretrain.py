@@ -1,5 +1,7 @@
 """``mto-analyze pretrain``: options, one line for each failure, and a run that goes on by its folder alone."""
 
+import contextlib
+import importlib
 import json
 import sys
 import warnings
@@ -65,6 +67,19 @@ def test_pretrain__resumes_by_its_folder_alone(tmp_path):
     again = invoke("pretrain", "--out", cut, "--resume")
     assert again.exit_code == 0
     assert "nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize(("after", "told"), [(1, "nothing half-written was left behind"), (5, "--resume goes on from")])
+def test_pretrain__interrupted_says_how_to_go_on(tmp_path, monkeypatch, after, told):
+    def interrupt(record):
+        if record.step == after:
+            raise KeyboardInterrupt
+
+    command = importlib.import_module("mto_analyze.pretrain")  # the package's attribute is the function
+    monkeypatch.setattr(command, "_bar", lambda quiet: contextlib.nullcontext(interrupt))
+    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert f"interrupted; {told}" in done.stderr.splitlines()[-1]
 
 
 def test_dry_run__tells_and_writes_nothing(tmp_path):

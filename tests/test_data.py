@@ -200,6 +200,7 @@ def test_picture_batches__report_broken_pictures_and_go_on(with_broken: Path, nu
     for picture in broken:
         assert picture.reason
         assert "\n" not in picture.reason
+        assert "0x" not in picture.reason, "an address says nothing"
 
 
 def test_picture_batches__are_strict_by_default(with_broken: Path) -> None:

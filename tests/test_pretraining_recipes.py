@@ -45,6 +45,7 @@ def test_with_options__values_are_typed_and_their_source_changes():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"model.depth": "0"}, "the model must have at least one block"),
         ({"epoch": "3"}, "no setting is called 'epoch'; known are .*epochs.*model.depth"),
         ({"model.width": "3"}, "no setting is called 'model.width'"),
         ({"name": "mine"}, "no setting is called 'name'"),

@@ -100,7 +100,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, MTOAnalysisError):
         code = error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted; nothing half-written was left behind", INTERRUPTED
+        message, code = f"interrupted; {message or 'nothing half-written was left behind'}", INTERRUPTED
     elif isinstance(error, ValueError):  # an argument out of range
         pass
     elif isinstance(error, OSError):

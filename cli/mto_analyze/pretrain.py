@@ -106,7 +106,7 @@ def pretrain(
 
     chosen, source, settings = _choose(values)
     pictures = open_pictures(source)
-    with _together(), _bar(quiet) as on_step:
+    with _together(), _interrupted(out), _bar(quiet) as on_step:
         if dry_run:
             planned = plan(chosen, pictures, settings).as_text()
             if this_process().main:
@@ -129,6 +129,18 @@ def pretrain(
         if this_process().main:
             drawn = draw_run_folder(out)
             note(f"wrote {', '.join(path.name for path in drawn)} to {out}", quiet=quiet)
+
+
+@contextmanager
+def _interrupted(out: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from mto_analysis.pretraining import RunFolder
+
+        kept = RunFolder(out).last.exists()
+        raise KeyboardInterrupt("--resume goes on from last.pth" if kept else "") from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mto_analysis.data.reading import reason_of
 from mto_analysis.data.sources import Pictures
 from mto_analysis.errors import DataError
 from mto_analysis.models import ModelInfo
@@ -64,7 +65,7 @@ class _Prepared(Dataset[tuple[str, Tensor | str]]):
         try:
             return name, self._transform(self._pictures.open(row))
         except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
-            return name, f"{type(error).__name__}: {error}".splitlines()[0]
+            return name, reason_of(error)
 
 
 def picture_batches(

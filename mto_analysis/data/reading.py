@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mto_analysis.data.sources import Pictures
 from mto_analysis.errors import DataError
 
@@ -9,8 +11,8 @@ __all__ = ["read_content", "reason_of"]
 
 
 def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """An error in one line; what PIL reads from memory has an address instead of a name, which says nothing."""
+    return re.sub(r" ?<_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def read_content(pictures: Pictures, row: int) -> bytes:

@@ -155,6 +155,10 @@ class Recipe:
             ("momentum must lie between 0 and 1", not all(0 <= each <= 1 for each in self.momentum)),
             ("momentum needs a value", self.method in _ONLY_FOR["momentum"] and not self.momentum),
             ("feature_ramp must lie between 0 and 1", not 0 <= self.feature_ramp <= 1),
+            (
+                "the model must have at least one block in each stack",
+                any(int(size) < 1 for name, size in self.model.items() if name.endswith("depth")),
+            ),
             ("target must be features for conmim only", (self.method == "conmim") != (self.target == "features")),
         ):
             if broken:
