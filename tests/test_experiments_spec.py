@@ -151,6 +151,18 @@ def test_decoder_depth__varies_the_decoder_alone() -> None:
     assert all(each == rest[0] for each in rest)
 
 
+@pytest.mark.parametrize(("short", "long"), [("supp-fig1", "style_comparison"), ("supp-fig2", "decoder_depth")])
+def test_short_forms__beside_the_figures_ask_what_the_long_ones_ask(short: str, long: str) -> None:
+    one = load_experiment(Path(__file__).parents[1] / f"figures/{short}.toml")
+    other = load_experiment(long)
+    assert [variant.label for variant in one.variants] == [variant.label for variant in other.variants]
+    assert [variant.recipe.model for variant in one.variants] == [variant.recipe.model for variant in other.variants]
+    assert one.arms == other.arms
+    assert one.pairs == other.pairs
+    epochs = [[variant.recipe.epochs for variant in each.variants] for each in (one, other)]
+    assert max(epochs[0]) < min(epochs[1])
+
+
 def test_shortened__keeps_the_shape_of_the_schedule(tiny: Path) -> None:
     recipe = load_experiment(tiny, {"epochs": "20"}).variants[0].recipe
     short = shortened(recipe, 0.5)

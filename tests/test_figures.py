@@ -84,7 +84,7 @@ class TestWhatIsCommitted:
 
     def test_nothing_is_committed_that_no_figure_writes(self) -> None:
         known = {file for figure in FIGURES.values() for file in figure.files(Inputs())}
-        known |= {CAPTIONS, "public.py", *(f"{name}.py" for name in FIGURES)}
+        known |= {CAPTIONS, "public.py", *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml"}
         tracked = {path.name for path in COMMITTED.iterdir() if path.is_file()}
         assert tracked - known <= {
             f"{name}-measured{kind}" for name in FIGURES for kind in (".png", ".pdf", ".csv")
@@ -98,6 +98,18 @@ class TestWhatIsCommitted:
         committed = (COMMITTED / CAPTIONS).read_text(encoding="utf-8")
         caption = f"{FIGURES[name].title}. {redrawn[name].caption}"
         assert merge_captions(committed, {name: caption}) == committed
+
+    @pytest.mark.parametrize(
+        ("name", "results"),
+        [("supp-fig1", "style_comparison"), ("fig4", "style_comparison"), ("supp-fig2", "decoder_depth")],
+    )
+    def test_what_was_measured_is_drawn_again_from_its_tables(self, name: str, results: str) -> None:
+        folder = COMMITTED.parent / "docs/results" / results
+        found = drawn(name, experiment=folder)
+        for stem, table in found.tables.items():
+            assert_same_numbers(table, COMMITTED / f"{stem}.csv")
+        captions = " ".join((COMMITTED / CAPTIONS).read_text(encoding="utf-8").split())
+        assert " ".join(found.caption.split()) in captions
 
     @pytest.mark.slow
     def test_numbers_of_the_slow_ones_agree(self) -> None:
