@@ -39,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     result = run(write_experiment(folder), "--data", folder, "--out", folder / "out")
     assert result.exit_code == 0, result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 6
+    assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 7
     assert "# tiny" in result.stdout
     return folder
 
@@ -84,7 +84,9 @@ def test_experiment__random_encoders_of_a_seed_are_the_same(done: Path) -> None:
 def test_experiment__the_arm_takes_the_best_candidate(done: Path) -> None:
     choice = pd.read_csv(done / "out/choice.csv")
     assert choice["seed"].unique().tolist() == [100]
-    best = choice.loc[choice["final"].idxmax(), "candidate"]
+    assert choice["candidate"].tolist() == ["no MTO", "small", "large"]
+    candidates = choice[choice["candidate"] != "no MTO"]
+    best = candidates.loc[candidates["final"].idxmax(), "candidate"]
     facts = json.loads((done / "out/run.json").read_text())
     assert facts["chosen"] == {"MAE": best}
     stored = json.loads((done / "out/runs/mae-mto-seed1/run.json").read_text())["identity"]["mto"]
@@ -114,7 +116,7 @@ def test_experiment__again_finds_all_runs_finished(done: Path) -> None:
     assert [(each.run.folder, each.state) for each in told] == [(run.folder, "found") for run in runs.all]
     assert {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*")} == before
     result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--dry-run")
-    assert "6 runs, 0 to do" in result.stdout
+    assert "7 runs, 0 to do" in result.stdout
 
 
 def test_experiment__refuses_another_one_in_its_folder(done: Path) -> None:
@@ -129,7 +131,7 @@ def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
     result = run(file, "--data", tmp_path, "--out", tmp_path / "out", "--dry-run", "--set", "seeds=0,1,2")
     assert result.exit_code == 0, result.stderr
     assert "MAE + MTO, seed 2: 2 epochs, 8 steps" in result.stdout
-    assert "8 runs, 8 to do" in result.stdout
+    assert "9 runs, 9 to do" in result.stdout
     minutes = [
         float(each) for each in re.findall(r"([\d.e-]+) (?:minutes of training|of evaluation|in all)", result.stdout)
     ]
@@ -143,7 +145,7 @@ def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None
     result = run(file, "--data", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 4
     line = result.stderr.splitlines()[-1]
-    assert "choosing: MAE + small, seed 100: 64 pictures do not fill one batch of 128" in line
+    assert "choosing: MAE, seed 100: 64 pictures do not fill one batch of 128" in line
     assert "run the same command again" in line
 
 

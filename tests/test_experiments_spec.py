@@ -75,6 +75,7 @@ def test_load_experiment__set_reaches_every_table_and_all_recipes(tiny: Path) ->
         ('mto = "chosen"', "mto = { sparsity_wait = 1 }", "arms.MTO.mto.sparsity_wait: no such key; known are preset"),
         ('mto = "chosen"', "mto = { sparsity_weight = -1 }", "arms.MTO.mto: sparsity_weight must"),
         ('mto = "chosen"', "", 'choose: no arm has mto = "chosen"'),
+        ('name = "small"', 'name = "no MTO"', "choose.candidates: the baseline's name is taken"),
         ("seeds = [100]", "seeds = [1]", "choose.seeds: must be other seeds than the experiment's"),
         ("share = 0.5", "share = 0", "choose.share: must be above 0"),
         ("share = 0.5", 'by = "best"', "choose.by must be one of final, mean, got 'best'"),

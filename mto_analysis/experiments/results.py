@@ -39,7 +39,7 @@ class Results:
             steps, in training mode.
         speed: ``method seed step_seconds images_per_second data_wait``, medians over logged steps.
         terms: Of each run's last logged step: ``method seed``, the loss and its terms, those of MTO unweighted.
-        choice: ``variant candidate seed final mean``; empty without a choice.
+        choice: ``variant candidate seed final mean``, the baseline's among them; empty without a choice.
         chosen: Candidate by variant.
         comparisons: Every pair in every window, over epochs.
         timed: The same pairs over the time that both have; one window each.
@@ -109,7 +109,7 @@ def collect(runs: ExperimentRuns) -> Results:
     chosen = {}
     if settings is not None:
         for variant in runs.experiment.variants:
-            chosen[variant.label] = best_candidate(choice, variant.label, settings.by, len(settings.seeds))
+            chosen[variant.label] = best_candidate(choice, variant.label, settings)
     results = Results(
         table,
         pd.concat(layers, ignore_index=True)[

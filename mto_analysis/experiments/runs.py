@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mto_analysis.errors import DataError, ExperimentError
-from mto_analysis.experiments.spec import Arm, Experiment, Pictures, Variant
+from mto_analysis.experiments.spec import Arm, Choice, Experiment, Pictures, Variant
 from mto_analysis.outputs import file_word
 from mto_analysis.pretraining import Recipe, RunFolder, RunSettings
 from mto_analysis.pretraining.state import run_differences
@@ -142,15 +142,20 @@ class ExperimentRuns:
         )
 
     def _choosing(self) -> Iterator[Run]:
-        choice = self.experiment.choice
-        for seed in choice.seeds if choice else ():
+        """The candidates' runs, and beside them the baseline's: the best of some may still be worse than none."""
+        choice, baseline = self.experiment.choice, self.experiment.baseline
+        if choice is None:
+            return
+        candidates = [(f" + {each.name}", each.name, each.mto) for each in choice.candidates]
+        plain = [("", baseline.name, None)] if baseline is not None else []
+        for seed in choice.seeds:
             for variant in self.experiment.variants:
-                recipe = shortened(variant.recipe, choice.share if choice else 1.0)
-                for candidate in choice.candidates if choice else ():
-                    method = f"{variant.label} + {candidate.name}"
-                    settings = self._settings(recipe, seed, candidate.mto)
+                recipe = shortened(variant.recipe, choice.share)
+                for ending, name, mto in (*plain, *candidates):
+                    method = variant.label + ending
+                    settings = self._settings(recipe, seed, mto)
                     folder = self.folder / "choose" / f"{file_word(method).lower()}-seed{seed}"
-                    names = (variant.label, candidate.name, method)
+                    names = (variant.label, name, method)
                     yield Run("choose", *names, seed, recipe, settings, False, self.pictures.train, folder)
 
     def _main(self) -> Iterator[Run]:
@@ -167,7 +172,7 @@ class ExperimentRuns:
         return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.pictures.train, folder)
 
     def chosen_table(self) -> pd.DataFrame:
-        """Scores of all candidates so far: ``variant candidate seed final mean``."""
+        """Scores of all candidates and of the baseline so far: ``variant candidate seed final mean``."""
         import pandas as pd
 
         rows = []
@@ -187,23 +192,27 @@ class ExperimentRuns:
         choice = self.experiment.choice
         if not run.waits or choice is None:
             return run
-        name = best_candidate(self.chosen_table(), run.variant, choice.by, len(choice.seeds))
+        name = best_candidate(self.chosen_table(), run.variant, choice)
         mto = next(each.mto for each in choice.candidates if each.name == name)
         return replace(run, settings=replace(run.settings, mto=mto), waits=False)
 
 
-def best_candidate(table: pd.DataFrame, variant: str, by: str, num_seeds: int) -> str:
-    """The candidate with the greatest mean over seeds; of equals the first.
+def best_candidate(table: pd.DataFrame, variant: str, choice: Choice) -> str:
+    """The candidate with the greatest mean over seeds; of equals the first. The baseline is none.
 
     Example:
         >>> import pandas as pd
-        >>> rows = [("MAE", "a", 1, 40.0, 30.0), ("MAE", "b", 1, 41.0, 29.0)]
+        >>> from mto_analysis.experiments.spec import Candidate
+        >>> rows = [("MAE", "no MTO", 1, 42.0, 31.0), ("MAE", "a", 1, 40.0, 30.0), ("MAE", "b", 1, 41.0, 29.0)]
         >>> table = pd.DataFrame(rows, columns=["variant", "candidate", "seed", "final", "mean"])
-        >>> best_candidate(table, "MAE", "final", 1), best_candidate(table, "MAE", "mean", 1)
-        ('b', 'a')
+        >>> candidates = Candidate("a", MTOConfig()), Candidate("b", MTOConfig())
+        >>> [best_candidate(table, "MAE", Choice(candidates, (1,), by=by)) for by in ("final", "mean")]
+        ['b', 'a']
     """
-    groups = table[table["variant"] == variant].groupby("candidate", sort=False)[by]
-    if groups.ngroups == 0 or int(groups.size().min()) < num_seeds:
+    names = [each.name for each in choice.candidates]
+    rows = table[(table["variant"] == variant) & table["candidate"].isin(names)]
+    groups = rows.groupby("candidate", sort=False)[choice.by]
+    if groups.ngroups < len(names) or int(groups.size().min()) < len(choice.seeds):
         raise DataError(f"the choice for {variant} is not finished: run the experiment again")
     return str(groups.mean().idxmax())
 

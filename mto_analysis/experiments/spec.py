@@ -173,6 +173,10 @@ class Experiment:
             ('choose: no arm has mto = "chosen"', bool(candidates) and not self._chosen),
             (f"choose.candidates: at most {MOST_CANDIDATES}", len(candidates) > MOST_CANDIDATES),
             ("choose.candidates: names must differ", len(set(candidates)) < len(candidates)),
+            (
+                "choose.candidates: the baseline's name is taken",
+                self.baseline is not None and self.baseline.name in candidates,
+            ),
             ("choose.seeds: at least one is needed", bool(candidates) and not seeds),
             ("choose.seeds: must be other seeds than the experiment's", bool(set(seeds) & set(self.seeds))),
             ("choose.share: must be above 0 and at most 1", not 0 < share <= 1),

@@ -222,7 +222,7 @@ def _choice(experiment: Experiment, results: Results) -> str:
     choice = experiment.choice
     if choice is None:
         return ""
-    settings = {each.name: each.mto for each in choice.candidates}
+    settings = {each.name: config_words(each.mto) for each in choice.candidates}
     epochs = sorted({max(1, round(choice.share * variant.recipe.epochs)) for variant in experiment.variants})
     words = (
         f"Chosen by the {choice.by} score, mean over the seeds {', '.join(map(str, choice.seeds))} (none of them is a "
@@ -239,7 +239,7 @@ def _choice(experiment: Experiment, results: Results) -> str:
                     f"{name}{mark}",
                     f"{row['final']:.2f}",
                     f"{row['mean']:.2f}",
-                    config_words(settings[str(name)]),
+                    settings.get(str(name), "the baseline, no candidate"),
                 )
             )
     return f"## The choice\n\n{words}\n\n{_table(rows)}"
