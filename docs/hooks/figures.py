@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -24,16 +25,17 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 def gallery() -> str:
     """A section per caption: the figures of that name, the caption, the files."""
-    captions = CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:]
-    return "\n".join(_section(*each.split("\n", 1)) for each in captions)
+    captions = dict(each.split("\n", 1) for each in CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:])
+    return "\n".join(_section(name, caption, others=captions.keys() - {name}) for name, caption in captions.items())
 
 
-def _section(name: str, caption: str) -> str:
+def _section(name: str, caption: str, others: Collection[str]) -> str:
     text = " ".join(caption.split())
     found = _TITLE.match(text)
     stems = sorted(path.stem for path in FOLDER.glob(f"{name}*.png"))  # "fig2" before "fig2-mae"
-    drawn = [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem)]
-    lines = [f"## {found[0] if found else name.replace('-', ' ').capitalize()}", ""]
+    drawn = [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem) and stem not in others]
+    heading = found[0] if found else name.replace("-", " ").capitalize()
+    lines = [f"## {heading}{', measured here' if name.endswith('-measured') else ''}", ""]
     for each in drawn:
         links = [f"[{kind}](figures/{each}.{kind})" for kind in ("pdf", "csv") if (FOLDER / f"{each}.{kind}").is_file()]
         lines += [f"![{each}](figures/{each}.png)", "", f"`{each}`: {', '.join(links)}", ""]
