@@ -102,14 +102,16 @@ def status_megabytes(field: str) -> float:
 
 def memory(name: str, size: int, measures: Sequence[str], repeats: int = 5) -> dict[str, tuple[float, float]]:
     """Medians over processes that run the bare forward, and each probe: peak megabytes, and those of library code."""
-    found: dict[str, list[tuple[float, ...]]] = {what: [] for what in ("bare", *measures)}
+    found: dict[str, list[list[float]]] = {what: [] for what in ("bare", *measures)}
     for _ in range(repeats):
         for what in found:
             command = [sys.executable, __file__, "--child", what, "--models", name, "--batches", str(size)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[what].append(tuple(map(float, printed.split())))
-    columns = {what: [statistics.median(column) for column in zip(*rows, strict=True)] for what, rows in found.items()}
-    return {what: (peak, code) for what, (peak, code) in columns.items()}
+            found[what].append([float(word) for word in printed.split()])
+    return {
+        what: (statistics.median(peak for peak, _ in rows), statistics.median(code for _, code in rows))
+        for what, rows in found.items()
+    }
 
 
 def main() -> None:

@@ -130,24 +130,22 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
     evaluator: Evaluator | None = None
     for run in runs.all:
         key = (run.variant, run.settings.mto is not None or run.waits)
-        if key not in seconds:  # timed once for each, per step
-            settings = run.settings if not run.waits else runs.choosing[0].settings
+        if key not in seconds:  # timed once for each, per step; an arm that waits comes after its candidates
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
-                seconds[key] = plan(run.recipe, pictures, settings).seconds / run.recipe.epochs
-        evaluation = run.settings.evaluation
-        if run.variant not in seconds_a_score and evaluation is not None:
-            evaluator = evaluator or Evaluator(evaluation)  # reads the pictures once
-            began = time.perf_counter()
-            evaluator.score(build_method(run.recipe, seed=run.seed).student)
-            seconds_a_score[run.variant] = time.perf_counter() - began
-        finished = run.finished()
+                seconds[key] = plan(run.recipe, pictures, run.settings).seconds / run.recipe.epochs
+        finished, evaluation = run.finished(), run.settings.evaluation
         if not finished:
             left += 1
             training += seconds[key] * run.recipe.epochs
-            if evaluation is not None:  # of the untrained model, along the run, and at its end
-                scores = 1 + math.ceil(run.recipe.epochs / evaluation.every)
-                scoring += scores * seconds_a_score[run.variant]
+        if not finished and evaluation is not None:
+            if run.variant not in seconds_a_score:
+                evaluator = evaluator or Evaluator(evaluation)  # reads the pictures once
+                began = time.perf_counter()
+                evaluator.score(build_method(run.recipe, seed=run.seed).student)
+                seconds_a_score[run.variant] = time.perf_counter() - began
+            # Of the untrained model, along the run, and at its end.
+            scoring += (1 + math.ceil(run.recipe.epochs / evaluation.every)) * seconds_a_score[run.variant]
         steps = run.recipe.epochs * (count // run.recipe.batch_size)
         state = "finished" if finished else f"{run.recipe.epochs} epochs, {steps} steps"
         lines.append(f"{run.name}: {state}")
