@@ -1,12 +1,13 @@
 """What measuring every layer depth costs above the bare forward of the same model, in time and in peak memory.
 
 Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, moments of dot products and cosines, row
-entropies, and the mean map. Time: the bare forward and the probes take turns in one process; printed are the median
-ratio of whole runs and, steadier on a busy machine, the time spent inside the measure over the rest of the same run.
+entropies, and the mean map. Time: the bare forward and the probes take turns in one process, each over a stream of
+batches as in use; printed are the median ratio of whole runs and, steadier on a busy machine, the time spent inside the
+measure over the rest of the same run.
 Memory: the peak (VmHWM) of fresh processes that do one or the other, median of five each, and how much of the
 difference is library code that only the probe runs (RssFile at the end). Random weights, random pictures.
 
-Run: ``python benchmarks/probe_cost.py`` (about ten minutes on two cores; ``--no-memory`` for the times alone).
+Run: ``python benchmarks/probe_cost.py`` (about twenty minutes on two cores; ``--no-memory`` for the times alone).
 """
 
 from __future__ import annotations
@@ -39,16 +40,21 @@ def build(name: str) -> MaskedImageModel:
     return SimMIM(SimMIMConfig(), ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6, 32)))
 
 
-def pictures(size: int) -> PictureBatch:
+def pictures(size: int, batches: int) -> list[PictureBatch]:
     generator = torch.Generator().manual_seed(0)
-    return PictureBatch(tuple(map(str, range(size))), torch.randn(size, 3, 224, 224, generator=generator))
+    numbers = torch.arange(batches * size).view(batches, size)
+    return [
+        PictureBatch(tuple(map(str, batch.tolist())), torch.randn(size, 3, 224, 224, generator=generator))
+        for batch in numbers
+    ]
 
 
 @torch.no_grad()
-def bare(model: MaskedImageModel, batch: PictureBatch) -> None:
-    mask = masks_from_rule(model.info)(batch.names, 0)
-    for _ in model.eval().layer_tokens(batch.images, mask):
-        pass
+def bare(model: MaskedImageModel, stream: Sequence[PictureBatch]) -> None:
+    for batch in stream:
+        mask = masks_from_rule(model.info)(batch.names, 0)
+        for _ in model.eval().layer_tokens(batch.images, mask):
+            pass
 
 
 class Stopwatch:
@@ -71,26 +77,28 @@ class Stopwatch:
         return value
 
 
-def times(name: str, size: int, repeats: int, measures: Sequence[str]) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Median seconds of the bare forward; for each measure percent by whole runs and percent inside it."""
-    model, batch = build(name), pictures(size)
+def times(
+    name: str, size: int, batches: int, repeats: int, measures: Sequence[str]
+) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Median seconds of a batch's bare forward; for each measure percent by whole runs and percent inside it."""
+    model, stream = build(name), pictures(size, batches)
     forward: list[float] = []
     whole: dict[str, list[float]] = {what: [] for what in measures}
     inside: dict[str, list[float]] = {what: [] for what in measures}
     for repeat in range(repeats + 1):
         start = clock()
-        bare(model, batch)
+        bare(model, stream)
         seconds = clock() - start
         for what in measures:
             watch = Stopwatch(what)
             start = clock()
-            probe(model, [batch], measures={}, layer_measures=[watch])
+            probe(model, stream, measures={}, layer_measures=[watch])
             took = clock() - start
             if repeat:  # the first turn warms up
                 whole[what].append(100 * (took / seconds - 1))
                 inside[what].append(100 * watch.seconds / (took - watch.seconds))
         if repeat:
-            forward.append(seconds)
+            forward.append(seconds / batches)
     percent = {what: (statistics.median(whole[what]), statistics.median(inside[what])) for what in measures}
     return statistics.median(forward), percent
 
@@ -119,18 +127,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["simmim_vit_b", "mae_vit_b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--measures", nargs="+", choices=("H", "everything"), default=["H", "everything"])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--stream", type=int, default=4, help="batches of each turn")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: steady on a busy machine")
     parser.add_argument("--child", choices=("bare", "H", "everything"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        model, batch = build(options.models[0]), pictures(options.batches[0])
-        for _ in range(2):
-            if options.child == "bare":
-                bare(model, batch)
-            else:
-                probe(model, [batch], measures={}, layer_measures=[Stopwatch(options.child)])
+        model, stream = build(options.models[0]), pictures(options.batches[0], 2)
+        if options.child == "bare":
+            bare(model, stream)
+        else:
+            probe(model, stream, measures={}, layer_measures=[Stopwatch(options.child)])
         print(status_megabytes("VmHWM"), status_megabytes("RssFile"))
         return
     if options.cpu_time:
@@ -141,7 +149,7 @@ def main() -> None:
     print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it  of that code")
     for name in options.models:
         for size in options.batches:
-            forward, percent = times(name, size, options.repeats, options.measures)
+            forward, percent = times(name, size, options.stream, options.repeats, options.measures)
             peaks = {} if options.no_memory else memory(name, size, options.measures)
             for what, (whole, inside) in percent.items():
                 row = f"{name:<13} {size:>5}  {what:<10}  {forward:>10.2f} s  {whole:>8.2f} %  {inside:>4.2f} %"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ __all__ = [
     "TokenSplit",
     "affinity_matrix",
     "heterogeneity",
+    "lasting_memory",
     "masked_first_order",
     "quadrant_mass",
     "row_entropy",
@@ -35,6 +37,20 @@ _IMAGES_AT_ONCE = {"cpu": 8}
 _IMAGES_AT_ONCE_ELSEWHERE = 128
 
 
+def lasting_memory(like: Tensor, *shape: int) -> Tensor:
+    """Memory for what is kept while a model runs, on the device of a tensor and in its dtype, but at least float32.
+
+    On a CPU it is taken from the system itself: an allocator would put it into a gap between the model's own tensors,
+    which would then find no room there the next time.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, max(size, 1) * dtype.itemsize, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
+
+
 class Scratch:
     """Memory for passing results, used again and again: on a CPU fresh memory costs as much time as a product."""
 
@@ -42,17 +58,13 @@ class Scratch:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
-        """Memory of a shape, on the device of a tensor and in its dtype, but at least float32.
-
-        It is overwritten by the next result of the same use.
-        """
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        """Memory as of :func:`lasting_memory`, overwritten by the next result of the same use."""
         if like.device.type != "cpu":  # there allocators keep memory themselves
-            return torch.empty(shape, dtype=dtype, device=like.device)
+            return lasting_memory(like, *shape)
         size = math.prod(shape)
-        kept = self._kept.get((use, dtype))
+        kept = self._kept.get((use, like.dtype))
         if kept is None or len(kept) < size:
-            kept = self._kept[use, dtype] = torch.empty(size, dtype=dtype)
+            kept = self._kept[use, like.dtype] = lasting_memory(like, size)
         return kept[:size].view(shape)
 
 
@@ -84,12 +96,13 @@ class TokenSplit:
 
     Args:
         mask: ``batch num_patches``, True = masked; counts may differ between rows.
+        scratch: Memory to work in, shared with other splits; by default its own.
 
     Raises:
         ValueError: If the mask is not bool, or a row masks no patch or every patch.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, scratch: Scratch | None = None) -> None:
         check_mask(mask)
         self.mask = mask
         self.order = masked_first_order(mask)
@@ -105,7 +118,7 @@ class TokenSplit:
             for count, rows in rows_of.items()
             for start in range(0, len(rows), at_once)
         ]
-        self._scratch = Scratch()
+        self.scratch = scratch or Scratch()
         # Rows of the tokens' storage in sorted order, by block and by how many rows lie between two images.
         self._storage_rows: dict[tuple[int, int], Tensor] = {}
         self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
@@ -150,7 +163,7 @@ class TokenSplit:
             self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
         batch, count, dim = tokens.shape
         flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
-        x = self._scratch("sorted", tokens, len(rows) * count, dim)
+        x = self.scratch("sorted", tokens, len(rows) * count, dim)
         if x.dtype == tokens.dtype:
             torch.index_select(flat, 0, self._storage_rows[key], out=x)
         else:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import TokenSplit, heterogeneity
+from mto_analysis.affinity import Scratch, TokenSplit, heterogeneity
 from mto_analysis.data import PictureBatch
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.masking import MaskRule, mask_keys
@@ -245,13 +245,15 @@ def probe(
     chosen = tuple(stacks) if stacks is not None else tuple(model.stacks)
     like = next(model.parameters())
     chunks = []
+    scratch = Scratch()
     with undisturbed(model):
         for batch in batches:
             images = batch.images.to(like.device, like.dtype)
             for k in range(masks_per_image):
                 mask = masks(batch.names, k).to(like.device)
                 chunks += [
-                    _measure(model, images, mask, stack, batch.names, k, measures, layer_measures) for stack in chosen
+                    _measure(model, images, mask, stack, batch.names, k, measures, layer_measures, scratch)
+                    for stack in chosen
                 ]
     if not chunks:
         raise DataError("there is no picture to measure")
@@ -267,23 +269,27 @@ def _measure(
     k: int,
     measures: Mapping[str, Measure],
     layer_measures: Sequence[LayerMeasure],
+    scratch: Scratch,
 ) -> _Chunk:
-    values: dict[str, list[Tensor]] = {}
+    measured: tuple[str, ...] = ()
     counts: list[Tensor] = []
     sizes: list[int] = []
     split: TokenSplit | None = None
     for layer in model.layer_tokens(images, mask, stack):
         if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
-            split = TokenSplit(layer.mask)
+            split = TokenSplit(layer.mask, scratch)
         found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
         for layer_measure in layer_measures:
             found.update(layer_measure(stack, layer, split, names))
-        for name, value in found.items():
-            values.setdefault(name, []).append(value)
+        measured = measured or tuple(found)
+        numbers = torch.stack([found[name] for name in measured])
+        values = scratch("values", numbers, len(measured), model.depth(stack) + 1, len(names))
+        values[:, layer.depth] = numbers
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.
-    arrays = {name: torch.stack(each).to("cpu", torch.float64).numpy() for name, each in values.items()}
+    table = values.to("cpu", torch.float64).numpy()
+    arrays = dict(zip(measured, table, strict=True))
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             depth, row = (int(index) for index in np.argwhere(~np.isfinite(array))[0])

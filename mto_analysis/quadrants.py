@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import Scratch, TokenSplit
+from mto_analysis.affinity import Scratch, TokenSplit, lasting_memory
 from mto_analysis.models import LayerTokens
 
 __all__ = ["QUADRANT_STATISTICS", "AffinityKind", "AffinityMap", "AffinityMaps", "quadrant_statistics"]
@@ -82,7 +82,7 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         (tensor([0.7500]), tensor([2.]), tensor([0.]))
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    return _named(split.map(tokens.detach(), _Statistics(Scratch())))
+    return _named(split.map(tokens.detach(), _Statistics(split.scratch)))
 
 
 def _named(table: Tensor) -> dict[str, Tensor]:
@@ -240,7 +240,6 @@ class AffinityMaps:
         self.kind = kind
         self.each_picture = each_picture
         self._sums: dict[tuple[str, int, str | None], tuple[Tensor, int, int]] = {}
-        self._scratch = Scratch()
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Statistics of a batch at one layer depth; its maps are added to those kept.
@@ -251,7 +250,9 @@ class AffinityMaps:
         if self.each_picture:
             parts = [
                 self._add(
-                    (stack, layer.depth, name), layer.tokens[row : row + 1], TokenSplit(layer.mask[row : row + 1])
+                    (stack, layer.depth, name),
+                    layer.tokens[row : row + 1],
+                    TokenSplit(layer.mask[row : row + 1], split.scratch),
                 )
                 for row, name in enumerate(names)
             ]
@@ -270,9 +271,9 @@ class AffinityMaps:
             if sums:
                 sums[0] += total
             else:
-                sums.append(total)
+                sums.append(lasting_memory(total, *total.shape).copy_(total))
 
-        table = split.map(tokens.detach(), _Statistics(self._scratch, self.kind, sink))
+        table = split.map(tokens.detach(), _Statistics(split.scratch, self.kind, sink))
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mto_analysis.affinity import Scratch
 from mto_analysis.training.entropies import SortedMask
 from mto_analysis.training.hooks import COLLAPSED, Attached, StackForward, warn_of
 from mto_analysis.training.losses import MTOConfig, MTOTerms, combine_terms, layer_entropies
@@ -27,6 +28,7 @@ class _Losses(StackForward):
 
     def __init__(self, spec: StackSpec, config: MTOConfig) -> None:
         self.config = config
+        self.scratch = Scratch()
         super().__init__(spec)
 
     def clear(self) -> None:
@@ -50,7 +52,7 @@ class _Losses(StackForward):
         count = tokens.shape[1] - prefix
         if count not in self.splits:
             mask, counts = self.mask_for(count)
-            self.splits[count] = SortedMask.of(mask, prefix, counts)
+            self.splits[count] = SortedMask.of(mask, prefix, counts, self.scratch)
         split = self.splits[count]
         self.heterogeneity[depth], rows = layer_entropies(self.images(tokens), split, depth, self.config)
         if depth == 0:

@@ -3,11 +3,14 @@
 With z the logits of a row, p their softmax and ``z_bar = sum p (z - max z)``, the entropy's gradient is
 ``dH/dz_j = -p_j (z_j - max z - z_bar)``. Saved for the backward pass are the tokens themselves (which the model keeps
 anyway), an index, and one small matrix per image; no gathered copy of the tokens, no softmax.
+
+All is float32 or better inside autocast too: autocast leaves products alone that are written to given memory
+(``out=``, ``baddbmm_``), and to switch it off and on for each would take longer than a small product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -43,10 +46,16 @@ class SortedMask:
     most_masked: int
     most_visible: int
     prefix_tokens: int
-    scratch: Scratch = field(default_factory=Scratch)
+    scratch: Scratch
 
     @classmethod
-    def of(cls, mask: Tensor, prefix_tokens: int = 0, counts: tuple[int, int] | None = None) -> SortedMask:
+    def of(
+        cls,
+        mask: Tensor,
+        prefix_tokens: int = 0,
+        counts: tuple[int, int] | None = None,
+        scratch: Scratch | None = None,
+    ) -> SortedMask:
         """Sort a mask.
 
         Shapes:
@@ -57,6 +66,7 @@ class SortedMask:
             prefix_tokens: Tokens in front of the patches in what is to be measured.
             counts: The least and the greatest number of masked patches of an image, where they are known: to ask the
                 mask for them is to wait for the device.
+            scratch: Memory to work in, of one forward after the other; by default its own.
 
         Raises:
             ValueError: If a row masks no patch or every patch.
@@ -70,7 +80,8 @@ class SortedMask:
         fewest, most = counts
         if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
             check_mask(mask)  # has the message
-        return cls(masked_first_order(mask), num_masked, most, num_patches - fewest, prefix_tokens)
+        order = masked_first_order(mask)
+        return cls(order, num_masked, most, num_patches - fewest, prefix_tokens, scratch or Scratch())
 
     @property
     def num_patches(self) -> int:
@@ -195,19 +206,18 @@ class _MaskedVisibleEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         tokens, slope = ctx.saved_tensors
         split: SortedMask = ctx.split
-        with torch.autocast(tokens.device.type, enabled=False):
-            _, x_m, x_v = split.sort(tokens)
-            slope = torch.mul(slope, grad[:, None], out=split.scratch("weights", slope, *slope.shape))
-            by_masked, by_visible = slope.permute(1, 2, 0), slope.transpose(0, 1)
-            gradient, patches = split.gradient_of_sorted(tokens)
-            if split.masked_ok is None:
-                torch.bmm(by_masked, x_v, out=patches[:, : split.most_masked])
-                torch.bmm(by_visible, x_m, out=patches[:, split.most_masked :])
-            else:  # front and back overlap; slopes are 0 where they are not meant
-                patches.zero_()
-                patches[:, : split.most_masked] += by_masked @ x_v
-                patches[:, -split.most_visible :] += by_visible @ x_m
-            return split.unsort(gradient, tokens), None
+        _, x_m, x_v = split.sort(tokens)
+        slope = torch.mul(slope, grad[:, None], out=split.scratch("weights", slope, *slope.shape))
+        by_masked, by_visible = slope.permute(1, 2, 0), slope.transpose(0, 1)
+        gradient, patches = split.gradient_of_sorted(tokens)
+        if split.masked_ok is None:
+            torch.bmm(by_masked, x_v, out=patches[:, : split.most_masked])
+            torch.bmm(by_visible, x_m, out=patches[:, split.most_masked :])
+        else:  # front and back overlap; slopes are 0 where they are not meant
+            patches.zero_()
+            patches[:, : split.most_masked].baddbmm_(by_masked, x_v)
+            patches[:, -split.most_visible :].baddbmm_(by_visible, x_m)
+        return split.unsort(gradient, tokens), None
 
 
 class _InitialEntropies(torch.autograd.Function):
@@ -236,18 +246,21 @@ class _InitialEntropies(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor, grad_s: Tensor) -> tuple[Tensor, None, None]:
         tokens, slope_h, slope_s = ctx.saved_tensors
         split: SortedMask = ctx.split
-        with torch.autocast(tokens.device.type, enabled=False):
-            x, _, x_v = split.sort(tokens)
-            slope = slope_s * grad_s[:, None]
-            slope[: split.most_masked] += (slope_h * grad_h[:, None]).permute(2, 1, 0)
-            gradient, patches = split.gradient_of_sorted(tokens)
-            torch.bmm(slope.transpose(0, 1), x_v, out=patches)
-            patches[:, -split.most_visible :] += slope.permute(1, 2, 0) @ x
-            return split.unsort(gradient, tokens), None, None
+        x, _, x_v = split.sort(tokens)
+        slope = slope_s * grad_s[:, None]
+        slope[: split.most_masked] += (slope_h * grad_h[:, None]).permute(2, 1, 0)
+        gradient, patches = split.gradient_of_sorted(tokens)
+        torch.bmm(slope.transpose(0, 1), x_v, out=patches)
+        patches[:, -split.most_visible :].baddbmm_(slope.permute(1, 2, 0), x)
+        return split.unsort(gradient, tokens), None, None
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:
-    """Run in full precision, and keep what the backward pass needs out of the hands of activation checkpointing.
+    """Run, and keep what the backward pass needs out of the hands of activation checkpointing.
 
     Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
     where the entropies are not made again. Tokens are kept by the model anyway.
@@ -258,10 +271,7 @@ def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: Sorte
             f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
             f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
         )
-    with (
-        torch.autocast(tokens.device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         return function.apply(tokens, split, *arguments)
 
 
