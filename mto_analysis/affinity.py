@@ -48,7 +48,7 @@ def lasting_memory(like: Tensor, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=like.device)
     size = math.prod(shape)
     memory = mmap.mmap(-1, max(size, 1) * dtype.itemsize, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
+    return torch.frombuffer(memory, dtype=dtype)[:size].view(shape)
 
 
 class Scratch:

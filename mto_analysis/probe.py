@@ -40,7 +40,7 @@ MaskSource = Callable[[Sequence[str], int], Tensor]
 Measure = Callable[[Tensor, TokenSplit], Tensor]
 
 #: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's pictures; the
-#: names of numbers must be the same at every depth, and none may be a measure's.
+#: names of numbers must be the same at every depth, and none may be a measure's. It runs in inference mode.
 LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
 
 MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
@@ -272,19 +272,22 @@ def _measure(
     scratch: Scratch,
 ) -> _Chunk:
     measured: tuple[str, ...] = ()
+    values = torch.empty(0)
     counts: list[Tensor] = []
     sizes: list[int] = []
     split: TokenSplit | None = None
     for layer in model.layer_tokens(images, mask, stack):
-        if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
-            split = TokenSplit(layer.mask, scratch)
-        found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
-        for layer_measure in layer_measures:
-            found.update(layer_measure(stack, layer, split, names))
-        measured = measured or tuple(found)
-        numbers = torch.stack([found[name] for name in measured])
-        values = scratch("values", numbers, len(measured), model.depth(stack) + 1, len(names))
-        values[:, layer.depth] = numbers
+        with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
+            if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
+                split = TokenSplit(layer.mask, scratch)
+            found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
+            for layer_measure in layer_measures:
+                found.update(layer_measure(stack, layer, split, names))
+            numbers = torch.stack([found[name] for name in measured or found])
+            if not measured:
+                measured = tuple(found)
+                values = scratch("values", numbers, len(measured), model.depth(stack) + 1, len(names))
+            values[:, layer.depth] = numbers
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.

@@ -112,8 +112,8 @@ class _Statistics:
 
     def _at_once(self, x: Tensor, num_masked: int) -> Tensor:
         batch, count, _ = x.shape
-        both = self.scratch("both", x, 2, batch, count, count)
-        products, other = both.unbind()
+        both = self.scratch("both", x, batch, 2, count, count)
+        products, other = both.unbind(dim=1)
         self._multiply(x, products)
         shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
         torch.mul(products, shrink, out=other).mul_(shrink.mT)
@@ -164,7 +164,7 @@ class _Statistics:
             norm = torch.linalg.vector_norm(centred, dim=(2, 3), keepdim=True)
             means.append(mean)
             deviations.append(norm.div_(math.sqrt(centred[0, 0].numel())))
-        return torch.cat(means + deviations, dim=-1).squeeze(2).unbind()
+        return torch.cat(means + deviations, dim=-1).squeeze(2).unbind(dim=1)
 
 
 def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -173,7 +173,7 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
     Masked and visible columns have their own maximum, so that neither kind underflows as a whole.
 
     Shapes:
-        both: 2 batch num_patches num_patches (logits, anything)
+        both: batch 2 num_patches num_patches (logits, anything)
         returns: entropy over visible columns, entropy, masses, means over masked rows and over visible rows (batch 4
             each); batch num_patches 2 (what turns weights of masked and visible columns into shares of their rows)
     """
@@ -182,13 +182,13 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
         kinds = values[..., :num_masked], values[..., num_masked:]
         return torch.cat([reduce(each, dim=-1, keepdim=True) for each in kinds], dim=-1)
 
-    logits, weights = both.unbind()
+    logits, weights = both.unbind(dim=1)
     top = by_kind(torch.amax, logits)
     logits[..., :num_masked].sub_(top[..., :1])
     logits[..., num_masked:].sub_(top[..., 1:])
     torch.exp(logits.clamp_min_(_LEAST_LOGIT), out=weights)
     logits.mul_(weights)
-    moment, total = by_kind(torch.sum, both).unbind()
+    moment, total = by_kind(torch.sum, both).unbind(dim=1)
 
     # A row's softmax, put together from both kinds of columns.
     down = top - top.amax(dim=-1, keepdim=True)

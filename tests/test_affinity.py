@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import some_masks
 from torch import Tensor
 
 from mto_analysis import affinity_matrix, heterogeneity, row_entropy, split_quadrants
-from mto_analysis.affinity import TokenSplit, masked_first_order, quadrant_mass
+from mto_analysis.affinity import Scratch, TokenSplit, lasting_memory, masked_first_order, quadrant_mass
 
 DTYPE = torch.float64
 
@@ -250,6 +251,26 @@ def test_token_split__can_be_shared_between_layer_depths(generator: torch.Genera
         tokens = some_tokens(generator, 12, dim=dim)
         assert torch.equal(heterogeneity(tokens, split), heterogeneity(tokens, mask))
         assert torch.equal(affinity_matrix(tokens, split), affinity_matrix(tokens, mask))
+
+
+def test_scratch__is_the_same_memory_for_a_use_until_more_is_needed() -> None:
+    scratch, like = Scratch(), torch.zeros(1, dtype=torch.bfloat16)
+    first = scratch("product", like, 3, 4).fill_(1)
+    assert first.dtype == torch.float32
+    assert scratch("product", like, 2, 5).data_ptr() == first.data_ptr()
+    assert scratch("other", like, 3, 4).data_ptr() != first.data_ptr()
+    more = scratch("product", like, 5, 5).fill_(2)
+    assert scratch("product", like, 3, 4).eq(2).all()
+    assert first.eq(1).all()  # who still holds the old memory keeps it
+    assert more.shape == (5, 5)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3)])
+def test_lasting_memory__can_be_written_and_outlives_its_maker(shape: tuple[int, ...]) -> None:
+    kept = [lasting_memory(torch.zeros(1, dtype=dtype), *shape) for dtype in (torch.float16, torch.float64)]
+    gc.collect()
+    assert [each.dtype for each in kept] == [torch.float32, torch.float64]
+    assert all(each.fill_(7).shape == shape and each.eq(7).all() for each in kept)
 
 
 # Gradients.
