@@ -124,8 +124,8 @@ class _Statistics:
         numbers, scale = _softmax(both, num_masked)
         if self.sink is not None and self.kind == "softmax":
             scale.masked_fill_(scale < _LEAST_FACTOR, 0)
-            other[..., :num_masked].mul_(scale[..., :1])
-            other[..., num_masked:].mul_(scale[..., 1:])
+            for columns, factor in zip(_kinds(num_masked), torch.split(scale, 1, dim=-1), strict=True):
+                other[..., columns].mul_(factor)
             self._to_sink("softmax", other)
         return torch.cat([*numbers, *moments], dim=1)
 
@@ -155,7 +155,7 @@ class _Statistics:
 
         Centred first, as the spread may be tiny beside the mean.
         """
-        masked, visible = slice(num_masked), slice(num_masked, None)
+        masked, visible = _kinds(num_masked)
         means, deviations = [], []
         for rows, columns in ((masked, masked), (masked, visible), (visible, visible)):
             values = both[:, :, rows, columns]
@@ -165,6 +165,11 @@ class _Statistics:
             means.append(mean)
             deviations.append(norm.div_(math.sqrt(centred[0, 0].numel())))
         return torch.cat(means + deviations, dim=-1).squeeze(2).unbind(dim=1)
+
+
+def _kinds(num_masked: int) -> tuple[slice, slice]:
+    """Rows or columns of masked tokens, and of visible ones."""
+    return slice(num_masked), slice(num_masked, None)
 
 
 def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -177,15 +182,15 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
         returns: entropy over visible columns, entropy, masses, means over masked rows and over visible rows (batch 4
             each); batch num_patches 2 (what turns weights of masked and visible columns into shares of their rows)
     """
+    kinds = _kinds(num_masked)
 
     def by_kind(reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
-        kinds = values[..., :num_masked], values[..., num_masked:]
-        return torch.cat([reduce(each, dim=-1, keepdim=True) for each in kinds], dim=-1)
+        return torch.cat([reduce(values[..., columns], dim=-1, keepdim=True) for columns in kinds], dim=-1)
 
     logits, weights = both.unbind(dim=1)
     top = by_kind(torch.amax, logits)
-    logits[..., :num_masked].sub_(top[..., :1])
-    logits[..., num_masked:].sub_(top[..., 1:])
+    for columns, greatest in zip(kinds, torch.split(top, 1, dim=-1), strict=True):
+        logits[..., columns].sub_(greatest)
     torch.exp(logits.clamp_min_(_LEAST_LOGIT), out=weights)
     logits.mul_(weights)
     moment, total = by_kind(torch.sum, both).unbind(dim=1)
