@@ -40,7 +40,7 @@ MaskSource = Callable[[Sequence[str], int], Tensor]
 Measure = Callable[[Tensor, TokenSplit], Tensor]
 
 #: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's pictures; the
-#: names of numbers must be the same at every depth, and none may be a measure's. It runs in inference mode.
+#: names of numbers must be the same at every depth, and none may be a measure's.
 LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
 
 MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
@@ -216,7 +216,7 @@ def probe(
     """Measure every layer depth of a model over pictures, streamed: one depth of one batch is held at a time.
 
     The model stays where it is (device and dtype) and is left as it was found; images are moved to it. Values are
-    computed in at least float32.
+    computed in at least float32, in inference mode: what measures keep can't be trained on.
 
     Args:
         model: Any model behind the interface.

@@ -195,15 +195,14 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
     logits.mul_(weights)
     moment, total = by_kind(torch.sum, both).unbind(dim=1)
 
-    # A row's softmax, put together from both kinds of columns.
-    down = top - top.amax(dim=-1, keepdim=True)
-    factor = down.exp()
-    whole = (total * factor).sum(dim=-1, keepdim=True)
-    entropy = whole.log() - (factor * (moment + total * down)).sum(dim=-1, keepdim=True) / whole
-    scale = factor / whole
-    over_kind = total.log() - moment / total
-    rows = torch.cat([over_kind[..., 1:], entropy, total * scale], dim=-1)
-    return (rows[:, :num_masked].mean(dim=1), rows[:, num_masked:].mean(dim=1)), scale
+    # Entropy by the chain rule: that of a row's masses, and those within each kind of columns, weighed by its mass.
+    log_total = total.log()
+    over_kind = log_total - moment / total
+    log_mass = torch.log_softmax(top + log_total, dim=-1)
+    mass = log_mass.exp()
+    entropy = (mass * (over_kind - log_mass)).sum(dim=-1, keepdim=True)
+    rows = torch.cat([over_kind[..., 1:], entropy, mass], dim=-1)
+    return (rows[:, :num_masked].mean(dim=1), rows[:, num_masked:].mean(dim=1)), mass / total
 
 
 class AffinityMap(NamedTuple):
