@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import Scratch, TokenSplit, heterogeneity
+from mto_analysis.affinity import Scratch, TokenSplit, heterogeneity, lasting_memory
 from mto_analysis.data import PictureBatch
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.masking import MaskRule, mask_keys
@@ -291,7 +291,7 @@ def _measure(
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.
-    table = values.to("cpu", torch.float64).numpy()
+    table = lasting_memory(torch.empty(0, dtype=torch.float64), *values.shape).copy_(values).numpy()
     arrays = dict(zip(measured, table, strict=True))
     for name, array in arrays.items():
         if not np.isfinite(array).all():

@@ -101,7 +101,7 @@ class TestWhatIsCommitted:
 
     @pytest.mark.parametrize(
         ("name", "results"),
-        [("supp-fig1", "style_comparison"), ("fig4", "style_comparison")],
+        [("supp-fig1", "style_comparison"), ("fig4", "style_comparison"), ("supp-fig2", "decoder_depth")],
     )
     def test_what_was_measured_is_drawn_again_from_its_tables(self, name: str, results: str) -> None:
         folder = COMMITTED.parent / "docs/results" / results

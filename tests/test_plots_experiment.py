@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mto_analysis.intervals import mean_interval
 from mto_analysis.plots.experiment import (
@@ -12,6 +15,7 @@ from mto_analysis.plots.experiment import (
     draw_trajectories,
     plot_experiment_curves,
     plot_final_scores,
+    plot_profiles,
     plot_trajectories,
 )
 
@@ -104,3 +108,39 @@ def test_trajectories__share_the_axis_from_zero_or_say_that_they_do_not(layers: 
     ax = draw_trajectories(near).axes[0]
     assert ax.get_ylim()[0] > 2.9
     assert "not from 0" in ax.get_ylabel()
+
+
+def test_profiles__are_means_over_seeds_with_their_interval(layers: pd.DataFrame) -> None:
+    ax = plot_profiles(layers[layers["epoch"] == 2])
+    assert [line.get_label() for line in ax.get_lines()] == ["MAE", "MAE + MTO"]
+    np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [(0, 3.21), (1, 2.21), (2, 1.21)])
+    corners = ax.collections[0].get_paths()[0].vertices
+    ends = corners[corners[:, 0] == 1][:, 1]
+    np.testing.assert_allclose((ends.min(), ends.max()), mean_interval(np.array([2.2, 2.21, 2.22]), 0.95))
+
+
+def test_trajectories__of_one_epoch_are_profiles_over_layer_depth(layers: pd.DataFrame) -> None:
+    one = layers[layers["epoch"] == 1].assign(stack="first")
+    figure = draw_trajectories(pd.concat([one, one.assign(stack="second"), one.assign(recipe="other")]))
+    assert [ax.get_title() for ax in figure.axes] == ["MAE, first", "MAE, second", "other, first"]
+    assert all(ax.get_xlabel() == "layer depth" and len(ax.get_lines()) == 2 for ax in figure.axes)
+
+
+@pytest.mark.parametrize("draw", ["curves", "layers"])
+def test_legends__of_panels_side_by_side_do_not_meet(draw: str, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
+    names = [f"decoder {depth}" for depth in (1, 2, 12)]
+    if draw == "curves":
+        parts = [curves[curves["recipe"] == "R0"].replace({"M0": name, "M1": f"{name} + MTO"}) for name in names]
+        figure = draw_experiment_curves(
+            pd.concat([part.assign(recipe=name) for part, name in zip(parts, names, strict=True)])
+        )
+    else:
+        parts = [
+            layers[layers["epoch"] == 1].replace({"MAE": name, "MAE + MTO": f"{name} + MTO"}).assign(recipe=name)
+            for name in names
+        ]
+        figure = draw_trajectories(pd.concat(parts))
+    FigureCanvasAgg(figure).draw()
+    boxes = [ax.get_legend().get_window_extent() for ax in figure.axes]
+    assert len(boxes) == 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

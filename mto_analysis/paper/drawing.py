@@ -115,7 +115,10 @@ def merge_captions(text: str, captions: Mapping[str, str]) -> str:
     """
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     there = {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    there |= {name: textwrap.fill(body, 120, break_long_words=False) for name, body in captions.items()}
+    there |= {
+        name: textwrap.fill(body, 120, break_long_words=False, break_on_hyphens=False)
+        for name, body in captions.items()
+    }
     order = [*FIGURES, *(f"{name}-measured" for name in FIGURES)]
     names = sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name))
     head = parts[0].strip() or _HEAD

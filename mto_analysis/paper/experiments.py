@@ -25,6 +25,12 @@ __all__ = ["ablation_table", "accuracy_curves", "depth_curves", "style_curves"]
 
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
 _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
+_PROTOCOLS = {
+    "knn": "k nearest neighbours",
+    "linear_cached": "linear classifier on features",
+    "linear": "linear probe",
+    "finetune": "fine-tuning",
+}
 _LOSSES = ("L_spa", "L_e", "L_r")
 _BANDS = "bands: Student's 95 % interval of the mean over seeds"
 _BARS = _BANDS.replace("bands", "bars")
@@ -101,13 +107,15 @@ def depth_curves(name: str, folder: Path) -> Drawn:
         for with_mto, group in last.groupby("with_mto"):
             points = [{"place": depth, **_mean(each["score"].to_numpy())} for depth, each in group.groupby("depth")]
             method = "with MTO" if with_mto else "baseline"
-            parts.append(pd.DataFrame(points).assign(panel=protocol or "accuracy", method=method))
+            panel = _PROTOCOLS.get(protocol, protocol or "accuracy")
+            parts.append(pd.DataFrame(points).assign(panel=panel, method=method))
     rows = _ordered(pd.concat(parts))
     figure = draw_runs(rows, place="decoder depth (blocks)", score=_SCORE, whole_places=True, width=TEXT_WIDTH)
     end = frame["epoch"].max()
     caption = (
-        f"Measured here, at a small size, not the paper's numbers: accuracy after {end:g} pre-training epochs over the"
-        f" number of decoder blocks, with and without MTO. {_seeds_in_words(rows)}; {_BARS}."
+        f"Measured here, at a small size, not the paper's numbers: accuracy after {end:g} pre-training"
+        f" epoch{'s' if end != 1 else ''} over the number of decoder blocks, with and without MTO."
+        f" {_seeds_in_words(rows)}; {_BARS}."
     )
     stem = f"{name}-measured"
     return Drawn({stem: figure}, {stem: rows}, caption, {"experiment": str(folder)})

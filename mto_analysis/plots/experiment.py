@@ -23,6 +23,7 @@ __all__ = [
     "draw_trajectories",
     "plot_experiment_curves",
     "plot_final_scores",
+    "plot_profiles",
     "plot_trajectories",
     "scale_heterogeneity",
 ]
@@ -33,9 +34,9 @@ _MOST_BANDS = 4
 _NEAR_BOUND = 0.6
 
 
-def _mean_and_band(runs: pd.DataFrame, value: str) -> pd.DataFrame:
+def _mean_and_band(runs: pd.DataFrame, value: str, over: str = "epoch") -> pd.DataFrame:
     """Mean over seeds at every epoch that all seeds have, with Student's 95 % interval of that mean (none of one)."""
-    wide = runs.pivot_table(index="epoch", columns="seed", values=value).dropna()
+    wide = runs.pivot_table(index=over, columns="seed", values=value).dropna()
     ends = [mean_interval(row, 0.95) if len(row) > 1 else (math.nan, math.nan) for row in wide.to_numpy()]
     return pd.DataFrame(
         {
@@ -120,26 +121,38 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
     panels = list(curves.groupby("recipe", sort=False))
     many = max(part["method"].nunique() for _, part in panels) > _MOST_BANDS
     columns = 2 if many else min(len(panels), _MOST_COLUMNS)
-    rows = len(panels) if many else math.ceil(len(panels) / columns)
     seeds = curves["seed"].nunique()
     with paper_style():
-        width = PAGE_WIDTH * (0.6 if columns == 1 else 1)
-        figure = Figure(figsize=(width, rows * (_PANEL_HEIGHT + 0.5)), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        figure, axes = _grid_of_panels(len(panels) * (2 if many else 1), columns)
         for number, (recipe, part) in enumerate(panels):
             ax = axes[2 * number if many else number]
             plot_experiment_curves(part, ax=ax, score=score, bands=not many)
             ax.set_title(str(recipe))
             if many:
                 plot_final_scores(part, ax=axes[2 * number + 1], score=score)
-            else:  # below the axis: inside, it would lie on a curve or on the line of the random encoder
-                ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, handlelength=2.6)
-        for empty in axes[(2 if many else 1) * len(panels) :]:
-            empty.set_axis_off()
+            else:
+                _legend_below(ax, columns)
         what = "dots: seeds, bars" if many else "bands"
         words = f"mean of {seeds} seeds; {what}: 95 % interval of the mean" if seeds > 1 else "one seed"
         figure.suptitle(words, fontsize=7, color="0.3")
     return figure
+
+
+def _grid_of_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    rows = math.ceil(count / columns)
+    width = PAGE_WIDTH * (0.6 if columns == 1 else 1)
+    figure = Figure(figsize=(width, rows * (_PANEL_HEIGHT + 0.5)), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return figure, axes[:count]
+
+
+def _legend_below(ax: Axes, columns: int) -> None:
+    """Below the axis: inside, it would lie on a curve. Narrow beside many panels, else it would lie on its like."""
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1 if columns == _MOST_COLUMNS else 2, handlelength=2.6
+    )
 
 
 def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -163,6 +176,24 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_profiles(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """H over layer depth, a line per method: the mean over seeds, and the band of its 95 % interval.
+
+    Args:
+        layers: Rows of ``heterogeneity.csv`` of one epoch and stack: ``method seed layer_depth heterogeneity``.
+        ax: Where to draw; a new figure without.
+    """
+    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    for index, (method, runs) in enumerate(layers.groupby("method", sort=False)):
+        band = _mean_and_band(runs, "heterogeneity", over="layer_depth")
+        look = _look(index)
+        ax.plot(band.index, band["mean"], label=str(method), **look)
+        ax.fill_between(band.index, band["low"], band["high"], color=look["color"], alpha=0.18, linewidth=0)
+    ax.set_xlabel("layer depth")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
 def _depth_colors(deepest: int) -> Callable[[int], Any]:
     # Viridis without its palest tones, which vanish on white.
     scale = mpl.cm.ScalarMappable(Normalize(0, max(1, deepest) / 0.85), "viridis")
@@ -176,9 +207,13 @@ def _depth_colors(deepest: int) -> Callable[[int], Any]:
 def draw_trajectories(layers: pd.DataFrame) -> Figure:
     """A panel per method (and stack), rows by recipe; panels of a row share the axis of H.
 
+    Of a single epoch there is nothing to follow: H is drawn over layer depth then, a panel per recipe (and stack).
+
     Args:
         layers: Rows of ``heterogeneity.csv``.
     """
+    if layers["epoch"].nunique() == 1:
+        return _draw_profiles(layers)
     rows: list[list[tuple[str, pd.DataFrame]]] = []
     for _, recipe in layers.groupby("recipe", sort=False):
         several = recipe["stack"].nunique() > 1
@@ -201,10 +236,29 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
             for empty in axes[len(row) :]:
                 empty.set_axis_off()
         depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
-        seeds = layers["seed"].nunique()
-        words = f"; mean of {seeds} seeds, bands: 95 % interval" if seeds > 1 else "; one seed"
-        figure.suptitle(f"H while training, mean over an epoch's logged steps{words}", fontsize=7, color="0.3")
+        _say_what_is_shown(figure, layers)
     return figure
+
+
+def _draw_profiles(layers: pd.DataFrame) -> Figure:
+    several = layers.groupby("recipe")["stack"].nunique().max() > 1
+    panels = list(layers.groupby(["recipe", "stack"], sort=False))
+    columns = min(len(panels), _MOST_COLUMNS)
+    with paper_style():
+        figure, axes = _grid_of_panels(len(panels), columns)
+        for ((recipe, stack), part), ax in zip(panels, axes, strict=True):
+            plot_profiles(part, ax=ax)
+            ax.set_title(f"{recipe}, {stack}" if several else str(recipe))
+            scale_heterogeneity(ax, part["heterogeneity"])
+            _legend_below(ax, columns)
+        _say_what_is_shown(figure, layers)
+    return figure
+
+
+def _say_what_is_shown(figure: Figure, layers: pd.DataFrame) -> None:
+    seeds = layers["seed"].nunique()
+    words = f"; mean of {seeds} seeds, bands: 95 % interval" if seeds > 1 else "; one seed"
+    figure.suptitle(f"H while training, mean over an epoch's logged steps{words}", fontsize=7, color="0.3")
 
 
 def scale_heterogeneity(ax: Axes, values: pd.Series) -> None:
