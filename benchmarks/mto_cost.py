@@ -4,7 +4,9 @@ Time: plain steps and steps with the losses take turns on one model in one proce
 whole steps and, steadier on a busy machine, the time inside the hooks, ``loss()`` and their backward passes (with one
 addition of gradients per layer depth, which autograd makes) over the rest of the same step. On a CPU times are those
 of the process (all its threads), which other programs disturb little. Memory: the peak (VmHWM) of fresh processes that
-do one or the other, median of five each. On CUDA: whole steps, and peak allocated memory. Random weights and pictures.
+do one or the other, median of three each; the C library is told to return all that is greater than 1 MB at once, as
+gaps that it keeps else come and go by tens of MB, in either. On CUDA: whole steps, and peak allocated memory. Random
+weights and pictures.
 
 Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -12,6 +14,7 @@ Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies
 
 # On CUDA a step ends with a wait for the device, so elapsed time is the step's.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+AT_ONCE = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
 class Case(NamedTuple):
@@ -141,14 +145,15 @@ def peak_megabytes(device: str) -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def memory(name: str, size: int, device: str, repeats: int = 5) -> tuple[float, float]:
+def memory(name: str, size: int, device: str, repeats: int = 3) -> tuple[float, float]:
     """Median peak megabytes of processes that train plainly, and with the losses."""
     peaks: dict[str, list[float]] = {"plain": [], "mto": []}
     for _ in range(repeats):
         for what, found in peaks.items():
             command = [sys.executable, __file__, "--child", what, "--models", name, "--batch", str(size)]
             command += ["--device", device]
-            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            printed = subprocess.run(command, check=True, capture_output=True, text=True, env=AT_ONCE).stdout
+            found.append(float(printed))
     return statistics.median(peaks["plain"]), statistics.median(peaks["mto"])
 
 

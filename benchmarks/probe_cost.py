@@ -4,15 +4,17 @@ Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, mome
 entropies, and the mean map. Time: the bare forward and the probes take turns in one process, each over a stream of
 batches as in use; printed are the median ratio of whole runs and, steadier on a busy machine, the time spent inside the
 measure over the rest of the same run.
-Memory: the peak (VmHWM) of fresh processes that do one or the other, median of five each, and how much of the
-difference is library code that only the probe runs (RssFile at the end). Random weights, random pictures.
+Memory: the peak (VmHWM) of fresh processes that do one or the other, median of three each, and how much of the
+difference is library code that only the probe runs (RssFile at the end). The C library is told to return all that is
+greater than 1 MB at once: gaps that it keeps else come and go by tens of MB, in either. Random weights and pictures.
 
-Run: ``python benchmarks/probe_cost.py`` (about twenty minutes on two cores; ``--no-memory`` for the times alone).
+Run: ``python benchmarks/probe_cost.py`` (about a quarter of an hour on two cores; ``--no-memory`` for the times alone).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.quadrants import AffinityMaps
 
 clock = time.perf_counter
+AT_ONCE = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
 TARGETS = "targets: H 2 %; everything 4 % (SimMIM ViT-B), 3 % (MAE ViT-B); 16 MB"
 
 
@@ -108,13 +111,13 @@ def status_megabytes(field: str) -> float:
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
-def memory(name: str, size: int, measures: Sequence[str], repeats: int = 5) -> dict[str, tuple[float, float]]:
+def memory(name: str, size: int, measures: Sequence[str], repeats: int = 3) -> dict[str, tuple[float, float]]:
     """Medians over processes that run the bare forward, and each probe: peak megabytes, and those of library code."""
     found: dict[str, list[list[float]]] = {what: [] for what in ("bare", *measures)}
     for _ in range(repeats):
         for what in found:
             command = [sys.executable, __file__, "--child", what, "--models", name, "--batches", str(size)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            printed = subprocess.run(command, check=True, capture_output=True, text=True, env=AT_ONCE).stdout
             found[what].append([float(word) for word in printed.split()])
     return {
         what: (statistics.median(peak for peak, _ in rows), statistics.median(code for _, code in rows))

@@ -37,15 +37,14 @@ _IMAGES_AT_ONCE = {"cpu": 8}
 _IMAGES_AT_ONCE_ELSEWHERE = 128
 
 
-def lasting_memory(like: Tensor, *shape: int) -> Tensor:
-    """Memory for what is kept while a model runs, on the device of a tensor and in its dtype, but at least float32.
+def lasting_memory(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Memory for what is kept while a model runs.
 
     On a CPU it is taken from the system itself: an allocator would put it into a gap between the model's own tensors,
     which would then find no room there the next time.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if like.device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=like.device)
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape)
     memory = mmap.mmap(-1, max(size, 1) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(memory, dtype=dtype)[:size].view(shape)
@@ -58,13 +57,17 @@ class Scratch:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
-        """Memory as of :func:`lasting_memory`, overwritten by the next result of the same use."""
+        """Memory on the device of a tensor and in its dtype, but at least float32.
+
+        It is overwritten by the next result of the same use.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
         if like.device.type != "cpu":  # there allocators keep memory themselves
-            return lasting_memory(like, *shape)
+            return torch.empty(shape, dtype=dtype, device=like.device)
         size = math.prod(shape)
-        kept = self._kept.get((use, like.dtype))
+        kept = self._kept.get((use, dtype))
         if kept is None or len(kept) < size:
-            kept = self._kept[use, like.dtype] = lasting_memory(like, size)
+            kept = self._kept[use, dtype] = lasting_memory(size, dtype=dtype)
         return kept[:size].view(shape)
 
 

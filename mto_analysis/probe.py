@@ -275,10 +275,10 @@ def _measure(
     values = torch.empty(0)
     counts: list[Tensor] = []
     sizes: list[int] = []
-    split: TokenSplit | None = None
+    split = TokenSplit(mask, scratch)
     for layer in model.layer_tokens(images, mask, stack):
         with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
-            if split is None or layer.mask is not split.mask:  # sorted anew only where the token grid changes
+            if layer.mask is not split.mask:  # sorted anew only where the token grid changes
                 split = TokenSplit(layer.mask, scratch)
             found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
             for layer_measure in layer_measures:
@@ -291,7 +291,7 @@ def _measure(
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.
-    table = lasting_memory(torch.empty(0, dtype=torch.float64), *values.shape).copy_(values).numpy()
+    table = lasting_memory(*values.shape, dtype=torch.float64).copy_(values).numpy()
     arrays = dict(zip(measured, table, strict=True))
     for name, array in arrays.items():
         if not np.isfinite(array).all():

@@ -275,7 +275,7 @@ class AffinityMaps:
             if sums:
                 sums[0] += total
             else:
-                sums.append(lasting_memory(total, *total.shape).copy_(total))
+                sums.append(lasting_memory(*total.shape, dtype=total.dtype, device=total.device).copy_(total))
 
         table = split.map(tokens.detach(), _Statistics(split.scratch, self.kind, sink))
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
