@@ -116,15 +116,16 @@ def test_entropies__finite_where_p_log_p_is_not(mask, dtype):
     assert tokens.grad.isfinite().all()
 
 
+@MASKS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_entropies__full_precision_inside_autocast(dtype):
-    tokens = tokens_for(EQUAL, dim=64, dtype=torch.float32)
-    plain = tokens_for(EQUAL, dim=64, dtype=torch.float32)
-    split = SortedMask.of(EQUAL)
+def test_entropies__full_precision_inside_autocast(dtype, mask):
+    tokens = tokens_for(mask, dim=64, dtype=torch.float32)
+    plain = tokens_for(mask, dim=64, dtype=torch.float32)
+    split = SortedMask.of(mask)
     with torch.autocast("cpu", dtype):
-        values = visible_rows_entropy(tokens, split)
+        values = *visible_rows_entropy(tokens, split), masked_visible_entropy(tokens, split)
         weighted(*values).backward()  # some scripts call it inside, too
-    expected = visible_rows_entropy(plain, split)
+    expected = *visible_rows_entropy(plain, split), masked_visible_entropy(plain, split)
     weighted(*expected).backward()
     assert torch.equal(torch.stack(values), torch.stack(expected))
     assert torch.equal(tokens.grad, plain.grad)
