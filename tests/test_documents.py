@@ -209,14 +209,24 @@ def test_shell_sessions__print_what_the_page_says(
     assert result.stdout.strip() == output.strip()
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page: their words in lower case, without signs, joined by hyphens."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[ -]+", "-", re.sub(r"[^\w -]", "", heading.lower())) for heading in headings}
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_links__lead_to_files_that_exist(name: str) -> None:
+def test_links__lead_to_files_and_headings_that_exist(name: str) -> None:
     page = PAGES[name]
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for target in targets:
-        if re.match(r"[a-z]+:|#", target):
+        if re.match(r"[a-z]+:", target):
             continue
-        assert (page.parent / target.split("#")[0]).exists(), f"{name}: {target}"
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), f"{name}: {target}"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{name}: {target}"
 
 
 def test_results__state_the_values_of_the_figure() -> None:
