@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,17 @@ def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the launched processes have it: the last digit depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("command", ["heterogeneity", "affinity"])
 def test_launcher__gives_the_files_of_one_process(command: str, checkpoints, tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures", NAMES)
