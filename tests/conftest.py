@@ -97,3 +97,12 @@ def write_pictures(folder: Path, names: tuple[str, ...] | None = None) -> Path:
         pixels = random.integers(0, 256, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((30, 24), Image.Resampling.BICUBIC).save(path)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the launched processes have it: the last digit depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

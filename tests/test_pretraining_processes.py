@@ -179,7 +179,7 @@ def limited(folder, size, **options):
 
 
 @pytest.mark.slow
-def test_full_disk__says_so_and_loses_nothing(tmp_path):
+def test_full_disk__says_so_and_loses_nothing(tmp_path, one_thread):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(launch(whole, recipe={"epochs": "3"}))
     size = (whole / "last.pth").stat().st_size

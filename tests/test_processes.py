@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -197,15 +196,6 @@ def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*launcher, *options, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
     )
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the launched processes have it: the last digit depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
