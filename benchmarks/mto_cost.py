@@ -14,17 +14,16 @@ Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from probe_cost import AT_ONCE, status_megabytes
 
 from mto_analysis.masking import MaskRule, mask_keys
 from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
@@ -33,7 +32,6 @@ from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies
 
 # On CUDA a step ends with a wait for the device, so elapsed time is the step's.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-AT_ONCE = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
 class Case(NamedTuple):
@@ -141,8 +139,7 @@ def times(case: Case, size: int, repeats: int, device: str) -> tuple[float, floa
 def peak_megabytes(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return status_megabytes("VmHWM")
 
 
 def memory(name: str, size: int, device: str, repeats: int = 3) -> tuple[float, float]:

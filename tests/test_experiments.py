@@ -162,7 +162,7 @@ def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pyte
             for child in multiprocessing.active_children():
                 child.kill()
 
-    with pytest.raises(RunFailedError, match=r"choosing: MAE.*: its process died"):
+    with pytest.raises(RunFailedError, match=r"choosing: MAE, seed 100: its process died"):
         do_runs(runs, num_pictures=64, tell=kill)
 
 

@@ -14,6 +14,7 @@ from mto_analysis.curves import CurveTable, read_curves
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.intervals import mean_interval
 from mto_analysis.paper.catalogue import Drawn
+from mto_analysis.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.plots.runs import draw_runs
 from mto_analysis.plots.style import TEXT_WIDTH
 from mto_analysis.plots.tables import draw_table
@@ -25,12 +26,6 @@ __all__ = ["ablation_table", "accuracy_curves", "depth_curves", "style_curves"]
 
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
 _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
-_PROTOCOLS = {
-    "knn": "k nearest neighbours",
-    "linear_cached": "linear classifier on features",
-    "linear": "linear probe",
-    "finetune": "fine-tuning",
-}
 _LOSSES = ("L_spa", "L_e", "L_r")
 _BANDS = "bands: Student's 95 % interval of the mean over seeds"
 _BARS = _BANDS.replace("bands", "bars")
@@ -107,7 +102,7 @@ def depth_curves(name: str, folder: Path) -> Drawn:
         for with_mto, group in last.groupby("with_mto"):
             points = [{"place": depth, **_mean(each["score"].to_numpy())} for depth, each in group.groupby("depth")]
             method = "with MTO" if with_mto else "baseline"
-            panel = _PROTOCOLS.get(protocol, protocol or "accuracy")
+            panel = PROTOCOL_LABELS.get(protocol, protocol or "accuracy").removesuffix(" (%)")
             parts.append(pd.DataFrame(points).assign(panel=panel, method=method))
     rows = _ordered(pd.concat(parts))
     figure = draw_runs(rows, place="decoder depth (blocks)", score=_SCORE, whole_places=True, width=TEXT_WIDTH)

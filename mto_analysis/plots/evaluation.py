@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.plots.style import COLORS, COLUMN_WIDTH, LINE_STYLES, MARKERS, paper_style
 
-__all__ = ["draw_accuracy", "plot_accuracy"]
+__all__ = ["PROTOCOL_LABELS", "draw_accuracy", "plot_accuracy"]
 
-_PROTOCOLS = {
+#: What the scores of each protocol are.
+PROTOCOL_LABELS = {
     "knn": "kNN accuracy (%)",
     "linear_cached": "linear accuracy on features (%)",
     "linear_mae": "linear probe accuracy (%)",
@@ -48,7 +49,9 @@ def plot_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None
             ax.axhline(random[method], color=own, linewidth=0.9, linestyle=(0, (4, 2)), label=label, zorder=1)
     ax.set_xlabel("pre-training epoch")
     protocols = shown["protocol"].unique()
-    ax.set_ylabel(_PROTOCOLS.get(protocols[0], "top-1 accuracy (%)") if len(protocols) == 1 else "top-1 accuracy (%)")
+    ax.set_ylabel(
+        PROTOCOL_LABELS.get(protocols[0], "top-1 accuracy (%)") if len(protocols) == 1 else "top-1 accuracy (%)"
+    )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="best", handlelength=2.2)
     return ax

@@ -47,6 +47,10 @@ def _mean_and_band(runs: pd.DataFrame, value: str, over: str = "epoch") -> pd.Da
     )
 
 
+def _fill(ax: Axes, band: pd.DataFrame, color: Any) -> None:
+    ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
+
+
 def _look(index: int) -> dict[str, Any]:
     """Colour, marker and line of a method; beyond the colours, the same with other markers and lines."""
     turn = index + index // len(COLORS)
@@ -76,7 +80,7 @@ def plot_experiment_curves(
         look = _look(index)
         ax.plot(band.index, band["mean"], label=str(method), markevery=max(1, len(band) // 10), **look)
         if bands:
-            ax.fill_between(band.index, band["low"], band["high"], color=look["color"], alpha=0.18, linewidth=0)
+            _fill(ax, band, look["color"])
     random = curves.loc[curves["epoch"] == 0, "score"]
     if len(random):
         ax.axhline(random.mean(), color="0.4", linewidth=0.8, linestyle=":", label="random encoder")
@@ -169,7 +173,7 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         band = _mean_and_band(layers[layers["layer_depth"] == depth], "heterogeneity")
         color = colors(depth)
         ax.plot(band.index, band["mean"], color=color, label=f"layer depth {depth}", linewidth=1.1)
-        ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
+        _fill(ax, band, color)
     ax.set_xlabel("pre-training epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.set_ylim(bottom=0, auto=True)  # H is never negative, also where the interval of two seeds is
@@ -188,7 +192,7 @@ def plot_profiles(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         band = _mean_and_band(runs, "heterogeneity", over="layer_depth")
         look = _look(index)
         ax.plot(band.index, band["mean"], label=str(method), **look)
-        ax.fill_between(band.index, band["low"], band["high"], color=look["color"], alpha=0.18, linewidth=0)
+        _fill(ax, band, look["color"])
     ax.set_xlabel("layer depth")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
