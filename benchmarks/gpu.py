@@ -77,12 +77,14 @@ def differences(device: str) -> Iterator[str]:
 
     def losses_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x, split = x.clone().requires_grad_(), entropies.SortedMask.of(mask, 1)
-        values = [*entropies.visible_rows_entropy(x, split), entropies.masked_visible_entropy(x, split)]
-        loss = values[0].mean() + values[2].mean() + 0.01 * values[1].mean()
+        masked, visible = entropies.token_products(x, split, with_visible=True)
+        h = entropies.masked_rows_entropy([masked, *entropies.token_products(x, split)], split)
+        rows = entropies.visible_rows_entropy(masked, visible, split)
+        loss = h.sum(dim=0).mean() + 0.01 * rows.mean()
         terms = mto_loss([x[:, 1:], 0.9 * x[:, 1:], 0.8 * x[:, 1:]], mask, MTOConfig())
         (loss + terms.loss).backward()
         assert x.grad is not None
-        return torch.stack([*values, terms.loss.expand(len(x))]).detach(), x.grad
+        return torch.stack([*h, rows, terms.loss.expand(len(x))]).detach(), x.grad
 
     def error(here: Tensor, exact: Tensor) -> str:
         return f"{((here.cpu().double() - exact).norm() / exact.norm()).item():.1e}"
@@ -141,7 +143,7 @@ class Clock:
 def watched(clock: Clock, mto: MTO) -> Iterator[list[tuple[Any, Any]]]:
     """Moments before and after everything that the losses do, forward and backward."""
     spans: list[tuple[Any, Any]] = []
-    classes = (entropies._InitialEntropies, entropies._MaskedVisibleEntropy)
+    classes = (entropies._Products, entropies._RowEntropy)
     originals = [each.backward for each in classes]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:

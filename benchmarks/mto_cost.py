@@ -1,12 +1,12 @@
 """What the attached losses cost above a plain training step (forward, backward, fused AdamW), time and peak memory.
 
-Time: plain steps and steps with the losses take turns on one model in one process. Printed are the median ratio of
-whole steps and, steadier on a busy machine, the time inside the hooks, ``loss()`` and their backward passes (with one
-addition of gradients per layer depth, which autograd makes) over the rest of the same step. On a CPU times are those
-of the process (all its threads), which other programs disturb little. Memory: the peak (VmHWM) of fresh processes that
-do one or the other, median of three each; the C library is told to return all that is greater than 1 MB at once, as
-gaps that it keeps else come and go by tens of MB, in either. On CUDA: whole steps, and peak allocated memory. Random
-weights and pictures.
+Time: some plain steps and some with the losses take turns on one model in one process, the first of each turn not
+timed. Printed are the ratio of the medians of whole steps and, steadier on a busy machine, the time inside the hooks,
+``loss()`` and their backward passes (with one addition of gradients per layer depth, which autograd makes) over the
+rest of the same step. On a CPU times are those of the process (all its threads), which other programs disturb little.
+Memory: the peak (VmHWM) of fresh processes that do one or the other, median of three each; the C library is told to
+return all that is greater than 1 MB at once, as gaps that it keeps else come and go by tens of MB, in either. On CUDA:
+whole steps, and peak allocated memory. Random weights and pictures.
 
 Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from mto_analysis.masking import MaskRule, mask_keys
 from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.reconstruction import reconstruction_loss
 from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies
+
+STEPS = 3  # timed ones of a turn
 
 # On CUDA a step ends with a wait for the device, so elapsed time is the step's.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -108,32 +110,35 @@ class Stopwatch:
         setattr(owner, name, staticmethod(timed) if isinstance(owner, type) else timed)
 
 
-def times(case: Case, size: int, repeats: int, device: str) -> tuple[float, float, float]:
+def times(case: Case, size: int, turns: int, device: str) -> tuple[float, float, float]:
     """Median seconds of a plain step, percent by whole steps, percent inside what the losses add."""
     training, watch = Training(case.build(), case.bf16, size, device), Stopwatch()
-    functions = (entropies._InitialEntropies, entropies._MaskedVisibleEntropy)
+    functions = (entropies._Products, entropies._RowEntropy)
     originals = [function.backward for function in functions]
     for function in functions:
         watch.on(function, "backward")
-    plain, whole, inside = [], [], []
-    for repeat in range(repeats + 1):
-        start = clock()
-        training.step(None)
-        middle = clock()
+
+    def timed_steps(mto: MTO | None) -> Iterator[tuple[float, float]]:
+        for step in range(STEPS + 1):
+            watch.seconds, start = 0.0, clock()
+            training.step(mto)
+            if step:  # the first one finds its memory
+                yield clock() - start, watch.seconds
+
+    plain, attached, inside = [], [], []
+    for _ in range(turns):
+        plain += [seconds for seconds, _ in timed_steps(None)]
         mto = attach_mto(training.model, MTOConfig(), check_every=0)
         for name in ("_model_starts", "_model_ends", "_block_starts", "_block_ends", "loss"):
             watch.on(mto, name)
-        watch.seconds, again = 0.0, clock()
-        training.step(mto)
-        end = clock()
+        for seconds, added in timed_steps(mto):
+            attached.append(seconds)
+            inside.append(100 * added / (seconds - added))
         mto.detach()
-        if repeat:  # the first turn warms up
-            plain.append(middle - start)
-            whole.append(100 * ((end - again) / (middle - start) - 1))
-            inside.append(100 * watch.seconds / (end - again - watch.seconds))
     for function, original in zip(functions, originals, strict=True):
         function.backward = staticmethod(original)
-    return statistics.median(plain), statistics.median(whole), statistics.median(inside)
+    whole = 100 * (statistics.median(attached) / statistics.median(plain) - 1)
+    return statistics.median(plain), whole, statistics.median(inside)
 
 
 def peak_megabytes(device: str) -> float:
@@ -158,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--child", choices=("plain", "mto"), help=argparse.SUPPRESS)
@@ -175,7 +180,7 @@ def main() -> None:
     print("model         precision  plain step  whole steps   inside  target  plain peak  above it        target")
     for name in options.models:
         case = CASES[name]
-        plain, whole, inside = times(case, options.batch, options.repeats, options.device)
+        plain, whole, inside = times(case, options.batch, options.turns, options.device)
         if options.device == "cuda":
             inside = float("nan")  # launches return at once: only whole steps tell
         target = 8.0 if options.device == "cuda" else case.time

@@ -308,7 +308,7 @@ def test_attach__does_not_keep_the_tokens_after_loss():
     case.run(model, 0)
     assert any(losses.waiting for losses in mto._losses)
     mto.loss()
-    assert not any(losses.waiting or losses.heterogeneity for losses in mto._losses)
+    assert not any(losses.waiting or losses.products for losses in mto._losses)
 
 
 def test_conmim__the_teacher_in_train_mode_is_not_counted():

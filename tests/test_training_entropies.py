@@ -3,7 +3,7 @@ import reference_mto as reference
 import torch
 
 from mto_analysis import heterogeneity
-from mto_analysis.training.entropies import SortedMask, masked_visible_entropy, visible_rows_entropy
+from mto_analysis.training.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
 
 EQUAL = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
 RAGGED = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1]]).bool()
@@ -22,10 +22,20 @@ def weighted(*values):
     return sum((value * torch.arange(1.0, len(value) + 1)).sum() * (k + 1) for k, value in enumerate(values))
 
 
+def masked_entropy(tokens, split):
+    return masked_rows_entropy(token_products(tokens, split), split)[0]
+
+
+def both_entropies(tokens, split, *, include_self=True):
+    masked, visible = token_products(tokens, split, with_visible=True)
+    rows = visible_rows_entropy(masked, visible, split, include_self=include_self)
+    return masked_rows_entropy([masked], split)[0], rows
+
+
 @MASKS
-def test_masked_visible_entropy__equals_slow_reference_with_gradient(mask):
+def test_masked_rows_entropy__equals_slow_reference_with_gradient(mask):
     tokens, slow = tokens_for(mask), tokens_for(mask)
-    value = masked_visible_entropy(tokens, SortedMask.of(mask))
+    value = masked_entropy(tokens, SortedMask.of(mask))
     expected = torch.stack([reference.heterogeneity(each, row) for each, row in zip(slow, mask, strict=True)])
     torch.testing.assert_close(value, expected)
     weighted(value).backward()
@@ -37,7 +47,7 @@ def test_masked_visible_entropy__equals_slow_reference_with_gradient(mask):
 @INCLUDE_SELF
 def test_visible_rows_entropy__equals_slow_reference_with_gradient(mask, include_self):
     tokens, slow = tokens_for(mask), tokens_for(mask)
-    values = visible_rows_entropy(tokens, SortedMask.of(mask), include_self=include_self)
+    values = both_entropies(tokens, SortedMask.of(mask), include_self=include_self)
     pairs = list(zip(slow, mask, strict=True))
     expected = (
         torch.stack([reference.heterogeneity(*pair) for pair in pairs]),
@@ -50,18 +60,33 @@ def test_visible_rows_entropy__equals_slow_reference_with_gradient(mask, include
 
 
 @MASKS
+def test_masked_rows_entropy__layers_do_not_mix(mask):
+    layers = [tokens_for(mask, scale=scale) for scale in (0.3, 1.0, 2.0)]
+    alone = [each.detach().clone().requires_grad_() for each in layers]
+    split = SortedMask.of(mask)
+    products = [token_products(each, split)[0] for each in layers]
+    together = masked_rows_entropy([products[0], products[1].detach(), products[2]], split)
+    expected = torch.stack([masked_entropy(each, split) for each in alone])
+    torch.testing.assert_close(together, expected)
+    weights = torch.arange(1.0, 4.0)[:, None] * torch.arange(1.0, len(mask) + 1)
+    (together * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert layers[1].grad is None
+    for k in (0, 2):
+        torch.testing.assert_close(layers[k].grad, alone[k].grad)
+
+
+@MASKS
 @INCLUDE_SELF
 def test_entropies__pass_gradcheck(mask, include_self):
     split = SortedMask.of(mask)
-    assert torch.autograd.gradcheck(lambda x: masked_visible_entropy(x, split), tokens_for(mask))
-    assert torch.autograd.gradcheck(
-        lambda x: visible_rows_entropy(x, split, include_self=include_self), tokens_for(mask)
-    )
+    assert torch.autograd.gradcheck(lambda x: masked_entropy(x, split), tokens_for(mask))
+    assert torch.autograd.gradcheck(lambda x: both_entropies(x, split, include_self=include_self), tokens_for(mask))
 
 
 def test_entropies__refuse_a_second_derivative():
     tokens = tokens_for(EQUAL)
-    value = masked_visible_entropy(tokens, SortedMask.of(EQUAL)).square().sum()
+    value = masked_entropy(tokens, SortedMask.of(EQUAL)).square().sum()
     (gradient,) = torch.autograd.grad(value, tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -72,7 +97,7 @@ def test_entropies__prefix_tokens_neither_count_nor_get_gradients(mask):
     tokens = tokens_for(mask, prefix=2)
     split = SortedMask.of(mask, prefix_tokens=2)
     bare = tokens.detach()[:, 2:].clone().requires_grad_()
-    for function in (masked_visible_entropy, visible_rows_entropy):
+    for function in (masked_entropy, both_entropies):
         tokens.grad = bare.grad = None
         values, expected = function(tokens, split), function(bare, SortedMask.of(mask))
         torch.testing.assert_close(values, expected)
@@ -83,15 +108,15 @@ def test_entropies__prefix_tokens_neither_count_nor_get_gradients(mask):
 
 
 @MASKS
-def test_masked_visible_entropy__equals_the_measure(mask):
+def test_masked_rows_entropy__equals_the_measure(mask):
     tokens = tokens_for(mask, dtype=torch.float32).detach()
-    torch.testing.assert_close(masked_visible_entropy(tokens, SortedMask.of(mask)), heterogeneity(tokens, mask))
+    torch.testing.assert_close(masked_entropy(tokens, SortedMask.of(mask)), heterogeneity(tokens, mask))
 
 
 def test_entropies__unchanged_when_patches_are_reordered_with_the_mask():
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     tokens = tokens_for(RAGGED).detach()
-    for function in (masked_visible_entropy, visible_rows_entropy):
+    for function in (masked_entropy, both_entropies):
         there, here = (
             function(tokens[:, order], SortedMask.of(RAGGED[:, order])),
             function(tokens, SortedMask.of(RAGGED)),
@@ -107,8 +132,8 @@ def test_entropies__finite_where_p_log_p_is_not(mask, dtype):
     p = products.softmax(-1)
     assert (p * p.log()).isnan().any()  # what the plain form would give
     split = SortedMask.of(mask)
-    h, rows = visible_rows_entropy(tokens, split, include_self=False)
-    total = h.sum() + rows.sum() + masked_visible_entropy(tokens, split).sum()
+    h, rows = both_entropies(tokens, split, include_self=False)
+    total = h.sum() + rows.sum() + masked_entropy(tokens, split).sum()
     total.backward()
     assert h.dtype == rows.dtype == torch.float32
     assert tokens.grad.dtype == dtype
@@ -123,9 +148,9 @@ def test_entropies__full_precision_inside_autocast(dtype, mask):
     plain = tokens_for(mask, dim=64, dtype=torch.float32)
     split = SortedMask.of(mask)
     with torch.autocast("cpu", dtype):
-        values = *visible_rows_entropy(tokens, split), masked_visible_entropy(tokens, split)
+        values = *both_entropies(tokens, split), masked_entropy(tokens, split)
         weighted(*values).backward()  # some scripts call it inside, too
-    expected = *visible_rows_entropy(plain, split), masked_visible_entropy(plain, split)
+    expected = *both_entropies(plain, split), masked_entropy(plain, split)
     weighted(*expected).backward()
     assert torch.equal(torch.stack(values), torch.stack(expected))
     assert torch.equal(tokens.grad, plain.grad)
@@ -135,7 +160,7 @@ def test_entropies__name_tokens_that_do_not_fit():
     split = SortedMask.of(EQUAL)
     for bad in (torch.zeros(2, 7, 4), torch.zeros(3, 6, 4), torch.zeros(6, 4)):
         with pytest.raises(ValueError, match="tokens must be"):
-            masked_visible_entropy(bad, split)
+            masked_entropy(bad, split)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mto_analysis.affinity import Scratch
 from mto_analysis.training.entropies import SortedMask
 from mto_analysis.training.hooks import COLLAPSED, Attached, StackForward, warn_of
-from mto_analysis.training.losses import MTOConfig, MTOTerms, combine_terms, layer_entropies
+from mto_analysis.training.losses import LayerProducts, MTOConfig, MTOTerms, combine_terms, layer_products
 from mto_analysis.training.structures import StackSpec, find_stacks, unwrap
 
 __all__ = ["MTO", "attach_mto"]
@@ -20,10 +20,10 @@ _DEAD = 1e-4
 
 
 class _Losses(StackForward):
-    """Entropies of one stack, made in the hook, so that no list of tokens is kept.
+    """Products of one stack's tokens, made in the hook, so that no list of tokens is kept.
 
     Inside reentrant activation checkpointing gradients are off in the hook; there the block's output object itself is
-    kept, which gets its gradient when the checkpoint returns, and its entropy is made when the loss is asked for.
+    kept, which gets its gradient when the checkpoint returns, and its products are made when the loss is asked for.
     """
 
     def __init__(self, spec: StackSpec, config: MTOConfig) -> None:
@@ -35,8 +35,7 @@ class _Losses(StackForward):
         """Forget the last forward."""
         super().clear()
         self.splits: dict[int, SortedMask] = {}
-        self.heterogeneity: dict[int, Tensor] = {}
-        self.rows: Tensor | None = None
+        self.products: dict[int, LayerProducts] = {}
         self.waiting: dict[int, Tensor] = {}
 
     def take(self, depth: int, tokens: Tensor) -> None:
@@ -47,16 +46,13 @@ class _Losses(StackForward):
             self.waiting[depth] = tokens
 
     def measure(self, depth: int, tokens: Tensor) -> None:
-        """Entropies of one layer depth."""
+        """Products of one layer depth."""
         prefix = self.spec.prefix_tokens
         count = tokens.shape[1] - prefix
         if count not in self.splits:
             mask, counts = self.mask_for(count)
             self.splits[count] = SortedMask.of(mask, prefix, counts, self.scratch)
-        split = self.splits[count]
-        self.heterogeneity[depth], rows = layer_entropies(self.images(tokens), split, depth, self.config)
-        if depth == 0:
-            self.rows = rows
+        self.products[depth] = layer_products(self.images(tokens), self.splits[count], depth, self.config)
 
     def finish(self, step: int) -> MTOTerms:
         """The terms of this stack."""
@@ -69,11 +65,10 @@ class _Losses(StackForward):
             self.measure(depth, tokens)
         self.waiting.clear()
         depths = range(len(self.spec.blocks) + 1)
-        missing = [depth for depth in depths if depth not in self.heterogeneity]
-        if missing or self.mask is None:
+        missing = [depth for depth in depths if depth not in self.products]
+        if missing:
             raise RuntimeError(f"blocks {missing} of {self.spec.name} did not run; give stacks=... with those that do")
-        split = self.splits[self.mask.shape[1]]
-        return combine_terms([self.heterogeneity[depth] for depth in depths], self.rows, split, self.config, step=step)
+        return combine_terms([self.products[depth] for depth in depths], self.config, step=step)
 
 
 class MTO(Attached):

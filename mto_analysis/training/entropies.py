@@ -1,8 +1,10 @@
-"""Row entropies of affinities as one differentiable step each, with the analytic gradient and little to remember.
+"""Row entropies of affinities in two differentiable steps, with the analytic gradient and little to remember.
 
 With z the logits of a row, p their softmax and ``z_bar = sum p (z - max z)``, the entropy's gradient is
-``dH/dz_j = -p_j (z_j - max z - z_bar)``. Saved for the backward pass are the tokens themselves (which the model keeps
-anyway), an index, and one small matrix per image; no gathered copy of the tokens, no softmax.
+``dH/dz_j = -p_j (z_j - max z - z_bar)``. The first step, at each layer depth, makes the logits, products of tokens;
+saved are the tokens themselves (which the model keeps anyway). The second makes the entropies of all layer depths at
+once, as so small matrices cost little more than the start of each operator; saved is one matrix per image and layer
+depth.
 
 All is float32 or better inside autocast too: autocast leaves products alone that are written to given memory
 (``out=``, ``baddbmm_``), and to switch it off and on for each would take longer than a small product.
@@ -10,9 +12,10 @@ All is float32 or better inside autocast too: autocast leaves products alone tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from mto_analysis.affinity import Scratch, masked_first_order
 from mto_analysis.masking import check_mask
+from mto_analysis.products import fast_float32
 
-__all__ = ["SortedMask", "masked_visible_entropy", "visible_rows_entropy"]
+__all__ = ["SortedMask", "masked_rows_entropy", "token_products", "visible_rows_entropy"]
 
 # Subnormal numbers take a processor a hundred times as long: weights, slopes and their products stay above them.
 # Weights of e^-60 of the greatest change no sum in float32 and none that matters in float64.
@@ -47,6 +51,8 @@ class SortedMask:
     most_visible: int
     prefix_tokens: int
     scratch: Scratch
+    _shares: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[str, torch.dtype, int], _Sorted] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -95,17 +101,22 @@ class SortedMask:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Rows of the flattened tokens in sorted order, ``batch * num_patches``."""
+        """Rows of the flattened tokens: ``most_masked`` of each image, then ``most_visible`` of each image."""
         image = torch.arange(len(self.order), device=self.order.device)[:, None]
-        first = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens
-        return (first + self.order).flatten()
+        rows = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens + self.order
+        return torch.cat([rows[:, : self.most_masked].flatten(), rows[:, -self.most_visible :].flatten()])
 
     @cached_property
     def places(self) -> Tensor:
-        """Place of each token in sorted order, ``batch * num_tokens``; of a prefix token one past the end."""
-        size, prefix = self.order.numel(), self.prefix_tokens
-        places = torch.full((len(self.order), prefix + self.num_patches), size, device=self.order.device)
-        places[:, prefix:].scatter_(1, self.order, torch.arange(size, device=self.order.device).view_as(self.order))
+        """Place of each token among ``rows``, ``batch * num_tokens``; of a prefix token one past the end."""
+        batch, device = len(self.order), self.order.device
+        image = torch.arange(batch, device=device)[:, None]
+        place = torch.arange(self.num_patches, device=device)
+        masked = image * self.most_masked + place
+        visible = batch * self.most_masked + image * self.most_visible + place - (self.num_patches - self.most_visible)
+        places = torch.full((batch, self.prefix_tokens + self.num_patches), len(self.rows), device=device)
+        kind = torch.where(place < self.num_masked[:, None], masked, visible)
+        places[:, self.prefix_tokens :].scatter_(1, self.order, kind)
         return places.flatten()
 
     @cached_property
@@ -124,146 +135,151 @@ class SortedMask:
         place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
         return place >= self.num_masked[:, None]
 
-    def sort(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches in sorted order, in at least float32; views of the masked and of the visible ones.
+    def masked_share(self, dtype: torch.dtype) -> Tensor:
+        """Weight of each masked row in the mean over those of an image, ``batch most_masked`` or ``batch 1``."""
+        if dtype not in self._shares:
+            share = self.num_masked.to(dtype).reciprocal()[:, None]
+            self._shares[dtype] = share if self.masked_ok is None else share * self.masked_ok
+        return self._shares[dtype]
 
-        They lie in scratch memory, until the next call.
-        """
-        x = self.scratch("sorted", tokens, len(self.rows), tokens.shape[-1])
+    def sort(self, tokens: Tensor) -> _Sorted:
+        """The patches of each image in sorted order, in at least float32; in scratch memory, until the next call."""
+        x = self.memory("sorted", tokens)
         flat = tokens.flatten(0, 1)
-        if x.dtype == tokens.dtype:
-            torch.index_select(flat, 0, self.rows, out=x)
+        if x.patches.dtype == tokens.dtype:
+            torch.index_select(flat, 0, self.rows, out=x.patches)
         else:
-            x.copy_(flat.index_select(0, self.rows))
-        x = x.view(len(tokens), -1, tokens.shape[-1])
-        return x, x[:, : self.most_masked], x[:, -self.most_visible :]
+            x.patches.copy_(flat.index_select(0, self.rows))
+        return x
 
-    def gradient_of_sorted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for the gradient of sorted patches, for :meth:`unsort`, and it as ``batch num_patches dim``."""
-        gradient = self.scratch("gradient", tokens, len(self.rows) + 1, tokens.shape[-1])
-        return gradient, gradient[:-1].view(len(tokens), -1, tokens.shape[-1])
+    def unsort(self, gradient: _Sorted, tokens: Tensor) -> Tensor:
+        """The gradient of ``tokens`` from that of :meth:`sort`; prefix tokens have none."""
+        gradient.prefix.zero_()
+        return gradient.whole.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
 
-    def unsort(self, gradient: Tensor, tokens: Tensor) -> Tensor:
-        """What lies in :meth:`gradient_of_sorted` as gradient of ``tokens``; prefix tokens have none."""
-        gradient[-1] = 0
-        return gradient.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
+    def memory(self, use: str, tokens: Tensor) -> _Sorted:
+        """Scratch memory for patches in sorted order."""
+        key = use, tokens.dtype, tokens.shape[-1]
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._new_memory(use, tokens)
+            if tokens.device.type == "cpu":  # there to make views anew for each layer takes as long as an entropy
+                self._kept[key] = kept
+        return kept
+
+    def _new_memory(self, use: str, tokens: Tensor) -> _Sorted:
+        batch, dim = len(self.order), tokens.shape[-1]
+        x = self.scratch(use, tokens, len(self.rows) + 1, dim)
+        masked, visible, prefix = torch.split(x, [batch * self.most_masked, batch * self.most_visible, 1])
+        return _Sorted(masked.view(batch, -1, dim), visible.view(batch, -1, dim), prefix, x[:-1], x)
 
 
-def _products(columns: Tensor, rows: Tensor) -> Tensor:
-    """Dot products ``num_columns batch num_rows``: sums over columns are then sums of long vectors."""
-    logits = columns.new_empty(columns.shape[1], len(columns), rows.shape[1])
-    torch.bmm(columns, rows.mT, out=logits.transpose(0, 1))
-    return logits
-
-
-def _entropy_and_slope(logits: Tensor, weights: Tensor, ok: Tensor | None, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of entropy times ``share``, and its derivative; columns that are not ``ok`` have no weight.
-
-    Overwrites ``logits`` with the derivative, and ``weights``.
+class _Sorted(NamedTuple):
+    """Patches of a batch in sorted order, as views of one memory; each kind lies without gaps, as products like it.
 
     Shapes:
-        logits, weights: num_columns batch num_rows
-        ok: num_columns, batch or 1, num_rows or 1
-        share: batch num_rows
-        returns: batch, num_columns batch num_rows
+        masked: batch most_masked dim
+        visible: batch most_visible dim
+        prefix: 1 dim (one for all prefix tokens)
+        patches: batch * (most_masked + most_visible), dim
+        whole: the same and 1 more, dim
     """
-    if ok is not None:
-        logits.masked_fill_(~ok, float("-inf"))
-    z = logits.sub_(logits.amax(dim=0)).clamp_min_(_LEAST_LOGIT)
-    torch.exp(z, out=weights)
-    if ok is not None:
-        weights.masked_fill_(~ok, 0.0)
-    total = weights.sum(dim=0)
-    slope = z.mul_(weights)
-    mean = slope.sum(dim=0).div_(total)
-    # -p (z - mean) times the share, with p = weights / total.
-    slope.addcmul_(weights, mean, value=-1).mul_(share / -total)
-    return total.log_().sub_(mean).mul_(share).sum(dim=1), slope
+
+    masked: Tensor
+    visible: Tensor
+    prefix: Tensor
+    patches: Tensor
+    whole: Tensor
 
 
-def _heterogeneity_and_slope(logits: Tensor, split: SortedMask) -> tuple[Tensor, Tensor]:
-    """Mean over an image's masked rows of the entropy, and its derivative by the logits, which it overwrites."""
-    ok = None if split.visible_ok is None else split.visible_ok.mT.unsqueeze(-1)
-    share = split.num_masked.to(logits.dtype).reciprocal()[:, None]
-    if split.masked_ok is not None:
-        share = share * split.masked_ok
-    return _entropy_and_slope(logits, split.scratch("weights", logits, *logits.shape), ok, share)
+def _multiply(columns: Tensor, rows: Tensor) -> Tensor:
+    """Dot products as ``num_columns batch num_rows``: sums over columns are then sums of long vectors."""
+    products = columns.new_empty(columns.shape[1], len(columns), rows.shape[1])
+    torch.bmm(columns, rows.mT, out=products.transpose(0, 1))
+    return products
 
 
-class _MaskedVisibleEntropy(torch.autograd.Function):
-    """Mean over masked rows of the entropy over visible columns, Eq. (2): tokens -> batch."""
+class _Products(torch.autograd.Function):
+    """Dot products of masked with visible tokens, and if wanted of visible ones with each other."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, split: SortedMask) -> Tensor:
-        _, x_m, x_v = split.sort(tokens)
-        h, slope = _heterogeneity_and_slope(_products(x_v, x_m), split)
+    def forward(ctx: Any, tokens: Tensor, split: SortedMask, with_visible: bool) -> tuple[Tensor, ...]:
         ctx.split = split
-        ctx.save_for_backward(tokens, slope)
-        return h
+        ctx.save_for_backward(tokens)
+        with fast_float32(tokens.device):
+            x_m, x_v, *_ = split.sort(tokens)
+            masked = _multiply(x_v, x_m)
+            return (masked, _multiply(x_v, x_v)) if with_visible else (masked,)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        tokens, slope = ctx.saved_tensors
+    def backward(ctx: Any, grad_masked: Tensor, grad_visible: Tensor | None = None) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
         split: SortedMask = ctx.split
-        _, x_m, x_v = split.sort(tokens)
-        slope = torch.mul(slope, grad[:, None], out=split.scratch("weights", slope, *slope.shape))
-        by_masked, by_visible = slope.permute(1, 2, 0), slope.transpose(0, 1)
-        gradient, patches = split.gradient_of_sorted(tokens)
-        if split.masked_ok is None:
-            torch.bmm(by_masked, x_v, out=patches[:, : split.most_masked])
-            torch.bmm(by_visible, x_m, out=patches[:, split.most_masked :])
-        else:  # front and back overlap; slopes are 0 where they are not meant
-            patches.zero_()
-            patches[:, : split.most_masked].baddbmm_(by_masked, x_v)
-            patches[:, -split.most_visible :].baddbmm_(by_visible, x_m)
-        return split.unsort(gradient, tokens), None
-
-
-class _InitialEntropies(torch.autograd.Function):
-    """At layer 0, from one product: H_0 of Eq. (2), and the sum over visible rows of Eq. (3), each per image."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, split: SortedMask, include_self: bool) -> tuple[Tensor, Tensor]:
-        x, _, x_v = split.sort(tokens)
-        product = _products(x, x_v)  # all columns, visible rows
-        # H_0 has masked rows: the masked columns of the product, turned over.
-        turned = product[: split.most_masked].permute(2, 1, 0).contiguous()
-        h, slope_h = _heterogeneity_and_slope(turned, split)
-        others = None
-        if not include_self:
-            others = torch.ones(len(product), product.shape[2], dtype=torch.bool, device=product.device)
-            others.diagonal(product.shape[2] - len(product)).fill_(False)
-            others = others.unsqueeze(1)
-        share = product.new_ones(1, 1) if split.visible_ok is None else split.visible_ok.to(product.dtype)
-        rows, slope_s = _entropy_and_slope(product, torch.empty_like(product), others, share)
-        ctx.split = split
-        ctx.save_for_backward(tokens, slope_h, slope_s)
-        return h, rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor, grad_s: Tensor) -> tuple[Tensor, None, None]:
-        tokens, slope_h, slope_s = ctx.saved_tensors
-        split: SortedMask = ctx.split
-        x, _, x_v = split.sort(tokens)
-        slope = slope_s * grad_s[:, None]
-        slope[: split.most_masked] += (slope_h * grad_h[:, None]).permute(2, 1, 0)
-        gradient, patches = split.gradient_of_sorted(tokens)
-        torch.bmm(slope.transpose(0, 1), x_v, out=patches)
-        patches[:, -split.most_visible :].baddbmm_(slope.permute(1, 2, 0), x)
+        with fast_float32(tokens.device):
+            x_m, x_v, *_ = split.sort(tokens)
+            gradient = split.memory("gradient", tokens)
+            torch.bmm(grad_masked.permute(1, 2, 0), x_v, out=gradient.masked)
+            torch.bmm(grad_masked.transpose(0, 1), x_m, out=gradient.visible)
+            if grad_visible is not None:
+                once = grad_visible.transpose(0, 1)
+                gradient.visible.baddbmm_(once + once.mT, x_v)
         return split.unsort(gradient, tokens), None, None
+
+
+class _RowEntropy(torch.autograd.Function):
+    """Sum over rows of entropy times ``share``: logits of some layers -> layers batch.
+
+    Columns that are not ``ok`` have no weight.
+
+    Shapes:
+        share: batch num_rows, each or 1
+        ok: num_columns, batch or 1, num_rows or 1
+        logits: num_columns batch num_rows, of each layer
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, ok: Tensor | None, scratch: Scratch, *logits: Tensor) -> Tensor:
+        z = torch.stack(logits)
+        weights = scratch("weights", z, *z.shape)
+        if ok is not None:
+            z.masked_fill_(~ok, float("-inf"))
+        z.sub_(z.amax(dim=1, keepdim=True)).clamp_min_(_LEAST_LOGIT)
+        torch.exp(z, out=weights)
+        if ok is not None:
+            weights.masked_fill_(~ok, 0.0)
+        total = weights.sum(dim=1)
+        slope = z.mul_(weights)
+        mean = slope.sum(dim=1).div_(total)
+        # The derivative is -p (z - mean) times the share, with p = weights / total: slope times factor.
+        slope.addcmul_(weights, mean.unsqueeze(1), value=-1)
+        factor = share / -total
+        ctx.save_for_backward(slope, factor)
+        return total.log_().sub_(mean).mul_(share).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, factor = ctx.saved_tensors
+        by_layer = slope * (factor * grad.unsqueeze(-1)).unsqueeze(1)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(each if want else None for each, want in zip(by_layer, wanted, strict=True))
 
 
 def _as_it_is(saved: Tensor) -> Tensor:
     return saved
 
 
-def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: SortedMask, *arguments: object) -> Any:
-    """Run, and keep what the backward pass needs out of the hands of activation checkpointing.
+def token_products(tokens: Tensor, split: SortedMask, *, with_visible: bool = False) -> tuple[Tensor, ...]:
+    """Dot products of one layer depth, from which the entropies are made.
 
-    Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
-    where the entropies are not made again. Tokens are kept by the model anyway.
+    Shapes:
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
+        returns: of visible with masked tokens ``most_visible batch most_masked``; if wanted, of visible tokens with
+            each other ``most_visible batch most_visible``
+
+    Raises:
+        ValueError: If tokens do not fit the mask.
     """
     num_tokens = split.prefix_tokens + split.num_patches
     if tokens.ndim != 3 or tokens.shape[:2] != (len(split.num_masked), num_tokens):
@@ -271,48 +287,59 @@ def _apply(function: type[torch.autograd.Function], tokens: Tensor, split: Sorte
             f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
             f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
         )
+    # Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
+    # where the products are not made again. Tokens are kept by the model anyway.
     with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        return function.apply(tokens, split, *arguments)
+        products: tuple[Tensor, ...] = _Products.apply(tokens, split, with_visible)
+    return products
 
 
-def masked_visible_entropy(tokens: Tensor, split: SortedMask) -> Tensor:
-    """Heterogeneity, Eq. (2), with an analytic first derivative; the same values as :func:`affinity.heterogeneity`.
+def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor:
+    """Heterogeneity, Eq. (2), of some layer depths at once, with an analytic first derivative.
+
+    The same values as :func:`affinity.heterogeneity`.
 
     Shapes:
-        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
-        returns: batch (nats)
-
-    Raises:
-        ValueError: If tokens do not fit the mask.
+        products: of visible with masked tokens of each layer depth (:func:`token_products`)
+        returns: layers batch (nats)
 
     Example:
         >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
-        >>> masked_visible_entropy(torch.zeros(1, 4, 8), split)
-        tensor([0.6931])
+        >>> products, = token_products(torch.zeros(1, 4, 8), split)
+        >>> masked_rows_entropy([products], split)
+        tensor([[0.6931]])
     """
-    h: Tensor = _apply(_MaskedVisibleEntropy, tokens, split)
+    ok = None if split.visible_ok is None else split.visible_ok.mT.unsqueeze(-1)
+    h: Tensor = _RowEntropy.apply(split.masked_share(products[0].dtype), ok, split.scratch, *products)
     return h
 
 
-def visible_rows_entropy(tokens: Tensor, split: SortedMask, *, include_self: bool = True) -> tuple[Tensor, Tensor]:
-    """H_0 of Eq. (2), and the sum over visible rows of the entropy over all tokens, Eq. (3), from one product.
+def visible_rows_entropy(masked: Tensor, visible: Tensor, split: SortedMask, *, include_self: bool = True) -> Tensor:
+    """Sum over visible rows of the entropy over all tokens, Eq. (3), with an analytic first derivative.
 
     Shapes:
-        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
-        returns: batch, batch (nats; the second from 0 to num_visible * log(num_patches))
+        masked, visible: products of visible with masked tokens and with each other (:func:`token_products`)
+        returns: batch (nats, from 0 to num_visible * log(num_patches))
 
     Args:
-        tokens: Embeddings at layer depth 0.
+        masked: Of layer depth 0.
+        visible: Of layer depth 0.
         split: The sorted mask.
         include_self: Whether a row's own token is among its columns, as printed.
 
-    Raises:
-        ValueError: If tokens do not fit the mask.
-
     Example:
         >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
-        >>> visible_rows_entropy(torch.zeros(1, 4, 8), split)
-        (tensor([0.6931]), tensor([2.7726]))
+        >>> visible_rows_entropy(*token_products(torch.zeros(1, 4, 8), split, with_visible=True), split)
+        tensor([2.7726])
     """
-    h, rows = _apply(_InitialEntropies, tokens, split, include_self)
-    return h, rows
+    logits = torch.cat([masked.permute(2, 1, 0), visible])  # all columns, visible rows
+    ok, share = None, logits.new_ones(1, 1)
+    if split.masked_ok is not None and split.visible_ok is not None:
+        ok = torch.cat([split.masked_ok, split.visible_ok], dim=1).mT.unsqueeze(-1)
+        share = split.visible_ok.to(logits.dtype)
+    if not include_self:
+        others = torch.ones(len(logits), 1, len(visible), dtype=torch.bool, device=logits.device)
+        others[len(logits) - len(visible) :, 0].fill_diagonal_(False)
+        ok = others if ok is None else ok & others
+    rows: Tensor = _RowEntropy.apply(share, ok, split.scratch, logits)
+    return rows.squeeze(0)

@@ -7,6 +7,7 @@ bounded one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mto_analysis.training.entropies import SortedMask, masked_visible_entropy, visible_rows_entropy
+from mto_analysis.training.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
 
 __all__ = [
+    "LayerProducts",
     "MTOConfig",
     "MTOTerms",
     "combine_terms",
     "embedding_loss",
-    "layer_entropies",
+    "layer_products",
     "mto_loss",
     "ranking_loss",
     "sparsity_loss",
@@ -96,7 +98,8 @@ def sparsity_loss(
     _check_choice("reduction", reduction)
     _check_choice("similarity", similarity)
     split = SortedMask.of(mask)
-    _, rows = visible_rows_entropy(_similar(tokens, similarity), split, include_self=include_self)
+    masked, visible = token_products(_similar(tokens, similarity), split, with_visible=True)
+    rows = visible_rows_entropy(masked, visible, split, include_self=include_self)
     return _reduce_rows(rows, split, reduction).mean()
 
 
@@ -233,37 +236,54 @@ class MTOTerms(NamedTuple):
     heterogeneity: Tensor
 
 
-def layer_entropies(tokens: Tensor, split: SortedMask, depth: int, config: MTOConfig) -> tuple[Tensor, Tensor | None]:
-    """What the losses need of one layer depth: H, and at depth 0 also the rows of Eq. (3).
+class LayerProducts(NamedTuple):
+    """What the losses need of one layer depth.
+
+    Shapes:
+        masked: products of visible with masked tokens
+        visible: of visible tokens with each other; only at depth 0, and only for L_spa
+    """
+
+    split: SortedMask
+    masked: Tensor
+    visible: Tensor | None = None
+
+
+def layer_products(tokens: Tensor, split: SortedMask, depth: int, config: MTOConfig) -> LayerProducts:
+    """What the losses need of one layer depth.
 
     Shapes:
         tokens: batch num_tokens dim (the split's prefix tokens, then patches)
-        returns: batch, and batch at depth 0
     """
-    x = _similar(tokens, config.similarity)
-    if depth == 0 and config.sparsity_weight > 0:
-        return visible_rows_entropy(x, split, include_self=config.include_self)
-    return masked_visible_entropy(x, split), None
+    with_visible = depth == 0 and config.sparsity_weight > 0
+    return LayerProducts(split, *token_products(_similar(tokens, config.similarity), split, with_visible=with_visible))
 
 
-def combine_terms(
-    heterogeneities: Sequence[Tensor], rows: Tensor | None, split: SortedMask, config: MTOConfig, *, step: int = 0
-) -> MTOTerms:
-    """Algorithm 1 from the entropies of all layer depths: each term, weighted and added.
-
-    Shapes:
-        heterogeneities: one ``batch`` per layer depth
-        rows: batch (sum over visible rows of Eq. 3), or none where its weight is 0
-    """
-    h = torch.stack(list(heterogeneities))
-    # Layer depths that are not ranked stay out of the graph.
-    ranked = h if config.layers is None else torch.stack([heterogeneities[depth] for depth in config.layers])
+def combine_terms(layers: Sequence[LayerProducts], config: MTOConfig, *, step: int = 0) -> MTOTerms:
+    """Algorithm 1 from the products of all layer depths: each term, weighted and added."""
+    ranked = list(range(len(layers)) if config.layers is None else config.layers)
+    wanted = {0} if config.embedding_weight > 0 else set()
+    wanted.update(ranked if config.ranking_weight > 0 else ())
+    # Layer depths that no term asks for stay out of the graph.
+    products = [layer.masked if depth in wanted else layer.masked.detach() for depth, layer in enumerate(layers)]
+    groups = itertools.groupby(zip(layers, products, strict=True), key=lambda pair: id(pair[0].split))
+    h = torch.cat([_group_heterogeneity(list(group)) for _, group in groups])
     zero = h.new_zeros(())
-    sparsity = zero if rows is None else _reduce_rows(rows, split, config.sparsity_reduction).mean()
-    embedding = embedding_loss(heterogeneities[0], eps=config.eps) if config.embedding_weight > 0 else zero
-    ranking = ranking_loss(ranked, direction=config.ranking_direction) if config.ranking_weight > 0 else zero
+    sparsity = zero
+    split, masked, visible = layers[0]
+    if visible is not None:
+        rows = visible_rows_entropy(masked, visible, split, include_self=config.include_self)
+        sparsity = _reduce_rows(rows, split, config.sparsity_reduction).mean()
+    embedding = embedding_loss(h[0], eps=config.eps) if config.embedding_weight > 0 else zero
+    ranking = zero
+    if config.ranking_weight > 0:
+        ranking = ranking_loss(h if config.layers is None else h[ranked], direction=config.ranking_direction)
     weighted = config.sparsity_weight * sparsity + config.embedding_weight * embedding + config.ranking_weight * ranking
     return MTOTerms(config.warmup(step) * weighted, sparsity, embedding, ranking, h)
+
+
+def _group_heterogeneity(group: Sequence[tuple[LayerProducts, Tensor]]) -> Tensor:
+    return masked_rows_entropy([products for _, products in group], group[0][0].split)
 
 
 def mto_loss(
@@ -299,8 +319,8 @@ def mto_loss(
     if config.layers and config.layers[-1] >= len(layers):
         raise ValueError(f"config.layers must be 0 to {len(layers) - 1}, got {config.layers}")
     splits = [SortedMask.of(mask)] * len(layers) if isinstance(mask, Tensor) else [SortedMask.of(each) for each in mask]
-    entropies = [
-        layer_entropies(tokens, split, depth, config)
+    products = [
+        layer_products(tokens, split, depth, config)
         for depth, (tokens, split) in enumerate(zip(layers, splits, strict=True))
     ]
-    return combine_terms([h for h, _ in entropies], entropies[0][1], splits[0], config, step=step)
+    return combine_terms(products, config, step=step)

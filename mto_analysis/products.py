@@ -1,0 +1,114 @@
+"""How float32 matrices are multiplied: in full precision, and on a CPU by the faster of torch's two libraries.
+
+torch gives them to MKL, which on an AMD processor reaches half of what that can do. The other library, oneDNN, is taken
+only where ``torch.backends.mkldnn.matmul.fp32_precision`` allows operands to be rounded to bf16. Processors that have
+no fast instruction for this (of x86 all but those with AMX) compute in float32 then, too. Whether this one does is
+tried with products that nothing shorter than float32 holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = ["fast_float32", "full_float32"]
+
+_MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+_FULL_PRECISION = ("none", "ieee")
+_NOTHING = contextlib.nullcontext()
+
+# Batch, rows, columns and inner size of the products tried: small ones, and those of a ViT.
+_TRIED = ((1, 16, 16, 64), (8, 76, 120, 64), (8, 120, 384, 76), (1, 256, 768, 768))
+# Float32 holds the sum of so many whole numbers below so much, added in any order.
+_ADDENDS, _BELOW = 64, 2**18
+
+
+def fast_float32(device: torch.device | str = "cpu") -> contextlib.AbstractContextManager[None]:
+    """Inside, products of float32 tensors on a CPU are made by oneDNN, if it is as exact on this processor.
+
+    Sums are made in another order than MKL's, so results differ by the rounding of float32. A precision that the user
+    chose (``torch.set_float32_matmul_precision``) is left as it is. The setting is the process's, not the thread's.
+
+    Args:
+        device: Where the tensors are; for anything but a CPU nothing is done.
+
+    Example:
+        >>> with fast_float32():
+        ...     torch.ones(2, 3) @ torch.ones(3, 2)
+        tensor([[3., 3.],
+                [3., 3.]])
+    """
+    if _MATMUL is None or torch.device(device).type != "cpu" or _MATMUL.fp32_precision not in _FULL_PRECISION:
+        return _NOTHING
+    return _CpuPrecision("bf16") if _keeps_float32() else _NOTHING
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, products of float32 tensors are made in full precision, whatever the user chose.
+
+    No TF32 on CUDA; on a CPU no bf16, and :func:`fast_float32`.
+
+    Args:
+        device: Where the tensors are.
+    """
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    before: list[tuple[Any, str, Any]] = []
+    for owner in (cuda, cudnn):
+        try:
+            before.append((owner, "allow_tf32", owner.allow_tf32))
+        except RuntimeError:  # the user chose by the newer words, to which the older flag has no answer
+            words = [cuda] if owner is cuda else [cudnn.conv, cudnn.rnn]
+            before += [(word, "fp32_precision", word.fp32_precision) for word in words]
+        owner.allow_tf32 = False
+    on_cpu = _MATMUL is not None and torch.device(device).type == "cpu"
+    try:
+        with _CpuPrecision("bf16" if _keeps_float32() else "ieee") if on_cpu else _NOTHING:
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+class _CpuPrecision(contextlib.AbstractContextManager[None]):
+    """Inside, oneDNN may round operands of float32 products so far."""
+
+    __slots__ = ("_before", "_word")
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def __enter__(self) -> None:
+        """Set it."""
+        self._before = _MATMUL.fp32_precision
+        _MATMUL.fp32_precision = self._word
+
+    def __exit__(self, *_: object) -> None:
+        """Leave all as it was."""
+        _MATMUL.fp32_precision = self._before
+
+
+@cache
+def _keeps_float32() -> bool:
+    """Whether oneDNN, allowed to round operands to bf16, does not."""
+    enabled = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+        with _CpuPrecision("bf16"), torch.autocast("cpu", enabled=False), torch.inference_mode():
+            return all(_counts_exactly(*shape) for shape in _TRIED)
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
+def _counts_exactly(batch: int, rows: int, columns: int, inner: int) -> bool:
+    """Whether sums of great whole numbers come out right, on either side of a product."""
+    ones = (torch.arange(inner, device="cpu") < _ADDENDS).float().expand(batch, max(rows, columns), inner)
+    numbers = (torch.arange(ones.numel(), device="cpu") * 7919 % _BELOW).float().view_as(ones)
+    sums = (numbers * ones).sum(dim=-1, keepdim=True)
+    left, right = numbers[:, :rows] @ ones[:, :columns].mT, ones[:, :rows] @ numbers[:, :columns].mT
+    return bool((left == sums[:, :rows]).all() and (right == sums[:, :columns].mT).all())
