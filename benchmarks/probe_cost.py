@@ -1,9 +1,11 @@
 """What measuring every layer depth costs above the bare forward of the same model, in time and in peak memory.
 
 Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, moments of dot products and cosines, row
-entropies, and the mean map. Time: the bare forward and the probes take turns in one process, each over a stream of
-batches as in use; printed are the median ratio of whole runs and, steadier on a busy machine, the time spent inside the
-measure over the rest of the same run.
+entropies, and the mean map. Time: bare forwards and the probes take turns in one process, each over a stream of batches
+as in use. The bare forward runs twice: with torch's own settings, against which the targets were set, and with float32
+products by the faster library (``mto_analysis.products``), as in the probe. Printed are the median ratio of whole runs
+to the latter, and, steadier on a busy machine, the time spent inside the measure over the rest of the same run and over
+the bare forward with torch's own settings.
 Memory: the peak (VmHWM) of fresh processes that do one or the other, median of three each, and how much of the
 difference is library code that only the probe runs (RssFile at the end). The C library is told to return all that is
 greater than 1 MB at once: gaps that it keeps else come and go by tens of MB, in either. Random weights and pictures.
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,11 +32,12 @@ from mto_analysis.data import PictureBatch
 from mto_analysis.masking import MaskRule
 from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.products import full_float32
 from mto_analysis.quadrants import AffinityMaps
 
 clock = time.perf_counter
 AT_ONCE = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
-TARGETS = "targets: H 2 %; everything 4 % (SimMIM ViT-B), 3 % (MAE ViT-B); 16 MB"
+TARGETS = "targets, of the bare forward: H 2 %; everything 4 % (SimMIM ViT-B), 3 % (MAE ViT-B); 16 MB"
 
 
 def build(name: str) -> MaskedImageModel:
@@ -80,30 +84,46 @@ class Stopwatch:
         return value
 
 
+class Cost(NamedTuple):
+    """Of a measure, in percent."""
+
+    whole: float  #: whole runs, of the bare forward with the same products
+    inside: float  #: inside the measure, of the rest of the same run
+    of_bare: float  #: inside the measure, of the bare forward with torch's own settings
+
+
 def times(
     name: str, size: int, batches: int, repeats: int, measures: Sequence[str]
-) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Median seconds of a batch's bare forward; for each measure percent by whole runs and percent inside it."""
+) -> tuple[float, float, dict[str, Cost]]:
+    """Median seconds of a batch's bare forward, with torch's own settings and with fast products; what each costs."""
     model, stream = build(name), pictures(size, batches)
-    forward: list[float] = []
-    whole: dict[str, list[float]] = {what: [] for what in measures}
-    inside: dict[str, list[float]] = {what: [] for what in measures}
+    own: list[float] = []
+    fast: list[float] = []
+    costs: dict[str, list[Cost]] = {what: [] for what in measures}
     for repeat in range(repeats + 1):
         start = clock()
         bare(model, stream)
-        seconds = clock() - start
+        middle = clock()
+        with full_float32():
+            bare(model, stream)
+        end = clock()
+        bare_seconds, seconds = middle - start, end - middle
         for what in measures:
             watch = Stopwatch(what)
             start = clock()
             probe(model, stream, measures={}, layer_measures=[watch])
             took = clock() - start
             if repeat:  # the first turn warms up
-                whole[what].append(100 * (took / seconds - 1))
-                inside[what].append(100 * watch.seconds / (took - watch.seconds))
+                rest = took - watch.seconds
+                costs[what].append(Cost(took / seconds - 1, watch.seconds / rest, watch.seconds / bare_seconds))
         if repeat:
-            forward.append(seconds / batches)
-    percent = {what: (statistics.median(whole[what]), statistics.median(inside[what])) for what in measures}
-    return statistics.median(forward), percent
+            own.append(bare_seconds / batches)
+            fast.append(seconds / batches)
+    percent = {
+        what: Cost(*(100 * statistics.median(column) for column in zip(*each, strict=True)))
+        for what, each in costs.items()
+    }
+    return statistics.median(own), statistics.median(fast), percent
 
 
 def status_megabytes(field: str) -> float:
@@ -149,13 +169,17 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.thread_time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TARGETS}")
-    print("model         batch  measure     bare forward  whole runs  inside  peak bare  above it  of that code")
+    print(
+        "model         batch  measure     bare forward  with fast products  whole runs  inside  of bare"
+        "  peak bare  above it  of that code"
+    )
     for name in options.models:
         for size in options.batches:
-            forward, percent = times(name, size, options.stream, options.repeats, options.measures)
+            own, fast, percent = times(name, size, options.stream, options.repeats, options.measures)
             peaks = {} if options.no_memory else memory(name, size, options.measures)
-            for what, (whole, inside) in percent.items():
-                row = f"{name:<13} {size:>5}  {what:<10}  {forward:>10.2f} s  {whole:>8.2f} %  {inside:>4.2f} %"
+            for what, cost in percent.items():
+                row = f"{name:<13} {size:>5}  {what:<10}  {own:>10.2f} s  {fast:>16.2f} s"
+                row += f"  {cost.whole:>8.2f} %  {cost.inside:>4.2f} %  {cost.of_bare:>5.2f} %"
                 if peaks:
                     above, code = (there - bare for there, bare in zip(peaks[what], peaks["bare"], strict=True))
                     row += f"  {peaks['bare'][0]:>6.0f} MB  {above:>5.1f} MB  {code:>9.1f} MB"

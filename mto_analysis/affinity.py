@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.masking import check_mask
+from mto_analysis.products import fast_float32
 
 __all__ = [
     "Quadrants",
@@ -33,7 +34,7 @@ __all__ = [
 # On a CPU images of a batch are gathered and multiplied a few at a time: the copies then stay in the cache, and memory
 # above the model's own forward stays at a few MB for any batch. Elsewhere many small steps would cost more than the
 # forward itself.
-_IMAGES_AT_ONCE = {"cpu": 8}
+_IMAGES_AT_ONCE = {"cpu": 4}
 _IMAGES_AT_ONCE_ELSEWHERE = 128
 
 
@@ -55,6 +56,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
         """Memory on the device of a tensor and in its dtype, but at least float32.
@@ -64,11 +66,15 @@ class Scratch:
         dtype = torch.promote_types(like.dtype, torch.float32)
         if like.device.type != "cpu":  # there allocators keep memory themselves
             return torch.empty(shape, dtype=dtype, device=like.device)
-        size = math.prod(shape)
-        kept = self._kept.get((use, dtype))
-        if kept is None or len(kept) < size:
-            kept = self._kept[use, dtype] = lasting_memory(size, dtype=dtype)
-        return kept[:size].view(shape)
+        view = self._views.get((use, dtype, shape))
+        if view is None:
+            size = math.prod(shape)
+            kept = self._kept.get((use, dtype))
+            if kept is None or len(kept) < size:
+                kept = self._kept[use, dtype] = lasting_memory(size, dtype=dtype)
+                self._views = {key: view for key, view in self._views.items() if key[:2] != (use, dtype)}
+            view = self._views[use, dtype, shape] = kept[:size].view(shape)
+        return view
 
 
 def row_entropy(logits: Tensor) -> Tensor:
@@ -147,7 +153,7 @@ class TokenSplit:
         # Under autocast the product would be made in half precision again.
         device = tokens.device.type
         inside = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext():
+        with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext(), fast_float32(device):
             parts = [
                 reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
                 for block, (rows, num_masked) in enumerate(self._blocks)

@@ -17,6 +17,7 @@ from mto_analysis.data import PictureBatch
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.masking import MaskRule, mask_keys
 from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.products import full_float32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,14 +192,12 @@ def _t_quantile(count: int) -> float:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, no gradients and full float32 products inside; all as it was afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
-    tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     try:
         model.eval()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with torch.no_grad():
+        like = next(model.parameters(), None)
+        with full_float32("cpu" if like is None else like.device), torch.no_grad():
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         for module, mode in modes:
             module.training = mode
 

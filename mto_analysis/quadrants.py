@@ -6,7 +6,6 @@ is symmetric: the third quadrant is the second one turned.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -42,14 +41,11 @@ _COLUMNS = {
     )
 }
 
-# Entries of a product that are worked on at once. On a CPU 1.2 MB in float32: fewer would cost more in steps than in
+# Entries of a product that are worked on at once. On a CPU 0.6 MB in float32: fewer would cost more in steps than in
 # memory, and a first stage of Swin with thousands of patches goes image by image; elsewhere as many as keep the device
 # busy.
-_ENTRIES_AT_ONCE = {"cpu": 8 * 196 * 196}
+_ENTRIES_AT_ONCE = {"cpu": 4 * 196 * 196}
 _ENTRIES_AT_ONCE_ELSEWHERE = 128 * 196 * 196
-
-# Tokens whose products with all later ones are made at once on a CPU.
-_BLOCK = 64
 
 # Subnormal numbers take a processor a hundred times as long: exp, products and sums stay above them. Weights of e^-60
 # of the greatest change no sum in float32 and none that matters in float64; shares below 1e-10 are 0 in a map.
@@ -114,7 +110,7 @@ class _Statistics:
         batch, count, _ = x.shape
         both = self.scratch("both", x, batch, 2, count, count)
         products, other = both.unbind(dim=1)
-        self._multiply(x, products)
+        torch.bmm(x, x.mT, out=products)
         shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
         torch.mul(products, shrink, out=other).mul_(shrink.mT)
         self._to_sink("dot", products)
@@ -132,23 +128,6 @@ class _Statistics:
     def _to_sink(self, kind: AffinityKind, maps: Tensor) -> None:
         if self.sink is not None and self.kind == kind:
             self.sink(maps.sum(dim=0))
-
-    def _multiply(self, x: Tensor, products: Tensor) -> None:
-        """Dot products of all pairs of tokens.
-
-        On a CPU only blocks on the diagonal and beside it are multiplied, as wide as its kernels like, and turned for
-        the other side. A product into memory with gaps takes up to a third longer: it is copied there.
-        """
-        if x.device.type != "cpu":
-            torch.bmm(x, x.mT, out=products)
-            return
-        batch, count, _ = x.shape
-        edges = [*range(0, max(count - _BLOCK // 2, 1), _BLOCK), count]
-        for start, end in itertools.pairwise(edges):
-            rows = self.scratch("part", x, batch, end - start, count - start)
-            torch.bmm(x[:, start:end], x[:, start:].mT, out=rows)
-            products[:, start:end, start:] = rows
-            products[:, end:, start:end] = rows[..., end - start :].mT
 
     def _moments(self, both: Tensor, num_masked: int) -> tuple[Tensor, ...]:
         """Means and deviations of the first, second and fourth quadrant, of each of both matrices: ``batch 6``.

@@ -14,6 +14,7 @@ from mto_analysis.evaluation.knn import knn_scores
 from mto_analysis.evaluation.linear import linear_scores
 from mto_analysis.evaluation.protocols import Evaluation, Pooling, pooling_of
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.products import fast_float32
 
 __all__ = ["Evaluator", "Score", "accuracy", "score"]
 
@@ -92,7 +93,7 @@ class Evaluator:
             extract_features(model, pictures, pooling, precision=chosen.precision, shared=shared)
             for pictures in (self.train, self.test)
         )
-        with torch.no_grad():
+        with torch.no_grad(), fast_float32(test.vectors.device):
             if chosen.protocol == "knn":
                 scores = knn_scores(
                     *train,

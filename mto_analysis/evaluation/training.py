@@ -30,6 +30,7 @@ from mto_analysis.evaluation.protocols import Precision
 from mto_analysis.evaluation.settings import ClassifierSettings
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.outputs import write_atomically
+from mto_analysis.products import fast_float32
 
 __all__ = ["ClassifierEpoch", "TrainingMachine", "learning_rate", "train_classifier"]
 
@@ -218,8 +219,9 @@ class _Run:
             last = part + 1 == share.accumulation
             if isinstance(self.module, DistributedDataParallel):
                 self.module.require_backward_grad_sync = last
-            loss = self._loss(images, labels) / share.accumulation
-            loss.backward()  # type: ignore[no-untyped-call]
+            with fast_float32(self.device):
+                loss = self._loss(images, labels) / share.accumulation
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if not math.isfinite(float(total)):
             raise NumericalError(
@@ -245,7 +247,7 @@ class _Run:
         self.classifier.eval()
         size, info = self.test.batch_size, self.classifier.encoder.info
         right = torch.zeros(2, dtype=torch.long, device=self.device)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), fast_float32(self.device), self.autocast():
             for number, images in self.test.batches(info, self.share.process, self.share.processes):
                 labels = self.test.labels[number * size : (number + 1) * size].to(self.device)
                 logits = self.classifier(normalized(images.to(self.device), info)).float()

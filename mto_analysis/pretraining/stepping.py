@@ -14,6 +14,7 @@ from mto_analysis.pretraining import sharding
 from mto_analysis.pretraining.assembly import Assembly
 from mto_analysis.pretraining.optimization import learning_rate
 from mto_analysis.pretraining.randomness import noise_batch, step_randomness
+from mto_analysis.products import fast_float32
 from mto_analysis.training import watch_mto
 
 __all__ = ["StepResult", "Stepper", "noise_batch"]
@@ -54,7 +55,7 @@ class Stepper(Assembly):
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with self._kernels(), step_randomness(self.settings.seed, step, self.group.index, device):
+        with self._kernels(), self._products(), step_randomness(self.settings.seed, step, self.group.index, device):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
@@ -87,6 +88,10 @@ class Stepper(Assembly):
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        """Float32 by the faster library; compiled code has chosen its own."""
+        return contextlib.nullcontext() if self.settings.compile else fast_float32(self.group.device)
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
