@@ -56,7 +56,6 @@ class Scratch:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
         """Memory on the device of a tensor and in its dtype, but at least float32.
@@ -66,15 +65,11 @@ class Scratch:
         dtype = torch.promote_types(like.dtype, torch.float32)
         if like.device.type != "cpu":  # there allocators keep memory themselves
             return torch.empty(shape, dtype=dtype, device=like.device)
-        view = self._views.get((use, dtype, shape))
-        if view is None:
-            size = math.prod(shape)
-            kept = self._kept.get((use, dtype))
-            if kept is None or len(kept) < size:
-                kept = self._kept[use, dtype] = lasting_memory(size, dtype=dtype)
-                self._views = {key: view for key, view in self._views.items() if key[:2] != (use, dtype)}
-            view = self._views[use, dtype, shape] = kept[:size].view(shape)
-        return view
+        size = math.prod(shape)
+        kept = self._kept.get((use, dtype))
+        if kept is None or len(kept) < size:
+            kept = self._kept[use, dtype] = lasting_memory(size, dtype=dtype)
+        return kept[:size].view(shape)
 
 
 def row_entropy(logits: Tensor) -> Tensor:

@@ -51,7 +51,6 @@ class SortedMask:
     most_visible: int
     prefix_tokens: int
     scratch: Scratch
-    _shares: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[tuple[str, torch.dtype, int], _Sorted] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -134,13 +133,6 @@ class SortedMask:
             return None
         place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
         return place >= self.num_masked[:, None]
-
-    def masked_share(self, dtype: torch.dtype) -> Tensor:
-        """Weight of each masked row in the mean over those of an image, ``batch most_masked`` or ``batch 1``."""
-        if dtype not in self._shares:
-            share = self.num_masked.to(dtype).reciprocal()[:, None]
-            self._shares[dtype] = share if self.masked_ok is None else share * self.masked_ok
-        return self._shares[dtype]
 
     def sort(self, tokens: Tensor) -> _Sorted:
         """The patches of each image in sorted order, in at least float32; in scratch memory, until the next call."""
@@ -309,8 +301,10 @@ def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor
         >>> masked_rows_entropy([products], split)
         tensor([[0.6931]])
     """
-    ok = None if split.visible_ok is None else split.visible_ok.mT.unsqueeze(-1)
-    h: Tensor = _RowEntropy.apply(split.masked_share(products[0].dtype), ok, split.scratch, *products)
+    ok, share = None, split.num_masked.to(products[0].dtype).reciprocal()[:, None]
+    if split.masked_ok is not None and split.visible_ok is not None:
+        ok, share = split.visible_ok.mT.unsqueeze(-1), share * split.masked_ok
+    h: Tensor = _RowEntropy.apply(share, ok, split.scratch, *products)
     return h
 
 
