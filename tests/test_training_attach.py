@@ -543,6 +543,18 @@ def test_warning__not_finite():
     ]
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_attach__a_mask_token_that_is_not_finite_is_said(value):
+    case = CASES["simmim vit"]
+    model = build(case)
+    mto = attach_mto(model)
+    with torch.no_grad():
+        model.encoder.mask_token[0, 0, 1] = float(value)
+    case.run(model, 0)
+    with pytest.raises(RuntimeError, match="encoder, step 0: the mask token is not finite"):
+        mto.loss()
+
+
 def test_warning__only_every_so_many_steps():
     case = CASES["simmim vit"]
     model = scaled(build(case), 100)

@@ -29,7 +29,7 @@ class _Losses(StackForward):
     def __init__(self, spec: StackSpec, config: MTOConfig) -> None:
         self.config = config
         self.scratch = Scratch()
-        super().__init__(spec)
+        super().__init__(spec, may_assume=True)
 
     def clear(self) -> None:
         """Forget the last forward."""
@@ -37,10 +37,13 @@ class _Losses(StackForward):
         self.splits: dict[int, SortedMask] = {}
         self.products: dict[int, LayerProducts] = {}
         self.waiting: dict[int, Tensor] = {}
+        self.taken: dict[int, Tensor] = {}  # measured with counts that are assumed
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure, or keep for later where gradients are off."""
         if tokens.requires_grad and torch.is_grad_enabled():
+            if self.assuming:
+                self.taken[depth] = tokens
             self.measure(depth, tokens)
         else:
             self.waiting[depth] = tokens
@@ -53,6 +56,16 @@ class _Losses(StackForward):
             mask, counts = self.mask_for(count)
             self.splits[count] = SortedMask.of(mask, prefix, counts, self.scratch)
         self.products[depth] = layer_products(self.images(tokens), self.splits[count], depth, self.config)
+
+    def settle(self) -> bool:
+        """Look at the mask itself where counts were assumed; if they are wrong, all is to be measured again."""
+        right = super().settle()
+        if not right:
+            self.splits.clear()
+            self.products.clear()
+            self.waiting |= self.taken
+        self.taken.clear()
+        return right
 
     def finish(self, step: int) -> MTOTerms:
         """The terms of this stack."""
@@ -90,10 +103,17 @@ class MTO(Attached):
         Add it to the model's own loss before the one backward pass. Call it once per forward.
 
         Raises:
-            RuntimeError: If no forward with masked tokens was seen since the last call.
+            RuntimeError: If no forward with masked tokens was seen since the last call, or the mask token is not finite
+                and so cannot be found.
         """
+        for losses in self._losses:
+            losses.settle()
         seen = [losses for losses in self._losses if losses.mask is not None]
         if not seen:
+            for losses in self._losses:
+                token = losses.spec.mask_token
+                if token is not None and not bool(torch.isfinite(token).all()):
+                    raise RuntimeError(f"{losses.spec.name}, step {self.step}: the mask token is not finite")
             raise RuntimeError(
                 "no forward with masked tokens since the last loss(): the model was in eval mode or without gradients, "
                 "no patch was masked, dropout changed the mask token, torch.compile had run before attach_mto, "

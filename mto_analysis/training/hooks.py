@@ -23,11 +23,37 @@ class CollapseWarning(UserWarning):
     """A term is not finite, L_spa is dead, or heterogeneity has collapsed; the message names term and step."""
 
 
-class StackForward:
-    """What one stack shows in the running forward: its mask, and tokens one layer depth at a time."""
+def _is_far(mask: Tensor) -> bool:
+    """Whether to ask for a value is to wait for a device."""
+    return mask.is_cuda
 
-    def __init__(self, spec: StackSpec) -> None:
+
+class _Coming:
+    """A mask on its way from a CUDA device to the CPU."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._copy = mask.to("cpu", non_blocking=True)
+        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._here.record(torch.cuda.current_stream(mask.device))
+
+    def wait(self) -> Tensor:
+        """The mask, as soon as it is here."""
+        self._here.synchronize()
+        return self._copy
+
+
+class StackForward:
+    """What one stack shows in the running forward: its mask, and tokens one layer depth at a time.
+
+    How many patches of an image are masked decides on the shapes of what is computed, and to ask a CUDA device for it
+    is to wait for all that it still has to do. Where every image of a forward had the same number, the next one may be
+    assumed to have it too; :meth:`settle` looks at the end, when the device has gone past it.
+    """
+
+    def __init__(self, spec: StackSpec, *, may_assume: bool = False) -> None:
         self.spec = spec
+        self._may_assume = may_assume
+        self._usual: tuple[int, int] | None = None  # patches, and masked ones, of every image of the last forward
         self.clear()
 
     def clear(self) -> None:
@@ -35,20 +61,39 @@ class StackForward:
         self.mask: Tensor | None = None
         self._counts = (0, 0)  # the least and the greatest number of masked patches of an image
         self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
+        self._on_cpu: Tensor | None = None  # the mask
+        self._coming: _Coming | None = None  # the same, where counts are assumed
+        self._merged: set[int] = set()  # greater numbers of patches in a cell
+
+    @property
+    def assuming(self) -> bool:
+        """Whether counts are assumed, and not yet settled."""
+        return self._coming is not None
 
     def start(self, tokens: Tensor) -> None:
         """The first block's input: find the mask, and take layer depth 0."""
         mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
-        num_masked = mask.sum(dim=1).tolist()  # the one wait for the device of a forward
-        mixed = [image for image, count in enumerate(num_masked) if 0 < count < mask.shape[1]]
-        if mixed:  # else it is evaluation code, a teacher or fine-tuning
-            self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
-            self._images = None
-            if len(mixed) < len(num_masked):
-                self._images = torch.tensor(mixed, device=mask.device)
-                mask = mask.index_select(0, self._images)
-            self.mask = mask
+        usual = self._usual if self._may_assume and _is_far(mask) else None
+        if usual is not None and usual[0] == mask.shape[1]:
+            self.mask, self._counts, self._coming = mask, (usual[1], usual[1]), _Coming(mask)
+        else:
+            self._look(mask, mask.cpu())
+        if self.mask is not None:
             self.take(0, tokens)
+
+    def settle(self) -> bool:
+        """Look at the mask itself where counts were assumed, and say whether they are right."""
+        if self.mask is None or self._coming is None:
+            return True
+        assumed, on_cpu, self._coming = self._counts, self._coming.wait(), None
+        self._look(self.mask, on_cpu)
+        right = self.mask is not None and self._images is None and self._counts == assumed
+        if right:
+            for cell in self._merged:
+                self._check_cells(cell)
+        else:
+            self._may_assume = False
+        return right
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """A block's output, or at depth 0 the first block's input."""
@@ -72,11 +117,40 @@ class StackForward:
         if side * side != fine or coarse * coarse != count or side % coarse:
             raise RuntimeError(f"{self.spec.name} goes from {fine} to {count} tokens, which is no merging of cells")
         cell = side // coarse
-        cells = self.mask.reshape(-1, coarse, cell, coarse, cell).transpose(2, 3).flatten(3)
-        if not bool((cells.all(-1) == cells.any(-1)).all()):
-            raise RuntimeError(f"the mask cuts through merged tokens; use mask units of at least {cell} tokens")
+        self._merged.add(cell)
+        if not self.assuming:
+            self._check_cells(cell)
         fewest, most = self._counts
-        return cells.all(-1).flatten(1), (fewest // cell**2, most // cell**2)
+        return _cells(self.mask, cell).all(-1).flatten(1), (fewest // cell**2, most // cell**2)
+
+    def _look(self, mask: Tensor, on_cpu: Tensor) -> None:
+        """Which images of a mask can be measured, and how many patches of each are masked."""
+        self.mask, self._usual = None, None
+        num_masked = on_cpu.sum(dim=1).tolist()
+        mixed = [image for image, count in enumerate(num_masked) if 0 < count < mask.shape[1]]
+        if not mixed:  # evaluation code, a teacher or fine-tuning
+            return
+        self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
+        self._images = None
+        if len(mixed) < len(num_masked):
+            self._images = torch.tensor(mixed, device=mask.device)
+            mask, on_cpu = mask.index_select(0, self._images), on_cpu[mixed]
+        elif self._counts[0] == self._counts[1]:
+            self._usual = mask.shape[1], self._counts[0]
+        self.mask, self._on_cpu = mask, on_cpu
+
+    def _check_cells(self, cell: int) -> None:
+        """Whether merged tokens are masked or visible together."""
+        if self._on_cpu is not None:
+            cells = _cells(self._on_cpu, cell)
+            if not torch.equal(cells.all(-1), cells.any(-1)):
+                raise RuntimeError(f"the mask cuts through merged tokens; use mask units of at least {cell} tokens")
+
+
+def _cells(mask: Tensor, cell: int) -> Tensor:
+    """A square mask in cells of ``cell`` x ``cell`` patches: ``batch side side cell * cell``."""
+    coarse = math.isqrt(mask.shape[1]) // cell
+    return mask.reshape(-1, coarse, cell, coarse, cell).transpose(2, 3).flatten(3)
 
 
 class Attached:

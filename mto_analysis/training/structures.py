@@ -70,8 +70,10 @@ class StackSpec:
 
 
 def _equal(tokens: Tensor, row: Tensor) -> Tensor:
-    # On a CPU four times as fast as all() of equal elements.
-    return torch.sub(tokens.detach(), row.detach().to(tokens.dtype)).abs_().amax(dim=-1) == 0
+    tokens, row = tokens.detach(), row.detach().to(tokens.dtype)
+    if tokens.is_cuda:  # a third of the memory to pass over
+        return torch.eq(tokens, row).all(dim=-1)
+    return torch.sub(tokens, row).abs_().amax(dim=-1) == 0  # on a CPU four times as fast
 
 
 def unwrap(model: nn.Module) -> nn.Module:
