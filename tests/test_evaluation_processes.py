@@ -45,6 +45,7 @@ def work(rank: int, folder: Path, answers: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_evaluation__is_the_same_on_two_processes(tmp_path: Path) -> None:
     for part, seed in (("train", 0), ("test", 1)):
         write_parquet(tmp_path / f"{part}.parquet", 26, seed=seed, shuffled=True)
