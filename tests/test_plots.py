@@ -78,7 +78,9 @@ def test_plot_heterogeneity__draws_each_models_bound(frame: pd.DataFrame) -> Non
     assert [line.get_color() for line in bounds] == [line.get_color() for line in solid_lines(ax)]
     assert [text.get_text() for text in ax.texts] == [r"$\log 49$", r"$\log 76$"]
     same = pd.concat([curve("a", [1.0]), curve("b", [2.0])])
-    assert len(plot_heterogeneity(same).texts) == 1  # one bound, one word
+    ax = plot_heterogeneity(same)
+    (text,) = ax.texts  # one bound, one word
+    assert {line.get_color() for line in ax.lines if line.get_linestyle() == ":"} == {text.get_color()}
 
 
 def test_plot_heterogeneity__draws_the_interval(frame: pd.DataFrame) -> None:

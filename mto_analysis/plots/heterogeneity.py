@@ -59,7 +59,7 @@ def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     curves = _curves(frame)
     ax = _prepare(ax)
-    labelled: set[float] = set()
+    colors: dict[float, str] = {}  # of bounds; models with the same number of visible patches share one
     for index, (label, curve) in enumerate(curves):
         depth = curve["layer_depth"].to_numpy()
         look = _look(index)
@@ -67,15 +67,15 @@ def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if {"ci_low", "ci_high"} <= set(curve):
             ax.fill_between(depth, curve["ci_low"], curve["ci_high"], color=str(look["color"]), alpha=0.2, linewidth=0)
         bound = np.log(curve["num_visible"].to_numpy())
-        ax.plot(depth, bound, color=str(look["color"]), linewidth=0.7, linestyle=":")
-        if bound[-1] not in labelled:  # models with the same number of visible patches share a bound
+        if bound[-1] not in colors:
+            colors[bound[-1]] = str(look["color"])
             visible = f"$\\log {curve['num_visible'].iloc[-1]:.4g}$"
             # Beside the axes, where no curve is.
             ax.annotate(
                 visible, (1, bound[-1]), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="left", va="center", size=6, color=str(look["color"]), annotation_clip=False,
+                ha="left", va="center", size=6, color=colors[bound[-1]], annotation_clip=False,
             )  # fmt: skip
-            labelled.add(bound[-1])
+        ax.plot(depth, bound, color=colors[bound[-1]], linewidth=0.7, linestyle=":")
     ax.set_ylabel("Heterogeneity H (nats)")
     ax.set_ylim(bottom=0)
     return ax
