@@ -80,7 +80,7 @@ def test_plot_heterogeneity__draws_each_models_bound(frame: pd.DataFrame) -> Non
     same = pd.concat([curve("a", [1.0]), curve("b", [2.0])])
     ax = plot_heterogeneity(same)
     (text,) = ax.texts  # one bound, one word
-    assert {line.get_color() for line in ax.lines if line.get_linestyle() == ":"} == {text.get_color()}
+    assert {line.get_color() for line in bound_lines(ax)} == {text.get_color()}
 
 
 def test_plot_heterogeneity__draws_the_interval(frame: pd.DataFrame) -> None:

@@ -37,7 +37,7 @@ class _Losses(StackForward):
         self.splits: dict[int, SortedMask] = {}
         self.products: dict[int, LayerProducts] = {}
         self.waiting: dict[int, Tensor] = {}
-        self.taken: dict[int, Tensor] = {}  # measured with counts that are assumed
+        self.taken: dict[int, Tensor] = {}  # measured with counts that are assumed; autograd keeps them anyway
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure, or keep for later where gradients are off."""

@@ -131,7 +131,6 @@ class StackForward:
         if not mixed:  # evaluation code, a teacher or fine-tuning
             return
         self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
-        self._images = None
         if len(mixed) < len(num_masked):
             self._images = torch.tensor(mixed, device=mask.device)
             mask, on_cpu = mask.index_select(0, self._images), on_cpu[mixed]
