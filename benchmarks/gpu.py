@@ -4,7 +4,7 @@ Training: forward, backward and fused AdamW, plainly and with the losses in turn
 each; beside the medians the time that the device spends inside hooks, ``loss()`` and their backward passes, and the
 peak of allocated memory. ``tf32`` says whether products of float32 matrices may be made in TF32 (torch's default: no):
 the losses' own products are float32 also inside autocast. Measuring: the bare forward, the probe of H, and the probe of
-everything that Fig. 2 takes, in turns. Random weights and pictures, nothing is fetched.
+everything that Fig. 2 takes, in turns. Random weights and images, nothing is fetched.
 
 Run: ``python benchmarks/gpu.py --csv gpu.csv`` (about 90 seconds on a large GPU; ``--seconds`` limits it: what would
 begin later is left out). ``--only training --repeats 3 --seconds 30`` is the short form, bf16 first. Runs on a CPU too,
@@ -28,13 +28,13 @@ import torch
 from mto_cost import Training, mae, simmim
 from torch import Tensor
 
-from mto_analysis.affinity import heterogeneity
-from mto_analysis.data import PictureBatch
-from mto_analysis.masking import mask_keys
+from mto_analysis.affinity import entropies, heterogeneity
+from mto_analysis.images import ImageBatch
+from mto_analysis.masks import mask_keys
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.mto import MTO, MTOConfig, attach_mto, mto_loss
 from mto_analysis.probe import probe
-from mto_analysis.quadrants import AffinityMaps, quadrant_statistics
-from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies, mto_loss
+from mto_analysis.probe.quadrants import AffinityMaps, quadrant_statistics
 
 COLUMNS = ("what", "model", "precision", "tf32", "batch", "plain_ms", "with_ms", "percent", "inside_percent")
 COLUMNS += ("plain_mb", "added_mb", "added_mb_percent", "target_percent")
@@ -223,7 +223,7 @@ def train(name: str, training: Training, clock: Clock, tf32: bool, repeats: int,
 
 
 def measure(
-    name: str, model: MaskedImageModel, batch: PictureBatch, clock: Clock, repeats: int, steps: int
+    name: str, model: MaskedImageModel, batch: ImageBatch, clock: Clock, repeats: int, steps: int
 ) -> Iterator[Row]:
     """One model: probes against the bare forward."""
     info = model.info
@@ -282,7 +282,7 @@ class Case(NamedTuple):
     build: Callable[[], MaskedImageModel]
     bf16: bool
     tf32: bool
-    times: float = 1.0  # as many pictures as asked for
+    times: float = 1.0  # as many images as asked for
 
 
 def cases(tiny: bool) -> tuple[list[Case], list[tuple[str, Callable[[], MaskedImageModel], bool]]]:
@@ -354,7 +354,7 @@ def measured_rows(
     torch.manual_seed(0)
     model = build().to(options.device, dtype)
     images = torch.randn(options.batch, 3, 224, 224, device=options.device, dtype=dtype)
-    batch = PictureBatch(tuple(map(str, range(options.batch))), images)
+    batch = ImageBatch(tuple(map(str, range(options.batch))), images)
     yield from measure(name, model, batch, clock, options.repeats, options.steps)
 
 
@@ -378,7 +378,7 @@ def table(found: Sequence[Row]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128, help="pictures (half of it for float32 training)")
+    parser.add_argument("--batch", type=int, default=128, help="images (half of it for float32 training)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps between two looks at the clock")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin nothing new after so long")

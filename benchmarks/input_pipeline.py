@@ -3,9 +3,9 @@
 Both read the same 500 x 375 files of quality 90 and give normalised float32 batches of 224 px after MAE's random
 resized crop and flip, one process, one thread, passes in turn. Ours are the batches of ``TrainingData``, keyed
 augmentation and masks included; PIL's are open, convert, ``RandomResizedCrop`` (bicubic), flip, ``ToTensor``,
-``Normalize``, stack, as in facebookresearch/mae, without masks. Rates are pictures per second of processor time.
+``Normalize``, stack, as in facebookresearch/mae, without masks. Rates are images per second of processor time.
 
-Without ``--images`` the pictures are made here: noise of all scales, about as many bytes as photographs.
+Without ``--images`` the images are made here: noise of all scales, about as many bytes as photographs.
 Run: ``python benchmarks/input_pipeline.py`` (half a minute).
 """
 
@@ -23,17 +23,17 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mto_analysis.data import TrainingData, open_pictures
-from mto_analysis.data.augmentation import method_augmentation
-from mto_analysis.data.decoding import to_rgb
-from mto_analysis.masking import MaskRule
+from mto_analysis.images import TrainingData, open_images
+from mto_analysis.images.augmentation import method_augmentation
+from mto_analysis.images.decoding import to_rgb
+from mto_analysis.masks import MaskRule
 
 TARGET = 1.6
 SIZE = (500, 375)
 BATCH = 16
 
 
-def smooth_pictures(count: int) -> Iterator[Image.Image]:
+def smooth_images(count: int) -> Iterator[Image.Image]:
     """Sums of noise from coarse to fine, in one hue more than in the others, as photographs have it."""
     numbers = np.random.default_rng(0)
     for _ in range(count):
@@ -49,10 +49,10 @@ def smooth_pictures(count: int) -> Iterator[Image.Image]:
         yield Image.fromarray((total + 128).clip(0, 255).astype(np.uint8))
 
 
-def given_pictures(folder: Path, count: int) -> Iterator[Image.Image]:
-    pictures = open_pictures(folder)
-    for row in range(min(count, len(pictures.names))):
-        yield to_rgb(pictures.open(row)).resize(SIZE, Image.Resampling.BICUBIC)
+def given_images(folder: Path, count: int) -> Iterator[Image.Image]:
+    images = open_images(folder)
+    for row in range(min(count, len(images.names))):
+        yield to_rgb(images.open(row)).resize(SIZE, Image.Resampling.BICUBIC)
 
 
 def pil_pass(files: list[Path]) -> Callable[[], int]:
@@ -70,8 +70,8 @@ def pil_pass(files: list[Path]) -> Callable[[], int]:
         for start in range(0, len(files) - len(files) % BATCH, BATCH):
             batch = []
             for file in files[start : start + BATCH]:
-                with Image.open(file) as picture:
-                    batch.append(transform(picture.convert("RGB")))
+                with Image.open(file) as image:
+                    batch.append(transform(image.convert("RGB")))
             done += len(torch.stack(batch))
         return done
 
@@ -79,7 +79,7 @@ def pil_pass(files: list[Path]) -> Callable[[], int]:
 
 
 def our_pass(folder: Path) -> Callable[[], int]:
-    data = TrainingData(open_pictures(folder), method_augmentation("mae", 224), MaskRule("random", 0.75, 16), 16)
+    data = TrainingData(open_images(folder), method_augmentation("mae", 224), MaskRule("random", 0.75, 16), 16)
     epochs = iter(range(1_000_000))
 
     def run() -> int:
@@ -97,12 +97,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = given_pictures(options.images, options.count) if options.images else smooth_pictures(options.count)
-        for row, picture in enumerate(made):
-            picture.save(folder / f"{row:04}.jpg", quality=90)
+        made = given_images(options.images, options.count) if options.images else smooth_images(options.count)
+        for row, image in enumerate(made):
+            image.save(folder / f"{row:04}.jpg", quality=90)
         files = sorted(folder.glob("*.jpg"))
         size = statistics.mean(file.stat().st_size for file in files) / 1000
-        print(f"{len(files)} pictures of {size:.0f} kB")
+        print(f"{len(files)} images of {size:.0f} kB")
         runs = {"PIL": pil_pass(files), "ours": our_pass(folder)}
         rates: dict[str, list[float]] = {label: [] for label in runs}
         for passed in range(options.passes + 1):
@@ -112,7 +112,7 @@ def main() -> None:
                 if passed:  # the first pass loads libraries
                     rates[label].append(done / (time.process_time() - start))
     for label, values in rates.items():
-        print(f"{label:5} {statistics.median(values):6.0f} pictures/s per core")
+        print(f"{label:5} {statistics.median(values):6.0f} images/s per core")
     ratios = [ours / pil for ours, pil in zip(rates["ours"], rates["PIL"], strict=True)]
     ratio = statistics.median(ratios)
     print(f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), target {TARGET}")

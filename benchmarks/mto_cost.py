@@ -6,7 +6,7 @@ timed. Printed are the ratio of the medians of whole steps and, steadier on a bu
 rest of the same step. On a CPU times are those of the process (all its threads), which other programs disturb little.
 Memory: the peak (VmHWM) of fresh processes that do one or the other, median of three each; the C library is told to
 return all that is greater than 1 MB at once, as gaps that it keeps else come and go by tens of MB, in either. On CUDA:
-whole steps, and peak allocated memory. Random weights and pictures.
+whole steps, and peak allocated memory. Random weights and images.
 
 Run: ``python benchmarks/mto_cost.py`` (about fifteen minutes on two cores; ``--no-memory`` for the times alone).
 """
@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from probe_cost import AT_ONCE, status_megabytes
 
-from mto_analysis.masking import MaskRule, mask_keys
+from mto_analysis.affinity import entropies
+from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import MAE, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
-from mto_analysis.reconstruction import reconstruction_loss
-from mto_analysis.training import MTO, MTOConfig, attach_mto, entropies
+from mto_analysis.models.targets import reconstruction_loss
+from mto_analysis.mto import MTO, MTOConfig, attach_mto
 
 STEPS = 3  # timed ones of a turn
 

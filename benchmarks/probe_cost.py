@@ -3,12 +3,12 @@
 Measured are H alone, and everything that Fig. 2 takes: H, quadrant masses, moments of dot products and cosines, row
 entropies, and the mean map. Time: bare forwards and the probes take turns in one process, each over a stream of batches
 as in use. The bare forward runs twice: with torch's own settings, against which the targets were set, and with float32
-products by the faster library (``mto_analysis.products``), as in the probe. Printed are the median ratio of whole runs
+products by the faster library (``runtime.precision``), as in the probe. Printed are the median ratio of whole runs
 to the latter, and, steadier on a busy machine, the time spent inside the measure over the rest of the same run and over
 the bare forward with torch's own settings.
 Memory: the peak (VmHWM) of fresh processes that do one or the other, median of three each, and how much of the
 difference is library code that only the probe runs (RssFile at the end). The C library is told to return all that is
-greater than 1 MB at once: gaps that it keeps else come and go by tens of MB, in either. Random weights and pictures.
+greater than 1 MB at once: gaps that it keeps else come and go by tens of MB, in either. Random weights and images.
 
 Run: ``python benchmarks/probe_cost.py`` (about a quarter of an hour on two cores; ``--no-memory`` for the times alone).
 """
@@ -28,12 +28,12 @@ from typing import NamedTuple
 import torch
 
 from mto_analysis.affinity import TokenSplit, heterogeneity
-from mto_analysis.data import PictureBatch
-from mto_analysis.masking import MaskRule
+from mto_analysis.images import ImageBatch
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.probe import masks_from_rule, probe
-from mto_analysis.products import full_float32
-from mto_analysis.quadrants import AffinityMaps
+from mto_analysis.probe.quadrants import AffinityMaps
+from mto_analysis.runtime.precision import full_float32
 
 clock = time.perf_counter
 AT_ONCE = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -47,17 +47,17 @@ def build(name: str) -> MaskedImageModel:
     return SimMIM(SimMIMConfig(), ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6, 32)))
 
 
-def pictures(size: int, batches: int) -> list[PictureBatch]:
+def images(size: int, batches: int) -> list[ImageBatch]:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(batches * size).view(batches, size)
     return [
-        PictureBatch(tuple(map(str, batch.tolist())), torch.randn(size, 3, 224, 224, generator=generator))
+        ImageBatch(tuple(map(str, batch.tolist())), torch.randn(size, 3, 224, 224, generator=generator))
         for batch in numbers
     ]
 
 
 @torch.no_grad()
-def bare(model: MaskedImageModel, stream: Sequence[PictureBatch]) -> None:
+def bare(model: MaskedImageModel, stream: Sequence[ImageBatch]) -> None:
     for batch in stream:
         mask = masks_from_rule(model.info)(batch.names, 0)
         for _ in model.eval().layer_tokens(batch.images, mask):
@@ -96,7 +96,7 @@ def times(
     name: str, size: int, batches: int, repeats: int, measures: Sequence[str]
 ) -> tuple[float, float, dict[str, Cost]]:
     """Median seconds of a batch's bare forward, with torch's own settings and with fast products; what each costs."""
-    model, stream = build(name), pictures(size, batches)
+    model, stream = build(name), images(size, batches)
     own: list[float] = []
     fast: list[float] = []
     costs: dict[str, list[Cost]] = {what: [] for what in measures}
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--child", choices=("bare", "H", "everything"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        model, stream = build(options.models[0]), pictures(options.batches[0], 2)
+        model, stream = build(options.models[0]), images(options.batches[0], 2)
         if options.child == "bare":
             bare(model, stream)
         else:

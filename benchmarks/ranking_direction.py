@@ -1,8 +1,8 @@
 """What each loss alone does to H at every layer depth in a short real run; nothing is claimed beyond what is printed.
 
 Each run starts from a bundled checkpoint (trained on CIFAR-10 with the original code) or from random weights, and
-trains the model's own loss, plus one loss of masked token optimisation, on the first 192 bundled pictures. H is
-measured on the other 64 with fixed masks, in eval mode. The same masks and order of pictures in every run.
+trains the model's own loss, plus one loss of masked token optimisation, on the first 192 bundled images. H is
+measured on the other 64 with fixed masks, in eval mode. The same masks and order of images in every run.
 
 Run: ``python benchmarks/ranking_direction.py`` (about three minutes on one idle core).
 """
@@ -15,10 +15,10 @@ import torch
 
 from mto_analysis.checkpoints import load_checkpoint
 from mto_analysis.demo import DEMO_CHECKPOINTS, demo_batches
-from mto_analysis.masking import mask_keys
+from mto_analysis.masks import mask_keys
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.reconstruction import reconstruction_loss
-from mto_analysis.training import MTOConfig, attach_mto, mto_loss
+from mto_analysis.models.targets import reconstruction_loss
+from mto_analysis.mto import MTOConfig, attach_mto, mto_loss
 
 NONE = {"sparsity_weight": 0.0, "embedding_weight": 0.0, "ranking_weight": 0.0}
 
@@ -35,8 +35,8 @@ def runs(weight: float) -> dict[str, MTOConfig | None]:
     }
 
 
-class Pictures:
-    """The bundled pictures: the first 192 to train on, the last 64 to measure."""
+class Images:
+    """The bundled images: the first 192 to train on, the last 64 to measure."""
 
     def __init__(self, model: MaskedImageModel) -> None:
         batches = list(demo_batches(model.info))
@@ -45,7 +45,7 @@ class Pictures:
 
     @staticmethod
     def masks(model: MaskedImageModel, names: list[str], epoch: int = 0) -> torch.Tensor:
-        """Masks of named pictures in an epoch."""
+        """Masks of named images in an epoch."""
         return model.info.mask_rule.draw(mask_keys(names, epoch=epoch), model.info.grid, model.info.patch_size)
 
 
@@ -58,22 +58,22 @@ def own_loss(model: MaskedImageModel, images: torch.Tensor, mask: torch.Tensor) 
 
 
 @torch.no_grad()
-def measure(model: MaskedImageModel, pictures: Pictures) -> tuple[list[float], float, float]:
+def measure(model: MaskedImageModel, images: Images) -> tuple[list[float], float, float]:
     """H at every layer depth, L_spa as a mean over rows, and the model's own loss."""
-    layers = [each.tokens for each in model.eval().layer_tokens(pictures.test, pictures.test_mask)]
-    terms = mto_loss(layers, pictures.test_mask)
-    loss = own_loss(model, pictures.test, pictures.test_mask).item()
+    layers = [each.tokens for each in model.eval().layer_tokens(images.test, images.test_mask)]
+    terms = mto_loss(layers, images.test_mask)
+    loss = own_loss(model, images.test, images.test_mask).item()
     return terms.heterogeneity.mean(dim=1).tolist(), terms.sparsity.item(), loss
 
 
-def train(model: MaskedImageModel, pictures: Pictures, config: MTOConfig | None, steps: int, rate: float) -> None:
+def train(model: MaskedImageModel, images: Images, config: MTOConfig | None, steps: int, rate: float) -> None:
     optimiser = torch.optim.AdamW(model.train().parameters(), lr=rate, weight_decay=0.05)
     mto = None if config is None else attach_mto(model, config, check_every=0)
     order = torch.Generator().manual_seed(0)
     for step in range(steps):
-        chosen = torch.randperm(len(pictures.train), generator=order)[:32]
-        mask = pictures.masks(model, [str(int(k)) for k in chosen], epoch=step)
-        loss = own_loss(model, pictures.train[chosen], mask)
+        chosen = torch.randperm(len(images.train), generator=order)[:32]
+        mask = images.masks(model, [str(int(k)) for k in chosen], epoch=step)
+        loss = own_loss(model, images.train[chosen], mask)
         if mto is not None:
             loss = loss + mto.loss()
         optimiser.zero_grad()
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="start from random weights")
     options = parser.parse_args()
     start = "random weights" if options.random else "the bundled checkpoint"
-    print(f"from {start}; {options.steps} steps of 32 pictures, rate {options.rate}, weight {options.weight}")
+    print(f"from {start}; {options.steps} steps of 32 images, rate {options.rate}, weight {options.weight}")
     for name in options.models:
         print(
             f"\n{name:<24}" + "".join(f"{'H_' + str(k):>7}" for k in range(len(measure_start(name, options.random)[0])))
@@ -122,14 +122,14 @@ def main() -> None:
         print(line("before", measure_start(name, options.random)), flush=True)
         for label, config in runs(options.weight).items():
             model = fresh(name, options.random)
-            pictures = Pictures(model)
-            train(model, pictures, config, options.steps, options.rate)
-            print(line(label, measure(model, pictures)), flush=True)
+            images = Images(model)
+            train(model, images, config, options.steps, options.rate)
+            print(line(label, measure(model, images)), flush=True)
 
 
 def measure_start(name: str, random: bool) -> tuple[list[float], float, float]:
     model = fresh(name, random)
-    return measure(model, Pictures(model))
+    return measure(model, Images(model))
 
 
 if __name__ == "__main__":

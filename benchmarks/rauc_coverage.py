@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mto_analysis.intervals import Interval, bca_paired, bca_unpaired, fieller, paired_moments, unpaired_moments
+from mto_analysis.rauc.intervals import Interval, bca_paired, bca_unpaired, fieller, paired_moments, unpaired_moments
 
 Vector = NDArray[np.float64]
 

@@ -1,7 +1,7 @@
 """An optimizer step of our MAE ViT-B against a plain one in the manner of the original code, in the same run.
 
 The plain step: float32, attention written out, shuffled patches, and AdamW one parameter at a time. Ours: the engine's
-own step (:class:`mto_analysis.pretraining.stepping.Stepper`), in float32 and in bfloat16, compiled if asked for. Steps
+own step (:class:`mto_analysis.training.stepping.Stepper`), in float32 and in bfloat16, compiled if asked for. Steps
 take turns; printed are medians and ratios, above 1 where ours is faster. On a CPU times are those of the process (all
 its threads), which other programs disturb little; targets are 2.0 in bfloat16 and 1.05 in float32. On CUDA the plain
 step is also run under fp16 autocast, as the original trains; the target is 1.7 against that.
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.vit import patchify, sincos_table
-from mto_analysis.pretraining import RunSettings, load_recipe
-from mto_analysis.pretraining.group import Group
-from mto_analysis.pretraining.stepping import Stepper, noise_batch
+from mto_analysis.runtime.group import Group
+from mto_analysis.training import RunSettings, load_recipe
+from mto_analysis.training.stepping import Stepper, noise_batch
 
 
 class PlainAttention(nn.Module):
@@ -119,10 +119,10 @@ def our_step(batch: int, device: torch.device, **settings: object) -> Callable[[
     recipe = load_recipe("mae_vit_base").with_options({"batch_size": str(batch)})
     chosen = RunSettings(device=str(device), **settings)  # type: ignore[arg-type]
     stepper = Stepper(recipe, chosen, Group(str(device)), 1000, batch)
-    pictures = noise_batch(recipe, batch, device)
+    images = noise_batch(recipe, batch, device)
 
     def step() -> None:
-        for value in stepper.step(iter([pictures]), 0).losses.values():
+        for value in stepper.step(iter([images]), 0).losses.values():
             value.item()
 
     return step

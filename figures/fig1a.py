@@ -1,6 +1,6 @@
 """Fig. 1(a): heterogeneity of several models over layer depth.
 
-By default the bundled small MAE and SimMIM models on 256 bundled CIFAR-10 pictures. With ``--ckpt`` (repeated) and
+By default the bundled small MAE and SimMIM models on 256 bundled CIFAR-10 images. With ``--ckpt`` (repeated) and
 ``--images`` any checkpoints: the public MAE and SimMIM files give the paper's own figure (see ``public.py``).
 """
 

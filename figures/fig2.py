@@ -1,6 +1,6 @@
 """Fig. 2: affinity maps of every layer depth.
 
-By default the bundled small SimMIM (the paper shows SimMIM) and MAE, mean over 256 pictures; with ``--ckpt`` and
+By default the bundled small SimMIM (the paper shows SimMIM) and MAE, mean over 256 images; with ``--ckpt`` and
 ``--images`` any checkpoints.
 """
 

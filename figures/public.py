@@ -2,7 +2,7 @@
 
 MAE's file is fetched; SimMIM's is behind a link that wants a browser, and the script says where to put it. Each file
 is checked by its own loss before anything is drawn. Give ``--images`` a folder of photographs such as ImageNet's
-validation pictures; the bundled ones are small.
+validation images; the bundled ones are small.
 """
 
 from mto_analyze.figures import run_script

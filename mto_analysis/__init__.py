@@ -13,43 +13,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mto_analysis.affinity import affinity_matrix, heterogeneity, row_entropy, split_quadrants
     from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
-    from mto_analysis.data import PictureBatch, open_pictures, picture_batches
     from mto_analysis.errors import CheckpointError, DataError, MTOAnalysisError, NumericalError
-    from mto_analysis.masking import (
-        MaskRule,
-        block_mask,
-        blockwise_mask,
-        load_masks,
-        mask_keys,
-        random_mask,
-        save_masks,
-    )
+    from mto_analysis.images import ImageBatch, image_batches, open_images
+    from mto_analysis.masks import MaskRule, block_mask, blockwise_mask, load_masks, mask_keys, random_mask, save_masks
     from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+    from mto_analysis.models.targets import reconstruction_loss
     from mto_analysis.probe import ProbeResult
-    from mto_analysis.reconstruction import own_loss, reconstruction_loss
+    from mto_analysis.probe.own_loss import own_loss
 
 __all__ = [
     "CheckpointError",
     "DataError",
+    "ImageBatch",
     "LayerTokens",
     "MTOAnalysisError",
     "MaskRule",
     "MaskedImageModel",
     "ModelInfo",
     "NumericalError",
-    "PictureBatch",
     "ProbeResult",
     "affinity_matrix",
     "block_mask",
     "blockwise_mask",
     "heterogeneity",
+    "image_batches",
     "inspect_checkpoint",
     "load_checkpoint",
     "load_masks",
     "mask_keys",
-    "open_pictures",
+    "open_images",
     "own_loss",
-    "picture_batches",
     "random_mask",
     "reconstruction_loss",
     "row_entropy",
@@ -61,9 +54,9 @@ __all__ = [
 _MODULES = {
     "affinity": ("affinity_matrix", "heterogeneity", "row_entropy", "split_quadrants"),
     "checkpoints": ("inspect_checkpoint", "load_checkpoint", "save_checkpoint"),
-    "data": ("PictureBatch", "open_pictures", "picture_batches"),
+    "images": ("ImageBatch", "open_images", "image_batches"),
     "errors": ("CheckpointError", "DataError", "MTOAnalysisError", "NumericalError"),
-    "masking": (
+    "masks": (
         "MaskRule",
         "block_mask",
         "blockwise_mask",
@@ -74,7 +67,8 @@ _MODULES = {
     ),
     "models": ("LayerTokens", "MaskedImageModel", "ModelInfo"),
     "probe": ("ProbeResult",),
-    "reconstruction": ("own_loss", "reconstruction_loss"),
+    "models.targets": ("reconstruction_loss",),
+    "probe.own_loss": ("own_loss",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The bundled small models and pictures: what ``mto-analyze demo`` measures, offline."""
+"""The bundled small models and images: what ``mto-analyze demo`` measures, offline."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mto_analysis.data import PictureBatch, open_pictures, picture_batches
+from mto_analysis.images import ImageBatch, image_batches, open_images
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mto_analysis.figures.report import ReportContents
     from mto_analysis.probe import LayerMeasure
-    from mto_analysis.quadrants import AffinityMap
-    from mto_analysis.report import ReportContents
+    from mto_analysis.probe.quadrants import AffinityMap
 
 __all__ = [
     "DEMO_CHECKPOINTS",
+    "DEMO_IMAGES",
     "DEMO_MASKS",
-    "DEMO_PICTURES",
     "demo_batches",
     "demo_report",
     "demo_sentences",
@@ -38,21 +38,21 @@ DEMO_CHECKPOINTS = {
     "SimMIM": _ASSETS / "simmim_cifar10_final.safetensors",
     "SimMIM, early": _ASSETS / "simmim_cifar10_early.safetensors",
 }
-#: 256 CIFAR-10 test pictures.
-DEMO_PICTURES = _ASSETS / "cifar10_test_256.parquet"
-#: One mask per picture for each method.
+#: 256 CIFAR-10 test images.
+DEMO_IMAGES = _ASSETS / "cifar10_test_256.parquet"
+#: One mask per image for each method.
 DEMO_MASKS = {"MAE": _ASSETS / "masks_mae.npz", "SimMIM": _ASSETS / "masks_simmim.npz"}
 
 
-def demo_batches(info: ModelInfo, *, limit: int | None = None, batch_size: int = 64) -> Iterator[PictureBatch]:
-    """The bundled pictures, preprocessed for a model.
+def demo_batches(info: ModelInfo, *, limit: int | None = None, batch_size: int = 64) -> Iterator[ImageBatch]:
+    """The bundled images, preprocessed for a model.
 
     Args:
         info: Of the model.
-        limit: Number of pictures; all 256 by default.
-        batch_size: Pictures in a batch.
+        limit: Number of images; all 256 by default.
+        batch_size: Images in a batch.
     """
-    return picture_batches(open_pictures(DEMO_PICTURES), info, limit=limit, batch_size=batch_size)
+    return image_batches(open_images(DEMO_IMAGES), info, limit=limit, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class DemoTables:
 
 
 def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambda message: None) -> DemoTables:
-    """Measure the bundled models on the bundled pictures and masks.
+    """Measure the bundled models on the bundled images and masks.
 
     Args:
-        limit: Number of pictures; all 256 by default.
+        limit: Number of images; all 256 by default.
         say: Takes notes for the user.
     """
     import pandas as pd
 
-    from mto_analysis.masking import load_masks
-    from mto_analysis.quadrants import AffinityMaps
-    from mto_analysis.studies.affinity import quadrant_table
-    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints
+    from mto_analysis.masks import load_masks
+    from mto_analysis.probe.maps import quadrant_table
+    from mto_analysis.probe.quadrants import AffinityMaps
+    from mto_analysis.probe.study import Settings, measure_checkpoints
 
     recorders: dict[str, AffinityMaps] = {}
 
@@ -94,7 +94,7 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
         labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
         study = measure_checkpoints(
             [DEMO_CHECKPOINTS[label] for label in labels],
-            open_pictures(DEMO_PICTURES),
+            open_images(DEMO_IMAGES),
             Settings(limit=limit, masks=load_masks(masks), batch_size=64),
             labels=labels,
             say=say,
@@ -117,26 +117,26 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
 
 
 def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
-    """The bundled models on a few of the bundled pictures in full, for the report.
+    """The bundled models on a few of the bundled images in full, for the report.
 
     Args:
         tables: What :func:`measure_demo` measured.
-        shown: Number of pictures.
+        shown: Number of images.
     """
-    from mto_analysis.data import choose_pictures
-    from mto_analysis.masking import load_masks
-    from mto_analysis.report import ReportContents
-    from mto_analysis.studies.heterogeneity import Settings
-    from mto_analysis.studies.report import show_pictures, used_versions
+    from mto_analysis.figures.report import ReportContents
+    from mto_analysis.figures.report_contents import show_images, used_versions
+    from mto_analysis.images import choose_images
+    from mto_analysis.masks import load_masks
+    from mto_analysis.probe.study import Settings
 
-    pictures = open_pictures(DEMO_PICTURES)
-    names = [pictures.names[index * len(pictures.names) // shown] for index in range(shown)]
+    images = open_images(DEMO_IMAGES)
+    names = [images.names[index * len(images.names) // shown] for index in range(shown)]
     explored, reconstructions = [], []
     for method, masks in DEMO_MASKS.items():
         labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
         sources = [DEMO_CHECKPOINTS[label] for label in labels]
         settings = Settings(masks=load_masks(masks))
-        found = show_pictures(sources, choose_pictures(pictures, names), settings, labels=labels)
+        found = show_images(sources, choose_images(images, names), settings, labels=labels)
         explored += found[0]
         reconstructions += found[1]
     return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions(), tables.maps)

@@ -75,13 +75,13 @@ class HeadCountError(CheckpointError):
 
 
 class DataError(MTOAnalysisError, ValueError):
-    """Pictures, masks, tables or logs cannot be read (exit code 4)."""
+    """Images, masks, tables or logs cannot be read (exit code 4)."""
 
     exit_code = 4
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
-    """There are no pictures, masks, tables or logs at the given path (exit code 4)."""
+    """There are no images, masks, tables or logs at the given path (exit code 4)."""
 
 
 class NumericalError(MTOAnalysisError, ArithmeticError):

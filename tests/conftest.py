@@ -1,4 +1,4 @@
-"""Shared fixtures: drawing without a screen, seeded random numbers, tiny models, golden files, small pictures."""
+"""Shared fixtures: drawing without a screen, seeded random numbers, tiny models, golden files, small images."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """Six small pictures in nested folders."""
-    return write_pictures(tmp_path / "pictures")
+def image_folder(tmp_path: Path) -> Path:
+    """Six small images in nested folders."""
+    return write_images(tmp_path / "images")
 
 
-def write_pictures(folder: Path, names: tuple[str, ...] | None = None) -> Path:
+def write_images(folder: Path, names: tuple[str, ...] | None = None) -> Path:
     random = np.random.default_rng(0)
     for name in names or ("b/x.png", "b/y.png", "a/z.jpg", "a/deep/w.png", "c.png", "A.png"):
         path = folder / name

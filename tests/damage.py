@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
 #: Where attacks would write, inside the folder of the damaged files.
@@ -140,7 +140,7 @@ def _other_content() -> Iterator[tuple[str, bytes]]:
         yield f"zeros.{suffix}", bytes(4096)
         yield f"noise.{suffix}", random.Random(1).randbytes(4096)
     yield "json.pth", b'{"model": {"mask_token": [0.0]}}'
-    yield "picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(100)
+    yield "image.pth", b"\x89PNG\r\n\x1a\n" + bytes(100)
     yield "document.pth", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n"
     yield "compressed.pth", gzip.compress(whole)
     yield "byte_order_mark.pth", b"\xef\xbb\xbf<html>"

@@ -1,10 +1,10 @@
-"""An experiment small enough for any test: two blocks, 64 pictures, 2 epochs."""
+"""An experiment small enough for any test: two blocks, 64 images, 2 epochs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from labelled_pictures import write_parquet
+from labelled_images import write_parquet
 
 TINY = """
 summary = "A tiny one."
@@ -58,7 +58,7 @@ include_self = false
 
 
 def write_experiment(folder: Path, text: str = TINY) -> Path:
-    """The file, with its pictures beside it."""
+    """The file, with its images beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_parquet(folder / "train.parquet", 64, side=32)
     write_parquet(folder / "test.parquet", 12, seed=1, side=32)

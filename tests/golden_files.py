@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @dataclass(frozen=True)
 class Golden:
-    """One family: a checkpoint in its published layout, pictures, masks, and the original's numbers."""
+    """One family: a checkpoint in its published layout, images, masks, and the original's numbers."""
 
     name: str
     source: Path

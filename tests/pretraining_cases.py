@@ -1,4 +1,4 @@
-"""Runs small enough for any test: 32 px pictures, patches of 8 px, two blocks."""
+"""Runs small enough for any test: 32 px images, patches of 8 px, two blocks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mto_analysis.data import choose_pictures, open_pictures
-from mto_analysis.demo import DEMO_PICTURES
-from mto_analysis.pretraining import RunSettings, load_recipe, pretrain
+from mto_analysis.demo import DEMO_IMAGES
+from mto_analysis.images import choose_images, open_images
+from mto_analysis.training import RunSettings, load_recipe, pretrain
 
 SMALL = {
     "patch_size": "8",
@@ -40,17 +40,17 @@ def small_recipe(method: str = "mae", **options: str) -> Any:
     return load_recipe(f"{method}_cifar10").with_options({**small, **options})
 
 
-def some_pictures(count: int = 64) -> Any:
-    """Bundled CIFAR-10 test pictures."""
-    pictures = open_pictures(DEMO_PICTURES)
-    return choose_pictures(pictures, pictures.names[:count])
+def some_images(count: int = 64) -> Any:
+    """Bundled CIFAR-10 test images."""
+    images = open_images(DEMO_IMAGES)
+    return choose_images(images, images.names[:count])
 
 
 def run(folder: Path, recipe: Any = None, settings: RunSettings | None = None, **more: Any) -> list[Any]:
     """A whole run, on the CPU."""
     settings = settings or RunSettings(device="cpu", log_every=2)
-    pictures = more.pop("pictures", None) or some_pictures()
-    return list(pretrain(recipe or small_recipe(), pictures, folder, settings, **more))
+    images = more.pop("images", None) or some_images()
+    return list(pretrain(recipe or small_recipe(), images, folder, settings, **more))
 
 
 def contents(path: Path) -> dict[str, Any]:

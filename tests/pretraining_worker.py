@@ -12,8 +12,8 @@ import torch
 from pretraining_cases import run, small_recipe
 
 from mto_analysis.errors import MTOAnalysisError
-from mto_analysis.pretraining import RunSettings
-from mto_analysis.training import MTOConfig
+from mto_analysis.mto import MTOConfig
+from mto_analysis.training import RunSettings
 
 
 def main() -> None:

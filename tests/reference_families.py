@@ -1,4 +1,4 @@
-"""The families again, slowly: one picture at a time, in float64, from the rules of the original code bases alone.
+"""The families again, slowly: one image at a time, in float64, from the rules of the original code bases alone.
 
 Weights are dicts under the names of the original repositories, so nothing of our converters or models is used.
 """

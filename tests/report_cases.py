@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mto_analysis import save_checkpoint
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
 
 

@@ -14,7 +14,8 @@ from tiny_models import some_masks
 from torch import Tensor
 
 from mto_analysis import affinity_matrix, heterogeneity, row_entropy, split_quadrants
-from mto_analysis.affinity import Scratch, TokenSplit, lasting_memory, masked_first_order, quadrant_mass
+from mto_analysis.affinity import TokenSplit, masked_first_order, quadrant_mass
+from mto_analysis.runtime.memory import Scratch, lasting_memory
 
 DTYPE = torch.float64
 

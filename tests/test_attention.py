@@ -8,9 +8,9 @@ import pytest
 import torch
 from watched_models import Shrinking, batch_of, small_mae, small_simmim
 
-from mto_analysis.attention import ATTENTION_STATISTICS, AttentionWatch
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.probe.attention import ATTENTION_STATISTICS, AttentionWatch
 
 
 def slow_attention(model: MaskedImageModel, stack: str) -> dict[tuple[int, int], list[float]]:

@@ -18,18 +18,18 @@ import pandas as pd
 import pytest
 import torch
 import typer
-from conftest import write_pictures
+from conftest import write_images
 from golden_files import GOLDEN
 from PIL import Image
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
 from mto_analysis import (
+    image_batches,
     load_checkpoint,
     load_masks,
     mask_keys,
-    open_pictures,
-    picture_batches,
+    open_images,
     save_checkpoint,
     save_masks,
 )
@@ -99,26 +99,26 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but not rendered: most of a small run's time."""
-    monkeypatch.setattr("mto_analysis.plots.style.figure_bytes", lambda figure, kind: kind.encode())
+    monkeypatch.setattr("mto_analysis.figures.plots.style.figure_bytes", lambda figure, kind: kind.encode())
 
 
 # heterogeneity.
 
 
-def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, picture_folder: Path, out: Path) -> None:
-    result = ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, image_folder: Path, out: Path) -> None:
+    result = ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out)
     assert set(contents(out)) == FILES
     table, per_image = csv(out), csv(out, "heterogeneity_per_image.csv")
     needed = "model stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized num_visible num_images"
     assert set(needed.split()) <= set(table.columns)
     model = load_checkpoint(checkpoints["mae"])
-    expected = probe(model, picture_batches(open_pictures(picture_folder), model.info), masks_from_rule(model.info))
+    expected = probe(model, image_batches(open_images(image_folder), model.info), masks_from_rule(model.info))
     np.testing.assert_allclose(table["heterogeneity"], expected.summary()["heterogeneity"], rtol=1e-9)
     np.testing.assert_allclose(per_image["heterogeneity"], expected.to_frame()["heterogeneity"], rtol=1e-9)
     assert per_image["image"].tolist() == expected.to_frame()["image"].tolist()
-    with Image.open(out / "heterogeneity.png") as picture:
-        picture.load()
-        assert len(picture.convert("L").getcolors(1 << 20)) > 10  # something is drawn
+    with Image.open(out / "heterogeneity.png") as image:
+        image.load()
+        assert len(image.convert("L").getcolors(1 << 20)) > 10  # something is drawn
     assert (out / "heterogeneity.pdf").read_bytes().rstrip().endswith(b"%%EOF")
     facts = json.loads((out / "run.json").read_text())
     assert facts["arguments"]["seed"] == 0
@@ -137,12 +137,12 @@ def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, picture_fol
 @pytest.mark.parametrize("name", ["mae", "simmim_vit", "hf_vitmae"])
 @pytest.mark.usefixtures("quick")
 def test_heterogeneity__equals_the_original_code(name: str, golden_of, tmp_path: Path, monkeypatch) -> None:
-    # Golden pictures are stored after preprocessing, so they take its place.
+    # Golden images are stored after preprocessing, so they take its place.
     golden = golden_of(name)
-    names = write_pictures(tmp_path / "p", ("0.png", "1.png"))
+    names = write_images(tmp_path / "p", ("0.png", "1.png"))
     monkeypatch.setattr(
-        "mto_analysis.data.batches.preprocessing",
-        lambda info: lambda picture: golden.images[picture.getpixel((0, 0))[0]],
+        "mto_analysis.images.batches.preprocessing",
+        lambda info: lambda image: golden.images[image.getpixel((0, 0))[0]],
     )
     for row in range(2):
         Image.new("RGB", (4, 4), (row, 0, 0)).save(names / f"{row}.png")
@@ -161,29 +161,29 @@ def test_heterogeneity__equals_the_original_code(name: str, golden_of, tmp_path:
 # For each option of each command: what shows that it is heard. A new option without a case here fails below.
 
 
-def option_limit(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--limit", 2)
+def option_limit(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--limit", 2)
     assert set(csv(path, "heterogeneity_per_image.csv")["image"]) == {"A.png", "b/x.png"}
     assert (csv(path)["num_images"] == 2).all()
 
 
-def option_mask_ratio(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--mask-ratio", 0.5)
+def option_mask_ratio(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--mask-ratio", 0.5)
     assert (csv(path)["num_visible"] == 8).all()
 
 
-def option_mask_unit(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--mask-unit", 8)
+def option_mask_unit(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--mask-unit", 8)
     assert json.loads((path / "run.json").read_text())["models"][0]["mask_rule"]["kind"] == "block"
 
 
-def option_masks(path, pictures, ckpt):
-    names = list(open_pictures(pictures).names)
+def option_masks(path, images, ckpt):
+    names = list(open_images(images).names)
     mask = torch.zeros(len(names), 1, 16, dtype=torch.bool)
     for row in range(len(names)):
         mask[row, 0, : row + 3] = True  # ragged
     save_masks(path.parent / "masks.npz", mask.numpy(), names)
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--masks", path.parent / "masks.npz")
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--masks", path.parent / "masks.npz")
     per_image = csv(path, "heterogeneity_per_image.csv")
     assert dict(zip(per_image["image"], per_image["num_masked"], strict=True)) == {
         n: i + 3 for i, n in enumerate(names)
@@ -194,28 +194,28 @@ def option_masks(path, pictures, ckpt):
     assert (table["num_visible_max"] == 13).all()
 
 
-def option_masks_per_image(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--masks-per-image", 3)
+def option_masks_per_image(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--masks-per-image", 3)
     assert sorted(set(csv(path, "heterogeneity_per_image.csv")["mask"])) == [0, 1, 2]
     assert (csv(path)["num_masks"] == 3).all()
 
 
-def option_seed(path, pictures, ckpt):
+def option_seed(path, images, ckpt):
     for seed in (0, 1):
-        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(seed), "--seed", seed)
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "again", "--seed", 1)
+        ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / str(seed), "--seed", seed)
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / "again", "--seed", 1)
     values = {name: csv(path / name)["heterogeneity"].tolist() for name in ("0", "1", "again")}
     assert values["1"] == values["again"] != values["0"]
 
 
 def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
     """The batches that a run probes, and the worker processes that it asks for."""
-    from mto_analysis.studies import heterogeneity as study
-    from mto_analysis.studies import sharing
+    from mto_analysis.probe import sharing
+    from mto_analysis.probe import study as study
 
     sizes: list[int] = []
     workers: set[int] = set()
-    probe_batches, load_batches = sharing.probe, study.picture_batches
+    probe_batches, load_batches = sharing.probe, study.image_batches
 
     def watched_probe(model, batches, *positional, **options):
         batches = list(batches)
@@ -228,73 +228,72 @@ def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "probe", watched_probe)
-        patch.setattr(study, "picture_batches", watched_batches)
+        patch.setattr(study, "image_batches", watched_batches)
         ok(*arguments)
     return sizes, workers
 
 
-def option_batch_size(path, pictures, ckpt):
+def option_batch_size(path, images, ckpt):
     for size, expected in ((1, [1] * 6), (4, [4, 2])):
-        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(size))
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / str(size))
         assert sizes_and_workers(*arguments, "--batch-size", size)[0] == expected
     one, four = (csv(path / name) for name in ("1", "4"))
     np.testing.assert_allclose(one["heterogeneity"], four["heterogeneity"], atol=2e-5)
     assert json.loads((path / "4/run.json").read_text())["arguments"]["batch_size"] == 4
 
 
-def option_device(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path, "--device", "cpu")
-    line = fails(2, "heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--device", "tpu9")
+def option_device(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--device", "cpu")
+    line = fails(2, "heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / "x", "--device", "tpu9")
     assert "device tpu9 cannot be used" in line
 
 
-def option_dtype(path, pictures, ckpt):
+def option_dtype(path, images, ckpt):
     for dtype in ("float32", "float64", "bfloat16"):
-        ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / dtype, "--dtype", dtype)
+        ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / dtype, "--dtype", dtype)
     full, double, half = (csv(path / d)["heterogeneity"].to_numpy() for d in ("float32", "float64", "bfloat16"))
     assert 0 < np.abs(full - double).max() < 1e-4 < np.abs(half - double).max()
     assert (
-        run("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / "x", "--dtype", "int8").exit_code
-        == 2
+        run("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / "x", "--dtype", "int8").exit_code == 2
     )
 
 
-def option_num_workers(path, pictures, ckpt):
+def option_num_workers(path, images, ckpt):
     for count in (0, 2):
-        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / str(count))
+        arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / str(count))
         assert count in sizes_and_workers(*arguments, "--num-workers", count)[1]
     assert csv(path / "0").equals(csv(path / "2"))
 
 
-def option_label(path, pictures, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--label", "epoch 800", "--images", pictures, "--out", path)
+def option_label(path, images, ckpt):
+    ok("heterogeneity", "--ckpt", ckpt, "--label", "epoch 800", "--images", images, "--out", path)
     assert set(csv(path)["model"]) == {"epoch 800"}
 
 
-def option_strict(path, pictures, ckpt):
-    (pictures / "broken.png").write_bytes(b"junk")
-    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures)
+def option_strict(path, images, ckpt):
+    (images / "broken.png").write_bytes(b"junk")
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images)
     result = ok(*arguments, "--out", path)
     assert [line for line in result.stderr.splitlines() if line.startswith("skipped broken.png: ")]
     assert (csv(path)["num_skipped"] == 1).all()
     assert list(json.loads((path / "run.json").read_text())["skipped"]) == ["broken.png"]
     result = run(*arguments, "--out", path / "strict", "--strict", "--quiet")
     assert result.exit_code == 4
-    assert "picture broken.png cannot be read" in result.stderr.splitlines()[-1]
+    assert "image broken.png cannot be read" in result.stderr.splitlines()[-1]
     assert not (path / "strict").exists()
 
 
-def option_quiet(path, pictures, ckpt):
+def option_quiet(path, images, ckpt):
     ckpt = DEMO_CHECKPOINTS["MAE"]
     for quiet in ("--quiet", "-q"):
-        result = ok("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path / quiet.strip("-"), quiet)
+        result = ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / quiet.strip("-"), quiet)
         assert "masks:" not in result.stderr
         assert "wrote" not in result.stderr
         assert result.stdout.startswith(" ") or result.stdout.startswith("model")
 
 
-def option_overwrite(path, pictures, ckpt):
-    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--out", path)
+def option_overwrite(path, images, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path)
     ok(*arguments)
     before = contents(path)
     (path / "notes.txt").write_text("mine")
@@ -305,17 +304,17 @@ def option_overwrite(path, pictures, ckpt):
     assert after["heterogeneity.csv"] != before["heterogeneity.csv"]
 
 
-def option_num_heads(path, pictures, ckpt):
-    write_pictures(pictures)
-    arguments = ("heterogeneity", "--ckpt", MAE_FILE, "--images", pictures)
+def option_num_heads(path, images, ckpt):
+    write_images(images)
+    arguments = ("heterogeneity", "--ckpt", MAE_FILE, "--images", images)
     assert "give it as num_heads=... (--num-heads on the command line)" in fails(3, *arguments, "--out", path)
     ok(*arguments, "--num-heads", 4, "--decoder-num-heads", 2, "--out", path)
     config = json.loads((path / "run.json").read_text())["models"][0]["config"]
     assert (config["num_heads"], config["decoder_num_heads"]) == (4, 2)
 
 
-def option_save_masks(path, pictures, ckpt):
-    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", pictures, "--masks-per-image", 2)
+def option_save_masks(path, images, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images, "--masks-per-image", 2)
     ok(
         *arguments,
         "--label",
@@ -330,7 +329,7 @@ def option_save_masks(path, pictures, ckpt):
     )
     assert set(contents(path / "first")) == FILES | {"masks-MAE-800-epochs.npz"}
     masks = load_masks(path / "first/masks-MAE-800-epochs.npz")
-    info, names = load_checkpoint(ckpt).info, list(open_pictures(pictures).names)
+    info, names = load_checkpoint(ckpt).info, list(open_images(images).names)
     for k in range(2):
         drawn = info.mask_rule.draw(mask_keys(names, k=k, seed=3), info.grid, 4)
         assert torch.equal(torch.stack([masks[name][k] for name in names]), drawn)
@@ -362,8 +361,8 @@ HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("option", [name for name in HETEROGENEITY_OPTIONS if name != "decoder_num_heads"])
-def test_heterogeneity__hears_each_option(option: str, checkpoints, picture_folder: Path, out: Path) -> None:
-    HETEROGENEITY_OPTIONS[option](out, picture_folder, checkpoints["mae"])
+def test_heterogeneity__hears_each_option(option: str, checkpoints, image_folder: Path, out: Path) -> None:
+    HETEROGENEITY_OPTIONS[option](out, image_folder, checkpoints["mae"])
 
 
 def test_commands__have_no_untested_option() -> None:
@@ -389,33 +388,33 @@ def test_commands__have_no_untested_option() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_heterogeneity__compares_checkpoints_and_epochs(checkpoints, picture_folder: Path, out: Path) -> None:
+def test_heterogeneity__compares_checkpoints_and_epochs(checkpoints, image_folder: Path, out: Path) -> None:
     both = [argument for name in ("simmim", "simmim_early") for argument in ("--ckpt", checkpoints[name])]
-    ok("heterogeneity", *both, "--images", picture_folder, "--out", out / "1")
+    ok("heterogeneity", *both, "--images", image_folder, "--out", out / "1")
     assert csv(out / "1")["model"].unique().tolist() == ["simmim", "simmim_early"]
     labels = ("--label", "epoch 800", "--label", "epoch 10")
-    ok("heterogeneity", *both, *labels, "--images", picture_folder, "--out", out / "2")
+    ok("heterogeneity", *both, *labels, "--images", image_folder, "--out", out / "2")
     assert csv(out / "2")["model"].unique().tolist() == ["epoch 800", "epoch 10"]
     one, two = (csv(out / name).drop(columns="model") for name in "12")
     pd.testing.assert_frame_equal(one, two)
     for name in ("simmim", "simmim_early"):
-        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", picture_folder, "--out", out / name)
+        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", image_folder, "--out", out / name)
         alone = csv(out / name)
         together = csv(out / "1")
         pd.testing.assert_frame_equal(together[together["model"] == name].reset_index(drop=True), alone)
-    line = fails(2, "heterogeneity", *both, "--label", "one", "--images", picture_folder, "--out", out / "3")
+    line = fails(2, "heterogeneity", *both, "--label", "one", "--images", image_folder, "--out", out / "3")
     assert "give one different label per checkpoint" in line
 
 
 @pytest.mark.usefixtures("quick")
-def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, picture_folder: Path, out: Path) -> None:
+def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, image_folder: Path, out: Path) -> None:
     # Drawn by rule, written to a file, read by another laboratory: the same table.
     info = load_checkpoint(checkpoints["simmim"]).info
-    names = list(open_pictures(picture_folder).names)
+    names = list(open_images(image_folder).names)
     drawn = torch.stack([info.mask_rule.draw(mask_keys(names, k=k, seed=9), info.grid, 4) for k in range(2)], dim=1)
     save_masks(out.parent / "masks.npz", drawn.numpy(), names)
     assert torch.equal(load_masks(out.parent / "masks.npz")["c.png"], drawn[names.index("c.png")])
-    arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--images", picture_folder, "--masks-per-image", 2)
+    arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--images", image_folder, "--masks-per-image", 2)
     ok(*arguments, "--seed", 9, "--out", out / "rule")
     ok(*arguments, "--masks", out.parent / "masks.npz", "--out", out / "file")
     ok(*arguments, "--seed", 8, "--out", out / "other")
@@ -425,12 +424,12 @@ def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, pictu
 
 
 @pytest.mark.usefixtures("quick")
-def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, picture_folder: Path) -> None:
+def test_heterogeneity__says_where_masks_and_images_come_from(out: Path, image_folder: Path) -> None:
     result = ok("heterogeneity", "--ckpt", SIMMIM_FILE, "--limit", 2, "--out", out / "1")
-    assert "no --images: measuring on 256 bundled CIFAR-10 pictures" in result.stderr
+    assert "no --images: measuring on 256 bundled CIFAR-10 images" in result.stderr
     assert "masks: 0.6 of units of 16 px (file), seed 0" in result.stderr
     result = ok(
-        "heterogeneity", "--ckpt", SIMMIM_FILE, "--images", picture_folder, "--mask-ratio", 0.5, "--out", out / "2"
+        "heterogeneity", "--ckpt", SIMMIM_FILE, "--images", image_folder, "--mask-ratio", 0.5, "--out", out / "2"
     )
     assert "masks: 0.5 of units of 16 px (as asked for)" in result.stderr
     assert "own loss" in result.stderr
@@ -439,17 +438,17 @@ def test_heterogeneity__says_where_masks_and_pictures_come_from(out: Path, pictu
 
 @pytest.mark.usefixtures("quick")
 def test_save_masks__writes_one_file_per_checkpoint_whatever_its_label(
-    checkpoints, picture_folder: Path, out: Path
+    checkpoints, image_folder: Path, out: Path
 ) -> None:
     both = [argument for name in ("mae", "simmim") for argument in ("--ckpt", checkpoints[name])]
-    ok("heterogeneity", *both, "--images", picture_folder, "--save-masks", "--out", out / "1")
+    ok("heterogeneity", *both, "--images", image_folder, "--save-masks", "--out", out / "1")
     assert set(contents(out / "1")) == FILES | {"masks-mae.npz", "masks-simmim.npz"}
     counts = {name: int(load_masks(out / "1" / f"masks-{name}.npz")["A.png"].sum()) for name in ("mae", "simmim")}
     assert counts == {"mae": 12, "simmim": 8}
     labels = ("--label", "../a b", "--label", "../a/b")  # the same once they are file names
-    line = fails(2, "heterogeneity", *both, *labels, "--images", picture_folder, "--save-masks", "--out", out / "2")
+    line = fails(2, "heterogeneity", *both, *labels, "--images", image_folder, "--save-masks", "--out", out / "2")
     assert "labels '../a b' and '../a/b' would share the mask file masks-..-a-b.npz" in line
-    ok("heterogeneity", *both, *labels, "--images", picture_folder, "--out", out / "3")
+    ok("heterogeneity", *both, *labels, "--images", image_folder, "--out", out / "3")
     assert {path.name for path in out.iterdir()} == {"1", "3"}
 
 
@@ -457,10 +456,8 @@ def test_save_masks__writes_one_file_per_checkpoint_whatever_its_label(
 
 
 @pytest.mark.usefixtures("quick")
-def test_second_run__without_overwrite_exits_2_and_changes_nothing(
-    checkpoints, picture_folder: Path, out: Path
-) -> None:
-    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+def test_second_run__without_overwrite_exits_2_and_changes_nothing(checkpoints, image_folder: Path, out: Path) -> None:
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out)
     ok(*arguments)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
     assert "choose another --out or pass --overwrite" in fails(2, *arguments, "--seed", 3)
@@ -468,11 +465,11 @@ def test_second_run__without_overwrite_exits_2_and_changes_nothing(
     # One file is enough, and it is seen before a model is loaded.
     for name in FILES - {"run.json"}:
         (out / name).unlink()
-    fails(2, "heterogeneity", "--ckpt", "nowhere.pth", "--images", picture_folder, "--out", out)
+    fails(2, "heterogeneity", "--ckpt", "nowhere.pth", "--images", image_folder, "--out", out)
 
 
-def test_exit_2__for_values_out_of_range(checkpoints, picture_folder: Path, out: Path) -> None:
-    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "--quiet")
+def test_exit_2__for_values_out_of_range(checkpoints, image_folder: Path, out: Path) -> None:
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, "--quiet")
     assert "mask_ratio must lie between 0 and 1, got 1.5" in fails(2, *arguments, "--mask-ratio", 1.5)
     assert "not a multiple of the patch" in fails(2, *arguments, "--mask-unit", 6)
     assert "a checkpoint is given twice" in fails(2, *arguments, "--ckpt", checkpoints["mae"])
@@ -500,7 +497,7 @@ def test_exit_2__for_wrong_usage(arguments: list[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_exit_3__for_checkpoints(tmp_path: Path, picture_folder: Path, out: Path) -> None:
+def test_exit_3__for_checkpoints(tmp_path: Path, image_folder: Path, out: Path) -> None:
     (tmp_path / "notes.pth").write_text("just notes\n")
     (tmp_path / "cut.pth").write_bytes(SIMMIM_FILE.read_bytes()[:5000])
     for path, message in {
@@ -510,7 +507,7 @@ def test_exit_3__for_checkpoints(tmp_path: Path, picture_folder: Path, out: Path
         MAE_FILE: "--num-heads on the command line",
     }.items():
         for arguments in (
-            ["heterogeneity", "--ckpt", path, "--images", picture_folder, "--out", out],
+            ["heterogeneity", "--ckpt", path, "--images", image_folder, "--out", out],
             ["inspect", path],
         ):
             if path == MAE_FILE and arguments[0] == "inspect":
@@ -521,60 +518,58 @@ def test_exit_3__for_checkpoints(tmp_path: Path, picture_folder: Path, out: Path
     assert not out.exists()
 
 
-def test_exit_4__for_data(checkpoints, tmp_path: Path, picture_folder: Path, out: Path) -> None:
+def test_exit_4__for_data(checkpoints, tmp_path: Path, image_folder: Path, out: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "masks.npz").write_text("no masks")
     save_masks(tmp_path / "other.npz", np.array([[[True] * 8 + [False] * 8]]), ["someone.png"])
     arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--out", out, "--quiet")
-    assert "no pictures at" in fails(4, *arguments, "--images", tmp_path / "none")
-    assert "holds no pictures" in fails(4, *arguments, "--images", tmp_path / "empty")
+    assert "no images at" in fails(4, *arguments, "--images", tmp_path / "none")
+    assert "holds no images" in fails(4, *arguments, "--images", tmp_path / "empty")
     for masks, message in (("masks.npz", "is not a mask file"), ("none.npz", "no mask file at")):
-        assert message in fails(4, *arguments, "--images", picture_folder, "--masks", tmp_path / masks)
-    line = fails(4, *arguments, "--images", picture_folder, "--masks", tmp_path / "other.npz")
-    assert "no mask for picture A.png" in line
+        assert message in fails(4, *arguments, "--images", image_folder, "--masks", tmp_path / masks)
+    line = fails(4, *arguments, "--images", image_folder, "--masks", tmp_path / "other.npz")
+    assert "no mask for image A.png" in line
     assert "no table at" in fails(4, "plot", tmp_path / "none.csv", "--out", out)
     assert not out.exists()
 
 
-def test_exit_5__for_numbers_that_are_not_finite(tmp_path: Path, picture_folder: Path, out: Path) -> None:
+def test_exit_5__for_numbers_that_are_not_finite(tmp_path: Path, image_folder: Path, out: Path) -> None:
     model = make_simmim()
     model.blocks[1].mlp.fc2.weight.data *= 1e38  # finite, but what it makes is not
     model.blocks[1].mlp.fc2.weight.data.clamp_(-3e38, 3e38)
     save_checkpoint(model, tmp_path / "huge.safetensors")
-    result = run(
-        "heterogeneity", "--ckpt", tmp_path / "huge.safetensors", "--images", picture_folder, "--out", out, "-q"
-    )
+    result = run("heterogeneity", "--ckpt", tmp_path / "huge.safetensors", "--images", image_folder, "--out", out, "-q")
     assert result.exit_code == 5
     line = result.stderr.splitlines()[-1]
     assert line.startswith(
-        "mto-analyze: error: heterogeneity is not finite in stack encoder at layer depth 2 for picture "
+        "mto-analyze: error: heterogeneity is not finite in stack encoder at layer depth 2 for image "
     )
     assert "Traceback" not in result.stderr
     assert not out.exists()
 
 
-def test_exit_130__when_interrupted(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+def test_exit_130__when_interrupted(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("mto_analysis.studies.sharing.probe", "mto_analysis.plots.heterogeneity.draw_heterogeneity"):
+    for place in ("mto_analysis.probe.sharing.probe", "mto_analysis.figures.plots.heterogeneity.draw_heterogeneity"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
-            result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "-q")
+            result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, "-q")
         assert result.exit_code == 130
         assert result.stderr.splitlines()[-1] == "mto-analyze: error: interrupted; nothing half-written was left behind"
     assert not [path for path in contents(out.parent) if path.endswith(".tmp")]
 
 
-def test_out_of_memory__is_one_line(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+def test_out_of_memory__is_one_line(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate\nmany GiB")):
 
         def fail(*arguments: object, error=error, **options: object) -> None:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("mto_analysis.studies.heterogeneity.measure_checkpoints", fail)
-            line = fails(2, "heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out)
+            patch.setattr("mto_analysis.probe.study.measure_checkpoints", fail)
+            line = fails(2, "heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out)
         assert "out of memory; use a smaller --batch-size" in line
 
 
@@ -583,12 +578,12 @@ def test_exit_codes__are_documented() -> None:
     assert "Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted." in text
 
 
-def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, picture_folder: Path, out: Path, monkeypatch) -> None:
+def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device", "heterogeneity.csv")
 
     monkeypatch.setattr(os, "fsync", full)
-    result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "-q")
+    result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, "-q")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == "mto-analyze: error: No space left on device: heterogeneity.csv"
     assert contents(out) == {}
@@ -605,7 +600,7 @@ def test_inspect__says_what_a_file_is() -> None:
     assert "num_heads 3" in rows["architecture"]
     assert "dim 48" in rows["architecture"]
     assert rows["masked tokens"] == "inpainting-style, in encoder (layer depths 0 to 4)"
-    assert rows["picture"] == "64 px, patches of 8 px, 64 patches"
+    assert rows["image"] == "64 px, patches of 8 px, 64 patches"
     assert rows["masks"] == "0.6 of units of 16 px (file)"
     assert rows["target"] == "pixels"
     assert "relative_position_index" in rows["left out"]
@@ -634,16 +629,16 @@ def test_inspect__prints_json() -> None:
 
 
 @pytest.fixture
-def measured(checkpoints, picture_folder: Path, tmp_path: Path, quick: None) -> Path:
+def measured(checkpoints, image_folder: Path, tmp_path: Path, quick: None) -> Path:
     for name in ("mae", "simmim"):
-        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", picture_folder, "--out", tmp_path / "runs" / name)
+        ok("heterogeneity", "--ckpt", checkpoints[name], "--images", image_folder, "--out", tmp_path / "runs" / name)
     return tmp_path / "runs"
 
 
 def test_plot__redraws_the_same_figure_from_the_table(
-    checkpoints, picture_folder: Path, tmp_path: Path, monkeypatch
+    checkpoints, image_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", tmp_path / "run")
+    ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", tmp_path / "run")
     monkeypatch.setattr("mto_analysis.checkpoints.load_checkpoint", None)  # no model is needed
     ok("plot", tmp_path / "run" / "heterogeneity.csv", "--out", tmp_path / "plot")
     run_files, plot_files = contents(tmp_path / "run"), contents(tmp_path / "plot")
@@ -654,7 +649,7 @@ def test_plot__redraws_the_same_figure_from_the_table(
 
 def test_plot__compares_tables(measured: Path, tmp_path: Path, monkeypatch) -> None:
     drawn = []
-    from mto_analysis.plots import heterogeneity as module
+    from mto_analysis.figures.plots import heterogeneity as module
 
     real = module.draw_heterogeneity
 
@@ -763,10 +758,10 @@ LONG = ("--masks-per-image", 100000, "--batch-size", 2)
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_process__interrupted_ends_with_130_and_leaves_nothing(
-    checkpoints, picture_folder: Path, out: Path, num_workers: int
+    checkpoints, image_folder: Path, out: Path, num_workers: int
 ) -> None:
     process = start(
-        *("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, *LONG),
+        *("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, *LONG),
         *("--num-workers", num_workers),
     )
     assert "masks:" in process.stderr.readline()  # the model is loaded
@@ -801,9 +796,9 @@ def whole(path: Path) -> bool:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_process__killed_at_any_moment_leaves_only_whole_files(
-    checkpoints, picture_folder: Path, out: Path, kind
+    checkpoints, image_folder: Path, out: Path, kind
 ) -> None:
-    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", picture_folder, "--out", out, "--overwrite")
+    arguments = ("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, "--overwrite")
     started = time.monotonic()
     process = start(*arguments)
     process.communicate(timeout=120)
@@ -867,8 +862,8 @@ def test_heterogeneity__measures_a_vit_b_in_the_official_layout(tmp_path: Path, 
     for parameter in model.parameters():
         parameter.data *= 0.1
     torch.save({"model": model.state_dict()}, tmp_path / "mae_pretrain_vit_base_full.pth")
-    pictures = write_pictures(tmp_path / "pictures")
-    ok("heterogeneity", "--ckpt", tmp_path / "mae_pretrain_vit_base_full.pth", "--images", pictures, "--out", out)
+    images = write_images(tmp_path / "images")
+    ok("heterogeneity", "--ckpt", tmp_path / "mae_pretrain_vit_base_full.pth", "--images", images, "--out", out)
     table = csv(out)
     assert table["layer_depth"].tolist() == list(range(9))
     assert (table["num_visible"] == 49).all()

@@ -7,14 +7,14 @@ import sys
 import warnings
 
 import pytest
-from pretraining_cases import SMALL_MAE, Stopped, contents, rows, same, small_recipe, some_pictures, stop_after
+from pretraining_cases import SMALL_MAE, Stopped, contents, rows, same, small_recipe, some_images, stop_after
 from typer.testing import CliRunner
 
-from mto_analysis.data import open_pictures
-from mto_analysis.demo import DEMO_PICTURES
+from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import DataError
-from mto_analysis.pretraining import RunSettings, load_recipe, pretrain
-from mto_analysis.training import MTOConfig
+from mto_analysis.images import open_images
+from mto_analysis.mto import MTOConfig
+from mto_analysis.training import RunSettings, load_recipe, pretrain
 from mto_analyze import app
 
 SETS = [part for key, value in SMALL_MAE.items() for part in ("--set", f"{key}={value}")]
@@ -26,8 +26,8 @@ def invoke(*arguments):
 
 
 def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
-    options = ["--mto", "--set", "mto.ranking_weight=0", "--every", 1, "--eval-test", DEMO_PICTURES, "--seed", 3]
-    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *options)
+    options = ["--mto", "--set", "mto.ranking_weight=0", "--every", 1, "--eval-test", DEMO_IMAGES, "--seed", 3]
+    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
     assert "epoch 2/2  loss" in done.stderr
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -43,7 +43,7 @@ def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
 
 
 def test_pretrain__resumes_by_its_folder_alone(tmp_path):
-    data = ["--data", DEMO_PICTURES]
+    data = ["--data", DEMO_IMAGES]
     assert invoke(*START, *data, "--out", tmp_path / "whole", "--mto").exit_code == 0
     # As if it had been killed after its first epoch: the last write of that epoch is put back.
     cut = tmp_path / "cut"
@@ -52,11 +52,11 @@ def test_pretrain__resumes_by_its_folder_alone(tmp_path):
         list(
             pretrain(
                 small_recipe(batch_size="64"),
-                open_pictures(DEMO_PICTURES),
+                open_images(DEMO_IMAGES),
                 cut,
                 settings,
                 on_step=stop_after(6),
-                source=str(DEMO_PICTURES),
+                source=str(DEMO_IMAGES),
             )
         )
     done = invoke("pretrain", "--out", cut, "--resume")
@@ -77,13 +77,13 @@ def test_pretrain__interrupted_says_how_to_go_on(tmp_path, monkeypatch, after, t
 
     command = importlib.import_module("mto_analyze.pretrain")  # the package's attribute is the function
     monkeypatch.setattr(command, "_bar", lambda quiet: contextlib.nullcontext(interrupt))
-    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run")
+    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run")
     assert done.exit_code == 130
     assert f"interrupted; {told}" in done.stderr.splitlines()[-1]
 
 
 def test_dry_run__tells_and_writes_nothing(tmp_path):
-    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", "--dry-run", "--accumulation", 2)
+    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", "--dry-run", "--accumulation", 2)
     assert done.exit_code == 0, done.output
     assert "64 = 32 x 1 x 2" in done.stdout
     assert "8 = 2 x 4" in done.stdout
@@ -107,12 +107,12 @@ def test_dry_run__tells_and_writes_nothing(tmp_path):
         (["--device", "cuda:7"], 2, "cuda:7"),
         (["--fsdp"], 2, "start several with torchrun"),
         (["--data", "nowhere"], 4, "nowhere"),
-        (["--set", "batch_size=300"], 4, "256 pictures do not fill one batch of 300"),
+        (["--set", "batch_size=300"], 4, "256 images do not fill one batch of 300"),
         (["--eval-test", "nowhere"], 4, "nowhere"),
     ],
 )
 def test_pretrain__refuses_in_one_line_and_writes_nothing(tmp_path, options, code, told):
-    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *options)
+    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == code, done.output
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -120,7 +120,7 @@ def test_pretrain__refuses_in_one_line_and_writes_nothing(tmp_path, options, cod
 
 
 def test_pretrain__does_not_write_over_a_run(tmp_path):
-    arguments = [*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", "--set", "epochs=1"]
+    arguments = [*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", "--set", "epochs=1"]
     assert invoke(*arguments).exit_code == 0
     before = contents(tmp_path / "run" / "last.pth")
     done = invoke(*arguments)
@@ -132,17 +132,17 @@ def test_pretrain__does_not_write_over_a_run(tmp_path):
     assert same(before, contents(tmp_path / "run" / "last.pth"))
 
 
-def picture_files(folder):
+def image_files(folder):
     folder.mkdir()
-    pictures = some_pictures(64)
+    images = some_images(64)
     for number in range(64):
-        (folder / f"{number:02}.png").write_bytes(pictures.read(number))
+        (folder / f"{number:02}.png").write_bytes(images.read(number))
     return folder
 
 
-def test_broken_picture__is_replaced_or_with_strict_an_error(tmp_path):
-    folder = picture_files(tmp_path / "pictures")
-    (folder / "07.png").write_bytes(b"no picture")
+def test_broken_image__is_replaced_or_with_strict_an_error(tmp_path):
+    folder = image_files(tmp_path / "images")
+    (folder / "07.png").write_bytes(b"no image")
     done = invoke(*START, "--data", folder, "--out", tmp_path / "run", "--set", "epochs=1")
     assert done.exit_code == 0, done.output
     assert "takes the place of 07.png" in done.stderr
@@ -152,8 +152,8 @@ def test_broken_picture__is_replaced_or_with_strict_an_error(tmp_path):
     assert not (tmp_path / "strict").exists()
 
 
-def test_vanished_pictures__end_the_run_and_it_goes_on_when_they_are_back(tmp_path):
-    folder = picture_files(tmp_path / "pictures")
+def test_vanished_images__end_the_run_and_it_goes_on_when_they_are_back(tmp_path):
+    folder = image_files(tmp_path / "images")
 
     def vanish(record):
         if record.step == 5:
@@ -163,7 +163,7 @@ def test_vanished_pictures__end_the_run_and_it_goes_on_when_they_are_back(tmp_pa
     with pytest.raises(DataError):
         list(
             pretrain(
-                small_recipe(), open_pictures(folder), tmp_path / "run", settings, on_step=vanish, source=str(folder)
+                small_recipe(), open_images(folder), tmp_path / "run", settings, on_step=vanish, source=str(folder)
             )
         )
     assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == 4
@@ -176,7 +176,7 @@ def test_vanished_pictures__end_the_run_and_it_goes_on_when_they_are_back(tmp_pa
 
 
 def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_path):
-    limits = ["--eval-test", DEMO_PICTURES, "--eval-limit", 32, "--eval-test-limit", 16, "--eval-start"]
+    limits = ["--eval-test", DEMO_IMAGES, "--eval-limit", 32, "--eval-test-limit", 16, "--eval-start"]
     start = [
         "pretrain",
         "--recipe",
@@ -186,7 +186,7 @@ def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_
         "--set",
         "epochs=1",
         "--data",
-        DEMO_PICTURES,
+        DEMO_IMAGES,
     ]
     done = invoke(*start, "--mto", *limits, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -203,13 +203,13 @@ def test_pretrain__replaces_no_file_of_another(tmp_path):
     mine = tmp_path / "metrics.csv"
     mine.write_text("mine\n")
     for more in ([], ["--resume"]):
-        done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path, *more)
+        done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path, *more)
         assert (done.exit_code, mine.read_text()) == (2, "mine\n")
         assert "holds metrics.csv, of no run" in done.stderr
     recipe = tmp_path / "other" / "recipe.toml"
     recipe.parent.mkdir()
     recipe.write_text(load_recipe("mae_cifar10").to_toml() + "# mine\n")
-    done = invoke("pretrain", "--recipe", recipe, "--data", DEMO_PICTURES, "--out", recipe.parent)
+    done = invoke("pretrain", "--recipe", recipe, "--data", DEMO_IMAGES, "--out", recipe.parent)
     assert done.exit_code == 2
     assert recipe.read_text().endswith("# mine\n")
 
@@ -227,7 +227,7 @@ def test_resume__says_that_the_folder_is_of_another_command(tmp_path):
 @pytest.mark.parametrize(("option", "package"), [(["--tensorboard"], "tensorboard"), (["--wandb", "x"], "wandb")])
 def test_boards__that_are_not_installed_are_named_before_anything_is_written(tmp_path, monkeypatch, option, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    done = invoke(*START, "--data", DEMO_PICTURES, "--out", tmp_path / "run", *option)
+    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *option)
     assert done.exit_code == 2
     assert f"pip install {package}" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -241,9 +241,9 @@ def test_warnings__are_one_line_without_code(monkeypatch):
         warnings.warn("two\n lines", stacklevel=1)
         raise DataError("and an error")
 
-    monkeypatch.setattr("mto_analysis.data.open_pictures", warn)
+    monkeypatch.setattr("mto_analysis.images.open_images", warn)
     with warnings.catch_warnings():  # as outside of pytest, which records them
         warnings.showwarning = lambda *given: sys.stderr.write(warnings.formatwarning(*given))
-        done = invoke(*START, "--data", DEMO_PICTURES, "--out", "run")
+        done = invoke(*START, "--data", DEMO_IMAGES, "--out", "run")
     assert done.stderr == "mto-analyze: warning: two lines\nmto-analyze: error: and an error\n"
     assert warnings.formatwarning is before

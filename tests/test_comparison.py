@@ -3,11 +3,11 @@ import pandas as pd
 import pytest
 import reference_rauc as slow
 
-from mto_analysis.comparison import common_window, compare, compare_methods, mean_curve, window_grid
-from mto_analysis.curves import read_curves
 from mto_analysis.errors import DataError
-from mto_analysis.intervals import fieller, paired_moments
 from mto_analysis.rauc import curve_points, rauc
+from mto_analysis.rauc.comparison import common_window, compare, compare_methods, mean_curve, window_grid
+from mto_analysis.rauc.curves import read_curves
+from mto_analysis.rauc.intervals import fieller, paired_moments
 
 EPOCHS = np.arange(100.0, 801.0, 100.0)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mto_analysis.curves import Source, on_axis, read_curves
 from mto_analysis.errors import DataError
+from mto_analysis.rauc.curves import Source, on_axis, read_curves
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from mto_analysis.data import CONMIM_TEACHER, Augmentation, Photometric
-from mto_analysis.data.augmentation import Geometry, method_augmentation
-from mto_analysis.data.keyed import keyed_permutation, keyed_uniform, name_keys
+from mto_analysis.images import CONMIM_TEACHER, Augmentation, Photometric
+from mto_analysis.images.augmentation import Geometry, method_augmentation
+from mto_analysis.runtime.randomness import keyed_permutation, keyed_uniform, name_keys
 
 KEYS = name_keys(f"{row}.png" for row in range(4000))
 
@@ -25,10 +25,10 @@ def draw(augmentation: Augmentation, height: int, width: int, count: int = 4000,
 
 
 def smooth(height: int, width: int, count: int = 1) -> torch.Tensor:
-    """Pictures, batch channels height width (uint8)."""
+    """Images, batch channels height width (uint8)."""
     pixels = np.random.default_rng(height).integers(0, 256, (count, 9, 7, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in pixels]
-    return torch.from_numpy(np.stack([np.asarray(one) for one in pictures])).permute(0, 3, 1, 2)
+    images = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in pixels]
+    return torch.from_numpy(np.stack([np.asarray(one) for one in images])).permute(0, 3, 1, 2)
 
 
 # Keyed numbers.
@@ -99,7 +99,7 @@ def test_draw__has_the_distribution_of_torchvision() -> None:
 
 
 @pytest.mark.parametrize("size", [(10, 100), (100, 10), (3, 1000)])
-def test_draw__takes_the_centre_of_pictures_too_long_for_a_crop(size: tuple[int, int]) -> None:
+def test_draw__takes_the_centre_of_images_too_long_for_a_crop(size: tuple[int, int]) -> None:
     height, width = size
     geometry = draw(Augmentation(32, scale=(0.9, 1.0)), height, width, 10)
     crop_height, crop_width = (10, 13) if height == 10 else (13, 10) if width == 10 else (3, 4)
@@ -117,7 +117,7 @@ def test_draw__shifts_evenly_by_up_to_the_padding() -> None:
         assert counts.min() > 350
 
 
-def test_draw__of_one_picture_is_that_of_a_batch() -> None:
+def test_draw__of_one_image_is_that_of_a_batch() -> None:
     augmentation = Augmentation(32)
     heights, widths = (np.random.default_rng(side).integers(1, 600, 500) for side in (0, 1))
     batch = augmentation.draw(KEYS[:500], heights, widths, seed=3, epoch=9)
@@ -129,11 +129,11 @@ def test_draw__of_one_picture_is_that_of_a_batch() -> None:
 # Pixels.
 
 
-def pil_crop(picture: torch.Tensor, geometry: Geometry, row: int, augmentation: Augmentation) -> np.ndarray:
+def pil_crop(image: torch.Tensor, geometry: Geometry, row: int, augmentation: Augmentation) -> np.ndarray:
     top, left, height, width = (int(values[row]) for values in geometry[:4])
     kernel = Image.Resampling[augmentation.interpolation.upper()]
     side = augmentation.image_size
-    whole = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    whole = Image.fromarray(image.permute(1, 2, 0).numpy())
     result = np.asarray(whole.crop((left, top, left + width, top + height)).resize((side, side), kernel))
     return result[:, ::-1] if geometry.flip[row] else result
 
@@ -142,13 +142,13 @@ def pil_crop(picture: torch.Tensor, geometry: Geometry, row: int, augmentation: 
 @pytest.mark.parametrize("size", [(32, 32), (20, 30), (48, 40)])
 def test_apply__crops_and_resizes_as_pil(size: tuple[int, int], interpolation) -> None:
     augmentation = Augmentation(32, scale=(0.1, 1.0), interpolation=interpolation)
-    pictures = smooth(*size, count=40)
+    images = smooth(*size, count=40)
     geometry = draw(augmentation, *size, 40)
-    batch = augmentation.apply_to_batch(pictures.transpose(1, 2).contiguous(), geometry)
+    batch = augmentation.apply_to_batch(images.transpose(1, 2).contiguous(), geometry)
     assert batch.shape == (40, 3, 32, 32)
     for row in range(40):
-        expected = pil_crop(pictures[row], geometry, row, augmentation).astype(int)
-        one = augmentation.apply_to_picture(pictures[row], Geometry(*(values[row : row + 1] for values in geometry)))
+        expected = pil_crop(images[row], geometry, row, augmentation).astype(int)
+        one = augmentation.apply_to_image(images[row], Geometry(*(values[row : row + 1] for values in geometry)))
         error = np.abs(batch[row].permute(1, 2, 0).numpy() - expected)
         assert error.max() <= 2  # a level's difference after the columns can grow by the rows' kernel
         assert error.mean() < 0.25  # PIL's own weights are rounded
@@ -157,38 +157,38 @@ def test_apply__crops_and_resizes_as_pil(size: tuple[int, int], interpolation) -
 
 def test_apply__shifts_with_reflected_borders() -> None:
     augmentation = method_augmentation("cifar", 8)
-    pictures = smooth(8, 8, count=30)
+    images = smooth(8, 8, count=30)
     geometry = draw(augmentation, 8, 8, 30)
-    batch = augmentation.apply_to_batch(pictures.transpose(1, 2).contiguous(), geometry)
+    batch = augmentation.apply_to_batch(images.transpose(1, 2).contiguous(), geometry)
     for row in range(30):
-        padded = np.pad(pictures[row].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        padded = np.pad(images[row].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
         top, left = 4 + geometry.top[row], 4 + geometry.left[row]
         expected = padded[:, top : top + 8, left : left + 8]
         expected = expected[:, :, ::-1] if geometry.flip[row] else expected
         np.testing.assert_array_equal(batch[row].numpy(), expected)
-        one = augmentation.apply_to_picture(pictures[row], Geometry(*(values[row : row + 1] for values in geometry)))
+        one = augmentation.apply_to_image(images[row], Geometry(*(values[row : row + 1] for values in geometry)))
         np.testing.assert_array_equal(one.numpy(), expected)
 
 
-def test_apply_to_picture__makes_pictures_of_other_sizes_square_before_it_shifts_them() -> None:
+def test_apply_to_image__makes_images_of_other_sizes_square_before_it_shifts_them() -> None:
     augmentation = Augmentation(8, padding=0, flip=0)
-    (picture,) = smooth(16, 24)
-    one = augmentation.apply_to_picture(picture, draw(augmentation, 16, 24, 1))
-    whole = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((12, 8), Image.Resampling.BICUBIC)
+    (image,) = smooth(16, 24)
+    one = augmentation.apply_to_image(image, draw(augmentation, 16, 24, 1))
+    whole = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((12, 8), Image.Resampling.BICUBIC)
     assert np.abs(one.permute(1, 2, 0).numpy().astype(int) - np.asarray(whole)[:, 2:10].astype(int)).max() <= 1
 
 
 def test_resample__is_exact_in_any_order() -> None:
     augmentation = Augmentation(64)
-    pictures = torch.randint(0, 256, (50, 64, 3, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (50, 64, 3, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     geometry = draw(augmentation, 64, 64, 50)
-    whole = augmentation.apply_to_batch(pictures, geometry)
-    doubled = augmentation.apply_to_batch(pictures.repeat(3, 1, 1, 1), Geometry(*(np.tile(v, 3) for v in geometry)))
+    whole = augmentation.apply_to_batch(images, geometry)
+    doubled = augmentation.apply_to_batch(images.repeat(3, 1, 1, 1), Geometry(*(np.tile(v, 3) for v in geometry)))
     assert torch.equal(whole.repeat(3, 1, 1, 1), doubled)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(whole, augmentation.apply_to_batch(pictures, geometry))
+        assert torch.equal(whole, augmentation.apply_to_batch(images, geometry))
     finally:
         torch.set_num_threads(threads)
 
@@ -206,73 +206,73 @@ def test_resample__is_exact_in_any_order() -> None:
     ],
 )
 def test_photometric__changes_colours_as_torchvision(name: str, strength: float, theirs) -> None:
-    pictures = smooth(16, 16, count=20).float()
-    changed = Photometric(**{name: strength}).apply(pictures, KEYS[:20], seed=0, epoch=0, purpose="p")
+    images = smooth(16, 16, count=20).float()
+    changed = Photometric(**{name: strength}).apply(images, KEYS[:20], seed=0, epoch=0, purpose="p")
     place = 5 + ["brightness", "contrast", "saturation", "hue"].index(name)
     spread = (2 * keyed_uniform(KEYS[:20], 16, seed=0, epoch=0, purpose="p")[:, place] - 1) * strength
     for row in range(20):
-        expected = theirs(pictures[row] / 255, float(spread[row])) * 255
+        expected = theirs(images[row] / 255, float(spread[row])) * 255
         assert (changed[row] - expected).abs().max() < 0.6, row  # levels; torchvision's grey weights are rounded
 
 
 def test_photometric__applies_each_change_as_often_as_asked() -> None:
-    pictures = smooth(8, 8).float().expand(4000, -1, -1, -1)
+    images = smooth(8, 8).float().expand(4000, -1, -1, -1)
     for name, chance in {"grey": 0.2, "solarize": 0.2, "blur": 0.1}.items():
-        changed = Photometric(**{name: chance}).apply(pictures, KEYS, seed=0, epoch=0, purpose="p")
-        moved = (changed - pictures).abs().amax(dim=(1, 2, 3)) > 0.01
+        changed = Photometric(**{name: chance}).apply(images, KEYS, seed=0, epoch=0, purpose="p")
+        moved = (changed - images).abs().amax(dim=(1, 2, 3)) > 0.01
         # A blur of a tenth of a pixel moves nothing.
         assert abs(moved.float().mean() - chance * (0.9 if name == "blur" else 1)) < 0.03, name
-    jittered = Photometric(brightness=0.4, jitter=0.8).apply(pictures, KEYS, seed=0, epoch=0, purpose="p")
-    moved = (jittered - pictures).abs().amax(dim=(1, 2, 3)) > 0.01
+    jittered = Photometric(brightness=0.4, jitter=0.8).apply(images, KEYS, seed=0, epoch=0, purpose="p")
+    moved = (jittered - images).abs().amax(dim=(1, 2, 3)) > 0.01
     assert abs(moved.float().mean() - 0.8) < 0.03
 
 
 def test_photometric__makes_grey_and_inverts_bright_tones() -> None:
-    pictures = smooth(8, 8, count=3).float()
-    grey = Photometric(grey=1).apply(pictures, KEYS[:3], seed=0, epoch=0, purpose="p")
+    images = smooth(8, 8, count=3).float()
+    grey = Photometric(grey=1).apply(images, KEYS[:3], seed=0, epoch=0, purpose="p")
     assert torch.equal(grey[:, 0], grey[:, 2])
-    assert (grey[:, 0] - functional.rgb_to_grayscale(pictures / 255)[:, 0] * 255).abs().max() < 0.1
-    inverted = Photometric(solarize=1).apply(pictures, KEYS[:3], seed=0, epoch=0, purpose="p")
-    expected = torch.where(pictures < 128, pictures, 255 - pictures)
+    assert (grey[:, 0] - functional.rgb_to_grayscale(images / 255)[:, 0] * 255).abs().max() < 0.1
+    inverted = Photometric(solarize=1).apply(images, KEYS[:3], seed=0, epoch=0, purpose="p")
+    expected = torch.where(images < 128, images, 255 - images)
     assert (inverted - expected).abs().max() < 1e-3
 
 
 def test_photometric__blurs_as_a_gaussian() -> None:
-    pictures = torch.zeros(1, 3, 33, 33)
-    pictures[:, :, 16, 16] = 255
-    pictures[:, :, :, :8] = 200
-    blurred = Photometric(blur=1, blur_sigma=(1.5, 1.5)).apply(pictures, KEYS[:1], seed=0, epoch=0, purpose="p")
+    images = torch.zeros(1, 3, 33, 33)
+    images[:, :, 16, 16] = 255
+    images[:, :, :, :8] = 200
+    blurred = Photometric(blur=1, blur_sigma=(1.5, 1.5)).apply(images, KEYS[:1], seed=0, epoch=0, purpose="p")
     expected = functional.gaussian_blur(
-        torch.nn.functional.pad(pictures, (9, 9, 9, 9), "replicate"), [11, 11], [1.5, 1.5]
+        torch.nn.functional.pad(images, (9, 9, 9, 9), "replicate"), [11, 11], [1.5, 1.5]
     )
     assert (blurred - expected[:, :, 9:-9, 9:-9]).abs().max() < 1.5
 
 
 def test_photometric__does_not_depend_on_the_batch_and_leaves_its_input_alone() -> None:
-    pictures = smooth(12, 12, count=64).float()
-    before = pictures.clone()
-    whole = CONMIM_TEACHER.apply(pictures, KEYS[:64], seed=0, epoch=0, purpose="p")
-    assert torch.equal(pictures, before)
+    images = smooth(12, 12, count=64).float()
+    before = images.clone()
+    whole = CONMIM_TEACHER.apply(images, KEYS[:64], seed=0, epoch=0, purpose="p")
+    assert torch.equal(images, before)
     assert whole.min() >= 0
     assert whole.max() <= 255
     for start, stop in [(0, 1), (5, 8), (11, 64)]:
-        part = CONMIM_TEACHER.apply(pictures[start:stop], KEYS[start:stop], seed=0, epoch=0, purpose="p")
+        part = CONMIM_TEACHER.apply(images[start:stop], KEYS[start:stop], seed=0, epoch=0, purpose="p")
         assert torch.equal(part, whole[start:stop])
 
 
 def test_finish__gives_the_second_view_the_same_geometry() -> None:
     augmentation = Augmentation(16, second_view=Photometric(solarize=1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
-    pictures = smooth(16, 16, count=4)
-    images, second = augmentation.finish(pictures, KEYS[:4], seed=0, epoch=0)
+    pixels = smooth(16, 16, count=4)
+    images, second = augmentation.finish(pixels, KEYS[:4], seed=0, epoch=0)
     std = torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
-    assert torch.allclose(images * std + 0.5, pictures / 255, atol=1e-6)
+    assert torch.allclose(images * std + 0.5, pixels / 255, atol=1e-6)
     assert second is not None
-    assert torch.allclose(second * std + 0.5, torch.where(pictures < 128, pictures, 255 - pictures) / 255, atol=1e-6)
+    assert torch.allclose(second * std + 0.5, torch.where(pixels < 128, pixels, 255 - pixels) / 255, atol=1e-6)
 
 
 def test_finish__changes_the_first_view_if_asked() -> None:
-    pictures = smooth(16, 16, count=4)
-    images, second = Augmentation(16, color_jitter=Photometric(grey=1)).finish(pictures, KEYS[:4], seed=0, epoch=0)
+    pixels = smooth(16, 16, count=4)
+    images, second = Augmentation(16, color_jitter=Photometric(grey=1)).finish(pixels, KEYS[:4], seed=0, epoch=0)
     assert second is None
     grey = images * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(
         3, 1, 1

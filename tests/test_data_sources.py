@@ -1,4 +1,4 @@
-"""Sources of pictures: labels, class names, splits, Parquet shards, saved datasets, tar files."""
+"""Sources of images: labels, class names, splits, Parquet shards, saved datasets, tar files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mto_analysis import DataError, open_pictures
-from mto_analysis.data import Pictures, choose_pictures
-from mto_analysis.data.decoding import decode_picture, decode_pixels
+from mto_analysis import DataError, open_images
+from mto_analysis.images import Images, choose_images
+from mto_analysis.images.decoding import decode_image, decode_pixels
 
 
 def encoded(value: int, kind: str = "png") -> bytes:
@@ -33,63 +33,63 @@ def write(folder: Path, *names: str) -> Path:
     return folder
 
 
-def value_of(pictures: Pictures, row: int) -> int:
-    assert np.asarray(decode_picture(pictures.read(row)))[0, 0, 0] == np.asarray(pictures.open(row))[0, 0, 0]
-    return int(np.asarray(pictures.open(row))[0, 0, 0])
+def value_of(images: Images, row: int) -> int:
+    assert np.asarray(decode_image(images.read(row)))[0, 0, 0] == np.asarray(images.open(row))[0, 0, 0]
+    return int(np.asarray(images.open(row))[0, 0, 0])
 
 
 # Folders and lists.
 
 
-def test_open_pictures__takes_labels_from_sub_folders(tmp_path: Path) -> None:
-    pictures = open_pictures(write(tmp_path, "dog/1.png", "cat/x/2.png", "cat/1.png", "eel/9.png"))
-    assert pictures.names == ["cat/1.png", "cat/x/2.png", "dog/1.png", "eel/9.png"]
-    assert pictures.labels == [0, 0, 1, 2]
-    assert pictures.class_names == ["cat", "dog", "eel"]
-    assert pictures.read(2) == (tmp_path / "dog/1.png").read_bytes()
+def test_open_images__takes_labels_from_sub_folders(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, "dog/1.png", "cat/x/2.png", "cat/1.png", "eel/9.png"))
+    assert images.names == ["cat/1.png", "cat/x/2.png", "dog/1.png", "eel/9.png"]
+    assert images.labels == [0, 0, 1, 2]
+    assert images.class_names == ["cat", "dog", "eel"]
+    assert images.read(2) == (tmp_path / "dog/1.png").read_bytes()
 
 
-def test_open_pictures__gives_no_labels_where_a_picture_has_no_folder(tmp_path: Path) -> None:
-    pictures = open_pictures(write(tmp_path, "dog/1.png", "1.png"))
-    assert pictures.labels is None
-    assert pictures.class_names == []
+def test_open_images__gives_no_labels_where_a_image_has_no_folder(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, "dog/1.png", "1.png"))
+    assert images.labels is None
+    assert images.class_names == []
 
 
-def test_open_pictures__looks_for_classes_inside_splits(tmp_path: Path) -> None:
+def test_open_images__looks_for_classes_inside_splits(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "val/cat/4.png")
-    whole = open_pictures(tmp_path)
+    whole = open_images(tmp_path)
     assert whole.labels == [0, 1, 0, 1]
     assert whole.class_names == ["cat", "dog"]
     for split, names in {"train": ["cat/1.png", "dog/2.png"], "validation": ["cat/4.png", "dog/3.png"]}.items():
-        part = open_pictures(tmp_path, split=split)
+        part = open_images(tmp_path, split=split)
         assert part.names == names
         assert part.labels == [0, 1]
     with pytest.raises(FileNotFoundError, match="has no split 'test'"):
-        open_pictures(tmp_path, split="test")
+        open_images(tmp_path, split="test")
     with pytest.raises(DataError, match=r"1\.png is one file and has no split 'val'"):
-        open_pictures(tmp_path / "train/cat/1.png", split="val")
+        open_images(tmp_path / "train/cat/1.png", split="val")
 
 
-def test_open_pictures__takes_labels_from_a_list(tmp_path: Path) -> None:
+def test_open_images__takes_labels_from_a_list(tmp_path: Path) -> None:
     write(tmp_path, "a b.png", "c.png")
     (tmp_path / "l.txt").write_text("c.png 1\na b.png 0\n")
-    pictures = open_pictures(tmp_path / "l.txt")
-    assert pictures.names == ["c.png", "a b.png"]
-    assert pictures.labels == [1, 0]
-    assert [value_of(pictures, row) for row in range(2)] == [1, 0]
+    images = open_images(tmp_path / "l.txt")
+    assert images.names == ["c.png", "a b.png"]
+    assert images.labels == [1, 0]
+    assert [value_of(images, row) for row in range(2)] == [1, 0]
     (tmp_path / "l.txt").write_text("c.png\na b.png\n")
-    assert open_pictures(tmp_path / "l.txt").labels is None
+    assert open_images(tmp_path / "l.txt").labels is None
 
 
-def test_choose_pictures__keep_their_labels(tmp_path: Path) -> None:
-    pictures = open_pictures(write(tmp_path, "cat/1.png", "dog/2.png", "eel/9.png"))
-    chosen = choose_pictures(pictures, ["eel/9.png", "cat/1.png"])
+def test_choose_images__keep_their_labels(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, "cat/1.png", "dog/2.png", "eel/9.png"))
+    chosen = choose_images(images, ["eel/9.png", "cat/1.png"])
     assert chosen.labels == [2, 0]
     assert chosen.class_names == ["cat", "dog", "eel"]
-    assert chosen.read(1) == pictures.read(0)
+    assert chosen.read(1) == images.read(0)
 
 
-def test_open_pictures__follows_linked_folders_once(tmp_path: Path) -> None:
+def test_open_images__follows_linked_folders_once(tmp_path: Path) -> None:
     write(tmp_path / "all", "cat/1.png", "dog/2.png", "eel/3.png")
     some = tmp_path / "some"
     some.mkdir()
@@ -97,19 +97,19 @@ def test_open_pictures__follows_linked_folders_once(tmp_path: Path) -> None:
         (some / name).symlink_to(tmp_path / "all" / name)
     (tmp_path / "all" / "cat" / "round").symlink_to(tmp_path / "all" / "cat")
     (some / "up").symlink_to(tmp_path)
-    pictures = open_pictures(some)
-    assert pictures.names == ["cat/1.png", "dog/2.png"]
-    assert pictures.labels == [0, 1]
-    assert value_of(pictures, 1) == 1
+    images = open_images(some)
+    assert images.names == ["cat/1.png", "dog/2.png"]
+    assert images.labels == [0, 1]
+    assert value_of(images, 1) == 1
 
 
-def test_open_pictures__does_not_guess_between_kinds(tmp_path: Path) -> None:
+def test_open_images__does_not_guess_between_kinds(tmp_path: Path) -> None:
     write(tmp_path, "cat/1.png")
     write_parquet(tmp_path / "data" / "p.parquet", [1])
-    message = r"holds pictures \(cat/1\.png\) and Parquet files \(data/p\.parquet\); give the folder"
+    message = r"holds images \(cat/1\.png\) and Parquet files \(data/p\.parquet\); give the folder"
     with pytest.raises(DataError, match=message):
-        open_pictures(tmp_path)
-    assert len(open_pictures(tmp_path / "data").names) == 1
+        open_images(tmp_path)
+    assert len(open_images(tmp_path / "data").names) == 1
 
 
 # Parquet and saved datasets.
@@ -130,33 +130,33 @@ def write_parquet(path: Path, values: list[int], labels: list[int] | None = None
     return path
 
 
-def test_open_pictures__takes_labels_and_class_names_from_parquet(tmp_path: Path) -> None:
+def test_open_images__takes_labels_and_class_names_from_parquet(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "p.parquet", [5, 6, 7], [1, 0, 1], info={"features": FEATURES})
-    pictures = open_pictures(path)
-    assert pictures.labels == [1, 0, 1]
-    assert pictures.class_names == ["cat", "dog"]
-    assert [value_of(pictures, row) for row in (2, 0, 1)] == [7, 5, 6]
-    assert open_pictures(write_parquet(tmp_path / "q.parquet", [1])).labels is None
-    hidden = open_pictures(write_parquet(tmp_path / "r.parquet", [1, 2], [-1, -1]))  # as hidden test labels are written
+    images = open_images(path)
+    assert images.labels == [1, 0, 1]
+    assert images.class_names == ["cat", "dog"]
+    assert [value_of(images, row) for row in (2, 0, 1)] == [7, 5, 6]
+    assert open_images(write_parquet(tmp_path / "q.parquet", [1])).labels is None
+    hidden = open_images(write_parquet(tmp_path / "r.parquet", [1, 2], [-1, -1]))  # as hidden test labels are written
     assert hidden.labels is None
 
 
-def test_open_pictures__reads_a_folder_of_parquet_shards(tmp_path: Path) -> None:
+def test_open_images__reads_a_folder_of_parquet_shards(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_parquet(data / "train-00000-of-00002.parquet", [1, 2, 3], [0, 1, 0], info={"features": FEATURES})
     write_parquet(data / "train-00001-of-00002.parquet", [4, 5, 6], [1, 1, 0], info={"features": FEATURES})
     write_parquet(data / "test-00000-of-00001.parquet", [7], [1], info={"features": FEATURES})
-    train = open_pictures(tmp_path, split="train")
+    train = open_images(tmp_path, split="train")
     assert train.names[2:4] == ["data/train-00000-of-00002:2", "data/train-00001-of-00002:0"]
     assert train.labels == [0, 1, 0, 1, 1, 0]
     assert train.class_names == ["cat", "dog"]
     assert [value_of(train, row) for row in (5, 0, 3, 2, 4, 1)] == [6, 1, 4, 3, 5, 2]
     again = pickle.loads(pickle.dumps(train))
     assert again.read(4) == train.read(4)
-    assert open_pictures(tmp_path, split="test").names == ["0"]
-    assert len(open_pictures(tmp_path).names) == 7
+    assert open_images(tmp_path, split="test").names == ["0"]
+    assert len(open_images(tmp_path).names) == 7
     with pytest.raises(FileNotFoundError, match="has no split 'val'; its files are test-00000"):
-        open_pictures(tmp_path, split="val")
+        open_images(tmp_path, split="val")
 
 
 def write_saved_dataset(path: Path, values: list[int], labels: list[int]) -> Path:
@@ -170,16 +170,16 @@ def write_saved_dataset(path: Path, values: list[int], labels: list[int]) -> Pat
     return path
 
 
-def test_open_pictures__reads_a_saved_dataset(tmp_path: Path) -> None:
-    pictures = open_pictures(write_saved_dataset(tmp_path / "d", [1, 2, 3, 4, 5], [0, 1, 1, 0, 1]))
-    assert pictures.names == ["0", "1", "2", "3", "4"]
-    assert pictures.labels == [0, 1, 1, 0, 1]
-    assert pictures.class_names == ["cat", "dog"]
-    assert [value_of(pictures, row) for row in (4, 0, 2)] == [5, 1, 3]
-    assert pickle.loads(pickle.dumps(pictures)).read(3) == pictures.read(3)
+def test_open_images__reads_a_saved_dataset(tmp_path: Path) -> None:
+    images = open_images(write_saved_dataset(tmp_path / "d", [1, 2, 3, 4, 5], [0, 1, 1, 0, 1]))
+    assert images.names == ["0", "1", "2", "3", "4"]
+    assert images.labels == [0, 1, 1, 0, 1]
+    assert images.class_names == ["cat", "dog"]
+    assert [value_of(images, row) for row in (4, 0, 2)] == [5, 1, 3]
+    assert pickle.loads(pickle.dumps(images)).read(3) == images.read(3)
 
 
-def test_open_pictures__reads_what_the_datasets_library_saves(tmp_path: Path) -> None:
+def test_open_images__reads_what_the_datasets_library_saves(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"image": [{"bytes": encoded(value), "path": None} for value in range(5)], "label": [0, 1, 1, 0, 1]}
@@ -187,31 +187,31 @@ def test_open_pictures__reads_what_the_datasets_library_saves(tmp_path: Path) ->
     saved.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": saved, "test": saved.select([3, 1])}).save_to_disk(str(tmp_path / "both"))
     saved.to_parquet(str(tmp_path / "p.parquet"))
-    for pictures in (
-        open_pictures(tmp_path / "one"),
-        open_pictures(tmp_path / "both", split="train"),
-        open_pictures(tmp_path / "p.parquet"),
+    for images in (
+        open_images(tmp_path / "one"),
+        open_images(tmp_path / "both", split="train"),
+        open_images(tmp_path / "p.parquet"),
     ):
-        assert pictures.labels == [0, 1, 1, 0, 1]
-        assert pictures.class_names == ["cat", "dog"]
-        assert [value_of(pictures, row) for row in range(5)] == [0, 1, 2, 3, 4]
-    chosen = open_pictures(tmp_path / "both" / "test")
+        assert images.labels == [0, 1, 1, 0, 1]
+        assert images.class_names == ["cat", "dog"]
+        assert [value_of(images, row) for row in range(5)] == [0, 1, 2, 3, 4]
+    chosen = open_images(tmp_path / "both" / "test")
     assert [value_of(chosen, row) for row in range(2)] == [3, 1]
     with pytest.raises(DataError, match="holds the splits train, test; name one"):
-        open_pictures(tmp_path / "both")
+        open_images(tmp_path / "both")
 
 
-def test_open_pictures__says_what_is_wrong_with_a_dataset(tmp_path: Path) -> None:
+def test_open_images__says_what_is_wrong_with_a_dataset(tmp_path: Path) -> None:
     path = write_saved_dataset(tmp_path / "d", [1], [0])
     (path / "data-00000-of-00001.arrow").write_bytes(b"junk")
     with pytest.raises(DataError, match="is not a dataset saved by the `datasets` library"):
-        open_pictures(path)
+        open_images(path)
     (path / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(DataError, match="is not a dataset saved by"):
-        open_pictures(path)
+        open_images(path)
     (path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     with pytest.raises(FileNotFoundError, match="has no split 'val', only train"):
-        open_pictures(path, split="val")
+        open_images(path, split="val")
 
 
 # Tar files.
@@ -227,69 +227,69 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_open_pictures__reads_a_tar_of_class_folders(tmp_path: Path) -> None:
+def test_open_images__reads_a_tar_of_class_folders(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "p.tar",
         {"dog/2.png": encoded(2), "cat/1.png": encoded(1), "cat/notes.txt": b"", "cat/3.png": encoded(3)},
     )
-    pictures = open_pictures(path)
-    assert pictures.names == ["cat/1.png", "cat/3.png", "dog/2.png"]
-    assert pictures.labels == [0, 0, 1]
-    assert pictures.class_names == ["cat", "dog"]
-    assert [value_of(pictures, row) for row in (2, 0, 1)] == [2, 1, 3]
-    assert pickle.loads(pickle.dumps(pictures)).read(0) == encoded(1)
+    images = open_images(path)
+    assert images.names == ["cat/1.png", "cat/3.png", "dog/2.png"]
+    assert images.labels == [0, 0, 1]
+    assert images.class_names == ["cat", "dog"]
+    assert [value_of(images, row) for row in (2, 0, 1)] == [2, 1, 3]
+    assert pickle.loads(pickle.dumps(images)).read(0) == encoded(1)
     assert [file.name for file in tmp_path.iterdir()] == ["p.tar"]  # no index is left beside the data
 
 
-def test_open_pictures__reads_one_tar_per_class(tmp_path: Path) -> None:
+def test_open_images__reads_one_tar_per_class(tmp_path: Path) -> None:
     write_tar(tmp_path / "n02.tar", {"a.png": encoded(2), "b.png": encoded(3)})
     write_tar(tmp_path / "n01.tar", {"a.png": encoded(1)})
-    pictures = open_pictures(tmp_path)
-    assert pictures.names == ["n01.tar/a.png", "n02.tar/a.png", "n02.tar/b.png"]
-    assert pictures.labels == [0, 1, 1]
-    assert pictures.class_names == ["n01", "n02"]
-    assert [value_of(pictures, row) for row in range(3)] == [1, 2, 3]
+    images = open_images(tmp_path)
+    assert images.names == ["n01.tar/a.png", "n02.tar/a.png", "n02.tar/b.png"]
+    assert images.labels == [0, 1, 1]
+    assert images.class_names == ["n01", "n02"]
+    assert [value_of(images, row) for row in range(3)] == [1, 2, 3]
 
 
-def test_open_pictures__reads_a_tar_of_tars(tmp_path: Path) -> None:
+def test_open_images__reads_a_tar_of_tars(tmp_path: Path) -> None:
     inner = {name: write_tar(tmp_path / "in" / name, {"a.png": encoded(value)}) for value, name in
              enumerate(["n01.tar", "n02.tar"])}  # fmt: skip
     path = write_tar(tmp_path / "all.tar", {name: file.read_bytes() for name, file in inner.items()})
-    pictures = open_pictures(path)
-    assert pictures.names == ["n01.tar/a.png", "n02.tar/a.png"]
-    assert pictures.labels == [0, 1]
-    assert [value_of(pictures, row) for row in range(2)] == [0, 1]
+    images = open_images(path)
+    assert images.names == ["n01.tar/a.png", "n02.tar/a.png"]
+    assert images.labels == [0, 1]
+    assert [value_of(images, row) for row in range(2)] == [0, 1]
 
 
-def test_open_pictures__takes_labels_of_webdataset_shards_from_their_cls_files(tmp_path: Path) -> None:
+def test_open_images__takes_labels_of_webdataset_shards_from_their_cls_files(tmp_path: Path) -> None:
     for shard in range(2):
         members: dict[str, bytes] = {}
         for row in range(3):
             members[f"{row:03}.png"] = encoded(10 * shard + row)
             members[f"{row:03}.cls"] = str(5 * shard + row).encode()
         write_tar(tmp_path / f"train-{shard:04}.tar", members)
-    pictures = open_pictures(tmp_path)
-    assert pictures.names[2:4] == ["train-0000.tar/002.png", "train-0001.tar/000.png"]
-    assert pictures.labels == [0, 1, 2, 5, 6, 7]
-    assert [value_of(pictures, row) for row in range(6)] == [0, 1, 2, 10, 11, 12]
+    images = open_images(tmp_path)
+    assert images.names[2:4] == ["train-0000.tar/002.png", "train-0001.tar/000.png"]
+    assert images.labels == [0, 1, 2, 5, 6, 7]
+    assert [value_of(images, row) for row in range(6)] == [0, 1, 2, 10, 11, 12]
 
 
-def test_open_pictures__says_what_is_wrong_with_a_tar(tmp_path: Path) -> None:
+def test_open_images__says_what_is_wrong_with_a_tar(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(DataError, match=r"a\.tar: a tar file cannot be read"):
-        open_pictures(tmp_path / "a.tar")
-    with pytest.raises(DataError, match="holds no pictures in its tar files"):
-        open_pictures(write_tar(tmp_path / "b.tar", {"notes.txt": b"x"}))
+        open_images(tmp_path / "a.tar")
+    with pytest.raises(DataError, match="holds no images in its tar files"):
+        open_images(write_tar(tmp_path / "b.tar", {"notes.txt": b"x"}))
     with pytest.raises(DataError, match=r"1\.cls holds 'cat', not a class number"):
-        open_pictures(write_tar(tmp_path / "c.tar", {"1.png": encoded(1), "1.cls": b"cat"}))
+        open_images(write_tar(tmp_path / "c.tar", {"1.png": encoded(1), "1.cls": b"cat"}))
 
 
 def test_read__says_that_a_tar_was_cut_short(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "p.tar", {"cat/1.png": encoded(1), "dog/2.png": encoded(2)})
-    pictures = open_pictures(path)
+    images = open_images(path)
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(OSError, match="ends before the picture does"):
-        pictures.read(1)
+    with pytest.raises(OSError, match="ends before the image does"):
+        images.read(1)
 
 
 # Decoding.
@@ -303,14 +303,14 @@ def test_decode_pixels__gives_what_pil_gives(kind: str, mode: str) -> None:
     Image.fromarray(pixels).resize((50, 60), Image.Resampling.BICUBIC).convert(mode).save(buffer, kind)
     ours = decode_pixels(buffer.getvalue()).permute(1, 2, 0).numpy().astype(int)
     assert ours.shape == (60, 50, 3)
-    assert np.abs(ours - np.asarray(decode_picture(buffer.getvalue())).astype(int)).max() <= 2
+    assert np.abs(ours - np.asarray(decode_image(buffer.getvalue())).astype(int)).max() <= 2
 
 
 def test_decode_pixels__leaves_cmyk_and_gigapixels_to_pil(monkeypatch) -> None:
     buffer = io.BytesIO()
     Image.new("CMYK", (16, 16), (0, 0, 0, 127)).save(buffer, "jpeg")
     np.testing.assert_array_equal(
-        decode_pixels(buffer.getvalue()).permute(1, 2, 0).numpy(), np.asarray(decode_picture(buffer.getvalue()))
+        decode_pixels(buffer.getvalue()).permute(1, 2, 0).numpy(), np.asarray(decode_image(buffer.getvalue()))
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(Image.DecompressionBombError):

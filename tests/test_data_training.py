@@ -1,4 +1,4 @@
-"""Training batches: the same pictures, pixels and masks however a run is laid out; broken and vanished pictures."""
+"""Training batches: the same images, pixels and masks however a run is laid out; broken and vanished images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mto_analysis import DataError, MaskRule, mask_keys, open_pictures
-from mto_analysis.data import Augmentation, BrokenPicture, TrainBatch, TrainingData, choose_pictures
-from mto_analysis.data.augmentation import method_augmentation
+from mto_analysis import DataError, MaskRule, mask_keys, open_images
+from mto_analysis.images import Augmentation, BrokenImage, TrainBatch, TrainingData, choose_images
+from mto_analysis.images.augmentation import method_augmentation
 
 RULE = MaskRule("random", 0.75, 4)
 METHODS = ["mae", "simmim", "conmim", "cifar"]
@@ -33,13 +33,13 @@ def write_noise(folder: Path, count: int, size: tuple[int, int] | None = None, k
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures of 16 px: held in memory."""
+    """Twenty images of 16 px: held in memory."""
     return write_noise(tmp_path_factory.mktemp("small"), 20, (16, 16))
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures of many sizes: decoded by workers."""
+    """Twenty images of many sizes: decoded by workers."""
     return write_noise(tmp_path_factory.mktemp("large"), 20, kind="jpg")
 
 
@@ -49,11 +49,11 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 
 def make(source: Path, method: str = "mae", **options) -> TrainingData:
-    return TrainingData(open_pictures(source), method_augmentation(method, 16), RULE, 4, **options)
+    return TrainingData(open_images(source), method_augmentation(method, 16), RULE, 4, **options)
 
 
 def contents(batches: Iterable[TrainBatch]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Image, second image and mask of each picture."""
+    """Image, second image and mask of each image."""
     found = {}
     for batch in batches:
         second = batch.images if batch.second_images is None else batch.second_images
@@ -88,9 +88,9 @@ def test_micro_batches__do_not_depend_on_batch_size_processes_or_accumulation(so
         assert_same(whole, parts)
 
 
-def test_micro_batches__give_every_optimizer_step_the_same_pictures(source: Path) -> None:
+def test_micro_batches__give_every_optimizer_step_the_same_images(source: Path) -> None:
     data = make(source)
-    order = [open_pictures(source).names[row] for row in data.order(1)]
+    order = [open_images(source).names[row] for row in data.order(1)]
     for micro_batch, accumulation, processes in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]:
         steps: list[list[str]] = [[] for _ in range(5)]
         for process in range(processes):
@@ -103,9 +103,9 @@ def test_micro_batches__give_every_optimizer_step_the_same_pictures(source: Path
         assert [sorted(step) for step in steps] == [sorted(order[4 * step : 4 * step + 4]) for step in range(5)]
 
 
-def test_micro_batches__share_pictures_out_as_documented(small: Path) -> None:
+def test_micro_batches__share_images_out_as_documented(small: Path) -> None:
     data = make(small)
-    order = [open_pictures(small).names[row] for row in data.order(0)]
+    order = [open_images(small).names[row] for row in data.order(0)]
     batches = list(data.micro_batches(0, micro_batch=3, accumulation=1, process=1, processes=2))
     assert [batch.names for batch in batches] == [tuple(order[start : start + 3]) for start in (3, 9, 15)]
 
@@ -136,24 +136,24 @@ def test_micro_batches__skip_steps_without_reading_them(source: Path, num_worker
 
 
 def test_micro_batches__read_only_what_is_not_skipped(large: Path) -> None:
-    pictures = open_pictures(large)
+    images = open_images(large)
     read: list[int] = []
 
     class Watched:
-        names, labels, class_names, open = pictures.names, pictures.labels, pictures.class_names, pictures.open
+        names, labels, class_names, open = images.names, images.labels, images.class_names, images.open
 
         def read(self, index: int) -> bytes:
             read.append(index)
-            return pictures.read(index)
+            return images.read(index)
 
     data = TrainingData(Watched(), Augmentation(16), RULE, 4, in_memory=False)
     list(data.micro_batches(0, micro_batch=4, skip_steps=4, process=0, processes=1))
     assert read == data.order(0)[16:].tolist()
 
 
-def test_micro_batches__do_not_depend_on_the_other_pictures(source: Path) -> None:
-    pictures = open_pictures(source)
-    some = choose_pictures(pictures, pictures.names[5:11])
+def test_micro_batches__do_not_depend_on_the_other_images(source: Path) -> None:
+    images = open_images(source)
+    some = choose_images(images, images.names[5:11])
     whole = contents(make(source, "conmim").micro_batches(0, micro_batch=1))
     data = TrainingData(some, method_augmentation("conmim", 16), RULE, 4)
     assert data.prepare() == ("small" in source.name)
@@ -167,12 +167,12 @@ def test_micro_batches__change_with_seed_and_epoch(source: Path, change: str) ->
     other = contents(make(source, seed=int(change == "seed")).micro_batches(int(change == "epoch"), micro_batch=1))
     assert list(first) != list(other)
     assert first.keys() == other.keys()
-    for place in (0, 2):  # picture and mask
+    for place in (0, 2):  # image and mask
         differ = [not torch.equal(first[name][place], other[name][place]) for name in first]
         assert np.mean(differ) > 0.8
 
 
-def test_micro_batches__hold_every_picture_once_and_drop_the_incomplete_batch(small: Path) -> None:
+def test_micro_batches__hold_every_image_once_and_drop_the_incomplete_batch(small: Path) -> None:
     data = make(small)
     assert len(data) == 20
     assert data.steps_per_epoch(3) == 6
@@ -190,7 +190,7 @@ def test_order__visits_places_evenly(small: Path) -> None:
 
 @pytest.mark.parametrize("rule", [RULE, MaskRule("block", 0.6, 8), MaskRule("blockwise", 0.4, 4)])
 def test_micro_batches__draw_the_masks_of_their_keys(source: Path, rule: MaskRule) -> None:
-    data = TrainingData(open_pictures(source), Augmentation(16), rule, 4, seed=7)
+    data = TrainingData(open_images(source), Augmentation(16), rule, 4, seed=7)
     for batch in data.micro_batches(5, micro_batch=6):
         assert torch.equal(batch.mask, rule.draw(mask_keys(batch.names, seed=7, epoch=5), (4, 4), 4))
 
@@ -211,7 +211,7 @@ def test_micro_batches__are_not_changed_by_autocast(small: Path) -> None:
     assert_same(plain, cast)
 
 
-# Memory and workers give the same pictures.
+# Memory and workers give the same images.
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -233,7 +233,7 @@ def test_prepare__reports_progress(small: Path) -> None:
     assert seen == [(20, 20)]
 
 
-def test_prepare__goes_to_workers_for_pictures_of_many_sizes(tmp_path: Path) -> None:
+def test_prepare__goes_to_workers_for_images_of_many_sizes(tmp_path: Path) -> None:
     write_noise(tmp_path, 6, (16, 16))
     Image.new("RGB", (12, 16)).save(tmp_path / "class0" / "other.png")
     assert not make(tmp_path).prepare()
@@ -242,7 +242,7 @@ def test_prepare__goes_to_workers_for_pictures_of_many_sizes(tmp_path: Path) -> 
         make(tmp_path, in_memory=True).prepare()
 
 
-def test_prepare__holds_larger_pictures_of_one_size_if_asked(tmp_path: Path) -> None:
+def test_prepare__holds_larger_images_of_one_size_if_asked(tmp_path: Path) -> None:
     write_noise(tmp_path, 6, (40, 24))
     assert not make(tmp_path).prepare()
     data = make(tmp_path, in_memory=True)
@@ -251,13 +251,13 @@ def test_prepare__holds_larger_pictures_of_one_size_if_asked(tmp_path: Path) -> 
     assert batch.images.shape == (6, 3, 16, 16)
 
 
-# Pictures that cannot be used.
+# Images that cannot be used.
 
 
 @pytest.fixture(params=["small", "large"])
 def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_noise(tmp_path, 20, (16, 16) if request.param == "small" else None, "jpg")
-    (tmp_path / "class0" / "03.jpg").write_bytes(b"not a picture")
+    (tmp_path / "class0" / "03.jpg").write_bytes(b"not an image")
     path = tmp_path / "class1" / "07.jpg"
     path.write_bytes(path.read_bytes()[:300])
     (tmp_path / "class2" / "11.jpg").write_bytes(b"")
@@ -268,8 +268,8 @@ BROKEN = ["class0/03.jpg", "class1/07.jpg", "class2/11.jpg"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_micro_batches__replace_broken_pictures_by_others(broken: Path, num_workers: int) -> None:
-    found: list[BrokenPicture] = []
+def test_micro_batches__replace_broken_images_by_others(broken: Path, num_workers: int) -> None:
+    found: list[BrokenImage] = []
     data = make(broken, on_broken=found.append, num_workers=num_workers)
     for epoch in (0, 1):
         batches = list(data.micro_batches(epoch, micro_batch=4))
@@ -278,11 +278,11 @@ def test_micro_batches__replace_broken_pictures_by_others(broken: Path, num_work
         assert not set(BROKEN) & set(names)
         for batch in batches:
             assert torch.equal(batch.mask, RULE.draw(mask_keys(batch.names, epoch=epoch), (4, 4), 4))
-    assert sorted(picture.name for picture in found) == sorted(data.broken) == BROKEN  # each once
+    assert sorted(image.name for image in found) == sorted(data.broken) == BROKEN  # each once
     assert all("\n" not in reason and reason for reason in data.broken.values())
 
 
-def test_micro_batches__replace_broken_pictures_the_same_way_everywhere(broken: Path) -> None:
+def test_micro_batches__replace_broken_images_the_same_way_everywhere(broken: Path) -> None:
     def names(**options) -> Iterator[tuple[str, ...]]:
         return (batch.names for batch in make(broken, **options).micro_batches(2, micro_batch=2))
 
@@ -292,8 +292,8 @@ def test_micro_batches__replace_broken_pictures_the_same_way_everywhere(broken: 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_micro_batches__stop_at_a_broken_picture_if_strict(broken: Path, num_workers: int) -> None:
-    with pytest.raises(DataError, match=r"^picture class\d/\d\d\.jpg cannot be decoded \(\w+: .*\)$") as error:
+def test_micro_batches__stop_at_a_broken_image_if_strict(broken: Path, num_workers: int) -> None:
+    with pytest.raises(DataError, match=r"^image class\d/\d\d\.jpg cannot be decoded \(\w+: .*\)$") as error:
         list(make(broken, strict=True, num_workers=num_workers).micro_batches(0, micro_batch=20))
     assert any(name in str(error.value) for name in BROKEN)
 
@@ -304,7 +304,7 @@ def test_micro_batches__name_a_file_that_is_gone(tmp_path: Path, num_workers: in
     data = make(tmp_path, num_workers=num_workers)
     list(data.micro_batches(0, micro_batch=4))
     (tmp_path / "class1" / "04.jpg").unlink()
-    with pytest.raises(DataError, match=r"^picture class1/04\.jpg cannot be read any more .* restore it, then resume$"):
+    with pytest.raises(DataError, match=r"^image class1/04\.jpg cannot be read any more .* restore it, then resume$"):
         list(data.micro_batches(1, micro_batch=4))
 
 
@@ -316,9 +316,9 @@ def test_micro_batches__say_that_nothing_can_be_decoded(tmp_path: Path, in_memor
         list(make(tmp_path, in_memory=in_memory).micro_batches(0, micro_batch=2))
 
 
-def test_micro_batches__say_that_there_are_too_few_pictures(small: Path) -> None:
+def test_micro_batches__say_that_there_are_too_few_images(small: Path) -> None:
     data = make(small)
-    with pytest.raises(DataError, match="20 pictures do not fill one batch of 24; take a smaller batch"):
+    with pytest.raises(DataError, match="20 images do not fill one batch of 24; take a smaller batch"):
         data.micro_batches(0, micro_batch=6, accumulation=2, processes=2)
     with pytest.raises(DataError, match="do not fill one batch of 21"):
         data.steps_per_epoch(21)
@@ -334,36 +334,36 @@ def test_micro_batches__refuse_numbers_that_make_no_sense(small: Path, options: 
 
 
 def test_training_data__refuses_settings_that_do_not_fit(small: Path) -> None:
-    pictures = open_pictures(small)
+    images = open_images(small)
     with pytest.raises(ValueError, match="patch_size must divide image_size 16, got 5"):
-        TrainingData(pictures, Augmentation(16), RULE, 5)
+        TrainingData(images, Augmentation(16), RULE, 5)
     with pytest.raises(ValueError, match="a mask unit of 3 patches does not divide the 4 x 4 grid"):
-        TrainingData(pictures, Augmentation(16), MaskRule("block", 0.5, 12), 4)
+        TrainingData(images, Augmentation(16), MaskRule("block", 0.5, 12), 4)
     with pytest.raises(ValueError, match="num_workers must be at least 0"):
-        TrainingData(pictures, Augmentation(16), RULE, 4, num_workers=-1)
+        TrainingData(images, Augmentation(16), RULE, 4, num_workers=-1)
 
 
 class _Deadly:
-    """Pictures of which one ends the process that reads it."""
+    """Images of which one ends the process that reads it."""
 
     labels, class_names = None, ()
 
     def __init__(self, source: Path) -> None:
-        self._pictures = open_pictures(source)
-        self.names = self._pictures.names
+        self._images = open_images(source)
+        self.names = self._images.names
 
     def read(self, index: int) -> bytes:
         if index == 3:
             os._exit(9)
-        return self._pictures.read(index)
+        return self._images.read(index)
 
     def open(self, index: int) -> Image.Image:
-        return self._pictures.open(index)
+        return self._images.open(index)
 
 
 # torch's loader may hear of the same end once more while it is taken down.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_micro_batches__say_that_a_worker_process_ended(large: Path) -> None:
     data = TrainingData(_Deadly(large), Augmentation(16), RULE, 4, num_workers=1)
-    with pytest.raises(DataError, match=r"^a process that decodes pictures ended \(.*use fewer workers$"):
+    with pytest.raises(DataError, match=r"^a process that decodes images ended \(.*use fewer workers$"):
         list(data.micro_batches(0, micro_batch=4))

@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from watched_models import Shrinking, batch_of, small_mae, small_simmim
 
 from mto_analysis.affinity import TokenSplit
-from mto_analysis.data import open_pictures
-from mto_analysis.definitions import DEFINITIONS, DefinitionMeasure
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS, DEMO_PICTURES
-from mto_analysis.masking import load_masks
-from mto_analysis.plots.definitions import draw_definitions, plot_definition
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES, DEMO_MASKS
+from mto_analysis.figures.plots.definitions import draw_definitions, plot_definition
+from mto_analysis.images import open_images
+from mto_analysis.masks import load_masks
 from mto_analysis.probe import probe
-from mto_analysis.studies.definitions import measure_definitions
-from mto_analysis.studies.heterogeneity import Settings
+from mto_analysis.probe.definition_study import measure_definitions
+from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
+from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 
@@ -74,7 +74,7 @@ def test_definition_measure__agrees_with_slow_loops_at_every_depth() -> None:
 def test_definitions__bundled_mae_has_the_known_curves() -> None:
     settings = Settings(masks=load_masks(DEMO_MASKS["MAE"]), batch_size=64)
     study, table, attention = measure_definitions(
-        [DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), settings, labels=["MAE"]
+        [DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), settings, labels=["MAE"]
     )
     curves = {
         name: rows["heterogeneity"].tolist()

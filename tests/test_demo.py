@@ -11,17 +11,17 @@ import pytest
 import torch
 from golden_files import GOLDEN
 
-from mto_analysis import load_checkpoint, load_masks, open_pictures, own_loss
+from mto_analysis import load_checkpoint, load_masks, open_images, own_loss
 from mto_analysis.demo import (
     DEMO_CHECKPOINTS,
+    DEMO_IMAGES,
     DEMO_MASKS,
-    DEMO_PICTURES,
     DemoTables,
     demo_batches,
     demo_sentences,
     measure_demo,
 )
-from mto_analysis.plots.heterogeneity import draw_heterogeneity
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.probe import masks_from_file, probe
 
 FILES = {"MAE": "mae_final", "MAE, early": "mae_early", "SimMIM": "simmim_final", "SimMIM, early": "simmim_early"}
@@ -29,10 +29,10 @@ FILES = {"MAE": "mae_final", "MAE, early": "mae_early", "SimMIM": "simmim_final"
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, np.ndarray]:
-    """What the original code measures, rows in the order of the bundled pictures."""
+    """What the original code measures, rows in the order of the bundled images."""
     with np.load(GOLDEN / "cifar10_reference.npz") as file:
         values = dict(file)
-    cells = pq.read_table(DEMO_PICTURES)["image"].to_pylist()
+    cells = pq.read_table(DEMO_IMAGES)["image"].to_pylist()
     place = {name: row for row, name in enumerate(values["names"].tolist())}
     order = [place[cell["path"]] for cell in cells]
     assert sorted(order) == list(range(256))
@@ -61,7 +61,7 @@ def test_measure_demo__means_equal_the_original_code(tables: DemoTables, referen
 
 
 @pytest.mark.parametrize("label", ["MAE", "SimMIM"])
-def test_probe__of_each_bundled_picture_equals_the_original_code(label: str, reference) -> None:
+def test_probe__of_each_bundled_image_equals_the_original_code(label: str, reference) -> None:
     model = load_checkpoint(DEMO_CHECKPOINTS[label])
     masks = masks_from_file(model.info, load_masks(DEMO_MASKS[label]))
     frame = probe(model, demo_batches(model.info, limit=64), masks).to_frame()
@@ -69,9 +69,9 @@ def test_probe__of_each_bundled_picture_equals_the_original_code(label: str, ref
     expected = pd.DataFrame(reference[FILES[label]], columns=[str(row) for row in range(256)])[values.columns]
     difference = np.abs(values.to_numpy() - expected.to_numpy())
     assert difference.max() < 1e-2
-    assert np.median(difference) < 2e-4  # single pictures: rounding of float16 weights
+    assert np.median(difference) < 2e-4  # single images: rounding of float16 weights
     spread = np.abs(np.diff(np.sort(expected.to_numpy(), axis=1), axis=1)).mean()
-    assert difference.mean() < spread  # so a row that belongs to another picture shows
+    assert difference.mean() < spread  # so a row that belongs to another image shows
 
 
 @pytest.mark.parametrize("method", ["MAE", "SimMIM"])
@@ -95,7 +95,7 @@ def test_demo_checkpoints__have_the_facts_of_their_training() -> None:
 
 @pytest.mark.parametrize(("label", "original"), [("MAE", 0.360), ("SimMIM", 0.527), ("MAE, early", 0.855)])
 def test_own_loss__of_the_demo_models_is_near_the_originals(label: str, original: float, reference) -> None:
-    # The original code's is over 500 test pictures, ours over the 256 bundled ones.
+    # The original code's is over 500 test images, ours over the 256 bundled ones.
     assert float(reference[f"{FILES[label]}_loss"]) == pytest.approx(original, rel=0.1)
     model = load_checkpoint(DEMO_CHECKPOINTS[label])
     (batch,) = demo_batches(model.info, batch_size=256)
@@ -132,9 +132,9 @@ def test_demo_sentences__say_what_was_measured(tables: DemoTables) -> None:
     assert "does not show that a model has converged" in sentences[-1]
 
 
-def test_demo_batches__are_the_bundled_pictures() -> None:
-    assert len(open_pictures(DEMO_PICTURES).names) == 256
+def test_demo_batches__are_the_bundled_images() -> None:
+    assert len(open_images(DEMO_IMAGES).names) == 256
     info = load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info
     names = [name for batch in demo_batches(info, limit=4, batch_size=3) for name in batch.names]
     assert names == ["0", "64", "128", "192"]
-    assert Path(DEMO_PICTURES).stat().st_size < 1e6
+    assert Path(DEMO_IMAGES).stat().st_size < 1e6

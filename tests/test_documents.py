@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import typer
 import yaml
-from conftest import write_pictures
+from conftest import write_images
 from documents import ROOT, Block, blocks, indented_code, pages
 from typer.testing import CliRunner
 
 from mto_analysis.checkpoints.registry import list_checkpoints
-from mto_analysis.demo import DEMO_PICTURES
+from mto_analysis.demo import DEMO_IMAGES
 from mto_analyze import app
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
@@ -31,7 +31,7 @@ SHELL = ("bash", "console")
 INERT = ("text", "math", "csv", "bibtex")
 CODE = re.compile(r"(\$ )?(mto-analyze|pip|python\d?|torchrun|accelerate|import|from \S+ import)\s")
 
-#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps, and fit an experiment's to 256 pictures.
+#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps, and fit an experiment's to 256 images.
 QUICK = {"pretrain": ("epochs=1", "batch_size=4", "model.depth=1"), "experiment": ("epochs=1", "batch_size=64")}
 
 
@@ -134,17 +134,17 @@ def test_commands__exist_with_the_options_shown(page: str, line: str) -> None:
 
 
 class StandIns:
-    """Small files in place of those that a page names: checkpoints, pictures, curves."""
+    """Small files in place of those that a page names: checkpoints, images, curves."""
 
     def __init__(self, folder: Path, checkpoints: dict[str, Path]) -> None:
         self.folder, self.checkpoints = folder, checkpoints
         self.ids = {row.id for row in list_checkpoints()}
-        self.pictures = write_pictures(folder / "PICTURES", ("cat.jpg", "dogs/rex.jpg", "a.png", "b.png"))
+        self.images = write_images(folder / "IMAGES", ("cat.jpg", "dogs/rex.jpg", "a.png", "b.png"))
         for name in ("DATA", "TRAIN", "TEST"):  # labelled by their sub-folders
-            write_pictures(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
+            write_images(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
         (folder / "CIFAR10").mkdir()
         for part in ("train", "test"):
-            shutil.copy(DEMO_PICTURES, folder / "CIFAR10" / f"{part}.parquet")
+            shutil.copy(DEMO_IMAGES, folder / "CIFAR10" / f"{part}.parquet")
         epochs, seeds = (100, 200, 300, 400), (0, 1, 2)
         rows = [
             (method, epoch, 60 + gain * epoch / 20 + seed / 10, seed)

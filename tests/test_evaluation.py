@@ -1,4 +1,4 @@
-"""Encoders of whole pictures, kNN, the linear classifier on cached features, and the evaluator that keeps pictures."""
+"""Encoders of whole images, kNN, the linear classifier on cached features, and the evaluator that keeps images."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labelled_pictures import write_parquet
+from labelled_images import write_parquet
 from test_parity import load
 from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
 from torch.nn import functional as F
 
-from mto_analysis.data import picture_batches
 from mto_analysis.errors import DataError, NumericalError
-from mto_analysis.evaluation import Evaluation, Evaluator, score
-from mto_analysis.evaluation.evaluator import accuracy
-from mto_analysis.evaluation.features import LabelledPictures, extract_features, normalized, pooled
-from mto_analysis.evaluation.knn import knn_scores
-from mto_analysis.evaluation.linear import fit_linear, linear_scores
-from mto_analysis.evaluation.protocols import pooling_of
+from mto_analysis.images import image_batches
+from mto_analysis.training.evaluation import Evaluation, Evaluator, score
+from mto_analysis.training.evaluation.evaluator import accuracy
+from mto_analysis.training.evaluation.features import LabelledImages, extract_features, normalized, pooled
+from mto_analysis.training.evaluation.knn import knn_scores
+from mto_analysis.training.evaluation.linear import fit_linear, linear_scores
+from mto_analysis.training.evaluation.protocols import pooling_of
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_encode__refuses_a_family_without_encoder(two_stacks, generator) -> None
         two_stacks.encode(some_images(generator, 1))
 
 
-def test_encode__checks_the_size_of_pictures(tiny_mae, generator) -> None:
+def test_encode__checks_the_size_of_images(tiny_mae, generator) -> None:
     with pytest.raises(ValueError, match="images must be"):
         tiny_mae.encode(some_images(generator, 1, side=20))
 
@@ -104,7 +104,7 @@ def test_knn_scores__do_not_depend_on_the_chunk(generator, monkeypatch) -> None:
     train, test = torch.randn(30, 4, generator=generator), torch.randn(9, 4, generator=generator)
     labels = torch.randint(3, (30,), generator=generator)
     whole = knn_scores(train, labels, test, 3)
-    monkeypatch.setattr("mto_analysis.evaluation.knn._MOST_VALUES", 61)
+    monkeypatch.setattr("mto_analysis.training.evaluation.knn._MOST_VALUES", 61)
     torch.testing.assert_close(knn_scores(train, labels, test, 3), whole)
 
 
@@ -133,7 +133,7 @@ def test_linear_scores__do_not_depend_on_the_scale_of_a_feature(generator) -> No
 def test_fit_linear__ends_where_the_gradient_vanishes(generator, monkeypatch) -> None:
     features = torch.randn(80, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(3, (80,), generator=generator)
-    monkeypatch.setattr("mto_analysis.evaluation.linear._MOST_VALUES", 50)  # several chunks
+    monkeypatch.setattr("mto_analysis.training.evaluation.linear._MOST_VALUES", 50)  # several chunks
     weight, bias = (x.requires_grad_() for x in fit_linear(features, labels, 3, penalty=0.1, iterations=200))
     loss = F.cross_entropy(features @ weight.T + bias, labels) + 0.05 * weight.square().sum()
     for gradient in torch.autograd.grad(loss, (weight, bias)):
@@ -141,9 +141,9 @@ def test_fit_linear__ends_where_the_gradient_vanishes(generator, monkeypatch) ->
 
 
 def test_normalized__equals_the_preprocessing_of_the_probe(sources, tiny_mae) -> None:
-    pictures = LabelledPictures(str(sources[0]), batch_size=5)
-    images = torch.cat([batch for _, batch in pictures.batches(tiny_mae.info)])
-    goal = torch.cat([batch.images for batch in picture_batches(pictures.pictures, tiny_mae.info)])
+    pixels = LabelledImages(str(sources[0]), batch_size=5)
+    images = torch.cat([batch for _, batch in pixels.batches(tiny_mae.info)])
+    goal = torch.cat([batch.images for batch in image_batches(pixels.images, tiny_mae.info)])
     torch.testing.assert_close(normalized(images, tiny_mae.info), goal)
 
 
@@ -166,26 +166,26 @@ def test_evaluator__finds_colours_and_leaves_no_trace(sources, protocol: str) ->
     assert torch.is_grad_enabled()
 
 
-def test_evaluator__reads_pictures_once(sources, tiny_mae, tiny_simmim, monkeypatch) -> None:
+def test_evaluator__reads_images_once(sources, tiny_mae, tiny_simmim, monkeypatch) -> None:
     evaluator = Evaluator(Evaluation("knn", *map(str, sources)))
     first = evaluator.evaluate(tiny_mae)
-    monkeypatch.setattr(type(evaluator.train.pictures), "open", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(type(evaluator.train.images), "open", lambda *_: pytest.fail("read again"))
     assert evaluator.evaluate(tiny_mae).top1 == first.top1
     evaluator.evaluate(tiny_simmim)
 
 
 def test_evaluator__gives_the_same_for_any_number_of_workers(sources, tiny_mae) -> None:
     features = [
-        extract_features(tiny_mae, LabelledPictures(str(sources[0]), batch_size=7, num_workers=workers), "class")
+        extract_features(tiny_mae, LabelledImages(str(sources[0]), batch_size=7, num_workers=workers), "class")
         for workers in (0, 2)
     ]
     assert torch.equal(features[0].vectors, features[1].vectors)
 
 
 def test_batches__are_shared_out_whole(sources, tiny_mae) -> None:
-    pictures = LabelledPictures(str(sources[0]), batch_size=7)
-    whole = dict(pictures.batches(tiny_mae.info))
-    shares = [dict(pictures.batches(tiny_mae.info, process, 3)) for process in range(3)]
+    pixels = LabelledImages(str(sources[0]), batch_size=7)
+    whole = dict(pixels.batches(tiny_mae.info))
+    shares = [dict(pixels.batches(tiny_mae.info, process, 3)) for process in range(3)]
     assert sorted(number for share in shares for number in share) == sorted(whole)
     for share in shares:
         for number, images in share.items():
@@ -206,8 +206,8 @@ def test_evaluator__refuses_other_classes(tmp_path) -> None:
         Evaluator(Evaluation("knn", str(train), str(test)))
 
 
-def test_evaluator__refuses_pictures_without_labels(picture_folder) -> None:
-    listed = picture_folder / "list.txt"
+def test_evaluator__refuses_images_without_labels(image_folder) -> None:
+    listed = image_folder / "list.txt"
     listed.write_text("c.png\nA.png\n")
     with pytest.raises(DataError, match="has no labels"):
         Evaluator(Evaluation("knn", str(listed), str(listed)))
@@ -218,10 +218,10 @@ def test_evaluator__refuses_a_family_without_encoder(sources) -> None:
         score(make_two_stacks(), Evaluation("knn", *map(str, sources)))
 
 
-def test_evaluator__names_the_picture_of_a_feature_that_is_not_finite(sources, tiny_mae) -> None:
+def test_evaluator__names_the_image_of_a_feature_that_is_not_finite(sources, tiny_mae) -> None:
     with torch.no_grad():
         tiny_mae.norm.weight[0] = torch.nan
-    with pytest.raises(NumericalError, match="picture 0"):
+    with pytest.raises(NumericalError, match="image 0"):
         score(tiny_mae, Evaluation("knn", *map(str, sources)))
 
 

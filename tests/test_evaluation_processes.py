@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_pictures import write_parquet
+from labelled_images import write_parquet
 from tiny_models import make_mae
 
-from mto_analysis.evaluation import Evaluation, Evaluator
-from mto_analysis.evaluation.features import LabelledPictures
-from mto_analysis.evaluation.settings import ClassifierSettings
-from mto_analysis.evaluation.training import TrainingMachine, train_classifier
+from mto_analysis.training.evaluation import Evaluation, Evaluator
+from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analysis.training.evaluation.settings import ClassifierSettings
+from mto_analysis.training.evaluation.training import TrainingMachine, train_classifier
 
 if not torch.distributed.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
@@ -32,8 +32,8 @@ def measure(folder: Path, name: str) -> tuple[list[float], list[float]]:
         for protocol in ("knn", "linear")
     ]
     machine = TrainingMachine(micro_batch=4)
-    pictures = [LabelledPictures(source) for source in sources]
-    epochs = train_classifier(make_mae(), pictures[0], pictures[1], SETTINGS, folder / name, machine=machine)
+    images = [LabelledImages(source) for source in sources]
+    epochs = train_classifier(make_mae(), images[0], images[1], SETTINGS, folder / name, machine=machine)
     return scores, [record.train_loss for record in epochs]
 
 

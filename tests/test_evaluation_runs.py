@@ -9,22 +9,22 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from labelled_pictures import write_parquet
+from labelled_images import write_parquet
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
 from mto_analysis import save_checkpoint
 from mto_analysis.checkpoints.publishing import published_state
 from mto_analysis.errors import CheckpointNotFoundError, DataError, OutputExistsError
-from mto_analysis.evaluation.evaluator import Score
-from mto_analysis.evaluation.runs import (
+from mto_analysis.figures.plots.evaluation import draw_accuracy
+from mto_analysis.training.evaluation.evaluator import Score
+from mto_analysis.training.evaluation.runs import (
     CurveFile,
     RunCheckpoint,
     find_checkpoints,
     named_checkpoints,
     score_checkpoints,
 )
-from mto_analysis.plots.evaluation import draw_accuracy
 from mto_analyze import app
 
 
@@ -210,7 +210,7 @@ def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protoco
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--train", "nowhere"], 4, "no pictures at nowhere"),
+        (["--train", "nowhere"], 4, "no images at nowhere"),
         (["--ckpt", "nowhere.pth"], 3, "nowhere.pth"),
         (["--device", "cuda:77"], 2, "cannot be used"),
         (["--temperature", "0"], 2, "temperature must be positive"),

@@ -12,18 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from labelled_pictures import write_parquet
+from labelled_images import write_parquet
 from test_parity import load
 from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
 from torch import nn
 from torch.nn import functional as F
 
 from mto_analysis.errors import DataError, NumericalError, OutputExistsError
-from mto_analysis.evaluation.augmented import Share, augmented_batches, global_state_restored
-from mto_analysis.evaluation.classifier import build_classifier, build_optimizer, layer_of
-from mto_analysis.evaluation.features import LabelledPictures
-from mto_analysis.evaluation.settings import ClassifierSettings, finetune_settings, linear_settings
-from mto_analysis.evaluation.training import TrainingMachine, learning_rate, train_classifier
+from mto_analysis.training.evaluation.augmented import Share, augmented_batches, global_state_restored
+from mto_analysis.training.evaluation.classifier import build_classifier, build_optimizer, layer_of
+from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analysis.training.evaluation.settings import ClassifierSettings, finetune_settings, linear_settings
+from mto_analysis.training.evaluation.training import TrainingMachine, learning_rate, train_classifier
 
 
 def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
@@ -35,9 +35,9 @@ def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> tuple[LabelledPictures, LabelledPictures]:
+def labelled(tmp_path: Path) -> tuple[LabelledImages, LabelledImages]:
     train, test = write_parquet(tmp_path / "train.parquet"), write_parquet(tmp_path / "test.parquet", 12, seed=1)
-    return LabelledPictures(str(train)), LabelledPictures(str(test))
+    return LabelledImages(str(train)), LabelledImages(str(test))
 
 
 def state_of(folder: Path, name: str = "classifier.pth") -> dict[str, Any]:
@@ -158,15 +158,15 @@ def test_learning_rate__warms_up_and_falls_along_a_cosine() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["linear_mae", "finetune"])
-def test_train_classifier__goes_on_exactly_after_a_stop(pictures, tmp_path, protocol) -> None:
+def test_train_classifier__goes_on_exactly_after_a_stop(labelled, tmp_path, protocol) -> None:
     chosen, model = settings(protocol), make_mae()
-    whole = list(train_classifier(model, *pictures, chosen, tmp_path / "whole"))
-    stopped = train_classifier(model, *pictures, chosen, tmp_path / "stopped")
+    whole = list(train_classifier(model, *labelled, chosen, tmp_path / "whole"))
+    stopped = train_classifier(model, *labelled, chosen, tmp_path / "stopped")
     next(stopped)
     stopped.close()  # as a kill after the first epoch
     assert (tmp_path / "stopped" / "last.pth").exists()
     torch.manual_seed(99)  # nothing hangs on global state
-    again = list(train_classifier(model, *pictures, chosen, tmp_path / "stopped"))
+    again = list(train_classifier(model, *labelled, chosen, tmp_path / "stopped"))
     assert [record.epoch for record in again] == [1, 2, 3]
     assert_same_states(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
     assert not (tmp_path / "stopped" / "last.pth").exists()
@@ -174,28 +174,28 @@ def test_train_classifier__goes_on_exactly_after_a_stop(pictures, tmp_path, prot
     assert list(pd.read_csv(tmp_path / "stopped" / "metrics.csv")["epoch"]) == [1, 2, 3]
 
 
-def test_train_classifier__does_not_depend_on_workers(pictures, tmp_path) -> None:
+def test_train_classifier__does_not_depend_on_workers(labelled, tmp_path) -> None:
     for workers in (0, 2):
         machine = TrainingMachine(num_workers=workers)
-        list(train_classifier(make_mae(), *pictures, settings(epochs=1), tmp_path / str(workers), machine=machine))
+        list(train_classifier(make_mae(), *labelled, settings(epochs=1), tmp_path / str(workers), machine=machine))
     assert_same_states(state_of(tmp_path / "0"), state_of(tmp_path / "2"))
 
 
-def test_train_classifier__accumulates_to_the_same_step(pictures, tmp_path) -> None:
+def test_train_classifier__accumulates_to_the_same_step(labelled, tmp_path) -> None:
     """Without mixup, whose pairs lie in a micro-batch, halves of a batch make the same step to rounding."""
     chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, epochs=2)
     for micro in (8, 2):
         machine = TrainingMachine(micro_batch=micro)
-        list(train_classifier(make_mae(), *pictures, chosen, tmp_path / str(micro), machine=machine))
+        list(train_classifier(make_mae(), *labelled, chosen, tmp_path / str(micro), machine=machine))
     one, two = (state_of(tmp_path / name)["rows"] for name in ("8", "2"))
     assert [row["train_loss"] for row in one] == pytest.approx([row["train_loss"] for row in two], rel=1e-4)
 
 
-def test_train_classifier__leaves_model_and_random_state_alone(pictures, tmp_path) -> None:
+def test_train_classifier__leaves_model_and_random_state_alone(labelled, tmp_path) -> None:
     model = make_simmim().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    list(train_classifier(model, *pictures, settings(epochs=1), tmp_path))
+    list(train_classifier(model, *labelled, settings(epochs=1), tmp_path))
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
@@ -204,48 +204,48 @@ def test_train_classifier__leaves_model_and_random_state_alone(pictures, tmp_pat
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_train_classifier__learns_colours(pictures, tmp_path) -> None:
+def test_train_classifier__learns_colours(labelled, tmp_path) -> None:
     chosen = settings("linear_mae", epochs=30, base_lr=900.0, warmup_epochs=2.0)
-    *_, last = train_classifier(make_mae(), *pictures, chosen, tmp_path, machine=TrainingMachine(test_every=30))
+    *_, last = train_classifier(make_mae(), *labelled, chosen, tmp_path, machine=TrainingMachine(test_every=30))
     assert last.top1 == 100
     assert last.top5 is None
 
 
-def test_train_classifier__refuses_another_setting_or_model(pictures, tmp_path) -> None:
+def test_train_classifier__refuses_another_setting_or_model(labelled, tmp_path) -> None:
     chosen = settings("linear_mae")
-    next(train_classifier(make_mae(), *pictures, chosen, tmp_path))
+    next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
     with pytest.raises(OutputExistsError, match="another model, seed or settings"):
-        next(train_classifier(make_mae(), *pictures, replace(chosen, base_lr=0.2), tmp_path))
+        next(train_classifier(make_mae(), *labelled, replace(chosen, base_lr=0.2), tmp_path))
     with pytest.raises(OutputExistsError, match="another model"):
-        next(train_classifier(make_mae(seed=5), *pictures, chosen, tmp_path))
-    next(train_classifier(make_mae(seed=5), *pictures, chosen, tmp_path, overwrite=True))
+        next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path))
+    next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path, overwrite=True))
 
 
-def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(pictures, tmp_path) -> None:
+def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(labelled, tmp_path) -> None:
     model = make_mae()
     with torch.no_grad():
         model.norm.bias[0] = torch.inf
     with pytest.raises(NumericalError, match="epoch 1, step 1"):
-        list(train_classifier(model, *pictures, settings("linear_mae"), tmp_path))
+        list(train_classifier(model, *labelled, settings("linear_mae"), tmp_path))
 
 
-def test_train_classifier__refuses_what_does_not_fit(pictures, tmp_path) -> None:
-    with pytest.raises(DataError, match="24 training pictures do not fill one batch of 64"):
-        next(train_classifier(make_mae(), *pictures, settings(batch_size=64), tmp_path))
+def test_train_classifier__refuses_what_does_not_fit(labelled, tmp_path) -> None:
+    with pytest.raises(DataError, match="24 training images do not fill one batch of 64"):
+        next(train_classifier(make_mae(), *labelled, settings(batch_size=64), tmp_path))
     with pytest.raises(ValueError, match="no multiple"):
-        next(train_classifier(make_mae(), *pictures, settings(), tmp_path, machine=TrainingMachine(micro_batch=3)))
+        next(train_classifier(make_mae(), *labelled, settings(), tmp_path, machine=TrainingMachine(micro_batch=3)))
     with pytest.raises(ValueError, match="must be even"):
-        next(train_classifier(make_mae(), *pictures, settings(batch_size=9), tmp_path))
+        next(train_classifier(make_mae(), *labelled, settings(batch_size=9), tmp_path))
     with pytest.raises(DataError, match="no encoder"):
-        next(train_classifier(make_two_stacks(), *pictures, settings(), tmp_path))
+        next(train_classifier(make_two_stacks(), *labelled, settings(), tmp_path))
 
 
-def test_augmented_batches__hold_the_same_pictures_however_shared_out(pictures) -> None:
+def test_augmented_batches__hold_the_same_images_however_shared_out(labelled) -> None:
     info, chosen = make_mae().info, settings()
 
     def batches(share: Share) -> list[Any]:
         with global_state_restored():
-            return list(augmented_batches(pictures[0], info, chosen, share, seed=3, epoch=2))
+            return list(augmented_batches(labelled[0], info, chosen, share, seed=3, epoch=2))
 
     whole = batches(Share(8))
     halves = [batches(Share(4, 1, process, 2)) for process in (0, 1)]
@@ -255,11 +255,11 @@ def test_augmented_batches__hold_the_same_pictures_however_shared_out(pictures) 
         assert torch.equal(labels, torch.cat([half[number][1] for half in halves]))
 
 
-def test_augmentation__bears_every_strength_of_posterize(pictures) -> None:
+def test_augmentation__bears_every_strength_of_posterize(labelled) -> None:
     chosen = settings(auto_augment="rand-m10-n6-mstd0.0-inc1", batch_size=24)
     with global_state_restored():
         for epoch in range(4):
-            for images, _ in augmented_batches(pictures[0], make_mae().info, chosen, Share(24), seed=0, epoch=epoch):
+            for images, _ in augmented_batches(labelled[0], make_mae().info, chosen, Share(24), seed=0, epoch=epoch):
                 assert images.isfinite().all()
 
 
@@ -270,7 +270,7 @@ def test_settings__are_those_of_the_paper() -> None:
     assert (simmim.learning_rate, simmim.layer_decay, simmim.batch_size) == (5e-3, 0.9, 2048)
     probe = linear_settings(make_mae(**large))
     assert (probe.learning_rate, probe.epochs, probe.warmup_epochs, probe.weight_decay) == (6.4, 90, 10, 0)
-    assert finetune_settings(make_mae()).batch_size == 256  # 16 px: for small pictures
+    assert finetune_settings(make_mae()).batch_size == 256  # 16 px: for small images
 
 
 def test_settings__are_read_from_text() -> None:

@@ -110,9 +110,9 @@ def test_experiment__rauc_is_that_of_the_curves(done: Path) -> None:
 def test_experiment__again_finds_all_runs_finished(done: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*")}
     experiment = load_experiment(done / "tiny.toml")
-    runs = ExperimentRuns(experiment, experiment.pictures.resolved(done), done / "out")
+    runs = ExperimentRuns(experiment, experiment.images.resolved(done), done / "out")
     told = []
-    do_runs(runs, num_pictures=64, tell=told.append)
+    do_runs(runs, num_images=64, tell=told.append)
     assert [(each.run.folder, each.state) for each in told] == [(run.folder, "found") for run in runs.all]
     assert {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*")} == before
     result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--dry-run")
@@ -145,7 +145,7 @@ def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None
     result = run(file, "--data", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 4
     line = result.stderr.splitlines()[-1]
-    assert "choosing: MAE, seed 100: 64 pictures do not fill one batch of 128" in line
+    assert "choosing: MAE, seed 100: 64 images do not fill one batch of 128" in line
     assert "run the same command again" in line
 
 
@@ -153,7 +153,7 @@ def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None
 def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_experiment(tmp_path)
     experiment = load_experiment(file)
-    runs = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out")
+    runs = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out")
 
     def kill(progress) -> None:
         if progress.state == "going":
@@ -163,7 +163,7 @@ def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pyte
                 child.kill()
 
     with pytest.raises(RunFailedError, match=r"choosing: MAE, seed 100: its process died"):
-        do_runs(runs, num_pictures=64, tell=kill)
+        do_runs(runs, num_images=64, tell=kill)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pyte
     [
         "last.pth cannot be written (No space left on device): mend it and go on with --resume",
         "metrics.csv cannot be written (No space left on device); go on with --resume",
-        "picture 7.png cannot be read any more (gone); restore it, then resume",
+        "image 7.png cannot be read any more (gone); restore it, then resume",
     ],
 )
 def test_failure__gives_the_advice_of_an_experiment_only(tmp_path: Path, words: str) -> None:
     experiment = load_experiment(write_experiment(tmp_path))
-    run = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out").all[0]
+    run = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out").all[0]
 
     class Connection:
         def recv(self) -> Report:
@@ -252,7 +252,7 @@ def test_verdict__claims_nothing_that_the_interval_does_not_say(done: Path) -> N
     from dataclasses import replace
 
     experiment = load_experiment(done / "tiny.toml")
-    results = collect(ExperimentRuns(experiment, experiment.pictures.resolved(done), done / "out"))
+    results = collect(ExperimentRuns(experiment, experiment.images.resolved(done), done / "out"))
     one = results.comparisons[0]
     bounded = replace(one.interval, kind="bounded", low=0.9, high=1.2)
     assert "no difference is shown" in verdict(replace(one, rauc=1.05, interval=bounded))
@@ -264,6 +264,6 @@ def test_verdict__claims_nothing_that_the_interval_does_not_say(done: Path) -> N
 
 def test_read_curve__of_a_run_that_has_not_begun_is_empty(tmp_path: Path) -> None:
     experiment = load_experiment(write_experiment(tmp_path))
-    runs = ExperimentRuns(experiment, experiment.pictures.resolved(tmp_path), tmp_path / "out")
+    runs = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out")
     assert read_curve(runs.main[0]).empty
     assert not runs.main[0].finished()

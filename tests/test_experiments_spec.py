@@ -10,8 +10,8 @@ from experiment_cases import TINY, write_experiment
 from mto_analysis.errors import DataNotFoundError, ExperimentError
 from mto_analysis.experiments import ExperimentRuns, experiment_names, load_experiment
 from mto_analysis.experiments.runs import shortened
-from mto_analysis.experiments.spec import Pictures
-from mto_analysis.training import MTOConfig
+from mto_analysis.experiments.spec import Images
+from mto_analysis.mto import MTOConfig
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_load_experiment__set_reaches_every_table_and_all_recipes(tiny: Path) ->
     assert experiment.choice is not None
     assert experiment.choice.candidates[1].mto.ranking_weight == 0.25
     assert experiment.precision == "bf16"
-    assert experiment.pictures.train == "other.parquet"
+    assert experiment.images.train == "other.parquet"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_shipped_experiments__are_whole(name: str, tmp_path: Path) -> None:
     experiment = load_experiment(name)
     assert experiment.summary
     assert experiment.baseline is not None
-    runs = ExperimentRuns(experiment, Pictures(), tmp_path)
+    runs = ExperimentRuns(experiment, Images(), tmp_path)
     assert len(runs.main) == len(experiment.methods) * len(experiment.seeds)
     assert all(run.settings.evaluation.every >= 1 for run in runs.all if run.settings.evaluation)
     longer = load_experiment(name, {"epochs": "200"})
@@ -170,11 +170,11 @@ def test_shortened__keeps_the_shape_of_the_schedule(tiny: Path) -> None:
     assert (short.epochs, short.warmup_epochs) == (10, recipe.warmup_epochs / 2)
 
 
-def test_pictures__that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataNotFoundError, match=r"there are no pictures at .*train.parquet; give"):
-        Pictures().resolved(tmp_path)
+def test_images__that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataNotFoundError, match=r"there are no images at .*train.parquet; give"):
+        Images().resolved(tmp_path)
     write_experiment(tmp_path)
-    found = Pictures().resolved(tmp_path)
+    found = Images().resolved(tmp_path)
     assert found.train == found.eval_train == str(tmp_path / "train.parquet")
 
 

@@ -19,19 +19,19 @@ from typer.testing import CliRunner
 
 from mto_analysis import DataError
 from mto_analysis.checkpoints import registry
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import CheckpointError, DataNotFoundError, OutputExistsError
-from mto_analysis.paper import FIGURES, Drawn, Inputs, draw_paper, find_figures
-from mto_analysis.paper.drawing import CAPTIONS, merge_captions
-from mto_analysis.paper.public import PUBLIC, draw_public
-from mto_analysis.paper.workbench import Workbench
-from mto_analysis.plots.affinity import draw_affinity
-from mto_analysis.plots.runs import plot_runs
-from mto_analysis.plots.schematic import TOKENS, draw_schematic, plot_losses_on_affinity, plot_style
-from mto_analysis.plots.style import PAPER_STYLE, TEXT_WIDTH, paper_style
-from mto_analysis.plots.tables import draw_table
-from mto_analysis.quadrants import AffinityMap
-from mto_analysis.tables import paper_table, printed
+from mto_analysis.figures.paper import FIGURES, Drawn, Inputs, draw_paper, find_figures
+from mto_analysis.figures.paper.drawing import CAPTIONS, merge_captions
+from mto_analysis.figures.paper.public import PUBLIC, draw_public
+from mto_analysis.figures.paper.tables import paper_table, printed
+from mto_analysis.figures.paper.workbench import Workbench
+from mto_analysis.figures.plots.affinity import draw_affinity
+from mto_analysis.figures.plots.runs import plot_runs
+from mto_analysis.figures.plots.schematic import TOKENS, draw_schematic, plot_losses_on_affinity, plot_style
+from mto_analysis.figures.plots.style import PAPER_STYLE, TEXT_WIDTH, paper_style
+from mto_analysis.figures.plots.tables import draw_table
+from mto_analysis.probe.quadrants import AffinityMap
 from mto_analyze import app
 
 COMMITTED = Path(__file__).parents[1] / "figures"
@@ -41,9 +41,9 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but not rendered, where a test looks only at their tables."""
-    monkeypatch.setattr("mto_analysis.plots.style.figure_bytes", lambda figure, kind, tight=True: b"")
+    monkeypatch.setattr("mto_analysis.figures.plots.style.figure_bytes", lambda figure, kind, tight=True: b"")
 
 
 def drawn(name: str, **inputs: object):
@@ -119,10 +119,10 @@ class TestWhatIsCommitted:
             for stem, table in FIGURES[name].draw(bench).tables.items():
                 assert_same_numbers(table, COMMITTED / f"{stem}.csv")
 
-    def test_pictures_have_the_width_of_the_page_and_fonts_are_embedded(self) -> None:
+    def test_images_have_the_width_of_the_page_and_fonts_are_embedded(self) -> None:
         for name in FIGURES:
-            with Image.open(COMMITTED / f"{name}.png") as picture:
-                assert picture.width == pytest.approx(TEXT_WIDTH * 300, abs=1), name
+            with Image.open(COMMITTED / f"{name}.png") as image:
+                assert image.width == pytest.approx(TEXT_WIDTH * 300, abs=1), name
             pdf = (COMMITTED / f"{name}.pdf").read_bytes()
             assert b"/FontFile2" in pdf
             assert b"/Type3" not in pdf
@@ -132,7 +132,7 @@ class TestWhatIsCommitted:
         text = " ".join((COMMITTED / CAPTIONS).read_text(encoding="utf-8").split())
         for name in ("fig1a", "fig1b", "definitions"):
             section = text.split(f"## {name} ")[1].split("## ")[0]
-            assert "n = 256 CIFAR-10 test pictures" in section
+            assert "n = 256 CIFAR-10 test images" in section
             assert "95 % interval" in section
         assert text.count("does not show that a model has converged") == 2
 
@@ -143,7 +143,7 @@ class TestCatalogue:
             find_figures(["fig9"])
 
     def test_published_figures_refuse_checkpoints_and_others_refuse_experiments(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="table1 takes no checkpoints or pictures"):
+        with pytest.raises(ValueError, match="table1 takes no checkpoints or images"):
             find_figures(["table1"], inputs=Inputs(checkpoints=("a.pth",)))
         with pytest.raises(ValueError, match="fig1a cannot be drawn from an experiment; those that can are fig4"):
             find_figures(["fig1a"], inputs=Inputs(experiment=tmp_path))
@@ -173,15 +173,15 @@ def test_merge_captions__replaces_its_own_and_keeps_the_others_in_order() -> Non
     assert text == "# Mine\n\n## fig1a\n\nfirst\n\n## fig4\n\nnew\n\n## zz\n\nkept\n"
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_images")
 class TestMeasured:
-    def test_other_checkpoints_and_pictures_are_drawn_with_their_names(
-        self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
+    def test_other_checkpoints_and_images_are_drawn_with_their_names(
+        self, checkpoints: dict[str, Path], image_folder: Path, tmp_path: Path
     ) -> None:
         inputs = Inputs(
             checkpoints=(str(checkpoints["mae"]), str(checkpoints["simmim"])),
             labels=("A model", "B"),
-            images=picture_folder,
+            images=image_folder,
             batch_size=4,
         )
         files = dict(draw_paper(["fig1a", "fig1b", "fig2"], tmp_path, inputs))
@@ -194,14 +194,14 @@ class TestMeasured:
         assert dict.fromkeys(table["model"]) == {"A model": None, "B": None}
         assert set(table["num_images"]) == {6}
         caption = (tmp_path / CAPTIONS).read_text()
-        assert "n = 6 pictures of pictures" in " ".join(caption.split())
+        assert "n = 6 images of images" in " ".join(caption.split())
         assert "bundled" not in caption
 
     def test_models_are_measured_once_for_figures_1_and_2(
-        self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
+        self, checkpoints: dict[str, Path], image_folder: Path, tmp_path: Path
     ) -> None:
         said: list[str] = []
-        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder)
+        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=image_folder)
         list(draw_paper(["fig1a", "fig1b", "fig2"], tmp_path, inputs, say=said.append))
         assert sum("masks:" in line for line in said) == 1
 
@@ -223,10 +223,10 @@ class TestMeasured:
         assert looks[0] == {name: looks[1][name] for name in ("MAE", "SimMIM")}
 
     def test_definitions_and_controls_share_one_pass(
-        self, checkpoints: dict[str, Path], picture_folder: Path, tmp_path: Path
+        self, checkpoints: dict[str, Path], image_folder: Path, tmp_path: Path
     ) -> None:
         said: list[str] = []
-        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=picture_folder, limit=3, device="auto")
+        inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=image_folder, limit=3, device="auto")
         list(draw_paper(["definitions", "controls"], tmp_path, inputs, say=said.append))
         assert sum("masks:" in line for line in said) == 1
         controls = pd.read_csv(tmp_path / "controls.csv")
@@ -325,7 +325,7 @@ class TestPublished:
         assert printed("supp_fig2_claims")["top1"].tolist().count("") == 4
 
     def test_a_claim_of_a_new_form_is_not_drawn_as_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mto_analysis.paper import published
+        from mto_analysis.figures.paper import published
 
         other = printed("supp_fig2_claims").assign(claim="something else")
         monkeypatch.setattr(published, "printed", lambda name: other)
@@ -360,7 +360,7 @@ class TestPublished:
                 down = min(one.y1, two.y1) - max(one.y0, two.y0)
                 assert across <= 1 or down <= 1
 
-    def test_every_cell_of_a_table_is_on_its_picture(self) -> None:
+    def test_every_cell_of_a_table_is_on_its_image(self) -> None:
         (ax,) = drawn("supp-table2").figures["supp-table2"].axes
         words = [text.get_text() for text in ax.texts]
         for cell in paper_table("supp2").frame["AP mask"]:
@@ -498,7 +498,7 @@ def public_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield server, cache / PUBLIC["SimMIM"]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_images")
 class TestPublicFiles:
     def test_figures_1_and_2_are_drawn_of_the_fetched_files(self, public_files, tmp_path: Path) -> None:
         server, place = public_files
@@ -580,11 +580,11 @@ class TestCommand:
         assert result.exit_code == 2
         assert "figure must be one of" in result.stderr
 
-    def test_it_takes_checkpoints_and_pictures(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    def test_it_takes_checkpoints_and_images(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
         models = ["--ckpt", str(checkpoints["simmim"]), "--ckpt", str(checkpoints["simmim_early"])]
         names = ["--label", "late", "--label", "early"]
-        pictures = ["--images", str(DEMO_PICTURES), "--limit", "3"]
-        result = runner.invoke(app, ["figures", "fig1b", *models, *names, *pictures, "--out", str(tmp_path)])
+        images = ["--images", str(DEMO_IMAGES), "--limit", "3"]
+        result = runner.invoke(app, ["figures", "fig1b", *models, *names, *images, "--out", str(tmp_path)])
         assert result.exit_code == 0, result.output
         assert list(dict.fromkeys(pd.read_csv(tmp_path / "fig1b.csv")["model"])) == ["late", "early"]
 

@@ -3,7 +3,7 @@ import pytest
 import reference_rauc as slow
 from scipy import stats
 
-from mto_analysis.intervals import (
+from mto_analysis.rauc.intervals import (
     bca_paired,
     bca_unpaired,
     fieller,

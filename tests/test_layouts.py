@@ -17,7 +17,7 @@ from mto_analysis.checkpoints import HeadCountError
 from mto_analysis.checkpoints.conversion import Heads, build
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.reading import read_checkpoint
-from mto_analysis.masking import mask_keys
+from mto_analysis.masks import mask_keys
 
 BY_NAME = {each.name: each for each in PUBLISHED}
 
@@ -40,7 +40,7 @@ def test_load_checkpoint__tokens_agree_with_the_reference_on_masks_of_different_
     if model.info.family == "hiera":
         mask[0] = (torch.arange(36) % 6 < 4) & (torch.arange(36) // 6 < 4)  # 4 of 9 units instead of 6
     elif batch > 1 and model.info.family not in ("simmim_swin", "simmim_swinv2"):
-        mask[0, mask[0].nonzero()[0]] = False  # one masked patch less than in the second picture
+        mask[0, mask[0].nonzero()[0]] = False  # one masked patch less than in the second image
         assert len(set(mask.sum(dim=1).tolist())) > 1 or model.info.mask_rule.kind == "blockwise"
     weights = {name: tensor.double() for name, tensor in published.weights().items()}
     with torch.no_grad():

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mto_analysis.curves import read_curves
 from mto_analysis.errors import DataError
-from mto_analysis.logs import read_log
+from mto_analysis.rauc.curves import read_curves
+from mto_analysis.rauc.logs import read_log
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -102,7 +102,7 @@ def test_read_log__takes_a_named_key_and_tag():
 
 @pytest.mark.parametrize("name", ["conmim_log.txt", "bootmae_log.txt", "resumed_log.txt", "broken_log.txt"])
 def test_read_log__lines_like_the_first_read_as_those_parsed_one_by_one(name, monkeypatch):
-    from mto_analysis.logs import jsonlines
+    from mto_analysis.rauc.logs import jsonlines
 
     fast = read_log(LOGS / name)
     monkeypatch.setattr(jsonlines, "_template", lambda *_: ([], [], None))

@@ -53,7 +53,7 @@ def test_heterogeneity__equals_the_original_code(golden) -> None:
 def test_reconstruct__equals_the_original_code(name: str, golden_of) -> None:
     golden = golden_of(name)
     with torch.no_grad():
-        picture = golden.load().reconstruct(golden.images, golden.mask).numpy()
+        image = golden.load().reconstruct(golden.images, golden.mask).numpy()
     expected = golden.expected["reconstruction"]
     if name == "mae":  # patches of 8 x 8 x 3 values, colour fastest
         grid = expected.reshape(2, 8, 8, 8, 8, 3)
@@ -62,7 +62,7 @@ def test_reconstruct__equals_the_original_code(name: str, golden_of) -> None:
             for column in range(8):
                 cell = grid[:, row, column].transpose(0, 3, 1, 2)
                 expected[:, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = cell
-    np.testing.assert_allclose(picture, expected, atol=5e-5, rtol=0)
+    np.testing.assert_allclose(image, expected, atol=5e-5, rtol=0)
 
 
 def test_layer_norms__have_the_epsilon_of_their_family(golden) -> None:
@@ -257,9 +257,9 @@ def test_layer_tokens__of_an_image_do_not_depend_on_the_others(
 def test_reconstruct__uses_the_last_depth(tiny_model, generator: torch.Generator) -> None:
     images, mask = some_images(generator, 2), some_masks(generator, 2)
     with torch.no_grad():
-        picture = tiny_model.reconstruct(images, mask)
-        assert picture.shape == images.shape
-        assert torch.equal(tiny_model(images, mask), picture)
+        image = tiny_model.reconstruct(images, mask)
+        assert image.shape == images.shape
+        assert torch.equal(tiny_model(images, mask), image)
         last = layers(tiny_model, images, mask)[-1].tokens
         if isinstance(tiny_model, MAE):
             patches = tiny_model.decoder_pred(tiny_model.decoder_norm(last))
@@ -267,7 +267,7 @@ def test_reconstruct__uses_the_last_depth(tiny_model, generator: torch.Generator
         else:
             values = tiny_model.decoder(tiny_model.norm(last).mT.reshape(2, -1, 4, 4))[1, :, 1, 2]
             expected = values.reshape(3, PATCH, PATCH)  # colour, row, column
-    assert torch.allclose(picture[1, :, 4:8, 8:12], expected, atol=1e-5)
+    assert torch.allclose(image[1, :, 4:8, 8:12], expected, atol=1e-5)
 
 
 # The interface.
@@ -322,7 +322,7 @@ def test_model_info__is_frozen_and_knows_its_grid() -> None:
 
 def test_model_info__refuses_impossible_values() -> None:
     rule = MaskRule("random", 0.75, 16)
-    with pytest.raises(ValueError, match="a patch of 15 px does not divide a picture of 224 px"):
+    with pytest.raises(ValueError, match="a patch of 15 px does not divide an image of 224 px"):
         ModelInfo("mae", "decoder", 224, 15, rule)
     with pytest.raises(ValueError, match="style must be inpainting or decoder, got 'encoder'"):
         ModelInfo("mae", "encoder", 224, 16, rule)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mto_analysis.masking import MaskRule, mask_keys
+from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
 from mto_analysis.models.windows import PatchMerging, shift_mask
 
@@ -64,7 +64,7 @@ def test_layer_tokens__refuses_a_mask_that_changes_inside_what_a_merge_joins(ima
         make_swin().layer_tokens(images, mask)
 
 
-def test_reconstruct__gives_a_picture_or_says_that_the_head_is_missing(images: Tensor, mask: Tensor) -> None:
+def test_reconstruct__gives_a_image_or_says_that_the_head_is_missing(images: Tensor, mask: Tensor) -> None:
     with torch.no_grad():
         assert make_swin().reconstruct(images, mask).shape == images.shape
     with pytest.raises(ValueError, match="no decoder"):
@@ -93,7 +93,7 @@ def test_patch_merging__joins_tokens_column_by_column() -> None:
         ({"num_heads": (1, 2)}, "depths and num_heads must name each stage"),
         ({"num_heads": (3, 2, 2)}, "num_heads must divide the width 8"),
         ({"window": 5}, "a window of 5 does not divide a grid of 16"),
-        ({"image_size": 72}, "does not divide a picture of 72 px"),
+        ({"image_size": 72}, "does not divide an image of 72 px"),
         ({"version": 3}, "version must be 1 or 2"),
     ],
 )

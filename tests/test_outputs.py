@@ -13,7 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mto_analysis.errors import MTOAnalysisError, OutputExistsError
-from mto_analysis.outputs import OutputFolder, atomic_file, run_facts, write_atomically
+from mto_analysis.figures.plots.style import write_figure
+from mto_analysis.runtime.outputs import OutputFolder, atomic_file, run_facts, write_atomically
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -140,7 +141,7 @@ def test_write_figure__writes_png_and_pdf_the_same_each_time(tmp_path: Path) -> 
         figure = Figure(figsize=(1, 1))
         figure.subplots().plot([1, 2])
         folder = OutputFolder(tmp_path / name, ["f.png", "f.pdf"])
-        assert [path.name for path in folder.write_figure("f", figure)] == ["f.png", "f.pdf"]
+        assert [path.name for path in write_figure(folder, "f", figure)] == ["f.png", "f.pdf"]
         written.append(files_of(tmp_path / name))
     assert written[0] == written[1]
     assert written[0]["f.png"].startswith(b"\x89PNG")

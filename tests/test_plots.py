@@ -13,8 +13,8 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from mto_analysis import DataError
-from mto_analysis.plots.heterogeneity import draw_heterogeneity, plot_fall, plot_heterogeneity
-from mto_analysis.plots.style import COLORS, PAGE_WIDTH, figure_bytes, paper_style
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_fall, plot_heterogeneity
+from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, figure_bytes, paper_style
 
 
 def curve(
@@ -147,7 +147,7 @@ def test_draw_heterogeneity__puts_both_views_side_by_side(frame: pd.DataFrame) -
     assert [text.get_text() for text in legend.get_texts()] == ["MAE", "SimMIM"]
     heading = figure.get_suptitle()
     assert heading.startswith("two models\n")
-    assert "mean over 8 pictures; bands: 95 % interval over pictures" in heading
+    assert "mean over 8 images; bands: 95 % interval over images" in heading
     assert figure.get_size_inches()[0] == PAGE_WIDTH
 
 
@@ -160,9 +160,9 @@ def test_draw_heterogeneity__draws_one_image_without_a_band() -> None:
     assert figure_bytes(figure, "png")
 
 
-def test_draw_heterogeneity__names_differing_numbers_of_pictures() -> None:
+def test_draw_heterogeneity__names_differing_numbers_of_images() -> None:
     frame = pd.concat([curve("a", [1.0]), curve("b", [2.0], num_images=16)])
-    assert "mean over 8 or 16 pictures" in draw_heterogeneity(frame).get_suptitle()
+    assert "mean over 8 or 16 images" in draw_heterogeneity(frame).get_suptitle()
 
 
 @pytest.mark.parametrize("plot", [plot_heterogeneity, plot_fall, draw_heterogeneity])
@@ -205,8 +205,8 @@ def test_figure_bytes__are_the_same_for_the_same_table(frame: pd.DataFrame) -> N
 
 def test_figure_bytes__have_300_dots_per_inch_and_embedded_fonts(frame: pd.DataFrame) -> None:
     figure = draw_heterogeneity(frame)
-    with Image.open(io.BytesIO(figure_bytes(figure, "png"))) as picture:
-        assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
-        assert picture.size[0] > 1800
+    with Image.open(io.BytesIO(figure_bytes(figure, "png"))) as image:
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert image.size[0] > 1800
     assert b"/FontFile2" in figure_bytes(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
     assert b"/Type3" not in figure_bytes(figure, "pdf")

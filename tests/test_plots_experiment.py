@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from mto_analysis.intervals import mean_interval
-from mto_analysis.plots.experiment import (
+from mto_analysis.figures.plots.experiment import (
     draw_experiment_curves,
     draw_trajectories,
     plot_experiment_curves,
@@ -18,6 +17,7 @@ from mto_analysis.plots.experiment import (
     plot_profiles,
     plot_trajectories,
 )
+from mto_analysis.rauc.intervals import mean_interval
 
 EPOCHS = [0, 2, 4]
 

@@ -2,9 +2,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from mto_analysis.comparison import compare, window_grid
-from mto_analysis.plots.rauc import plot_rauc, plot_rauc_windows, rauc_figure, rauc_windows_figure
+from mto_analysis.figures.plots.rauc import plot_rauc, plot_rauc_windows, rauc_figure, rauc_windows_figure
 from mto_analysis.rauc import Points
+from mto_analysis.rauc.comparison import compare, window_grid
 
 EPOCHS = np.array([100.0, 200.0, 300.0, 400.0])
 MAE = {s: Points(EPOCHS, np.array([60.0, 66.0, 69.0, 70.0]) + d) for s, d in (("0", 0.0), ("1", 0.4), ("2", -0.1))}

@@ -7,9 +7,9 @@ import torch
 from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, stop_after
 from tiny_models import make_mae, make_simmim, some_images, some_masks
 
-from mto_analysis.pretraining import RunSettings
-from mto_analysis.pretraining.blocks import choose_attention, prepare_blocks, transformer_blocks_of
-from mto_analysis.training import MTOConfig, attach_mto
+from mto_analysis.mto import MTOConfig, attach_mto
+from mto_analysis.training import RunSettings
+from mto_analysis.training.blocks import choose_attention, prepare_blocks, transformer_blocks_of
 
 
 def gradients(model, generator, **options):

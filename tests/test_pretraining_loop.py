@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, some_pictures, stop_after
+from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, some_images, stop_after
 
 from mto_analysis import load_checkpoint
-from mto_analysis.demo import DEMO_PICTURES
+from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
-from mto_analysis.evaluation import Evaluation
-from mto_analysis.logs import read_log
-from mto_analysis.pretraining import RunSettings, pretrain
-from mto_analysis.training import MTOConfig
+from mto_analysis.mto import MTOConfig
+from mto_analysis.rauc.logs import read_log
+from mto_analysis.training import RunSettings, pretrain
+from mto_analysis.training.evaluation import Evaluation
 
 FULL = RunSettings(device="cpu", log_every=3, mto=MTOConfig(), ema=0.9, accumulation=2, save_steps=1, keep_every=1)
 
@@ -31,7 +31,7 @@ def test_pretrain__writes_all_files_and_learns(tmp_path):
     assert names == {"run.json", "recipe.toml", "metrics.csv", "curves.csv", "last.pth", "checkpoint-0004.pth"}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["state"] == "complete"
-    assert facts["identity"]["pictures"]["count"] == 64
+    assert facts["identity"]["images"]["count"] == 64
 
 
 def test_pretrain__checkpoints_load_as_published_ones(tmp_path):
@@ -121,14 +121,14 @@ def test_resume__of_a_run_killed_after_its_last_checkpoint_marks_it_complete(tmp
 
 def test_resume__of_another_run_says_what_differs(tmp_path):
     run(tmp_path / "run")
-    for recipe, settings, pictures, told in (
+    for recipe, settings, images, told in (
         (small_recipe(epochs="3"), None, None, r"recipe.epochs was 2 and is now 3"),
         (None, RunSettings(seed=5, device="cpu"), None, r"seed was 0 and is now 5"),
         (None, RunSettings(mto=MTOConfig(), device="cpu"), None, r"mto"),
-        (None, None, some_pictures(48), r"pictures.count was 64 and is now 48"),
+        (None, None, some_images(48), r"images.count was 64 and is now 48"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            run(tmp_path / "run", recipe, settings, pictures=pictures, resume=True)
+            run(tmp_path / "run", recipe, settings, images=images, resume=True)
 
 
 def test_resume__takes_settings_given_in_another_order(tmp_path):
@@ -193,7 +193,7 @@ def test_batch__must_be_shared_out_evenly(tmp_path):
 
 
 def test_loss__not_finite_stops_with_term_step_and_checkpoint(tmp_path, monkeypatch):
-    from mto_analysis.pretraining.mae import MAEMethod
+    from mto_analysis.training.methods.mae import MAEMethod
 
     forward = MAEMethod.forward
     calls = []
@@ -210,7 +210,7 @@ def test_loss__not_finite_stops_with_term_step_and_checkpoint(tmp_path, monkeypa
 
 
 def test_evaluation__is_run_every_so_many_epochs_and_at_the_end(tmp_path):
-    evaluation = Evaluation("knn", str(DEMO_PICTURES), str(DEMO_PICTURES), every=2)
+    evaluation = Evaluation("knn", str(DEMO_IMAGES), str(DEMO_IMAGES), every=2)
     settings = RunSettings(device="cpu", evaluation=evaluation, evaluate_start=True)
     records = run(tmp_path / "run", small_recipe(epochs="3"), settings)
     assert [record.score is None for record in records] == [True, False, False]
@@ -220,6 +220,6 @@ def test_evaluation__is_run_every_so_many_epochs_and_at_the_end(tmp_path):
 
 
 def test_record__comes_when_the_epoch_is_on_disk(tmp_path):
-    for record in pretrain(small_recipe(), some_pictures(), tmp_path / "run", RunSettings(device="cpu")):
+    for record in pretrain(small_recipe(), some_images(), tmp_path / "run", RunSettings(device="cpu")):
         assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == record.step
         assert rows(tmp_path / "run" / "metrics.csv")[-1]["step"] == str(record.step)

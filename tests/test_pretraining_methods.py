@@ -8,8 +8,8 @@ import torch
 from tiny_models import some_images, some_masks
 
 from mto_analysis.models.adapting import set_attention
-from mto_analysis.pretraining import build_method, load_recipe, parameter_groups
-from mto_analysis.training import attach_mto
+from mto_analysis.mto import attach_mto
+from mto_analysis.training import build_method, load_recipe, parameter_groups
 
 SMALL = {
     "image_size": "16",
@@ -139,15 +139,15 @@ def test_mae__loss_is_the_squared_error_of_masked_patches():
     with torch.no_grad():
         predicted = method.student.reconstruct(images, mask)
         loss = method(images, mask)["pixels"].item()
-    per_picture = []
-    for picture, guess, masked in zip(images, predicted, mask, strict=True):
+    per_image = []
+    for image, guess, masked in zip(images, predicted, mask, strict=True):
         errors = []
         for patch in masked.nonzero().flatten().tolist():
             y, x = 4 * (patch // 4), 4 * (patch % 4)
             here = (slice(None), slice(y, y + 4), slice(x, x + 4))
-            errors += [(a - b) ** 2 for a, b in zip(picture[here].flatten(), guess[here].flatten(), strict=True)]
-        per_picture.append(sum(errors) / len(errors))
-    assert loss == pytest.approx(float(sum(per_picture) / len(per_picture)), rel=1e-5)
+            errors += [(a - b) ** 2 for a, b in zip(image[here].flatten(), guess[here].flatten(), strict=True)]
+        per_image.append(sum(errors) / len(errors))
+    assert loss == pytest.approx(float(sum(per_image) / len(per_image)), rel=1e-5)
 
 
 def test_mae__normalized_target_has_mean_zero_and_sample_deviation_one():
@@ -173,11 +173,11 @@ def test_simmim__loss_is_the_absolute_error_of_masked_pixels():
         error = (method.student.reconstruct(images, mask) - images).abs()
         loss = method(images, mask)["pixels"].item()
     total, count = 0.0, 0
-    for picture in range(len(images)):
+    for image in range(len(images)):
         for y in range(16):
             for x in range(16):
-                if mask[picture, (y // 4) * 4 + x // 4]:
-                    total, count = total + float(error[picture, :, y, x].sum()), count + 3
+                if mask[image, (y // 4) * 4 + x // 4]:
+                    total, count = total + float(error[image, :, y, x].sum()), count + 3
     assert loss == pytest.approx(total / count, rel=1e-5)
 
 
@@ -203,7 +203,7 @@ def loop_layer_norm(values):
 
 def test_bootmae__losses_by_loops():
     """From the paper and the original's script: weights of masked neighbours, targets per channel, features of the
-    teacher's last block for the whole picture."""
+    teacher's last block for the whole image."""
     method = build_method(tiny_recipe("bootmae"), seed=0)
     with torch.no_grad():
         for parameter in method.teacher.parameters():

@@ -6,9 +6,9 @@ import pytest
 from pretraining_cases import Stopped, run, small_recipe, stop_after
 
 from mto_analysis.errors import DataError, OutputError
-from mto_analysis.logs.events import read_events
-from mto_analysis.pretraining import RunSettings
-from mto_analysis.pretraining.metrics import Averages, Table
+from mto_analysis.rauc.logs.events import read_events
+from mto_analysis.training import RunSettings
+from mto_analysis.training.metrics import Averages, Table
 
 COLUMNS = ["step", "loss", "score"]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from test_pretraining_methods import tiny_recipe
 
-from mto_analysis.pretraining import build_method, learning_rate, load_recipe, parameter_groups, peak_learning_rate
+from mto_analysis.training import build_method, learning_rate, load_recipe, parameter_groups, peak_learning_rate
 
 
 def small(name, **options):

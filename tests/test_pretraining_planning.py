@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining_cases import small_recipe, some_pictures
+from pretraining_cases import small_recipe, some_images
 
 from mto_analysis.errors import DataError
-from mto_analysis.pretraining import RunSettings, load_recipe, plan
-from mto_analysis.pretraining.group import Group
-from mto_analysis.pretraining.planning import _activations
-from mto_analysis.pretraining.stepping import Stepper, noise_batch
-from mto_analysis.training import MTOConfig
+from mto_analysis.mto import MTOConfig
+from mto_analysis.runtime.group import Group
+from mto_analysis.training import RunSettings, load_recipe, plan
+from mto_analysis.training.planning import _activations
+from mto_analysis.training.stepping import Stepper, noise_batch
 
 CPU = RunSettings(device="cpu")
 
@@ -24,7 +24,7 @@ def test_plan__counts_steps_and_parameters():
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
-    planned = plan(small_recipe(), some_pictures(), CPU)
+    planned = plan(small_recipe(), some_images(), CPU)
     assert torch.equal(torch.rand(2), expected)
     assert value_of(planned, "steps") == "8 = 2 x 4"
     assert value_of(planned, "effective batch") == "16 = 16 x 1 x 1"
@@ -37,12 +37,12 @@ def test_plan__counts_steps_and_parameters():
 
 
 def test_plan__shares_the_batch_out_over_processes_to_come():
-    planned = plan(small_recipe(), some_pictures(), RunSettings(device="cpu", accumulation=2), processes=4)
+    planned = plan(small_recipe(), some_images(), RunSettings(device="cpu", accumulation=2), processes=4)
     assert value_of(planned, "effective batch") == "16 = 2 x 4 x 2"
     with pytest.raises(ValueError, match="effective batch of 16"):
-        plan(small_recipe(), some_pictures(), CPU, processes=3)
+        plan(small_recipe(), some_images(), CPU, processes=3)
     with pytest.raises(DataError, match="do not fill"):
-        plan(small_recipe(), some_pictures(8), CPU)
+        plan(small_recipe(), some_images(8), CPU)
 
 
 def test_activations__grow_with_the_batch_and_less_with_checkpointing():
@@ -80,9 +80,9 @@ def test_memory__is_near_what_a_process_takes():
     code = (
         "import re, sys, torch\n"
         "from pathlib import Path\n"
-        "from mto_analysis.pretraining import RunSettings, load_recipe\n"
-        "from mto_analysis.pretraining.group import Group\n"
-        "from mto_analysis.pretraining.stepping import Stepper, noise_batch\n"
+        "from mto_analysis.training import RunSettings, load_recipe\n"
+        "from mto_analysis.runtime.group import Group\n"
+        "from mto_analysis.training.stepping import Stepper, noise_batch\n"
         "torch.set_num_threads(1)\n"
         "count = int(sys.argv[1])\n"
         "recipe = load_recipe('mae_vit_base').with_options({'model.depth': '3', 'model.decoder_depth': '2'})\n"
@@ -100,5 +100,5 @@ def test_memory__is_near_what_a_process_takes():
     recipe = load_recipe("mae_vit_base").with_options(
         {"model.depth": "3", "model.decoder_depth": "2", "batch_size": "20"}
     )
-    planned = plan(recipe, some_pictures(), CPU)
+    planned = plan(recipe, some_images(), CPU)
     assert planned.bytes_needed == pytest.approx(peak(20), rel=0.3)

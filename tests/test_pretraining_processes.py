@@ -15,7 +15,7 @@ import pytest
 import torch
 from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, stop_after
 
-from mto_analysis.pretraining import RunSettings
+from mto_analysis.training import RunSettings
 
 WORKER = Path(__file__).with_name("pretraining_worker.py")
 
@@ -128,7 +128,7 @@ def test_fsdp__trains_with_mto_as_one_process_and_resumes_exactly(tmp_path):
 @pytest.mark.parametrize("method", ["bootmae", "conmim"])
 def test_fsdp__shares_out_slow_branches_too_and_resumes_exactly(tmp_path, method):
     options = {"method": method, "recipe": {"epochs": "3"}}
-    finish(launch(tmp_path / "copies", 2, **options))  # batch norms of ConMIM see one process's pictures: not as one
+    finish(launch(tmp_path / "copies", 2, **options))  # batch norms of ConMIM see one process's images: not as one
     finish(launch(tmp_path / "whole", 2, fsdp=True, save_steps=1, **options))
     for first, second in zip(*(rows(tmp_path / name / "metrics.csv") for name in ("copies", "whole")), strict=True):
         assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=2e-5)
@@ -142,9 +142,9 @@ def test_fsdp__shares_out_slow_branches_too_and_resumes_exactly(tmp_path, method
 
 @pytest.mark.slow
 def test_launchers__start_the_command(tmp_path):
-    from mto_analysis.demo import DEMO_PICTURES
+    from mto_analysis.demo import DEMO_IMAGES
 
-    arguments = ["-m", "mto_analyze", "pretrain", "--recipe", "mae_cifar10", "--data", str(DEMO_PICTURES)]
+    arguments = ["-m", "mto_analyze", "pretrain", "--recipe", "mae_cifar10", "--data", str(DEMO_IMAGES)]
     arguments += ["--device", "cpu", "--set", "model.depth=1", "--set", "epochs=1", "--set", "batch_size=64"]
     # On CPUs accelerate starts one process only, unless there is MPI; on GPUs it is torchrun.
     for name, count, start in (

@@ -5,9 +5,9 @@ from dataclasses import fields
 import pytest
 
 from mto_analysis.errors import RecipeError
-from mto_analysis.pretraining import Recipe, load_recipe, recipe_names
-from mto_analysis.pretraining.recipes import _ONLY_FOR
-from mto_analysis.tables import printed
+from mto_analysis.figures.paper.tables import printed
+from mto_analysis.training import Recipe, load_recipe, recipe_names
+from mto_analysis.training.recipes import _ONLY_FOR
 
 
 @pytest.mark.parametrize("name", recipe_names())

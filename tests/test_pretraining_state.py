@@ -9,10 +9,10 @@ import torch
 from pretraining_cases import contents, run, small_recipe
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
-from mto_analysis.outputs import atomic_file
-from mto_analysis.pretraining import RunFolder, RunSettings, mto_config
-from mto_analysis.pretraining.state import differences, write_checkpoint
-from mto_analysis.training import MTOConfig
+from mto_analysis.mto import MTOConfig
+from mto_analysis.runtime.outputs import atomic_file
+from mto_analysis.training import RunFolder, RunSettings, mto_config
+from mto_analysis.training.state import differences, write_checkpoint
 
 
 class FullDisk(io.BytesIO):

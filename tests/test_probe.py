@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_mae, make_simmim, some_images, some_masks
 
-from mto_analysis import DataError, MaskRule, NumericalError, PictureBatch, ProbeResult, heterogeneity, mask_keys
+from mto_analysis import DataError, ImageBatch, MaskRule, NumericalError, ProbeResult, heterogeneity, mask_keys
 from mto_analysis.probe import masks_from_file, masks_from_rule, probe, undisturbed
 
 NAMES = tuple(f"{number}.png" for number in range(11))
 
 
-def batches(images: torch.Tensor, size: int, names: tuple[str, ...] = NAMES) -> list[PictureBatch]:
+def batches(images: torch.Tensor, size: int, names: tuple[str, ...] = NAMES) -> list[ImageBatch]:
     names = names[: len(images)]
-    return [PictureBatch(names[at : at + size], images[at : at + size]) for at in range(0, len(images), size)]
+    return [ImageBatch(names[at : at + size], images[at : at + size]) for at in range(0, len(images), size)]
 
 
 def ragged_masks(generator: torch.Generator, count: int = 11, per_image: int = 2) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def test_probe__keeps_the_models_precision(dtype: torch.dtype, generator: torch.
 
 
 @pytest.mark.parametrize("size", [1, 3, 11])
-def test_probe__draws_a_pictures_mask_from_its_name_not_its_place(tiny_model, size: int, generator) -> None:
+def test_probe__draws_a_images_mask_from_its_name_not_its_place(tiny_model, size: int, generator) -> None:
     images = some_images(generator, 11)
     seen: dict[tuple[str, int], list[bool]] = {}
     source = masks_from_rule(tiny_model.info, seed=3)
@@ -168,9 +168,9 @@ def test_masks_from_file__says_what_is_missing(tiny_mae, generator: torch.Genera
     masks = ragged_masks(generator)
     source = masks_from_file(tiny_mae.info, masks)
     assert torch.equal(source(NAMES[2:4], 1), torch.stack([masks["2.png"][1], masks["3.png"][1]]))
-    with pytest.raises(DataError, match=r"no mask for picture other\.png; it names 0\.png, 1\.png, 2\.png"):
+    with pytest.raises(DataError, match=r"no mask for image other\.png; it names 0\.png, 1\.png, 2\.png"):
         source(["0.png", "other.png"], 0)
-    with pytest.raises(DataError, match=r"has 2 masks for picture 0\.png, not 3"):
+    with pytest.raises(DataError, match=r"has 2 masks for image 0\.png, not 3"):
         source(["0.png"], 2)
     with pytest.raises(DataError, match="mask file is for 4 patches, the model has 16"):
         masks_from_file(tiny_mae.info, {"a": torch.tensor([[True, False, True, True]])})
@@ -205,7 +205,7 @@ def test_merge__refuses_the_same_image_twice(tiny_model, generator: torch.Genera
 
 
 def test_summary__on_paper(tiny_simmim, generator: torch.Generator) -> None:
-    # Two masks per picture, averaged first; then mean, deviation and Student's interval over three pictures.
+    # Two masks per image, averaged first; then mean, deviation and Student's interval over three images.
     images, masks = some_images(generator, 3), ragged_masks(generator)
     result = probe(tiny_simmim, batches(images, 2), masks_from_file(tiny_simmim.info, masks), masks_per_image=2)
     frame, table = result.to_frame(), result.summary()
@@ -413,19 +413,19 @@ def test_probe__holds_one_depth_of_one_batch_at_a_time(generator: torch.Generato
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_probe__names_layer_and_picture_of_a_value_that_is_not_finite(value: float, generator) -> None:
+def test_probe__names_layer_and_image_of_a_value_that_is_not_finite(value: float, generator) -> None:
     model, images = make_mae(), some_images(generator, 5)
     images[3] = value  # 3.png, in the second batch
-    with pytest.raises(NumericalError, match=r"in stack decoder at layer depth 0 for picture 3\.png") as error:
+    with pytest.raises(NumericalError, match=r"in stack decoder at layer depth 0 for image 3\.png") as error:
         probe(model, batches(images, 2))
     assert "\n" not in str(error.value)
     model.decoder_blocks[1].mlp.fc2.bias.data[0] = value
-    with pytest.raises(NumericalError, match=r"in stack decoder at layer depth 2 for picture 0\.png"):
+    with pytest.raises(NumericalError, match=r"in stack decoder at layer depth 2 for image 0\.png"):
         probe(model, batches(some_images(generator, 5), 2))
 
 
 def test_probe__refuses_to_measure_nothing(tiny_model) -> None:
-    with pytest.raises(DataError, match="there is no picture to measure"):
+    with pytest.raises(DataError, match="there is no image to measure"):
         probe(tiny_model, [])
     with pytest.raises(ValueError, match="masks_per_image must be at least 1, got 0"):
         probe(tiny_model, [], masks_per_image=0)

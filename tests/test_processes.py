@@ -1,4 +1,4 @@
-"""The probe under a launcher: parts of the pictures put together are what one process measures; all fail together."""
+"""The probe under a launcher: parts of the images put together are what one process measures; all fail together."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import write_images
 from typer.testing import CliRunner
 
-from mto_analysis import load_checkpoint, open_pictures
+from mto_analysis import load_checkpoint, open_images
 from mto_analysis.errors import DataError
-from mto_analysis.processes import Processes, in_step, this_process
-from mto_analysis.quadrants import AffinityMaps
-from mto_analysis.studies.definitions import Definitions
-from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, together
-from mto_analysis.studies.properties import Properties
-from mto_analysis.studies.sharing import Shared
+from mto_analysis.probe.definition_study import Definitions
+from mto_analysis.probe.property_study import Properties
+from mto_analysis.probe.quadrants import AffinityMaps
+from mto_analysis.probe.sharing import Shared
+from mto_analysis.probe.study import Settings, measure_checkpoints, together
+from mto_analysis.runtime.processes import Processes, in_step, this_process
 from mto_analyze import app
 
 if not torch.distributed.is_available():
@@ -56,25 +56,25 @@ class Recorded(Processes):
         return list(self.said[turn])
 
 
-def measured(sources, pictures, settings: Settings, processes: Processes | None = None):
+def measured(sources, images, settings: Settings, processes: Processes | None = None):
     watched, seen, maps = Definitions(), Properties(), AffinityMaps()
     watch = together(watched.watch, seen.watch, lambda model, label: nullcontext((maps,)))
-    study = measure_checkpoints(sources, pictures, settings, watch=watch, processes=processes)
+    study = measure_checkpoints(sources, images, settings, watch=watch, processes=processes)
     return study, watched.take_table(study), watched.attention_table(), seen.table(), maps.maps
 
 
 def test_parts__put_together_are_what_one_process_measures(checkpoints, tmp_path: Path) -> None:
-    pictures = open_pictures(write_pictures(tmp_path / "pictures", NAMES))
+    images = open_images(write_images(tmp_path / "images", NAMES))
     settings = Settings(batch_size=2, masks_per_image=2, keep_masks=True)
-    one = measured([checkpoints["mae"]], pictures, settings)
+    one = measured([checkpoints["mae"]], images, settings)
     said: list[list[Any]] = []
     for rank in range(3):  # the others have not said everything yet
         with suppress(Unheard):
-            measured([checkpoints["mae"]], pictures, settings, Recorded(rank, 3, said))
+            measured([checkpoints["mae"]], images, settings, Recorded(rank, 3, said))
     for rank in range(3):
         with suppress(Unheard):
-            measured([checkpoints["mae"]], pictures, settings, Recorded(rank, 3, said))
-    parts = [measured([checkpoints["mae"]], pictures, settings, Recorded(rank, 3, said)) for rank in range(3)]
+            measured([checkpoints["mae"]], images, settings, Recorded(rank, 3, said))
+    parts = [measured([checkpoints["mae"]], images, settings, Recorded(rank, 3, said)) for rank in range(3)]
     for study, definitions, attention, properties, maps in parts:
         pd.testing.assert_frame_equal(study.table, one[0].table, check_exact=True)
         pd.testing.assert_frame_equal(study.per_image, one[0].per_image, check_exact=True)
@@ -137,7 +137,7 @@ def meet(rank: int, port: int, case: str, answers) -> None:
                 os._exit(9)
             answers.put((rank, said))
             if case == "data" and rank:
-                raise DataError("no such picture")
+                raise DataError("no such image")
             if case == "mistake" and rank:
                 raise KeyError("x")
             if case == "main":
@@ -152,7 +152,7 @@ def meet(rank: int, port: int, case: str, answers) -> None:
 @pytest.mark.parametrize(
     ("case", "of_main", "of_other"),
     [
-        ("data", ("OtherProcessError", "process 1 of 2: no such picture", 4), ("DataError", "no such picture", 4)),
+        ("data", ("OtherProcessError", "process 1 of 2: no such image", 4), ("DataError", "no such image", 4)),
         ("mistake", ("OtherProcessError", "process 1 of 2: KeyError: 'x'", 1), ("KeyError", "'x'", None)),
         ("main", ("DataError", "the disk is full", 4), ("OtherProcessError", "process 0 of 2: the disk is full", 4)),
         (
@@ -202,9 +202,9 @@ def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("command", ["heterogeneity", "affinity"])
 def test_launcher__gives_the_files_of_one_process(command: str, checkpoints, tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "pictures", NAMES)
-    (pictures / "09.png").write_bytes(b"no picture")
-    arguments = [command, "--ckpt", checkpoints["mae"], "--ckpt", checkpoints["simmim"], "--images", pictures]
+    images = write_images(tmp_path / "images", NAMES)
+    (images / "09.png").write_bytes(b"no image")
+    arguments = [command, "--ckpt", checkpoints["mae"], "--ckpt", checkpoints["simmim"], "--images", images]
     arguments += ["--batch-size", 2, "--device", "cpu"]
     if command == "heterogeneity":
         arguments += ["--definitions", "all", "--controls", "--control-seeds", 1, "--properties", "--save-masks"]
@@ -236,13 +236,13 @@ def test_launcher__gives_the_files_of_one_process(command: str, checkpoints, tmp
 @pytest.mark.slow
 def test_launcher__ends_with_one_line_of_ours(checkpoints, tmp_path: Path) -> None:
     names = tuple(f"{number:02d}.png" for number in range(20))
-    pictures = write_pictures(tmp_path / "pictures", names)
-    (pictures / "18.png").write_bytes(b"no picture")  # beyond those that the first process checks a model with
-    arguments = ["heterogeneity", "--ckpt", checkpoints["mae"], "--images", pictures, "--batch-size", 2, "--strict"]
+    images = write_images(tmp_path / "images", names)
+    (images / "18.png").write_bytes(b"no image")  # beyond those that the first process checks a model with
+    arguments = ["heterogeneity", "--ckpt", checkpoints["mae"], "--images", images, "--batch-size", 2, "--strict"]
     failed = launch(2, *arguments, "--device", "cpu", "--quiet", "--out", tmp_path / "out")
     assert failed.returncode != 0
     ours = [line for line in failed.stderr.splitlines() if line.startswith("mto-analyze")]
     assert len(ours) == 1
-    assert "error: process 1 of 2: picture 18.png cannot be read" in ours[0]
+    assert "error: process 1 of 2: image 18.png cannot be read" in ours[0]
     assert "exitcode  : 4" in failed.stderr
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from mto_analysis import products
 from mto_analysis.affinity import TokenSplit
+from mto_analysis.mto import MTOConfig, mto_loss
 from mto_analysis.probe import undisturbed
-from mto_analysis.products import fast_float32, full_float32
-from mto_analysis.training import MTOConfig, mto_loss
+from mto_analysis.runtime import precision as products
+from mto_analysis.runtime.precision import fast_float32, full_float32
 
 NEW_WORDS = pytest.mark.skipif(products._MATMUL is None, reason="torch has no word for the precision of products")
 MASK = torch.tensor([[True, True, False, False]])

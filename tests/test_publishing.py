@@ -10,7 +10,7 @@ from mto_analysis import load_checkpoint
 from mto_analysis.checkpoints import inspect_checkpoint
 from mto_analysis.checkpoints.publishing import published_facts, published_state
 from mto_analysis.errors import CheckpointError
-from mto_analysis.pretraining import build_method, parameter_groups
+from mto_analysis.training import build_method, parameter_groups
 
 LAYOUTS = {
     "mae": ("facebookresearch/mae", "mae"),

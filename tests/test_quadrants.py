@@ -11,7 +11,7 @@ from watched_models import Shrinking, batch_of, random_masks, small_simmim
 from mto_analysis.affinity import TokenSplit, affinity_matrix, heterogeneity, quadrant_mass
 from mto_analysis.models import LayerTokens
 from mto_analysis.probe import probe
-from mto_analysis.quadrants import AffinityMaps, quadrant_statistics
+from mto_analysis.probe.quadrants import AffinityMaps, quadrant_statistics
 
 
 def slow_statistics(tokens: list[list[float]], mask: list[bool]) -> dict[str, float]:
@@ -109,20 +109,20 @@ def test_affinity_maps__mean_over_batches_is_that_of_affinity_matrix(kind: str, 
     for rows in (slice(0, 7), slice(7, 11)):
         maps("encoder", LayerTokens(0, tokens[rows], mask[rows]), TokenSplit(mask[rows]), ())
     (found,) = maps.maps
-    assert (found.num_images, found.num_masked, found.picture) == (11, 9, None)
+    assert (found.num_images, found.num_masked, found.image) == (11, 9, None)
     expected = affinity_matrix(tokens, mask, kind=kind).mean(dim=0)  # type: ignore[arg-type]
     torch.testing.assert_close(found.values, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_affinity_maps__h_is_reproduced_from_the_map_of_a_picture() -> None:
+def test_affinity_maps__h_is_reproduced_from_the_map_of_a_image() -> None:
     model = small_simmim()
-    maps = AffinityMaps("dot", each_picture=True)
+    maps = AffinityMaps("dot", each_image=True)
     frame = probe(model, [batch_of(model)], layer_measures=[maps]).to_frame().set_index(["image", "layer_depth"])
     for each in maps.maps:
         quadrant = each.values[: each.num_masked, each.num_masked :].double()
         shares = quadrant.softmax(dim=1)
         value = -(shares * shares.log()).sum(dim=1).mean()
-        assert frame.loc[(each.picture, each.layer_depth), "heterogeneity"] == pytest.approx(value.item(), abs=1e-5)
+        assert frame.loc[(each.image, each.layer_depth), "heterogeneity"] == pytest.approx(value.item(), abs=1e-5)
 
 
 def test_affinity_maps__follow_a_grid_that_shrinks() -> None:
@@ -135,13 +135,13 @@ def test_affinity_maps__follow_a_grid_that_shrinks() -> None:
         torch.testing.assert_close(each.values.sum(dim=1), torch.ones(len(each.values)))
 
 
-def test_affinity_maps__ragged_masks_refuse_a_mean_but_allow_pictures() -> None:
+def test_affinity_maps__ragged_masks_refuse_a_mean_but_allow_images() -> None:
     model = small_simmim()
     batch = batch_of(model, 12)
     ragged = torch.cat([random_masks(1, 16, 4 + row % 3) for row in range(12)])
-    with pytest.raises(ValueError, match="same number of masked patches in every picture, got 4 to 6; choose single"):
+    with pytest.raises(ValueError, match="same number of masked patches in every image, got 4 to 6; choose single"):
         probe(model, [batch], lambda names, k: ragged, layer_measures=[AffinityMaps()])
-    maps = AffinityMaps(each_picture=True)
+    maps = AffinityMaps(each_image=True)
     probe(model, [batch], lambda names, k: ragged, layer_measures=[maps])
     assert len(maps.maps) == 12 * 3
     assert len({each.num_masked for each in maps.maps}) > 1

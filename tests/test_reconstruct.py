@@ -12,16 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from mto_analysis import save_checkpoint
-from mto_analysis.data import choose_pictures, open_pictures
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import CheckpointError, DataError
-from mto_analysis.masking import MaskRule
+from mto_analysis.figures.plots.reconstruct import VIEWS, draw_reconstructions, plot_view, reconstruction_caption
+from mto_analysis.images import choose_images, open_images
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
+from mto_analysis.models.targets import normalize_patches, reconstruction_loss, restore_patches
 from mto_analysis.models.vit import patchify, unpatchify
-from mto_analysis.plots.reconstruct import VIEWS, draw_reconstructions, plot_view, reconstruction_caption
-from mto_analysis.reconstruction import normalize_patches, own_loss, reconstruction_loss, restore_patches
-from mto_analysis.studies.heterogeneity import Settings
-from mto_analysis.studies.reconstruct import (
+from mto_analysis.probe.own_loss import own_loss
+from mto_analysis.probe.reconstruction import (
     MASK_GREY,
     ReconstructionStudy,
     reconstruct_models,
@@ -29,7 +29,8 @@ from mto_analysis.studies.reconstruct import (
     reconstruction_views,
     to_pixels,
 )
-from mto_analysis.studies.shown import ShownModel, shown_models
+from mto_analysis.probe.shown import ShownModel, shown_models
+from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 CONFIG = MAEConfig(
@@ -54,7 +55,7 @@ def make_model(target: str | None = "normalized_pixels", criterion: str | None =
 
 def demo_models(*labels: str, limit: int = 2) -> list[ShownModel]:
     sources = [DEMO_CHECKPOINTS[label] for label in labels]
-    return list(shown_models(sources, open_pictures(DEMO_PICTURES), Settings(limit=limit), labels=labels))
+    return list(shown_models(sources, open_images(DEMO_IMAGES), Settings(limit=limit), labels=labels))
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +101,11 @@ def test_reconstruction_views__paste_visible_patches_and_grey_masked_ones() -> N
         assert views.masked[0, channel][~inside].tolist() == pytest.approx([zero] * 240)
 
 
-def test_to_pixels__gives_the_picture_back() -> None:
+def test_to_pixels__gives_the_image_back() -> None:
     shown = demo_models("MAE")[0]
-    picture = open_pictures(DEMO_PICTURES).open(0)  # 32 px, as the model wants: nothing is resized
+    image = open_images(DEMO_IMAGES).open(0)  # 32 px, as the model wants: nothing is resized
     pixels = to_pixels(shown.images, shown.model.info)[0].permute(1, 2, 0).numpy() * 255
-    np.testing.assert_allclose(pixels, np.asarray(picture), atol=1e-3)
+    np.testing.assert_allclose(pixels, np.asarray(image), atol=1e-3)
 
 
 def test_reconstruct_shown__losses_are_the_models_own() -> None:
@@ -136,23 +137,23 @@ def test_reconstruct_models__leaves_out_a_model_without_pixels_and_refuses_when_
 def test_shown_models__warns_of_a_model_that_does_no_better_than_the_mean(tmp_path: Path) -> None:
     save_checkpoint(make_model(), tmp_path / "random.safetensors")
     said: list[str] = []
-    pictures = open_pictures(DEMO_PICTURES)
-    list(shown_models([tmp_path / "random.safetensors"], pictures, Settings(limit=1), warn=said.append))
+    images = open_images(DEMO_IMAGES)
+    list(shown_models([tmp_path / "random.safetensors"], images, Settings(limit=1), warn=said.append))
     assert len(said) == 1
     assert "untrained or loaded wrongly" in said[0]
-    assert "1 picture)" in said[0]
+    assert "1 image)" in said[0]
 
 
-def test_choose_pictures__keeps_order_and_names_what_is_missing() -> None:
-    pictures = open_pictures(DEMO_PICTURES)
-    chosen = choose_pictures(pictures, ["7", "3"])
+def test_choose_images__keeps_order_and_names_what_is_missing() -> None:
+    images = open_images(DEMO_IMAGES)
+    chosen = choose_images(images, ["7", "3"])
     assert list(chosen.names) == ["7", "3"]
-    assert np.array_equal(np.asarray(chosen.open(0)), np.asarray(pictures.open(7)))
-    with pytest.raises(DataError, match="no picture cat, dog; there are 256: 0, 1, 2"):
-        choose_pictures(pictures, ["cat", "3", "dog"])
+    assert np.array_equal(np.asarray(chosen.open(0)), np.asarray(images.open(7)))
+    with pytest.raises(DataError, match="no image cat, dog; there are 256: 0, 1, 2"):
+        choose_images(images, ["cat", "3", "dog"])
 
 
-def test_draw_reconstructions__draws_each_view_of_each_picture(study: ReconstructionStudy) -> None:
+def test_draw_reconstructions__draws_each_view_of_each_image(study: ReconstructionStudy) -> None:
     figure = draw_reconstructions(study.reconstructions)
     blocks = list(figure.subfigs)
     assert [block.get_suptitle().split(":")[0] for block in blocks] == ["MAE", "SimMIM"]
@@ -185,7 +186,7 @@ def test_reconstruction_caption__says_whose_statistics_were_used(study: Reconstr
 
 
 def test_reconstruct_command__writes_figure_table_and_facts(tmp_path: Path) -> None:
-    arguments = ["reconstruct", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--pictures", "9", "--pictures", "4"]
+    arguments = ["reconstruct", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--image", "9", "--image", "4"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "own loss" in result.stderr
@@ -199,9 +200,9 @@ def test_reconstruct_command__writes_figure_table_and_facts(tmp_path: Path) -> N
         assert (tmp_path / "out" / f"reconstructions.{kind}").read_bytes().startswith(magic)
     again = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert again.exit_code == 2
-    unknown = CliRunner().invoke(app, [*arguments, "--pictures", "none", "--out", str(tmp_path / "new")])
+    unknown = CliRunner().invoke(app, [*arguments, "--image", "none", "--out", str(tmp_path / "new")])
     assert unknown.exit_code == 4
-    assert "no picture none" in unknown.stderr
+    assert "no image none" in unknown.stderr
 
 
 def test_reconstruct_command__says_in_one_line_that_a_model_predicts_no_pixels(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from golden_files import read_golden
 from tiny_models import make_mae, make_simmim, some_images, some_masks
 
 from mto_analysis import load_checkpoint, own_loss, reconstruction_loss
-from mto_analysis.models.vit import patchify
-from mto_analysis.reconstruction import (
-    OwnLoss,
+from mto_analysis.models.targets import (
     mean_prediction,
     normalize_channels,
     normalize_patches,
     restore_patches,
     target_patches,
 )
+from mto_analysis.models.vit import patchify
+from mto_analysis.probe.own_loss import OwnLoss
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2"])

@@ -14,16 +14,16 @@ from report_cases import explorer_data, read_mask, read_products, save_twelve_la
 from typer.testing import CliRunner
 
 from mto_analysis import affinity_matrix, heterogeneity, load_checkpoint
-from mto_analysis.data import choose_pictures, open_pictures
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import DataError, NumericalError
-from mto_analysis.plots.heterogeneity import draw_heterogeneity
-from mto_analysis.report import ReportContents, render_report
-from mto_analysis.studies import explore
-from mto_analysis.studies.explore import PackedProducts, explore_shown
-from mto_analysis.studies.heterogeneity import Settings
-from mto_analysis.studies.report import collect_report
-from mto_analysis.studies.shown import shown_models
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+from mto_analysis.figures.report import ReportContents, render_report
+from mto_analysis.figures.report_contents import collect_report
+from mto_analysis.images import choose_images, open_images
+from mto_analysis.probe import explore
+from mto_analysis.probe.explore import PackedProducts, explore_shown
+from mto_analysis.probe.shown import shown_models
+from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 LABELS = ("MAE", "SimMIM")
@@ -33,7 +33,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&
 @pytest.fixture(scope="module")
 def contents() -> ReportContents:
     sources = [DEMO_CHECKPOINTS[label] for label in LABELS]
-    return collect_report(sources, open_pictures(DEMO_PICTURES), Settings(limit=8), labels=LABELS, shown=2)
+    return collect_report(sources, open_images(DEMO_IMAGES), Settings(limit=8), labels=LABELS, shown=2)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_render_report__escapes_what_users_named(contents: ReportContents) -> No
     evil = ReportContents(
         contents.table.assign(model=contents.table["model"].replace("MAE", EVIL)),
         [{**contents.models[0], "model": EVIL, "source": EVIL, "masks": EVIL}],
-        [replace(first, model=EVIL, pictures=tuple(replace(each, image=EVIL) for each in first.pictures))],
+        [replace(first, model=EVIL, images=tuple(replace(each, image=EVIL) for each in first.images))],
         [replace(row, model=EVIL.replace("\u2028", ""), image="<b>") for row in contents.reconstructions],
         {EVIL: EVIL},
     )
@@ -119,7 +119,7 @@ def test_render_report__escapes_what_users_named(contents: ReportContents) -> No
     assert [name for _, attributes in page.tags for name in attributes if name.startswith("on")] == []
     assert EVIL in page.text
     assert explorer_data(html)["models"][0]["label"] == EVIL
-    assert explorer_data(html)["models"][0]["pictures"][0]["name"] == EVIL
+    assert explorer_data(html)["models"][0]["images"][0]["name"] == EVIL
 
 
 def test_render_report__is_the_same_each_time(contents: ReportContents, html: str) -> None:
@@ -128,16 +128,16 @@ def test_render_report__is_the_same_each_time(contents: ReportContents, html: st
 
 def test_explorer_data__gives_back_the_products_and_h_of_the_library(contents: ReportContents, html: str) -> None:
     data = explorer_data(html)
-    pictures = choose_pictures(open_pictures(DEMO_PICTURES), [p["name"] for p in data["models"][0]["pictures"]])
+    images = choose_images(open_images(DEMO_IMAGES), [p["name"] for p in data["models"][0]["images"]])
     for stored, label in zip(data["models"], LABELS, strict=True):
-        shown = next(shown_models([DEMO_CHECKPOINTS[label]], pictures))
+        shown = next(shown_models([DEMO_CHECKPOINTS[label]], images))
         error = next(each.product_error for each in contents.explored if each.model == label)
         for layer in load_checkpoint(DEMO_CHECKPOINTS[label]).layer_tokens(shown.images, shown.mask):
             with torch.no_grad():
                 exact = affinity_matrix(layer.tokens.detach(), kind="dot").numpy()
                 measured = heterogeneity(layer.tokens.detach(), layer.mask).numpy()
-            for row, picture in enumerate(stored["pictures"]):
-                depth = picture["depths"][layer.depth]
+            for row, image in enumerate(stored["images"]):
+                depth = image["depths"][layer.depth]
                 mask = read_mask(depth)
                 assert np.array_equal(mask, layer.mask[row].numpy())
                 products = read_products(depth)
@@ -162,7 +162,7 @@ def test_render_report__tables_hold_the_measured_numbers(contents: ReportContent
         assert f"<td>{row['heterogeneity']:.4f}</td><td>{row['ci_low']:.4f} to {row['ci_high']:.4f}</td>" in html
     for each in contents.explored:
         for depth in range(each.num_depths + 1):
-            masses = np.mean([picture.depths[depth].quadrant_mass for picture in each.pictures], axis=0)
+            masses = np.mean([image.depths[depth].quadrant_mass for image in each.images], axis=0)
             assert masses[:2].sum() == pytest.approx(1, abs=1e-5)
             assert masses[2:].sum() == pytest.approx(1, abs=1e-5)
             assert "".join(f"<td>{mass:.3f}</td>" for mass in masses) in html
@@ -184,12 +184,12 @@ def test_packed_products__are_off_by_at_most_half_a_step() -> None:
 
 
 def test_explore_shown__leaves_out_large_grids_and_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = choose_pictures(open_pictures(DEMO_PICTURES), ["3"])
-    shown = next(shown_models([DEMO_CHECKPOINTS["MAE"]], pictures))
+    images = choose_images(open_images(DEMO_IMAGES), ["3"])
+    shown = next(shown_models([DEMO_CHECKPOINTS["MAE"]], images))
     monkeypatch.setattr(explore, "MAX_PATCHES", 63)
     explored = explore_shown(shown)
     assert explored[0].left_out == (0, 1, 2, 3, 4)
-    assert explored[0].pictures[0].depths == ()
+    assert explored[0].images[0].depths == ()
     monkeypatch.undo()
     with torch.no_grad():
         shown.model.decoder_pos_embed.mul_(float("inf"))
@@ -198,7 +198,7 @@ def test_explore_shown__leaves_out_large_grids_and_refuses_what_is_not_finite(mo
 
 
 def test_render_report__does_without_explorer_and_pixels(contents: ReportContents) -> None:
-    bare = [replace(each, pictures=tuple(replace(p, depths=()) for p in each.pictures)) for each in contents.explored]
+    bare = [replace(each, images=tuple(replace(p, depths=()) for p in each.images)) for each in contents.explored]
     html = render_report(replace(contents, explored=bare, reconstructions=[]))
     assert Page(html).open == []
     assert explorer_data(html)["models"] == []
@@ -215,19 +215,19 @@ def test_render_report__takes_more_figures_with_their_captions(contents: ReportC
     assert [tag for tag, _ in page.tags].count("svg") == 7
 
 
-def test_collect_report__says_at_once_that_a_picture_is_not_there() -> None:
-    with pytest.raises(DataError, match="no picture cat"):
-        collect_report([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), shown=["cat"])
+def test_collect_report__says_at_once_that_a_image_is_not_there() -> None:
+    with pytest.raises(DataError, match="no image cat"):
+        collect_report([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), shown=["cat"])
 
 
-def test_report_command__stays_under_ten_megabytes_for_four_pictures_and_twelve_layers(tmp_path: Path) -> None:
+def test_report_command__stays_under_ten_megabytes_for_four_images_and_twelve_layers(tmp_path: Path) -> None:
     checkpoint = save_twelve_layers(tmp_path / "twelve.safetensors")
     out = tmp_path / "new" / "report.html"
     arguments = ["report", "-q", "--ckpt", str(checkpoint), "--limit", "4", "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    stored = explorer_data(out.read_text(encoding="utf-8"))["models"][0]["pictures"]
-    assert [len(picture["depths"]) for picture in stored] == [13] * 4
-    assert all(len(depth["mask"]) == 196 for picture in stored for depth in picture["depths"])
+    stored = explorer_data(out.read_text(encoding="utf-8"))["models"][0]["images"]
+    assert [len(image["depths"]) for image in stored] == [13] * 4
+    assert all(len(depth["mask"]) == 196 for image in stored for depth in image["depths"])
     assert out.stat().st_size < 10e6
     assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from mto_analysis import affinity_matrix, heterogeneity, load_checkpoint, row_entropy
-from mto_analysis.data import choose_pictures, open_pictures
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
-from mto_analysis.report import render_report
-from mto_analysis.studies.heterogeneity import Settings
-from mto_analysis.studies.report import collect_report
-from mto_analysis.studies.shown import shown_models
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
+from mto_analysis.figures.report import render_report
+from mto_analysis.figures.report_contents import collect_report
+from mto_analysis.images import choose_images, open_images
+from mto_analysis.probe.shown import shown_models
+from mto_analysis.probe.study import Settings
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 By = pytest.importorskip("selenium.webdriver.common.by").By
@@ -46,7 +46,7 @@ FLAGS = (
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     sources = [DEMO_CHECKPOINTS[label] for label in LABELS]
-    contents = collect_report(sources, open_pictures(DEMO_PICTURES), Settings(limit=8), labels=LABELS, shown=3)
+    contents = collect_report(sources, open_images(DEMO_IMAGES), Settings(limit=8), labels=LABELS, shown=3)
     path.write_text(render_report(contents), encoding="utf-8")
     return path
 
@@ -80,25 +80,25 @@ def patch(page: Any, number: int) -> Any:
     return page.find_element(By.CSS_SELECTOR, f'.patch[data-patch="{number}"]')
 
 
-def tokens_of(label: str, picture: str, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    pictures = choose_pictures(open_pictures(DEMO_PICTURES), [picture])
-    shown = next(shown_models([DEMO_CHECKPOINTS[label]], pictures))
+def tokens_of(label: str, image: str, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images = choose_images(open_images(DEMO_IMAGES), [image])
+    shown = next(shown_models([DEMO_CHECKPOINTS[label]], images))
     with torch.no_grad():
         layers = list(load_checkpoint(DEMO_CHECKPOINTS[label]).layer_tokens(shown.images, shown.mask))
     return layers[depth].tokens, layers[depth].mask
 
 
-def check_numbers(page: Any, label: str, picture: str, depth: int, chosen: int) -> None:
+def check_numbers(page: Any, label: str, image: str, depth: int, chosen: int) -> None:
     """All that is read on the page follows from the tokens."""
-    tokens, mask = tokens_of(label, picture, depth)
+    tokens, mask = tokens_of(label, image, depth)
     visible = (~mask[0]).nonzero().flatten()
     logits = (tokens[0, chosen] @ tokens[0].T)[visible].double()
     text = said(page)
-    assert f"{label}, picture {picture}, layer depth {depth} of" in text
+    assert f"{label}, image {image}, layer depth {depth} of" in text
     assert f"Masked patch in row {chosen // 8 + 1}, column {chosen % 8 + 1}:" in text
     entropy, bound, mean = (
         float(re.search(pattern, text)[1])  # type: ignore[index]
-        for pattern in (r": H ([\d.]+) nats", r"log \d+ = ([\d.]+)", r"picture here: ([\d.]+)\.")
+        for pattern in (r": H ([\d.]+) nats", r"log \d+ = ([\d.]+)", r"image here: ([\d.]+)\.")
     )
     assert entropy == pytest.approx(row_entropy(logits).item(), abs=2e-4)
     assert bound == pytest.approx(np.log(len(visible)), abs=1e-4)
@@ -126,12 +126,10 @@ def test_explorer__shows_the_librarys_numbers_for_what_is_clicked(page: Any) -> 
     _, mask = tokens_of("MAE", "0", 0)
     check_numbers(page, "MAE", "0", 0, int(mask[0].nonzero()[0]))
 
-    pictures = page.find_elements(By.CSS_SELECTOR, "#pictures label")
-    assert len(pictures) == 3
-    pictures[1].click()
-    name = (
-        page.find_elements(By.CSS_SELECTOR, "#pictures input")[1].get_attribute("aria-label").removeprefix("picture ")
-    )
+    images = page.find_elements(By.CSS_SELECTOR, "#images label")
+    assert len(images) == 3
+    images[1].click()
+    name = page.find_elements(By.CSS_SELECTOR, "#images input")[1].get_attribute("aria-label").removeprefix("image ")
     _, mask = tokens_of("MAE", name, 1)
     slider = page.find_element(By.ID, "depth")
     slider.send_keys(Keys.ARROW_RIGHT)
@@ -157,9 +155,9 @@ def test_explorer__works_by_keyboard_alone(page: Any) -> None:
     from selenium.webdriver.support.ui import Select
 
     Select(page.find_element(By.ID, "model")).select_by_visible_text("SimMIM")
-    page.find_element(By.CSS_SELECTOR, "#pictures input:checked").send_keys(Keys.ARROW_RIGHT)
-    assert "SimMIM, picture 64," in said(page)
-    page.find_element(By.CSS_SELECTOR, "#pictures input:checked").send_keys(Keys.ARROW_LEFT)
+    page.find_element(By.CSS_SELECTOR, "#images input:checked").send_keys(Keys.ARROW_RIGHT)
+    assert "SimMIM, image 64," in said(page)
+    page.find_element(By.CSS_SELECTOR, "#images input:checked").send_keys(Keys.ARROW_LEFT)
     _, mask = tokens_of("SimMIM", "0", 0)
     start = int(mask[0].nonzero()[0])
     only = page.find_elements(By.CSS_SELECTOR, ".patch[tabindex='0']")

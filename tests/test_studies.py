@@ -8,36 +8,36 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import write_images
 from golden_files import GOLDEN
 
-from mto_analysis import DataError, MaskRule, load_checkpoint, mask_keys, open_pictures, picture_batches
+from mto_analysis import DataError, MaskRule, image_batches, load_checkpoint, mask_keys, open_images
 from mto_analysis.checkpoints import checkpoint_sha256
-from mto_analysis.devices import pick_device
-from mto_analysis.outputs import labels_of
 from mto_analysis.probe import masks_from_rule, probe
-from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints
-from mto_analysis.studies.tables import read_tables
+from mto_analysis.probe.saved import read_tables
+from mto_analysis.probe.study import Settings, measure_checkpoints
+from mto_analysis.runtime.devices import pick_device
+from mto_analysis.runtime.outputs import labels_of
 
 
 @pytest.fixture
-def pictures(picture_folder: Path):
-    return open_pictures(picture_folder)
+def images(image_folder: Path):
+    return open_images(image_folder)
 
 
 # Measuring.
 
 
-def test_measure_checkpoints__equals_the_probe(checkpoints, pictures) -> None:
+def test_measure_checkpoints__equals_the_probe(checkpoints, images) -> None:
     study = measure_checkpoints(
-        [checkpoints["mae"], checkpoints["simmim"]], pictures, Settings(seed=4, masks_per_image=2, batch_size=4)
+        [checkpoints["mae"], checkpoints["simmim"]], images, Settings(seed=4, masks_per_image=2, batch_size=4)
     )
     assert study.table["model"].unique().tolist() == ["mae", "simmim"]
     assert study.table.columns[0] == study.per_image.columns[0] == "model"
     assert len(study.per_image) == 6 * 2 * (4 + 4)
     for name in ("mae", "simmim"):
         model = load_checkpoint(checkpoints[name])
-        batches = picture_batches(pictures, model.info, batch_size=6)
+        batches = image_batches(images, model.info, batch_size=6)
         expected = probe(model, batches, masks_from_rule(model.info, seed=4), masks_per_image=2).summary()
         found = study.table[study.table["model"] == name].reset_index(drop=True)
         pd.testing.assert_frame_equal(
@@ -46,8 +46,8 @@ def test_measure_checkpoints__equals_the_probe(checkpoints, pictures) -> None:
     assert (study.table["num_skipped"] == 0).all()
 
 
-def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, pictures) -> None:
-    study = measure_checkpoints([checkpoints["simmim"]], pictures, Settings(mask_ratio=0.25), labels=["my model"])
+def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, images) -> None:
+    study = measure_checkpoints([checkpoints["simmim"]], images, Settings(mask_ratio=0.25), labels=["my model"])
     (facts,) = study.models
     assert facts["model"] == "my model"
     assert facts["sha256"] == checkpoint_sha256(checkpoints["simmim"])
@@ -63,26 +63,26 @@ def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, picture
     ("options", "num_visible"),
     [({"mask_ratio": 0.5}, 8), ({"mask_unit": 8}, 4), ({"mask_unit": 8, "mask_ratio": 0.5}, 8), ({}, 4)],
 )
-def test_settings__change_the_masks(checkpoints, pictures, options: dict[str, Any], num_visible: int) -> None:
-    table = measure_checkpoints([checkpoints["mae"]], pictures, Settings(limit=2, **options)).table
+def test_settings__change_the_masks(checkpoints, images, options: dict[str, Any], num_visible: int) -> None:
+    table = measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2, **options)).table
     assert table["num_visible"].unique().tolist() == [num_visible]
     assert table["num_images"].unique().tolist() == [2]
 
 
-def test_settings__masks_from_a_file_exclude_ratio_and_unit(checkpoints, pictures) -> None:
+def test_settings__masks_from_a_file_exclude_ratio_and_unit(checkpoints, images) -> None:
     rule = MaskRule("random", 0.5, 4)
-    masks = {name: rule.draw(mask_keys([name]), (4, 4), 4) for name in pictures.names}
-    table = measure_checkpoints([checkpoints["mae"]], pictures, Settings(masks=masks)).table
+    masks = {name: rule.draw(mask_keys([name]), (4, 4), 4) for name in images.names}
+    table = measure_checkpoints([checkpoints["mae"]], images, Settings(masks=masks)).table
     assert table["num_visible"].unique().tolist() == [8]
     for options in ({"mask_ratio": 0.5}, {"mask_unit": 8}):
         with pytest.raises(ValueError, match="masks from a file have their own ratio and unit"):
             Settings(masks=masks, **options)
 
 
-def test_measure_checkpoints__says_masks_losses_and_doubts(checkpoints, pictures) -> None:
+def test_measure_checkpoints__says_masks_losses_and_doubts(checkpoints, images) -> None:
     notes: list[str] = []
     warnings: list[str] = []
-    measure_checkpoints([checkpoints["mae"]], pictures, say=notes.append, warn=warnings.append)
+    measure_checkpoints([checkpoints["mae"]], images, say=notes.append, warn=warnings.append)
     assert notes == ["mae: mae (mto_analysis), 16 px; masks: 0.75 of random patches of 4 px (given), seed 0"]
     (warning,) = warnings  # random weights are worse than the mean
     assert warning.startswith("mae: own loss ")
@@ -91,13 +91,13 @@ def test_measure_checkpoints__says_masks_losses_and_doubts(checkpoints, pictures
 
 
 def test_measure_checkpoints__prints_the_own_loss_of_a_good_model() -> None:
-    from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+    from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 
     notes: list[str] = []
     warnings: list[str] = []
     measure_checkpoints(
         [DEMO_CHECKPOINTS["MAE"]],
-        open_pictures(DEMO_PICTURES),
+        open_images(DEMO_IMAGES),
         Settings(limit=16),
         say=notes.append,
         warn=warnings.append,
@@ -107,42 +107,42 @@ def test_measure_checkpoints__prints_the_own_loss_of_a_good_model() -> None:
     assert "predicting the mean" in notes[1]
 
 
-def test_measure_checkpoints__skips_broken_pictures_once_for_all_models(checkpoints, picture_folder: Path) -> None:
-    (picture_folder / "broken.png").write_bytes(b"junk")
+def test_measure_checkpoints__skips_broken_images_once_for_all_models(checkpoints, image_folder: Path) -> None:
+    (image_folder / "broken.png").write_bytes(b"junk")
     warnings: list[str] = []
     study = measure_checkpoints(
-        [checkpoints["mae"], checkpoints["simmim"]], open_pictures(picture_folder), warn=warnings.append
+        [checkpoints["mae"], checkpoints["simmim"]], open_images(image_folder), warn=warnings.append
     )
     assert list(study.broken) == ["broken.png"]
     assert (study.table["num_skipped"] == 1).all()
     assert (study.table["num_images"] == 6).all()
     assert len([warning for warning in warnings if "skipped broken.png" in warning]) == 1
-    with pytest.raises(DataError, match=r"picture broken\.png cannot be read"):
-        measure_checkpoints([checkpoints["mae"]], open_pictures(picture_folder), Settings(strict=True))
+    with pytest.raises(DataError, match=r"image broken\.png cannot be read"):
+        measure_checkpoints([checkpoints["mae"]], open_images(image_folder), Settings(strict=True))
 
 
-def test_measure_checkpoints__says_when_no_picture_can_be_read(checkpoints, tmp_path: Path) -> None:
+def test_measure_checkpoints__says_when_no_image_can_be_read(checkpoints, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"junk")
-    with pytest.raises(DataError, match="none of the 2 pictures can be read; the first: UnidentifiedImageError"):
-        measure_checkpoints([checkpoints["mae"]], open_pictures(tmp_path))
+    with pytest.raises(DataError, match="none of the 2 images can be read; the first: UnidentifiedImageError"):
+        measure_checkpoints([checkpoints["mae"]], open_images(tmp_path))
 
 
 def test_measure_checkpoints__gives_head_counts_to_those_that_need_them(tmp_path: Path, checkpoints) -> None:
-    write_pictures(tmp_path, ("a.png",))
+    write_images(tmp_path, ("a.png",))
     study = measure_checkpoints(
         [GOLDEN / "mae" / "checkpoint.pth", checkpoints["simmim"]],
-        open_pictures(tmp_path),
+        open_images(tmp_path),
         num_heads=4,
         decoder_num_heads=2,
     )
     heads = [(facts["config"]["num_heads"], facts["config"].get("decoder_num_heads")) for facts in study.models]
     assert heads == [(4, 2), (3, None)]
     with pytest.raises(ValueError, match="contradicts the file, which has 3 heads"):
-        measure_checkpoints([checkpoints["simmim"]], open_pictures(tmp_path), num_heads=4)
+        measure_checkpoints([checkpoints["simmim"]], open_images(tmp_path), num_heads=4)
 
 
-def test_measure_checkpoints__wraps_batches_for_progress(checkpoints, pictures) -> None:
+def test_measure_checkpoints__wraps_batches_for_progress(checkpoints, images) -> None:
     seen = []
 
     def progress(batches, total, label):
@@ -150,13 +150,13 @@ def test_measure_checkpoints__wraps_batches_for_progress(checkpoints, pictures) 
         seen.append((len(items), total, label))
         return iter(items)
 
-    measure_checkpoints([checkpoints["mae"]], pictures, Settings(batch_size=4), progress=progress)
+    measure_checkpoints([checkpoints["mae"]], images, Settings(batch_size=4), progress=progress)
     assert seen == [(2, 2, "mae")]
 
 
-def test_measure_checkpoints__does_not_depend_on_batch_size_or_workers(checkpoints, pictures) -> None:
+def test_measure_checkpoints__does_not_depend_on_batch_size_or_workers(checkpoints, images) -> None:
     one, other = (
-        measure_checkpoints([checkpoints["simmim"]], pictures, Settings(batch_size=size, num_workers=workers)).per_image
+        measure_checkpoints([checkpoints["simmim"]], images, Settings(batch_size=size, num_workers=workers)).per_image
         for size, workers in ((6, 0), (1, 2))
     )
     key = ["layer_depth", "image"]
@@ -173,11 +173,11 @@ def test_labels_of__takes_as_many_folders_as_needed() -> None:
         labels_of(["a.pth", "a.pth"])
 
 
-def test_measure_checkpoints__refuses_labels_that_do_not_fit(checkpoints, pictures) -> None:
+def test_measure_checkpoints__refuses_labels_that_do_not_fit(checkpoints, images) -> None:
     sources = [checkpoints["mae"], checkpoints["simmim"]]
     for labels in (["one"], ["same", "same"]):
         with pytest.raises(ValueError, match="give one different label per checkpoint: 2 checkpoints"):
-            measure_checkpoints(sources, pictures, labels=labels)
+            measure_checkpoints(sources, images, labels=labels)
 
 
 def test_pick_device__takes_cuda_or_the_cpu_but_never_mps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +197,8 @@ def test_pick_device__takes_cuda_or_the_cpu_but_never_mps_by_itself(monkeypatch:
 
 
 @pytest.fixture
-def table(checkpoints, pictures) -> pd.DataFrame:
-    return measure_checkpoints([checkpoints["mae"]], pictures, Settings(limit=2)).table
+def table(checkpoints, images) -> pd.DataFrame:
+    return measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2)).table
 
 
 def test_read_tables__gives_back_what_was_written(table: pd.DataFrame, tmp_path: Path) -> None:

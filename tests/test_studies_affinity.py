@@ -13,13 +13,13 @@ from matplotlib.colors import LogNorm
 from typer.testing import CliRunner
 
 from mto_analysis import save_masks
-from mto_analysis.data import open_pictures
-from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_PICTURES
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import DataError
-from mto_analysis.plots.affinity import draw_affinity
-from mto_analysis.quadrants import AffinityMap
-from mto_analysis.studies.affinity import map_checkpoints
-from mto_analysis.studies.heterogeneity import Settings
+from mto_analysis.figures.plots.affinity import draw_affinity
+from mto_analysis.images import open_images
+from mto_analysis.probe.maps import map_checkpoints
+from mto_analysis.probe.quadrants import AffinityMap
+from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 runner = CliRunner()
@@ -84,14 +84,14 @@ def test_draw_affinity__bad_values_are_refused() -> None:
         draw_affinity(some_maps(1), scale="log")  # type: ignore[arg-type]
 
 
-def test_map_checkpoints__chosen_pictures_are_mapped_alone_and_unknown_ones_named() -> None:
+def test_map_checkpoints__chosen_images_are_mapped_alone_and_unknown_ones_named() -> None:
     study = map_checkpoints(
-        [DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), Settings(), chosen=["7", "3"], labels=["MAE"]
+        [DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(), chosen=["7", "3"], labels=["MAE"]
     )
-    assert [(each.picture, each.layer_depth) for each in study.maps["MAE"]][::5] == [("7", 0), ("3", 0)]
+    assert [(each.image, each.layer_depth) for each in study.maps["MAE"]][::5] == [("7", 0), ("3", 0)]
     assert set(study.quadrants["num_images"]) == {2}
-    with pytest.raises(DataError, match="there is no picture cat"):
-        map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_pictures(DEMO_PICTURES), chosen=["cat"])
+    with pytest.raises(DataError, match="there is no image cat"):
+        map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), chosen=["cat"])
 
 
 def test_affinity_command__writes_maps_table_and_figures(tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_affinity_command__writes_maps_table_and_figures(tmp_path: Path) -> None
     assert "already holds" in again.stderr
 
 
-def test_affinity_command__several_models_and_pictures_have_a_figure_each(tmp_path: Path) -> None:
+def test_affinity_command__several_models_and_images_have_a_figure_each(tmp_path: Path) -> None:
     arguments = ["affinity", "--out", str(tmp_path), "-q", "--kind", "cosine", "--scale", "shared"]
     for name in ("MAE", "SimMIM"):
         arguments += ["--ckpt", str(DEMO_CHECKPOINTS[name]), "--label", name]
-    result = runner.invoke(app, [*arguments, "--pictures", "0", "--pictures", "5"])
+    result = runner.invoke(app, [*arguments, "--image", "0", "--image", "5"])
     assert result.exit_code == 0, result.output
     figures = {path.name for path in tmp_path.glob("*.png")}
-    assert figures == {f"affinity-{model}-{picture}.png" for model in ("MAE", "SimMIM") for picture in (0, 5)}
+    assert figures == {f"affinity-{model}-{image}.png" for model in ("MAE", "SimMIM") for image in (0, 5)}
 
 
 def test_affinity_command__mean_of_ragged_masks_ends_in_one_line(tmp_path: Path) -> None:
@@ -142,11 +142,11 @@ def test_affinity_command__mean_of_ragged_masks_ends_in_one_line(tmp_path: Path)
     arguments += ["--out", str(tmp_path / "out"), "-q"]
     result = runner.invoke(app, [*arguments, "--limit", "20"])
     assert result.exit_code == 2
-    assert "choose single pictures (--pictures)" in result.stderr.splitlines()[-1]
-    assert runner.invoke(app, [*arguments, "--pictures", "3"]).exit_code == 0
+    assert "choose single images (--image)" in result.stderr.splitlines()[-1]
+    assert runner.invoke(app, [*arguments, "--image", "3"]).exit_code == 0
 
 
-@pytest.mark.parametrize(("extra", "code"), [(["--pictures", "none"], 4), (["--pictures", "1", "--limit", "3"], 2)])
+@pytest.mark.parametrize(("extra", "code"), [(["--image", "none"], 4), (["--image", "1", "--limit", "3"], 2)])
 def test_affinity_command__errors_have_their_codes(extra: list[str], code: int, tmp_path: Path) -> None:
     arguments = ["affinity", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--out", str(tmp_path), "-q", *extra]
     assert runner.invoke(app, arguments).exit_code == code

@@ -12,12 +12,12 @@ from watched_models import batch_of, small_mae, small_simmim
 
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.errors import DataError
-from mto_analysis.masking import MaskRule, mask_keys
+from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import ModelInfo
 from mto_analysis.probe import masks_from_rule, probe
-from mto_analysis.properties import PropertyMeasure
-from mto_analysis.studies.comparison import common_num_visible, paired_difference, rule_leaving
-from mto_analysis.studies.heterogeneity import Settings
+from mto_analysis.probe.pairing import common_num_visible, paired_difference, rule_leaving
+from mto_analysis.probe.properties import PropertyMeasure
+from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 MAE_B = ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16))
@@ -54,7 +54,7 @@ def test_paired_difference__is_that_of_the_pairs_and_narrower_than_both() -> Non
     assert table["difference"].item() == pytest.approx(0.1, abs=0.005)
     assert table["difference_ci_low"].item() < table["difference"].item() < table["difference_ci_high"].item()
     assert table["difference_ci_high"].item() - table["difference_ci_low"].item() < 0.01
-    with pytest.raises(DataError, match="no common picture"):
+    with pytest.raises(DataError, match="no common image"):
         paired_difference(pd.DataFrame(rows), "a", "c")
 
 

@@ -14,12 +14,12 @@ from watched_models import Shrinking, batch_of, small_mae, small_simmim
 from mto_analysis import load_checkpoint
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS, demo_batches
-from mto_analysis.masking import load_masks
+from mto_analysis.figures.plots.controls import plot_controls
+from mto_analysis.masks import load_masks
 from mto_analysis.models import LayerTokens
 from mto_analysis.models.initialization import random_weights, with_mask_token
-from mto_analysis.plots.controls import plot_controls
 from mto_analysis.probe import masks_from_file, probe
-from mto_analysis.studies.controls import CONTROLS, ControlMeasure, control_bands, control_sentences
+from mto_analysis.probe.controls import CONTROLS, ControlMeasure, control_bands, control_sentences
 from mto_analyze import app
 
 

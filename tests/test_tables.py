@@ -4,8 +4,8 @@ import io
 import pandas as pd
 import pytest
 
-from mto_analysis.render import render
-from mto_analysis.tables import TABLE_NAMES, paper_table, printed
+from mto_analysis.figures.paper.tables import TABLE_NAMES, paper_table, printed
+from mto_analysis.runtime.render import render
 
 
 def test_paper_table__2_shows_computed_beside_printed_and_the_reference_needed():

@@ -12,11 +12,11 @@ import pytest
 import torch
 import training_models as foreign
 from torch import nn
-from training_models import CASES, Case, draw_mask, pictures
+from training_models import CASES, Case, draw_mask, make_images
 
 from mto_analysis import MaskRule, ModelInfo, load_checkpoint
 from mto_analysis.models import MAE, MAEConfig, SimMIM, SimMIMConfig
-from mto_analysis.training import CollapseWarning, MTOConfig, StackSpec, attach_mto, mto_loss, ranking_loss
+from mto_analysis.mto import CollapseWarning, MTOConfig, StackSpec, attach_mto, mto_loss, ranking_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,7 +38,7 @@ def ours_simmim():
 
 def run_ours(model, seed):
     mask = draw_mask(seed, masked=(10, 7, 12))
-    images = pictures(seed)
+    images = make_images(seed)
     return (model(images, mask) - images).square().mean(), mask
 
 
@@ -220,7 +220,7 @@ def test_attach__half_precision_model():
     model = build(case).to(torch.bfloat16)
     mto = attach_mto(model)
     mask = draw_mask(0)
-    loss = model(pictures().bfloat16(), mask.view(3, 4, 4).long())
+    loss = model(make_images().bfloat16(), mask.view(3, 4, 4).long())
     extra = mto.loss()
     assert extra.dtype == torch.float32
     (loss + extra).backward()
@@ -318,7 +318,7 @@ def test_conmim__the_teacher_in_train_mode_is_not_counted():
     mto = attach_mto(student, CONFIG)
     for seed in range(2):
         with torch.no_grad():
-            teacher(pictures(seed), bool_masked_pos=torch.zeros(3, foreign.NUM, dtype=torch.bool))
+            teacher(make_images(seed), bool_masked_pos=torch.zeros(3, foreign.NUM, dtype=torch.bool))
         found = attached_way(case, student, mto, seed)
         assert_same(found, slow_way(case, twin, seed), rtol=1e-4, atol=1e-6)
 
@@ -326,18 +326,18 @@ def test_conmim__the_teacher_in_train_mode_is_not_counted():
 def test_conmim__a_forward_without_any_mask_is_not_counted():
     model = build(CASES["conmim"])
     mto = attach_mto(model)
-    model(pictures(), bool_masked_pos=torch.zeros(3, foreign.NUM, dtype=torch.bool))
+    model(make_images(), bool_masked_pos=torch.zeros(3, foreign.NUM, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="no patch was masked"):
         mto.loss()
 
 
-def test_attach__pictures_without_masked_or_without_visible_patches_are_left_out():
+def test_attach__images_without_masked_or_without_visible_patches_are_left_out():
     case = CASES["conmim"]
     model = build(case)
     mto = attach_mto(model, CONFIG)
     mask = draw_mask(0, masked=(0, 7, foreign.NUM))
     kept, _ = keep_tokens(case.stacks(model))
-    model(pictures(), bool_masked_pos=mask)
+    model(make_images(), bool_masked_pos=mask)
     layers = [kept[0, depth][1:2, 1:] for depth in range(len(kept))]
     torch.testing.assert_close(mto.loss(), mto_loss(layers, mask[1:2], CONFIG).loss)
 
@@ -349,7 +349,7 @@ def test_bootmae__get_feature_of_an_ema_copy_is_not_counted():
     mto = attach_mto(model, CONFIG)
     loss, _ = case.run(model, 0)
     with torch.no_grad():
-        ema.get_feature(pictures(), 12, None)
+        ema.get_feature(make_images(), 12, None)
     (loss + mto.loss()).backward()
     assert {name.split("/")[0] for name in mto.terms} == {"pixel_decoder", "feature_decoder"}
 
@@ -359,7 +359,7 @@ def test_swin__mask_units_smaller_than_a_cell_are_refused():
     attached = attach_mto(model)
     mask = draw_mask(0, masked=(20, 20, 20), grid=8)
     with pytest.raises(RuntimeError, match="cuts through merged tokens"):
-        model(pictures(), mask.view(3, 8, 8).long())
+        model(make_images(), mask.view(3, 8, 8).long())
     attached.detach()
 
 
@@ -472,7 +472,9 @@ class Unheard(nn.Module):
 
 @pytest.mark.parametrize("way", ["masked_row", "mask"])
 def test_stack_spec__explicit(way):
-    case = Case(Unheard, lambda m, s: (m(pictures(s), draw_mask(s)), draw_mask(s)), lambda m: [list(m.trunk)], prefix=0)
+    case = Case(
+        Unheard, lambda m, s: (m(make_images(s), draw_mask(s)), draw_mask(s)), lambda m: [list(m.trunk)], prefix=0
+    )
     model = build(case)
     twin = copy.deepcopy(model)
     source = {"masked_row": lambda: model.hole} if way == "masked_row" else {"mask": lambda: model.last_mask}

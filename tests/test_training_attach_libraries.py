@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_training_attach import CONFIG, assert_near, assert_same, attached_way, build, slow_way, traces
 from torch import nn
-from training_models import BATCH, Case, draw_mask, patches_of, pictures
+from training_models import BATCH, Case, draw_mask, make_images, patches_of
 
-from mto_analysis.training import attach_mto
+from mto_analysis.mto import attach_mto
 
 SIDE, PATCH = 16, 4  # 4 x 4 patches
 
@@ -56,24 +56,24 @@ def hf_vit():
 
 def run_hf_vitmae(model, seed):
     torch.manual_seed(seed)
-    out = model(pixel_values=pictures(seed))
+    out = model(pixel_values=make_images(seed))
     return out.loss, out.mask.bool()
 
 
 def run_hf_beit(model, seed):
     mask = draw_mask(seed, masked=(9, 4, 12))  # blockwise masks differ in number
     labels = torch.arange(int(mask.sum())) % 7
-    return model(pictures(seed), bool_masked_pos=mask, labels=labels).loss, mask
+    return model(make_images(seed), bool_masked_pos=mask, labels=labels).loss, mask
 
 
 def run_hf_vit(model, seed):
     mask = draw_mask(seed)
-    return model(pictures(seed), bool_masked_pos=mask).loss, mask
+    return model(make_images(seed), bool_masked_pos=mask).loss, mask
 
 
 def run_hf_swin(model, seed):
     mask = draw_mask(seed, masked=(9, 9, 9), grid=8, unit=2)
-    return model(pictures(seed, 32), bool_masked_pos=mask).loss, mask
+    return model(make_images(seed, 32), bool_masked_pos=mask).loss, mask
 
 
 def layers_of(*paths):
@@ -163,7 +163,7 @@ def torchvision_backbone():
 
 def run_lightly(model, seed):
     torch.manual_seed(seed)
-    return model(0.3 * pictures(seed))  # or visible tokens are so long that L_spa is dead
+    return model(0.3 * make_images(seed))  # or visible tokens are so long that L_spa is dead
 
 
 LIBRARIES = {
@@ -261,7 +261,7 @@ def test_hf_trainer__compute_loss_with_accumulation(tmp_path):
 
     model = build(LIBRARIES["hf vitmae"])
     mto = attach_mto(model)
-    rows = [{"pixel_values": picture} for picture in torch.cat([pictures(seed) for seed in range(4)])]
+    rows = [{"pixel_values": image} for image in torch.cat([make_images(seed) for seed in range(4)])]
     settings = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True}
     batches = {"max_steps": 2, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2}
     arguments = hf.TrainingArguments(tmp_path, **batches, **settings)

@@ -14,7 +14,7 @@ def work(rank, address, answers):
     from test_training_attach import CONFIG, build
     from training_models import CASES
 
-    from mto_analysis.training import attach_mto
+    from mto_analysis.mto import attach_mto
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
@@ -24,7 +24,7 @@ def work(rank, address, answers):
     mto = attach_mto(wrapped, CONFIG)
     found = []
     for step in range(2):
-        loss, _ = case.run(wrapped, 10 * step + rank)  # each rank has its own pictures
+        loss, _ = case.run(wrapped, 10 * step + rank)  # each rank has its own images
         wrapped.zero_grad()
         (loss + mto.loss()).backward()
         found.append([None if p.grad is None else p.grad.tolist() for p in model.parameters()])

@@ -3,7 +3,7 @@ import reference_mto as reference
 import torch
 
 from mto_analysis import heterogeneity
-from mto_analysis.training.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
+from mto_analysis.affinity.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
 
 EQUAL = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
 RAGGED = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1]]).bool()

@@ -7,7 +7,7 @@ import torch
 from test_training_attach import CONFIG, build
 from training_models import CASES
 
-from mto_analysis.training import attach_mto
+from mto_analysis.mto import attach_mto
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_training_attach import CASES, CONFIG, assert_same, attached_way, build, keep_tokens, slow_way
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from training_models import NUM, draw_mask, pictures
+from training_models import NUM, draw_mask, make_images
 
-from mto_analysis.training import attach_mto, hooks, mto_loss
+from mto_analysis.mto import attach_mto, mto_loss
+from mto_analysis.taps import hooks
 
 # Of the others the number of masked patches differs between the images of a batch.
 UNIFORM = sorted(CASES.keys() - {"conmim", "ours mae", "ours simmim"})
@@ -37,11 +38,11 @@ def far(monkeypatch):
 
 
 def conmim(masked):
-    """ConMIM, and how many patches of each of three pictures are masked in each forward."""
+    """ConMIM, and how many patches of each of three images are masked in each forward."""
 
     def run(model, seed):
         mask = draw_mask(seed, masked=masked[seed])
-        return model(pictures(seed), bool_masked_pos=mask).square().mean(), mask
+        return model(make_images(seed), bool_masked_pos=mask).square().mean(), mask
 
     return replace(CASES["conmim"], run=run)
 
@@ -118,7 +119,7 @@ def test_assumed_counts__swins_mask_units_smaller_than_a_cell_are_refused(far):
     _, mask = case.run(model, 0)
     mto.loss()
     scattered = draw_mask(0, masked=(int(mask[0].sum()),) * 3, grid=8)
-    model(pictures(), scattered.view(3, 8, 8).long())
+    model(make_images(), scattered.view(3, 8, 8).long())
     with pytest.raises(RuntimeError, match="cuts through merged tokens"):
         mto.loss()
     assert far.asked == 1
@@ -144,7 +145,7 @@ def test_cuda__only_the_first_forward_waits(name, monkeypatch):
     with FakeTensorMode() as mode, torch.device("cuda"):
         model = build(CASES[name])
         mto = attach_mto(model, check_every=0)
-        images, masks = torch.empty(pictures().shape), torch.empty(len(mask), side, side, dtype=torch.long)
+        images, masks = torch.empty(make_images().shape), torch.empty(len(mask), side, side, dtype=torch.long)
         with pytest.raises(DataDependentOutputException):
             model(images, masks)
         mto._losses[0]._usual = usual  # as after a first forward

@@ -9,7 +9,7 @@ import torch
 
 from mto_analysis import heterogeneity
 from mto_analysis.affinity import quadrant_mass
-from mto_analysis.training import MTOConfig, embedding_loss, mto_loss, ranking_loss, sparsity_loss
+from mto_analysis.mto import MTOConfig, embedding_loss, mto_loss, ranking_loss, sparsity_loss
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "mto").glob("*.npz"))
 EQUAL = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
@@ -40,7 +40,7 @@ def test_losses__equal_those_of_the_original_codes_tokens(path):
     torch.testing.assert_close(terms.heterogeneity, h, rtol=1e-4, atol=1e-7)
     for value, name in ((terms.sparsity, "l_spa"), (terms.embedding, "l_e"), (terms.ranking, "l_r")):
         torch.testing.assert_close(value, found[name].mean().float(), rtol=1e-4, atol=0)
-    for image in range(h.shape[1]):  # and each picture by itself
+    for image in range(h.shape[1]):  # and each image by itself
         one = slice(image, image + 1)
         values = {
             "l_spa": sparsity_loss(layers[0][one], masks[0][one]),

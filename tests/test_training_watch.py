@@ -7,7 +7,7 @@ from training_models import CASES
 
 from mto_analysis import heterogeneity
 from mto_analysis.affinity import quadrant_mass
-from mto_analysis.training import CollapseWarning, attach_mto, watch_mto
+from mto_analysis.mto import CollapseWarning, attach_mto, watch_mto
 
 EACH = pytest.mark.parametrize(
     "name", ["mae", "simmim vit", "simmim swin", "simmim swin, reentrant", "bootmae", "conmim"]

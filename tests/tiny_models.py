@@ -8,16 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.masking import MaskRule
-from mto_analysis.models import (
-    MAE,
-    LayerTokens,
-    MAEConfig,
-    MaskedImageModel,
-    ModelInfo,
-    SimMIM,
-    SimMIMConfig,
-)
+from mto_analysis.masks import MaskRule
+from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 
 SIDE, PATCH, NUM_PATCHES = 16, 4, 16
 

@@ -17,7 +17,7 @@ GRID, PATCH, BATCH, DIM = 4, 4, 3, 16
 NUM = GRID * GRID
 
 
-def pictures(seed=0, side=GRID * PATCH):
+def make_images(seed=0, side=GRID * PATCH):
     return torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -329,23 +329,23 @@ class Case:
 
 def run_mae(model, seed):
     torch.manual_seed(seed)
-    loss, _, mask = model(pictures(seed), mask_ratio=0.75)
+    loss, _, mask = model(make_images(seed), mask_ratio=0.75)
     return loss, mask.bool()
 
 
 def run_simmim(model, seed):
     mask = draw_mask(seed)
-    return model(pictures(seed), mask.view(BATCH, GRID, GRID).long()), mask
+    return model(make_images(seed), mask.view(BATCH, GRID, GRID).long()), mask
 
 
 def run_swin(model, seed):
     mask = draw_mask(seed, masked=(2, 2, 2), grid=8, unit=4)
-    return model(pictures(seed), mask.view(BATCH, 8, 8).long()), mask
+    return model(make_images(seed), mask.view(BATCH, 8, 8).long()), mask
 
 
 def run_bootmae(model, seed):
     torch.manual_seed(seed)
-    mask, images = draw_mask(seed, masked=(12, 12, 12)), pictures(seed)
+    mask, images = draw_mask(seed, masked=(12, 12, 12)), make_images(seed)
     pixels, features = model(images, 12, as_permutation(mask))
     loss = (pixels - patches_of(images))[mask].square().mean()
     return loss + features[mask].square().mean(), mask
@@ -354,7 +354,7 @@ def run_bootmae(model, seed):
 def run_conmim(model, seed):
     mask = draw_mask(seed, masked=(10, 7, 12))  # block masks differ in number
     out = model(
-        pictures(seed),
+        make_images(seed),
         bool_masked_pos=mask,
         return_all_tokens=True,
         only_return_before_head=True,

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.data import PictureBatch
-from mto_analysis.masking import MaskRule
+from mto_analysis.images import ImageBatch
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, LayerTokens, MAEConfig, MaskedImageModel, ModelInfo, SimMIM, SimMIMConfig
 
 
@@ -81,10 +81,10 @@ class Shrinking(MaskedImageModel):
         raise ValueError("predicts no pixels")
 
 
-def batch_of(model: MaskedImageModel, size: int = 5) -> PictureBatch:
+def batch_of(model: MaskedImageModel, size: int = 5) -> ImageBatch:
     side = model.info.image_size
     images = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
-    return PictureBatch(tuple(f"p{index}" for index in range(size)), images)
+    return ImageBatch(tuple(f"p{index}" for index in range(size)), images)
 
 
 def random_masks(size: int, num_patches: int, num_masked: int) -> Tensor:

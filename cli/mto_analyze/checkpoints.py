@@ -98,7 +98,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint in our own layout, with all facts inside; it loads back bit for bit."""
-    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.runtime.outputs import OutputFolder
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
 

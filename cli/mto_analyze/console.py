@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from mto_analysis.errors import MTOAnalysisError
-from mto_analysis.processes import in_step, this_process
+from mto_analysis.runtime.processes import in_step, this_process
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""``mto-analyze demo``: Figs. 1(a), 1(b), 2 and the report of bundled small models on bundled pictures, offline."""
+"""``mto-analyze demo``: Figs. 1(a), 1(b), 2 and the report of bundled small models on bundled images, offline."""
 
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from mto_analyze.options import Overwrite, Quiet
 def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("demo"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many of the 256 pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many of the 256 images.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure bundled small MAE and SimMIM models: Figs. 1(a), 1(b) and 2, and a report to explore; no download."""
-    from mto_analysis.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
     names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
     names += ["fig2.csv", *(f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf"))]
@@ -27,18 +27,19 @@ def demo(
     import torch
 
     from mto_analysis.demo import demo_report, demo_sentences, measure_demo
-    from mto_analysis.plots.affinity import draw_affinity
-    from mto_analysis.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.report import render_report
+    from mto_analysis.figures.plots.affinity import draw_affinity
+    from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.figures.plots.style import write_figure
+    from mto_analysis.figures.report import render_report
 
     torch.set_num_threads(1)  # as fast for such small models, and no waiting for threads on a busy machine
     tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))
     for figure, table in (("fig1a", tables.fig1a), ("fig1b", tables.fig1b)):
-        folder.write_figure(figure, draw_heterogeneity(table))
+        write_figure(folder, figure, draw_heterogeneity(table))
         folder.write_table(f"{figure}.csv", table)
     folder.write_table("fig2.csv", tables.fig2)
     for model, maps in tables.maps.items():
-        folder.write_figure(f"fig2-{model.lower()}", draw_affinity(maps, title=model))
+        write_figure(folder, f"fig2-{model.lower()}", draw_affinity(maps, title=model))
     page = folder.write_bytes("report.html", render_report(demo_report(tables), title="Demo: small models").encode())
     folder.write_json("run.json", run_facts(context.params, models=tables.models))
     typer.echo("\n".join(demo_sentences(tables)))

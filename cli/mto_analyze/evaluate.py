@@ -15,14 +15,14 @@ from mto_analyze.console import note, progress, settings_of
 from mto_analyze.options import Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
-    from mto_analysis.evaluation import Score
-    from mto_analysis.evaluation.runs import CurveFile, RunCheckpoint
-    from mto_analysis.evaluation.settings import ClassifierSettings
     from mto_analysis.models import MaskedImageModel
+    from mto_analysis.training.evaluation import Score
+    from mto_analysis.training.evaluation.runs import CurveFile, RunCheckpoint
+    from mto_analysis.training.evaluation.settings import ClassifierSettings
 
 evaluate = typer.Typer(
     no_args_is_help=True,
-    help="Score encoders with labelled pictures: kNN, linear probe or fine-tuning; one checkpoint or a whole run.",
+    help="Score encoders with labelled images: kNN, linear probe or fine-tuning; one checkpoint or a whole run.",
 )
 
 FILES = ("curves.csv", "settings.json", "run.json", "random.csv", "curves.png", "curves.pdf")
@@ -31,8 +31,8 @@ Sources = Annotated[
     list[str],
     typer.Option("--ckpt", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeat to compare."),
 ]
-Train = Annotated[str, typer.Option(help="Labelled training pictures: folder of classes, Parquet, tar shards.")]
-Test = Annotated[str, typer.Option(help="Labelled test pictures.")]
+Train = Annotated[str, typer.Option(help="Labelled training images: folder of classes, Parquet, tar shards.")]
+Test = Annotated[str, typer.Option(help="Labelled test images.")]
 Out = Annotated[Path, typer.Option(help="Folder for results; an unfinished curve there is continued.")]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="Name of each --ckpt in the curve; by default the run's own.")
@@ -45,11 +45,11 @@ Random = Annotated[
     bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use so many training pictures, spread evenly.")]
-TestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many test pictures, spread evenly.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use so many training images, spread evenly.")]
+TestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many test images, spread evenly.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; repeat.")]
-MicroBatch = Annotated[int | None, typer.Option(min=1, help="Pictures per process and forward; the rest accumulates.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Images per process and forward; the rest accumulates.")]
 
 
 class PoolingOption(StrEnum):
@@ -135,7 +135,7 @@ def linear(
     With --cached, --set takes penalty and iterations.
     """
     if cached:
-        from mto_analysis.values import parse_value
+        from mto_analysis.runtime.settings import parse_value
 
         types: dict[str, type] = {"penalty": float, "iterations": int}
         options = settings_of(setting or [])
@@ -145,7 +145,7 @@ def linear(
         return on_features(
             context, "linear_cached", {name: parse_value(name, types[name], text) for name, text in options.items()}
         )
-    from mto_analysis.evaluation.settings import linear_settings
+    from mto_analysis.training.evaluation.settings import linear_settings
 
     return trained(context, "linear_mae", linear_settings)
 
@@ -178,16 +178,16 @@ def finetune(
     Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth. A killed run goes on
     exactly: after every epoch all that it needs is in last.pth.
     """
-    from mto_analysis.evaluation.settings import finetune_settings
+    from mto_analysis.training.evaluation.settings import finetune_settings
 
     trained(context, "finetune", finetune_settings)
 
 
 def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> None:
-    """Score by an :class:`Evaluator`, whose pictures are decoded once."""
-    from mto_analysis.evaluation import Evaluation, Evaluator
-    from mto_analysis.evaluation.features import join_processes, place
-    from mto_analysis.evaluation.runs import CurveFile
+    """Score by an :class:`Evaluator`, whose images are decoded once."""
+    from mto_analysis.training.evaluation import Evaluation, Evaluator
+    from mto_analysis.training.evaluation.features import join_processes, place
+    from mto_analysis.training.evaluation.runs import CurveFile
 
     given = context.params
     device = join_processes(given["device"])
@@ -206,10 +206,10 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
 
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
     """Score by training a classifier for each checkpoint, in a folder of its own."""
-    from mto_analysis.evaluation.evaluator import Score
-    from mto_analysis.evaluation.features import LabelledPictures, check_classes, join_processes, place
-    from mto_analysis.evaluation.runs import CurveFile
-    from mto_analysis.evaluation.training import TrainingMachine, train_classifier
+    from mto_analysis.training.evaluation.evaluator import Score
+    from mto_analysis.training.evaluation.features import LabelledImages, check_classes, join_processes, place
+    from mto_analysis.training.evaluation.runs import CurveFile
+    from mto_analysis.training.evaluation.training import TrainingMachine, train_classifier
 
     given = context.params
     device = join_processes(given["device"])
@@ -219,8 +219,8 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         options["pooling"] = given["pooling"].value
     machine = TrainingMachine(given["precision"].value, given["micro_batch"], given["num_workers"])
     workers = given["num_workers"]
-    train = LabelledPictures(given["train"], limit=given["limit"], num_workers=workers)
-    test = LabelledPictures(given["test"], limit=given["test_limit"], num_workers=workers)
+    train = LabelledImages(given["train"], limit=given["limit"], num_workers=workers)
+    test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
     classes = check_classes(train, test)
     told = {name: given[name] for name in ("train", "test", "limit", "test_limit")}
     curve = CurveFile(
@@ -254,8 +254,8 @@ def _score_all(
     process: int,
 ) -> None:
     """Score what the curve lacks, then write the figure, the random encoders and what was run."""
-    from mto_analysis.evaluation.runs import load_encoder, named_checkpoints, score_checkpoints, score_random
-    from mto_analysis.outputs import run_facts, write_atomically
+    from mto_analysis.runtime.outputs import run_facts, write_atomically
+    from mto_analysis.training.evaluation.runs import load_encoder, named_checkpoints, score_checkpoints, score_random
 
     given = context.params
     say = partial(note, quiet=given["quiet"] or process > 0)
@@ -283,8 +283,8 @@ def _score_all(
     write_atomically(curve.path.parent / "run.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:
-        from mto_analysis.plots.evaluation import draw_accuracy
-        from mto_analysis.plots.style import figure_bytes
+        from mto_analysis.figures.plots.evaluation import draw_accuracy
+        from mto_analysis.figures.plots.style import figure_bytes
 
         figure = draw_accuracy(table, random)
         for kind in ("png", "pdf"):

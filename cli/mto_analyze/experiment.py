@@ -18,7 +18,7 @@ from mto_analyze.options import Quiet
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results
-    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.runtime.outputs import OutputFolder
 
 FIGURES = ("curves", "rauc", "time", "heterogeneity")
 FILES = (
@@ -31,7 +31,7 @@ def experiment(
     file: Annotated[str, typer.Argument(help="Experiment file (TOML), or the name of one that comes with the tool.")],
     out: Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on where it stopped.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures: train.parquet and test.parquet, if not set otherwise.")
+        Path | None, typer.Option(help="Folder of the images: train.parquet and test.parquet, if not set otherwise.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process of its own.")] = 1,
     set_: Annotated[
@@ -47,22 +47,22 @@ def experiment(
     summary.md, curves.csv, rauc.csv, heterogeneity.csv, terms.csv, choice.csv, run.json and the figures curves, rauc,
     time and heterogeneity to --out; runs are in its folders runs and choose.
     """
-    from mto_analysis.data import open_pictures
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
-    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.images import open_images
+    from mto_analysis.runtime.outputs import OutputFolder
 
     chosen = load_experiment(file, settings_of(set_ or []))
-    pictures = chosen.pictures.resolved(data)
-    runs = ExperimentRuns(chosen, pictures, out)
+    images = chosen.images.resolved(data)
+    runs = ExperimentRuns(chosen, images, out)
     folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
     runs.check()
-    count = len(open_pictures(pictures.train).names)
+    count = len(open_images(images.train).names)
     if dry_run:
         typer.echo(_plan(runs, jobs, count))
         return
     began = time.time()
     with _board(runs, count, quiet) as tell:
-        do_runs(runs, jobs=jobs, num_pictures=count, tell=tell)
+        do_runs(runs, jobs=jobs, num_images=count, tell=tell)
     _write(folder, chosen, runs, jobs=jobs, count=count, began=began)
     note(f"wrote {', '.join(name for name in FILES if (out / name).exists())} to {out}", quiet=quiet)
 
@@ -71,7 +71,7 @@ def _write(
     folder: OutputFolder, chosen: Experiment, runs: ExperimentRuns, *, jobs: int, count: int, began: float
 ) -> None:
     from mto_analysis.experiments import collect, summary_page
-    from mto_analysis.outputs import run_facts
+    from mto_analysis.runtime.outputs import run_facts
 
     results = collect(runs)
     folder.write_table("curves.csv", results.curves)
@@ -81,21 +81,21 @@ def _write(
     if len(results.choice):
         folder.write_table("choice.csv", results.choice)
     _draw(folder, results)
-    page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_pictures=count)
+    page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_images=count)
     folder.write_bytes("summary.md", page.encode())
     facts = {"experiment": chosen.facts(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
-    folder.write_json("run.json", run_facts({"data": vars(runs.pictures)}, **facts))
+    folder.write_json("run.json", run_facts({"data": vars(runs.images)}, **facts))
     typer.echo(page)
 
 
 def _draw(folder: OutputFolder, results: Results) -> None:
     from mto_analysis.experiments.results import TIME
-    from mto_analysis.plots.experiment import draw_experiment_curves, draw_trajectories
-    from mto_analysis.plots.rauc import rauc_figure
-    from mto_analysis.plots.style import paper_style
+    from mto_analysis.figures.plots.experiment import draw_experiment_curves, draw_trajectories
+    from mto_analysis.figures.plots.rauc import rauc_figure
+    from mto_analysis.figures.plots.style import paper_style, write_figure
 
     score = "top-1 accuracy (%)"
-    folder.write_figure("curves", draw_experiment_curves(results.curves, score=score))
+    write_figure(folder, "curves", draw_experiment_curves(results.curves, score=score))
     with paper_style():
         for stem, comparisons, axis, label in (
             ("rauc", results.comparisons, "epoch", "epoch"),
@@ -103,9 +103,9 @@ def _draw(folder: OutputFolder, results: Results) -> None:
         ):
             if comparisons:
                 pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
-                folder.write_figure(stem, rauc_figure(comparisons, pairs, axis=label, score=score))
+                write_figure(folder, stem, rauc_figure(comparisons, pairs, axis=label, score=score))
     if len(results.heterogeneity):
-        folder.write_figure("heterogeneity", draw_trajectories(results.heterogeneity))
+        write_figure(folder, "heterogeneity", draw_trajectories(results.heterogeneity))
 
 
 def _device(chosen: Experiment) -> str:
@@ -119,11 +119,11 @@ def _device(chosen: Experiment) -> str:
 
 def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
     """What ``--dry-run`` prints: a line per run, and how long all of it would take."""
-    from mto_analysis.data import open_pictures
-    from mto_analysis.evaluation import Evaluator
-    from mto_analysis.pretraining import build_method, plan
+    from mto_analysis.images import open_images
+    from mto_analysis.training import build_method, plan
+    from mto_analysis.training.evaluation import Evaluator
 
-    pictures = open_pictures(runs.pictures.train)
+    images = open_images(runs.images.train)
     lines, training, scoring, left = [], 0.0, 0.0, 0
     seconds: dict[tuple[str, bool], float] = {}
     seconds_a_score: dict[str, float] = {}
@@ -133,14 +133,14 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
         if key not in seconds:  # timed once for each, per step; an arm that waits comes after its candidates
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
-                seconds[key] = plan(run.recipe, pictures, run.settings).seconds / run.recipe.epochs
+                seconds[key] = plan(run.recipe, images, run.settings).seconds / run.recipe.epochs
         finished, evaluation = run.finished(), run.settings.evaluation
         if not finished:
             left += 1
             training += seconds[key] * run.recipe.epochs
         if not finished and evaluation is not None:
             if run.variant not in seconds_a_score:
-                evaluator = evaluator or Evaluator(evaluation)  # reads the pictures once
+                evaluator = evaluator or Evaluator(evaluation)  # reads the images once
                 began = time.perf_counter()
                 evaluator.score(build_method(run.recipe, seed=run.seed).student)
                 seconds_a_score[run.variant] = time.perf_counter() - began

@@ -21,9 +21,9 @@ def figures(
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder, list or Parquet file of pictures; by default 256 bundled ones.")
+        Path | None, typer.Option(help="Folder, list or Parquet file of images; by default 256 bundled ones.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, spread evenly.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, spread evenly.")] = None,
     experiment: Annotated[
         Path | None,
         typer.Option(
@@ -35,7 +35,7 @@ def figures(
     ] = False,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "cpu",
     offline: Offline = False,
     listing: Annotated[bool, typer.Option("--list", help="Say what there is, and draw nothing.")] = False,
@@ -43,7 +43,7 @@ def figures(
     quiet: Quiet = False,
 ) -> None:
     """Draw the paper's figures and tables: PNG, PDF and the CSV each was drawn from."""
-    from mto_analysis.paper import FIGURES, Inputs, draw_paper
+    from mto_analysis.figures.paper import FIGURES, Inputs, draw_paper
 
     if listing:
         width = max(map(len, FIGURES))
@@ -64,7 +64,7 @@ def figures(
     say, warn = partial(note, quiet=quiet), note
     bar = partial(progress, quiet=quiet)
     if public:
-        from mto_analysis.paper.public import draw_public
+        from mto_analysis.figures.paper.public import draw_public
     draw = draw_public if public else draw_paper
     for figure, paths in draw(
         names or (), out, inputs, overwrite=overwrite, arguments=context.params, say=say, warn=warn, progress=bar

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mto_analysis.processes import Processes
+from mto_analysis.runtime.processes import Processes
 from mto_analyze.console import as_text, launched, note, progress
 from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.runtime.outputs import OutputFolder
 
 FILES = ("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
 
@@ -45,12 +45,12 @@ def heterogeneity(
     ckpt: Checkpoints,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder, list (.txt) or Parquet file; by default 256 bundled CIFAR-10 pictures."),
+        typer.Option(help="Folder, list (.txt) or Parquet file; by default 256 bundled CIFAR-10 images."),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="Name of each checkpoint, in order (Fig. 1b: epochs).")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, spread evenly.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, spread evenly.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")] = None,
     mask_unit: Annotated[
         int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
@@ -60,9 +60,9 @@ def heterogeneity(
     ] = False,
     masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
     save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
-    masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per picture.")] = 1,
+    masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
     dtype: Annotated[
         Precision, typer.Option(help="Of the forward; H is always computed in float32 or better.")
@@ -77,14 +77,14 @@ def heterogeneity(
         bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
     ] = False,
     difference: Annotated[
-        bool, typer.Option("--difference", help="Of two checkpoints: second minus first, picture by picture.")
+        bool, typer.Option("--difference", help="Of two checkpoints: second minus first, image by image.")
     ] = False,
     control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
-    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
     offline: Offline = False,
-    strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A broken image is an error.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("heterogeneity"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -97,7 +97,7 @@ def heterogeneity(
     --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
     controls.png and .pdf.
     """
-    from mto_analysis.outputs import OutputFolder, labels_of, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, labels_of, run_facts
 
     labels = label or labels_of(ckpt)
     mask_files = _mask_files(labels) if save_masks else {}
@@ -110,24 +110,23 @@ def heterogeneity(
 
     import torch
 
-    from mto_analysis.data import open_pictures
-    from mto_analysis.demo import DEMO_PICTURES
-    from mto_analysis.devices import pick_device
-    from mto_analysis.masking import load_masks
-    from mto_analysis.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.studies.comparison import paired_difference
-    from mto_analysis.studies.controls import Controls
-    from mto_analysis.studies.definitions import Definitions as Watched
-    from mto_analysis.studies.heterogeneity import Settings, measure_checkpoints, together
-    from mto_analysis.studies.properties import Properties
+    from mto_analysis.demo import DEMO_IMAGES
+    from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.figures.plots.style import write_figure
+    from mto_analysis.images import open_images
+    from mto_analysis.masks import load_masks
+    from mto_analysis.probe.controls import Controls
+    from mto_analysis.probe.definition_study import Definitions as Watched
+    from mto_analysis.probe.pairing import paired_difference
+    from mto_analysis.probe.property_study import Properties
+    from mto_analysis.probe.study import Settings, measure_checkpoints, together
+    from mto_analysis.runtime.devices import pick_device
 
     watched = Watched() if definitions == Definitions.all else None
     controlled = Controls(control_seeds) if controls else None
     seen = Properties() if properties else None
     if images is None:
-        note(
-            "no --images: measuring on 256 bundled CIFAR-10 pictures of 32 px, fine for a first look only", quiet=quiet
-        )
+        note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, fine for a first look only", quiet=quiet)
     settings = Settings(
         limit=limit,
         mask_ratio=mask_ratio,
@@ -145,7 +144,7 @@ def heterogeneity(
     )
     study = measure_checkpoints(
         ckpt,
-        open_pictures(images or DEMO_PICTURES),
+        open_images(images or DEMO_IMAGES),
         settings,
         labels=labels,
         num_heads=num_heads,
@@ -163,7 +162,7 @@ def heterogeneity(
         rows = controlled.measure(
             study,
             ckpt,
-            open_pictures(images or DEMO_PICTURES),
+            open_images(images or DEMO_IMAGES),
             settings,
             num_heads=num_heads,
             decoder_num_heads=decoder_num_heads,
@@ -185,7 +184,7 @@ def heterogeneity(
         folder.write_table("difference.csv", paired_difference(study.per_image, *labels))
     folder.write_table("heterogeneity.csv", study.table)
     folder.write_table("heterogeneity_per_image.csv", study.per_image)
-    folder.write_figure("heterogeneity", draw_heterogeneity(study.table))
+    write_figure(folder, "heterogeneity", draw_heterogeneity(study.table))
     for name, model in mask_files.items():
         folder.write_bytes(name, study.mask_file(model))
     folder.write_json(
@@ -197,7 +196,7 @@ def heterogeneity(
 
 def _mask_files(labels: list[str]) -> dict[str, str]:
     """The label behind each mask file; two labels may not end up in one file."""
-    from mto_analysis.outputs import file_word
+    from mto_analysis.runtime.outputs import file_word
 
     files: dict[str, str] = {}
     for label in labels:
@@ -210,27 +209,29 @@ def _mask_files(labels: list[str]) -> dict[str, str]:
 
 def write_definitions(folder: "OutputFolder", table: "pd.DataFrame", attention: "pd.DataFrame") -> None:
     """The tables and the figure of ``--definitions all``."""
-    from mto_analysis.plots.definitions import draw_definitions
+    from mto_analysis.figures.plots.definitions import draw_definitions
+    from mto_analysis.figures.plots.style import write_figure
 
     folder.write_table("definitions.csv", table)
     folder.write_table("attention.csv", attention)
-    folder.write_figure("definitions", draw_definitions(table, attention))
+    write_figure(folder, "definitions", draw_definitions(table, attention))
 
 
 def write_controls(folder: "OutputFolder", table: "pd.DataFrame", controls: "pd.DataFrame") -> None:
     """The table, the figure and the sentences of ``--controls``."""
-    from mto_analysis.plots.controls import draw_controls
-    from mto_analysis.studies.controls import CONTROLS, control_bands, control_sentences
+    from mto_analysis.figures.plots.controls import draw_controls
+    from mto_analysis.figures.plots.style import write_figure
+    from mto_analysis.probe.controls import CONTROLS, control_bands, control_sentences
 
     folder.write_table("controls.csv", controls)
-    folder.write_figure("controls", draw_controls(table, control_bands(controls), CONTROLS))
+    write_figure(folder, "controls", draw_controls(table, control_bands(controls), CONTROLS))
     typer.echo("\n".join(control_sentences(table, controls)))
 
 
 def matched_visible(ckpt: list[str], offline: bool, num_heads: int | None, decoder_num_heads: int | None) -> int:
     """The number of visible patches of ``--match-visible``."""
     from mto_analysis.checkpoints import inspect_checkpoint
-    from mto_analysis.studies.comparison import common_num_visible
+    from mto_analysis.probe.pairing import common_num_visible
 
     heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
     reports = [inspect_checkpoint(each, **heads, offline=offline) for each in ckpt]

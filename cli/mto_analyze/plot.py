@@ -21,16 +21,17 @@ def plot(
 
     Writes heterogeneity.png, heterogeneity.pdf, heterogeneity.csv (what was drawn) and run.json to --out.
     """
-    from mto_analysis.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
     names = ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
     folder = OutputFolder(out, names, overwrite=overwrite)
 
-    from mto_analysis.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.studies.tables import read_tables
+    from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+    from mto_analysis.figures.plots.style import write_figure
+    from mto_analysis.probe.saved import read_tables
 
     table = read_tables(tables)
-    folder.write_figure("heterogeneity", draw_heterogeneity(table, title=title))
+    write_figure(folder, "heterogeneity", draw_heterogeneity(table, title=title))
     folder.write_table("heterogeneity.csv", table)
     folder.write_json("run.json", run_facts(context.params))
     note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)

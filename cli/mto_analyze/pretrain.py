@@ -1,4 +1,4 @@
-"""``mto-analyze pretrain``: from pictures to a trained model, with or without MTO, on one process or many."""
+"""``mto-analyze pretrain``: from images to a trained model, with or without MTO, on one process or many."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analysis.processes import this_process
+from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import Commands, explain, note, settings_of
 from mto_analyze.options import Overwrite, Quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mto_analysis.pretraining import EpochRecord, Recipe, RunSettings, StepRecord
+    from mto_analysis.training import EpochRecord, Recipe, RunSettings, StepRecord
 
 
 class NumberFormat(StrEnum):
@@ -66,19 +66,19 @@ def pretrain(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
     ] = None,
-    num_workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures.")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
     in_memory: Annotated[
-        bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded pictures; by default if small.")
+        bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A broken picture is an error.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A broken image is an error.")] = False,
     device: Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")] = None,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")] = None,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints that stay.")] = None,
     log_every: Annotated[int | None, typer.Option(min=1, help="Steps between rows of metrics.csv.")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
-    eval_train: Annotated[Path | None, typer.Option(help="Labelled pictures; by default --data.")] = None,
-    eval_test: Annotated[Path | None, typer.Option(help="Labelled pictures to score on; turns evaluation on.")] = None,
+    eval_train: Annotated[Path | None, typer.Option(help="Labelled images; by default --data.")] = None,
+    eval_test: Annotated[Path | None, typer.Option(help="Labelled images to score on; turns evaluation on.")] = None,
     eval_limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many of --eval-train; sets what an evaluation takes on a CPU.")
     ] = None,
@@ -100,28 +100,28 @@ def pretrain(
     values["precision"] = None if precision is None else precision.value
     values["protocol"] = None if protocol is None else protocol.value
 
-    from mto_analysis.data import open_pictures
-    from mto_analysis.pretraining import plan, pretrain
-    from mto_analysis.pretraining.drawing import draw_run_folder
+    from mto_analysis.figures.run import draw_run_folder
+    from mto_analysis.images import open_images
+    from mto_analysis.training import plan, pretrain
 
     chosen, source, settings = _choose(values)
-    pictures = open_pictures(source)
+    images = open_images(source)
     with _together(), _interrupted(out), _bar(quiet) as on_step:
         if dry_run:
-            planned = plan(chosen, pictures, settings).as_text()
+            planned = plan(chosen, images, settings).as_text()
             if this_process().main:
                 typer.echo(planned)
             return
         for record in pretrain(
             chosen,
-            pictures,
+            images,
             out,
             settings,
             resume=resume,
             overwrite=overwrite,
             on_step=on_step,
             on_note=lambda line: note(line, quiet=quiet),
-            on_broken=lambda broken: note(f"another picture takes the place of {broken.name} ({broken.reason})"),
+            on_broken=lambda broken: note(f"another image takes the place of {broken.name} ({broken.reason})"),
             strict=strict,
             source=str(source),
         ):
@@ -137,7 +137,7 @@ def _interrupted(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from mto_analysis.pretraining import RunFolder
+        from mto_analysis.training import RunFolder
 
         kept = RunFolder(out).last.exists()
         raise KeyboardInterrupt("--resume goes on from last.pth" if kept else "") from None
@@ -165,10 +165,10 @@ def _together() -> Iterator[None]:
 
 
 def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
-    """Recipe, pictures and settings: what was given, else what the resumed run had, else the defaults."""
-    from mto_analysis.pretraining import RunFolder, RunSettings, load_recipe, mto_config
-    from mto_analysis.pretraining.metrics import check_boards
-    from mto_analysis.training import MTOConfig
+    """Recipe, images and settings: what was given, else what the resumed run had, else the defaults."""
+    from mto_analysis.mto import MTOConfig
+    from mto_analysis.training import RunFolder, RunSettings, load_recipe, mto_config
+    from mto_analysis.training.metrics import check_boards
 
     if values["resume"] and values["overwrite"]:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
@@ -187,9 +187,9 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     else:
         raise ValueError("give a recipe with --recipe, for instance mae_cifar10")
     recipe = recipe.with_options(recipe_options)
-    source = values.get("data") or stored.get("pictures")
+    source = values.get("data") or stored.get("images")
     if source is None:
-        raise ValueError("give pictures with --data")
+        raise ValueError("give images with --data")
     settings = RunSettings.from_facts(stored.get("settings", {}))
     changes = {
         name: values[name]
@@ -208,7 +208,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
 
 
 def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: Path | str) -> RunSettings:
-    from mto_analysis.evaluation import Evaluation
+    from mto_analysis.training.evaluation import Evaluation
 
     given = {
         name: values[option]
@@ -228,7 +228,7 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
         return replace(settings, evaluation=replace(settings.evaluation, **given))
     if "test" not in given:
         if given:
-            raise ValueError("evaluating along the run needs labelled test pictures: --eval-test")
+            raise ValueError("evaluating along the run needs labelled test images: --eval-test")
         return settings
     return replace(settings, evaluation=Evaluation(**{"protocol": "knn", "train": str(source), **given}))
 
@@ -238,7 +238,7 @@ def _line(record: EpochRecord, epochs: int) -> str:
     score = "" if record.score is None else f"  score {record.score:.2f} %"
     return (
         f"epoch {record.epoch}/{epochs}  loss {record.loss:.5g}{f' ({terms})' if terms else ''}"
-        f"  {record.images_per_second:.0f} pictures/s, waiting {record.data_wait:.0%}{score}"
+        f"  {record.images_per_second:.0f} images/s, waiting {record.data_wait:.0%}{score}"
     )
 
 

@@ -14,8 +14,8 @@ from mto_analyze.console import note
 from mto_analyze.tables import Format
 
 if TYPE_CHECKING:
-    from mto_analysis.comparison import Comparison
-    from mto_analysis.curves import CurveTable
+    from mto_analysis.rauc.comparison import Comparison
+    from mto_analysis.rauc.curves import CurveTable
 
 FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc.png", "rauc.pdf")
 WINDOW_FILES = ("rauc_windows.csv", "rauc_windows.png", "rauc_windows.pdf")
@@ -100,10 +100,10 @@ def rauc(
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing about the logs.")] = False,
 ) -> None:
     """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
-    from mto_analysis.comparison import common_window, compare_methods
-    from mto_analysis.curves import on_axis, read_curves
-    from mto_analysis.outputs import OutputFolder, run_facts
-    from mto_analysis.rauc_report import as_record
+    from mto_analysis.rauc.comparison import common_window, compare_methods
+    from mto_analysis.rauc.curves import on_axis, read_curves
+    from mto_analysis.rauc.records import as_record
+    from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
     arguments = {key: value for key, value in locals().items() if isinstance(value, (str, int, float, list, Path))}
     folder = None if out is None else OutputFolder(out, (*FILES, *WINDOW_FILES, "run.json"), overwrite=overwrite)
@@ -158,7 +158,7 @@ def rauc(
 
 def source_of(text: str) -> Any:
     """A log as the command line names it."""
-    from mto_analysis.curves import Source
+    from mto_analysis.rauc.curves import Source
 
     return Source.parse(text)
 
@@ -202,8 +202,8 @@ def costs(texts: list[str]) -> dict[str, float] | float | None:
 
 def as_text(comparisons: list[Comparison], form: Format, axis: str) -> str:
     """The table like Table 1, what stands beside it, and why a ratio is undefined."""
-    from mto_analysis.rauc_report import as_frame, details, table1
-    from mto_analysis.render import render
+    from mto_analysis.rauc.records import as_frame, details, table1
+    from mto_analysis.runtime.render import render
 
     if form is Format.CSV:
         return render(as_frame(comparisons, axis), "csv")
@@ -223,10 +223,10 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content
     """Tables and figures, each figure beside the table that it was drawn from."""
     import pandas as pd
 
-    from mto_analysis.comparison import window_grid
-    from mto_analysis.plots.rauc import rauc_figure, rauc_windows_figure
-    from mto_analysis.plots.style import paper_style
-    from mto_analysis.rauc_report import as_frame
+    from mto_analysis.figures.plots.rauc import rauc_figure, rauc_windows_figure
+    from mto_analysis.figures.plots.style import paper_style, write_figure
+    from mto_analysis.rauc.comparison import window_grid
+    from mto_analysis.rauc.records import as_frame
 
     folder.write_table("rauc.csv", as_frame(comparisons, table.axis))
     folder.write_bytes("rauc.json", (json.dumps(content, indent=2) + "\n").encode())
@@ -238,9 +238,9 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content
         if name not in grids:
             grids[name] = window_grid(first, second)
     with paper_style():
-        folder.write_figure("rauc", rauc_figure(comparisons, runs, axis=table.axis, score=score))
+        write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=score))
         chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
-        folder.write_figure("rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
+        write_figure(folder, "rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
     folder.write_table(
         "rauc_windows.csv", pd.concat([grid.assign(comparison=name) for name, grid in grids.items()], ignore_index=True)
     )

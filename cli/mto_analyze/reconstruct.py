@@ -16,13 +16,14 @@ def reconstruct(
     context: typer.Context,
     ckpt: Checkpoints,
     images: Annotated[
-        Path | None, typer.Option(help="Folder, list (.txt) or Parquet file; by default bundled CIFAR-10 pictures.")
+        Path | None, typer.Option(help="Folder, list (.txt) or Parquet file; by default bundled CIFAR-10 images.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
-    pictures: Annotated[
-        list[str] | None, typer.Option(help="Name of a picture (path below --images, or row); repeat for more.")
+    chosen: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="An image by name (path below --images, or row); repeatable."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Without --pictures: so many, spread evenly.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Without --image: so many, spread evenly.")] = 4,
     mask_ratio: Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")] = None,
     mask_unit: Annotated[
         int | None, typer.Option(min=1, help="Pixels masked at once; by default the model's own.")
@@ -39,27 +40,28 @@ def reconstruct(
 ) -> None:
     """Draw original, masked input, reconstruction and reconstruction with visible patches pasted.
 
-    Writes reconstructions.png, .pdf and .csv (losses per picture), and run.json to --out.
+    Writes reconstructions.png, .pdf and .csv (losses per image), and run.json to --out.
     """
-    from mto_analysis.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
     folder = OutputFolder(out, FILES, overwrite=overwrite)
 
-    from mto_analysis.data import choose_pictures, open_pictures
-    from mto_analysis.demo import DEMO_PICTURES
-    from mto_analysis.devices import pick_device
-    from mto_analysis.masking import load_masks
-    from mto_analysis.plots.reconstruct import draw_reconstructions
-    from mto_analysis.studies.heterogeneity import Settings
-    from mto_analysis.studies.reconstruct import reconstruct_models
-    from mto_analysis.studies.shown import shown_models
+    from mto_analysis.demo import DEMO_IMAGES
+    from mto_analysis.figures.plots.reconstruct import draw_reconstructions
+    from mto_analysis.figures.plots.style import write_figure
+    from mto_analysis.images import choose_images, open_images
+    from mto_analysis.masks import load_masks
+    from mto_analysis.probe.reconstruction import reconstruct_models
+    from mto_analysis.probe.shown import shown_models
+    from mto_analysis.probe.study import Settings
+    from mto_analysis.runtime.devices import pick_device
 
-    source = open_pictures(images or DEMO_PICTURES)
+    source = open_images(images or DEMO_IMAGES)
     models = shown_models(
         ckpt,
-        choose_pictures(source, pictures) if pictures else source,
+        choose_images(source, chosen) if chosen else source,
         Settings(
-            limit=None if pictures else limit,
+            limit=None if chosen else limit,
             mask_ratio=mask_ratio,
             mask_unit=mask_unit,
             masks=load_masks(masks) if masks else None,
@@ -74,7 +76,7 @@ def reconstruct(
         warn=note,
     )
     study = reconstruct_models(models, warn=note)
-    folder.write_figure("reconstructions", draw_reconstructions(study.reconstructions))
+    write_figure(folder, "reconstructions", draw_reconstructions(study.reconstructions))
     folder.write_table("reconstructions.csv", study.table())
     folder.write_json("run.json", run_facts(context.params, models=study.models))
     typer.echo(study.table().to_string(index=False, float_format=lambda value: f"{value:.4g}"))

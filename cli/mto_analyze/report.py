@@ -13,14 +13,15 @@ from mto_analyze.options import Checkpoints, DecoderHeads, Heads, Offline, Overw
 def report(
     ckpt: Checkpoints,
     images: Annotated[
-        Path | None, typer.Option(help="Folder, list (.txt) or Parquet file; by default bundled CIFAR-10 pictures.")
+        Path | None, typer.Option(help="Folder, list (.txt) or Parquet file; by default bundled CIFAR-10 images.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure H on so many pictures, spread evenly.")] = None,
-    pictures: Annotated[
-        list[str] | None, typer.Option(help="Name of a picture to show (path below --images, or row); repeat for more.")
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure H on so many images, spread evenly.")] = None,
+    chosen: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="Show this image (path below --images, or row); repeatable."),
     ] = None,
-    show: Annotated[int, typer.Option(min=1, help="Without --pictures: show so many.")] = 4,
+    show: Annotated[int, typer.Option(min=1, help="Without --image: show so many.")] = 4,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Masked tokens, layer by layer",
     mask_ratio: Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")] = None,
     mask_unit: Annotated[
@@ -28,7 +29,7 @@ def report(
     ] = None,
     masks: Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")] = None,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")] = "auto",
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
@@ -38,21 +39,21 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write a page to explore one or several checkpoints in a browser: it needs no network and no server."""
-    from mto_analysis.outputs import OutputFolder
+    from mto_analysis.runtime.outputs import OutputFolder
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
 
-    from mto_analysis.data import open_pictures
-    from mto_analysis.demo import DEMO_PICTURES
-    from mto_analysis.devices import pick_device
-    from mto_analysis.masking import load_masks
-    from mto_analysis.report import render_report
-    from mto_analysis.studies.heterogeneity import Settings
-    from mto_analysis.studies.report import collect_report
+    from mto_analysis.demo import DEMO_IMAGES
+    from mto_analysis.figures.report import render_report
+    from mto_analysis.figures.report_contents import collect_report
+    from mto_analysis.images import open_images
+    from mto_analysis.masks import load_masks
+    from mto_analysis.probe.study import Settings
+    from mto_analysis.runtime.devices import pick_device
 
     contents = collect_report(
         ckpt,
-        open_pictures(images or DEMO_PICTURES),
+        open_images(images or DEMO_IMAGES),
         Settings(
             limit=limit,
             mask_ratio=mask_ratio,
@@ -63,7 +64,7 @@ def report(
             device=pick_device(device),
         ),
         labels=label,
-        shown=pictures or show,
+        shown=chosen or show,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
         offline=offline,

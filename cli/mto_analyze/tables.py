@@ -30,9 +30,9 @@ def tables(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
     """Print the paper's tables with what can be recomputed from their own numbers."""
-    from mto_analysis.outputs import OutputFolder
-    from mto_analysis.render import render
-    from mto_analysis.tables import TABLE_NAMES, paper_table
+    from mto_analysis.figures.paper.tables import TABLE_NAMES, paper_table
+    from mto_analysis.runtime.outputs import OutputFolder
+    from mto_analysis.runtime.render import render
 
     try:
         chosen = [paper_table(name) for name in table or TABLE_NAMES]

@@ -30,13 +30,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """A page, its pictures and the file to download for each notebook, and the list of them."""
+    """A page, its images and the file to download for each notebook, and the list of them."""
     run = os.environ.get("NOTEBOOKS", "run") != "source"
     for path in NOTEBOOKS:
-        text, pictures = rendered(executed(path) if run else nbformat.read(path, as_version=4), path)
+        text, images = rendered(executed(path) if run else nbformat.read(path, as_version=4), path)
         files.append(File.generated(config, page_of(path), content=text))
         files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
-        for name, content in pictures.items():
+        for name, content in images.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     files.append(File.generated(config, "notebooks/index.md", content=contents(run)))
     return files
@@ -67,7 +67,7 @@ def contents(run: bool) -> str:
 
 
 def rendered(notebook: Any, path: Path) -> tuple[str, dict[str, bytes]]:
-    """Markdown of a notebook, and its pictures by name."""
+    """Markdown of a notebook, and its images by name."""
     resources = {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
     text, found = MarkdownExporter().from_notebook_node(notebook, resources=resources)
     first, _, rest = text.lstrip().partition("\n")

@@ -42,7 +42,7 @@
   }
 
   const prepared = new WeakMap();
-  /** What one picture at one layer depth shows: masked and visible patches, H of each masked patch, their mean. */
+  /** What one image at one layer depth shows: masked and visible patches, H of each masked patch, their mean. */
   function prepare(depth) {
     if (!prepared.has(depth)) {
       const n = depth.mask.length, all = [...Array(n).keys()], products = unpack(depth);
@@ -55,10 +55,10 @@
   }
 
   // ---- state ----
-  const state = { model: 0, picture: 0, at: 0, patch: -1 };
+  const state = { model: 0, image: 0, at: 0, patch: -1 };
   const model = () => models[state.model];
-  const picture = () => model().pictures[state.picture];
-  const depth = () => picture().depths[state.at];
+  const shown = () => model().images[state.image];
+  const depth = () => shown().depths[state.at];
   const side = (n) => Math.round(Math.sqrt(n));
   const place = (patch, n) => `row ${Math.floor(patch / side(n)) + 1}, column ${patch % side(n) + 1}`;
   const number = (value) => {
@@ -81,8 +81,8 @@
   // ---- drawing ----
   const loaded = images.map((source) => Object.assign(new Image(), { src: source }));
   const grey = new Map();
-  /** The picture without its colours, which are left to the weights. */
-  function greyPicture(image) {
+  /** The image without its colours, which are left to the weights. */
+  function greyImage(image) {
     if (!grey.has(image)) {
       const canvas = Object.assign(document.createElement("canvas"), { width: image.naturalWidth, height: image.naturalHeight });
       const context = canvas.getContext("2d");
@@ -98,13 +98,13 @@
     return grey.get(image);
   }
 
-  function drawPicture({ n, masked, visible }, shares) {
-    const image = loaded[picture().image], cells = side(n), cell = Math.max(8, Math.round(560 / cells));
-    const canvas = $("picture"), context = canvas.getContext("2d");
+  function drawChosen({ n, masked, visible }, shares) {
+    const image = loaded[shown().image], cells = side(n), cell = Math.max(8, Math.round(560 / cells));
+    const canvas = $("image"), context = canvas.getContext("2d");
     canvas.width = canvas.height = cells * cell;
     if (!image.complete || !image.naturalWidth) return image.addEventListener("load", show, { once: true });
     context.imageSmoothingEnabled = image.naturalWidth > 96;
-    context.drawImage(greyPicture(image), 0, 0, canvas.width, canvas.height);
+    context.drawImage(greyImage(image), 0, 0, canvas.width, canvas.height);
     const square = (patch) => context.fillRect(patch % cells * cell, Math.floor(patch / cells) * cell, cell, cell);
     context.fillStyle = $("through").checked ? "rgb(120 126 136 / 45%)" : "rgb(120 126 136)";
     masked.forEach(square);
@@ -160,15 +160,15 @@
       `rows are queries and columns keys, masked first; the chosen patch is row ${row + 1}.`);
   }
 
-  /** H of the chosen patch and of the picture over layer depth. */
+  /** H of the chosen patch and of the image over layer depth. */
   function drawDepths() {
-    const all = picture().depths.map((each) => ({ depth: each.depth, ...prepare(each) }));
+    const all = shown().depths.map((each) => ({ depth: each.depth, ...prepare(each) }));
     const last = Math.max(model().num_depths, 1), bound = Math.max(...all.map((each) => Math.log(each.visible.length)), 1e-9);
     const x = (d) => 34 + 250 * d / last, y = (h) => 104 - 92 * h / bound;
     const same = all.filter((each) => each.n === prepare(depth()).n && each.entropy.has(state.patch));
     const line = (points, stroke, dash) => `<polyline fill="none" stroke="${stroke}" stroke-width="2" stroke-dasharray="${dash}" points="${points}"/>`;
     const here = x(depth().depth);
-    $("depths").innerHTML = `<title id="depths-title">H over layer depth of the chosen patch (solid) and of the picture (dashed)</title>
+    $("depths").innerHTML = `<title id="depths-title">H over layer depth of the chosen patch (solid) and of the image (dashed)</title>
       <line x1="34" y1="104" x2="284" y2="104" stroke="var(--quiet)"/>${line(all.map((each) => `${x(each.depth)},${y(Math.log(each.visible.length))}`).join(" "), "var(--quiet)", "1 3")}
       <line x1="${here}" y1="12" x2="${here}" y2="104" stroke="var(--quiet)" stroke-width="1"/>
       ${line(all.map((each) => `${x(each.depth)},${y(each.mean)}`).join(" "), "var(--quiet)", "5 3")}
@@ -182,7 +182,7 @@
     const now = prepare(depth()), { n, visible } = now, products = unpack(depth());
     const { weights, entropy } = softmax(visible.map((j) => products[state.patch * n + j]));
     const largest = Math.max(...weights), least = $("scale").value === "range" ? Math.min(...weights) : 0;
-    drawPicture(now, weights.map((w) => (w - least) / (largest - least || 1)));
+    drawChosen(now, weights.map((w) => (w - least) / (largest - least || 1)));
     drawMap(now, products);
     drawDepths();
 
@@ -210,9 +210,9 @@
     $("depth").setAttribute("aria-valuetext", `layer depth ${depth().depth} of ${model().num_depths}`);
     $("depth-shown").textContent = `${depth().depth} of ${model().num_depths}`;
     const bound = Math.log(visible.length);
-    say(`${model().label}, picture ${picture().name}, layer depth ${depth().depth} of ${model().num_depths}. ` +
+    say(`${model().label}, image ${shown().name}, layer depth ${depth().depth} of ${model().num_depths}. ` +
       `Masked patch in ${place(state.patch, n)}: H ${entropy.toFixed(4)} nats, ${(100 * entropy / bound).toFixed(1)} % of its bound ` +
-      `(log ${visible.length} = ${bound.toFixed(4)}). H of the picture here: ${now.mean.toFixed(4)}. Resembles most: ` +
+      `(log ${visible.length} = ${bound.toFixed(4)}). H of the image here: ${now.mean.toFixed(4)}. Resembles most: ` +
       `${ranked.slice(0, 3).map(({ patch, weight }) => `${place(patch, n)} (${number(weight)})`).join("; ")}.`);
   }
 
@@ -257,11 +257,11 @@
     show();
   }
 
-  function layPictures() {
-    $("pictures").replaceChildren(...model().pictures.map(({ name, image }, at) => {
+  function layImages() {
+    $("images").replaceChildren(...model().images.map(({ name, image }, at) => {
       const label = document.createElement("label"), radio = document.createElement("input"), thumb = new Image();
-      Object.assign(radio, { type: "radio", name: "picture", value: at, checked: at === state.picture });
-      radio.setAttribute("aria-label", `picture ${name}`);
+      Object.assign(radio, { type: "radio", name: "image", value: at, checked: at === state.image });
+      radio.setAttribute("aria-label", `image ${name}`);
       Object.assign(thumb, { src: images[image], alt: "" });
       label.title = name;
       label.append(radio, thumb);
@@ -270,8 +270,8 @@
   }
 
   function update(before) {
-    $("depth").max = picture().depths.length - 1;
-    state.at = Math.min(state.at, picture().depths.length - 1);
+    $("depth").max = shown().depths.length - 1;
+    state.at = Math.min(state.at, shown().depths.length - 1);
     $("depth").value = state.at;
     keepPatchMasked(before);
     layPatches();
@@ -280,7 +280,7 @@
   }
 
   function updateModel() {
-    layPictures();
+    layImages();
     const skipped = model().left_out;
     $("left-out").hidden = !skipped.length;
     $("left-out").textContent = `Layer depths ${skipped.join(", ")} have token grids too large for this file and are left out.`;
@@ -289,7 +289,7 @@
 
   $("model").append(...models.map(({ label }, at) => new Option(label, at)));
   $("model").addEventListener("change", (event) => { state.model = Number(event.target.value); updateModel(); });
-  $("pictures").addEventListener("change", (event) => { state.picture = Number(event.target.value); update(); });
+  $("images").addEventListener("change", (event) => { state.image = Number(event.target.value); update(); });
   $("depth").addEventListener("input", (event) => {
     const before = depth().mask.length;
     state.at = Number(event.target.value);

@@ -9,7 +9,7 @@ from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads
 from mto_analysis.checkpoints.facts import count, hf_config, number, section
 from mto_analysis.checkpoints.inpainting import block_rule, blockwise_rule, inpainting_config, rename_beit
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 

@@ -6,7 +6,7 @@ from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads
 from mto_analysis.checkpoints.facts import section
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 

@@ -6,7 +6,7 @@ from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads
 from mto_analysis.checkpoints.openmmlab import openmmlab_state
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
 
 __all__ = ["convert_cae", "convert_mm_cae"]

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from mto_analysis.checkpoints.containers import check_container
 from mto_analysis.errors import CheckpointError
-from mto_analysis.outputs import write_atomically
+from mto_analysis.runtime.outputs import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable

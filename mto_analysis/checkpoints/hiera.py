@@ -10,7 +10,7 @@ from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, bl
 from mto_analysis.checkpoints.facts import count, hf_config, number
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import Hiera, HieraConfig, ModelInfo
 
 __all__ = ["convert_hf_hiera", "convert_hiera"]

@@ -6,7 +6,7 @@ from mto_analysis.checkpoints.beit import inpainting_model
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict
 from mto_analysis.checkpoints.inpainting import inpainting_config
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["convert_ibot"]

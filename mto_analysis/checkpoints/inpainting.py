@@ -9,7 +9,7 @@ from typing import Literal
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Heads, StateDict, block_numbers, square_side
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig
 
 __all__ = ["block_rule", "blockwise_rule", "inpainting_config", "rename_beit"]

@@ -18,7 +18,7 @@ from mto_analysis.checkpoints.conversion import (
 from mto_analysis.checkpoints.facts import count, hf_config, number
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
 __all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "mae_model"]

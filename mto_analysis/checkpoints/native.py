@@ -14,7 +14,7 @@ from safetensors.torch import save
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import (
     CAE,
     MAE,
@@ -38,7 +38,7 @@ from mto_analysis.models import (
     SimMIMSwin,
     SwinConfig,
 )
-from mto_analysis.outputs import write_atomically
+from mto_analysis.runtime.outputs import write_atomically
 
 __all__ = ["convert_native", "save_checkpoint", "stored_info"]
 

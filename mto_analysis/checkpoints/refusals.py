@@ -12,7 +12,7 @@ MAE_FULL = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}_full
 _SIZES = {768: "base", 1024: "large", 1280: "huge"}
 SIMMIM_VIT = "simmim_pretrain__vit_base__img224__800ep.pth, linked in the README of microsoft/SimMIM"
 SIMMIM_SWIN = "simmim_pretrain__swin_base__img192_window6__800ep.pth, linked in the README of microsoft/SimMIM"
-NO_MIXMIM = "its encoder mixes two pictures, so no file of this model can be measured; for a Swin get " + SIMMIM_SWIN
+NO_MIXMIM = "its encoder mixes two images, so no file of this model can be measured; for a Swin get " + SIMMIM_SWIN
 BEIT = "the Hugging Face folder microsoft/beit-base-patch16-224-pt22k"
 
 _KNOWN = (

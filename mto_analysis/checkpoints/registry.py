@@ -81,7 +81,7 @@ class Checkpoint:
         backbone: Encoder, as its authors call it.
         epochs: Of pre-training.
         iterations: Of pre-training, where epochs were not counted.
-        image_size: Side of the pictures in pixels.
+        image_size: Side of the images in pixels.
         patch_size: Side of a patch in pixels.
         mask_ratio: Fraction masked in pre-training.
         mask_unit: Side in pixels of what is masked at once.

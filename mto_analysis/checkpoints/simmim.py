@@ -13,7 +13,7 @@ from mto_analysis.checkpoints.inpainting import block_rule, inpainting_config, r
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, ModelInfo, SimMIM, SimMIMConfig
 
 __all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]

@@ -7,7 +7,7 @@ import re
 
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers, square_side
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masking import MaskRule
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
 
 __all__ = ["OUR_SWIN_NAMES", "convert_windows"]
@@ -73,7 +73,7 @@ def convert_windows(
             _image_of_shift_mask(state, window, patch_size) or image_size or sides[shrunk] * patch_size * 2**shrunk
         )
     if window > _MOST_WINDOW or image_size > _MOST_IMAGE:
-        raise CheckpointError(f"a window of {window} tokens in a picture of {image_size} px is not of a published kind")
+        raise CheckpointError(f"a window of {window} tokens in an image of {image_size} px is not of a published kind")
     if "pos_embed" in state.tensors:
         image_size = square_side(state.shape("pos_embed", 3)[1], "absolute_pos_embed") * patch_size
     state.drop(r".*\.relative_position_index", r".*\.relative_coords_table", r".*\.attn_mask")
@@ -121,7 +121,7 @@ def _window_of_table(rows: int) -> int:
 
 
 def _image_of_shift_mask(state: StateDict, window: int, patch_size: int) -> int | None:
-    """Side of the picture from a stored shift mask, whose first axis counts the windows of its stage."""
+    """Side of the image from a stored shift mask, whose first axis counts the windows of its stage."""
     for name in sorted(state.tensors):
         if (match := re.fullmatch(r"stages\.(\d+)\.\d+\.block\.attn_mask", name)) is not None:
             side = square_side(state.shape(name, 3)[0], state.origin[name])

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mto_analysis.comparison import Comparison, compare
 from mto_analysis.errors import DataError
 from mto_analysis.experiments.runs import ExperimentRuns, best_candidate, read_curve
-from mto_analysis.pretraining import RunFolder
-from mto_analysis.pretraining.metrics import heterogeneity_by_layer, layer_of
 from mto_analysis.rauc import Points
-from mto_analysis.rauc_report import as_frame
+from mto_analysis.rauc.comparison import Comparison, compare
+from mto_analysis.rauc.records import as_frame
+from mto_analysis.training import RunFolder
+from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Results:
         }
 
     def rauc_table(self) -> pd.DataFrame:
-        """Rows of :func:`~mto_analysis.rauc_report.as_frame`, over epochs and over seconds."""
+        """Rows of :func:`~mto_analysis.rauc.records.as_frame`, over epochs and over seconds."""
         import pandas as pd
 
         tables = [as_frame(self.comparisons), as_frame(self.timed, TIME)]

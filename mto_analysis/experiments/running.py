@@ -66,7 +66,7 @@ def do_runs(
     runs: ExperimentRuns,
     *,
     jobs: int = 1,
-    num_pictures: int,
+    num_images: int,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
     """Do all runs that are not finished.
@@ -76,7 +76,7 @@ def do_runs(
     Args:
         runs: Of the experiment.
         jobs: Runs at once.
-        num_pictures: That are trained on, for the number of steps.
+        num_images: That are trained on, for the number of steps.
         tell: Takes progress.
 
     Raises:
@@ -87,7 +87,7 @@ def do_runs(
     queue = _Queue(runs)
     for run in runs.all:
         if run.finished():
-            steps = total_steps(run, num_pictures)
+            steps = total_steps(run, num_images)
             queue.found(run)
             tell(Progress(run, "found", steps, steps, run.recipe.epochs))
     if not queue.waiting:
@@ -100,16 +100,16 @@ def do_runs(
                     ready.check()
                     worker.run = ready
                     worker.connection.send(ready)
-                    tell(Progress(ready, "begun", 0, total_steps(ready, num_pictures)))
+                    tell(Progress(ready, "begun", 0, total_steps(ready, num_images)))
             busy = {worker.connection: worker for worker in workers if worker.run is not None}
             if not busy:
                 return
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
-                _hear(worker, queue, num_pictures, tell)
+                _hear(worker, queue, num_images, tell)
 
 
-def _hear(worker: _Worker, queue: _Queue, num_pictures: int, tell: Callable[[Progress], None]) -> None:
+def _hear(worker: _Worker, queue: _Queue, num_images: int, tell: Callable[[Progress], None]) -> None:
     run = worker.run
     if run is None:
         return
@@ -122,7 +122,7 @@ def _hear(worker: _Worker, queue: _Queue, num_pictures: int, tell: Callable[[Pro
             "--jobs); run the same command again to go on",
             1,
         ) from error
-    total = total_steps(run, num_pictures)
+    total = total_steps(run, num_images)
     if report.kind == "failed":
         if report.exit_code is None:
             raise RuntimeError(f"{run.name} failed:\n{report.words}")
@@ -138,9 +138,9 @@ def _hear(worker: _Worker, queue: _Queue, num_pictures: int, tell: Callable[[Pro
         tell(Progress(run, "going", report.step, total, report.epoch, report.score))
 
 
-def total_steps(run: Run, num_pictures: int) -> int:
+def total_steps(run: Run, num_images: int) -> int:
     """Optimizer steps of a whole run."""
-    return run.recipe.epochs * (num_pictures // run.recipe.batch_size)
+    return run.recipe.epochs * (num_images // run.recipe.batch_size)
 
 
 class _Queue:

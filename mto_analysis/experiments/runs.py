@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mto_analysis.errors import DataError, ExperimentError
-from mto_analysis.experiments.spec import Arm, Choice, Experiment, Pictures, Variant
-from mto_analysis.outputs import file_word
-from mto_analysis.pretraining import Recipe, RunFolder, RunSettings
-from mto_analysis.pretraining.state import run_differences
-from mto_analysis.training import MTOConfig
+from mto_analysis.experiments.spec import Arm, Choice, Experiment, Images, Variant
+from mto_analysis.mto import MTOConfig
+from mto_analysis.runtime.outputs import file_word
+from mto_analysis.training import Recipe, RunFolder, RunSettings
+from mto_analysis.training.state import run_differences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ class Run:
         recipe: What is trained.
         settings: How; of a chosen arm the settings of MTO are filled in when they are chosen.
         waits: Whether the settings of MTO are still to be chosen.
-        source: Pictures to train on.
+        source: Images to train on.
         folder: For the engine's files.
     """
 
@@ -88,15 +88,15 @@ class ExperimentRuns:
 
     Args:
         experiment: What is run.
-        pictures: With absolute paths.
+        images: With absolute paths.
         folder: Of the whole experiment.
 
     Raises:
         ExperimentError: If two runs would share a folder, or a folder holds another run.
     """
 
-    def __init__(self, experiment: Experiment, pictures: Pictures, folder: Path) -> None:
-        self.experiment, self.pictures, self.folder = experiment, pictures, folder
+    def __init__(self, experiment: Experiment, images: Images, folder: Path) -> None:
+        self.experiment, self.images, self.folder = experiment, images, folder
         self.choosing = tuple(self._choosing())
         self.main = tuple(self._main())
         folders: dict[Path, str] = {}
@@ -122,11 +122,11 @@ class ExperimentRuns:
             run.check()
 
     def _settings(self, recipe: Recipe, seed: int, mto: MTOConfig | None) -> RunSettings:
-        experiment, pictures = self.experiment, self.pictures
+        experiment, images = self.experiment, self.images
         evaluation = replace(
             experiment.evaluation,
-            train=pictures.eval_train or pictures.train,
-            test=pictures.eval_test,
+            train=images.eval_train or images.train,
+            test=images.eval_test,
             every=max(1, recipe.epochs // experiment.points),
         )
         return RunSettings(
@@ -156,7 +156,7 @@ class ExperimentRuns:
                     settings = self._settings(recipe, seed, mto)
                     folder = self.folder / "choose" / f"{file_word(method).lower()}-seed{seed}"
                     names = (variant.label, name, method)
-                    yield Run("choose", *names, seed, recipe, settings, False, self.pictures.train, folder)
+                    yield Run("choose", *names, seed, recipe, settings, False, self.images.train, folder)
 
     def _main(self) -> Iterator[Run]:
         for seed in self.experiment.seeds:
@@ -169,7 +169,7 @@ class ExperimentRuns:
         settings = self._settings(variant.recipe, seed, arm.mto)
         folder = self.folder / "runs" / f"{file_word(method).lower()}-seed{seed}"
         names = (variant.label, arm.name, method)
-        return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.pictures.train, folder)
+        return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.images.train, folder)
 
     def chosen_table(self) -> pd.DataFrame:
         """Scores of all candidates and of the baseline so far: ``variant candidate seed final mean``."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mto_analysis.errors import DataNotFoundError, ExperimentError, MTOAnalysisError
-from mto_analysis.evaluation import Evaluation
-from mto_analysis.experiments.reading import Overrides, TableReader
-from mto_analysis.pretraining.recipes import Recipe, load_recipe
-from mto_analysis.training import MTOConfig
-from mto_analysis.values import field_types, typed_value
+from mto_analysis.mto import MTOConfig
+from mto_analysis.runtime.settings import field_types, typed_value
+from mto_analysis.runtime.tables import Overrides, TableReader
+from mto_analysis.training.evaluation import Evaluation
+from mto_analysis.training.recipes import Recipe, load_recipe
 
-__all__ = ["Arm", "Candidate", "Choice", "Experiment", "Pictures", "Variant", "experiment_names", "load_experiment"]
+__all__ = ["Arm", "Candidate", "Choice", "Experiment", "Images", "Variant", "experiment_names", "load_experiment"]
 
 #: So many candidates at most, or the choice itself becomes a search that the seeds of the experiment pay for.
 MOST_CANDIDATES = 6
@@ -83,8 +83,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Where pictures are, relative to the folder that is given with ``--data``.
+class Images:
+    """Where images are, relative to the folder that is given with ``--data``.
 
     Args:
         train: To pre-train on.
@@ -96,7 +96,7 @@ class Pictures:
     eval_train: str | None = None
     eval_test: str = "test.parquet"
 
-    def resolved(self, folder: Path | None) -> Pictures:
+    def resolved(self, folder: Path | None) -> Images:
         """With absolute paths, so that every process finds them.
 
         Raises:
@@ -106,10 +106,10 @@ class Pictures:
         def find(name: str) -> str:
             path = (folder or Path()).expanduser() / Path(name).expanduser()
             if not path.exists():
-                raise DataNotFoundError(f"there are no pictures at {path}; give their folder with --data")
+                raise DataNotFoundError(f"there are no images at {path}; give their folder with --data")
             return str(path.resolve())
 
-        return Pictures(find(self.train), find(self.eval_train or self.train), find(self.eval_test))
+        return Images(find(self.train), find(self.eval_train or self.train), find(self.eval_test))
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Experiment:
         variants: Every arm is run with each.
         arms: The first one without MTO is the baseline of the others.
         seeds: Of every arm, so that runs pair.
-        pictures: Where they are.
-        evaluation: Protocol and settings; its pictures and epochs are filled in for each run.
+        images: Where they are.
+        evaluation: Protocol and settings; its images and epochs are filled in for each run.
         points: Evaluations along a run, the last at its end; the random encoder comes on top.
         windows: For RAUC, as shares of the run from 0 to 1; moved to the next evaluated epoch.
         choice: How the settings of chosen arms are found.
@@ -131,7 +131,7 @@ class Experiment:
         precision: Of the forward pass.
         device: ``auto`` (CUDA, else CPU), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
         deterministic: Exact resume on a GPU too; slower.
-        num_workers: Processes of each run that decode pictures.
+        num_workers: Processes of each run that decode images.
         log_every: Steps between rows of each ``metrics.csv``; H is measured on these.
     """
 
@@ -140,7 +140,7 @@ class Experiment:
     variants: tuple[Variant, ...]
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    pictures: Pictures
+    images: Images
     evaluation: Evaluation
     points: int = 10
     windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
@@ -279,7 +279,7 @@ def _read(content: str, source: str, folder: Path | None, options: Mapping[str, 
     name = top.take("name", str, Path(source).stem)
     summary = top.take("summary", str, "")
     seeds = top.take("seeds", tuple[int, ...])
-    pictures = _fields(top.table("data"), Pictures())
+    images = _fields(top.table("data"), Images())
     evaluation, points = _evaluation(top.table("evaluation"))
     arms = tuple(_arm(each) for each in top.tables("arms"))
     choice = _choice(top.table("choose")) if "choose" in top else None
@@ -300,7 +300,7 @@ def _read(content: str, source: str, folder: Path | None, options: Mapping[str, 
             variants=variants,
             arms=arms,
             seeds=seeds,
-            pictures=pictures,
+            images=images,
             evaluation=evaluation,
             points=points,
             windows=windows,

@@ -7,16 +7,16 @@ from dataclasses import asdict
 
 import numpy as np
 
-from mto_analysis.comparison import Comparison
 from mto_analysis.experiments.results import Results
 from mto_analysis.experiments.spec import Experiment
-from mto_analysis.intervals import mean_interval
-from mto_analysis.training import MTOConfig
+from mto_analysis.mto import MTOConfig
+from mto_analysis.rauc.comparison import Comparison
+from mto_analysis.rauc.intervals import mean_interval
 
 __all__ = ["config_words", "summary_page", "verdict"]
 
 
-def summary_page(experiment: Experiment, results: Results, *, device: str, jobs: int, num_pictures: int) -> str:
+def summary_page(experiment: Experiment, results: Results, *, device: str, jobs: int, num_images: int) -> str:
     """The page as Markdown.
 
     Args:
@@ -24,10 +24,10 @@ def summary_page(experiment: Experiment, results: Results, *, device: str, jobs:
         results: What came out.
         device: What it ran on, in words.
         jobs: Runs at once, on which wall times depend.
-        num_pictures: That were trained on.
+        num_images: That were trained on.
     """
     parts = [f"# {experiment.name}", experiment.summary]
-    parts.append(_what_ran(experiment, results, device=device, jobs=jobs, num_pictures=num_pictures))
+    parts.append(_what_ran(experiment, results, device=device, jobs=jobs, num_images=num_images))
     parts.append("## Scores\n\n" + _scores(results))
     if results.comparisons:
         parts.append("## What it shows\n\n" + "\n".join(f"- {_finding(each, results)}" for each in results.comparisons))
@@ -45,20 +45,20 @@ def summary_page(experiment: Experiment, results: Results, *, device: str, jobs:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _what_ran(experiment: Experiment, results: Results, *, device: str, jobs: int, num_pictures: int) -> str:
+def _what_ran(experiment: Experiment, results: Results, *, device: str, jobs: int, num_images: int) -> str:
     lines = []
     for variant in experiment.variants:
         recipe = variant.recipe
         lines.append(
-            f"- {variant.label}: recipe `{recipe.name}`, {recipe.epochs} epochs of {num_pictures} pictures, batch "
-            f"{recipe.batch_size} ({num_pictures // recipe.batch_size} steps an epoch)"
+            f"- {variant.label}: recipe `{recipe.name}`, {recipe.epochs} epochs of {num_images} images, batch "
+            f"{recipe.batch_size} ({num_images // recipe.batch_size} steps an epoch)"
         )
     seeds = ", ".join(map(str, experiment.seeds))
     evaluation = experiment.evaluation
     lines.append(f"- seeds {seeds}; runs of the same seed share weights, order, augmentation and masks, and are paired")
     protocols = " and ".join(sorted(set(results.curves["protocol"])))
-    limit = f" on {evaluation.limit} training pictures" if evaluation.limit else ""
-    lines.append(f"- scores: `{protocols}`{limit}, top-1 accuracy on the test pictures in percent")
+    limit = f" on {evaluation.limit} training images" if evaluation.limit else ""
+    lines.append(f"- scores: `{protocols}`{limit}, top-1 accuracy on the test images in percent")
     lines += [f"- {arm.name}: {_mto_words(experiment, results, arm.mto)}" for arm in experiment.arms if not arm.plain]
     precision = {"no": "float32"}.get(experiment.precision, experiment.precision)
     lines.append(f"- {device}, {precision}, {jobs} run{'s' if jobs > 1 else ''} at once")

@@ -1,4 +1,4 @@
-"""A process that does one run after the other; it imports, and reads the pictures, once."""
+"""A process that does one run after the other; it imports, and reads the images, once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mto_analysis.errors import MTOAnalysisError
 
 if TYPE_CHECKING:
-    from mto_analysis.data import Pictures
-    from mto_analysis.evaluation import Evaluator
     from mto_analysis.experiments.runs import Run
+    from mto_analysis.images import Images
+    from mto_analysis.training.evaluation import Evaluator
 
 __all__ = ["Report", "work"]
 
@@ -80,14 +80,14 @@ def _failure(error: Exception) -> Report:
 class _Worker:
     def __init__(self, connection: Connection, device: str | None) -> None:
         self._connection, self._device = connection, device
-        self._pictures: dict[str, Pictures] = {}
+        self._images: dict[str, Images] = {}
         self._evaluators: dict[Any, Evaluator] = {}
         self._said = 0.0
 
     def do(self, run: Run) -> None:
         from dataclasses import replace
 
-        from mto_analysis.pretraining import StepRecord, pretrain
+        from mto_analysis.training import StepRecord, pretrain
 
         settings = run.settings if self._device is None else replace(run.settings, device=self._device)
         source = run.source
@@ -113,16 +113,16 @@ class _Worker:
             score = record.score if record.score is not None else score
             self._connection.send(Report("progress", record.step, record.epoch, score))
 
-    def _opened(self, source: str) -> Pictures:
-        if source not in self._pictures:
-            from mto_analysis.data import open_pictures
+    def _opened(self, source: str) -> Images:
+        if source not in self._images:
+            from mto_analysis.images import open_images
 
-            self._pictures[source] = open_pictures(source)
-        return self._pictures[source]
+            self._images[source] = open_images(source)
+        return self._images[source]
 
     def _evaluator(self, run: Run) -> Evaluator:
-        """Decoded pictures are kept; of two runs with the same evaluation the second finds them there."""
-        from mto_analysis.evaluation import Evaluator
+        """Decoded images are kept; of two runs with the same evaluation the second finds them there."""
+        from mto_analysis.training.evaluation import Evaluator
 
         evaluation = run.settings.evaluation
         if evaluation is None:

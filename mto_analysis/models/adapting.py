@@ -17,7 +17,7 @@ __all__ = ["fix_key_biases", "set_attention", "set_drop_path"]
 
 
 def set_drop_path(model: MaskedImageModel, rate: float) -> None:
-    """Drop branches of a picture at random in training mode: not in the first block, at ``rate`` in the last.
+    """Drop branches of an image at random in training mode: not in the first block, at ``rate`` in the last.
 
     Args:
         model: With ``blocks`` of timm; changed in place.

@@ -113,7 +113,7 @@ class BootMAE(PositionedEncoder):
             yield x
 
     def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
-        """The same from pictures."""
+        """The same from images."""
         visible = VisiblePatches(mask)
         encoded, first, last = self._encode(images, visible)
         return self._decode(encoded, first if stack == "pixel_decoder" else last, visible, stack)
@@ -133,7 +133,7 @@ class BootMAE(PositionedEncoder):
         return self._to_pixels(pixels), self.feature_pred(self.feature_norm(features))[:, 1:]
 
     def whole_features(self, images: Tensor) -> Tensor:
-        """Patch tokens after the last block, before the norm, of pictures without any mask: the feature target.
+        """Patch tokens after the last block, before the norm, of images without any mask: the feature target.
 
         Shapes:
             images: batch channels height width
@@ -155,7 +155,7 @@ class BootMAE(PositionedEncoder):
         return self._to_pixels(x)
 
     def _to_pixels(self, x: Tensor) -> Tensor:
-        """The pixel decoder's last tokens as a picture."""
+        """The pixel decoder's last tokens as an image."""
         x = self.pixel_norm(x)[:, 1:].mT.reshape(len(x), -1, *self.info.grid)
         return self.pixel_pred(x)  # type: ignore[no-any-return]
 

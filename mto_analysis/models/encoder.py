@@ -13,7 +13,7 @@ __all__ = ["PositionedEncoder"]
 
 
 class PositionedEncoder(MaskedImageModel):
-    """A family whose encoder gives all patches of a picture their positions and runs its blocks one after the other.
+    """A family whose encoder gives all patches of an image their positions and runs its blocks one after the other.
 
     MFF too, whose sum of layers is for the decoder alone: downstream it uses the last block.
     """

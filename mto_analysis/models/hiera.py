@@ -56,7 +56,7 @@ class HieraConfig:
         if not 1 <= self.pools < min(len(self.depths), 4) or min(self.depths) < 1:
             raise ValueError(f"{self.pools} pools do not fit stages of {self.depths} blocks")
         if self.image_size % (_UNIT * _EMBED_STRIDE) or self.patch_size != _EMBED_STRIDE << self.pools:
-            raise ValueError(f"mask units do not divide a picture of {self.image_size} px")
+            raise ValueError(f"mask units do not divide an image of {self.image_size} px")
 
 
 class Hiera(MaskedImageModel):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from mto_analysis.masking import MaskRule, check_mask
+from mto_analysis.masks import MaskRule, check_mask
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "LayerTokens", "MaskedImageModel", "ModelInfo"]
 
@@ -37,7 +37,7 @@ class ModelInfo:
     Args:
         family: Architecture, e.g. ``mae`` or ``simmim_vit``.
         style: Where masked tokens live: ``inpainting`` (encoder) or ``decoder``.
-        image_size: Side of the input picture in pixels.
+        image_size: Side of the input image in pixels.
         patch_size: Side of an input patch in pixels.
         mask_rule: How the model was masked in pre-training.
         mean: Channel means of pixels scaled to 0..1.
@@ -69,7 +69,7 @@ class ModelInfo:
         if self.style not in ("inpainting", "decoder"):
             raise ValueError(f"style must be inpainting or decoder, got {self.style!r}")
         if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"a patch of {self.patch_size} px does not divide a picture of {self.image_size} px")
+            raise ValueError(f"a patch of {self.patch_size} px does not divide an image of {self.image_size} px")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class ModelInfo:
 
     @property
     def num_patches(self) -> int:
-        """Patches of a picture; the number of columns of a mask."""
+        """Patches of an image; the number of columns of a mask."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -123,7 +123,7 @@ class MaskedImageModel(nn.Module, ABC):
             mask: batch num_patches
 
         Args:
-            images: Normalised pictures.
+            images: Normalised images.
             mask: True where masked.
             stack: Which of :attr:`stacks`; ``None`` means the only one.
 
@@ -135,7 +135,7 @@ class MaskedImageModel(nn.Module, ABC):
         return self._layer_tokens(images, mask, chosen)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """What the model predicts for every patch, laid out as a picture, in the space of its target.
+        """What the model predicts for every patch, laid out as an image, in the space of its target.
 
         Shapes:
             images: batch channels height width
@@ -149,18 +149,18 @@ class MaskedImageModel(nn.Module, ABC):
         return self._reconstruct(images, mask)
 
     def encode(self, images: Tensor, *, norm: bool = True) -> Tensor:
-        """Encoder tokens of whole pictures, without any mask: what downstream tasks use.
+        """Encoder tokens of whole images, without any mask: what downstream tasks use.
 
         Shapes:
             images: batch channels height width
             returns: batch num_tokens dim (:attr:`encoder_prefix_tokens` first, then patches, row-major)
 
         Args:
-            images: Normalised pictures.
+            images: Normalised images.
             norm: Apply the encoder's final norm; fine-tuning replaces it where it averages patches.
 
         Raises:
-            ValueError: If shapes are off, or the family has no encoder that sees whole pictures.
+            ValueError: If shapes are off, or the family has no encoder that sees whole images.
         """
         self._check_images(images)
         x = self._whole(images)
@@ -170,12 +170,12 @@ class MaskedImageModel(nn.Module, ABC):
         """The encoder's blocks in order, for layer-wise learning rates and drop path.
 
         Raises:
-            ValueError: If the family has no encoder that sees whole pictures.
+            ValueError: If the family has no encoder that sees whole images.
         """
         raise ValueError(self._no_encoder)
 
     def _whole(self, images: Tensor) -> Tensor:
-        """Encoder tokens of whole pictures before the final norm."""
+        """Encoder tokens of whole images before the final norm."""
         raise ValueError(self._no_encoder)
 
     def _final_norm(self) -> nn.Module:
@@ -184,7 +184,7 @@ class MaskedImageModel(nn.Module, ABC):
 
     @property
     def _no_encoder(self) -> str:
-        return f"a {self.info.family} model has no encoder here that sees whole pictures, so it cannot be evaluated"
+        return f"a {self.info.family} model has no encoder here that sees whole images, so it cannot be evaluated"
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """The same as :meth:`reconstruct`."""

@@ -50,7 +50,7 @@ class SwinConfig:
         if self.version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {self.version}")
         if self.image_size % self.stride:
-            raise ValueError(f"the stride of {self.stride} px does not divide a picture of {self.image_size} px")
+            raise ValueError(f"the stride of {self.stride} px does not divide an image of {self.image_size} px")
         for dim, heads, grid in zip(self.dims, self.num_heads, self.grids, strict=True):
             if dim % heads:
                 raise ValueError(f"num_heads must divide the width {dim}, got {heads}")

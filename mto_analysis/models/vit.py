@@ -203,7 +203,7 @@ def sincos_table(grid: tuple[int, int], dim: int, *, rows_first: bool = False) -
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut pictures into patches; inside a patch values run row, column, channel (MAE's order).
+    """Cut images into patches; inside a patch values run row, column, channel (MAE's order).
 
     Shapes:
         images: batch channels height width
@@ -219,7 +219,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Put patches back into pictures; the inverse of :func:`patchify`.
+    """Put patches back into images; the inverse of :func:`patchify`.
 
     Shapes:
         patches: batch num_patches values

@@ -1,29 +1,28 @@
-"""Masked token optimisation: the paper's three losses, attached to anyone's training code."""
+"""Pre-training of MAE, SimMIM, BootMAE and ConMIM: recipes, methods with their losses, and the engine."""
 
-from mto_analysis.training.attach import MTO, attach_mto
-from mto_analysis.training.hooks import CollapseWarning
-from mto_analysis.training.losses import (
-    MTOConfig,
-    MTOTerms,
-    embedding_loss,
-    mto_loss,
-    ranking_loss,
-    sparsity_loss,
-)
-from mto_analysis.training.structures import StackSpec
-from mto_analysis.training.watch import Watch, watch_mto
+from mto_analysis.training.loop import pretrain
+from mto_analysis.training.methods.method import Method, build_method
+from mto_analysis.training.optimization import learning_rate, parameter_groups, peak_learning_rate
+from mto_analysis.training.planning import Plan, plan
+from mto_analysis.training.recipes import Recipe, load_recipe, recipe_names
+from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord, mto_config
+from mto_analysis.training.state import RunFolder
 
 __all__ = [
-    "MTO",
-    "CollapseWarning",
-    "MTOConfig",
-    "MTOTerms",
-    "StackSpec",
-    "Watch",
-    "attach_mto",
-    "embedding_loss",
-    "mto_loss",
-    "ranking_loss",
-    "sparsity_loss",
-    "watch_mto",
+    "EpochRecord",
+    "Method",
+    "Plan",
+    "Recipe",
+    "RunFolder",
+    "RunSettings",
+    "StepRecord",
+    "build_method",
+    "learning_rate",
+    "load_recipe",
+    "mto_config",
+    "parameter_groups",
+    "peak_learning_rate",
+    "plan",
+    "pretrain",
+    "recipe_names",
 ]

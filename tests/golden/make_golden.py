@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PICTURES = 2
+IMAGES = 2
 HERE = Path(__file__).parent
 
 
@@ -37,7 +37,7 @@ def main(fixtures, checkpoints):
         with np.load(source / "expected.npz") as file:
             expected = dict(file)
         meta = json.loads((source / "meta.json").read_text())
-        if "loss" in expected:  # the mean over all pictures: one value per picture instead, checked against it
+        if "loss" in expected:  # the mean over all images: one value per image instead, checked against it
             p = meta["patch_size"]
             goal = patchify(inputs["images"].astype(np.float64), p)
             guess = expected["reconstruction"].astype(np.float64)
@@ -47,11 +47,11 @@ def main(fixtures, checkpoints):
             print(name, "loss", loss.mean(), float(expected["loss"]))
             assert abs(loss.mean() - expected["loss"]) < 1e-4 * abs(expected["loss"])
             expected["loss"] = loss
-        np.savez_compressed(target / "inputs.npz", **{k: v[:PICTURES] for k, v in inputs.items()})
+        np.savez_compressed(target / "inputs.npz", **{k: v[:IMAGES] for k, v in inputs.items()})
         by_layer = ("tokens", "heterogeneity")
-        cut = {k: v[:, :PICTURES] if k in by_layer else v[:PICTURES] for k, v in expected.items()}
+        cut = {k: v[:, :IMAGES] if k in by_layer else v[:IMAGES] for k, v in expected.items()}
         np.savez_compressed(target / "expected.npz", **cut)
-        meta["images"] = meta["images"][:PICTURES]
+        meta["images"] = meta["images"][:IMAGES]
         (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
     shutil.copyfile(fixtures / "mae" / "checkpoint.pth", HERE / "mae" / "checkpoint.pth")

@@ -1,0 +1,23 @@
+"""Eq. (2), affinity matrices and their quadrants: tensors in, tensors out."""
+
+from mto_analysis.affinity.matrix import (
+    Quadrants,
+    TokenSplit,
+    affinity_matrix,
+    heterogeneity,
+    masked_first_order,
+    quadrant_mass,
+    row_entropy,
+    split_quadrants,
+)
+
+__all__ = [
+    "Quadrants",
+    "TokenSplit",
+    "affinity_matrix",
+    "heterogeneity",
+    "masked_first_order",
+    "quadrant_mass",
+    "row_entropy",
+    "split_quadrants",
+]

@@ -1,0 +1,340 @@
+"""Row entropies of affinities in two differentiable steps, with the analytic gradient and little to remember.
+
+With z the logits of a row, p their softmax and ``z_bar = sum p (z - max z)``, the entropy's gradient is
+``dH/dz_j = -p_j (z_j - max z - z_bar)``. The first step, at each layer depth, makes the logits, products of tokens;
+saved are the tokens themselves (which the model keeps anyway). The second makes the entropies of all layer depths at
+once, as so small matrices cost little more than the start of each operator; saved is one matrix per image and layer
+depth.
+
+All is float32 or better inside autocast too: autocast leaves products alone that are written to given memory
+(``out=``, ``baddbmm_``), and to switch it off and on for each would take longer than a small product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mto_analysis.affinity.matrix import masked_first_order
+from mto_analysis.masks import check_mask
+from mto_analysis.runtime.memory import Scratch
+from mto_analysis.runtime.precision import fast_float32
+
+__all__ = ["SortedMask", "masked_rows_entropy", "token_products", "visible_rows_entropy"]
+
+# Subnormal numbers take a processor a hundred times as long: weights, slopes and their products stay above them.
+# Weights of e^-60 of the greatest change no sum in float32 and none that matters in float64.
+_LEAST_LOGIT = -60.0
+
+
+@dataclass(frozen=True, eq=False)
+class SortedMask:
+    """A batch of masks, sorted once for all layers: the patches of each image masked first, then visible.
+
+    Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
+    ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
+    (``None`` where all are). All layers share ``scratch`` memory.
+
+    Shapes:
+        order: batch num_patches
+        num_masked: batch
+    """
+
+    order: Tensor
+    num_masked: Tensor
+    most_masked: int
+    most_visible: int
+    prefix_tokens: int
+    scratch: Scratch
+    _kept: dict[tuple[str, torch.dtype, int], _Sorted] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        mask: Tensor,
+        prefix_tokens: int = 0,
+        counts: tuple[int, int] | None = None,
+        scratch: Scratch | None = None,
+    ) -> SortedMask:
+        """Sort a mask.
+
+        Shapes:
+            mask: batch num_patches
+
+        Args:
+            mask: True where masked.
+            prefix_tokens: Tokens in front of the patches in what is to be measured.
+            counts: The least and the greatest number of masked patches of an image, where they are known: to ask the
+                mask for them is to wait for the device.
+            scratch: Memory to work in, of one forward after the other; by default its own.
+
+        Raises:
+            ValueError: If a row masks no patch or every patch.
+        """
+        batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
+        num_masked = mask.sum(dim=-1)
+        if counts is None:
+            counts = (0, 0)
+            if batch:
+                counts = tuple(torch.stack(num_masked.aminmax()).tolist())
+        fewest, most = counts
+        if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
+            check_mask(mask)  # has the message
+        order = masked_first_order(mask)
+        return cls(order, num_masked, most, num_patches - fewest, prefix_tokens, scratch or Scratch())
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return self.order.shape[1]
+
+    @cached_property
+    def num_visible(self) -> Tensor:
+        """Visible patches of each image, ``batch``."""
+        return self.num_patches - self.num_masked
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Rows of the flattened tokens: ``most_masked`` of each image, then ``most_visible`` of each image."""
+        image = torch.arange(len(self.order), device=self.order.device)[:, None]
+        rows = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens + self.order
+        return torch.cat([rows[:, : self.most_masked].flatten(), rows[:, -self.most_visible :].flatten()])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Place of each token among ``rows``, ``batch * num_tokens``; of a prefix token one past the end."""
+        batch, device = len(self.order), self.order.device
+        image = torch.arange(batch, device=device)[:, None]
+        place = torch.arange(self.num_patches, device=device)
+        masked = image * self.most_masked + place
+        visible = batch * self.most_masked + image * self.most_visible + place - (self.num_patches - self.most_visible)
+        places = torch.full((batch, self.prefix_tokens + self.num_patches), len(self.rows), device=device)
+        kind = torch.where(place < self.num_masked[:, None], masked, visible)
+        places[:, self.prefix_tokens :].scatter_(1, self.order, kind)
+        return places.flatten()
+
+    @cached_property
+    def masked_ok(self) -> Tensor | None:
+        """Which of the ``most_masked`` from the front are masked, ``batch most_masked``."""
+        if self.most_masked + self.most_visible == self.num_patches:
+            return None
+        place = torch.arange(self.most_masked, device=self.order.device)
+        return place < self.num_masked[:, None]
+
+    @cached_property
+    def visible_ok(self) -> Tensor | None:
+        """Which of the ``most_visible`` from the back are visible, ``batch most_visible``."""
+        if self.most_masked + self.most_visible == self.num_patches:
+            return None
+        place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
+        return place >= self.num_masked[:, None]
+
+    def sort(self, tokens: Tensor) -> _Sorted:
+        """The patches of each image in sorted order, in at least float32; in scratch memory, until the next call."""
+        x = self.memory("sorted", tokens)
+        flat = tokens.flatten(0, 1)
+        if x.patches.dtype == tokens.dtype:
+            torch.index_select(flat, 0, self.rows, out=x.patches)
+        else:
+            x.patches.copy_(flat.index_select(0, self.rows))
+        return x
+
+    def unsort(self, gradient: _Sorted, tokens: Tensor) -> Tensor:
+        """The gradient of ``tokens`` from that of :meth:`sort`; prefix tokens have none."""
+        gradient.prefix.zero_()
+        return gradient.whole.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
+
+    def memory(self, use: str, tokens: Tensor) -> _Sorted:
+        """Scratch memory for patches in sorted order."""
+        key = use, tokens.dtype, tokens.shape[-1]
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._new_memory(use, tokens)
+            if tokens.device.type == "cpu":  # there to make views anew for each layer takes as long as an entropy
+                self._kept[key] = kept
+        return kept
+
+    def _new_memory(self, use: str, tokens: Tensor) -> _Sorted:
+        batch, dim = len(self.order), tokens.shape[-1]
+        x = self.scratch(use, tokens, len(self.rows) + 1, dim)
+        masked, visible, prefix = torch.split(x, [batch * self.most_masked, batch * self.most_visible, 1])
+        return _Sorted(masked.view(batch, -1, dim), visible.view(batch, -1, dim), prefix, x[:-1], x)
+
+
+class _Sorted(NamedTuple):
+    """Patches of a batch in sorted order, as views of one memory; each kind lies without gaps, as products like it.
+
+    Shapes:
+        masked: batch most_masked dim
+        visible: batch most_visible dim
+        prefix: 1 dim (one for all prefix tokens)
+        patches: batch * (most_masked + most_visible), dim
+        whole: the same and 1 more, dim
+    """
+
+    masked: Tensor
+    visible: Tensor
+    prefix: Tensor
+    patches: Tensor
+    whole: Tensor
+
+
+def _multiply(columns: Tensor, rows: Tensor) -> Tensor:
+    """Dot products as ``num_columns batch num_rows``: sums over columns are then sums of long vectors."""
+    products = columns.new_empty(columns.shape[1], len(columns), rows.shape[1])
+    torch.bmm(columns, rows.mT, out=products.transpose(0, 1))
+    return products
+
+
+class _Products(torch.autograd.Function):
+    """Dot products of masked with visible tokens, and if wanted of visible ones with each other."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, split: SortedMask, with_visible: bool) -> tuple[Tensor, ...]:
+        ctx.split = split
+        ctx.save_for_backward(tokens)
+        with fast_float32(tokens.device):
+            x_m, x_v, *_ = split.sort(tokens)
+            masked = _multiply(x_v, x_m)
+            return (masked, _multiply(x_v, x_v)) if with_visible else (masked,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_masked: Tensor, grad_visible: Tensor | None = None) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        split: SortedMask = ctx.split
+        with fast_float32(tokens.device):
+            x_m, x_v, *_ = split.sort(tokens)
+            gradient = split.memory("gradient", tokens)
+            torch.bmm(grad_masked.permute(1, 2, 0), x_v, out=gradient.masked)
+            torch.bmm(grad_masked.transpose(0, 1), x_m, out=gradient.visible)
+            if grad_visible is not None:
+                once = grad_visible.transpose(0, 1)
+                gradient.visible.baddbmm_(once + once.mT, x_v)
+        return split.unsort(gradient, tokens), None, None
+
+
+class _RowEntropy(torch.autograd.Function):
+    """Sum over rows of entropy times ``share``: logits of some layers -> layers batch.
+
+    Columns that are not ``ok`` have no weight.
+
+    Shapes:
+        share: batch num_rows, each or 1
+        ok: num_columns, batch or 1, num_rows or 1
+        logits: num_columns batch num_rows, of each layer
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, ok: Tensor | None, scratch: Scratch, *logits: Tensor) -> Tensor:
+        z = torch.stack(logits)
+        weights = scratch("weights", z, *z.shape)
+        if ok is not None:
+            z.masked_fill_(~ok, float("-inf"))
+        z.sub_(z.amax(dim=1, keepdim=True)).clamp_min_(_LEAST_LOGIT)
+        torch.exp(z, out=weights)
+        if ok is not None:
+            weights.masked_fill_(~ok, 0.0)
+        total = weights.sum(dim=1)
+        slope = z.mul_(weights)
+        mean = slope.sum(dim=1).div_(total)
+        # The derivative is -p (z - mean) times the share, with p = weights / total: slope times factor.
+        slope.addcmul_(weights, mean.unsqueeze(1), value=-1)
+        factor = share / -total
+        ctx.save_for_backward(slope, factor)
+        return total.log_().sub_(mean).mul_(share).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope, factor = ctx.saved_tensors
+        by_layer = slope * (factor * grad.unsqueeze(-1)).unsqueeze(1)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(each if want else None for each, want in zip(by_layer, wanted, strict=True))
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+def token_products(tokens: Tensor, split: SortedMask, *, with_visible: bool = False) -> tuple[Tensor, ...]:
+    """Dot products of one layer depth, from which the entropies are made.
+
+    Shapes:
+        tokens: batch num_tokens dim (the split's prefix tokens, then patches)
+        returns: of visible with masked tokens ``most_visible batch most_masked``; if wanted, of visible tokens with
+            each other ``most_visible batch most_visible``
+
+    Raises:
+        ValueError: If tokens do not fit the mask.
+    """
+    num_tokens = split.prefix_tokens + split.num_patches
+    if tokens.ndim != 3 or tokens.shape[:2] != (len(split.num_masked), num_tokens):
+        raise ValueError(
+            f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], got tokens "
+            f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
+        )
+    # Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
+    # where the products are not made again. Tokens are kept by the model anyway.
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        products: tuple[Tensor, ...] = _Products.apply(tokens, split, with_visible)
+    return products
+
+
+def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor:
+    """Heterogeneity, Eq. (2), of some layer depths at once, with an analytic first derivative.
+
+    The same values as :func:`affinity.heterogeneity`.
+
+    Shapes:
+        products: of visible with masked tokens of each layer depth (:func:`token_products`)
+        returns: layers batch (nats)
+
+    Example:
+        >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
+        >>> products, = token_products(torch.zeros(1, 4, 8), split)
+        >>> masked_rows_entropy([products], split)
+        tensor([[0.6931]])
+    """
+    ok, share = None, split.num_masked.to(products[0].dtype).reciprocal()[:, None]
+    if split.masked_ok is not None and split.visible_ok is not None:
+        ok, share = split.visible_ok.mT.unsqueeze(-1), share * split.masked_ok
+    h: Tensor = _RowEntropy.apply(share, ok, split.scratch, *products)
+    return h
+
+
+def visible_rows_entropy(masked: Tensor, visible: Tensor, split: SortedMask, *, include_self: bool = True) -> Tensor:
+    """Sum over visible rows of the entropy over all tokens, Eq. (3), with an analytic first derivative.
+
+    Shapes:
+        masked, visible: products of visible with masked tokens and with each other (:func:`token_products`)
+        returns: batch (nats, from 0 to num_visible * log(num_patches))
+
+    Args:
+        masked: Of layer depth 0.
+        visible: Of layer depth 0.
+        split: The sorted mask.
+        include_self: Whether a row's own token is among its columns, as printed.
+
+    Example:
+        >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
+        >>> visible_rows_entropy(*token_products(torch.zeros(1, 4, 8), split, with_visible=True), split)
+        tensor([2.7726])
+    """
+    logits = torch.cat([masked.permute(2, 1, 0), visible])  # all columns, visible rows
+    ok, share = None, logits.new_ones(1, 1)
+    if split.masked_ok is not None and split.visible_ok is not None:
+        ok = torch.cat([split.masked_ok, split.visible_ok], dim=1).mT.unsqueeze(-1)
+        share = split.visible_ok.to(logits.dtype)
+    if not include_self:
+        others = torch.ones(len(logits), 1, len(visible), dtype=torch.bool, device=logits.device)
+        others[len(logits) - len(visible) :, 0].fill_diagonal_(False)
+        ok = others if ok is None else ok & others
+    rows: Tensor = _RowEntropy.apply(share, ok, split.scratch, logits)
+    return rows.squeeze(0)

@@ -1,0 +1,288 @@
+"""Eq. (2) and the affinity matrix: how masked tokens resemble visible ones. Pure functions of tokens and mask.
+
+Rows of an affinity are queries, columns are keys; masked tokens come first. Tokens never include prefix tokens.
+Half precision is raised to float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mto_analysis.masks import check_mask
+from mto_analysis.runtime.memory import Scratch
+from mto_analysis.runtime.precision import fast_float32
+
+__all__ = [
+    "Quadrants",
+    "TokenSplit",
+    "affinity_matrix",
+    "heterogeneity",
+    "masked_first_order",
+    "quadrant_mass",
+    "row_entropy",
+    "split_quadrants",
+]
+
+# On a CPU images of a batch are gathered and multiplied a few at a time: the copies then stay in the cache, and memory
+# above the model's own forward stays at a few MB for any batch. Elsewhere many small steps would cost more than the
+# forward itself.
+_IMAGES_AT_ONCE = {"cpu": 4}
+_IMAGES_AT_ONCE_ELSEWHERE = 128
+
+
+def row_entropy(logits: Tensor) -> Tensor:
+    r"""Entropy of the softmax of each row, from the logits.
+
+    .. math:: H(z) = \log S - \frac{1}{S} \sum_j e^{z_j - m} (z_j - m), \quad S = \sum_j e^{z_j - m}, \; m = \max_j z_j
+
+    Unscaled dot products saturate the softmax: ``-p log p`` then gives NaN, and so do the gradients of ``xlogy``.
+    This form has finite values and gradients for any finite logits.
+
+    Shapes:
+        logits: ... num_keys
+        returns: ... (nats, from 0 to log(num_keys))
+
+    Example:
+        >>> row_entropy(torch.tensor([[0.0, 0.0], [0.0, 1000.0]]))
+        tensor([0.6931, 0.0000])
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = z - z.amax(dim=-1, keepdim=True).detach()
+    weight = z.exp()
+    total = weight.sum(dim=-1)
+    return total.log() - (weight * z).sum(dim=-1) / total
+
+
+class TokenSplit:
+    """Where the masked and visible tokens of a batch are: sorted once per mask, used at every layer depth.
+
+    Args:
+        mask: ``batch num_patches``, True = masked; counts may differ between rows.
+        scratch: Memory to work in, shared with other splits; by default its own.
+
+    Raises:
+        ValueError: If the mask is not bool, or a row masks no patch or every patch.
+    """
+
+    def __init__(self, mask: Tensor, scratch: Scratch | None = None) -> None:
+        check_mask(mask)
+        self.mask = mask
+        self.order = masked_first_order(mask)
+        self.num_masked = mask.sum(dim=1)
+        # Images of the same count form one block; a batch of equal counts keeps its order.
+        rows_of: dict[int, list[int]] = {}
+        for row, count in enumerate(self.num_masked.tolist()):
+            rows_of.setdefault(count, []).append(row)
+        self.counts = frozenset(rows_of)
+        at_once = _IMAGES_AT_ONCE.get(mask.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
+        self._blocks = [
+            (torch.tensor(rows[start : start + at_once], device=mask.device), count)
+            for count, rows in rows_of.items()
+            for start in range(0, len(rows), at_once)
+        ]
+        self.scratch = scratch or Scratch()
+        # Rows of the tokens' storage in sorted order, by block and by how many rows lie between two images.
+        self._storage_rows: dict[tuple[int, int], Tensor] = {}
+        self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
+        self._in_order = len(self._blocks) == 1  # images of one count keep their order
+
+    def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
+        """Reduce the tokens of a few images at a time, sorted masked first, to one value or row of values per image.
+
+        Args:
+            tokens: ``batch num_patches dim``.
+            reduce: From sorted tokens ``some num_patches dim`` (at least float32) and their number of masked tokens to
+                ``some ...``. The tokens lie in memory that is used again: keep no view of them.
+            per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
+
+        Raises:
+            ValueError: If tokens do not fit the mask.
+        """
+        if tokens.ndim != 3 or tokens.shape[:2] != self.mask.shape:
+            raise ValueError(
+                f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], "
+                f"got tokens {list(tokens.shape)} and mask {list(self.mask.shape)}"
+            )
+        # Under autocast the product would be made in half precision again.
+        device = tokens.device.type
+        inside = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext(), fast_float32(device):
+            parts = [
+                reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
+                for block, (rows, num_masked) in enumerate(self._blocks)
+            ]
+        return parts[0] if self._in_order else torch.cat(parts)[self._back]
+
+    def _sorted(self, tokens: Tensor, block: int) -> Tensor:
+        rows = self._blocks[block][0]
+        between, row, along = tokens.stride()
+        if (tokens.requires_grad and torch.is_grad_enabled()) or along != 1 or row < 1 or between % row:
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            return tokens[rows[:, None], self.order[rows]].to(dtype)
+        # Tokens behind prefix tokens are a view: taken as rows of its storage, nothing is copied but the rows wanted.
+        key = block, between // row
+        if key not in self._storage_rows:
+            self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
+        batch, count, dim = tokens.shape
+        flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
+        x = self.scratch("sorted", tokens, len(rows) * count, dim)
+        if x.dtype == tokens.dtype:
+            torch.index_select(flat, 0, self._storage_rows[key], out=x)
+        else:
+            x.copy_(flat.index_select(0, self._storage_rows[key]))
+        return x.view(len(rows), count, dim)
+
+
+def masked_first_order(mask: Tensor) -> Tensor:
+    """Order of patches with the masked ones first, each kind in row-major order.
+
+    Shapes:
+        mask: batch num_patches
+        returns: batch num_patches (indices)
+
+    Example:
+        >>> masked_first_order(torch.tensor([[False, True, False, True]]))
+        tensor([[1, 3, 0, 2]])
+    """
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def heterogeneity(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
+    r"""Mean entropy of the affinity of masked tokens over visible tokens, Eq. (2).
+
+    .. math:: H = -\frac{1}{|\delta_M|} \sum_{i,j} A_{ij} \log A_{ij}, \quad A = \psi(X_M X_V^\top)
+
+    High: no visible token stands out. Low: each masked token resembles few visible ones. The softmax runs over visible
+    tokens only, so H is not the entropy of a slice of the affinity matrix over all tokens; dot products are not scaled.
+    The bound depends on the mask: compare models by H / log(num_visible).
+
+    Shapes:
+        tokens: batch num_patches dim
+        mask: batch num_patches
+        returns: batch (nats, from 0 to log(num_visible))
+
+    Args:
+        tokens: Embeddings at one layer depth, without prefix tokens.
+        mask: True where masked, or its :class:`TokenSplit` when several layer depths share it.
+
+    Raises:
+        ValueError: If shapes disagree, or a row of ``mask`` masks no patch or every patch.
+
+    Source:
+        "Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024), Eq. (2).
+
+    Example:
+        >>> tokens = torch.zeros(1, 4, 8)  # all alike: uniform over 2 visible tokens
+        >>> heterogeneity(tokens, torch.tensor([[True, True, False, False]]))
+        tensor([0.6931])
+    """
+    split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
+    return split.map(tokens, _mean_entropy_over_visible)
+
+
+def _mean_entropy_over_visible(x: Tensor, num_masked: int) -> Tensor:
+    return row_entropy(x[:, :num_masked] @ x[:, num_masked:].mT).mean(dim=1)
+
+
+def affinity_matrix(
+    tokens: Tensor,
+    mask: Tensor | TokenSplit | None = None,
+    *,
+    kind: Literal["softmax", "dot", "cosine"] = "softmax",
+) -> Tensor:
+    r"""Affinity between all pairs of tokens, :math:`\psi(X X^\top)` (Fig. 2, and Eq. 3).
+
+    Rows are queries, columns keys; with a mask, both are ordered masked first, then visible.
+
+    Shapes:
+        tokens: batch num_patches dim
+        mask: batch num_patches
+        returns: batch num_patches num_patches (``softmax``: rows add to 1; ``cosine``: from -1 to 1; ``dot``: any)
+
+    Args:
+        tokens: Embeddings at one layer depth, without prefix tokens.
+        mask: True where masked; without it tokens keep their order.
+        kind: The paper calls the softmax the affinity matrix and its images "correlation values": name the kind
+            beside every image.
+
+    Raises:
+        ValueError: If shapes disagree or the kind is unknown.
+
+    Example:
+        >>> affinity_matrix(torch.zeros(1, 2, 3))
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
+    """
+    if kind not in ("softmax", "dot", "cosine"):
+        raise ValueError(f"kind must be softmax, dot or cosine, got {kind!r}")
+
+    def affinity(x: Tensor, num_masked: int = 0) -> Tensor:
+        x = torch.nn.functional.normalize(x, dim=-1) if kind == "cosine" else x
+        products = x @ x.mT
+        return products.softmax(dim=-1) if kind == "softmax" else products
+
+    if mask is None:
+        return affinity(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
+    split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
+    return split.map(tokens, affinity)
+
+
+class Quadrants(NamedTuple):
+    """Quadrants of an affinity in reading order, masked tokens first (paper, sections 3.2 and 4)."""
+
+    first: Tensor  #: masked-masked
+    second: Tensor  #: masked-visible, where H is defined
+    third: Tensor  #: visible-masked
+    fourth: Tensor  #: visible-visible
+
+
+def split_quadrants(affinity: Tensor, num_masked: int) -> Quadrants:
+    """Cut an affinity whose rows and columns are ordered masked first into its four quadrants.
+
+    Shapes:
+        affinity: ... num_patches num_patches
+        returns: ... num_masked num_masked, ... num_masked num_visible, ... and so on
+
+    Raises:
+        ValueError: If ``num_masked`` leaves a quadrant empty.
+
+    Example:
+        >>> split_quadrants(torch.arange(9).reshape(3, 3), num_masked=1).second
+        tensor([[1, 2]])
+    """
+    if not 0 < num_masked < affinity.shape[-1]:
+        raise ValueError(f"num_masked must lie between 0 and {affinity.shape[-1]}, got {num_masked}")
+    top, bottom = affinity[..., :num_masked, :], affinity[..., num_masked:, :]
+    return Quadrants(top[..., :num_masked], top[..., num_masked:], bottom[..., :num_masked], bottom[..., num_masked:])
+
+
+def quadrant_mass(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
+    """Probability mass in each quadrant of the affinity matrix, as a mean over the quadrant's rows.
+
+    A row's mass adds to 1: the first and second quadrant share that of masked rows, the third and fourth that of
+    visible rows.
+
+    Shapes:
+        tokens: batch num_patches dim
+        mask: batch num_patches
+        returns: batch 4 (quadrants 1 to 4, each from 0 to 1)
+
+    Raises:
+        ValueError: If shapes disagree, or a row of ``mask`` masks no patch or every patch.
+
+    Example:
+        >>> quadrant_mass(torch.zeros(1, 4, 8), torch.tensor([[True, False, False, False]]))
+        tensor([[0.2500, 0.7500, 0.2500, 0.7500]])
+    """
+
+    def masses(x: Tensor, num_masked: int) -> Tensor:
+        quadrants = split_quadrants((x @ x.mT).softmax(dim=-1), num_masked)
+        return torch.stack([quadrant.sum(dim=-1).mean(dim=-1) for quadrant in quadrants], dim=-1)
+
+    split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
+    return split.map(tokens, masses)

@@ -1,0 +1,213 @@
+"""Models measured once for all figures that show them: the bundled ones, or whatever checkpoints are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mto_analysis.figures.paper.catalogue import Inputs
+
+# Tables and schematics are drawn at this bench too, and need not wait for torch.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mto_analysis.images import Images
+    from mto_analysis.models import MaskedImageModel
+    from mto_analysis.probe import LayerMeasure
+    from mto_analysis.probe.quadrants import AffinityMap
+    from mto_analysis.probe.sharing import Progress
+    from mto_analysis.probe.study import Settings, Watch
+
+__all__ = ["Curves", "Maps", "Scrutiny", "Workbench"]
+
+#: What ends the label of a bundled model at 2 % of its training.
+EARLY = ", early"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Checkpoints that are measured under the same settings."""
+
+    sources: tuple[str | Path, ...]
+    labels: tuple[str, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Rows of ``heterogeneity.csv``, and facts about each model."""
+
+    table: pd.DataFrame
+    models: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Mean affinity maps by model, rows of ``quadrants.csv``, and the curves measured in the same pass."""
+
+    maps: dict[str, list[AffinityMap]]
+    quadrants: pd.DataFrame
+    curves: Curves
+
+
+@dataclass(frozen=True)
+class Scrutiny:
+    """What definitions and controls make of the curves."""
+
+    curves: Curves
+    definitions: pd.DataFrame
+    attention: pd.DataFrame
+    properties: pd.DataFrame
+    controls: pd.DataFrame
+
+
+class Workbench:
+    """Measures on demand, and each thing once.
+
+    Args:
+        inputs: What is measured.
+        maps: Keep affinity maps of every pass, as a figure will ask for them.
+        say: Takes notes for the user.
+        warn: Takes warnings for the user.
+        progress: Wraps the batches, given their number and a label.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        *,
+        maps: bool = False,
+        say: Callable[[str], None] = lambda message: None,
+        warn: Callable[[str], None] = lambda message: None,
+        progress: Progress = lambda batches, total, label: iter(batches),
+    ) -> None:
+        self.inputs = inputs
+        self.name = ""
+        self._with_maps = maps
+        self._say, self._warn, self._progress = say, warn, progress
+
+    @property
+    def images_in_words(self) -> str:
+        """What the images are, for captions."""
+        from mto_analysis.demo import DEMO_IMAGES
+
+        images = self.inputs.images
+        return "CIFAR-10 test images" if images in (None, DEMO_IMAGES) else f"images of {images.name}"
+
+    @cached_property
+    def curves(self) -> Curves:
+        """Heterogeneity of every model."""
+        return self.maps.curves if self._with_maps else self._measure_all()[0]
+
+    @cached_property
+    def maps(self) -> Maps:
+        """Mean affinity maps of every model."""
+        from mto_analysis.probe.maps import quadrant_table
+        from mto_analysis.probe.quadrants import AffinityMaps
+
+        recorders: dict[str, AffinityMaps] = {}
+
+        def watch(model: MaskedImageModel, label: str) -> AbstractContextManager[Sequence[LayerMeasure]]:
+            recorders[label] = AffinityMaps()
+            return nullcontext((recorders[label],))
+
+        curves, per_image = self._measure_all(watch)
+        maps = {label: recorder.maps for label, recorder in recorders.items()}
+        return Maps(maps, quadrant_table(per_image), curves)
+
+    @cached_property
+    def scrutiny(self) -> Scrutiny:
+        """Definitions, attention, properties and controls of every model."""
+        import pandas as pd
+
+        from mto_analysis.probe.controls import Controls
+        from mto_analysis.probe.definition_study import Definitions
+        from mto_analysis.probe.property_study import Properties
+        from mto_analysis.probe.study import measure_checkpoints, together
+
+        names = ("curves", "definitions", "attention", "properties", "controls")
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+        models: list[dict[str, Any]] = []
+        images = self._images
+        for group in self._groups():
+            definitions, controls, properties = Definitions(), Controls(), Properties()
+            watch = together(definitions.watch, controls.watch, properties.watch)
+            study = measure_checkpoints(
+                group.sources, images, group.settings, labels=group.labels, watch=watch, **self._options
+            )
+            # Those that take their columns out of what was measured first.
+            found["definitions"].append(definitions.take_table(study))
+            found["attention"].append(definitions.attention_table())
+            options = {key: value for key, value in self._options.items() if key != "warn"}
+            found["controls"].append(controls.measure(study, group.sources, images, group.settings, **options))
+            found["properties"].append(properties.table())
+            found["curves"].append(study.table)
+            models += study.models
+        whole = {name: self._in_order(pd.concat(parts, ignore_index=True)) for name, parts in found.items()}
+        curves = Curves(whole.pop("curves"), models)
+        return Scrutiny(curves, **whole)
+
+    def _measure_all(self, watch: Watch = lambda model, label: nullcontext(())) -> tuple[Curves, pd.DataFrame]:
+        """Curves of every model, and the values per image."""
+        import pandas as pd
+
+        from mto_analysis.probe.study import measure_checkpoints
+
+        tables, per_image, models = [], [], []
+        for group in self._groups():
+            study = measure_checkpoints(
+                group.sources, self._images, group.settings, labels=group.labels, watch=watch, **self._options
+            )
+            tables.append(study.table)
+            per_image.append(study.per_image)
+            models += study.models
+        table = self._in_order(pd.concat(tables, ignore_index=True))
+        return Curves(table, models), pd.concat(per_image, ignore_index=True)
+
+    def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Bundled models at the end of training first, so that each looks the same in every figure."""
+        if self.inputs.checkpoints:
+            return table
+        return table.sort_values("model", key=lambda names: names.str.endswith(EARLY), kind="stable", ignore_index=True)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.inputs.num_heads,
+            "decoder_num_heads": self.inputs.decoder_num_heads,
+            "offline": self.inputs.offline,
+            "say": self._say,
+            "warn": self._warn,
+            "progress": self._progress,
+        }
+
+    @cached_property
+    def _images(self) -> Images:
+        from mto_analysis.demo import DEMO_IMAGES
+        from mto_analysis.images import open_images
+
+        return open_images(self.inputs.images or DEMO_IMAGES)
+
+    def _groups(self) -> Iterator[_Group]:
+        from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
+        from mto_analysis.masks import load_masks
+        from mto_analysis.probe.study import Settings
+        from mto_analysis.runtime.devices import pick_device
+
+        inputs = self.inputs
+        common: dict[str, Any] = {
+            "limit": inputs.limit,
+            "batch_size": inputs.batch_size,
+            "device": pick_device(inputs.device),
+        }
+        if inputs.checkpoints:
+            yield _Group(inputs.checkpoints, inputs.names, Settings(**common))
+            return
+        for method, masks in DEMO_MASKS.items():
+            labels = tuple(label for label in DEMO_CHECKPOINTS if label.startswith(method))
+            own = load_masks(masks) if inputs.bundled else None
+            yield _Group(tuple(DEMO_CHECKPOINTS[label] for label in labels), labels, Settings(**common, masks=own))

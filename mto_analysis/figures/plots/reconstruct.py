@@ -1,0 +1,109 @@
+"""Reconstructions in a grid: for each model a block of four columns, a row per image."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from mto_analysis.figures.plots.style import PAGE_WIDTH, paper_style
+
+if TYPE_CHECKING:
+    from mto_analysis.probe.reconstruction import Reconstruction
+
+__all__ = ["VIEWS", "draw_reconstructions", "plot_view", "reconstruction_caption"]
+
+#: Field of :class:`~mto_analysis.probe.reconstruction.Reconstruction` and its title, in reading order.
+VIEWS = {
+    "original": "original",
+    "masked": "masked input",
+    "reconstruction": "reconstruction",
+    "pasted": "visible pasted",
+}
+
+
+def plot_view(reconstruction: Reconstruction, view: str, *, ax: Axes | None = None) -> Axes:
+    """One view of a reconstruction, without axes; pixels stay squares.
+
+    Args:
+        reconstruction: One image through one model.
+        view: A key of :data:`VIEWS`.
+        ax: Where to draw; by default a new figure's axes.
+
+    Raises:
+        ValueError: If the view is unknown.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
+    ax = ax if ax is not None else Figure(figsize=(1.5, 1.5)).subplots()
+    ax.imshow(getattr(reconstruction, view), interpolation="nearest", vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def reconstruction_caption(rows: Sequence[Reconstruction]) -> str:
+    """What must be said beside such a figure: where masks are, what was undone with whose statistics."""
+    text = (
+        "Masked patches are grey. Losses are each model's own, on masked patches, beside that of predicting the mean. "
+        "Visible patches are not trained to be predicted."
+    )
+    normalized = list(dict.fromkeys(row.model for row in rows if row.target.startswith("normalized")))
+    if normalized:
+        whose = ", ".join(normalized)
+        text += (
+            f" {whose}: patches are predicted centred and scaled; shown with the mean and standard deviation of the "
+            "original patch, so their brightness and contrast are the original's, not predicted."
+        )
+    return text
+
+
+def draw_reconstructions(rows: Sequence[Reconstruction], *, captioned: bool = True) -> Figure:
+    """All models and images: blocks of models two abreast, each with its mean loss in the title.
+
+    Args:
+        rows: As in :attr:`~mto_analysis.probe.reconstruction.ReconstructionStudy.reconstructions`.
+        captioned: Draw :func:`reconstruction_caption` below.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not rows:
+        raise ValueError("there must be a reconstruction to draw, got none")
+    models = list(dict.fromkeys(row.model for row in rows))
+    abreast = min(2, len(models))
+    lines = -(-len(models) // abreast)
+    images = max(sum(row.model == model for row in rows) for model in models)
+    cell = PAGE_WIDTH / 8 if abreast == 2 else PAGE_WIDTH / 6
+    caption = textwrap.fill(reconstruction_caption(rows), 128 if abreast == 2 else 86) if captioned else ""
+    height = lines * (images * 0.95 * cell + 0.42) + 0.13 * (caption.count("\n") + 1) + 0.05
+    tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
+    with paper_style():
+        figure = Figure(figsize=(abreast * 4 * cell, height), layout=tight)
+        blocks = figure.subfigures(lines, abreast, squeeze=False, wspace=0.02, hspace=0.03).flat
+        for block, model in zip(blocks, models, strict=False):
+            _draw_block(block, model, [row for row in rows if row.model == model])
+        if caption:
+            figure.supxlabel(caption, fontsize=6.5, color="0.3", x=0.01, ha="left", linespacing=1.25)
+    return figure
+
+
+def _draw_block(block: SubFigure, model: str, rows: Sequence[Reconstruction]) -> None:
+    loss, mean = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("loss", "predict_the_mean"))
+    block.suptitle(f"{model}: loss {loss:.3g} (mean: {mean:.3g})", fontsize=8)
+    axes = block.subplots(len(rows), len(VIEWS), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for ax, view in zip(line, VIEWS, strict=True):
+            plot_view(row, view, ax=ax)
+        line[0].set_ylabel(_short(row.image), fontsize=6)
+    for ax, title in zip(axes[0], VIEWS.values(), strict=True):
+        ax.set_title(title, fontsize=6.5, pad=2)
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else f"...{name[-most:]}"

@@ -1,0 +1,236 @@
+"""The report: one self-contained HTML file with figures, tables, run facts and an explorer of affinity maps.
+
+Nothing is loaded from anywhere, and the same contents give the same bytes. Every string of the user's is escaped, and
+the page's own policy lets no script but ours run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from mto_analysis.figures.plots.affinity import draw_affinity
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+from mto_analysis.figures.plots.reconstruct import draw_reconstructions, reconstruction_caption
+from mto_analysis.figures.plots.svg import figure_svg
+from mto_analysis.probe.explore import MAX_PATCHES, Explored
+from mto_analysis.probe.quadrants import AffinityMap
+from mto_analysis.probe.reconstruction import Reconstruction
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["ReportContents", "render_report"]
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+# Viridis at 33 places; the script draws straight lines between them.
+_MAP_COLOURS = [[round(255 * value) for value in mpl.colormaps["viridis"](at / 32)[:3]] for at in range(33)]
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """What a report shows.
+
+    Args:
+        table: Rows of ``heterogeneity.csv``.
+        models: Facts of each model, as for ``run.json``.
+        explored: Chosen images in each stack of each model.
+        reconstructions: The same images as the models fill them in.
+        versions: Of the packages that made the numbers.
+        maps: Mean affinity maps of each model, drawn as Fig. 2.
+        figures: More figures by their captions.
+    """
+
+    table: pd.DataFrame
+    models: Sequence[Mapping[str, Any]]
+    explored: Sequence[Explored]
+    reconstructions: Sequence[Reconstruction]
+    versions: Mapping[str, str]
+    maps: Mapping[str, Sequence[AffinityMap]] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+
+def render_report(contents: ReportContents, *, title: str = "Masked tokens, layer by layer") -> str:
+    """The report as one HTML file.
+
+    Args:
+        contents: What to show.
+        title: Heading of the page.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_ASSETS / "report.js").read_text(encoding="utf-8")
+    reconstructions = list(contents.reconstructions)
+    maps = {f"Affinity maps, {model}": draw_affinity(list(each), title=model) for model, each in contents.maps.items()}
+    drawn = draw_reconstructions(reconstructions, captioned=False) if reconstructions else None
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        version=contents.versions.get("mto-analysis", ""),
+        css=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(_json_in_html(_explorer_data(contents.explored))),
+        explorable=any(_depths(each) for each in contents.explored),
+        product_error=f"{max((each.product_error for each in contents.explored), default=0):.2g}",
+        heterogeneity_error=f"{max((each.heterogeneity_error for each in contents.explored), default=0):.1g}",
+        max_patches=MAX_PATCHES,
+        num_shown=max((len(each.images) for each in contents.explored), default=0),
+        curves=Markup(figure_svg(draw_heterogeneity(contents.table), "curves")),
+        figures={
+            caption: Markup(figure_svg(figure, f"figure{number}"))
+            for number, (caption, figure) in enumerate({**maps, **contents.figures}.items())
+        },
+        sentences=[_sentence(label, curve) for label, curve in _curves(contents.table)],
+        models=[
+            _model_table(label, curve, _masses(contents.explored, curve)) for label, curve in _curves(contents.table)
+        ],
+        reconstructions=Markup(figure_svg(drawn, "reconstructions")) if drawn else None,
+        reconstruction_caption=reconstruction_caption(reconstructions) if reconstructions else "",
+        losses=[
+            {
+                "model": row.model,
+                "image": row.image,
+                "target": f"{row.target.replace('_', ' ')}, {row.criterion}",
+                "loss": f"{row.loss:.4g}",
+                "mean": f"{row.predict_the_mean:.4g}",
+            }
+            for row in reconstructions
+        ],
+        facts=[{"label": model["model"], "facts": _facts(model)} for model in contents.models],
+        versions=contents.versions,
+    )
+
+
+def _curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    several = table.groupby("model")["stack"].nunique().max() > 1
+    return [
+        (f"{model}, {stack}" if several else str(model), curve)
+        for (model, stack), curve in table.groupby(["model", "stack"], sort=False)
+    ]
+
+
+def _sentence(label: str, curve: pd.DataFrame) -> str:
+    first, last = curve.iloc[0], curve.iloc[-1]
+    return (
+        f"{label}: H goes from {first.heterogeneity:.4f} at layer depth 0, {_below_bound(first.normalized)} below its "
+        f"bound, to {last.heterogeneity:.4f} at {last.layer_depth:.0f}, {_below_bound(last.normalized)} below."
+    )
+
+
+def _below_bound(normalized: float) -> str:
+    """How far H lies below its bound, with digits enough for a fall of a millionth."""
+    return f"{100 * max(1 - normalized, 0.0):.3g} %"
+
+
+def _masses(explored: Sequence[Explored], curve: pd.DataFrame) -> dict[int, np.ndarray]:
+    """Mean quadrant masses over the images shown, by layer depth."""
+    masses: dict[int, list[tuple[float, ...]]] = {}
+    for each in explored:
+        if (each.model, each.stack) == (curve["model"].iloc[0], curve["stack"].iloc[0]):
+            for depth in _depths(each):
+                masses.setdefault(depth.layer_depth, []).append(depth.quadrant_mass)
+    return {depth: np.mean(rows, axis=0) for depth, rows in masses.items()}
+
+
+def _depths(explored: Explored) -> list[Any]:
+    return [depth for image in explored.images for depth in image.depths]
+
+
+def _model_table(label: str, curve: pd.DataFrame, masses: Mapping[int, np.ndarray]) -> dict[str, Any]:
+    rows = []
+    for row in curve.to_dict("records"):
+        known = math.isfinite(row["ci_low"])  # one image has no interval
+        rows.append(
+            {
+                "depth": row["layer_depth"],
+                "h": f"{row['heterogeneity']:.4f}",
+                "interval": f"{row['ci_low']:.4f} to {row['ci_high']:.4f}" if known else "-",
+                "below": _below_bound(row["normalized"]),
+                "masses": [f"{mass:.3f}" for mass in masses.get(row["layer_depth"], ())] or ["-"] * 4,
+            }
+        )
+    bounds = sorted({f"{math.log(count):.4f}" for count in curve["num_visible"]})
+    return {"label": label, "num_images": int(curve["num_images"].max()), "bound": " to ".join(bounds), "rows": rows}
+
+
+def _facts(model: Mapping[str, Any]) -> dict[str, str]:
+    info, loss = model["info"], model["own_loss"]
+    facts = {
+        "file": Path(str(model["source"])).name,
+        "sha256": model["sha256"],
+        "family": f"{info['family']} ({info['layout']}), {info['style']}-style",
+        "architecture": ", ".join(f"{name} {value}" for name, value in model["config"].items()),
+        "image": f"{info['image_size']} px, patches of {info['patch_size']} px",
+        "masks": model["masks"],
+        "own loss": "predicts no pixels",
+    }
+    if loss:
+        facts["own loss"] = f"{loss['loss']:.4g}, predicting the mean {loss['predict_the_mean']:.4g}"
+    return facts
+
+
+def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
+    """What the script reads; images that several models share are held once."""
+    images: list[str] = []
+
+    def index_of(pixels: np.ndarray) -> int:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="png", optimize=True)
+        uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        if uri not in images:
+            images.append(uri)
+        return images.index(uri)
+
+    several = len({(each.model, each.stack) for each in explored}) > len({each.model for each in explored})
+    models = [
+        {
+            "label": f"{each.model}, {each.stack}" if several else each.model,
+            "num_depths": each.num_depths,
+            "left_out": each.left_out,
+            "images": [
+                {
+                    "name": image.image,
+                    "image": index_of(image.pixels),
+                    "depths": [
+                        {
+                            "depth": depth.layer_depth,
+                            "mask": "".join("01"[int(masked)] for masked in depth.mask),
+                            "low": depth.products.low,
+                            "step": depth.products.step,
+                            "levels": base64.b64encode(depth.products.levels).decode(),
+                        }
+                        for depth in image.depths
+                    ],
+                }
+                for image in each.images
+            ],
+        }
+        for each in explored
+        if _depths(each)
+    ]
+    return {"models": models, "images": images, "colours": _MAP_COLOURS}
+
+
+def _json_in_html(content: Any) -> str:
+    """JSON that no string inside can end the script element with."""
+    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,0 +1,118 @@
+"""Images to batches for measuring: preprocessed as the model expects, in the order of names, without chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mto_analysis.errors import DataError
+from mto_analysis.images.reading import reason_of
+from mto_analysis.images.sources import Images
+from mto_analysis.models import ModelInfo
+
+__all__ = ["BrokenImage", "ImageBatch", "image_batches", "preprocessing"]
+
+
+class ImageBatch(NamedTuple):
+    """Preprocessed images with their names.
+
+    Shapes:
+        images: batch channels height width
+    """
+
+    names: tuple[str, ...]
+    images: Tensor
+
+
+class BrokenImage(NamedTuple):
+    """An image that could not be decoded, and why."""
+
+    name: str
+    reason: str
+
+
+def preprocessing(info: ModelInfo) -> Callable[[Image.Image], Tensor]:
+    """What a model expects: shorter side resized (bicubic), centre crop, channels normalised.
+
+    Shapes:
+        returns: image -> channels image_size image_size
+    """
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
+    transform: Callable[[Image.Image], Tensor] = create_transform(
+        info.image_size, is_training=False, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=1.0
+    )
+    return transform
+
+
+class _Prepared(Dataset[tuple[str, Tensor | str]]):
+    """Images after preprocessing; a broken one gives its reason instead of a tensor."""
+
+    def __init__(self, images: Images, rows: Sequence[int], transform: Callable[[Image.Image], Tensor]) -> None:
+        self._images, self._rows, self._transform = images, rows, transform
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, item: int) -> tuple[str, Tensor | str]:
+        row = self._rows[item]
+        name = self._images.names[row]
+        try:
+            return name, self._transform(self._images.open(row))
+        except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
+            return name, reason_of(error)
+
+
+def image_batches(
+    images: Images,
+    info: ModelInfo,
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    num_workers: int = 0,
+    on_broken: Callable[[BrokenImage], None] | None = None,
+) -> Iterator[ImageBatch]:
+    """Preprocessed batches, in the order of names; broken images are reported and left out.
+
+    Args:
+        images: From :func:`open_images`.
+        info: Of the model that will see them.
+        batch_size: Images in a batch.
+        limit: Use so many images, spread evenly over the names, so that a folder sorted by class is not cut off.
+        num_workers: Processes that decode; results do not depend on it.
+        on_broken: Called for each image that cannot be decoded; by default that is an error.
+
+    Raises:
+        ValueError: If a number is not positive.
+        DataError: If an image is broken and ``on_broken`` is not given.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1) or num_workers < 0:
+        raise ValueError(
+            f"batch_size and limit must be at least 1, num_workers at least 0, got {batch_size=}, {limit=}"
+        )
+    total = len(images.names)
+    count = min(limit or total, total)
+    rows = [index * total // count for index in range(count)]
+    loader: DataLoader[tuple[str, Tensor | str]] = DataLoader(
+        _Prepared(images, rows, preprocessing(info)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # or it would draw its seed from the global generator
+    )
+    for items in loader:
+        good: list[tuple[str, Tensor]] = []
+        for name, content in items:
+            if isinstance(content, Tensor):
+                good.append((name, content))
+            elif on_broken is None:
+                raise DataError(f"image {name} cannot be read ({content})")
+            else:
+                on_broken(BrokenImage(name, content))
+        if good:
+            yield ImageBatch(tuple(name for name, _ in good), torch.stack([image for _, image in good]))

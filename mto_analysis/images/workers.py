@@ -1,0 +1,164 @@
+"""Large images for training: read, decoded, cropped and masked by micro-batch, in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mto_analysis.errors import DataError
+from mto_analysis.images.decoding import decode_pixels
+from mto_analysis.images.draws import Draws, Rows
+from mto_analysis.images.reading import read_content, reason_of
+from mto_analysis.images.sources import Images
+
+__all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]
+
+
+class BatchPlan(NamedTuple):
+    """One micro-batch before anything is read."""
+
+    epoch: int
+    rows: Rows
+
+
+class CroppedBatch(NamedTuple):
+    """One micro-batch out of a worker process; ``failure`` says in its place why there is none.
+
+    Shapes:
+        rows: batch (those of replacements where images were broken)
+        pixels: batch channels image_size image_size (uint8)
+        mask: batch num_patches
+    """
+
+    epoch: int
+    rows: Tensor
+    pixels: Tensor
+    mask: Tensor
+    broken: list[tuple[int, str]]
+    failure: str | None
+
+    def to(self, device: torch.device) -> CroppedBatch:
+        """Pixels and mask on a device."""
+        return self._replace(
+            pixels=self.pixels.to(device, non_blocking=True), mask=self.mask.to(device, non_blocking=True)
+        )
+
+
+class _Cropping(Dataset[CroppedBatch]):
+    """Carries out plans; picklable, so that worker processes can do it."""
+
+    def __init__(self, images: Images, draws: Draws) -> None:
+        self._images, self._draws = images, draws
+
+    def __getitem__(self, plan: BatchPlan) -> CroppedBatch:
+        size = self._draws.augmentation.image_size
+        pixels = torch.empty(len(plan.rows), 3, size, size, dtype=torch.uint8)
+        rows, numbers = plan.rows.copy(), self._draws.numbers(plan.rows, plan.epoch)
+        broken: list[tuple[int, str]] = []
+        failure = None
+        try:
+            for place, row in enumerate(plan.rows.tolist()):
+                rows[place] = self._fill(pixels[place], row, plan.epoch, numbers[place : place + 1], broken)
+        except DataError as error:  # would come out of a worker with its whole traceback
+            failure = str(error)
+        mask = self._draws.masks(rows, plan.epoch)
+        return CroppedBatch(plan.epoch, torch.from_numpy(rows), pixels, mask, broken, failure)
+
+    def _fill(
+        self,
+        target: Tensor,
+        row: int,
+        epoch: int,
+        numbers: npt.NDArray[np.float64],
+        broken: list[tuple[int, str]],
+    ) -> int:
+        """Put an image's crop, or that of its replacement, into ``target``; returns the row that it is of."""
+        for candidate in self._draws.candidates(row, epoch):
+            try:
+                one = decode_pixels(read_content(self._images, candidate))
+            except DataError:
+                raise
+            except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
+                broken.append((candidate, reason_of(error)))
+                continue
+            if candidate != row:
+                numbers = self._draws.numbers(np.array([candidate], dtype=np.int64), epoch)
+            geometry = self._draws.geometry(numbers, (one.shape[1], one.shape[2]))
+            target.copy_(self._draws.augmentation.apply_to_image(one, geometry))
+            return candidate
+        raise DataError(f"there is no image in place of {self._images.names[row]}")
+
+
+class _Plans(Sampler[BatchPlan]):
+    """Hands out the plans it was last given, so that one set of worker processes serves every epoch."""
+
+    def __init__(self) -> None:
+        self.plans: Sequence[BatchPlan] = ()
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+class CroppedBatches:
+    """Carries out plans in worker processes, which are started once, or in this process.
+
+    Only the geometry is applied here, on eight-bit pixels: a quarter of the bytes to hand over, and the rest is done
+    by batch on the device.
+
+    Args:
+        images: Where from.
+        draws: What chance decides.
+        num_workers: Processes; 0 works in this one.
+        pin: Make batches ready for copying to a GPU while it works.
+    """
+
+    def __init__(self, images: Images, draws: Draws, *, num_workers: int, pin: bool) -> None:
+        self._cropping, self._plans = _Cropping(images, draws), _Plans()
+        self._loader: DataLoader[CroppedBatch] | None = None
+        if num_workers > 0:
+            self._loader = DataLoader(
+                self._cropping,
+                batch_size=None,
+                sampler=self._plans,
+                num_workers=num_workers,
+                collate_fn=_unchanged,
+                pin_memory=pin,
+                persistent_workers=True,
+                generator=torch.Generator(),  # or it would draw its seed from the global generator
+            )
+
+    def run(self, plans: Sequence[BatchPlan]) -> Iterator[CroppedBatch]:
+        """Carry out plans, in order; broken images are in the batches.
+
+        Raises:
+            DataError: If an image cannot be read, or a worker process ended.
+        """
+        self._plans.plans = plans
+        batches = iter(self._loader) if self._loader is not None else (self._cropping[plan] for plan in plans)
+        try:
+            for batch in batches:
+                if batch.failure is not None:
+                    raise DataError(batch.failure)
+                yield batch
+        except (RuntimeError, EOFError, OSError) as error:
+            # A batch of a process that ended cannot be fetched any more, which shows before the loader notices the end.
+            if self._loader is None or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                raise
+            lines = f"{type(error).__name__}: {error}".strip().splitlines()
+            reason = lines[-1] if "Caught" in lines[0] else lines[0]  # the last line of a worker's traceback
+            raise DataError(
+                f"a process that decodes images ended ({reason}); often memory is short: use fewer workers"
+            ) from error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,9 +1,0 @@
-"""Every figure and table of the paper, drawn anew: what is measured, what is only published, and in which form.
-
-``mto-analyze figures`` and the scripts in ``figures/`` call :func:`~mto_analysis.paper.drawing.draw_paper`.
-"""
-
-from mto_analysis.paper.catalogue import FIGURES, Drawn, Inputs, PaperFigure, find_figures
-from mto_analysis.paper.drawing import draw_paper
-
-__all__ = ["FIGURES", "Drawn", "Inputs", "PaperFigure", "draw_paper", "find_figures"]

@@ -1,0 +1,227 @@
+"""Controls of a heterogeneity curve: how it looks without training, the mask token, or masked tokens at all.
+
+A curve that stays inside the bands of its controls says nothing about what the model has learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mto_analysis.affinity import TokenSplit, heterogeneity, row_entropy
+from mto_analysis.images import ImageBatch, Images, choose_images, image_batches
+from mto_analysis.masks import MaskKey
+from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.initialization import initialization_of, mask_token_names, random_weights, with_mask_token
+from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
+from mto_analysis.probe.sharing import Progress, shared_probe
+from mto_analysis.probe.study import HeterogeneityStudy, Settings, load_source
+from mto_analysis.runtime.processes import Processes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CONTROLS", "ControlMeasure", "Controls", "control_bands", "control_sentences"]
+
+#: What each control is, as figure and sentences name it.
+CONTROLS = {
+    "random_weights": "random weights",
+    "random_token": "random mask token",
+    "zero_token": "zero mask token",
+    "shuffled_positions": "shuffled masked positions",
+    "visible_null": "visible against visible",
+}
+_MARGIN = 0.001
+_IN_PASS = ("shuffled_positions", "visible_null")
+
+
+class ControlMeasure:
+    """Controls that need no other forward, as a layer measure; columns are normalised, from 0 to 1.
+
+    ``shuffled_positions``: the same tokens, but which of them are called masked is drawn anew, as many per image: H
+    where the two kinds do not differ. ``visible_null``: the affinity of each visible token over the other visible
+    tokens, over log(num_visible - 1): H without any masked token.
+
+    Args:
+        seed: Of the shuffled masks.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._shuffled: tuple[Tensor, TokenSplit] | None = None
+
+    def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Both controls for each image."""
+        if self._shuffled is None or self._shuffled[0] is not layer.mask:
+            self._shuffled = (layer.mask, TokenSplit(self._shuffle(layer.mask, names)))
+        bound = (~layer.mask).sum(dim=1).clamp_min(2).log()
+        return {
+            "shuffled_positions": heterogeneity(layer.tokens, self._shuffled[1]) / bound,
+            "visible_null": split.map(layer.tokens, _visible_null),
+        }
+
+    def _shuffle(self, mask: Tensor, names: Sequence[str]) -> Tensor:
+        rows = []
+        for name, row in zip(names, mask, strict=True):
+            order = list(range(len(row)))
+            MaskKey(self._seed, 0, f"shuffled {name}", 0).generator().shuffle(order)
+            rows.append(row[torch.tensor(order, device=row.device)])
+        return torch.stack(rows)
+
+
+def _visible_null(x: Tensor, num_masked: int) -> Tensor:
+    visible = x[:, num_masked:]
+    count = visible.shape[1]
+    if count < 3:  # one other token at most: nothing to choose between
+        return x.new_zeros(len(x))
+    products = visible @ visible.mT
+    others = ~torch.eye(count, dtype=torch.bool, device=x.device)
+    logits = products[:, others].reshape(len(x), count, count - 1)
+    return row_entropy(logits).mean(dim=1) / torch.tensor(count - 1.0).log().item()
+
+
+class Controls:
+    """Watches the main pass for :func:`~mto_analysis.probe.study.measure_checkpoints`, then runs the others.
+
+    Args:
+        seeds: How many random weights, and how many random mask tokens.
+    """
+
+    def __init__(self, seeds: int = 3) -> None:
+        if seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {seeds}")
+        self.seeds = seeds
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
+        """The controls that need no other forward; the pass is timed to say how long the others will take."""
+        start = time.perf_counter()
+        yield (ControlMeasure(),)
+        self._seconds[label] = time.perf_counter() - start
+
+    @property
+    def num_passes(self) -> int:
+        """Passes over the images beside the main one, per model."""
+        return 2 * self.seeds + 1
+
+    def measure(
+        self,
+        study: HeterogeneityStudy,
+        sources: Sequence[str | Path],
+        images: Images,
+        settings: Settings,
+        *,
+        num_heads: int | None = None,
+        decoder_num_heads: int | None = None,
+        offline: bool = False,
+        say: Callable[[str], None] = lambda message: None,
+        progress: Progress = lambda batches, total, label: iter(batches),
+        processes: Processes | None = None,
+    ) -> pd.DataFrame:
+        """One row per model, stack, layer depth, control and seed.
+
+        The columns that the main pass added leave ``study.per_image``.
+        Columns: ``model stack layer_depth control seed``, then ``normalized`` with its 95 % interval over images.
+        """
+        import pandas as pd
+
+        seconds = sum(self._seconds.values())
+        say(f"controls: {self.num_passes} more passes for each model, about {self.num_passes * seconds:.0f} s")
+        tables = []
+        keys = ["model", "stack", "layer_depth"]
+        for control in _IN_PASS:
+            frame = study.per_image.assign(normalized=study.per_image[control]).dropna(subset="normalized")
+            tables.append(mean_and_interval(frame, keys, ["normalized"]).assign(control=control, seed=0))
+        study.per_image = study.per_image.drop(columns=list(_IN_PASS))
+        for source, facts in zip(sources, study.models, strict=True):
+            label = str(facts["model"])
+            several = len(sources) > 1
+            model = load_source(source, num_heads, decoder_num_heads, several=several, offline=offline)
+            say(f"{label}: random weights as {initialization_of(model)}")
+            for control, seed, changed in self._changed(model):
+                changed.to(settings.device, settings.dtype)
+                result = shared_probe(
+                    changed,
+                    partial(_batches, images, model.info, settings.batch_size),
+                    settings.rows(images),
+                    settings.mask_source(changed)[0],
+                    processes or Processes(),
+                    batch_size=settings.batch_size,
+                    num_workers=settings.num_workers,
+                    label=f"{label}, {CONTROLS[control]} {seed}",
+                    progress=progress,
+                )
+                tables.append(result.summary().assign(model=label, control=control, seed=seed))
+        columns = [*keys, "control", "seed", "normalized", "normalized_ci_low", "normalized_ci_high", "num_images"]
+        return pd.concat(tables, ignore_index=True)[columns]
+
+    def _changed(self, model: MaskedImageModel) -> Iterator[tuple[str, int, MaskedImageModel]]:
+        for seed in range(self.seeds):
+            yield "random_weights", seed, random_weights(model, seed)
+        if mask_token_names(model):
+            for seed in range(self.seeds):
+                yield "random_token", seed, with_mask_token(model, seed)
+            yield "zero_token", 0, with_mask_token(model, None)
+
+
+def _batches(images: Images, info: ModelInfo, size: int, part: Sequence[int], num_workers: int) -> Iterator[ImageBatch]:
+    chosen = choose_images(images, [images.names[row] for row in part])
+    # Broken ones were named in the main pass.
+    return image_batches(chosen, info, batch_size=size, num_workers=num_workers, on_broken=lambda image: None)
+
+
+def control_bands(controls: pd.DataFrame) -> pd.DataFrame:
+    """The band of each control: from the least to the greatest end of its seeds' 95 % intervals.
+
+    Columns: ``model stack layer_depth control low high``.
+    """
+    groups = controls.groupby(["model", "stack", "layer_depth", "control"], sort=False)
+    # Of one image there is no interval, only the value.
+    low = groups["normalized_ci_low"].min().fillna(groups["normalized"].min())
+    high = groups["normalized_ci_high"].max().fillna(groups["normalized"].max())
+    return low.rename("low").to_frame().assign(high=high).reset_index()
+
+
+def control_sentences(table: pd.DataFrame, controls: pd.DataFrame) -> list[str]:
+    """One plain sentence per model and stack: whether its curve leaves the bands of its controls, and where.
+
+    A curve is outside where its own 95 % interval and the band are more than 0.001 of the bound apart; less is no
+    finding, and near the bound it is rounding.
+
+    Args:
+        table: Rows of ``heterogeneity.csv``.
+        controls: Rows of ``controls.csv``.
+    """
+    bands = control_bands(controls)
+    several = table.groupby("model")["stack"].nunique().max() > 1
+    sentences = []
+    for (model, stack), curve in table.groupby(["model", "stack"], sort=False):
+        mine = bands[(bands["model"] == model) & (bands["stack"] == stack)]
+        parts = []
+        for control, band in mine.groupby("control", sort=False):
+            both = curve.merge(band, on="layer_depth")
+            above = both["normalized_ci_low"].fillna(both["normalized"]) > both["high"] + _MARGIN
+            below = both["normalized_ci_high"].fillna(both["normalized"]) < both["low"] - _MARGIN
+            parts.append(
+                f"{_where(both['layer_depth'].tolist(), (above | below).tolist())} of {CONTROLS[str(control)]}"
+            )
+        name = f"{model}, {stack}" if several else str(model)
+        sentences.append(f"{name}: the curve against the bands of its controls: {', '.join(parts)}.")
+    return sentences
+
+
+def _where(depths: Sequence[int], outside: Sequence[bool]) -> str:
+    left = [str(depth) for depth, out in zip(depths, outside, strict=True) if out]
+    if not left:
+        return "never outside that"
+    if len(left) == len(depths):
+        return "outside at every layer depth"
+    return f"outside at layer depth {' '.join(left)} only"

@@ -1,0 +1,115 @@
+"""Heterogeneity under every definition, and the model's own attention, beside the measurement of Fig. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mto_analysis.images import Images
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.probe.attention import AttentionWatch
+from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
+from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
+from mto_analysis.probe.study import HeterogeneityStudy, Settings, measure_checkpoints
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Definitions", "falling_share", "measure_definitions"]
+
+
+class Definitions:
+    """Watches models for :func:`measure_checkpoints` and makes the two tables from what it saw."""
+
+    def __init__(self) -> None:
+        self._attention: dict[str, AttentionWatch] = {}
+
+    @contextmanager
+    def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
+        """Measures for one model, watching its attention while it runs."""
+        with AttentionWatch().watching(model) as attention:
+            self._attention[label] = attention
+            yield (DefinitionMeasure(model), attention)
+
+    def attention_table(self) -> pd.DataFrame:
+        """Rows of :meth:`AttentionWatch.to_frame` per model."""
+        import pandas as pd
+
+        tables = [watch.to_frame().assign(model=label) for label, watch in self._attention.items()]
+        table = pd.concat(tables, ignore_index=True)
+        return table[["model", *(column for column in table if column != "model")]]
+
+    @staticmethod
+    def take_table(study: HeterogeneityStudy) -> pd.DataFrame:
+        """One row per model, stack, layer depth, definition and position; its columns leave ``study.per_image``.
+
+        Columns: ``model stack layer_depth definition similarity tokens position temperature centring``, then
+        ``heterogeneity`` and ``normalized`` with their 95 % intervals over images, ``num_visible num_images``.
+        ``position`` is ``without`` in a second row of layer depth 0 where the position embedding can be taken off.
+        """
+        import pandas as pd
+
+        keys = ["model", "stack", "layer_depth"]
+        frame = study.per_image
+        bound = np.log(np.maximum(frame["num_visible"], 2))
+        tables, taken = [], []
+        for definition in DEFINITIONS:
+            for position, suffix in (("with", ""), ("without", DefinitionMeasure.SUFFIX)):
+                column = definition.name + suffix
+                if column not in frame:
+                    continue
+                taken.append(column)
+                values = frame[[*keys, "image", "num_visible"]].assign(
+                    heterogeneity=frame[column], normalized=frame[column] / bound
+                )
+                values = values.dropna(subset="heterogeneity")
+                if position == "without":
+                    values = values[values["layer_depth"] == 0]
+                table = mean_and_interval(values, keys, ["heterogeneity", "normalized"])
+                tables.append(
+                    table.assign(
+                        definition=definition.name,
+                        similarity=definition.similarity,
+                        tokens=definition.tokens,
+                        position=position,
+                        temperature=definition.temperature,
+                        centring=definition.centring,
+                    )
+                )
+        study.per_image = frame.drop(columns=taken)
+        table = pd.concat(tables, ignore_index=True)
+        first = [*keys, "definition", "similarity", "tokens", "position", "temperature", "centring"]
+        return table[[*first, *(column for column in table if column not in first)]]
+
+
+def measure_definitions(
+    sources: Sequence[str | Path], images: Images, settings: Settings | None = None, **options: Any
+) -> tuple[HeterogeneityStudy, pd.DataFrame, pd.DataFrame]:
+    """Measure H under every definition and the model's own attention, in one pass.
+
+    Args:
+        sources: Checkpoints.
+        images: From :func:`~mto_analysis.images.open_images`.
+        settings: How to measure.
+        options: As for :func:`~mto_analysis.probe.study.measure_checkpoints`.
+
+    Returns:
+        The study as without definitions, the table of definitions, and that of attention.
+    """
+    definitions = Definitions()
+    study = measure_checkpoints(sources, images, settings, watch=definitions.watch, **options)
+    return study, definitions.take_table(study), definitions.attention_table()
+
+
+def falling_share(curve: Sequence[float]) -> float:
+    """How far a curve goes down from its first to its last value, as a share of the first; negative where it rises.
+
+    Example:
+        >>> falling_share([4.0, 3.0, 1.0])
+        0.75
+    """
+    return (curve[0] - curve[-1]) / curve[0] if curve[0] else 0.0

@@ -1,0 +1,305 @@
+"""Run a model over images and masks and reduce the tokens of every layer depth to a few numbers per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mto_analysis.affinity import TokenSplit, heterogeneity
+from mto_analysis.errors import DataError, NumericalError
+from mto_analysis.images import ImageBatch
+from mto_analysis.masks import MaskRule, mask_keys
+from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.runtime.memory import Scratch, lasting_memory
+from mto_analysis.runtime.precision import full_float32
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "LayerMeasure",
+    "MaskSource",
+    "Measure",
+    "ProbeResult",
+    "masks_from_file",
+    "masks_from_rule",
+    "mean_and_interval",
+    "probe",
+    "undisturbed",
+]
+
+#: Masks of a batch: from image names and k to a bool tensor ``batch num_patches``.
+MaskSource = Callable[[Sequence[str], int], Tensor]
+
+#: A number per image from its tokens ``batch num_patches dim`` at one layer depth.
+Measure = Callable[[Tensor, TokenSplit], Tensor]
+
+#: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's images; the
+#: names of numbers must be the same at every depth, and none may be a measure's.
+LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
+
+MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
+
+
+def masks_from_rule(info: ModelInfo, rule: MaskRule | None = None, *, seed: int = 0, epoch: int = 0) -> MaskSource:
+    """Masks drawn by a rule, by default the model's own; the same for every batch size and device."""
+    chosen = rule or info.mask_rule
+
+    def draw(names: Sequence[str], k: int) -> Tensor:
+        return chosen.draw(mask_keys(names, k=k, seed=seed, epoch=epoch), info.grid, info.patch_size)
+
+    return draw
+
+
+def masks_from_file(info: ModelInfo, masks: Mapping[str, Tensor]) -> MaskSource:
+    """Masks of :func:`load_masks`, looked up by image name.
+
+    Raises:
+        DataError: If the masks are for another grid; later, if an image has no mask in the file.
+    """
+    num_patches = next(iter(masks.values())).shape[1]
+    if num_patches != info.num_patches:
+        raise DataError(f"the mask file is for {num_patches} patches, the model has {info.num_patches}")
+
+    def look_up(names: Sequence[str], k: int) -> Tensor:
+        for name in names:
+            if name not in masks:
+                raise DataError(
+                    f"the mask file has no mask for image {name}; it names {', '.join(list(masks)[:3])} ..."
+                )
+            if k >= len(masks[name]):
+                raise DataError(f"the mask file has {len(masks[name])} masks for image {name}, not {k + 1}")
+        return torch.stack([masks[name][k] for name in names])
+
+    return look_up
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Values of one batch, one mask each, in one stack."""
+
+    stack: str
+    images: tuple[str, ...]
+    k: int
+    num_masked: np.ndarray  # layer depths, batch
+    num_visible: np.ndarray  # layer depths, batch
+    values: Mapping[str, np.ndarray]  # measure -> layer depths, batch
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Measured values per (stack, layer depth, image, mask); parts measured apart can be merged."""
+
+    chunks: tuple[_Chunk, ...]
+
+    def merge(self, *others: ProbeResult) -> ProbeResult:
+        """This result and others as one.
+
+        Raises:
+            ValueError: If two parts hold the same image and mask of a stack.
+        """
+        merged = ProbeResult(self.chunks + tuple(chunk for other in others for chunk in other.chunks))
+        keys = [(chunk.stack, chunk.k, image) for chunk in merged.chunks for image in chunk.images]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"parts overlap: stack {twice[0]}, mask {twice[1]}, image {twice[2]} was measured twice")
+        return merged
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (stack, layer depth, image, mask).
+
+        Columns: ``stack layer_depth image mask num_masked num_visible``, then one per measure.
+        """
+        import pandas as pd
+
+        parts = []
+        for chunk in self.chunks:
+            depths, batch = chunk.num_masked.shape
+            columns = {
+                "stack": np.repeat(chunk.stack, depths * batch),
+                "layer_depth": np.repeat(np.arange(depths), batch),
+                "image": np.tile(np.asarray(chunk.images, dtype=object), depths),
+                "mask": np.repeat(chunk.k, depths * batch),
+                "num_masked": chunk.num_masked.ravel(),
+                "num_visible": chunk.num_visible.ravel(),
+            }
+            parts.append(pd.DataFrame({**columns, **{name: value.ravel() for name, value in chunk.values.items()}}))
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> pd.DataFrame:
+        """Mean, standard deviation and 95 % interval over images, per stack and layer depth.
+
+        An image's masks are averaged first: images are independent, masks of one image are not. ``normalized`` is
+        H / log(num_visible), from 0 to 1. Intervals are Student's t; with one image they are empty.
+
+        Columns: ``stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized normalized_ci_low
+        normalized_ci_high num_visible num_visible_min num_visible_max num_images num_masks``.
+        """
+        frame = self.to_frame()
+        frame["normalized"] = frame["heterogeneity"] / np.log(np.maximum(frame["num_visible"], 2))
+        per_image = frame.groupby(["stack", "layer_depth", "image"], sort=False)[["heterogeneity", "normalized"]].mean()
+        groups = per_image.groupby(["stack", "layer_depth"], sort=False)
+        mean, std = groups.mean(), groups.std(ddof=1)
+        count = groups.size()
+        half = std.mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+        visible = frame.groupby(["stack", "layer_depth"], sort=False)["num_visible"]
+        masks = frame.groupby(["stack", "layer_depth"], sort=False)["mask"].nunique()
+        table = mean[["heterogeneity"]].assign(
+            heterogeneity_std=std["heterogeneity"],
+            ci_low=mean["heterogeneity"] - half["heterogeneity"],
+            ci_high=mean["heterogeneity"] + half["heterogeneity"],
+            normalized=mean["normalized"],
+            normalized_ci_low=mean["normalized"] - half["normalized"],
+            normalized_ci_high=mean["normalized"] + half["normalized"],
+            num_visible=visible.mean(),
+            num_visible_min=visible.min(),
+            num_visible_max=visible.max(),
+            num_images=count,
+            num_masks=masks,
+        )
+        return table.reset_index()
+
+
+def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Mean and 95 % interval over images of some columns, per group; an image's masks are averaged first.
+
+    Columns: the keys, then for each column itself, ``_ci_low`` and ``_ci_high``, then ``num_visible num_images``.
+    """
+    per_image = frame.groupby([*keys, "image"], sort=False)[[*columns, "num_visible"]].mean()
+    groups = per_image.groupby(list(keys), sort=False)
+    mean, count = groups.mean(), groups.size()
+    half = groups.std(ddof=1).mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+    table = mean[[]].copy()
+    for column in columns:
+        table[column] = mean[column]
+        table[f"{column}_ci_low"], table[f"{column}_ci_high"] = mean[column] - half[column], mean[column] + half[column]
+    return table.assign(num_visible=mean["num_visible"], num_images=count).reset_index()
+
+
+def _t_quantile(count: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 0.975)) if count > 1 else math.nan
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and full float32 products inside; all as it was afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        like = next(model.parameters(), None)
+        with full_float32("cpu" if like is None else like.device), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe(
+    model: MaskedImageModel,
+    batches: Iterable[ImageBatch],
+    masks: MaskSource | None = None,
+    *,
+    masks_per_image: int = 1,
+    stacks: Sequence[str] | None = None,
+    measures: Mapping[str, Measure] = MEASURES,
+    layer_measures: Sequence[LayerMeasure] = (),
+) -> ProbeResult:
+    """Measure every layer depth of a model over images, streamed: one depth of one batch is held at a time.
+
+    The model stays where it is (device and dtype) and is left as it was found; images are moved to it. Values are
+    computed in at least float32, in inference mode: what measures keep can't be trained on.
+
+    Args:
+        model: Any model behind the interface.
+        batches: Preprocessed images with names.
+        masks: Where masks come from; by default the model's own rule with seed 0.
+        masks_per_image: Masks per image, k = 0, 1, ...
+        stacks: Stacks to measure; by default all that hold masked tokens.
+        measures: Numbers to compute from the tokens of each depth.
+        layer_measures: Functions of stack and layer that give several numbers, and may keep more for themselves.
+
+    Raises:
+        ValueError: If there is no image, or a stack is unknown.
+        NumericalError: If a value is not finite; names stack, depth and image.
+
+    Example:
+        >>> from mto_analysis.demo import DEMO_CHECKPOINTS, demo_batches
+        >>> from mto_analysis.checkpoints import load_checkpoint
+        >>> model = load_checkpoint(DEMO_CHECKPOINTS["MAE"])
+        >>> result = probe(model, demo_batches(model.info, limit=8))
+        >>> result.summary()["layer_depth"].tolist()
+        [0, 1, 2, 3, 4]
+    """
+    if masks_per_image < 1:
+        raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
+    masks = masks or masks_from_rule(model.info)
+    chosen = tuple(stacks) if stacks is not None else tuple(model.stacks)
+    like = next(model.parameters())
+    chunks = []
+    scratch = Scratch()
+    with undisturbed(model):
+        for batch in batches:
+            images = batch.images.to(like.device, like.dtype)
+            for k in range(masks_per_image):
+                mask = masks(batch.names, k).to(like.device)
+                chunks += [
+                    _measure(model, images, mask, stack, batch.names, k, measures, layer_measures, scratch)
+                    for stack in chosen
+                ]
+    if not chunks:
+        raise DataError("there is no image to measure")
+    return ProbeResult(tuple(chunks))
+
+
+def _measure(
+    model: MaskedImageModel,
+    images: Tensor,
+    mask: Tensor,
+    stack: str,
+    names: tuple[str, ...],
+    k: int,
+    measures: Mapping[str, Measure],
+    layer_measures: Sequence[LayerMeasure],
+    scratch: Scratch,
+) -> _Chunk:
+    measured: tuple[str, ...] = ()
+    values = torch.empty(0)
+    counts: list[Tensor] = []
+    sizes: list[int] = []
+    split = TokenSplit(mask, scratch)
+    for layer in model.layer_tokens(images, mask, stack):
+        with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
+            if layer.mask is not split.mask:  # sorted anew only where the token grid changes
+                split = TokenSplit(layer.mask, scratch)
+            found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
+            for layer_measure in layer_measures:
+                found.update(layer_measure(stack, layer, split, names))
+            numbers = torch.stack([found[name] for name in measured or found])
+            if not measured:
+                measured = tuple(found)
+                values = scratch("values", numbers, len(measured), model.depth(stack) + 1, len(names))
+            values[:, layer.depth] = numbers
+        counts.append(split.num_masked)
+        sizes.append(layer.mask.shape[1])
+    # One copy from the device per batch: every copy waits for it.
+    table = lasting_memory(*values.shape, dtype=torch.float64).copy_(values).numpy()
+    arrays = dict(zip(measured, table, strict=True))
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            depth, row = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
+            raise NumericalError(
+                f"{name} is not finite in stack {stack} at layer depth {depth} for image {names[row]}; "
+                "try --dtype float32, or check the checkpoint"
+            )
+    num_masked = torch.stack(counts).cpu().numpy().astype(np.int32)
+    num_visible = np.asarray(sizes, dtype=np.int32)[:, None] - num_masked
+    return _Chunk(stack, names, k, num_masked, num_visible, arrays)

@@ -1,0 +1,128 @@
+"""A probe whose images are shared between the processes of a launcher, with the result of one process in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mto_analysis.images import ImageBatch
+from mto_analysis.models import LayerTokens, MaskedImageModel
+from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, probe, undisturbed
+from mto_analysis.runtime.processes import Processes
+
+__all__ = ["Anchored", "Progress", "Shared", "shared_probe"]
+
+Progress = Callable[[Iterable[ImageBatch], int, str], Iterator[ImageBatch]]
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A layer measure that keeps something for itself, which can be put together from parts of the images."""
+
+    def kept(self) -> Any:
+        """What this process kept; it is pickled, so tensors are on the CPU."""
+
+    def put_together(self, parts: Sequence[Any]) -> None:
+        """Keep what all processes kept, in the order of images, instead of the own part."""
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """A layer measure that compares all images with the first one, which may be in another process's part."""
+
+    def anchor(self, stack: str, layer: LayerTokens) -> None:
+        """Take note of layer depth 0 of the first batch."""
+
+
+def shared_probe(
+    model: MaskedImageModel,
+    batches: Callable[[Sequence[int], int], Iterator[ImageBatch]],
+    rows: Sequence[int],
+    masks: MaskSource,
+    processes: Processes,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    label: str = "",
+    progress: Progress = lambda batches, total, label: iter(batches),
+    masks_per_image: int = 1,
+    layer_measures: Sequence[LayerMeasure] = (),
+    keep_masks: dict[str, list[Tensor]] | None = None,
+) -> ProbeResult:
+    """Probe this process's part of the images, and put the parts of all together; all get the whole.
+
+    Parts are whole batches, so values are those of one process bit for bit. Sums over images (maps, attention) are
+    equal to rounding.
+
+    Args:
+        model: To probe.
+        batches: Images of some rows, in batches; given so many workers.
+        rows: Of all images of the run.
+        masks: Where masks come from.
+        processes: Those of the launcher.
+        batch_size: As ``batches`` makes them.
+        num_workers: Processes that decode this process's part.
+        label: Of the progress bar.
+        progress: Wraps this process's batches.
+        masks_per_image: Masks per image.
+        layer_measures: As for :func:`~mto_analysis.probe.engine.probe`.
+        keep_masks: Takes the masks of all images by name.
+
+    Returns:
+        All chunks in the order of images; none if no image could be read.
+    """
+    mine = processes.share(rows, batch_size)
+    objects: Sequence[object] = layer_measures
+    anchored = [each for each in objects if isinstance(each, Anchored)]
+    if mine and not processes.main and anchored:
+        _show_first(model, batches(rows, 0), masks, anchored)
+    stream = iter(progress(batches(mine, num_workers), -(-len(mine) // batch_size), label)) if mine else iter(())
+    first = next(stream, None)
+    result = ProbeResult(())
+    if first is not None:
+        result = probe(
+            model,
+            chain([first], stream),
+            masks if keep_masks is None else _kept(masks, keep_masks),
+            masks_per_image=masks_per_image,
+            layer_measures=layer_measures,
+        )
+    if processes.count == 1:
+        return result
+    shared = [each for each in objects if isinstance(each, Shared)]
+    parts = processes.exchange((result, [each.kept() for each in shared], dict(keep_masks or {})))
+    for number, measure in enumerate(shared):
+        measure.put_together([kept[number] for _, kept, _ in parts])
+    if keep_masks is not None:
+        keep_masks.clear()
+        for _, _, drawn in parts:
+            keep_masks.update(drawn)
+    return ProbeResult(()).merge(*(part for part, _, _ in parts))
+
+
+def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
+    def draw(names: Sequence[str], k: int) -> Tensor:
+        drawn = masks(names, k)
+        for name, mask in zip(names, drawn, strict=True):
+            kept.setdefault(name, []).append(mask)
+        return drawn
+
+    return draw
+
+
+def _show_first(
+    model: MaskedImageModel, batches: Iterator[ImageBatch], masks: MaskSource, measures: Sequence[Anchored]
+) -> None:
+    batch = next(batches, None)
+    if batch is None:
+        return
+    like = next(model.parameters())
+    with undisturbed(model):
+        images, mask = batch.images.to(like.device, like.dtype), masks(batch.names, 0).to(like.device)
+        for stack in model.stacks:
+            layer = next(iter(model.layer_tokens(images, mask, stack)))
+            for measure in measures:
+                measure.anchor(stack, layer)

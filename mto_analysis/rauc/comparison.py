@@ -1,0 +1,389 @@
+"""A target method against its baseline over all seeds: RAUC, its error bars, and the measures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mto_analysis.errors import DataError
+from mto_analysis.rauc.areas import (
+    Points,
+    area,
+    crossings,
+    curve_points,
+    epochs_to_score,
+    monotone_bounds,
+    ratio_of_areas,
+    rauc,
+    score_at,
+    share_saved,
+)
+from mto_analysis.rauc.curves import CurveTable
+from mto_analysis.rauc.intervals import (
+    Interval,
+    bca_paired,
+    bca_unpaired,
+    fieller,
+    no_interval,
+    paired_moments,
+    unpaired_moments,
+)
+
+__all__ = [
+    "Comparison",
+    "Pairing",
+    "common_window",
+    "compare",
+    "compare_methods",
+    "mean_curve",
+    "window_grid",
+]
+
+Pairing = Literal["auto", "seed", "none"]
+Vector = NDArray[np.float64]
+
+#: Seed of the bootstrap: the same logs give the same interval.
+_BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One baseline, one target, one window.
+
+    Attributes:
+        rauc: Eq. (6), mean numerator over mean denominator of the runs; None where undefined, see ``reason``.
+        reason: Why it is undefined.
+        numerator: Area of the target above the reference, mean over runs; score times epochs.
+        denominator: The same of the baseline.
+        reference: What was subtracted, S1(E1) unless given.
+        interval: Fieller's, or why there is none.
+        bootstrap: BCa over whole runs, or why there is none.
+        area_difference: Area between the two curves.
+        mean_lead: That area divided by the window's length, in score units.
+        final_baseline: The baseline's mean score at the end.
+        final_gap: How far the target is ahead there.
+        epochs_to_final: Where the target first has the baseline's final score; None if it never has.
+        share_saved: The share of training that this saves.
+        crossings: Where the lead changes hands.
+        bounds: Smallest and largest RAUC of any curves monotone between the points; None is no bound.
+        seeds_baseline: Labels of the baseline's runs, and
+        seeds_target: of the target's.
+        paired: Whether runs were paired by seed.
+        notes: What else a reader should know.
+    """
+
+    baseline: str
+    target: str
+    start: float
+    end: float
+    rauc: float | None
+    reason: str | None
+    numerator: float
+    denominator: float
+    reference: float
+    interval: Interval
+    bootstrap: Interval
+    area_difference: float
+    mean_lead: float
+    final_baseline: float
+    final_gap: float
+    epochs_to_final: float | None
+    share_saved: float | None
+    crossings: tuple[float, ...]
+    bounds: tuple[float | None, float | None]
+    seeds_baseline: tuple[str, ...]
+    seeds_target: tuple[str, ...]
+    paired: bool
+    group: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def _runs(curves: Any, name: str) -> dict[str, Points]:
+    """Runs by seed from a tidy frame with or without ``seed``, a mapping of runs, or a single run."""
+    if hasattr(curves, "columns") and "seed" in curves.columns:
+        return {str(seed): curve_points(run, name) for seed, run in curves.groupby("seed", sort=False)}
+    by_seed = isinstance(curves, Mapping) and not {"epoch", "score"} <= set(curves)
+    if by_seed and not all(np.isscalar(value) for value in curves.values()):
+        return {str(seed): curve_points(run, f"{name}, seed {seed}") for seed, run in curves.items()}
+    return {"": curve_points(curves, name)}
+
+
+def mean_curve(runs: Mapping[str, Points]) -> Points:
+    """Mean over runs, at every epoch that one of them logged and all of them cover.
+
+    Raises:
+        ValueError: If no epoch is covered by all.
+    """
+    first = max(run.epochs[0] for run in runs.values())
+    last = min(run.epochs[-1] for run in runs.values())
+    epochs = np.unique(np.concatenate([run.epochs for run in runs.values()]))
+    epochs = epochs[(epochs >= first) & (epochs <= last)]
+    if not epochs.size:
+        raise ValueError("the runs have no epoch in common")
+    return Points(epochs, np.mean([np.interp(epochs, *run) for run in runs.values()], axis=0))
+
+
+def compare(
+    baseline: Any,
+    target: Any,
+    start: float,
+    end: float,
+    *,
+    reference: float | None = None,
+    interpolate: bool = False,
+    confidence: float = 0.95,
+    pairing: Pairing = "auto",
+    noise: float = 0.0,
+    origin: float = 0.0,
+    names: tuple[str, str] = ("baseline", "target"),
+    group: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Compare two methods inside one window, each with one run or several.
+
+    Runs are paired when both methods have the same seeds; otherwise all runs of both count and the interval knows that
+    S1(E1) stands in numerator and denominator.
+
+    Args:
+        baseline: Runs of the baseline: a tidy frame with ``seed``, a mapping from seed to curve, or one curve.
+        target: Runs of the target.
+        start: E1.
+        end: E2.
+        reference: Subtracted from both instead of S1(E1).
+        interpolate: Allow E1 and E2 between logged epochs.
+        confidence: Nominal coverage of the intervals.
+        pairing: ``auto``, ``seed`` (only seeds that both have) or ``none``.
+        noise: A mean gain of the baseline up to this many score units counts as none.
+        origin: Where training starts on the epoch axis; see :func:`mto_analysis.rauc.areas.share_saved`.
+        names: What to call the two.
+        group: Values of the grouping columns, for the record.
+
+    Raises:
+        ValueError: If a run is unusable or does not cover the window, or no seed pairs where pairing is demanded.
+
+    Example:
+        >>> mae = {0: ([0, 50, 100], [50.0, 60.0, 64.0]), 1: ([0, 50, 100], [50.4, 60.1, 64.3])}
+        >>> mto = {0: ([0, 50, 100], [51.0, 63.0, 66.0]), 1: ([0, 50, 100], [51.2, 63.3, 66.5])}
+        >>> result = compare(mae, mto, 0, 100)
+        >>> round(result.rauc, 2), str(result.interval), round(result.epochs_to_final, 1)
+        (1.27, '[1.17, 1.4]', 66.1)
+    """
+    one, two, paired, notes = _paired_runs(_runs(baseline, names[0]), _runs(target, names[1]), pairing, names)
+    width = end - start
+    levels = [
+        score_at(run, start, interpolate=interpolate) if reference is None else float(reference) for run in one.values()
+    ]
+    level = float(np.mean(levels))
+    below = levels if paired else [level] * len(two)  # what each target run is measured above
+
+    def areas(runs: Mapping[str, Points], references: Sequence[float]) -> Vector:
+        above = zip(runs.values(), references, strict=True)
+        return np.array([area(run, start, end, reference=each, interpolate=interpolate) for run, each in above])
+
+    gains_one, gains_two = areas(one, levels), areas(two, below)
+    numerator, denominator = float(gains_two.mean()), float(gains_one.mean())
+    mean_one, mean_two = mean_curve(one), mean_curve(two)
+    inside = np.concatenate([run.scores[(run.epochs >= start) & (run.epochs <= end)] for run in (mean_one, mean_two)])
+    span = float(np.abs(inside - level).max(initial=0.0))
+    ratio = ratio_of_areas(numerator, denominator, level, span=span, width=width, noise=noise)
+    reason = ratio.reason
+
+    if paired:
+        interval, bootstrap = _paired_intervals(gains_two, gains_one, confidence)
+    else:
+        references = np.array(levels) * width
+        interval, bootstrap = _unpaired_intervals(
+            gains_two + level * width, gains_one + references, references, confidence
+        )
+    if reason is None and interval.kind in ("outside", "everything"):
+        reason = f"the baseline's gain is within noise of zero over {interval.runs} seeds: {interval.reason}"
+    if min(len(one), len(two)) > 1 and all(np.ptp(gains) == 0 for gains in (gains_one, gains_two)):
+        notes.append("all seeds have the same scores: copies of one run?")
+
+    final = score_at(mean_one, end, interpolate=True)
+    reached = epochs_to_score(mean_two, final, end=end)
+    notes += _cautions(mean_one, mean_two, (start, end), final, reached, None if reason else denominator / width)
+    return Comparison(
+        baseline=names[0],
+        target=names[1],
+        start=float(start),
+        end=float(end),
+        rauc=None if reason else float(ratio),
+        reason=reason,
+        numerator=numerator,
+        denominator=denominator,
+        reference=level,
+        interval=interval,
+        bootstrap=bootstrap,
+        area_difference=numerator - denominator,
+        mean_lead=(numerator - denominator) / width,
+        final_baseline=final,
+        final_gap=score_at(mean_two, end, interpolate=True) - final,
+        epochs_to_final=reached,
+        share_saved=None if reached is None or end <= origin else share_saved(reached, end, origin=origin),
+        crossings=tuple(crossings(mean_one, mean_two, start, end, interpolate=True)),
+        bounds=(None, None)
+        if reason
+        else monotone_bounds(mean_one, mean_two, start, end, reference=level, interpolate=True),
+        seeds_baseline=tuple(one),
+        seeds_target=tuple(two),
+        paired=paired,
+        group=dict(group or {}),
+        notes=tuple(notes),
+    )
+
+
+def _paired_runs(
+    one: dict[str, Points], two: dict[str, Points], pairing: Pairing, names: tuple[str, str]
+) -> tuple[dict[str, Points], dict[str, Points], bool, list[str]]:
+    """The runs that count, in one order where they pair; whether they do; what was left out."""
+    shared = [seed for seed in one if seed in two]
+    if pairing == "seed" and not shared:
+        raise ValueError(f"no seed pairs: {names[0]} has {', '.join(one)}, {names[1]} has {', '.join(two)}")
+    if pairing == "seed" or (pairing == "auto" and set(one) == set(two)):
+        dropped = len(one) + len(two) - 2 * len(shared)
+        notes = [f"{dropped} runs without a partner were left out"] if dropped else []
+        return {seed: one[seed] for seed in shared}, {seed: two[seed] for seed in shared}, True, notes
+    several = max(len(one), len(two)) > 1
+    notes = [f"seeds do not pair ({len(one)} and {len(two)} runs): the interval is the unpaired one"] if several else []
+    return one, two, False, notes
+
+
+def _cautions(
+    one: Points, two: Points, window: tuple[float, float], final: float, reached: float | None, mean_gain: float | None
+) -> list[str]:
+    """What the mean curves do that the numbers alone would hide."""
+    start, end = window
+    notes = []
+    if reached is not None and reached == two.epochs[0]:
+        notes.append("the target has the baseline's final score from its first logged epoch on: it may save more")
+    if reached is not None and (two.scores[(two.epochs > reached) & (two.epochs <= end)] < final).any():
+        notes.append("the target falls below the baseline's final score again after it first reached it")
+    fall = float(np.max(-np.diff(one.scores[(one.epochs >= start) & (one.epochs <= end)]), initial=0.0))
+    if mean_gain is not None and fall > mean_gain:
+        notes.append(f"the baseline falls by {fall:.3g} inside the window, more than its mean gain: a fragile ratio")
+    return notes
+
+
+def _paired_intervals(numerators: Vector, denominators: Vector, confidence: float) -> tuple[Interval, Interval]:
+    """Fieller's interval and the bootstrap over pairs; from one seed neither."""
+    if numerators.size < 2:
+        return _one_seed("one seed", "paired by seed", confidence)
+    generator = np.random.default_rng(_BOOTSTRAP_SEED)
+    return (
+        fieller(paired_moments(numerators, denominators), confidence),
+        bca_paired(numerators, denominators, generator, confidence=confidence),
+    )
+
+
+def _unpaired_intervals(
+    areas_two: Vector, areas_one: Vector, references: Vector, confidence: float
+) -> tuple[Interval, Interval]:
+    """The same over runs that do not pair."""
+    if min(areas_two.size, areas_one.size) < 2:
+        same = areas_two.size == areas_one.size
+        return _one_seed("one seed" if same else "one side has one seed", "unpaired", confidence)
+    generator = np.random.default_rng(_BOOTSTRAP_SEED)
+    return (
+        fieller(unpaired_moments(areas_two, areas_one, references), confidence),
+        bca_unpaired(areas_two, areas_one, references, generator, confidence=confidence),
+    )
+
+
+def _one_seed(said: str, how: str, confidence: float) -> tuple[Interval, Interval]:
+    return (
+        no_interval(f"Fieller, {how}", said, confidence, 1),
+        no_interval(f"BCa bootstrap of whole runs, {how}", said, confidence, 1),
+    )
+
+
+def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, float]:
+    """The longest window whose ends every run of these methods has logged.
+
+    Raises:
+        DataError: If there are not two such epochs.
+    """
+    logged = [run.epochs for method in methods for run in table.runs(method).values()]
+    shared = logged[0]
+    for epochs in logged[1:]:
+        shared = np.intersect1d(shared, epochs)
+    if shared.size < 2:
+        raise DataError("the runs share fewer than two logged epochs; give --start and --end, and --interpolate")
+    return float(shared[0]), float(shared[-1])
+
+
+def compare_methods(
+    table: CurveTable, pairs: Sequence[tuple[str, str]], windows: Sequence[tuple[float, float]], **options: Any
+) -> list[Comparison]:
+    """Every pair of methods in every window (and group), in that order: the rows of a table like the paper's Table 1.
+
+    Raises:
+        DataError: If a method is not there or does not cover a window.
+    """
+    results = []
+    for baseline, target in pairs:
+        for group in _groups(table, baseline, target):
+            one, two = table.runs(baseline, group), table.runs(target, group)
+            for start, end in windows:
+                try:
+                    results.append(
+                        compare(
+                            one, two, start, end, origin=table.origin, names=(baseline, target), group=group, **options
+                        )
+                    )
+                except ValueError as error:
+                    raise DataError(f"{target} against {baseline} from {start:g} to {end:g}: {error}") from error
+    return results
+
+
+def _groups(table: CurveTable, baseline: str, target: str) -> list[dict[str, str]]:
+    """Values of the grouping columns that both methods have."""
+    if not table.groups:
+        return [{}]
+    columns = list(table.groups)
+    has = [
+        table.frame.loc[table.frame["method"] == method, columns].drop_duplicates().itertuples(index=False, name=None)
+        for method in (baseline, target)
+    ]
+    first, second = list(has[0]), set(has[1])
+    shared = [dict(zip(columns, map(str, values), strict=True)) for values in first if values in second]
+    if not shared:
+        raise DataError(f"{baseline} and {target} share no value of {', '.join(columns)}")
+    return shared
+
+
+def window_grid(baseline: Any, target: Any, *, reference: float | None = None, most: int = 60) -> pd.DataFrame:
+    """RAUC for every window between epochs that both mean curves cover: how much does the choice of window matter?
+
+    Args:
+        baseline: Runs of the baseline, as for :func:`compare`.
+        target: Runs of the target.
+        reference: Subtracted from both instead of S1(E1).
+        most: At most this many epochs, spread evenly over those logged.
+
+    Returns:
+        Tidy table ``start end rauc``, NaN where undefined.
+
+    Example:
+        >>> window_grid(([0, 50, 100], [50.0, 60.0, 64.0]), ([0, 50, 100], [52.0, 63.0, 66.0])).round(2)
+           start    end  rauc
+        0    0.0   50.0  1.50
+        1    0.0  100.0  1.29
+        2   50.0  100.0  2.25
+    """
+    one, two = mean_curve(_runs(baseline, "baseline")), mean_curve(_runs(target, "target"))
+    epochs = np.intersect1d(one.epochs, two.epochs)
+    if epochs.size < 2:
+        raise ValueError("baseline and target share fewer than two epochs")
+    if epochs.size > most:
+        epochs = epochs[np.unique(np.linspace(0, epochs.size - 1, most).round().astype(int))]
+    rows = [
+        (start, end, float(rauc(one, two, start, end, reference=reference)))
+        for at, start in enumerate(epochs)
+        for end in epochs[at + 1 :]
+    ]
+    return pd.DataFrame(rows, columns=["start", "end", "rauc"])

@@ -1,0 +1,189 @@
+"""One file's rows as curves: one run, one score per epoch, one unit; every change is named by file and line.
+
+The rules are those of a careful reader: the last score of an epoch counts (a resumed run writes it again), a file that
+starts over holds two runs and is refused until one is chosen, a missing epoch stays missing, and 0-1 or 0-100 is
+decided per file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from mto_analysis.errors import DataError
+from mto_analysis.rauc.areas import LARGEST_NUMBER
+from mto_analysis.rauc.logs.records import Finding, Log, grouped
+
+__all__ = ["Unit", "tidy"]
+
+Unit = Literal["auto", "percent", "fraction", "raw"]
+
+
+def tidy(
+    log: Log, rows: pd.DataFrame, *, groups: Sequence[str] = (), unit: Unit = "auto", run: int | None = None
+) -> tuple[pd.DataFrame, list[Finding], bool]:
+    """One file's rows as sorted curves without repeats, gaps left as gaps; what was changed; whether it was 0 to 1.
+
+    Raises:
+        DataError: If an epoch is negative, units are mixed or impossible, or a file holds several runs.
+    """
+    findings: list[Finding] = []
+    missing = [column for column in groups if column not in rows]
+    if missing:
+        raise DataError(f"{log.file}: there is no column {missing[0]!r} to group by")
+    unknown = ~np.isfinite(rows["epoch"].to_numpy())
+    findings += grouped(log.file, rows.loc[unknown, "line"], "skipped: the epoch is not a number")
+    rows = rows[~unknown]
+    negative = rows["epoch"].to_numpy() < 0
+    if negative.any():
+        line = rows["line"].iloc[int(np.argmax(negative))]
+        raise DataError(f"{log.file}:{line}: epoch {rows['epoch'][negative].iloc[0]:g} is negative")
+    if rows.empty:
+        raise DataError(f"{log.file}: no row has an epoch and a score")
+    for column in ("epoch", "score"):
+        huge = np.isfinite(rows[column].to_numpy()) & (np.abs(rows[column].to_numpy()) > LARGEST_NUMBER)
+        if huge.any():
+            at = int(np.argmax(huge))
+            raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
+    keys = ["method", "seed", *groups]
+    code = rows.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
+    rows, code = _chosen_run(log.file, rows, code, run)
+    rows, code, found = _last_of_each_epoch(log.file, rows, code)
+    findings += found
+    lost = ~np.isfinite(rows["score"].to_numpy())
+    findings += grouped(log.file, rows.loc[lost, "line"], "left out: this epoch's score or loss is not finite")
+    rows, code = rows[~lost], code[~lost]
+    if rows.empty:
+        raise DataError(f"{log.file}: no score is finite")
+    rows, found, fraction = _in_percent(log, rows, code, unit)
+    findings += found + _gaps(log.file, rows, code)
+    extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "run")]
+    frame = rows[["method", "epoch", "score", "seed", *groups, *extra]].copy()
+    for column in groups:
+        frame[column] = frame[column].fillna("").astype(str)
+    frame["file"] = log.file
+    return frame.reset_index(drop=True), findings, fraction
+
+
+def _chosen_run(file: str, rows: pd.DataFrame, code: np.ndarray, run: int | None) -> tuple[pd.DataFrame, np.ndarray]:
+    """Rows of one run per curve. A file that falls back to its first epoch, or changes its model, holds several."""
+    order = np.argsort(code, kind="stable")
+    curve, epoch, score = code[order], rows["epoch"].to_numpy()[order], rows["score"].to_numpy()[order]
+    begins = np.r_[True, curve[1:] != curve[:-1]]
+    size = np.diff(np.r_[np.flatnonzero(begins), curve.size])
+    first = np.repeat(np.minimum.reduceat(epoch, np.flatnonzero(begins)), size)
+    at_first = np.flatnonzero(epoch == first)
+    again = np.zeros(curve.size, dtype=bool)
+    # The same epoch with the same score is a copied line, not another run.
+    again[at_first[1:]] = (curve[at_first[1:]] == curve[at_first[:-1]]) & (score[at_first[1:]] != score[at_first[:-1]])
+    if "run" in rows:
+        model = rows["run"].to_numpy()[order]
+        again[1:] |= (curve[1:] == curve[:-1]) & (model[1:] != model[:-1])
+    if not again.any():
+        return rows, code
+    at = int(np.flatnonzero(again)[0])
+    line, method = rows["line"].to_numpy()[order][at], rows["method"].iloc[order[at]]
+    if epoch[at] == epoch[at - 1]:
+        raise DataError(
+            f"{file}:{line}: {method!r} has a second score for epoch {epoch[at]:g};"
+            " a seed or a grouping column is missing (--seed-column, --group)"
+        )
+    if run is None:
+        raise DataError(
+            f"{file}:{line}: {method!r} starts over at epoch {epoch[at]:g}, so the file holds more than one run;"
+            " choose with --run 1, 2, ... or -1 for the last"
+        )
+    total = np.cumsum(again)
+    segment = total - np.repeat(total[begins], size)
+    last = np.repeat(np.maximum.reduceat(segment, np.flatnonzero(begins)), size)
+    chosen = segment == (last + 1 + run if run < 0 else run - 1)
+    if len(np.unique(curve[chosen])) < len(np.unique(curve)):
+        raise DataError(f"{file}: there is no run {run}; {method!r} has {int(last[at]) + 1}")
+    keep = np.sort(order[chosen])
+    return rows.iloc[keep], code[keep]
+
+
+def _last_of_each_epoch(
+    file: str, rows: pd.DataFrame, code: np.ndarray
+) -> tuple[pd.DataFrame, np.ndarray, list[Finding]]:
+    """Rows sorted by curve and epoch, the last written one of each epoch only."""
+    findings = []
+    epoch = rows["epoch"].to_numpy()
+    order = np.lexsort((epoch, code))  # stable: rows of one epoch stay in the order of the file
+    same = (code[order][1:] == code[order][:-1]) & (epoch[order][1:] == epoch[order][:-1])
+    lines = rows["line"].to_numpy()
+    if same.any():
+        overwritten = order[:-1][same]
+        later = order[1:][same]
+        names = sorted({float(x) for x in epoch[overwritten]})
+        which = f"{names[0]:g}" if len(names) == 1 else f"{names[0]:g} to {names[-1]:g}"
+        text = f"{len(names)} epoch{'s' * (len(names) > 1)} written again ({which}): the last score of each counts"
+        findings.append(Finding(file, int(lines[later].min()), text))
+    kept = np.delete(order, np.flatnonzero(same))
+    in_file = np.sort(kept)
+    falls = (code[in_file][1:] == code[in_file][:-1]) & (epoch[in_file][1:] < epoch[in_file][:-1])
+    if falls.any():
+        text = f"{int(falls.sum())} epochs out of order: sorted"
+        findings.append(Finding(file, int(lines[in_file][1:][falls][0]), text))
+    return rows.iloc[kept], code[kept], findings
+
+
+def _in_percent(log: Log, rows: pd.DataFrame, code: np.ndarray, unit: Unit) -> tuple[pd.DataFrame, list[Finding], bool]:
+    """Scores in percent. Decided per file, never per value; a file whose curves disagree is refused."""
+    if unit == "raw":
+        return rows, [], False
+    score = rows["score"].to_numpy()
+    findings = []
+    fraction = unit == "fraction"
+    highest = pd.Series(score).groupby(code).max()
+    small = highest <= 1
+    if unit == "auto" and log.percent:
+        if small.all() and score.size > 1:
+            findings.append(Finding(log.file, None, "no score exceeds 1; read as percent, as this trainer writes it"))
+    elif unit == "auto":
+        if small.any() and not small.all():
+            at = int(np.argmax(code == small.index[small][0]))
+            raise DataError(
+                f"{log.file}:{rows['line'].iloc[at]}: {rows['method'].iloc[at]!r} never exceeds 1 and other curves do:"
+                " two units in one file? say --unit percent, or mend the file"
+            )
+        fraction = bool(small.all())
+    outside = (score < 0) | (score > (1 if fraction else 100))
+    if outside.any():
+        at = int(np.argmax(outside))
+        limit = "0 to 1" if fraction else "0 to 100"
+        raise DataError(
+            f"{log.file}:{rows['line'].iloc[at]}: score {score[at]:g} is outside {limit};"
+            " --unit raw takes scores that are no accuracy"
+        )
+    if fraction:
+        findings.append(Finding(log.file, None, "scores from 0 to 1, shown in percent"))
+        return rows.assign(score=score * 100), findings, True
+    middle = pd.Series(score).groupby(code).transform("median").to_numpy()
+    odd = (score <= 1) & (middle > 5) & np.r_[False, code[1:] == code[:-1]]
+    findings += grouped(
+        log.file, rows["line"][odd], "a score of at most 1 in a 0-100 curve: another unit, or collapse?"
+    )
+    return rows, findings, False
+
+
+def _gaps(file: str, rows: pd.DataFrame, code: np.ndarray) -> list[Finding]:
+    """Holes in curves that are otherwise evaluated at a regular step; they are bridged by a straight line."""
+    epoch, lines = rows["epoch"].to_numpy(), rows["line"].to_numpy()
+    found = []
+    for part in np.split(np.arange(code.size), np.flatnonzero(np.diff(code)) + 1):
+        steps = np.diff(epoch[part])
+        if steps.size < 3:
+            continue
+        values, counts = np.unique(steps, return_counts=True)
+        usual = values[np.argmax(counts)]
+        holes = np.flatnonzero(steps > 1.5 * usual)
+        if counts.max() >= 0.6 * steps.size and holes.size:
+            first = part[holes[0]]
+            text = f"no score between epochs {epoch[first]:g} and {epoch[first + 1]:g} (usual step {usual:g})"
+            more = f" and {holes.size - 1} gaps after it" if holes.size > 1 else ""
+            found.append(Finding(file, int(lines[first + 1]), text + more))
+    return found[:3] + ([Finding(file, None, f"gaps in {len(found) - 3} more curves")] if len(found) > 3 else [])

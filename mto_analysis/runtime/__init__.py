@@ -1,0 +1,1 @@
+"""What everything else runs on: processes, devices, precision, memory, keyed randomness, settings, output files."""

@@ -1,0 +1,158 @@
+"""Files that a run leaves behind: written whole or not at all, never over somebody's work, and ``run.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mto_analysis.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["OutputFolder", "atomic_file", "chosen_labels", "file_word", "labels_of", "run_facts", "write_atomically"]
+
+_REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of ``path`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result should be as readable as any other file the user creates.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file did not fit
+        raise
+
+
+class OutputFolder:
+    """A folder of results whose file names are known before the work starts.
+
+    Args:
+        path: The folder; made when the first file is written.
+        names: File names that the run will write.
+        overwrite: Replace these files when they exist.
+
+    Raises:
+        OutputExistsError: If one of the files exists and ``overwrite`` is false, or ``path`` is not a folder.
+    """
+
+    def __init__(self, path: str | Path, names: Iterable[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.names = tuple(names)
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file, and results need a folder; choose another --out")
+        there = [name for name in self.names if (self.path / name).exists()]
+        if there and not overwrite:
+            raise OutputExistsError(
+                f"{self.path} already holds {', '.join(there)}; choose another --out or pass --overwrite"
+            )
+
+    def _write(self, name: str, content: bytes) -> Path:
+        if name not in self.names:
+            raise ValueError(f"{name} was not announced; announced are {', '.join(self.names)}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, content)
+        return self.path / name
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table as CSV with full float precision."""
+        return self._write(name, table.to_csv(index=False, lineterminator="\n").encode())
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a mapping as indented JSON."""
+        return self._write(name, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write ready bytes."""
+        return self._write(name, content)
+
+
+def file_word(name: str) -> str:
+    """A name as part of a file name.
+
+    Example:
+        >>> file_word("SimMIM, epoch 100")
+        'SimMIM-epoch-100'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def labels_of(sources: Sequence[str | Path]) -> list[str]:
+    """Short names for checkpoints: the file's stem, with as many folders before it as tell them apart.
+
+    Example:
+        >>> labels_of(["runs/mae/last.pth", "runs/simmim/last.pth"])
+        ['mae/last', 'simmim/last']
+    """
+    parts = [(*Path(source).parts[:-1], Path(source).stem) for source in sources]
+    for depth in range(1, max(len(part) for part in parts) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("a checkpoint is given twice; name them apart with --label")
+
+
+def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:
+    """The labels that were given, or those of :func:`labels_of`.
+
+    Raises:
+        ValueError: If there is not one different label per checkpoint.
+    """
+    names = list(labels) if labels else labels_of(sources)
+    if len(names) != len(sources) or len(set(names)) != len(names):
+        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    return names
+
+
+def run_facts(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Facts that make a run repeatable: versions, machine, command line, arguments, and what the caller adds."""
+    versions = {}
+    for package in _REPORTED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": dict(arguments),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        **more,
+    }

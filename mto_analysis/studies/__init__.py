@@ -1,1 +1,0 @@
-"""Whole measurements, from checkpoints and pictures to tables: what commands, figure scripts and notebooks share."""

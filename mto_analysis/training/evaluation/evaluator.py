@@ -1,0 +1,120 @@
+"""Scores of a frozen encoder by kNN or a linear classifier on its features, again and again along a run."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mto_analysis.errors import DataError
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.runtime.precision import fast_float32
+from mto_analysis.training.evaluation.features import LabelledImages, check_classes, extract_features
+from mto_analysis.training.evaluation.knn import knn_scores
+from mto_analysis.training.evaluation.linear import linear_scores
+from mto_analysis.training.evaluation.protocols import Evaluation, Pooling, pooling_of
+
+__all__ = ["Evaluator", "Score", "accuracy", "score"]
+
+
+class Score(NamedTuple):
+    """Accuracy on the test images in percent; ``top5`` where there are more than five classes."""
+
+    top1: float
+    top5: float | None
+    pooling: Pooling
+    num_classes: int
+    seconds: float
+
+
+def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Percent of images whose class is among the ``k`` with the highest scores.
+
+    Shapes:
+        scores: num_images num_classes
+        labels: num_images
+
+    Example:
+        >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+        50.0
+    """
+    found = scores.topk(k, dim=1).indices == labels[:, None]
+    return 100.0 * int(found.any(dim=1).sum()) / len(labels)
+
+
+class Evaluator:
+    """Keeps the decoded images of an :class:`Evaluation` and scores any number of models with them.
+
+    The model is used where it is (its device and number format), in eval mode, and left as it was found: training mode,
+    gradients and random state. The score depends on the model and the evaluation alone, not on the number of workers or
+    processes; nothing in it is random.
+
+    Args:
+        evaluation: Protocol, images and settings.
+        num_workers: Processes that decode, at first use.
+
+    Raises:
+        DataError: If images are missing, have no labels, or training and test differ in their classes.
+    """
+
+    def __init__(self, evaluation: Evaluation, *, num_workers: int = 0) -> None:
+        self.evaluation = evaluation
+        size = evaluation.batch_size
+        self.train = LabelledImages(
+            str(evaluation.train), limit=evaluation.limit, batch_size=size, num_workers=num_workers
+        )
+        self.test = LabelledImages(
+            str(evaluation.test), limit=evaluation.test_limit, batch_size=size, num_workers=num_workers
+        )
+        self.num_classes = check_classes(self.train, self.test)
+
+    def evaluate(self, model: MaskedImageModel, *, shared: bool = False) -> Score:
+        """Score a model.
+
+        Args:
+            model: With an encoder that sees whole images.
+            shared: Every process of ``torch.distributed`` calls this at once; each encodes its share of the images
+                and all return the same score. Without it the caller does everything alone.
+
+        Raises:
+            DataError: If the model's family has no encoder that can be used.
+            NumericalError: If a feature is not finite.
+        """
+        start = time.perf_counter()
+        chosen = self.evaluation
+        try:
+            model.encoder_blocks()
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        pooling = chosen.pooling or pooling_of(model)
+        train, test = (
+            extract_features(model, images, pooling, precision=chosen.precision, shared=shared)
+            for images in (self.train, self.test)
+        )
+        with torch.no_grad(), fast_float32(test.vectors.device):
+            if chosen.protocol == "knn":
+                scores = knn_scores(
+                    *train,
+                    test.vectors,
+                    self.num_classes,
+                    neighbours=chosen.neighbours,
+                    temperature=chosen.temperature,
+                )
+            else:
+                scores = linear_scores(
+                    *train, test.vectors, self.num_classes, penalty=chosen.penalty, iterations=chosen.iterations
+                )
+        top5 = accuracy(scores, test.labels, 5) if self.num_classes > 5 else None
+        seconds = time.perf_counter() - start
+        return Score(accuracy(scores, test.labels), top5, pooling, self.num_classes, seconds)
+
+    def score(self, model: MaskedImageModel, *, shared: bool = False) -> float:
+        """Top-1 accuracy in percent; arguments as for :meth:`evaluate`."""
+        return self.evaluate(model, shared=shared).top1
+
+
+def score(model: MaskedImageModel, evaluation: Evaluation) -> float:
+    """Top-1 accuracy of one model in percent; for several, keep an :class:`Evaluator`."""
+    return Evaluator(evaluation).score(model)

@@ -1,0 +1,264 @@
+"""Features of a frozen encoder: labelled images decoded once and kept, tokens pooled to one vector per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mto_analysis.errors import DataError, NumericalError
+from mto_analysis.images import Images, open_images
+from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.probe import undisturbed
+from mto_analysis.runtime.devices import pick_device
+from mto_analysis.runtime.processes import this_process
+from mto_analysis.training.evaluation.protocols import Pooling, Precision
+
+__all__ = [
+    "Features",
+    "LabelledImages",
+    "check_classes",
+    "extract_features",
+    "join_processes",
+    "normalized",
+    "place",
+    "pooled",
+]
+
+#: Decoded images up to this size in all are kept in memory between two evaluations.
+_MOST_KEPT = 4 * 2**30
+
+
+class Features(NamedTuple):
+    """One vector per image, with its class.
+
+    Shapes:
+        vectors: num_images dim
+        labels: num_images (int64)
+    """
+
+    vectors: Tensor
+    labels: Tensor
+
+
+class LabelledImages:
+    """Images with classes, resized and cropped as a model expects, as batches of bytes that are always the same.
+
+    They are decoded at first use and kept while they fit (4 GiB), so that a second evaluation reads nothing.
+
+    Args:
+        source: As for :func:`mto_analysis.open_images`.
+        limit: Use so many images, spread evenly over the names.
+        batch_size: Images in a batch.
+        num_workers: Processes that decode; results do not depend on it.
+
+    Raises:
+        DataError: If the images have no labels.
+    """
+
+    def __init__(self, source: str, *, limit: int | None = None, batch_size: int = 256, num_workers: int = 0) -> None:
+        self.source = source
+        self.images: Images = open_images(source)
+        labels = self.images.labels
+        if labels is None:
+            raise DataError(
+                f"{source} has no labels; give a folder with one sub-folder per class, or a table with a column `label`"
+            )
+        total = len(self.images.names)
+        count = min(limit or total, total)
+        self.rows = [index * total // count for index in range(count)]
+        self.labels = torch.tensor([int(labels[row]) for row in self.rows])
+        self.class_names = tuple(self.images.class_names)
+        self.batch_size, self._num_workers = batch_size, num_workers
+        self._kept: dict[int, Tensor] = {}
+        self._kept_for: tuple[int, ...] = ()
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in all; the last one may be smaller."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def batches(self, info: ModelInfo, process: int = 0, processes: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Every ``processes``-th batch from ``process`` on, with its number.
+
+        Shapes:
+            returns: number, batch channels image_size image_size (uint8)
+        """
+        key = (info.image_size, process, processes)
+        if self._kept_for != key:
+            self._kept, self._kept_for = {}, key
+        numbers = range(process, self.num_batches, processes)
+        if len(self._kept) == len(numbers):
+            yield from ((number, self._kept[number]) for number in numbers)
+            return
+        size = self.batch_size
+        keep = len(self.rows) * 3 * info.image_size**2 <= _MOST_KEPT
+        loader: DataLoader[Any] = DataLoader(
+            _Bytes(self.images, self.rows, eight_bits(info)),
+            batch_sampler=[list(range(n * size, min((n + 1) * size, len(self.rows)))) for n in numbers],
+            num_workers=self._num_workers,
+            generator=torch.Generator(),  # or it would draw its seed from the global generator
+        )
+        for number, images in zip(numbers, loader, strict=True):
+            if keep:
+                self._kept[number] = images
+            yield number, images
+
+
+def eight_bits(info: ModelInfo) -> Callable[[Image.Image], Tensor]:
+    """Shorter side resized (bicubic) and centre crop, as bytes: what is left to do is the normalisation."""
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
+    transform: Callable[[Image.Image], Tensor] = create_transform(
+        info.image_size, is_training=False, interpolation="bicubic", crop_pct=1.0, normalize=False
+    )
+    return transform
+
+
+class _Bytes(Dataset[Tensor]):
+    def __init__(self, images: Images, rows: list[int], transform: Callable[[Image.Image], Tensor]) -> None:
+        self._images, self._rows, self._transform = images, rows, transform
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, item: int) -> Tensor:
+        row = self._rows[item]
+        try:
+            return self._transform(self._images.open(row))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"image {self._images.names[row]} cannot be read ({reason})") from None
+
+
+def normalized(images: Tensor, info: ModelInfo) -> Tensor:
+    """Bytes as the model expects them: 0..1, then centred and scaled per channel.
+
+    Shapes:
+        images: batch channels height width (uint8)
+        returns: batch channels height width (float32)
+    """
+    mean = torch.tensor(info.mean, device=images.device).view(-1, 1, 1)
+    std = torch.tensor(info.std, device=images.device).view(-1, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
+    """One vector per image.
+
+    Shapes:
+        tokens: batch num_tokens dim (prefix tokens first)
+        returns: batch dim
+
+    Raises:
+        ValueError: If the class token is asked for and there is none.
+
+    Example:
+        >>> pooled(torch.tensor([[[1.0], [2.0], [4.0]]]), 1, "patches")
+        tensor([[3.]])
+    """
+    if pooling == "patches":
+        return tokens[:, prefix_tokens:].mean(dim=1)
+    if not prefix_tokens:
+        raise ValueError("the model has no class token; take the mean of its patches")
+    return tokens[:, 0]
+
+
+def extract_features(
+    model: MaskedImageModel,
+    labelled: LabelledImages,
+    pooling: Pooling,
+    *,
+    precision: Precision = "float32",
+    shared: bool = False,
+) -> Features:
+    """Features of all images, in the order of their names, float32, on the model's device.
+
+    The model is left as it was found, nothing random is drawn, and no graph is kept. Batches are the same however many
+    processes share the work, so the features are too.
+
+    Args:
+        model: Any model with an encoder that sees whole images.
+        labelled: With classes.
+        pooling: What to make of the tokens.
+        precision: Of the encoder's products; float32 without TF32, or bfloat16 by autocast.
+        shared: Every process of ``torch.distributed`` calls this at once, and each takes its share of the batches.
+
+    Raises:
+        ValueError: If the model has no such encoder.
+        NumericalError: If a feature is not finite.
+    """
+    like = next(model.parameters())
+    process, processes = place() if shared else (0, 1)
+    parts: dict[int, Tensor] = {}
+    half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    with undisturbed(model), half:
+        for number, images in labelled.batches(model.info, process, processes):
+            batch = normalized(images.to(like.device, non_blocking=True), model.info).to(like.dtype)
+            parts[number] = pooled(model.encode(batch), model.encoder_prefix_tokens, pooling).float()
+    if processes > 1:
+        parts = _gathered(parts, processes, like.device)
+    vectors = torch.cat([parts[number] for number in range(labelled.num_batches)])
+    if not bool(vectors.isfinite().all()):
+        row = int((~vectors.isfinite().all(dim=1)).nonzero()[0])
+        name = labelled.images.names[labelled.rows[row]]
+        raise NumericalError(f"the features of image {name} are not finite; check the checkpoint")
+    return Features(vectors, labelled.labels.to(like.device))
+
+
+def join_processes(device: str) -> str:
+    """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, if any; the device of this one.
+
+    Args:
+        device: ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    device = pick_device(device)
+    if this_process().count > 1:
+        from accelerate.state import PartialState  # it reads what the launcher left in the environment
+
+        state = PartialState(cpu=device == "cpu")
+        device = device if device == "cpu" else str(state.device)
+    return device
+
+
+def place() -> tuple[int, int]:
+    """Number of this process and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _gathered(parts: dict[int, Tensor], processes: int, device: torch.device) -> dict[int, Tensor]:
+    everywhere: list[dict[int, Tensor] | None] = [None] * processes
+    torch.distributed.all_gather_object(everywhere, {number: part.cpu() for number, part in parts.items()})
+    return {number: part.to(device) for each in everywhere if each for number, part in each.items()}
+
+
+def check_classes(train: LabelledImages, test: LabelledImages) -> int:
+    """The number of classes, the same in both.
+
+    Raises:
+        DataError: If training and test images differ in their classes, or there is only one.
+    """
+    if train.class_names and test.class_names and train.class_names != test.class_names:
+        odd = sorted(set(train.class_names) ^ set(test.class_names))
+        which = f"; only one of them has {', '.join(odd[:3])}" if odd else ""
+        raise DataError(
+            f"{train.source} has {len(train.class_names)} classes and {test.source} has {len(test.class_names)}{which}:"
+            " training and test images must have the same classes"
+        )
+    unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    if unseen:
+        raise DataError(f"{test.source} has images of class {unseen[0]}, and {train.source} has none")
+    count = len(train.class_names) or int(train.labels.max()) + 1
+    if count < 2:
+        raise DataError(f"{train.source} has images of one class only; nothing can be told apart")
+    return count

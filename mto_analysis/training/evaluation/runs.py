@@ -1,0 +1,321 @@
+"""Every checkpoint of a run, scored in the order of its epochs into a curve that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint
+from mto_analysis.errors import CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.models.initialization import random_weights
+from mto_analysis.runtime.outputs import labels_of, write_atomically
+from mto_analysis.training.evaluation.evaluator import Score
+
+__all__ = [
+    "COLUMNS",
+    "CurveFile",
+    "RunCheckpoint",
+    "find_checkpoints",
+    "load_encoder",
+    "named_checkpoints",
+    "score_checkpoints",
+    "score_random",
+]
+
+#: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
+COLUMNS = ("method", "epoch", "score", "seed", "protocol", "top5", "pooling", "checkpoint", "seconds")
+_OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf")
+_NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
+
+
+class RunCheckpoint(NamedTuple):
+    """A checkpoint of a run; ``epoch`` as its file name or the file says, ``None`` where neither does."""
+
+    source: str
+    method: str
+    seed: int
+    epoch: int | None
+
+    @property
+    def key(self) -> tuple[str, int, int | None]:
+        """What a curve has one row for."""
+        return self.method, self.seed, self.epoch
+
+    @property
+    def stem(self) -> str:
+        """For the name of a folder."""
+        name = re.sub(r"[^A-Za-z0-9.+-]+", "-", self.method).strip("-")
+        return f"{name}-seed{self.seed}-" + ("final" if self.epoch is None else f"{self.epoch:04d}")
+
+
+def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]:
+    """All ``checkpoint-*.pth`` of a run's folder in the order of their numbers, or the one that ``source`` is.
+
+    Numbers are taken as they are: ours count finished epochs, the original MAE's count from 0.
+
+    Raises:
+        CheckpointNotFoundError: If a folder holds neither a run nor a Hugging Face model.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        numbered = sorted(
+            (int(found[1]), path) for path in folder.iterdir() if (found := _NUMBER.search(path.name)) is not None
+        )
+        if not numbered:
+            last = folder / "last.pth"
+            words = f"give {last}" if last.exists() else "give a run's folder or one checkpoint"
+            raise CheckpointNotFoundError(f"{folder} holds no checkpoint-*.pth; {words}")
+        return [RunCheckpoint(str(path), method, seed, number) for number, path in numbered]
+    found = _NUMBER.search(source)
+    if found is not None:
+        return [RunCheckpoint(source, method, seed, int(found[1]))]
+    return [RunCheckpoint(source, method, seed, inspect_checkpoint(source).epoch)]
+
+
+def load_encoder(source: str, *, num_heads: int | None = None, offline: bool = False) -> MaskedImageModel:
+    """A checkpoint for the sake of its encoder: heads of the decoder, which it does not use, need not be known.
+
+    Raises:
+        CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for the decoder's heads.
+    """
+    try:
+        return load_checkpoint(source, num_heads=num_heads, offline=offline)
+    except HeadCountError as error:
+        if error.option != "decoder_num_heads":
+            raise
+        return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=error.stand_in, offline=offline)
+
+
+def _identity(source: str) -> tuple[str | None, int | None]:
+    """Method and seed of a run, from the first row of its ``metrics.csv``; ``None`` where it has none."""
+    path = Path(source).expanduser()
+    metrics = (path if path.is_dir() else path.parent) / "metrics.csv"
+    try:
+        first = pd.read_csv(metrics, nrows=1).iloc[0]
+        return str(first["method"]), int(first["seed"])
+    except (OSError, KeyError, IndexError, ValueError):
+        return None, None
+
+
+def named_checkpoints(
+    sources: Sequence[str], methods: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[RunCheckpoint]:
+    """All checkpoints of several sources, with the names and seeds that are given, else those of their runs.
+
+    A source that does not say its method is called by its file or folder; its seed is 0.
+
+    Args:
+        sources: As for :func:`find_checkpoints`.
+        methods: One per source.
+        seeds: One per source, or one for all.
+
+    Raises:
+        ValueError: If there are not as many names or seeds as sources.
+        DataError: If two checkpoints would share a row of the curve.
+    """
+    if methods and len(methods) != len(sources):
+        raise ValueError(f"give one --method per --ckpt: {len(sources)} checkpoints, {len(methods)} methods")
+    if seeds and len(seeds) not in (1, len(sources)):
+        raise ValueError(f"give one --seed, or one per --ckpt: {len(sources)} checkpoints, {len(seeds)} seeds")
+    labels = labels_of(list(dict.fromkeys(sources)))
+    found: list[RunCheckpoint] = []
+    for number, source in enumerate(sources):
+        method, seed = _identity(source)
+        method = methods[number] if methods else method or labels[list(dict.fromkeys(sources)).index(source)]
+        if seeds:
+            seed = seeds[number % len(seeds)]
+        found += find_checkpoints(source, method, seed or 0)
+    seen: dict[Any, str] = {}
+    for checkpoint in found:
+        if checkpoint.key in seen:
+            method, seed, epoch = checkpoint.key
+            raise DataError(
+                f"{seen[checkpoint.key]} and {checkpoint.source} are both {method!r}, seed {seed}, epoch {epoch};"
+                " tell them apart with --method or --seed"
+            )
+        seen[checkpoint.key] = checkpoint.source
+    return found
+
+
+class CurveFile:
+    """``curves.csv`` and the settings behind it, kept whole after every row.
+
+    Args:
+        folder: Where they are.
+        settings: What scores depend on; a curve that was begun with others is refused.
+        overwrite: Begin anew.
+        writes: Whether this process writes; of several, one does.
+
+    Raises:
+        OutputExistsError: If the folder holds a curve with other settings, a pre-training run, or results of another
+            command that would be replaced, or is a file. Nothing is changed before the first row is written.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False, writes: bool = True
+    ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputExistsError(f"{folder} is a file, and results need a folder; choose another --out")
+        if (folder / "last.pth").exists():  # its run.json and curves.csv are what the run goes on from
+            raise OutputExistsError(f"{folder} holds a run, whose files would be replaced; choose another --out")
+        self.path = folder / "curves.csv"
+        self.writes = writes
+        self._settings = json.loads(json.dumps(dict(settings), default=str))
+        beside = folder / "settings.json"
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists() and not overwrite:
+            try:
+                before = json.loads(beside.read_text())
+                self.rows = pd.read_csv(self.path).astype(object).to_dict("records")  # type: ignore[assignment]
+                lacking = [column for column in COLUMNS if self.rows and column not in self.rows[0]]
+            except (OSError, ValueError):
+                before, lacking = None, []
+            if before is None or lacking:
+                raise OutputExistsError(f"{self.path} is no curve of ours; choose another --out or pass --overwrite")
+            odd = [name for name, value in self._settings.items() if before.get(name) != value]
+            if odd:
+                raise OutputExistsError(
+                    f"{self.path} was begun with {odd[0]} = {before.get(odd[0])}, not {self._settings[odd[0]]};"
+                    " choose another --out or pass --overwrite"
+                )
+        elif not overwrite and (there := self._foreign()):
+            raise OutputExistsError(
+                f"{folder} already holds {', '.join(there)}; choose another --out or pass --overwrite"
+            )
+        self._began = bool(self.rows)
+
+    def _foreign(self) -> list[str]:
+        """Names of files that would be replaced; the same settings alone are those of a call that was killed."""
+        there = [name for name in _OWN if (self.path.parent / name).exists()]
+        if there == ["settings.json"]:
+            try:
+                same = json.loads((self.path.parent / "settings.json").read_text()) == self._settings
+            except (OSError, ValueError):
+                same = False
+            return [] if same else there
+        return there
+
+    def begin(self) -> None:
+        """Make the folder ready for a new curve, once there is something to write."""
+        if self._began or not self.writes:
+            return
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("curves.csv", "random.csv"):
+            (folder / name).unlink(missing_ok=True)
+        write_atomically(folder / "settings.json", (json.dumps(self._settings, indent=2) + "\n").encode())
+        self._began = True
+
+    def holds(self, checkpoint: RunCheckpoint) -> bool:
+        """Whether a checkpoint has its row already."""
+        return any(_key(row) == checkpoint.key for row in self.rows)
+
+    def add(self, checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, Any]:
+        """Write one more row; rows are in the order of method, seed and epoch.
+
+        Raises:
+            OSError: If the file cannot be written; the rows before it stay.
+        """
+        row = _row(checkpoint, score, protocol)
+        self.rows.append(row)
+        self.begin()
+        if self.writes:
+            write_atomically(self.path, _as_csv(self.table()))
+        return row
+
+    def table(self) -> pd.DataFrame:
+        """The rows so far, epochs of a run in order."""
+        table = pd.DataFrame(self.rows, columns=list(COLUMNS))
+        table["epoch"] = pd.to_numeric(table["epoch"]).astype("Int64")
+        names = {name: number for number, name in enumerate(dict.fromkeys(table["method"]))}
+        order = table.assign(method=table["method"].map(names)).sort_values(["method", "seed", "epoch"], kind="stable")
+        return table.loc[order.index].reset_index(drop=True)
+
+
+def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, Any]:
+    return {
+        "method": checkpoint.method,
+        "epoch": checkpoint.epoch,
+        "score": score.top1,
+        "seed": checkpoint.seed,
+        "protocol": protocol,
+        "top5": score.top5,
+        "pooling": score.pooling,
+        "checkpoint": Path(checkpoint.source).name,
+        "seconds": round(score.seconds, 2),
+    }
+
+
+def _as_csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
+    epoch = row["epoch"]
+    return str(row["method"]), int(row["seed"]), None if epoch is None or pd.isna(epoch) else int(epoch)
+
+
+def score_checkpoints(
+    checkpoints: Sequence[RunCheckpoint],
+    curve: CurveFile,
+    score: Callable[[RunCheckpoint], Score],
+    protocol: str,
+) -> Iterator[dict[str, Any]]:
+    """Score what the curve does not hold yet; each row is in the file before it is yielded.
+
+    Args:
+        checkpoints: In the order to score them.
+        curve: To be continued.
+        score: Loads and scores one.
+        protocol: For the table.
+    """
+    for checkpoint in checkpoints:
+        if not curve.holds(checkpoint):
+            yield curve.add(checkpoint, score(checkpoint), protocol)
+
+
+def score_random(
+    checkpoints: Sequence[RunCheckpoint],
+    curve: CurveFile,
+    load: Callable[[RunCheckpoint], MaskedImageModel],
+    score: Callable[[MaskedImageModel, RunCheckpoint], Score],
+    protocol: str,
+) -> dict[str, float]:
+    """Score the architecture of each method with the random weights that its pre-training begins with.
+
+    They go to ``random.csv`` beside the curve, not into it; what is there already is not scored again.
+
+    Args:
+        checkpoints: The first of each method and seed gives the architecture, its seed that of the weights.
+        curve: The curve they belong to.
+        load: Loads a checkpoint.
+        score: Scores a model.
+        protocol: For the table.
+
+    Returns:
+        Mean accuracy over seeds, by method.
+    """
+    curve.begin()
+    path = curve.path.parent / "random.csv"
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        rows = pd.read_csv(path).astype(object).to_dict("records")  # type: ignore[assignment]
+    first = {(checkpoint.method, checkpoint.seed): checkpoint for checkpoint in reversed(checkpoints)}
+    for (method, seed), checkpoint in reversed(list(first.items())):
+        if any((str(row["method"]), int(row["seed"])) == (method, seed) for row in rows):
+            continue
+        start = RunCheckpoint(checkpoint.source, f"{method} random", seed, 0)
+        model = load(checkpoint)
+        device = next(model.parameters()).device
+        result = score(random_weights(model.cpu(), seed).to(device), start)
+        rows.append({**_row(start, result, protocol), "method": method})
+        if curve.writes:
+            write_atomically(path, _as_csv(pd.DataFrame(rows, columns=list(COLUMNS))))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return {str(method): float(part["score"].mean()) for method, part in table.groupby("method", sort=False)}

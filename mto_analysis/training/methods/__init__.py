@@ -1,0 +1,1 @@
+"""The methods: what each one trains, minimises and publishes."""

@@ -1,0 +1,111 @@
+"""BootMAE's losses: normalised pixels, and features of a slow copy of the encoder that sees the whole image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mto_analysis.checkpoints.publishing import published_state
+from mto_analysis.models import BootMAE
+from mto_analysis.models.targets import patch_loss, target_patches
+from mto_analysis.models.vit import patchify
+from mto_analysis.training.methods.method import Method
+from mto_analysis.training.momentum import follow, momentum_at, slow_copy
+from mto_analysis.training.recipes import Recipe
+
+__all__ = ["BootMAEMethod", "neighbour_weights"]
+
+# Of the original's layer norm on features.
+_FEATURE_EPS = 1e-6
+
+
+class BootMAEMethod(Method):
+    """Bootstrapped masked autoencoder.
+
+    Two terms on masked patches, means over values, from one pass through the student's encoder:
+
+    - ``pixels``: squared error of pixels that are centred and scaled in each patch and channel
+      (:func:`~mto_analysis.models.targets.normalize_channels`);
+    - ``features``: squared error between predicted features and patch tokens of the slow copy's last block, before its
+      norm, of the whole image; both are layer-normalised without weights. Its weight rises over the first
+      ``feature_ramp`` of the run, epoch by epoch.
+
+    The slow copy follows all weights after each step, with a momentum that rises from epoch to epoch.
+
+    Source:
+        Dong et al., "Bootstrapped Masked Autoencoders for Vision BERT Pretraining" (ECCV 2022); LightDXY/BootMAE,
+        ``run_pretraining.py``.
+    """
+
+    student: BootMAE
+    feature_weight: Tensor
+
+    def __init__(self, student: BootMAE, recipe: Recipe) -> None:
+        super().__init__(student, recipe)
+        self.teacher = slow_copy(student)
+        # A tensor, so that compiled code is not made again when it changes.
+        self.register_buffer("feature_weight", torch.tensor(self._feature_weight()), persistent=False)
+
+    def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
+        """The terms ``pixels`` and ``features``."""
+        patch_size = self.recipe.patch_size
+        pixels, features = self.student.predict(images, mask)
+        with torch.no_grad():
+            target = self.teacher.whole_features(images).float()
+        weight = neighbour_weights(mask, self.student.info.grid) if self.recipe.neighbour_weight else None
+        goal = target_patches(images.float(), patch_size, self.recipe.pixel_target)
+        pixel_loss = patch_loss(patchify(pixels.float(), patch_size), goal, mask, weight=weight)
+        feature_loss = patch_loss(_normalized(features.float()), _normalized(target), mask, weight=weight)
+        return {"pixels": pixel_loss.mean(), "features": self.feature_weight * feature_loss.mean()}
+
+    def train(self, mode: bool = True) -> BootMAEMethod:
+        """Set the training mode of all but the slow copy, which never drops anything."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def after_step(self, progress: float) -> None:
+        """The slow copy follows, as the epoch of the step says."""
+        epoch = self._epoch()
+        super().after_step(progress)
+        follow(self.teacher, self.student, momentum_at(epoch, self.recipe.momentum_epochs, self.recipe.momentum))
+        self.feature_weight.fill_(self._feature_weight())
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The slow copy, which the original saves as ``model_ema``."""
+        return published_state(self.teacher)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The opposite of ``get_extra_state``."""
+        super().set_extra_state(state)
+        self.feature_weight.fill_(self._feature_weight())
+
+    def _epoch(self) -> int:
+        """Epoch of the next step, from 0."""
+        return int(self.progress * self.recipe.epochs + 1e-6)
+
+    def _feature_weight(self) -> float:
+        ramp = self.recipe.feature_ramp * self.recipe.epochs
+        return self.recipe.feature_weight * (min(1.0, (1 + self._epoch()) / ramp) if ramp else 1.0)
+
+
+def neighbour_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """1 plus the fraction of masked ones among the 3 x 3 patches around each; beyond the border none is masked.
+
+    Shapes:
+        mask: batch num_patches
+        returns: batch num_patches
+
+    Example:
+        >>> neighbour_weights(torch.tensor([[True, True, False, False]]), (2, 2))[0, 0].item()  # 1 + 2 / 9
+        1.2222222089767456
+    """
+    masked = mask.float().reshape(-1, 1, *grid)
+    return 1 + F.avg_pool2d(masked, 3, stride=1, padding=1).flatten(1)
+
+
+def _normalized(features: Tensor) -> Tensor:
+    return F.layer_norm(features, features.shape[-1:], eps=_FEATURE_EPS)

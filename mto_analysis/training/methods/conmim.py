@@ -1,0 +1,77 @@
+"""ConMIM's loss: each masked patch must find itself among the patches of its image as a slow branch sees them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mto_analysis.checkpoints.publishing import published_state
+from mto_analysis.models import ConMIM
+from mto_analysis.training.methods.method import Method
+from mto_analysis.training.momentum import follow, rising_momentum, slow_copy
+from mto_analysis.training.recipes import Recipe
+
+__all__ = ["ConMIMMethod", "contrastive_loss"]
+
+
+class ConMIMMethod(Method):
+    """Masked image modelling with denoising contrast.
+
+    The student sees the masked image, the slow branch the whole one in other colours; both are projected, and
+    :func:`contrastive_loss` compares them. Batch norms in the projectors use the statistics of the micro-batch on each
+    process, in both branches, as in the original: so micro-batches do not average to exactly the loss of one batch.
+
+    Source:
+        Yi et al., "Masked Image Modeling with Denoising Contrast" (ICLR 2023); TencentARC/ConMIM,
+        ``engine_for_pretraining.py``.
+    """
+
+    depends_on_batch: ClassVar[bool] = True
+    student: ConMIM
+
+    def __init__(self, student: ConMIM, recipe: Recipe) -> None:
+        super().__init__(student, recipe)
+        self.teacher = slow_copy(student)
+
+    def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
+        """One term, ``contrast``; without a second view the slow branch sees the same image."""
+        with torch.no_grad():
+            keys = self.teacher.project(images if second_images is None else second_images, None)
+        queries = self.student.project(images, mask)
+        with torch.autocast(images.device.type, enabled=False):
+            loss = contrastive_loss(queries.float(), keys.float(), mask, self.recipe.temperature)
+        return {"contrast": loss.mean()}
+
+    def after_step(self, progress: float) -> None:
+        """The slow branch follows, more slowly towards the end of the run."""
+        follow(self.teacher, self.student, rising_momentum(self.recipe.momentum[0], self.progress))
+        super().after_step(progress)
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The slow branch, which the original saves as ``checkpoint_copy-N.pth`` and fine-tunes."""
+        return published_state(self.teacher)
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    r"""Cross-entropy of finding a masked patch's own place among all patches of its image.
+
+    .. math:: L = -\frac{1}{|\delta_M|} \sum_{i \in \delta_M}
+              \log \frac{\exp(\cos(q_i, k_i) / \tau)}{\sum_j \exp(\cos(q_i, k_j) / \tau)}
+
+    Shapes:
+        queries: batch num_patches dim (of the masked image)
+        keys: batch num_patches dim (of the whole image)
+        mask: batch num_patches
+        returns: batch
+
+    Example:
+        >>> same = torch.eye(2)[None]
+        >>> contrastive_loss(same, same, torch.tensor([[True, False]]), temperature=1.0)  # log(1 + exp(-1))
+        tensor([0.3133])
+    """
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT / temperature
+    own = logits.diagonal(dim1=1, dim2=2)
+    return ((logits.logsumexp(dim=-1) - own) * mask).sum(dim=1) / mask.sum(dim=1)

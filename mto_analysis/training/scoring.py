@@ -1,0 +1,71 @@
+"""Evaluation along a run: when the student is scored, on which processes, with no trace in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from mto_analysis.models import MaskedImageModel
+
+if TYPE_CHECKING:
+    from mto_analysis.runtime.group import Group
+    from mto_analysis.training.assembly import Assembly
+    from mto_analysis.training.settings import RunSettings
+
+__all__ = ["Scorer"]
+
+
+class Scorer:
+    """Gives the score of what is trained, where the run is to be evaluated.
+
+    Args:
+        settings: The run's; its evaluation is used where no other is given. Images are opened at once.
+        group: The processes of the run.
+        given: Another evaluation: the model's score.
+    """
+
+    def __init__(
+        self, settings: RunSettings, group: Group, given: Callable[[MaskedImageModel], float] | None = None
+    ) -> None:
+        evaluation = settings.evaluation
+        self.protocol = evaluation.protocol if evaluation is not None else "own"
+        self._group = group
+        self._every = evaluation.every if evaluation is not None else 1
+        self._score = given
+        self._shared = False
+        if given is None and evaluation is not None:
+            from mto_analysis.training.evaluation import Evaluator
+
+            self._evaluator = Evaluator(evaluation, num_workers=settings.num_workers)
+            self._score = self._evaluator.score
+            self._shared = group.count > 1 and not settings.fsdp
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run is evaluated at all."""
+        return self._score is not None
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether to evaluate after ``epoch`` of ``epochs``: every so many, and the last."""
+        return self.wanted and (epoch % self._every == 0 or epoch == epochs)
+
+    def score(self, trained: Assembly) -> float:
+        """Top-1 percent; a collective call. Modes and random state are afterwards as before.
+
+        Raises:
+            ValueError: If the run has no evaluation.
+        """
+        if self._score is None:
+            raise ValueError("the run has no evaluation")
+        training = trained.method.training
+        devices = [self._group.device] if self._group.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if self._shared:
+                score = self._evaluator.score(trained.method.student, shared=True)
+            else:
+                model = trained.whole_student()
+                score = float(self._group.shared(self._score(model) if model is not None else 0.0))
+        trained.method.train(training)
+        return score

@@ -1,0 +1,226 @@
+"""The folder of a run: whose it is, and checkpoints from which the run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
+from mto_analysis.runtime.outputs import atomic_file, write_atomically
+
+if TYPE_CHECKING:
+    from mto_analysis.images import Images
+    from mto_analysis.runtime.group import Group
+    from mto_analysis.training.recipes import Recipe
+    from mto_analysis.training.settings import RunSettings
+
+__all__ = ["RunFolder", "differences", "run_differences", "run_identity", "run_layout", "write_checkpoint"]
+
+
+class RunFolder:
+    """Files of a run, by name.
+
+    Args:
+        path: The folder; made by :meth:`claim`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.facts = self.path / "run.json"
+        self.recipe = self.path / "recipe.toml"
+        self.metrics = self.path / "metrics.csv"
+        self.curves = self.path / "curves.csv"
+        self.last = self.path / "last.pth"
+        self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf")}
+
+    def kept(self, epoch: int) -> Path:
+        """The checkpoint that is kept of an epoch."""
+        return self.path / f"checkpoint-{epoch:04d}.pth"
+
+    def holds_run(self) -> bool:
+        """Whether a run began here."""
+        return self.facts.exists() or self.last.exists()
+
+    def stored_facts(self) -> dict[str, Any]:
+        """What ``run.json`` says.
+
+        Raises:
+            CheckpointError: If there is none, or it is damaged.
+        """
+        try:
+            facts = dict(json.loads(self.facts.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path} holds no run.json, so it is no run that could be resumed") from None
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.facts} is damaged ({error})") from error
+        if "identity" not in facts:
+            raise CheckpointError(f"{self.facts} is of another command, so there is no run that could be resumed")
+        return facts
+
+    def check(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may begin or go on here; nothing is changed.
+
+        Raises:
+            OutputExistsError: If there is a run and neither ``resume`` nor ``overwrite``, if files of no run would be
+                replaced, or if ``path`` is a file.
+            CheckpointError: If the run to resume is another one; the message says what differs.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file, and a run needs a folder; choose another --out")
+        if not self.holds_run():
+            if (foreign := [each.name for each in self._files() if each.exists()]) and not overwrite:
+                raise OutputExistsError(
+                    f"{self.path} holds {', '.join(foreign)}, of no run, which would be replaced; choose another --out "
+                    "or pass --overwrite"
+                )
+            return
+        if resume:
+            if other := run_differences(self.stored_facts()["identity"], identity):
+                raise CheckpointError(
+                    f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
+                )
+        elif not overwrite:
+            raise OutputExistsError(
+                f"{self.path} already holds a run; go on with --resume, choose another --out or pass --overwrite"
+            )
+
+    def claim(self, facts: Mapping[str, Any], recipe: str, *, resume: bool) -> None:
+        """Make the folder ready: what an earlier run left is removed, or of a resumed one only half-written files."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+        if not resume:
+            for old in self._files():
+                old.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        write_atomically(self.recipe, recipe.encode())
+        self.write_facts(facts)
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write ``run.json``."""
+        write_atomically(self.facts, (json.dumps(facts, indent=2, default=str) + "\n").encode())
+
+    def _files(self) -> Iterator[Path]:
+        yield self.last  # first: without it nothing can be taken for a run that goes on
+        yield from (self.metrics, self.curves, *self.figures.values(), self.path / "wandb-id.txt")
+        yield from self.path.glob("checkpoint-[0-9]*.pth")
+
+    def read_last(self) -> dict[str, Any] | None:
+        """The resume state of ``last.pth``, on the CPU; ``None`` where nothing was saved yet.
+
+        Raises:
+            CheckpointError: If the file is damaged or was written by something else.
+        """
+        try:
+            content = torch.load(self.last, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of many types, from a damaged file
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"{self.last} is damaged ({type(error).__name__}: {line})") from error
+        if not isinstance(content, dict) or "resume" not in content:
+            raise CheckpointError(f"{self.last} holds no state to resume from")
+        return dict(content["resume"])
+
+
+def run_identity(recipe: Recipe, images: Images, settings: RunSettings) -> dict[str, Any]:
+    """What makes a run this run, as plain values: with any of it changed it is another one."""
+    names = hashlib.blake2b("\n".join(images.names).encode(), digest_size=8).hexdigest()
+    facts = settings.facts()
+    return {
+        "recipe": recipe.to_dict(),
+        **{name: facts[name] for name in ("seed", "mto", "precision", "ema", "fsdp")},
+        "images": {"count": len(images.names), "names": names},
+        "evaluation": settings.evaluation.settings() if settings.evaluation else None,
+    }
+
+
+def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different ones, in words.
+
+    What a recipe only says of itself does not: a setting that is given again, or in another order, is the same run.
+    """
+
+    def without_words(identity: Mapping[str, Any]) -> dict[str, Any]:
+        recipe = identity.get("recipe") or {}
+        return {**identity, "recipe": {name: recipe[name] for name in recipe if name not in ("summary", "sources")}}
+
+    return differences(without_words(stored), without_words(now))
+
+
+def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
+    """What a run's result depends on in its last digits only."""
+    return {
+        "processes": group.count,
+        "accumulation": settings.accumulation,
+        "device": group.device.type,
+        "threads": torch.get_num_threads(),
+        **{name: getattr(settings, name) for name in ("compile", "gradient_checkpointing", "deterministic")},
+        "torch": torch.__version__,
+    }
+
+
+def differences(stored: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two nested mappings of plain values, in words.
+
+    Example:
+        >>> differences({"seed": 1, "recipe": {"epochs": 20}}, {"seed": 1, "recipe": {"epochs": 40}})
+        ['recipe.epochs was 20 and is now 40']
+    """
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        return [
+            line
+            for key in dict.fromkeys([*stored, *now])
+            for line in differences(stored.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if _plain(stored) == _plain(now) else [f"{name} was {stored} and is now {now}"]
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a torch file, whole or not at all, one tensor after the other.
+
+    Raises:
+        OutputError: If the folder cannot be written or the disk is full; the file that was there stays.
+    """
+    guarded: _Guarded | None = None
+    try:
+        with atomic_file(path) as file:
+            guarded = _Guarded(file)
+            torch.save(dict(content), guarded)  # type: ignore[arg-type]
+    except Exception as error:
+        reason = error if isinstance(error, OSError) else guarded.error if guarded is not None else None
+        if reason is None:
+            raise
+        raise OutputError(
+            f"{path} cannot be written ({reason.strerror or reason}); what was there before is whole: "
+            "mend it and go on with --resume"
+        ) from error
+
+
+class _Guarded:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
