@@ -1,5 +1,19 @@
 """Pre-training of MAE, SimMIM, BootMAE and ConMIM: recipes, methods with their losses, and the engine."""
 
+from mto_analysis.mto import (
+    MTO,
+    CollapseWarning,
+    MTOConfig,
+    MTOTerms,
+    StackSpec,
+    Watch,
+    attach_mto,
+    embedding_loss,
+    mto_loss,
+    ranking_loss,
+    sparsity_loss,
+    watch_mto,
+)
 from mto_analysis.training.loop import pretrain
 from mto_analysis.training.methods.method import Method, build_method
 from mto_analysis.training.optimization import learning_rate, parameter_groups, peak_learning_rate
@@ -9,20 +23,32 @@ from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord,
 from mto_analysis.training.state import RunFolder
 
 __all__ = [
+    "MTO",
+    "CollapseWarning",
     "EpochRecord",
+    "MTOConfig",
+    "MTOTerms",
     "Method",
     "Plan",
     "Recipe",
     "RunFolder",
     "RunSettings",
+    "StackSpec",
     "StepRecord",
+    "Watch",
+    "attach_mto",
     "build_method",
+    "embedding_loss",
     "learning_rate",
     "load_recipe",
     "mto_config",
+    "mto_loss",
     "parameter_groups",
     "peak_learning_rate",
     "plan",
     "pretrain",
+    "ranking_loss",
     "recipe_names",
+    "sparsity_loss",
+    "watch_mto",
 ]
