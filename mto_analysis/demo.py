@@ -15,7 +15,6 @@ from mto_analysis.models import MaskedImageModel, ModelInfo
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mto_analysis.figures.report import ReportContents
     from mto_analysis.probe import LayerMeasure
     from mto_analysis.probe.quadrants import AffinityMap
 
@@ -24,7 +23,6 @@ __all__ = [
     "DEMO_IMAGES",
     "DEMO_MASKS",
     "demo_batches",
-    "demo_report",
     "demo_sentences",
     "measure_demo",
 ]
@@ -114,32 +112,6 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
         maps={label: recorder.maps for label, recorder in recorders.items() if not label.endswith("early")},
         models=models,
     )
-
-
-def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
-    """The bundled models on a few of the bundled images in full, for the report.
-
-    Args:
-        tables: What :func:`measure_demo` measured.
-        shown: Number of images.
-    """
-    from mto_analysis.figures.report import ReportContents
-    from mto_analysis.figures.report_contents import show_images, used_versions
-    from mto_analysis.images import choose_images
-    from mto_analysis.masks import load_masks
-    from mto_analysis.probe.study import Settings
-
-    images = open_images(DEMO_IMAGES)
-    names = [images.names[index * len(images.names) // shown] for index in range(shown)]
-    explored, reconstructions = [], []
-    for method, masks in DEMO_MASKS.items():
-        labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
-        sources = [DEMO_CHECKPOINTS[label] for label in labels]
-        settings = Settings(masks=load_masks(masks))
-        found = show_images(sources, choose_images(images, names), settings, labels=labels)
-        explored += found[0]
-        reconstructions += found[1]
-    return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions(), tables.maps)
 
 
 def demo_sentences(tables: DemoTables) -> list[str]:

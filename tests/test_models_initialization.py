@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mto_analysis.training import load_recipe
-from mto_analysis.training.methods.method import build_student
+from mto_analysis.training.methods import build_student
 
 
 def bound_of(values):

@@ -26,11 +26,12 @@ def demo(
 
     import torch
 
-    from mto_analysis.demo import demo_report, demo_sentences, measure_demo
+    from mto_analysis.demo import demo_sentences, measure_demo
     from mto_analysis.figures.plots.affinity import draw_affinity
     from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
     from mto_analysis.figures.plots.style import write_figure
     from mto_analysis.figures.report import render_report
+    from mto_analysis.figures.report_contents import demo_report
 
     torch.set_num_threads(1)  # as fast for such small models, and no waiting for threads on a busy machine
     tables = measure_demo(limit=limit, say=partial(note, quiet=quiet))

@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES, DEMO_MASKS, DemoTables
 from mto_analysis.figures.report import ReportContents
-from mto_analysis.images import Images, choose_images
+from mto_analysis.images import Images, choose_images, open_images
+from mto_analysis.masks import load_masks
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe import LayerMeasure
 from mto_analysis.probe.explore import MAX_PATCHES, Explored, explore_shown
@@ -19,7 +21,7 @@ from mto_analysis.probe.shown import shown_models
 from mto_analysis.probe.study import Settings, measure_checkpoints
 from mto_analysis.runtime.outputs import labels_of, run_facts
 
-__all__ = ["collect_report", "show_images", "used_versions"]
+__all__ = ["collect_report", "demo_report", "show_images", "used_versions"]
 
 
 def show_images(
@@ -138,3 +140,22 @@ def used_versions() -> dict[str, str]:
     """Versions of Python and the packages behind the numbers; no time and no machine: the same run, the same report."""
     facts = run_facts({})
     return {**facts["versions"], "python": facts["python"]}
+
+
+def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
+    """The bundled models on a few of the bundled images in full, for the report.
+
+    Args:
+        tables: What :func:`measure_demo` measured.
+        shown: Number of images.
+    """
+    images = open_images(DEMO_IMAGES)
+    names = [images.names[index * len(images.names) // shown] for index in range(shown)]
+    explored, reconstructions = [], []
+    for method, masks in DEMO_MASKS.items():
+        labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
+        sources = [DEMO_CHECKPOINTS[label] for label in labels]
+        found = show_images(sources, choose_images(images, names), Settings(masks=load_masks(masks)), labels=labels)
+        explored += found[0]
+        reconstructions += found[1]
+    return ReportContents(tables.fig1b, tables.models, explored, reconstructions, used_versions(), tables.maps)

@@ -17,7 +17,7 @@ from mto_analysis.mto import attach_mto
 from mto_analysis.runtime.group import Group
 from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
-from mto_analysis.training.methods.method import Method, build_method
+from mto_analysis.training.methods import Method, build_method
 from mto_analysis.training.optimization import parameter_groups
 from mto_analysis.training.randomness import noise_batch, step_randomness
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["follow", "momentum_at", "rising_momentum", "slow_copy"]
+__all__ = ["follow", "rising_momentum", "slow_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -41,20 +39,6 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     slow, fast = ([parameter.detach() for parameter in module.parameters()] for module in (teacher, student))
     torch._foreach_lerp_(slow, fast, 1.0 - momentum)
-
-
-def momentum_at(epoch: int, epochs: Sequence[int], values: Sequence[float]) -> float:
-    """Momentum of an epoch, linear between given ones and constant outside.
-
-    Example:
-        >>> momentum_at(50, (0, 100, 400), (0.999, 0.9999, 0.99999))  # BootMAE
-        0.99945
-    """
-    after = bisect.bisect_right(epochs, epoch)
-    if after == 0 or after == len(epochs):
-        return values[min(after, len(epochs) - 1)]
-    (start, end), (low, high) = epochs[after - 1 : after + 1], values[after - 1 : after + 1]
-    return low + (epoch - start) / (end - start) * (high - low)
 
 
 def rising_momentum(start: float, progress: float) -> float:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from typing import Any
 
-from mto_analysis.training.methods.method import Method
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+from mto_analysis.training.methods import METHODS, Method
 from mto_analysis.training.recipes import Recipe
 
 __all__ = ["learning_rate", "parameter_groups", "peak_learning_rate"]
-
-# What the originals name in `no_weight_decay`; MAE names nothing, so its class token decays. Mask tokens decay in all.
-_BEIT_CODE = ("cls_token", "pos_embed")
-_NO_DECAY = {"mae": (), "simmim": _BEIT_CODE, "bootmae": _BEIT_CODE, "conmim": _BEIT_CODE}
 
 
 def parameter_groups(method: Method, recipe: Recipe) -> list[dict[str, Any]]:
@@ -27,28 +23,19 @@ def parameter_groups(method: Method, recipe: Recipe) -> list[dict[str, Any]]:
         recipe: Its settings.
 
     Returns:
-        Two groups with ``name``, ``params``, ``param_names`` and ``weight_decay``.
+        Two groups (one where nothing decays) with ``name``, ``params``, ``param_names`` and ``weight_decay``.
 
     Source:
         facebookresearch/mae (timm's ``add_weight_decay``), microsoft/SimMIM, LightDXY/BootMAE, TencentARC/ConMIM.
     """
-    decay: list[tuple[str, Any]] = []
-    no_decay: list[tuple[str, Any]] = []
-    for name, parameter in method.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        own = name.removeprefix("student.")
-        spared = parameter.ndim <= 1 or name.endswith(".bias") or own in _NO_DECAY[recipe.method]
-        (no_decay if spared else decay).append((name, parameter))
-    return [
-        {
-            "name": label,
-            "params": [parameter for _, parameter in members],
-            "param_names": [name for name, _ in members],
-            "weight_decay": rate,
-        }
-        for label, members, rate in (("decay", decay, recipe.weight_decay), ("no_decay", no_decay, 0.0))
-    ]
+    student = method.student
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=method.no_weight_decay)
+    for group in groups:
+        group["name"] = "decay" if group["weight_decay"] else "no_decay"
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    # timm names the groups without decay first; the order stays that of the states that were saved.
+    return sorted(groups, key=lambda group: group["name"])
 
 
 def peak_learning_rate(recipe: Recipe, global_batch: int) -> float:
@@ -92,28 +79,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch:
         raise ValueError(f"step must lie between 0 and {total - 1}, got {step}")
     peak = peak_learning_rate(recipe, global_batch)
     scale = _scale(recipe, global_batch) if recipe.scale_all_lr else 1.0
-    least, first = recipe.min_lr * scale, recipe.warmup_lr * scale
-    warmup = recipe.warmup_epochs * steps_per_epoch
-    if recipe.method == "simmim":
-        step, warmup = max(0, step - 1), int(warmup)
-        if step < warmup:
-            return first + (peak - first) * step / warmup
-        if recipe.schedule == "multistep":
-            return peak * recipe.decay_factor ** bisect_right(recipe.milestones, step / steps_per_epoch)
-        return _half_cosine(peak, least, step / total)
-    if recipe.method == "mae":
-        if step < warmup:
-            return first + (peak - first) * step / warmup
-        return _half_cosine(peak, least, (step - warmup) / (total - warmup))
-    warmup = int(warmup)
-    if step < warmup:
-        return first + (peak - first) * (step / (warmup - 1) if warmup > 1 else 0.0)
-    return _half_cosine(peak, least, (step - warmup) / (total - warmup))
-
-
-def _half_cosine(start: float, end: float, fraction: float) -> float:
-    """From ``start`` at 0 to ``end`` at 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
+    method = METHODS[recipe.method]
+    return method.learning_rate(recipe, step, steps_per_epoch, peak, recipe.warmup_lr * scale, recipe.min_lr * scale)
 
 
 def _scale(recipe: Recipe, global_batch: int) -> float:

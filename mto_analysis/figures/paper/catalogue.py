@@ -3,96 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from mto_analysis.errors import DataNotFoundError
-from mto_analysis.runtime.outputs import file_word
+from mto_analysis.figures.paper.inputs import Drawn, Inputs, map_stems
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
     from mto_analysis.figures.paper.workbench import Workbench
 
-__all__ = ["FIGURES", "Drawn", "Inputs", "PaperFigure", "find_figures"]
+__all__ = ["FIGURES", "PaperFigure", "find_figures"]
 
 #: ``measured``: from checkpoints; ``published``: from numbers that the paper states; ``drawn``: a schematic.
 Origin = Literal["measured", "published", "drawn"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What stands in place of the bundled models, images and results.
-
-    Args:
-        checkpoints: Paths, registry ids, ``hf://owner/name``, URLs; none: the bundled small models.
-        labels: Their names, in order.
-        images: Folder, list or Parquet file of images; none: the bundled ones.
-        limit: Number of images, spread evenly.
-        experiment: Folder that ``mto-analyze experiment`` wrote; its curves are drawn beside what is published.
-        num_heads: For checkpoints that do not hold their head counts.
-        decoder_num_heads: The same for decoders.
-        batch_size: Images at once.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        offline: Never touch the network.
-
-    Raises:
-        ValueError: If there are labels, but not one different label per checkpoint.
-        DataNotFoundError: If the experiment's folder is not there.
-    """
-
-    checkpoints: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    images: Path | None = None
-    limit: int | None = None
-    experiment: Path | None = None
-    num_heads: int | None = None
-    decoder_num_heads: int | None = None
-    batch_size: int = 64
-    device: str = "cpu"
-    offline: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what belongs together."""
-        if self.labels and len(set(self.labels)) != len(self.checkpoints):
-            raise ValueError(
-                f"give one different label per checkpoint: {len(self.checkpoints)} checkpoints, "
-                f"labels {list(self.labels)}"
-            )
-        if self.experiment is not None and not self.experiment.is_dir():
-            raise DataNotFoundError(f"no experiment at {self.experiment}; give a folder that `experiment` wrote")
-
-    @property
-    def bundled(self) -> bool:
-        """Whether the bundled models are measured as they were made: on their images, under their masks."""
-        return not self.checkpoints and self.images is None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the checkpoints."""
-        from mto_analysis.runtime.outputs import chosen_labels
-
-        return tuple(chosen_labels(self.checkpoints, self.labels)) if self.checkpoints else ()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as it is written: images, the tables they were drawn from, and what a reader is told.
-
-    Attributes:
-        figures: By the stem of their files.
-        tables: By the stem of their files.
-        caption: One paragraph: what is shown, with n and intervals.
-        facts: For the JSON file: checkpoints with their hashes, masks, own losses.
-    """
-
-    figures: Mapping[str, Figure]
-    tables: Mapping[str, pd.DataFrame]
-    caption: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _own_stem(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -107,7 +29,6 @@ class PaperFigure:
         name: Of its script and files.
         title: Number in the paper, and what it shows.
         origin: Where its numbers are from.
-        where: ``module:function`` that draws it, given a :class:`~mto_analysis.figures.paper.workbench.Workbench`.
         stems: Names of its images and of its tables, known before the work starts.
         slow: More than some seconds with the bundled models.
         takes_experiment: Whether an experiment's folder can be drawn.
@@ -116,7 +37,6 @@ class PaperFigure:
     name: str
     title: str
     origin: Origin
-    where: str
     stems: Callable[[PaperFigure, Inputs], tuple[tuple[str, ...], tuple[str, ...]]] = _own_stem
     slow: bool = False
     takes_experiment: bool = False
@@ -129,9 +49,7 @@ class PaperFigure:
 
     def draw(self, bench: Workbench) -> Drawn:
         """Measure what has to be measured, and draw."""
-        module, _, function = self.where.partition(":")
-        drawn: Drawn = getattr(import_module(f"mto_analysis.figures.paper.{module}"), function)(bench)
-        return drawn
+        return _drawings()[self.name](bench)
 
     def check(self, inputs: Inputs) -> None:
         """Refuse what this figure cannot use.
@@ -151,9 +69,7 @@ _ORIGIN_WORDS = {"measured": "measured", "published": "drawn from published numb
 
 
 def _map_stems(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The first model's maps are the figure; those of others carry their name."""
-    names = inputs.names or ("SimMIM", "MAE")
-    stems = (figure.name, *(f"{figure.name}-{file_word(name).lower()}" for name in names[1:]))
+    stems = map_stems(figure.name, inputs)
     return stems, (figure.name, *(f"{stem}-maps" for stem in stems))
 
 
@@ -186,7 +102,6 @@ def _tables() -> list[PaperFigure]:
             name.replace("supp", "supp-table") if name.startswith("supp") else f"table{name}",
             title,
             "published",
-            "printed:table",
             _with_experiment,
             takes_experiment=name == "3",
         )
@@ -195,15 +110,14 @@ def _tables() -> list[PaperFigure]:
 
 
 _FIGURES = (
-    PaperFigure("fig1a", "Fig. 1(a): heterogeneity of several models over layer depth", "measured", "measured:fig1a"),
-    PaperFigure("fig1b", "Fig. 1(b): heterogeneity before and after convergence", "measured", "measured:fig1b"),
-    PaperFigure("fig2", "Fig. 2: affinity maps of every layer depth", "measured", "measured:fig2", _map_stems),
-    PaperFigure("fig3", "Fig. 3: masked token optimization, a schematic", "drawn", "published:fig3"),
+    PaperFigure("fig1a", "Fig. 1(a): heterogeneity of several models over layer depth", "measured"),
+    PaperFigure("fig1b", "Fig. 1(b): heterogeneity before and after convergence", "measured"),
+    PaperFigure("fig2", "Fig. 2: affinity maps of every layer depth", "measured", _map_stems),
+    PaperFigure("fig3", "Fig. 3: masked token optimization, a schematic", "drawn"),
     PaperFigure(
         "fig4",
         "Fig. 4: accuracy over pre-training epochs",
         "published",
-        "published:fig4",
         _with_experiment,
         takes_experiment=True,
     ),
@@ -212,7 +126,6 @@ _FIGURES = (
         "supp-fig1",
         "Supplementary Fig. 1: inpainting style against decoder style",
         "published",
-        "published:supp_fig1",
         _with_experiment,
         takes_experiment=True,
     ),
@@ -220,7 +133,6 @@ _FIGURES = (
         "supp-fig2",
         "Supplementary Fig. 2: decoder depth",
         "published",
-        "published:supp_fig2",
         _with_experiment,
         takes_experiment=True,
     ),
@@ -228,7 +140,6 @@ _FIGURES = (
         "definitions",
         "Beyond the paper: Fig. 1 under twelve definitions, and the models' own attention",
         "measured",
-        "measured:definitions",
         _definition_stems,
         slow=True,
     ),
@@ -236,13 +147,30 @@ _FIGURES = (
         "controls",
         "Beyond the paper: Fig. 1 beside curves of models that have learned nothing",
         "measured",
-        "measured:controls",
         slow=True,
     ),
 )
 
 #: All of them, by name, in the order of the paper.
 FIGURES: Mapping[str, PaperFigure] = {each.name: each for each in _FIGURES}
+
+
+def _drawings() -> Mapping[str, Callable[[Workbench], Drawn]]:
+    """What draws each figure; imported on demand, as a list of figures needs neither torch nor matplotlib."""
+    from mto_analysis.figures.paper import measured, printed, published
+
+    return {
+        **{name: printed.table for name in FIGURES if "table" in name},
+        "fig1a": measured.fig1a,
+        "fig1b": measured.fig1b,
+        "fig2": measured.fig2,
+        "fig3": published.fig3,
+        "fig4": published.fig4,
+        "supp-fig1": published.supp_fig1,
+        "supp-fig2": published.supp_fig2,
+        "definitions": measured.definitions,
+        "controls": measured.controls,
+    }
 
 
 def find_figures(names: Iterable[str] = (), *, inputs: Inputs | None = None) -> Sequence[PaperFigure]:

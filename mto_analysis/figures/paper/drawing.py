@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.paper.catalogue import FIGURES, Drawn, Inputs, PaperFigure, find_figures
+from mto_analysis.figures.paper.catalogue import FIGURES, PaperFigure, find_figures
+from mto_analysis.figures.paper.inputs import Drawn, Inputs
 from mto_analysis.runtime.outputs import OutputFolder, run_facts, write_atomically
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mto_analysis.errors import DataError, DataNotFoundError
-from mto_analysis.figures.paper.catalogue import Drawn
+from mto_analysis.figures.paper.inputs import Drawn
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.runs import draw_runs

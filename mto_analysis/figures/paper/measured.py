@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mto_analysis.figures.paper.catalogue import FIGURES, Drawn
+from mto_analysis.figures.paper.inputs import Drawn, map_stems
 from mto_analysis.figures.paper.workbench import EARLY, Curves, Workbench
 from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.figures.plots.controls import draw_controls
@@ -51,7 +51,7 @@ def fig2(bench: Workbench) -> Drawn:
     """Mean affinity maps of every layer depth; of the bundled models SimMIM's, as in the paper, and MAE's."""
     found = bench.maps
     models = bench.inputs.names or ("SimMIM", "MAE")
-    stems, _ = FIGURES["fig2"].stems(FIGURES["fig2"], bench.inputs)
+    stems = map_stems("fig2", bench.inputs)
     quadrants = found.quadrants[found.quadrants["model"].isin(models)].reset_index(drop=True)
     figures, tables = {}, {bench.name: quadrants}
     for model, stem in zip(models, stems, strict=True):

@@ -6,7 +6,7 @@ import string
 
 import pandas as pd
 
-from mto_analysis.figures.paper.catalogue import Drawn
+from mto_analysis.figures.paper.inputs import Drawn
 from mto_analysis.figures.paper.tables import PaperTable, paper_table
 from mto_analysis.figures.paper.workbench import Workbench
 from mto_analysis.figures.plots.style import TEXT_WIDTH

@@ -12,8 +12,9 @@ from mto_analysis.checkpoints import resolve, save_checkpoint
 from mto_analysis.checkpoints.verification import verify_checkpoint
 from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import CheckpointError
-from mto_analysis.figures.paper.catalogue import Inputs, PaperFigure, find_figures
+from mto_analysis.figures.paper.catalogue import PaperFigure, find_figures
 from mto_analysis.figures.paper.drawing import draw_paper
+from mto_analysis.figures.paper.inputs import Inputs
 from mto_analysis.images import Images, image_batches, open_images
 from mto_analysis.models.initialization import random_weights
 from mto_analysis.probe import undisturbed

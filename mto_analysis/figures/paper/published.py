@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.paper.catalogue import Drawn
+from mto_analysis.figures.paper.inputs import Drawn
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.paper.workbench import Workbench
 from mto_analysis.figures.plots.claims import draw_accuracy_claims, draw_depth_claims

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mto_analysis.figures.paper.catalogue import Inputs
+from mto_analysis.figures.paper.inputs import Inputs
 
 # Tables and schematics are drawn at this bench too, and need not wait for torch.
 if TYPE_CHECKING:

@@ -1,1 +1,74 @@
-"""The methods: what each one trains, minimises and publishes."""
+"""The pre-training methods: what each one trains and minimises, with its facts on its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.adapting import fix_key_biases, set_drop_path
+from mto_analysis.models.initialization import initialize
+from mto_analysis.training.methods.bootmae import BootMAEMethod
+from mto_analysis.training.methods.conmim import ConMIMMethod
+from mto_analysis.training.methods.mae import MAEMethod
+from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.simmim import SimMIMMethod
+from mto_analysis.training.recipes import Recipe
+
+__all__ = ["METHODS", "Method", "build_method", "build_student"]
+
+#: By the name that recipes give them.
+METHODS: Mapping[str, type[Method]] = {
+    "mae": MAEMethod,
+    "simmim": SimMIMMethod,
+    "bootmae": BootMAEMethod,
+    "conmim": ConMIMMethod,
+}
+
+
+def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:
+    """The model of a recipe with the weights that its method starts from, ready to be trained.
+
+    Args:
+        recipe: Settings.
+        seed: Of the weights; the global random state stays as it is.
+    """
+    method = METHODS[recipe.method]
+    info = ModelInfo(
+        family=method.family,
+        style=method.style,
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        mask_rule=recipe.mask_rule,
+        mean=recipe.mean,
+        std=recipe.std,
+        target=recipe.target,
+        criterion=method.criterion,
+        mask_rule_source=f"recipe {recipe.name}",
+    )
+    with torch.random.fork_rng(devices=[]):  # PyTorch's layers sample weights when they are made
+        model = method.model(recipe.model_config(), info)
+    initialize(model, seed)
+    if method.fixed_key_biases:
+        fix_key_biases(model)
+    if recipe.drop_path:
+        set_drop_path(model, recipe.drop_path)
+    return model
+
+
+def build_method(recipe: Recipe, *, seed: int) -> Method:
+    """The method of a recipe, on the CPU, in training mode, before its first step.
+
+    Args:
+        recipe: Settings.
+        seed: Of the weights; the global random state stays as it is.
+
+    Example:
+        >>> from mto_analysis.training import load_recipe
+        >>> method = build_method(load_recipe("mae_cifar10"), seed=0)
+        >>> images = torch.zeros(1, 3, 32, 32)
+        >>> list(method(images, torch.arange(64)[None] >= 16))
+        ['pixels']
+    """
+    return METHODS[recipe.method](build_student(recipe, seed=seed), recipe).train()

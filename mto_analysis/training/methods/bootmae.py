@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from mto_analysis.models import BootMAE
 from mto_analysis.models.targets import patch_loss, target_patches
 from mto_analysis.models.vit import patchify
 from mto_analysis.training.methods.method import Method
-from mto_analysis.training.momentum import follow, momentum_at, slow_copy
+from mto_analysis.training.momentum import follow, slow_copy
 from mto_analysis.training.recipes import Recipe
 
 __all__ = ["BootMAEMethod", "neighbour_weights"]
@@ -40,6 +41,10 @@ class BootMAEMethod(Method):
         ``run_pretraining.py``.
     """
 
+    model = BootMAE
+    family = "bootmae"
+    style = "decoder"
+    criterion = "l2"
     student: BootMAE
     feature_weight: Tensor
 
@@ -71,7 +76,8 @@ class BootMAEMethod(Method):
         """The slow copy follows, as the epoch of the step says."""
         epoch = self._epoch()
         super().after_step(progress)
-        follow(self.teacher, self.student, momentum_at(epoch, self.recipe.momentum_epochs, self.recipe.momentum))
+        momentum = float(np.interp(epoch, self.recipe.momentum_epochs, self.recipe.momentum))
+        follow(self.teacher, self.student, momentum)
         self.feature_weight.fill_(self._feature_weight())
 
     def teacher_state(self) -> dict[str, Tensor]:

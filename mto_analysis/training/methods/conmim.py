@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +27,10 @@ class ConMIMMethod(Method):
         ``engine_for_pretraining.py``.
     """
 
-    depends_on_batch: ClassVar[bool] = True
+    model = ConMIM
+    family = "conmim"
+    style = "inpainting"
+    depends_on_batch = True
     student: ConMIM
 
     def __init__(self, student: ConMIM, recipe: Recipe) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mto_analysis.models import MAE
 from mto_analysis.models.targets import patch_loss, target_patches
-from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.method import Method, half_cosine
+from mto_analysis.training.recipes import Recipe
 
 __all__ = ["MAEMethod"]
 
@@ -21,7 +22,21 @@ class MAEMethod(Method):
         He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
     """
 
+    model = MAE
+    family = "mae"
+    style = "decoder"
+    criterion = "l2"
+    no_weight_decay = ()  # so the class token decays
+    fixed_key_biases = False
     student: MAE
+
+    @staticmethod
+    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+        """A half cosine after the warm-up, both by the fraction of an epoch."""
+        warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+        if step < warmup:
+            return start + (peak - start) * step / warmup
+        return half_cosine(peak, end, (step - warmup) / (total - warmup))
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""

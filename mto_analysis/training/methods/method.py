@@ -1,28 +1,38 @@
-"""What a method trains and minimises: its student, its loss terms (in the place of Eq. 1) and its slow branch."""
+"""What a method is: its student, its loss terms (in the place of Eq. 1), its momentum teacher and its facts."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from mto_analysis.models import MaskedImageModel, ModelInfo
-from mto_analysis.models.initialization import initialize
+from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.recipes import Recipe
 
-__all__ = ["Method", "build_method", "build_student"]
+__all__ = ["Method", "half_cosine"]
 
 
 class Method(nn.Module, ABC):
-    """A pre-training method.
+    """A pre-training method; a new one is a subclass with these facts, named in ``methods/__init__.py``.
 
     Args:
         student: The model that is trained.
         recipe: Settings.
     """
+
+    #: The model class of the student, and its name as a family.
+    model: ClassVar[type[MaskedImageModel]]
+    family: ClassVar[str]
+    style: ClassVar[Literal["inpainting", "decoder"]]
+    #: Error of the loss on pixels; ``None`` for methods that predict none.
+    criterion: ClassVar[Literal["l1", "l2"] | None] = None
+    #: Parameters of the student without weight decay, besides biases and what has one axis: the original's
+    #: ``no_weight_decay``. Mask tokens decay in all of them.
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
+    #: Whether the original has no bias of keys, which never changes an attention map but would be trained.
+    fixed_key_biases: ClassVar[bool] = True
 
     #: Whether an image's loss depends on those beside it (batch norms): then micro-batches do not average exactly.
     depends_on_batch: ClassVar[bool] = False
@@ -55,6 +65,25 @@ class Method(nn.Module, ABC):
         """
         self.progress = progress
 
+    @staticmethod
+    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+        """The original's rate of an optimizer step; by default that of the BEiT code base (BootMAE, ConMIM).
+
+        The last warm-up step already has the peak, and the cosine starts after it.
+
+        Args:
+            recipe: Settings.
+            step: Optimizer steps done before this one.
+            steps_per_epoch: Optimizer steps of an epoch.
+            peak: Rate after the warm-up.
+            start: Rate where the warm-up starts.
+            end: Rate where the cosine ends.
+        """
+        warmup, total = int(recipe.warmup_epochs * steps_per_epoch), recipe.epochs * steps_per_epoch
+        if step < warmup:
+            return start + (peak - start) * (step / (warmup - 1) if warmup > 1 else 0.0)
+        return half_cosine(peak, end, (step - warmup) / (total - warmup))
+
     def teacher_state(self) -> dict[str, Tensor] | None:
         """The slow branch's weights in the original's layout, for methods that have one."""
         return None
@@ -68,68 +97,11 @@ class Method(nn.Module, ABC):
         self.progress = float(state["progress"])
 
 
-def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:
-    """The model of a recipe with the weights that its method starts from, ready to be trained.
-
-    Args:
-        recipe: Settings.
-        seed: Of the weights; the global random state stays as it is.
-    """
-    from mto_analysis.models import MAE, BootMAE, ConMIM, SimMIM
-    from mto_analysis.models.adapting import fix_key_biases, set_drop_path
-
-    families: dict[str, tuple[str, type[MaskedImageModel]]] = {
-        "mae": ("mae", MAE),
-        "simmim": ("simmim_vit", SimMIM),
-        "bootmae": ("bootmae", BootMAE),
-        "conmim": ("conmim", ConMIM),
-    }
-    family, make = families[recipe.method]
-    info = ModelInfo(
-        family=family,
-        style="inpainting" if recipe.method in ("simmim", "conmim") else "decoder",
-        image_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-        mask_rule=recipe.mask_rule,
-        mean=recipe.mean,
-        std=recipe.std,
-        target=recipe.target,
-        criterion={"mae": "l2", "simmim": "l1", "bootmae": "l2"}.get(recipe.method),  # type: ignore[arg-type]
-        mask_rule_source=f"recipe {recipe.name}",
-    )
-    with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw weights when they are made
-        model = make(recipe.model_config(), info)
-    initialize(model, seed)
-    if recipe.method != "mae":
-        fix_key_biases(model)
-    if recipe.drop_path:
-        set_drop_path(model, recipe.drop_path)
-    return model
-
-
-def build_method(recipe: Recipe, *, seed: int) -> Method:
-    """The method of a recipe, on the CPU, in training mode, before its first step.
-
-    Args:
-        recipe: Settings.
-        seed: Of the weights; the global random state stays as it is.
+def half_cosine(start: float, end: float, fraction: float) -> float:
+    """From ``start`` at 0 to ``end`` at 1.
 
     Example:
-        >>> from mto_analysis.training import load_recipe
-        >>> method = build_method(load_recipe("mae_cifar10"), seed=0)
-        >>> images = torch.zeros(1, 3, 32, 32)
-        >>> list(method(images, torch.arange(64)[None] >= 16))
-        ['pixels']
+        >>> half_cosine(1.0, 0.0, 0.5)
+        0.5
     """
-    from mto_analysis.training.methods.bootmae import BootMAEMethod
-    from mto_analysis.training.methods.conmim import ConMIMMethod
-    from mto_analysis.training.methods.mae import MAEMethod
-    from mto_analysis.training.methods.simmim import SimMIMMethod
-
-    methods: dict[str, Callable[[Any, Recipe], Method]] = {
-        "mae": MAEMethod,
-        "simmim": SimMIMMethod,
-        "bootmae": BootMAEMethod,
-        "conmim": ConMIMMethod,
-    }
-    return methods[recipe.method](build_student(recipe, seed=seed), recipe).train()
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from torch import Tensor
 
 from mto_analysis.models import SimMIM
 from mto_analysis.models.targets import reconstruction_loss
-from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.method import Method, half_cosine
+from mto_analysis.training.recipes import Recipe
 
 __all__ = ["SimMIMMethod"]
 
@@ -21,7 +24,24 @@ class SimMIMMethod(Method):
         Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (CVPR 2022); microsoft/SimMIM.
     """
 
+    model = SimMIM
+    family = "simmim_vit"
+    style = "inpainting"
+    criterion = "l1"
     student: SimMIM
+
+    @staticmethod
+    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+        """A cosine that counts from the start of the run (so the peak is never quite reached), or milestones.
+
+        Every step has the rate meant for the one before, as the original sets it after the update.
+        """
+        step, warmup = max(0, step - 1), int(recipe.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return start + (peak - start) * step / warmup
+        if recipe.schedule == "multistep":
+            return peak * recipe.decay_factor ** bisect_right(recipe.milestones, step / steps_per_epoch)
+        return half_cosine(peak, end, step / (recipe.epochs * steps_per_epoch))
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""

@@ -1,0 +1,93 @@
+"""What figures are drawn from, and what they are when drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mto_analysis.errors import DataNotFoundError
+from mto_analysis.runtime.outputs import chosen_labels, file_word
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Drawn", "Inputs", "map_stems"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What stands in place of the bundled models, images and results.
+
+    Args:
+        checkpoints: Paths, registry ids, ``hf://owner/name``, URLs; none: the bundled small models.
+        labels: Their names, in order.
+        images: Folder, list or Parquet file of images; none: the bundled ones.
+        limit: Number of images, spread evenly.
+        experiment: Folder that ``mto-analyze experiment`` wrote; its curves are drawn beside what is published.
+        num_heads: For checkpoints that do not hold their head counts.
+        decoder_num_heads: The same for decoders.
+        batch_size: Images at once.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        offline: Never touch the network.
+
+    Raises:
+        ValueError: If there are labels, but not one different label per checkpoint.
+        DataNotFoundError: If the experiment's folder is not there.
+    """
+
+    checkpoints: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    images: Path | None = None
+    limit: int | None = None
+    experiment: Path | None = None
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+    batch_size: int = 64
+    device: str = "cpu"
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.labels and len(set(self.labels)) != len(self.checkpoints):
+            raise ValueError(
+                f"give one different label per checkpoint: {len(self.checkpoints)} checkpoints, "
+                f"labels {list(self.labels)}"
+            )
+        if self.experiment is not None and not self.experiment.is_dir():
+            raise DataNotFoundError(f"no experiment at {self.experiment}; give a folder that `experiment` wrote")
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the bundled models are measured as they were made: on their images, under their masks."""
+        return not self.checkpoints and self.images is None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the checkpoints."""
+        return tuple(chosen_labels(self.checkpoints, self.labels)) if self.checkpoints else ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as it is written: images, the tables they were drawn from, and what a reader is told.
+
+    Attributes:
+        figures: By the stem of their files.
+        tables: By the stem of their files.
+        caption: One paragraph: what is shown, with n and intervals.
+        facts: For the JSON file: checkpoints with their hashes, masks, own losses.
+    """
+
+    figures: Mapping[str, Figure]
+    tables: Mapping[str, pd.DataFrame]
+    caption: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def map_stems(name: str, inputs: Inputs) -> tuple[str, ...]:
+    """Files of a figure of one model each: the first model's has the figure's name, the others carry their own."""
+    models = inputs.names or ("SimMIM", "MAE")
+    return (name, *(f"{name}-{file_word(model).lower()}" for model in models[1:]))
