@@ -3,7 +3,7 @@
 The numbers of ``docs/definitions.md`` are those of the table this writes.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("controls", __file__)

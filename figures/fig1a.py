@@ -4,7 +4,7 @@ By default the bundled small MAE and SimMIM models on 256 bundled CIFAR-10 image
 ``--images`` any checkpoints: the public MAE and SimMIM files give the paper's own figure (see ``public.py``).
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("fig1a", __file__)

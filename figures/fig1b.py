@@ -4,7 +4,7 @@ By default the bundled small models at 2 % (early) and at the end of training; t
 ``--ckpt`` and ``--label`` any epochs of any model.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("fig1b", __file__)

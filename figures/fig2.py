@@ -4,7 +4,7 @@ By default the bundled small SimMIM (the paper shows SimMIM) and MAE, mean over 
 ``--images`` any checkpoints.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("fig2", __file__)

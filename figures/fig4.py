@@ -4,7 +4,7 @@ The paper's curves are not published as numbers, so this draws what the text sta
 ``--experiment DIR`` it draws curves that ``mto-analyze experiment`` measured.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("fig4", __file__)

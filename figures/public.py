@@ -5,7 +5,7 @@ is checked by its own loss before anything is drawn. Give ``--images`` a folder 
 validation images; the bundled ones are small.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("", __file__)

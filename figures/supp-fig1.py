@@ -5,7 +5,7 @@ The paper's curves are not published as numbers, so this draws what the text sta
 the long form of that file.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("supp-fig1", __file__)

@@ -4,7 +4,7 @@ Printed numbers, with what can be recomputed from them in grey columns. With ``-
 ``mto-analyze experiment ablation_table3`` measured beside them.
 """
 
-from mto_analyze.figures import run_script
+from mto_analyze.scripts import run_script
 
 if __name__ == "__main__":
     run_script("table3", __file__)

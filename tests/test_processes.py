@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_images
+from labelled_images import write_parquet
 from typer.testing import CliRunner
 
 from mto_analysis import load_checkpoint, open_images
@@ -187,10 +189,13 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def launch(count: int, *arguments: object, path: Path | str = "") -> subprocess.CompletedProcess[str]:
     """As the user does; the launcher's own report of a failure goes to stderr too."""
     root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "cli"), str(path)]),
+        "OMP_NUM_THREADS": "1",
+    }
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count))
     options = ("--master-port", str(free_port()), "-m", "mto_analyze")
     return subprocess.run(
@@ -246,3 +251,49 @@ def test_launcher__ends_with_one_line_of_ours(checkpoints, tmp_path: Path) -> No
     assert "error: process 1 of 2: image 18.png cannot be read" in ours[0]
     assert "exitcode  : 4" in failed.stderr
     assert not (tmp_path / "out").exists()
+
+
+def evaluation(tmp_path: Path, checkpoints: Mapping[str, Path]) -> list[object]:
+    for part, seed in (("train", 0), ("test", 1)):
+        write_parquet(tmp_path / f"{part}.parquet", 26, seed=seed, shuffled=True)
+    images = ["--train", tmp_path / "train.parquet", "--test", tmp_path / "test.parquet"]
+    return ["evaluate", "knn", "--ckpt", checkpoints["mae"], *images, "-k", 3, "--device", "cpu"]
+
+
+def own_lines(failed: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in failed.stderr.splitlines() if line.startswith("mto-analyze: error")]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_launcher__evaluates_as_one_process_does(checkpoints, tmp_path: Path) -> None:
+    arguments = evaluation(tmp_path, checkpoints)
+    one = CliRunner().invoke(app, [str(each) for each in (*arguments, "--out", tmp_path / "one")])
+    assert one.exit_code == 0, one.stderr
+    many = launch(2, *arguments, "--out", tmp_path / "many")
+    assert many.returncode == 0, many.stderr
+    assert many.stdout == one.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plot", "rauc"])
+def test_launcher__a_command_that_cannot_share_is_refused_by_the_main_process(name: str) -> None:
+    failed = launch(2, name)
+    assert len(own_lines(failed)) == 1
+    expected = "cannot share its work between 2 processes; run it without the launcher"
+    assert expected in own_lines(failed)[0]
+    assert own_lines(failed)[0].endswith("(these can: heterogeneity, affinity, pretrain, evaluate)")
+
+
+@pytest.mark.slow
+def test_launcher__the_reason_is_not_lost_when_another_process_fails_first(checkpoints, tmp_path: Path) -> None:
+    arguments = evaluation(tmp_path, checkpoints)
+    fail = tmp_path / "sitecustomize.py"  # the second process alone cannot read its images
+    fail.write_text(
+        "import os, pyarrow.parquet as pq\n"
+        "def fail(*a, **k): raise OSError(5, 'Input/output error', 'its.parquet')\n"
+        "if os.environ.get('RANK') == '1': pq.ParquetFile = fail\n"
+    )
+    failed = launch(2, *arguments, "--out", tmp_path / "out", path=tmp_path)
+    assert failed.returncode != 0
+    assert any("process 1 of 2: " in line and "its.parquet" in line for line in own_lines(failed)), failed.stderr

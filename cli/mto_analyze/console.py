@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mto_analysis.errors import MTOAnalysisError
-from mto_analysis.runtime.processes import in_step, this_process
+from mto_analysis.runtime.processes import OtherProcessError, in_step, is_lost_connection, this_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,12 +25,13 @@ Item = TypeVar("Item")
 USAGE = 2
 INTERRUPTED = 130
 
-#: Commands that share their work between the processes of a launcher.
-LAUNCHED = ("heterogeneity", "affinity", "pretrain")
+# A launcher ends all processes as soon as one has ended. Where all fail alike (a wrong option), the others wait this
+# long for the main one, whose single line would else be lost.
+_SECONDS_FOR_MAIN = 20.0
 
 
 class _LauncherError(ValueError):
-    """A command that knows nothing of launchers; all processes refuse it, and the first one says so."""
+    """A command that cannot share its work was started by a launcher."""
 
 
 class Commands(TyperGroup):
@@ -66,14 +68,8 @@ class Commands(TyperGroup):
             found = explain(error)
             if found is None:
                 raise
-            message, code = found
-            here = this_process()
-            if here.main:
-                note(f"mto-analyze: error: {message}")
-            elif not Commands._leave_at_once and not isinstance(error, _LauncherError):
-                # Nobody else knows of it: this command's processes do not tell each other.
-                typer.echo(f"mto-analyze: error: process {here.rank} of {here.count}: {message}", err=True)
-            raise typer.Exit(code) from error
+            _say_error(error, found[0])
+            raise typer.Exit(found[1]) from error
         finally:
             warnings.formatwarning = before
 
@@ -81,12 +77,38 @@ class Commands(TyperGroup):
         """Find the command; one that knows nothing of launchers would run, and write, once in every process."""
         found = super().resolve_command(ctx, args)
         count = this_process().count
-        if count > 1 and found[0] not in LAUNCHED:
+        if count > 1 and not _is_launchable(found[1]):
+            able = ", ".join(name for name in self.list_commands(ctx) if _is_launchable(self.get_command(ctx, name)))
             raise _LauncherError(
                 f"{found[0]} cannot share its work between {count} processes; run it without the launcher "
-                f"(these can: {', '.join(LAUNCHED)})"
+                f"(these can: {able})"
             )
         return found
+
+
+def launchable(command: Callable[..., None]) -> Callable[..., None]:
+    """Mark a command whose processes, under a launcher, share the work."""
+    command.launchable = True  # type: ignore[attr-defined]
+    return command
+
+
+def _is_launchable(command: Any) -> bool:
+    """Whether a command, or one of a group's commands, is marked :func:`launchable`."""
+    inner = getattr(command, "commands", {}).values()
+    return getattr(command.callback, "launchable", False) or any(map(_is_launchable, inner))
+
+
+def _say_error(error: BaseException, message: str) -> None:
+    """One line for the error: from the main process, or from another one that alone knows of it."""
+    here = this_process()
+    if here.main:
+        note(f"mto-analyze: error: {message}")
+        return
+    usage = isinstance(error, _LauncherError) or hasattr(error, "format_message")
+    if usage or Commands._leave_at_once or isinstance(error, OtherProcessError):
+        time.sleep(_SECONDS_FOR_MAIN)  # the main process fails in the same way, or was told the reason
+    else:
+        typer.echo(f"mto-analyze: error: process {here.rank} of {here.count}: {message}", err=True)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
@@ -105,6 +127,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         pass
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
+    elif this_process().count > 1 and isinstance(error, RuntimeError) and is_lost_connection(error):
+        message, code = "another process ended first; its own line says why, unless it was killed", 1
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
         message = "out of memory; use a smaller --batch-size"
     else:
@@ -118,12 +142,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def launched(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose processes, under a launcher, share the work and end together; name it in ``LAUNCHED``.
+    """A :func:`launchable` command whose processes end together, with the reason of the first that fails.
 
     It gets the keyword argument ``processes``, which is no option.
     """
     signature = inspect.signature(command)
 
+    @launchable
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         Commands._leave_at_once = this_process().count > 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note, progress, settings_of
+from mto_analyze.console import launchable, note, progress, settings_of
 from mto_analyze.options import Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ Precise = Annotated[Precision, typer.Option(help="Of the encoder; bfloat16 by au
 
 
 @evaluate.command()
+@launchable
 def knn(
     context: typer.Context,
     ckpt: Sources,
@@ -104,6 +105,7 @@ def knn(
 
 
 @evaluate.command()
+@launchable
 def linear(
     context: typer.Context,
     ckpt: Sources,
@@ -151,6 +153,7 @@ def linear(
 
 
 @evaluate.command()
+@launchable
 def finetune(
     context: typer.Context,
     ckpt: Sources,

@@ -71,24 +71,3 @@ def figures(
     ):
         typer.echo(f"{figure.name}: {', '.join(path.name for path in paths)}")
     typer.echo(f"in {out}")
-
-
-def run_script(name: str, script: str) -> None:
-    """What a script of figures/ does: draw one figure, by default into the script's folder.
-
-    Args:
-        name: Of the figure; empty for the public files.
-        script: Its ``__file__``.
-    """
-    import sys
-
-    from mto_analyze import app
-
-    given = sys.argv[1:]
-    here = [] if {"--out", "--help", "--list"} & _options(given) else ["--out", str(Path(script).parent)]
-    app(["figures", *([name] if name else ["--public"]), *here, *given])
-
-
-def _options(arguments: list[str]) -> set[str]:
-    """The names of the options among arguments, also of those given as ``--name=value``."""
-    return {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.runtime.processes import this_process
-from mto_analyze.console import Commands, explain, note, settings_of
+from mto_analyze.console import Commands, explain, launchable, note, settings_of
 from mto_analyze.options import Overwrite, Quiet
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class AlongRun(StrEnum):
     linear = "linear"
 
 
+@launchable
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     recipe: Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")] = None,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from mto_analysis.errors import MTOAnalysisError
 
-__all__ = ["OtherProcessError", "Processes", "in_step", "this_process"]
+__all__ = ["OtherProcessError", "Processes", "in_step", "is_lost_connection", "this_process"]
 
 Value = TypeVar("Value")
 
@@ -110,13 +110,21 @@ def this_process() -> Processes:
     return Processes(rank, count, number(_LOCAL_RANK, rank)) if count > 1 else Processes()
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process is gone, as gloo and NCCL say it."""
+    words = str(error).lower()
+    return any(each in words for each in ("connection closed", "connection reset", "broken pipe", "gloo", "nccl"))
+
+
 def _all_gather(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(found, value)
-    except RuntimeError as error:  # gloo: the connection to a process that died is closed
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
         raise OtherProcessError("another process ended without a word (killed, or out of memory?)") from error
     return found
 
