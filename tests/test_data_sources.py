@@ -159,59 +159,21 @@ def test_open_images__reads_a_folder_of_parquet_shards(tmp_path: Path) -> None:
         open_images(tmp_path, split="val")
 
 
-def write_saved_dataset(path: Path, values: list[int], labels: list[int]) -> Path:
-    """As ``Dataset.save_to_disk`` of datasets 5.2 writes it."""
-    path.mkdir(parents=True)
-    table = pa.table({"image": [{"bytes": encoded(value), "path": None} for value in values], "label": labels})
-    with pa.OSFile(str(path / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
-        out.write_table(table, max_chunksize=2)
-    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    (path / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
-    return path
+def test_open_images__says_how_to_export_a_saved_dataset(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="export it with `to_parquet`"):
+        open_images(tmp_path)
 
 
-def test_open_images__reads_a_saved_dataset(tmp_path: Path) -> None:
-    images = open_images(write_saved_dataset(tmp_path / "d", [1, 2, 3, 4, 5], [0, 1, 1, 0, 1]))
-    assert images.names == ["0", "1", "2", "3", "4"]
-    assert images.labels == [0, 1, 1, 0, 1]
-    assert images.class_names == ["cat", "dog"]
-    assert [value_of(images, row) for row in (4, 0, 2)] == [5, 1, 3]
-    assert pickle.loads(pickle.dumps(images)).read(3) == images.read(3)
-
-
-def test_open_images__reads_what_the_datasets_library_saves(tmp_path: Path) -> None:
+def test_open_images__reads_what_the_datasets_library_exports(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"image": [{"bytes": encoded(value), "path": None} for value in range(5)], "label": [0, 1, 1, 0, 1]}
-    saved = datasets.Dataset.from_dict(rows, features=features)
-    saved.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": saved, "test": saved.select([3, 1])}).save_to_disk(str(tmp_path / "both"))
-    saved.to_parquet(str(tmp_path / "p.parquet"))
-    for images in (
-        open_images(tmp_path / "one"),
-        open_images(tmp_path / "both", split="train"),
-        open_images(tmp_path / "p.parquet"),
-    ):
-        assert images.labels == [0, 1, 1, 0, 1]
-        assert images.class_names == ["cat", "dog"]
-        assert [value_of(images, row) for row in range(5)] == [0, 1, 2, 3, 4]
-    chosen = open_images(tmp_path / "both" / "test")
-    assert [value_of(chosen, row) for row in range(2)] == [3, 1]
-    with pytest.raises(DataError, match="holds the splits train, test; name one"):
-        open_images(tmp_path / "both")
-
-
-def test_open_images__says_what_is_wrong_with_a_dataset(tmp_path: Path) -> None:
-    path = write_saved_dataset(tmp_path / "d", [1], [0])
-    (path / "data-00000-of-00001.arrow").write_bytes(b"junk")
-    with pytest.raises(DataError, match="is not a dataset saved by the `datasets` library"):
-        open_images(path)
-    (path / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(DataError, match="is not a dataset saved by"):
-        open_images(path)
-    (path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    with pytest.raises(FileNotFoundError, match="has no split 'val', only train"):
-        open_images(path, split="val")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "p.parquet"))
+    images = open_images(tmp_path / "p.parquet")
+    assert images.labels == [0, 1, 1, 0, 1]
+    assert images.class_names == ["cat", "dog"]
+    assert [value_of(images, row) for row in range(5)] == [0, 1, 2, 3, 4]
 
 
 # Tar files.

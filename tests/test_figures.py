@@ -84,7 +84,7 @@ class TestWhatIsCommitted:
 
     def test_nothing_is_committed_that_no_figure_writes(self) -> None:
         known = {file for figure in FIGURES.values() for file in figure.files(Inputs())}
-        known |= {CAPTIONS, "public.py", *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml"}
+        known |= {CAPTIONS, *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml"}
         tracked = {path.name for path in COMMITTED.iterdir() if path.is_file()}
         assert tracked - known <= {
             f"{name}-measured{kind}" for name in FIGURES for kind in (".png", ".pdf", ".csv")

@@ -40,9 +40,7 @@ class AlongRun(StrEnum):
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     recipe: Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards, saved dataset.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards.")] = None,
     mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False,
     set_: Annotated[
         list[str] | None,

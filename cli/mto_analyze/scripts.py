@@ -10,12 +10,12 @@ def run_script(name: str, script: str) -> None:
     """What a script of figures/ does: draw one figure, by default into the script's folder.
 
     Args:
-        name: Of the figure; empty for the public files.
+        name: Of the figure.
         script: Its ``__file__``.
     """
     given = sys.argv[1:]
     here = [] if {"--out", "--help", "--list"} & _options(given) else ["--out", str(Path(script).parent)]
-    app(["figures", *([name] if name else ["--public"]), *here, *given])
+    app(["figures", name, *here, *given])
 
 
 def _options(arguments: list[str]) -> set[str]:

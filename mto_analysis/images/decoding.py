@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import struct
 import warnings
 from collections.abc import Callable
 
@@ -53,18 +52,6 @@ def _fast_decoder() -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Number of pixels and of channels in a JPEG file's frame header (ITU-T T.81, B.2.2); zeros if there is none."""
-    place = 2
-    while place + 9 < len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, place + 5)
-            return height * width, content[place + 9]
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return 0, 0
-
-
 def decode_pixels(content: bytes) -> Tensor:
     """Decode to pixels, JPEG files with torchvision's decoder (about twice as fast as PIL's), others with PIL.
 
@@ -74,8 +61,8 @@ def decode_pixels(content: bytes) -> Tensor:
         returns: channels height width (uint8)
     """
     if content[:3] == _JPEG_START and (decode := _fast_decoder()) is not None:
-        pixels, channels = _jpeg_size(content)
-        # CMYK needs PIL's rules, and what claims gigapixels PIL's refusal.
-        if channels in (1, 3) and pixels <= (Image.MAX_IMAGE_PIXELS or pixels):
+        with Image.open(io.BytesIO(content)) as image:  # reads the header alone, and refuses what claims gigapixels
+            plain = image.mode in ("L", "RGB")  # CMYK needs PIL's rules
+        if plain:
             return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return torch.from_numpy(np.array(decode_image(content))).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Images in the columns of the ``datasets`` library: Parquet files and datasets saved to disk, read with pyarrow."""
+"""Images in Parquet files with the columns of the ``datasets`` library, read with pyarrow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from mto_analysis.errors import DataError, DataNotFoundError
+from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import decode_image
 
-__all__ = ["open_parquet", "open_saved_dataset"]
+__all__ = ["open_parquet"]
 
 
-class _CellImages:
+class _ParquetImages:
     """Image cells, bytes or a struct with ``bytes`` and ``path``, in groups of rows; one group at a time is in memory.
 
     Args:
@@ -43,7 +43,11 @@ class _CellImages:
         self._process = os.getpid()
 
     def _load(self, path: Path, group: int) -> Any:
-        raise NotImplementedError
+        import pyarrow.parquet as pq
+
+        # A file stays open, and a group is read on demand, however large the file.
+        file = self._files.get(path) or self._files.setdefault(path, pq.ParquetFile(path))
+        return file.read_row_group(group, columns=["image"], use_threads=False).column(0)
 
     def read(self, index: int) -> bytes:
         if self._process != os.getpid():  # a forked worker process must not share its parent's open files
@@ -68,27 +72,6 @@ class _CellImages:
         return {**self.__dict__, "_group": None, "_files": {}}  # worker processes read for themselves
 
 
-class _ParquetImages(_CellImages):
-    def _load(self, path: Path, group: int) -> Any:
-        import pyarrow.parquet as pq
-
-        # A file stays open, and a group is read on demand, however large the file.
-        file = self._files.get(path) or self._files.setdefault(path, pq.ParquetFile(path))
-        return file.read_row_group(group, columns=["image"], use_threads=False).column(0)
-
-
-class _ArrowImages(_CellImages):
-    def _load(self, path: Path, group: int) -> Any:
-        import pyarrow as pa
-
-        # Memory-mapped: a group costs nothing until its bytes are read, so random access is cheap.
-        batches = self._files.get(path)
-        if batches is None:
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-                batches = self._files[path] = list(stream)
-        return batches[group].column("image")
-
-
 def _class_names(features: Any) -> list[str]:
     """Names of a ClassLabel column in the description that the ``datasets`` library writes."""
     label = features.get("label") if isinstance(features, dict) else None
@@ -96,7 +79,7 @@ def _class_names(features: Any) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def open_parquet(paths: Sequence[Path], source: Path) -> _CellImages:
+def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
     """Open one Parquet file, or the shards of a folder, as one row of images.
 
     Names are the row, and with several shards the shard and the row (``train-00000-of-00002:17``).
@@ -142,53 +125,3 @@ def _complete(labels: Sequence[int | None], count: int) -> list[int] | None:
     """Labels if every row has one (the ``datasets`` library writes -1 for a hidden test label)."""
     known = [label for label in labels if label is not None and label >= 0]
     return known if len(known) == count else None
-
-
-def open_saved_dataset(path: Path, splits: Sequence[str] | None) -> _CellImages:
-    """Open what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote; names are rows.
-
-    Args:
-        path: The folder.
-        splits: Names of the wanted split, of a ``DatasetDict``.
-
-    Raises:
-        DataError: If a file cannot be read, or a split must be chosen.
-        DataNotFoundError: If there is no such split.
-    """
-    import pyarrow as pa
-
-    try:
-        if (path / "dataset_dict.json").is_file():
-            there = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            chosen = [name for name in there if name in (splits or there)]
-            if not chosen:
-                raise DataNotFoundError(f"{path} has no split {(splits or ['?'])[0]!r}, only {', '.join(there)}")
-            if len(chosen) > 1:
-                raise DataError(f"{path} holds the splits {', '.join(there)}; name one, as in {path / there[0]}")
-            path = path / chosen[0]
-        state = json.loads((path / "state.json").read_text())
-        features = json.loads((path / "dataset_info.json").read_text())["features"]
-        files = [path / file["filename"] for file in state["_data_files"]]
-        groups: list[tuple[Path, int]] = []
-        starts: list[int] = []
-        labels: list[int | None] = []
-        rows = 0
-        for file in files:
-            with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
-                if "image" not in stream.schema.names:
-                    raise DataError(f"{path} has no column `image`, only {', '.join(stream.schema.names)}")
-                with_label = "label" in stream.schema.names and pa.types.is_integer(stream.schema.field("label").type)
-                for group, batch in enumerate(stream):
-                    groups.append((file, group))
-                    starts.append(rows)
-                    labels += batch.column("label").to_pylist() if with_label else []
-                    rows += batch.num_rows
-    except (pa.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(f"{path} is not a dataset saved by the `datasets` library ({reason})") from error
-    if not rows:
-        raise DataError(f"{path} holds no rows")
-    names = [str(row) for row in range(rows)]
-    return _ArrowImages(names, groups, starts, _complete(labels, rows), _class_names(features))

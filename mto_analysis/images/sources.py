@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a list file, a Parquet file, a saved dataset, tar shards; with their labels.
+"""Where images come from: a folder, a list file, a Parquet file, tar shards; with their labels.
 
 An image's name is its path relative to the folder or list, or its row in a file; masks and augmentation hang on it.
 """
@@ -139,9 +139,7 @@ def _open_folder(path: Path, split: str | None) -> Images:
         if inside:
             return _open_folder(inside[0], None)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        from mto_analysis.images.parquet import open_saved_dataset
-
-        return open_saved_dataset(path, _names_of_split(split) if split else None)
+        raise DataError(f"{path} is a dataset that `save_to_disk` wrote; export it with `to_parquet` and give the file")
     names, shards, tars = _walk(path)
     if sum(map(bool, (names, shards, tars))) > 1:
         kinds = (("images", names), ("Parquet files", shards), ("tar files", tars))
