@@ -1,7 +1,8 @@
 """Fig. 1(a): heterogeneity of several models over layer depth.
 
 By default the bundled small MAE and SimMIM models on 256 bundled CIFAR-10 images. With ``--ckpt`` (repeated) and
-``--images`` any checkpoints: the public MAE and SimMIM files give the paper's own figure (``mto-analyze figures --public`` fetches them).
+``--images`` any checkpoints: the public MAE and SimMIM files give the paper's own figure
+(``mto-analyze figures --public`` fetches them).
 """
 
 from mto_analyze.scripts import run_script

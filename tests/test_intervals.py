@@ -73,13 +73,18 @@ def test_mean_interval__is_students():
     assert (low, high) == pytest.approx(stats.t.interval(0.9, 4, np.mean(X), stats.sem(X)))
 
 
-def test_bca__agrees_with_scipys():
-    def ratio(y, x, axis=-1):
-        return y.mean(axis=axis) / x.mean(axis=axis)
+def test_bca_paired__resamples_whole_pairs():
+    # Ratios of the pairs are all 2, however the pairs are resampled; apart they would not be.
+    pairs = bca_paired(np.multiply(X, 2.0) + 1e-9 * np.arange(5), X, np.random.default_rng(0))
+    assert (pairs.low, pairs.high) == pytest.approx((2.0, 2.0), abs=1e-7)
 
-    ours = bca_paired(Y, X, np.random.default_rng(0), resamples=20000)
-    theirs = stats.bootstrap((Y, X), ratio, paired=True, n_resamples=20000, rng=0, method="BCa").confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+def test_bca_unpaired__keeps_each_reference_with_its_run():
+    # The baseline's gain is 4 in every run only if its own reference is taken off.
+    level = np.array([1.0, 5.0, 2.0, 9.0, 3.0, 4.0])
+    kept = bca_unpaired(level.mean() + np.full(6, 8.0), level + 4.0, level, np.random.default_rng(0))
+    assert kept.low < 2.0 < kept.high
+    assert kept.high - kept.low < 3.0
 
 
 def test_bca_unpaired__covers_the_point_and_is_repeatable():

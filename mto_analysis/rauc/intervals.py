@@ -8,7 +8,8 @@ their numerators over the mean of their denominators, so these intervals are for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,38 +192,44 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
     return interval("everything", None, None, said)
 
 
-def _bca(ratios: Vector, point: float, jackknife: Sequence[Vector], confidence: float, runs: int, how: str) -> Interval:
-    """Bias-corrected and accelerated percentiles of resampled ratios (infinite where the denominator vanished)."""
-    from scipy.special import ndtr, ndtri
-
-    method = f"BCa bootstrap of whole runs, {how}"
-    below = (np.count_nonzero(ratios < point) + 0.5 * np.count_nonzero(ratios == point)) / ratios.size
-    if not (math.isfinite(point) and all(np.isfinite(left).all() for left in jackknife)):
-        return Interval(method, "everything", None, None, confidence, runs, "one run decides whether there is a gain")
-    if not 0 < below < 1:
-        return no_interval(method, "the resampled ratios lie all on one side", confidence, runs)
-    # Acceleration from leaving out one run at a time, summed over the independent samples.
-    influence = np.concatenate([(left.mean() - left) * (left.size - 1) / left.size for left in jackknife])
-    size = float(np.sum(influence**2))
-    acceleration = float(np.sum(influence**3)) / (6 * size**1.5) if size > 0 else 0.0
-    z0 = float(ndtri(below))
-    ends = []
-    for tail in (0.5 - confidence / 2, 0.5 + confidence / 2):
-        z = z0 + float(ndtri(tail))
-        ends.append(float(np.quantile(ratios, ndtr(z0 + z / (1 - acceleration * z)), method="nearest")))
-    if not all(map(math.isfinite, ends)):
-        return Interval(method, "everything", None, None, confidence, runs, "resamples lose the baseline's gain")
-    return Interval(method, "bounded", ends[0], ends[1], confidence, runs)
-
-
 def _divide(numerators: Vector, denominators: Vector) -> Vector:
     """Ratios, infinite where the denominator is not positive."""
     positive = denominators > 0
     return np.where(positive, numerators / np.where(positive, denominators, 1.0), math.inf)
 
 
-def _leave_one_out(values: Vector) -> Vector:
-    return np.asarray((values.sum() - values) / (values.size - 1))
+def _bca(
+    samples: tuple[Vector, ...],
+    ratio: Callable[..., Vector],
+    generator: np.random.Generator,
+    *,
+    paired: bool,
+    confidence: float,
+    resamples: int,
+) -> Interval:
+    from scipy.stats import bootstrap
+
+    runs = min(sample.size for sample in samples)
+    method = f"BCa bootstrap of whole runs, {'paired by seed' if paired else 'unpaired'}"
+    if runs < FEWEST_RUNS_TO_RESAMPLE:
+        needed = f"{runs} {'pairs' if paired else 'runs'}, {FEWEST_RUNS_TO_RESAMPLE} needed"
+        return no_interval(method, needed, confidence, runs)
+    # A resample without a gain of the baseline has an infinite ratio, which scipy's arithmetic turns into no number.
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = bootstrap(
+            samples,
+            ratio,
+            paired=paired,
+            vectorized=True,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method="BCa",
+            rng=generator,
+        ).confidence_interval
+    if not (math.isfinite(found.low) and math.isfinite(found.high)):
+        return Interval(method, "everything", None, None, confidence, runs, "resamples lose the baseline's gain")
+    return Interval(method, "bounded", float(found.low), float(found.high), confidence, runs)
 
 
 def bca_paired(
@@ -233,7 +240,7 @@ def bca_paired(
     confidence: float = 0.95,
     resamples: int = 9999,
 ) -> Interval:
-    """BCa bootstrap that draws whole pairs of runs; none below five pairs.
+    """BCa bootstrap that resamples whole pairs of runs (``scipy.stats.bootstrap``); none below five pairs.
 
     Example:
         >>> y, x = [4.0, 5.0, 6.0, 5.5, 4.8], [2.0, 2.5, 2.9, 2.8, 2.4]
@@ -241,15 +248,11 @@ def bca_paired(
         '[1.98, 2.05]'
     """
     y, x = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    if y.size < FEWEST_RUNS_TO_RESAMPLE:
-        return no_interval(
-            "BCa bootstrap of whole runs, paired by seed", f"{y.size} pairs, 5 needed", confidence, y.size
-        )
-    draw = generator.integers(0, y.size, (resamples, y.size))
-    ratios = _divide(y[draw].mean(axis=1), x[draw].mean(axis=1))
-    left_out = _divide(_leave_one_out(y), _leave_one_out(x))
-    point = float(_divide(y.mean(keepdims=True), x.mean(keepdims=True))[0])
-    return _bca(ratios, point, [left_out], confidence, y.size, "paired by seed")
+
+    def ratio(top: Vector, bottom: Vector, axis: int = -1) -> Vector:
+        return _divide(top.mean(axis=axis), bottom.mean(axis=axis))
+
+    return _bca((y, x), ratio, generator, paired=True, confidence=confidence, resamples=resamples)
 
 
 def bca_unpaired(
@@ -261,19 +264,13 @@ def bca_unpaired(
     confidence: float = 0.95,
     resamples: int = 9999,
 ) -> Interval:
-    """BCa bootstrap that draws target runs and baseline runs apart, each baseline run with its own reference."""
+    """BCa bootstrap that resamples target and baseline runs apart, each baseline run with its own reference."""
     a2, a1, r = (np.asarray(x, dtype=np.float64) for x in (target_areas, baseline_areas, reference_areas))
-    runs = min(a2.size, a1.size)
-    if runs < FEWEST_RUNS_TO_RESAMPLE:
-        return no_interval("BCa bootstrap of whole runs, unpaired", f"{runs} runs, 5 needed", confidence, runs)
-    two = generator.integers(0, a2.size, (resamples, a2.size))
-    one = generator.integers(0, a1.size, (resamples, a1.size))
-    level = r[one].mean(axis=1)
-    ratios = _divide(a2[two].mean(axis=1) - level, a1[one].mean(axis=1) - level)
-    gain, mean_level = np.atleast_1d(a1.mean() - r.mean()), r.mean()
-    jackknife = [
-        _divide(_leave_one_out(a2) - mean_level, np.broadcast_to(gain, a2.shape)),
-        _divide(a2.mean() - _leave_one_out(r), _leave_one_out(a1 - r)),
-    ]
-    point = float(_divide(np.atleast_1d(a2.mean() - mean_level), gain)[0])
-    return _bca(ratios, point, jackknife, confidence, runs, "unpaired")
+
+    def ratio(target: Vector, baseline: Vector, axis: int = -1) -> Vector:
+        rows = baseline.astype(np.int64)  # runs by number: an area and its reference stay together
+        level = r[rows].mean(axis=axis)
+        return _divide(target.mean(axis=axis) - level, a1[rows].mean(axis=axis) - level)
+
+    baseline = np.arange(a1.size, dtype=np.float64)
+    return _bca((a2, baseline), ratio, generator, paired=False, confidence=confidence, resamples=resamples)
