@@ -100,17 +100,6 @@ def test_read_log__takes_a_named_key_and_tag():
         read_log(LOGS / "timm_summary.csv", score_column="nope")
 
 
-@pytest.mark.parametrize("name", ["conmim_log.txt", "bootmae_log.txt", "resumed_log.txt", "broken_log.txt"])
-def test_read_log__lines_like_the_first_read_as_those_parsed_one_by_one(name, monkeypatch):
-    from mto_analysis.rauc.logs import jsonlines
-
-    fast = read_log(LOGS / name)
-    monkeypatch.setattr(jsonlines, "_template", lambda *_: ([], [], None))
-    slow = read_log(LOGS / name)
-    assert fast.rows.equals(slow.rows)
-    assert fast.findings == slow.findings
-
-
 def test_read_log__a_cut_event_file_loses_its_last_record_only(tmp_path):
     source = next((LOGS / "tensorboard_sample").iterdir())
     (tmp_path / source.name).write_bytes(source.read_bytes()[:-10])
