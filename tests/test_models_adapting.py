@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import make_mae, make_simmim, make_two_stacks, some_images, some_masks
 
-from mto_analysis.models.adapting import fix_key_biases, set_attention, set_drop_path
+from mto_analysis.models.adapting import fix_key_biases, set_drop_path
 from mto_analysis.models.initialization import random_weights
+from mto_analysis.training.blocks import choose_attention
 
 
 def batch():
@@ -45,19 +46,8 @@ def test_fix_key_biases__a_bias_that_is_there_has_no_effect():
     assert gradient[:third].count_nonzero() > 0
 
 
-def test_set_attention__is_plain_on_the_cpu_in_half_precision_only():
-    model = make_mae()
-    for device, dtype, fused in (
-        ("cpu", torch.bfloat16, False),
-        ("cpu", torch.float32, True),
-        ("cuda", torch.bfloat16, True),
-    ):
-        set_attention(model, device, dtype)
-        assert all(block.attn.fused_attn is fused for block in [*model.blocks, *model.decoder_blocks])
-
-
 @pytest.mark.parametrize("ragged", [False, True])
-def test_set_attention__plain_form_agrees_with_masked_out_tokens_too(ragged):
+def test_cross_attention__plain_form_agrees_with_masked_out_tokens_too(ragged):
     from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
 
     sizes = {"image_size": 16, "patch_size": 4}
@@ -70,7 +60,7 @@ def test_set_attention__plain_form_agrees_with_masked_out_tokens_too(ragged):
     images, mask = some_images(generator, 4).double(), some_masks(generator, 4, ragged=ragged)
     with torch.no_grad():
         fused = model.predict(images, mask)
-        set_attention(model, "cpu", torch.bfloat16)
+        choose_attention(model, torch.device("cpu"), "bf16")
         for one, other in zip(fused, model.predict(images, mask), strict=True):
             torch.testing.assert_close(one, other)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_models import some_images, some_masks
 
-from mto_analysis.models.adapting import set_attention
 from mto_analysis.mto import attach_mto
 from mto_analysis.training import build_method, load_recipe, parameter_groups
+from mto_analysis.training.blocks import choose_attention
 
 SMALL = {
     "image_size": "16",
@@ -113,11 +113,9 @@ def test_method__plain_attention_gives_the_same_loss(name):
     method = build_method(tiny_recipe(name), seed=0).double()
     batch = [x.double() if x.is_floating_point() else x for x in a_batch()]
     fused = sum(method(*batch).values())
-    set_attention(method, "cpu", torch.bfloat16)
+    choose_attention(method, torch.device("cpu"), "bf16")
     assert not any(getattr(module, "fused_attn", False) for module in method.modules())
     assert sum(method(*batch).values()).item() == pytest.approx(fused.item(), rel=1e-9)
-    set_attention(method, "cpu", torch.float32)
-    assert all(getattr(module, "fused_attn", True) for module in method.modules())
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -337,7 +335,7 @@ def test_method__half_precision_loses_little_and_mto_still_sees_the_mask(name):
     method = build_method(tiny_recipe(name), seed=0)
     whole = {key: value.item() for key, value in method(*a_batch()).items()}
     mto = attach_mto(method.student)
-    set_attention(method, "cpu", torch.bfloat16)
+    choose_attention(method, torch.device("cpu"), "bf16")
     with torch.autocast("cpu", torch.bfloat16):
         terms = method(*a_batch())
         loss = sum(terms.values()) + mto.loss()

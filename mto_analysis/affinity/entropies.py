@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mto_analysis.affinity.matrix import masked_first_order
+from mto_analysis.affinity.matrix import entropy_from_sums, masked_first_order
 from mto_analysis.masks import check_mask
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.runtime.precision import fast_float32
@@ -243,12 +243,13 @@ class _RowEntropy(torch.autograd.Function):
             weights.masked_fill_(~ok, 0.0)
         total = weights.sum(dim=1)
         slope = z.mul_(weights)
-        mean = slope.sum(dim=1).div_(total)
+        moment = slope.sum(dim=1)
+        mean = moment / total
         # The derivative is -p (z - mean) times the share, with p = weights / total: slope times factor.
         slope.addcmul_(weights, mean.unsqueeze(1), value=-1)
         factor = share / -total
         ctx.save_for_backward(slope, factor)
-        return total.log_().sub_(mean).mul_(share).sum(dim=-1)
+        return entropy_from_sums(total, moment).mul_(share).sum(dim=-1)
 
     @staticmethod
     @once_differentiable

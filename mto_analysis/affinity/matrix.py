@@ -21,6 +21,7 @@ __all__ = [
     "Quadrants",
     "TokenSplit",
     "affinity_matrix",
+    "entropy_from_sums",
     "heterogeneity",
     "masked_first_order",
     "quadrant_mass",
@@ -55,7 +56,25 @@ def row_entropy(logits: Tensor) -> Tensor:
     z = z - z.amax(dim=-1, keepdim=True).detach()
     weight = z.exp()
     total = weight.sum(dim=-1)
-    return total.log() - (weight * z).sum(dim=-1) / total
+    return entropy_from_sums(total, (weight * z).sum(dim=-1))
+
+
+def entropy_from_sums(total: Tensor, moment: Tensor) -> Tensor:
+    r"""Entropy of a softmax from two sums over its columns, :math:`H = \log S - T / S`.
+
+    This is the only place where the formula of :func:`row_entropy` is evaluated. Who makes the sums in another way (for
+    two kinds of columns at once, or with an analytic gradient) calls it too.
+
+    Shapes:
+        total: ... (:math:`S = \sum_j e^{z_j - m}`)
+        moment: ... (:math:`T = \sum_j e^{z_j - m} (z_j - m)`)
+        returns: ... (nats)
+
+    Example:
+        >>> entropy_from_sums(torch.tensor([2.0]), torch.tensor([0.0]))
+        tensor([0.6931])
+    """
+    return total.log() - moment / total
 
 
 class TokenSplit:

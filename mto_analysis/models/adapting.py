@@ -1,6 +1,6 @@
 """Changes to a model that is going to be trained, none of which shows in its weights or its config.
 
-Dropped branches, key biases that stay zero, and the form in which attention is computed.
+Dropped branches, and key biases that stay zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import MaskedImageModel
 
-__all__ = ["fix_key_biases", "set_attention", "set_drop_path"]
+__all__ = ["fix_key_biases", "set_drop_path"]
 
 
 def set_drop_path(model: MaskedImageModel, rate: float) -> None:
@@ -66,19 +66,3 @@ class _WithoutKeyBias(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The linear map."""
         return F.linear(input, self.weight, self.bias * self.keep)
-
-
-def set_attention(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Choose how attention is computed, by device and precision; results are the same but for rounding.
-
-    On CPUs PyTorch's fused attention takes 2.5 times as long as the plain form in bfloat16, in float32 it is faster.
-
-    Args:
-        model: Changed in place.
-        device: Where it runs.
-        dtype: In which it computes, autocast counted.
-    """
-    fused = not (torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16))
-    for module in model.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = fused  # type: ignore[assignment]

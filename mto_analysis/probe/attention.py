@@ -6,14 +6,16 @@ This is the weight aggregation that L_spa (Eq. 3) is meant to change; X X^T stan
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.affinity import TokenSplit
+from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.models import LayerTokens, MaskedImageModel
+from mto_analysis.taps.attention import tap_attention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +75,7 @@ def _reduce(z: Tensor, kinds: Tensor) -> Tensor:
     by_kind = weights @ kinds
     # A key that may not be attended to has the logit -inf and the weight 0.
     moments = z.clamp_min_(-1e4).mul_(weights) @ kinds
-    entropy = torch.where(by_kind > 1e-35, by_kind.clamp_min(1e-37).log() - moments / by_kind.clamp_min(1e-37), 0)
+    entropy = torch.where(by_kind > 1e-35, entropy_from_sums(by_kind.clamp_min(1e-37), moments), 0)
     shares = torch.stack([by_kind / total, entropy], dim=-2)  # batch num_heads num_tokens (mass, entropy) kind of key
     counts = kinds.sum(dim=2)
     means = (
@@ -94,7 +96,6 @@ class AttentionWatch:
         self._split: TokenSplit | None = None
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._images: dict[tuple[str, int], int] = {}
-        self._bias: Tensor | None = None
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Take note of where masked tokens are in the next block."""
@@ -104,38 +105,22 @@ class AttentionWatch:
     @contextmanager
     def watching(self, model: MaskedImageModel) -> Iterator[AttentionWatch]:
         """Watch the model's blocks; no hook is left behind, also after an error."""
-        handles = []
         try:
-            for stack in model.stacks:
-                for number, block in enumerate(model.stack_blocks(stack), start=1):
-                    attention = getattr(block, "attn", None)
-                    if isinstance(attention, nn.Module) and all(hasattr(attention, name) for name in _NEEDED):
-                        handles += self._hooks(attention, (stack, number))
-            yield self
+            with ExitStack() as taps:
+                for stack in model.stacks:
+                    taps.enter_context(tap_attention(model.stack_blocks(stack), partial(self._add, stack)))
+                yield self
         finally:
-            for handle in handles:
-                handle.remove()
-            self._split = self._bias = None
+            self._split = None
 
-    def _hooks(self, attention: Any, key: tuple[str, int]) -> list[torch.utils.hooks.RemovableHandle]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._bias = kwargs.get("attn_mask", args[1] if len(args) > 1 else None)
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._split is None or output.shape[1] < self._split.mask.shape[1]:
-                return
-            batch, tokens, _ = output.shape
-            split = output.reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-            queries, keys = attention.q_norm(split[0]), attention.k_norm(split[1])
-            found = attention_statistics(queries * attention.scale, keys, self._split.mask, self._bias)
-            total = found.double().sum(dim=0) if found.device.type != "mps" else found.sum(dim=0)
-            self._sums[key] = self._sums[key] + total if key in self._sums else total
-            self._images[key] = self._images.get(key, 0) + batch
-
-        return [
-            attention.register_forward_pre_hook(before, with_kwargs=True),
-            attention.qkv.register_forward_hook(after),
-        ]
+    def _add(self, stack: str, block: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+        if self._split is None or queries.shape[2] < self._split.mask.shape[1]:
+            return
+        key = stack, block
+        found = attention_statistics(queries, keys, self._split.mask, bias)
+        total = found.double().sum(dim=0) if found.device.type != "mps" else found.sum(dim=0)
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
+        self._images[key] = self._images.get(key, 0) + len(queries)
 
     def kept(self) -> Any:
         """Sums over this process's images."""
@@ -163,6 +148,3 @@ class AttentionWatch:
             for head, values in enumerate((total / self._images[stack, block]).tolist(), start=1)
         ]
         return pd.DataFrame(rows, columns=["stack", "block", "head", *ATTENTION_STATISTICS])
-
-
-_NEEDED = ("qkv", "num_heads", "scale", "q_norm", "k_norm")

@@ -5,14 +5,13 @@ X X^T is symmetric, and every kind of affinity map, H and the quadrants follow f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mto_analysis.affinity import TokenSplit, affinity_matrix, heterogeneity, quadrant_mass
+from mto_analysis.affinity import TokenSplit, affinity_matrix, heterogeneity, quadrant_mass, row_entropy
 from mto_analysis.errors import NumericalError
 from mto_analysis.probe.engine import undisturbed
 from mto_analysis.probe.reconstruction import to_pixels
@@ -87,10 +86,7 @@ class ExploredDepth:
     def stored_heterogeneity(self) -> float:
         """H again, from the packed products."""
         logits = self.products.unpack()[self.mask][:, ~self.mask]
-        logits -= logits.max(axis=1, keepdims=True)
-        weight = np.exp(logits)
-        total = weight.sum(axis=1)
-        return float((np.log(total) - (weight * logits).sum(axis=1) / total).mean())
+        return float(row_entropy(torch.from_numpy(logits)).mean())
 
 
 @dataclass(frozen=True)
@@ -163,9 +159,3 @@ def explore_shown(shown: ShownModel) -> list[Explored]:
         )
         explored.append(Explored(shown.label, stack, info.family, model.depth(stack), tuple(left_out), images))
     return explored
-
-
-def grid_of(num_patches: int) -> tuple[int, int]:
-    """Rows and columns of a square token grid."""
-    side = math.isqrt(num_patches)
-    return (side, num_patches // side)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import TokenSplit
+from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.models import LayerTokens
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 
@@ -177,7 +177,7 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
 
     # Entropy by the chain rule: that of a row's masses, and those within each kind of columns, weighed by its mass.
     log_total = total.log()
-    over_kind = log_total - moment / total
+    over_kind = entropy_from_sums(total, moment)
     log_mass = torch.log_softmax(top + log_total, dim=-1)
     mass = log_mass.exp()
     entropy = (mass * (over_kind - log_mass)).sum(dim=-1, keepdim=True)

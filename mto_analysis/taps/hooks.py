@@ -161,15 +161,19 @@ class Attached:
         # What the model-level hook saw; None outside the model's own call (Lightning calls training_step instead).
         self._recording: bool | None = None
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self, model, "_model_starts"), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_Hook(self, model, "_model_ends"), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(
+                _Hook(self, model, lambda handle, *seen: handle._model_starts(*seen)), with_kwargs=True, prepend=True
+            ),
+            model.register_forward_hook(
+                _Hook(self, model, lambda handle, *seen: handle._model_ends(*seen)), with_kwargs=True, always_call=True
+            ),
         ]
         for stack, forward in enumerate(self._forwards):
             first = forward.spec.blocks[0]
-            starts = _Hook(self, first, "_block_starts", stack)
+            starts = _Hook(self, first, lambda handle, *seen, at=stack: handle._block_starts(at, *seen))
             self._handles.append(first.register_forward_pre_hook(starts, with_kwargs=True))
             for depth, block in enumerate(forward.spec.blocks, start=1):
-                ends = _Hook(self, block, "_block_ends", stack, depth)
+                ends = _Hook(self, block, lambda handle, *seen, at=(stack, depth): handle._block_ends(*at, *seen))
                 self._handles.append(block.register_forward_hook(ends, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -226,16 +230,16 @@ def warn_of(message: str) -> None:
 class _Hook:
     """A hook that keeps neither the handle nor the model alive, and that copies and pickles of a model do not have."""
 
-    def __init__(self, attached: Attached, module: nn.Module, method: str, *bound: int) -> None:
+    def __init__(self, attached: Attached, module: nn.Module, tell: Callable[..., None]) -> None:
         self._handle, self._owner = weakref.ref(attached), weakref.ref(module)
-        self._method, self._bound = method, bound
+        self._tell = tell  # gets the handle at each call, as it must not keep it
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, called: nn.Module, *arguments: Any) -> None:
         """Tell the handle, unless a copy of the module was called."""
         target = self._handle()
         if target is not None and self._owner() is called:
-            getattr(target, self._method)(*self._bound, called, *arguments)
+            self._tell(target, called, *arguments)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """In a copy of the model the hook is empty."""
