@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from test_training_attach import build, keep_tokens, scaled, traces
+from test_mto_attach import build, keep_tokens, scaled, traces
 from training_models import CASES
 
 from mto_analysis import heterogeneity

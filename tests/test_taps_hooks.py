@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training_attach import CASES, CONFIG, assert_same, attached_way, build, keep_tokens, slow_way
+from test_mto_attach import CASES, CONFIG, assert_same, attached_way, build, keep_tokens, slow_way
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from training_models import NUM, draw_mask, make_images
 

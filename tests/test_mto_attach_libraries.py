@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_training_attach import CONFIG, assert_near, assert_same, attached_way, build, slow_way, traces
+from test_mto_attach import CONFIG, assert_near, assert_same, attached_way, build, slow_way, traces
 from torch import nn
 from training_models import BATCH, Case, draw_mask, make_images, patches_of
 

@@ -11,7 +11,7 @@ if not torch.distributed.is_available():
 
 
 def work(rank, address, answers):
-    from test_training_attach import CONFIG, build
+    from test_mto_attach import CONFIG, build
     from training_models import CASES
 
     from mto_analysis.mto import attach_mto

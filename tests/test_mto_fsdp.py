@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_training_attach import CONFIG, build
+from test_mto_attach import CONFIG, build
 from training_models import CASES
 
 from mto_analysis.mto import attach_mto
