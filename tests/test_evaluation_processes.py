@@ -12,9 +12,9 @@ from labelled_images import write_parquet
 from tiny_models import make_mae
 
 from mto_analysis.training.evaluation import Evaluation, Evaluator
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
+from mto_analysis.training.evaluation.classifier_training import TrainingMachine, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
-from mto_analysis.training.evaluation.settings import ClassifierSettings
-from mto_analysis.training.evaluation.training import TrainingMachine, train_classifier
 
 if not torch.distributed.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)

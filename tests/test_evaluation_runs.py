@@ -17,14 +17,14 @@ from mto_analysis import save_checkpoint
 from mto_analysis.checkpoints.publishing import published_state
 from mto_analysis.errors import CheckpointNotFoundError, DataError, OutputExistsError
 from mto_analysis.figures.plots.evaluation import draw_accuracy
-from mto_analysis.training.evaluation.evaluator import Score
-from mto_analysis.training.evaluation.runs import (
+from mto_analysis.training.evaluation.checkpoint_scores import (
     CurveFile,
     RunCheckpoint,
     find_checkpoints,
     named_checkpoints,
     score_checkpoints,
 )
+from mto_analysis.training.evaluation.evaluator import Score
 from mto_analyze import app
 
 

@@ -18,12 +18,13 @@ from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
 from torch import nn
 from torch.nn import functional as F
 
-from mto_analysis.errors import DataError, NumericalError, OutputExistsError
-from mto_analysis.training.evaluation.augmented import Share, augmented_batches, global_state_restored
+from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
+from mto_analysis.training.evaluation.augmented import Share, augmented_batches
 from mto_analysis.training.evaluation.classifier import build_classifier, build_optimizer, layer_of
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
+from mto_analysis.training.evaluation.classifier_training import TrainingMachine, learning_rate, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
-from mto_analysis.training.evaluation.settings import ClassifierSettings, finetune_settings, linear_settings
-from mto_analysis.training.evaluation.training import TrainingMachine, learning_rate, train_classifier
+from mto_analysis.training.randomness import global_state_restored
 
 
 def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
@@ -218,7 +219,25 @@ def test_train_classifier__refuses_another_setting_or_model(labelled, tmp_path) 
         next(train_classifier(make_mae(), *labelled, replace(chosen, base_lr=0.2), tmp_path))
     with pytest.raises(OutputExistsError, match="another model"):
         next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path))
+    with pytest.raises(OutputExistsError, match=r"settings\.base_lr was 0\.05 and is now 0\.2"):
+        next(train_classifier(make_mae(), *labelled, replace(chosen, base_lr=0.2), tmp_path))
     next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path, overwrite=True))
+
+
+def test_train_classifier__refuses_a_damaged_file_and_one_of_an_older_version(labelled, tmp_path) -> None:
+    chosen, last = settings("linear_mae"), tmp_path / "last.pth"
+    next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+    saved = state_of(tmp_path, "last.pth")
+    older = {name: value for name, value in saved["identity"].items() if name != "randomness"}
+    torch.save({**saved, "identity": older, "versions": {"mto-analysis": "0.0.7"}}, last)
+    with pytest.raises(CheckpointError, match=r"written by mto-analysis 0\.0\.7, which samples other random numbers"):
+        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+    torch.save({"rows": []}, last)
+    with pytest.raises(CheckpointError, match="no training of a classifier"):
+        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+    last.write_bytes(last.read_bytes()[:300])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
 
 
 def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(labelled, tmp_path) -> None:

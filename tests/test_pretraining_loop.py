@@ -131,6 +131,21 @@ def test_resume__of_another_run_says_what_differs(tmp_path):
             run(tmp_path / "run", recipe, settings, images=images, resume=True)
 
 
+@pytest.mark.parametrize("written", [None, 1])
+def test_resume__of_an_older_version_names_it(tmp_path, written):
+    run(tmp_path / "run")
+    facts = tmp_path / "run" / "run.json"
+    stored = json.loads(facts.read_text())
+    stored["versions"]["mto-analysis"] = "0.0.7"
+    stored["identity"].pop("randomness")
+    if written is not None:
+        stored["identity"]["randomness"] = written
+    facts.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"mto-analysis 0\.0\.7.*other random numbers \(revision 1"):
+        run(tmp_path / "run", resume=True)
+    assert json.loads(facts.read_text()) == stored
+
+
 def test_resume__takes_settings_given_in_another_order(tmp_path):
     run(tmp_path / "run", small_recipe().with_options({"epochs": "2", "base_lr": "0.01"}))
     other = small_recipe().with_options({"base_lr": "0.01"}).with_options({"epochs": "2"})

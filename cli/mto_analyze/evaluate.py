@@ -17,8 +17,8 @@ from mto_analyze.options import Heads, Offline, Overwrite, Quiet
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
     from mto_analysis.training.evaluation import Score
-    from mto_analysis.training.evaluation.runs import CurveFile, RunCheckpoint
-    from mto_analysis.training.evaluation.settings import ClassifierSettings
+    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile, RunCheckpoint
+    from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 
 evaluate = typer.Typer(
     no_args_is_help=True,
@@ -147,7 +147,7 @@ def linear(
         return on_features(
             context, "linear_cached", {name: parse_value(name, types[name], text) for name, text in options.items()}
         )
-    from mto_analysis.training.evaluation.settings import linear_settings
+    from mto_analysis.training.evaluation.classifier_settings import linear_settings
 
     return trained(context, "linear_mae", linear_settings)
 
@@ -181,7 +181,7 @@ def finetune(
     Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth. A killed run goes on
     exactly: after every epoch all that it needs is in last.pth.
     """
-    from mto_analysis.training.evaluation.settings import finetune_settings
+    from mto_analysis.training.evaluation.classifier_settings import finetune_settings
 
     trained(context, "finetune", finetune_settings)
 
@@ -189,8 +189,8 @@ def finetune(
 def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> None:
     """Score by an :class:`Evaluator`, whose images are decoded once."""
     from mto_analysis.training.evaluation import Evaluation, Evaluator
+    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
     from mto_analysis.training.evaluation.features import join_processes, place
-    from mto_analysis.training.evaluation.runs import CurveFile
 
     given = context.params
     device = join_processes(given["device"])
@@ -209,10 +209,10 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
 
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
     """Score by training a classifier for each checkpoint, in a folder of its own."""
+    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
+    from mto_analysis.training.evaluation.classifier_training import TrainingMachine, train_classifier
     from mto_analysis.training.evaluation.evaluator import Score
     from mto_analysis.training.evaluation.features import LabelledImages, check_classes, join_processes, place
-    from mto_analysis.training.evaluation.runs import CurveFile
-    from mto_analysis.training.evaluation.training import TrainingMachine, train_classifier
 
     given = context.params
     device = join_processes(given["device"])
@@ -258,7 +258,12 @@ def _score_all(
 ) -> None:
     """Score what the curve lacks, then write the figure, the random encoders and what was run."""
     from mto_analysis.runtime.outputs import run_facts, write_atomically
-    from mto_analysis.training.evaluation.runs import load_encoder, named_checkpoints, score_checkpoints, score_random
+    from mto_analysis.training.evaluation.checkpoint_scores import (
+        load_encoder,
+        named_checkpoints,
+        score_checkpoints,
+        score_random,
+    )
 
     given = context.params
     say = partial(note, quiet=given["quiet"] or process > 0)

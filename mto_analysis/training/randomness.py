@@ -1,12 +1,14 @@
-"""What is random in a step: torch's generators by seed, step and process, and noise that stands for images."""
+"""What is random in a step: generators seeded by keys and restored afterwards, and noise in the place of images."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mto_analysis.images import TrainBatch
@@ -15,18 +17,42 @@ from mto_analysis.masks import mask_keys
 if TYPE_CHECKING:
     from mto_analysis.training.recipes import Recipe
 
-__all__ = ["noise_batch", "step_randomness"]
+__all__ = ["global_state_restored", "noise_batch", "seed_globally", "step_randomness"]
 
 
 @contextlib.contextmanager
 def step_randomness(seed: int, step: int, process: int, device: torch.device) -> Iterator[None]:
     """Torch's generators seeded for one step of one process (drop path), and afterwards as they were."""
-    text = f"{seed}\x1f{step}\x1f{process}".encode()
-    key = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(key)
+        torch.manual_seed(_number(seed, step, process, size=7))
         yield
+
+
+@contextlib.contextmanager
+def global_state_restored() -> Iterator[None]:
+    """Transforms of timm sample from the global generators: inside they are seeded by keys, afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def seed_globally(*key: object) -> None:
+    """Seed Python, numpy and torch by the parts of a key."""
+    number = _number(*key, size=8)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002
+    torch.manual_seed(number % 2**63)
+
+
+def _number(*key: object, size: int) -> int:
+    """A number of so many bytes that depends on every part of a key."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=size).digest()
+    return int.from_bytes(digest, "big")
 
 
 def noise_batch(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:

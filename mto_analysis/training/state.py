@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["RunFolder", "differences", "run_differences", "run_identity", "run_layout", "write_checkpoint"]
+__all__ = [
+    "RANDOMNESS",
+    "RunFolder",
+    "check_randomness",
+    "differences",
+    "read_checkpoint",
+    "run_differences",
+    "run_identity",
+    "run_layout",
+    "write_checkpoint",
+]
+
+#: Part of every identity, raised whenever a release samples other random numbers: a run that went on across such a
+#: change would be neither the old run nor the new one. 2: colour augmentation by torchvision.
+RANDOMNESS = 2
 
 
 class RunFolder:
@@ -81,7 +95,9 @@ class RunFolder:
                 )
             return
         if resume:
-            if other := run_differences(self.stored_facts()["identity"], identity):
+            stored = self.stored_facts()
+            check_randomness(self.path, stored["identity"], stored)
+            if other := run_differences(stored["identity"], identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
                 )
@@ -117,16 +133,32 @@ class RunFolder:
         Raises:
             CheckpointError: If the file is damaged or was written by something else.
         """
-        try:
-            content = torch.load(self.last, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+        content = read_checkpoint(self.last)
+        if content is None:
             return None
-        except Exception as error:  # of many types, from a damaged file
-            line = (str(error).strip().splitlines() or [""])[0]
-            raise CheckpointError(f"{self.last} is damaged ({type(error).__name__}: {line})") from error
-        if not isinstance(content, dict) or "resume" not in content:
+        if "resume" not in content:
             raise CheckpointError(f"{self.last} holds no state to resume from")
         return dict(content["resume"])
+
+
+def check_randomness(path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run whose random numbers this version no longer samples.
+
+    Args:
+        path: Of the run, for the message.
+        identity: The stored one.
+        facts: From :func:`~mto_analysis.runtime.outputs.run_facts`, when the run began.
+
+    Raises:
+        CheckpointError: Names the version that wrote the run.
+    """
+    written = identity.get("randomness", 1)
+    if written != RANDOMNESS:
+        version = facts.get("versions", {}).get("mto-analysis", "of unknown number")
+        raise CheckpointError(
+            f"{path} was written by mto-analysis {version}, which samples other random numbers (revision {written}; "
+            f"this version has revision {RANDOMNESS}); finish it with that version, or choose another --out"
+        )
 
 
 def run_identity(recipe: Recipe, images: Images, settings: RunSettings) -> dict[str, Any]:
@@ -134,6 +166,7 @@ def run_identity(recipe: Recipe, images: Images, settings: RunSettings) -> dict[
     names = hashlib.blake2b("\n".join(images.names).encode(), digest_size=8).hexdigest()
     facts = settings.facts()
     return {
+        "randomness": RANDOMNESS,
         "recipe": recipe.to_dict(),
         **{name: facts[name] for name in ("seed", "mto", "precision", "ema", "fsdp")},
         "images": {"count": len(images.names), "names": names},
@@ -185,6 +218,24 @@ def differences(stored: Any, now: Any, name: str = "") -> list[str]:
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The content of a file from :func:`write_checkpoint`, on the CPU; ``None`` where there is none.
+
+    Raises:
+        CheckpointError: If it is damaged or was written by something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of many types, from a damaged file
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {line})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no state to resume from")
+    return content
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from mto_analysis.errors import DataError
 from mto_analysis.models import ModelInfo
 from mto_analysis.runtime.randomness import keyed_permutation, name_keys
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages
-from mto_analysis.training.evaluation.settings import ClassifierSettings
+from mto_analysis.training.randomness import seed_globally
 
-__all__ = ["Share", "augmented_batches", "global_state_restored", "seed_globally", "steps_per_epoch"]
+__all__ = ["Share", "augmented_batches", "steps_per_epoch"]
 
 
 class Share(NamedTuple):
@@ -36,27 +33,6 @@ class Share(NamedTuple):
     def global_batch(self) -> int:
         """Images in an optimizer step."""
         return self.micro_batch * self.accumulation * self.processes
-
-
-@contextmanager
-def global_state_restored() -> Iterator[None]:
-    """Transforms of timm draw from the global generators: inside they are seeded by keys, afterwards as they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-def seed_globally(*key: object) -> None:
-    """Seed Python, numpy and torch by the parts of a key."""
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "big")
-    random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
-    torch.manual_seed(number % 2**63)
 
 
 def steps_per_epoch(images: LabelledImages, batch: int) -> int:
@@ -85,7 +61,7 @@ def augmented_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro-batches of one process in one epoch; a step sees the same images however they are shared out.
 
-    To be used inside :func:`global_state_restored`.
+    To be used inside :func:`~mto_analysis.training.randomness.global_state_restored`.
 
     Shapes:
         returns: batch channels height width (normalised), batch (labels)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mto_analysis.errors import DataError
 from mto_analysis.models import InpaintingViT, MaskedImageModel
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import pooled
-from mto_analysis.training.evaluation.settings import ClassifierSettings
 
 __all__ = ["Classifier", "build_classifier", "build_optimizer", "layer_of"]
 

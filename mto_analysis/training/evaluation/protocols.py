@@ -36,7 +36,7 @@ class Evaluation:
     Args:
         protocol: ``knn``, the weighted vote of the nearest training images, or ``linear_cached``, a linear classifier
             on features without augmentation; ``linear`` is taken for the latter. What is trained with augmentation (the
-            linear probe of MAE, fine-tuning) is in :mod:`mto_analysis.training.evaluation.training`.
+            linear probe of MAE, fine-tuning) is in :mod:`mto_analysis.training.evaluation.classifier_training`.
         train: Labelled training images, as for :func:`mto_analysis.open_images`.
         test: Labelled test images.
         every: Pre-training epochs between two scores along a run.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mto_analysis.models import MAE
 from mto_analysis.models.targets import patch_loss, target_patches
-from mto_analysis.training.methods.method import Method, half_cosine
+from mto_analysis.training.methods.method import Method, warmup_then_cosine
 from mto_analysis.training.recipes import Recipe
 
 __all__ = ["MAEMethod"]
@@ -34,9 +34,7 @@ class MAEMethod(Method):
     def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
         """A half cosine after the warm-up, both by the fraction of an epoch."""
         warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
-        if step < warmup:
-            return start + (peak - start) * step / warmup
-        return half_cosine(peak, end, (step - warmup) / (total - warmup))
+        return warmup_then_cosine(step, total, warmup=warmup, peak=peak, start=start, end=end)
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.recipes import Recipe
 
-__all__ = ["Method", "half_cosine"]
+__all__ = ["Method", "half_cosine", "warmup_then_cosine"]
 
 
 class Method(nn.Module, ABC):
@@ -105,3 +105,28 @@ def half_cosine(start: float, end: float, fraction: float) -> float:
         0.5
     """
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def warmup_then_cosine(
+    done: float, total: float, *, warmup: float, peak: float, start: float = 0.0, end: float = 0.0
+) -> float:
+    """MAE's schedule, of pre-training as of classifiers: a linear warm-up, and a half cosine over what is left.
+
+    Args:
+        done: What is done of the run, in any unit.
+        total: The whole run.
+        warmup: The warm-up.
+        peak: Rate after the warm-up.
+        start: Rate at the beginning.
+        end: Rate at the end.
+
+    Source:
+        facebookresearch/mae ``util/lr_sched.py``.
+
+    Example:
+        >>> [warmup_then_cosine(epoch, 10, warmup=5, peak=1.0) for epoch in (1, 5, 7.5)]
+        [0.2, 1.0, 0.5]
+    """
+    if done < warmup:
+        return start + (peak - start) * done / warmup
+    return half_cosine(peak, end, (done - warmup) / max(total - warmup, 1e-9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Iterator
@@ -16,21 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mto_analysis.errors import DataError, NumericalError, OutputExistsError
+from mto_analysis.errors import CheckpointError, NumericalError, OutputExistsError
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.runtime.outputs import write_atomically
+from mto_analysis.runtime.outputs import run_facts, write_atomically
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training.evaluation.augmented import (
     Share,
     augmented_batches,
-    global_state_restored,
-    seed_globally,
     steps_per_epoch,
 )
 from mto_analysis.training.evaluation.classifier import Classifier, build_classifier, build_optimizer
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, normalized, place
 from mto_analysis.training.evaluation.protocols import Precision
-from mto_analysis.training.evaluation.settings import ClassifierSettings
+from mto_analysis.training.methods.method import warmup_then_cosine
+from mto_analysis.training.randomness import global_state_restored, seed_globally
+from mto_analysis.training.state import RANDOMNESS, check_randomness, differences, read_checkpoint, write_checkpoint
 
 __all__ = ["ClassifierEpoch", "TrainingMachine", "learning_rate", "train_classifier"]
 
@@ -87,10 +87,8 @@ def learning_rate(settings: ClassifierSettings, epoch: float) -> float:
     Source:
         facebookresearch/mae ``util/lr_sched.py``.
     """
-    if epoch < settings.warmup_epochs:
-        return settings.learning_rate * epoch / settings.warmup_epochs
-    passed = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1e-9)
-    return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * passed))
+    peak, end = settings.learning_rate, settings.min_lr
+    return warmup_then_cosine(epoch, settings.epochs, warmup=settings.warmup_epochs, peak=peak, end=end)
 
 
 def train_classifier(
@@ -114,13 +112,14 @@ def train_classifier(
         model: Pre-trained, on the device to train on; it is not changed.
         train: Training images.
         test: Test images.
-        settings: From :mod:`mto_analysis.training.evaluation.settings`.
+        settings: From :mod:`mto_analysis.training.evaluation.classifier_settings`.
         folder: For the results.
         seed: Of the head, the order, augmentation, mixup and drop path.
         machine: How to carry it out.
         overwrite: Begin anew whatever the folder holds.
 
     Raises:
+        CheckpointError: If what the folder holds is damaged, or of a version with other random numbers.
         DataError: If the model has no encoder that can be used, or the images do not fit together.
         NumericalError: If the loss is not finite; names epoch and step.
         OutputExistsError: If the folder holds a training with other settings or of another model.
@@ -131,7 +130,12 @@ def train_classifier(
     steps_per_epoch(train, share.global_batch)
     classifier = build_classifier(model, settings, num_classes, seed=seed)
     optimizer = build_optimizer(classifier, settings)
-    identity = {"settings": settings.to_dict(), "seed": seed, "weights": _fingerprint(model)}
+    identity = {
+        "randomness": RANDOMNESS,
+        "settings": settings.to_dict(),
+        "seed": seed,
+        "weights": _fingerprint(model),
+    }
     rows = [] if overwrite else _resume(folder, classifier, optimizer, identity)
     yield from (ClassifierEpoch(**row) for row in rows)
     run = _Run(classifier, optimizer, train, test, settings, machine, share, seed)
@@ -279,23 +283,21 @@ def _resume(
     """Rows of the epochs done before; weights and optimizer as they were after the last of them."""
     for name in ("classifier.pth", "last.pth"):
         path = folder / name
-        if not path.exists():
+        saved = read_checkpoint(path)
+        if saved is None:
             continue
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            same = {key: saved[key] for key in identity} == identity
-            rows: list[dict[str, Any]] = saved["rows"]
-        except Exception as error:  # a file that is none of ours fails in many ways
-            raise DataError(
-                f"{path} is not readable as a training of ours ({type(error).__name__}); remove it"
-            ) from None
-        if not same:
+        if not isinstance(saved.get("identity"), dict):
+            raise CheckpointError(f"{path} holds no training of a classifier that could go on; remove it")
+        check_randomness(path, saved["identity"], saved)
+        if changed := differences(saved["identity"], identity):
             raise OutputExistsError(
-                f"{path} is of another model, seed or settings; choose another --out or pass --overwrite"
+                f"{path} is of another model, seed or settings ({'; '.join(changed)}); choose another --out or pass "
+                "--overwrite"
             )
         classifier.load_state_dict(saved["classifier"], strict=False)
         if "optimizer" in saved:
             optimizer.load_state_dict(saved["optimizer"])
+        rows: list[dict[str, Any]] = saved["rows"]
         return rows
     return []
 
@@ -312,12 +314,11 @@ def _save(
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"classifier": _learned(classifier), "rows": rows, **identity}
+    versions = run_facts({})["versions"]
+    content = {"classifier": _learned(classifier), "rows": rows, "identity": identity, "versions": versions}
     if not finished:
         content["optimizer"] = optimizer.state_dict()
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(folder / ("classifier.pth" if finished else "last.pth"), buffer.getvalue())
+    write_checkpoint(folder / ("classifier.pth" if finished else "last.pth"), content)
     write_atomically(folder / "metrics.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
     if finished:
         (folder / "last.pth").unlink(missing_ok=True)
