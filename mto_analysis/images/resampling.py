@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Interpolation", "blur_matrices", "crop_matrices", "resample", "shift_matrices"]
+__all__ = ["Interpolation", "crop_matrices", "resample", "shift_matrices"]
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -80,24 +80,6 @@ def shift_matrices(shift: Tensor, flip: Tensor | None, size: int) -> Tensor:
     source = (target + shift.view(-1, 1)).abs()
     source = (size - 1) - (size - 1 - source).abs()  # reflected without repeating the border pixel
     return (source.unsqueeze(2) == torch.arange(size, device=shift.device)).to(torch.float32)
-
-
-def blur_matrices(sigma: Tensor, size: int, radius: int) -> Tensor:
-    """One matrix per image that blurs by a Gaussian; beyond a border the border pixel goes on.
-
-    Shapes:
-        sigma: batch (pixels)
-        returns: batch size size
-    """
-    offsets = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1).to(torch.float32)) ** 2)
-    kernel = _exact(kernel / kernel.sum(dim=1, keepdim=True))
-    rows = torch.arange(size, device=sigma.device)
-    matrices = torch.zeros(len(sigma), size, size, device=sigma.device)
-    for place, offset in enumerate(range(-radius, radius + 1)):
-        # Each row once per offset, so that nothing is added to one number twice at a time.
-        matrices[:, rows, (rows + offset).clamp_(0, size - 1)] += kernel[:, place : place + 1]
-    return matrices
 
 
 def resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
