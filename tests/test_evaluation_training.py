@@ -24,6 +24,8 @@ from mto_analysis.training.evaluation.classifier import build_classifier, build_
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
 from mto_analysis.training.evaluation.classifier_training import TrainingMachine, learning_rate, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analysis.training.evaluation.protocols import pooling_of
+from mto_analysis.training.methods import METHODS, method_of
 from mto_analysis.training.randomness import global_state_restored
 
 
@@ -327,3 +329,22 @@ def test_finetuning__starts_from_a_fresh_norm_of_the_mean(tiny_mae, generator) -
         torch.testing.assert_close(classifier(images), expected, atol=1e-7, rtol=1e-3)
     assert isinstance(classifier.head[0], nn.LayerNorm)
     assert float(classifier.head[1].weight.detach().std()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "method"),
+    [
+        ("mae", "decoder", "mae"),
+        ("simmim_swin", "inpainting", "simmim"),
+        ("bootmae", "decoder", "bootmae"),
+        ("conmim", "inpainting", "conmim"),
+        ("beit", "inpainting", "conmim"),
+        ("mff", "decoder", "mae"),
+    ],
+)
+def test_settings__are_on_the_class_of_the_method(family, style, method) -> None:
+    model = make_mae()
+    model.info = replace(model.info, family=family, style=style)
+    assert method_of(model) is METHODS[method]
+    assert pooling_of(model) == ("class" if method == "mae" else "patches")
+    assert finetune_settings(model).clip_grad == (5.0 if method == "simmim" else None)

@@ -230,7 +230,7 @@ def method_augmentation(method: str, image_size: int) -> Augmentation:
     method    as in
     ========  ==========================================================================================
     mae       facebookresearch/mae ``main_pretrain.py``: crops of 0.2 to 1 of the area, bicubic; flip
-    bootmae   LightDXY/BootMAE ``datasets.py`` (``resize_scale`` 0.2): as MAE
+    bootmae   LightDXY/BootMAE ``datasets.py`` (``resize_scale`` 0.2): as MAE, mean and std 0.5
     simmim    microsoft/SimMIM ``data_simmim.py``: 0.67 to 1, torchvision's default kernel, bilinear; flip
     conmim    TencentARC/ConMIM ``datasets.py``: 0.08 to 1 (its default), bicubic; flip; the teacher sees the
               same crop with colour jitter, grey, blur and solarisation, the student sees it plain
@@ -246,7 +246,7 @@ def method_augmentation(method: str, image_size: int) -> Augmentation:
     """
     known = {
         "mae": Augmentation(image_size),
-        "bootmae": Augmentation(image_size),
+        "bootmae": Augmentation(image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         "simmim": Augmentation(image_size, scale=(0.67, 1.0), interpolation="bilinear"),
         "conmim": Augmentation(image_size, scale=(0.08, 1.0), second_view=CONMIM_TEACHER),
         "cifar": Augmentation(image_size, padding=min(4, image_size - 1)),

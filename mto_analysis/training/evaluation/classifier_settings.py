@@ -9,6 +9,7 @@ from typing import Any
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.runtime.settings import field_types, parse_value
 from mto_analysis.training.evaluation.protocols import Pooling, pooling_of
+from mto_analysis.training.methods import method_of
 
 __all__ = ["ClassifierSettings", "finetune_settings", "linear_settings"]
 
@@ -167,18 +168,10 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
         Supplementary Tables 3-6; facebookresearch/mae ``FINETUNE.md``; microsoft/SimMIM ``config.py``; LightDXY/BootMAE
         ``scripts/finetune``; TencentARC/ConMIM ``README.md``.
     """
-    family, wide = model.info.family, getattr(model.config, "dim", 768) >= 1024
-    values: dict[str, Any]
-    if family == "bootmae":
-        values = {"batch_size": 1024, "base_lr": 5e-3, "lr_batch": 1024, "layer_decay": 0.75, "warmup_epochs": 20}
-    elif family in ("simmim_vit", "simmim_swin"):
-        values = {"batch_size": 2048, "base_lr": 5e-3, "lr_batch": 2048, "layer_decay": 0.9, "warmup_epochs": 10}
-        values["clip_grad"] = 5.0
-    elif model.info.style == "inpainting":
-        values = {"batch_size": 1024, "base_lr": 4e-3, "lr_batch": 1024, "layer_decay": 0.65, "warmup_epochs": 20}
-    else:
-        values = {"batch_size": 1024, "base_lr": 1e-3, "layer_decay": 0.75, "warmup_epochs": 5}
-        values |= {"epochs": 50, "drop_path": 0.2} if wide else {}
+    method = method_of(model)
+    values = dict(method.finetuning)
+    if getattr(model.config, "dim", 768) >= 1024:
+        values |= method.wide_finetuning
     if model.info.image_size <= _SMALL:
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
         values |= {"crop_scale": (0.5, 1.0), "source": f"{_PAPER}, for small images"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.training.methods import method_of
 
 __all__ = ["Evaluation", "Pooling", "Precision", "Protocol", "pooling_of"]
 
@@ -25,8 +26,7 @@ def pooling_of(model: MaskedImageModel) -> Pooling:
         facebookresearch/mae ``FINETUNE.md`` (``--cls_token``); LightDXY/BootMAE ``scripts/linear`` (``--global_pool``);
         microsoft/SimMIM ``USE_MEAN_POOLING``; microsoft/unilm, BEiT.
     """
-    mean = model.encoder_prefix_tokens == 0 or model.info.style == "inpainting" or model.info.family == "bootmae"
-    return "patches" if mean else "class"
+    return method_of(model).probe_pooling if model.encoder_prefix_tokens else "patches"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mto_analysis.training.methods.method import Method
 from mto_analysis.training.methods.simmim import SimMIMMethod
 from mto_analysis.training.recipes import Recipe
 
-__all__ = ["METHODS", "Method", "build_method", "build_student"]
+__all__ = ["METHODS", "Method", "build_method", "build_student", "method_of"]
 
 #: By the name that recipes give them.
 METHODS: Mapping[str, type[Method]] = {
@@ -25,6 +25,17 @@ METHODS: Mapping[str, type[Method]] = {
     "bootmae": BootMAEMethod,
     "conmim": ConMIMMethod,
 }
+
+
+def method_of(model: MaskedImageModel) -> type[Method]:
+    """The method whose authors' evaluation applies to a model: that of its family, or of the family it is built on.
+
+    BEiT and its relatives, which hold masked tokens in their encoder, are fine-tuned as ConMIM; all others as MAE.
+    """
+    for method in METHODS.values():
+        if model.info.family in (method.family, *method.relatives):
+            return method
+    return ConMIMMethod if model.info.style == "inpainting" else MAEMethod
 
 
 def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +46,13 @@ class BootMAEMethod(Method):
     family = "bootmae"
     style = "decoder"
     criterion = "l2"
+    finetuning: ClassVar[Mapping[str, Any]] = {
+        "batch_size": 1024,
+        "base_lr": 5e-3,
+        "lr_batch": 1024,
+        "layer_decay": 0.75,
+        "warmup_epochs": 20,
+    }
     student: BootMAE
     feature_weight: Tensor
 

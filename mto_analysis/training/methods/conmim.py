@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +34,13 @@ class ConMIMMethod(Method):
     family = "conmim"
     style = "inpainting"
     depends_on_batch = True
+    finetuning: ClassVar[Mapping[str, Any]] = {
+        "batch_size": 1024,
+        "base_lr": 4e-3,
+        "lr_batch": 1024,
+        "layer_decay": 0.65,
+        "warmup_epochs": 20,
+    }
     student: ConMIM
 
     def __init__(self, student: ConMIM, recipe: Recipe) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from mto_analysis.models import MAE
@@ -28,6 +31,14 @@ class MAEMethod(Method):
     criterion = "l2"
     no_weight_decay = ()  # so the class token decays
     fixed_key_biases = False
+    probe_pooling = "class"
+    finetuning: ClassVar[Mapping[str, Any]] = {
+        "batch_size": 1024,
+        "base_lr": 1e-3,
+        "layer_decay": 0.75,
+        "warmup_epochs": 5,
+    }
+    wide_finetuning: ClassVar[Mapping[str, Any]] = {"epochs": 50, "drop_path": 0.2}
     student: MAE
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ class Method(nn.Module, ABC):
     no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
     #: Whether the original has no bias of keys, which never changes an attention map but would be trained.
     fixed_key_biases: ClassVar[bool] = True
+
+    #: Families that its authors fine-tune and probe in the same way.
+    relatives: ClassVar[tuple[str, ...]] = ()
+    #: What its authors probe: the class token, or the mean of the patch tokens.
+    probe_pooling: ClassVar[Literal["class", "patches"]] = "patches"
+    #: Its own values of :class:`~mto_analysis.training.evaluation.classifier_settings.ClassifierSettings` when it is
+    #: fine-tuned, and what differs for encoders of 1024 channels or more.
+    finetuning: ClassVar[Mapping[str, Any]]
+    wide_finetuning: ClassVar[Mapping[str, Any]] = {}
 
     #: Whether an image's loss depends on those beside it (batch norms): then micro-batches do not average exactly.
     depends_on_batch: ClassVar[bool] = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +30,15 @@ class SimMIMMethod(Method):
     family = "simmim_vit"
     style = "inpainting"
     criterion = "l1"
+    relatives = ("simmim_swin",)
+    finetuning: ClassVar[Mapping[str, Any]] = {
+        "batch_size": 2048,
+        "base_lr": 5e-3,
+        "lr_batch": 2048,
+        "layer_decay": 0.9,
+        "warmup_epochs": 10,
+        "clip_grad": 5.0,
+    }
     student: SimMIM
 
     @staticmethod
