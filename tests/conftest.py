@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # also for the processes that tests start
+# Tests run side by side, one thread each; with more they would wait for each other. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import matplotlib as mpl

@@ -339,7 +339,7 @@ hostile = given(st.one_of(tables, sensible, spoilt()), st.sampled_from([None, No
 calm = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=300, **calm)
+@settings(max_examples=100, **calm)
 @hostile
 def test_rauc__finds_neither_crash_nor_nonsense_in_hostile_logs(tmp_path, content, end):
     check_hostile(tmp_path, content, end)
