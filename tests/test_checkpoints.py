@@ -755,7 +755,7 @@ def test_load_checkpoint__runs_nothing(tmp_path: Path, mae_state, kind: str, pla
     before = set(tmp_path.iterdir())
     for read in (load_checkpoint, inspect_checkpoint):
         # A foreign object beside the weights may become an inert stand-in; everything else is refused.
-        inert = place == "beside" and kind in ("numpy", "torch.load", "torch.save", "numpy tofile")
+        inert = place == "beside" and kind in ("numpy", "torch.load", "torch.save", "numpy tofile", "getattr")
         with contextlib.nullcontext() if inert else pytest.raises(CheckpointError) as error:
             read(tmp_path / "bomb.pth", **MAE_HEADS)
         if error is not None:
@@ -763,7 +763,7 @@ def test_load_checkpoint__runs_nothing(tmp_path: Path, mae_state, kind: str, pla
         assert set(tmp_path.iterdir()) == before, "the file ran something"
 
 
-@pytest.mark.parametrize("kind", ["os.system", "open", "exec", "eval", "Popen", "getattr", "io.open"])
+@pytest.mark.parametrize("kind", ["os.system", "open", "exec", "eval", "Popen", "io.open"])
 def test_load_checkpoint__names_what_an_attack_asks_for(tmp_path: Path, mae_state, kind: str) -> None:
     torch.save({"model": mae_state, "x": bombs(tmp_path / "ran")[kind]}, tmp_path / "bomb.pth")
     with pytest.raises(CheckpointError, match="to be called, which no checkpoint needs: it may be an attack; nothing"):

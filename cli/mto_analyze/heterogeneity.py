@@ -233,6 +233,8 @@ def matched_visible(ckpt: list[str], offline: bool, num_heads: int | None, decod
     from mto_analysis.checkpoints import inspect_checkpoint
     from mto_analysis.probe.pairing import common_num_visible
 
-    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
-    reports = [inspect_checkpoint(each, **heads, offline=offline) for each in ckpt]
+    reports = [
+        inspect_checkpoint(each, num_heads=num_heads, decoder_num_heads=decoder_num_heads, offline=offline)
+        for each in ckpt
+    ]
     return common_num_visible([report.info for report in reports])

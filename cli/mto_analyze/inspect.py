@@ -39,6 +39,7 @@ def in_words(report: "CheckpointReport") -> str:
         "image": f"{info.image_size} px, patches of {info.patch_size} px, {info.num_patches} patches",
         "masks": f"{info.mask_rule} ({info.mask_rule_source})",
         "caveat": info.caveat or "none",
+        "assumed": "; ".join(info.assumptions) or "nothing",
         "normalization": f"mean {info.mean}, std {info.std}",
         "target": (info.target or "not in the file").replace("_", " "),
         "epoch": "not in the file" if report.epoch is None else str(report.epoch),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,29 +11,40 @@ from typing import Any
 
 from mto_analysis.checkpoints.containers import first_line
 from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
-from mto_analysis.checkpoints.facts import section, whole
 from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
+from mto_analysis.checkpoints.metadata import section, whole
 from mto_analysis.checkpoints.native import save_checkpoint, stored_info
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
+from mto_analysis.checkpoints.statistics import (
+    IMAGE_CHANNELS,
+    Statistics,
+    stated_statistics,
+    unpublished_statistics,
+)
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 
 __all__ = [
     "CheckpointReport",
+    "RawCheckpoint",
     "checkpoint_sha256",
     "inspect_checkpoint",
     "load_checkpoint",
+    "open_checkpoint",
     "resolve",
     "save_checkpoint",
 ]
 
 
 def load_checkpoint(
-    source: str | Path,
+    source: str | Path | RawCheckpoint,
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    ema: bool = False,
     offline: bool = False,
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
@@ -43,10 +54,14 @@ def load_checkpoint(
     SimMIM Swin, BEiT, BEiT v2, MaskFeat, MILAN and CAE of mmpretrain; SimMIM ViT of OpenMixup; and our own layout.
 
     Args:
-        source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL.
+        source: A file or a Hugging Face folder, or where to get one: an id of the registry, ``hf://owner/name``, a URL;
+            or what :func:`open_checkpoint` gave.
         num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
             one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
         decoder_num_heads: The same for the decoder.
+        mean: Of each channel of pixels scaled to 0..1, as in pre-training, in place of what the file states.
+        std: Their standard deviations.
+        ema: Read the moving average of the weights, where the trainer kept one beside them.
         offline: Never touch the network: only what is on this machine already.
 
     Returns:
@@ -55,15 +70,15 @@ def load_checkpoint(
     Raises:
         CheckpointNotFoundError: If nothing is there.
         HeadCountError: If a number of heads must be given.
-        CheckpointError: If the file cannot be used; one line says why, and which file to get instead.
+        CheckpointError: If the file cannot be used; one line says why, and what was found.
 
     Example:
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS
         >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
         'mae'
     """
-    raw = read_checkpoint(resolve(source, offline=offline))
-    conversion = _convert(raw, Heads(num_heads, decoder_num_heads))
+    raw = _opened(source, ema=ema, offline=offline)
+    conversion = _with_statistics(_convert(raw, Heads(num_heads, decoder_num_heads)), raw, mean, std)
     with _naming(raw, conversion.info.layout):
         return build(conversion)
 
@@ -88,10 +103,13 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(
-    source: str | Path,
+    source: str | Path | RawCheckpoint,
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    ema: bool = False,
     offline: bool = False,
 ) -> CheckpointReport:
     """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
@@ -102,12 +120,15 @@ def inspect_checkpoint(
         source: As for :func:`load_checkpoint`.
         num_heads: As for :func:`load_checkpoint`.
         decoder_num_heads: As for :func:`load_checkpoint`.
+        mean: As for :func:`load_checkpoint`.
+        std: As for :func:`load_checkpoint`.
+        ema: As for :func:`load_checkpoint`.
         offline: As for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
-    raw = read_checkpoint(resolve(source, offline=offline), mmap=True)
+    raw = _opened(source, mmap=True, ema=ema, offline=offline)
     heads = Heads(num_heads, decoder_num_heads)
     needed: list[str] = []
     while True:
@@ -117,6 +138,7 @@ def inspect_checkpoint(
         except HeadCountError as error:
             needed.append(error.option)
             heads = replace(heads, **{error.option: error.stand_in})
+    conversion = _with_statistics(conversion, raw, mean, std)
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
         check_finite(conversion.state)
@@ -135,6 +157,55 @@ def inspect_checkpoint(
         dropped=tuple(conversion.state.dropped),
         needed=tuple(needed),
     )
+
+
+def open_checkpoint(
+    source: str | Path, *, mmap: bool = False, ema: bool = False, offline: bool = False
+) -> RawCheckpoint:
+    """Resolve and read a checkpoint once, for all that is done with it afterwards.
+
+    Its ``path``, ``sha256``, ``tensors`` and settings can be looked at; :func:`load_checkpoint` and
+    :func:`inspect_checkpoint` take it in place of a source, and read nothing again.
+
+    Args:
+        source: As for :func:`load_checkpoint`.
+        mmap: Map a torch archive instead of reading it.
+        ema: As for :func:`load_checkpoint`.
+        offline: As for :func:`load_checkpoint`.
+    """
+    return read_checkpoint(resolve(source, offline=offline), mmap=mmap, ema=ema)
+
+
+def _opened(
+    source: str | Path | RawCheckpoint, *, mmap: bool = False, ema: bool = False, offline: bool = False
+) -> RawCheckpoint:
+    if isinstance(source, RawCheckpoint):
+        return source
+    return open_checkpoint(source, mmap=mmap, ema=ema, offline=offline)
+
+
+def _with_statistics(
+    conversion: Conversion, raw: RawCheckpoint, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Conversion:
+    """The number of channels and their mean and standard deviation: given, else of the file, else of the family."""
+    info, channels = conversion.info, conversion.config.channels
+    with _naming(raw, info.layout):
+        found = Statistics(info.mean, info.std, info.statistics_source)
+        if "mto_analysis" not in raw.metadata:
+            found = stated_statistics(raw) or found
+        if channels != IMAGE_CHANNELS and found.source == "published":
+            found = unpublished_statistics(channels)
+        found = found.overridden(mean, std)
+        found.check(channels)
+    info = replace(
+        info,
+        channels=channels,
+        mean=found.mean,
+        std=found.std,
+        statistics_source=found.source,
+        assumptions=info.assumptions + ((found.assumption,) if found.assumption else ()),
+    )
+    return replace(conversion, info=info)
 
 
 def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict
-from mto_analysis.checkpoints.facts import count, hf_config, number, section
 from mto_analysis.checkpoints.inpainting import block_rule, blockwise_rule, inpainting_config, rename_beit
+from mto_analysis.checkpoints.metadata import count, hf_config, section, within
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
@@ -120,7 +120,7 @@ def convert_hf_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
         heads,
         stated=count(config, "num_attention_heads"),
         image_size=count(config, "image_size"),
-        eps=number(config, "layer_norm_eps", 1e-12),
+        eps=within(config, "layer_norm_eps", 1e-12),
     )
     return inpainting_model("beit", state, model, blockwise_rule(_BEIT_MASKED, "BEiT", model), _HALF)
 

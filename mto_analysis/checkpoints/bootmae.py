@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.facts import section
+from mto_analysis.checkpoints.metadata import section
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule

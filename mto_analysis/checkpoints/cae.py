@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.openmmlab import openmmlab_state
+from mto_analysis.checkpoints.metadata import arguments, openmmlab_config, section, whole
+from mto_analysis.checkpoints.openmmlab import mm_heads, openmmlab_state
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
 
@@ -19,17 +22,22 @@ _MASKED, _MM_MASKED = 98, 75
 def convert_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """Files of Atten4Vis/CAE; the copy of the encoder that makes targets, and the decoder, are left out.
 
+    The code of 2022 calls the regressor ``pretext_neck`` and gives it the encoder's positions.
+
     Source:
         Atten4Vis/CAE, ``models/modeling_cae.py``, ``models/modeling_cae_helper.py``.
     """
     state = StateDict(dict(raw.tensors))
     state.drop(r"(alignment_encoder|teacher|decoder)\..*", r"encoder\.lm_head\..*", r"regresser\.norm\..*")
+    state.drop(r"pretext_neck\.(decoder_blocks|norm|norm2|head)\..*")
     state.rename(
         (r"^encoder\.", ""),
         (r"^rd_pos_embed$", "decoder_pos_embed"),
-        (r"^regresser\.regressor_blocks\.", "decoder_blocks."),
+        (r"^(regresser|pretext_neck)\.regressor_blocks\.", "decoder_blocks."),
+        (r"^encoder_to_regresser\.", "decoder_embed.0."),
+        (r"^encoder_to_regresser_norm\.", "decoder_embed.1."),
     )
-    return _cae(state, heads, MaskRule("blockwise", _MASKED / _PUBLISHED_PATCHES, 1), "published CAE")
+    return _cae(state, heads, arguments(raw), _MASKED, "published CAE")
 
 
 def convert_mm_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -46,18 +54,21 @@ def convert_mm_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"\.norm1_([qkv])_cross\.", r".norm1_\1."),
         (r"^(decoder_blocks\.\d+)\.mlp\.", r"\1.mlp_cross."),
     )
-    if "pos_embed" in state.tensors:
+    settings = {
+        "num_heads": mm_heads(raw),
+        "decoder_num_heads": section(openmmlab_config(raw), "neck").get("num_heads"),
+    }
+    return _cae(state, heads, settings, _MM_MASKED, "published mmpretrain CAE")
+
+
+def _cae(state: StateDict, heads: Heads, settings: Mapping[str, Any], masked: int, source: str) -> Conversion:
+    if "pos_embed" in state.tensors and "decoder_pos_embed" not in state.tensors:
         state.put({"decoder_pos_embed": state.tensors["pos_embed"].clone()}, state.origin["pos_embed"])
-    return _cae(state, heads, MaskRule("blockwise", _MM_MASKED / _PUBLISHED_PATCHES, 1), "published mmpretrain CAE")
-
-
-def _cae(state: StateDict, heads: Heads, rule: MaskRule, source: str) -> Conversion:
     state.rename((r"\.gamma_([12])$", r".ls\1.gamma"))
     state.fuse_qkv("blocks.")
     state.split_qkv("decoder_blocks.")
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
-    if (width := state.shape("mask_token", 3)[2]) != dim:
-        raise CheckpointError(f"mask_token is {width} wide, the encoder {dim}: only equal widths were published")
+    decoder_dim = state.shape("mask_token", 3)[2]
     grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
     model = CAEConfig(
         image_size=grid * patch_size,
@@ -65,21 +76,29 @@ def _cae(state: StateDict, heads: Heads, rule: MaskRule, source: str) -> Convers
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, published=ENCODER_HEADS),
+        num_heads=heads.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=ENCODER_HEADS),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
-        decoder_num_heads=heads.choose("decoder_num_heads", dim, published=ENCODER_HEADS),
+        decoder_dim=decoder_dim,
+        decoder_num_heads=heads.choose(
+            "decoder_num_heads", decoder_dim, stated=whole(settings, "decoder_num_heads"), published=ENCODER_HEADS
+        ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp_cross.fc1.weight", 2)[0],
     )
+    num_masked = whole(settings, "num_mask_patches")
+    stated = num_masked is not None and num_masked < grid * grid
+    fraction = (num_masked or 0) / grid**2 if stated else masked / _PUBLISHED_PATCHES
+    if not stated and grid * grid != _PUBLISHED_PATCHES:
+        source = f"rule: the fraction of the {source}"
     info = ModelInfo(
         family="cae",
         style="decoder",
         image_size=model.image_size,
         patch_size=patch_size,
-        mask_rule=MaskRule("blockwise", rule.ratio, patch_size),
+        mask_rule=MaskRule("blockwise", fraction, patch_size),
         target="features",
         caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
-        mask_rule_source=source if grid * grid == _PUBLISHED_PATCHES else f"rule: the fraction of the {source}",
+        mask_rule_source="file" if stated else source,
     )
     return Conversion(CAE, model, info, state)

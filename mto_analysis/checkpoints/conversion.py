@@ -267,6 +267,7 @@ def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageMod
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the file describes no working {conversion.info.family} model: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _add_zero_biases(state, expected)
     problems = []
     if missing := [name for name in expected if name not in state.tensors]:
         problems.append(f"missing: {_some(missing)}")
@@ -292,6 +293,18 @@ def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageMod
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
     return model.eval()
+
+
+def _add_zero_biases(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Zeros for the biases of query, key and value, where a stack of blocks has none at all (``qkv_bias=False``)."""
+    stacks: dict[str, list[str]] = {}
+    for name in expected:
+        if re.search(r"\.(qkv|q|k|v)\.bias$", name):
+            stacks.setdefault(name.partition(".")[0], []).append(name)
+    for names in stacks.values():
+        if not any(name in state.tensors for name in names):
+            for name in names:
+                state.put({name: torch.zeros(expected[name])}, f"{name} (absent, so zero)")
 
 
 def check_finite(state: StateDict) -> None:

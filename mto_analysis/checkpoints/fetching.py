@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import platformdirs
+
 from mto_analysis.checkpoints.containers import first_line
 from mto_analysis.checkpoints.downloading import check_digest, download
 from mto_analysis.checkpoints.registry import Checkpoint, find_checkpoint, find_source
@@ -80,9 +82,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     if cache is None:
         cache = os.environ.get("MTO_ANALYSIS_CACHE")
     if cache is None:
-        import pooch
-
-        cache = Path(pooch.os_cache("mto-analysis"))
+        cache = platformdirs.user_cache_path("mto-analysis")
     return Path(cache).expanduser()
 
 

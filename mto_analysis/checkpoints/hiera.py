@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.facts import count, hf_config, number
+from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, within
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -19,7 +19,8 @@ __all__ = ["convert_hf_hiera", "convert_hiera"]
 _HEADS = {96: 1, 112: 2, 144: 2, 256: 4}
 _DECODER_HEADS = {512: 16}
 _STRIDE = 4
-_UNIT_PX = 32
+_UNIT = 8  # tokens of the first stage
+_LOCAL = (True, True, False, False)
 _RATIO = 0.6
 
 
@@ -35,7 +36,7 @@ def convert_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
 
 
 def convert_hf_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
-    """Hugging Face ``HieraForPreTraining``; facts in ``config.json``.
+    """Hugging Face ``HieraForPreTraining``; settings in ``config.json``.
 
     Source:
         huggingface/transformers, ``models/hiera``.
@@ -75,8 +76,15 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
     )
     pools = block_numbers(state.tensors, "fusion.")
     image_size = _STRIDE * square_side(state.shape("pos_embed", 3)[1], "pos_embed")
-    first = config.get("num_heads")
-    stated = count({"num_heads": first[0]}, "num_heads") if isinstance(first, list) and first else None
+    stage_heads = numbers(config.get("num_heads"))
+    first = int(stage_heads[0]) if stage_heads else None
+    local = config.get("masked_unit_attention", _LOCAL)
+    if not isinstance(local, (list, tuple)) or not all(isinstance(each, bool) for each in local):
+        raise CheckpointError(f"config.json: masked_unit_attention must be a list of true and false, got {local!r}")
+    for name, known in (("patch_stride", [_STRIDE] * 2), ("query_stride", [2, 2]), ("embed_dim_multiplier", 2.0)):
+        if config.get(name, known) != known:
+            raise CheckpointError(f"config.json: {name} must be {known}, got {config[name]}")
+    unit = _square(config, "masked_unit_size", _UNIT)
     try:
         model = HieraConfig(
             image_size=image_size,
@@ -85,7 +93,11 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
             kernel=kernel,
             dim=dim,
             depths=tuple(end - start for start, end in zip([0, *starts], [*starts, blocks], strict=True)),
-            num_heads=heads.choose("num_heads", dim, stated=stated, published=_HEADS),
+            num_heads=tuple(int(each) for each in stage_heads)
+            if stage_heads and heads.choose("num_heads", dim, stated=first)
+            else heads.choose("num_heads", dim, published=_HEADS),
+            unit=unit,
+            local=tuple(local),
             mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
             pools=pools,
             decoder_dim=decoder_dim,
@@ -94,7 +106,7 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
                 "decoder_num_heads", decoder_dim, stated=count(config, "decoder_num_heads"), published=_DECODER_HEADS
             ),
             decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
-            eps=number(config, "layer_norm_eps", 1e-6),
+            eps=within(config, "layer_norm_eps", 1e-6),
         )
     except CheckpointError:
         raise
@@ -105,9 +117,19 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
         style="decoder",
         image_size=image_size,
         patch_size=model.patch_size,
-        mask_rule=MaskRule("block", number(config, "mask_ratio", _RATIO), _UNIT_PX),
-        target="normalized_pixels",
+        mask_rule=MaskRule("block", ratio(config) or _RATIO, model.unit_px),
+        target="pixels" if config.get("normalize_pixel_loss") is False else "normalized_pixels",
         criterion="l2",
-        mask_rule_source="file" if "mask_ratio" in config else "published Hiera",
+        mask_rule_source="file" if ratio(config) else "published Hiera",
     )
     return Conversion(Hiera, model, info, state)
+
+
+def _square(config: Mapping[str, Any], name: str, default: int) -> int:
+    """The side that a config states for rows and columns alike."""
+    sides = numbers(config.get(name))
+    if sides is None:
+        return default
+    if len(set(sides)) > 1 or not sides[0].is_integer() or sides[0] < 1:
+        raise CheckpointError(f"config.json: {name} must be square, got {config[name]}")
+    return int(sides[0])

@@ -11,7 +11,7 @@ from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Heads
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
 from mto_analysis.checkpoints.ibot import convert_ibot
-from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite
+from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite, convert_split_mae
 from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
 from mto_analysis.checkpoints.openmmlab import (
@@ -22,6 +22,7 @@ from mto_analysis.checkpoints.openmmlab import (
     convert_mm_mff,
     convert_mm_swin,
     convert_openmixup_simmim,
+    convert_slowfast_maskfeat,
 )
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.refusals import BEIT, MAE_FULL, NO_MIXMIM, SIMMIM_SWIN, SIMMIM_VIT, what_instead
@@ -34,9 +35,18 @@ __all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
 class Names(frozenset[str]):
     """Tensor names of a file, with the questions that rules ask."""
 
+    beside: frozenset[str] = frozenset()
+
     def starts(self, *prefixes: str) -> bool:
         """Whether some name starts with each of the prefixes."""
         return all(any(name.startswith(prefix) for name in self) for prefix in prefixes)
+
+    @classmethod
+    def of(cls, raw: RawCheckpoint) -> Names:
+        """The names in a checkpoint, and those of the entries beside the weights."""
+        names = cls(raw.tensors)
+        names.beside = frozenset(raw.extras)
+        return names
 
     def has(self, *names: str) -> bool:
         """Whether all these names are there."""
@@ -147,7 +157,11 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_simmim_swin,
     ),
     Layout("BootMAE", lambda n: n.starts("decode_blocks.0.", "decode_blocks_1.0."), convert_bootmae),
-    Layout("CAE", lambda n: n.starts("regresser.regressor_blocks."), convert_cae),
+    Layout(
+        "CAE",
+        lambda n: n.starts("regresser.regressor_blocks.") or n.starts("pretext_neck.regressor_blocks."),
+        convert_cae,
+    ),
     Layout(
         "CrossMAE",
         lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight"),
@@ -182,7 +196,23 @@ LAYOUTS: tuple[Layout, ...] = (
         instead="no file of this model is read yet; for a Swin get " + SIMMIM_SWIN,
     ),
     Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0."), instead=NO_MIXMIM),
-    Layout("MAE-Lite", lambda n: n.starts("model.blocks.0.", "model.decoder_blocks.0."), convert_mae_lite),
+    # Its names are MAE's; a distilled model lies beside its teacher. Only its trainer writes start_epoch.
+    Layout(
+        "MAE-Lite",
+        lambda n: (
+            (n.has("decoder_blocks.0.attn.qkv.weight") and "start_epoch" in n.beside)
+            or (n.starts("model.decoder_blocks.0.") and (n.starts("tch_model.") or "start_epoch" in n.beside))
+        ),
+        convert_mae_lite,
+    ),
+    Layout(
+        "MAE of two modules",
+        lambda n: (
+            n.has("decoder.decoder_blocks.0.attn.qkv.weight", "decoder.mask_token")
+            or n.starts("backbone.vit.blocks.0.", "decoder.decoder_blocks.0.")
+        ),
+        convert_split_mae,
+    ),
     Layout(
         "facebookresearch/mae",
         lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "cls_token"),
@@ -198,6 +228,7 @@ LAYOUTS: tuple[Layout, ...] = (
         lambda n: n.has("predictor_pos_embed", "mask_token"),
         instead="no file of this model is read yet; for MAE get " + MAE_FULL.format("huge"),
     ),
+    Layout("PySlowFast MaskFeat", lambda n: n.has("mask_token") and n.starts("pred_head."), convert_slowfast_maskfeat),
     Layout("ConMIM", lambda n: n.has("projectors.0.weight", "blocks.0.attn.q_bias"), convert_conmim),
     Layout("BEiT v2", lambda n: n.starts("cls_pt_layers.0.", "blocks.0."), convert_beit_v2),
     Layout(
@@ -226,7 +257,7 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
     """
     if "mto_analysis" in raw.metadata:
         return "mto_analysis", convert_native
-    names = Names(raw.tensors)
+    names = Names.of(raw)
     for layout in LAYOUTS:
         if layout.matches(names):
             if layout.convert is None:

@@ -15,32 +15,46 @@ from mto_analysis.checkpoints.conversion import (
     block_numbers,
     square_side,
 )
-from mto_analysis.checkpoints.facts import count, hf_config, number
+from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, whole, within
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
-__all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "mae_model"]
+__all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "convert_split_mae", "mae_model"]
 
 _PUBLISHED_RATIO = 0.75
+_HF_NAMES = {"num_heads": "num_attention_heads", "decoder_num_heads": "decoder_num_attention_heads"}
 _LITE_HEADS = {192: 12, 384: 12, 768: 12}
 _LITE_DECODER_HEADS = {96: 3, 192: 6, 512: 16}
 
 
 def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
-    """Files of facebookresearch/mae: names are ours up to the original's; head counts are not in the file.
+    """Files of facebookresearch/mae: names are ours up to the original's; its own files do not hold head counts.
+
+    SatMAE of three channels and files of Lightning have the same names; ``hyper_parameters`` may hold the head counts.
 
     Source:
         facebookresearch/mae, ``models_mae.py``.
     """
-    arguments = raw.extras.get("args")
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    return mae_model(StateDict(dict(raw.tensors)), heads, arguments)
+    settings = arguments(raw)
+    config = {_HF_NAMES[name]: whole(settings, name) for name in _HF_NAMES}
+    return mae_model(StateDict(dict(raw.tensors)), heads, settings, config=config)
+
+
+def convert_split_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """MAE whose encoder and decoder are modules of their own (Prithvi of one frame; lightly's ``backbone.vit``)."""
+    state = StateDict(dict(raw.tensors))
+    state.rename((r"^(encoder|decoder|backbone\.vit)\.", ""))
+    embedding = state.tensors.get("patch_embed.proj.weight")
+    if embedding is not None and embedding.ndim == 5 and embedding.shape[2] == 1:  # one frame
+        state.tensors["patch_embed.proj.weight"] = embedding[:, :, 0]
+    settings = arguments(raw)
+    config = {_HF_NAMES[name]: whole(settings, name) for name in _HF_NAMES}
+    return mae_model(state, heads, settings, config=config)
 
 
 def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
-    """Files of wangsr126/mae-lite: MAE's names behind ``model.``; 12 heads in small encoders too.
+    """Files of wangsr126/mae-lite: MAE's names; 12 heads in small encoders too. It always predicts normalised patches.
 
     Distilled models come with their teacher, which is left out.
 
@@ -50,11 +64,13 @@ def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state = StateDict(dict(raw.tensors))
     state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
-    return mae_model(state, heads, {}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
+    return mae_model(
+        state, heads, {"norm_pix_loss": True}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS
+    )
 
 
 def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
-    """Hugging Face ``ViTMAEForPreTraining``: public names and those of transformers 5; facts in ``config.json``.
+    """Hugging Face ``ViTMAEForPreTraining``: public names and those of transformers 5; settings in ``config.json``.
 
     Layer norms use the config's epsilon (1e-12), so numbers are those of Hugging Face; the original has 1e-6.
 
@@ -80,7 +96,7 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
 def mae_model(
     state: StateDict,
     heads: Heads,
-    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
     *,
     config: Mapping[str, Any] | None = None,
     published: Mapping[int, int] = ENCODER_HEADS,
@@ -91,7 +107,7 @@ def mae_model(
     Args:
         state: Tensors under the model's names.
         heads: Given by the user.
-        facts: May hold ``mask_ratio`` and ``norm_pix_loss``.
+        settings: May hold ``mask_ratio`` and ``norm_pix_loss``.
         config: That states head counts and the epsilon of layer norms.
         published: Heads of the encoder by width.
         decoder_published: Heads of the decoder by width.
@@ -119,24 +135,22 @@ def mae_model(
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
         feature_dim=None if predicted == patch_size**2 * channels else predicted,
-        eps=number(stated, "layer_norm_eps", 1e-6),
+        eps=within(stated, "layer_norm_eps", 1e-6),
     )
-    ratio = number(facts, "mask_ratio", _PUBLISHED_RATIO)
-    if not 0 < ratio < 1:
-        raise CheckpointError(f"the file states a mask_ratio of {ratio}, which must lie between 0 and 1")
+    stated_ratio = ratio(settings)
     target: Literal["pixels", "normalized_pixels", "features"] | None = None
     if model.feature_dim is not None:
         target = "features"
-    elif isinstance(facts.get("norm_pix_loss"), bool):
-        target = "normalized_pixels" if facts["norm_pix_loss"] else "pixels"
+    elif isinstance(settings.get("norm_pix_loss"), bool):
+        target = "normalized_pixels" if settings["norm_pix_loss"] else "pixels"
     info = ModelInfo(
         family="mae",
         style="decoder",
         image_size=model.image_size,
         patch_size=patch_size,
-        mask_rule=MaskRule("random", ratio, patch_size),
+        mask_rule=MaskRule("random", stated_ratio or _PUBLISHED_RATIO, patch_size),
         target=target,
         criterion=None if target == "features" else "l2",
-        mask_rule_source="file" if "mask_ratio" in facts else "published MAE",
+        mask_rule_source="file" if stated_ratio else "published MAE",
     )
     return Conversion(MAE, model, info, state)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
 from mto_analysis.checkpoints.mae import mae_model
-from mto_analysis.checkpoints.openmmlab import MM_MAE_NAMES, openmmlab_state
+from mto_analysis.checkpoints.metadata import arguments
+from mto_analysis.checkpoints.openmmlab import MM_MAE_NAMES, mm_mae_settings, openmmlab_state
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.models import MILAN
 
@@ -19,7 +22,8 @@ def convert_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
     Source:
         zejiangh/MILAN, ``models_milan.py``.
     """
-    return _milan(StateDict(dict(raw.tensors)), heads)
+    settings = arguments(raw)
+    return _milan(StateDict(dict(raw.tensors)), heads, settings)
 
 
 def convert_mm_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -30,20 +34,22 @@ def convert_mm_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
-    return _milan(state, heads)
+    return _milan(state, heads, mm_mae_settings(raw))
 
 
-def _milan(state: StateDict, heads: Heads) -> Conversion:
+def _milan(state: StateDict, heads: Heads, settings: Mapping[str, Any]) -> Conversion:
     predicted = state.shape("decoder_pred.weight", 2)[0]
-    conversion = mae_model(state, heads, {})
+    conversion = mae_model(state, heads, settings, config=settings)
     state.split_qkv("decoder_blocks.")
+    # Trained on pixels, for comparison, where the file says so; a width alone does not tell.
+    pixels = settings.get("use_clip") is False and conversion.config.feature_dim is None
     info = replace(
         conversion.info,
         family="milan",
-        target="features",
-        criterion=None,
+        target=conversion.info.target if pixels else "features",
+        criterion="l2" if pixels else None,
         caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
         mask_rule_source="published ratio; MILAN chose visible patches by CLIP's attention, not at random",
     )
-    config = replace(conversion.config, feature_dim=predicted)
+    config = replace(conversion.config, feature_dim=None if pixels else predicted)
     return replace(conversion, make=MILAN, config=config, info=info)

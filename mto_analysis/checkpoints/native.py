@@ -1,4 +1,4 @@
-"""Our own layout: safetensors with the model's family, architecture and facts as metadata, so nothing is guessed."""
+"""Our own layout: safetensors with the model's family, architecture and settings as metadata, so nothing is guessed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def save_checkpoint(
         model: A model of one of our families.
         path: File to write, by habit ``*.safetensors``; an existing one is replaced.
         dtype: Of the stored weights; ``torch.float16`` halves the file. Buffers and weights load as float32.
-        notes: Facts to keep with the weights, such as how the model was trained.
+        notes: Text to keep with the weights, such as how the model was trained.
 
     Raises:
         ValueError: If the model is not of one of our families.
@@ -109,18 +109,17 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"its mto_analysis metadata is not readable ({error!r})") from error
-    stated = config.num_heads[0] if isinstance(config, SwinConfig) else config.num_heads
+    stated = config.num_heads if isinstance(config.num_heads, int) else config.num_heads[0]
     heads.choose("num_heads", config.dim, stated=stated)
     if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
-        width = config.dim if isinstance(config, CAEConfig) else config.decoder_dim
-        heads.choose("decoder_num_heads", width, stated=config.decoder_num_heads)
+        heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
     return Conversion(make, config, info, StateDict(dict(raw.tensors)))
 
 
 def stored_info(stored: Mapping[str, Any]) -> ModelInfo:
-    """Facts about a model from plain values; names that a newer version may have added are left out."""
+    """The :class:`ModelInfo` in plain values; names that a newer version may have added are left out."""
     known = {field.name for field in fields(ModelInfo)}
     values = {name: value for name, value in stored.items() if name in known}
     values["mask_rule"] = MaskRule(**values["mask_rule"])
-    values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
+    values |= {name: tuple(values[name]) for name in ("mean", "std", "assumptions") if name in values}
     return ModelInfo(**values)

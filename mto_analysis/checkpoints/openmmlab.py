@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from mto_analysis.checkpoints.beit import inpainting_model
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers
 from mto_analysis.checkpoints.inpainting import blockwise_rule, inpainting_config, rename_beit
 from mto_analysis.checkpoints.mae import mae_model
+from mto_analysis.checkpoints.metadata import (
+    numbers,
+    openmmlab_config,
+    ratio,
+    section,
+    slowfast_config,
+    whole,
+)
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import simmim_vit
-from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
+from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, TABLE, convert_windows, window_of_table
 from mto_analysis.errors import CheckpointError
+from mto_analysis.masks import MaskRule
 from mto_analysis.models import MFF, MFFConfig
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
@@ -24,6 +34,9 @@ __all__ = [
     "convert_mm_mff",
     "convert_mm_swin",
     "convert_openmixup_simmim",
+    "convert_slowfast_maskfeat",
+    "mm_heads",
+    "mm_mae_settings",
     "openmmlab_state",
 ]
 
@@ -37,6 +50,8 @@ MM_MAE_NAMES = (
 _BEIT_MASKED = 75
 _MASKFEAT_MASKED, _MASKFEAT_LEAST = 78, 15
 _SWIN_IMAGE = 192
+_OPENMIXUP = ("the mask token replaces masked patches before the first block, OpenMixup's default",)
+_MFF_BLOCKS = (0, 2, 4, 6, 8, 11)
 
 
 def openmmlab_state(raw: RawCheckpoint) -> StateDict:
@@ -55,18 +70,35 @@ def openmmlab_state(raw: RawCheckpoint) -> StateDict:
     return state
 
 
+def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
+    """What the file's config states, under the names of :func:`mae_model`."""
+    config = openmmlab_config(raw)
+    return {
+        "num_attention_heads": mm_heads(raw),
+        "decoder_num_attention_heads": whole(section(config, "neck"), "decoder_num_heads"),
+        "mask_ratio": section(config, "backbone").get("mask_ratio"),
+        "norm_pix_loss": section(config, "head").get("norm_pix", True),
+    }
+
+
+def mm_heads(raw: RawCheckpoint) -> int | None:
+    """Heads of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
+    return whole(section(openmmlab_config(raw), "backbone", "arch"), "num_heads")
+
+
 def convert_mm_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """MAE of mmpretrain, and EVA's MAE-style model, which predicts features.
 
-    The stored position tables hold the row first, the original's the column; a table is just used as it is. Training
-    normalised each patch.
+    The stored position tables hold the row first, the original's the column; a table is just used as it is. Published
+    models were trained on normalised patches.
 
     Source:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mae.py``, ``models/necks/mae_neck.py``.
     """
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
-    return mae_model(state, heads, {"norm_pix_loss": True})
+    settings = mm_mae_settings(raw)
+    return mae_model(state, heads, settings, config=settings)
 
 
 def convert_mm_mff(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -76,9 +108,23 @@ def convert_mm_mff(raw: RawCheckpoint, heads: Heads) -> Conversion:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mff.py``.
     """
     conversion = convert_mm_mae(raw, heads)
-    fused = conversion.state.shape("proj_weights", 4)[0]
-    config = MFFConfig(**asdict(conversion.config), fused=fused)
-    return replace(conversion, make=MFF, config=config, info=replace(conversion.info, family="mff"))
+    depth, fused = conversion.config.depth, conversion.state.shape("proj_weights", 4)[0]
+    stated = numbers(section(openmmlab_config(raw), "backbone").get("out_indices"))
+    assumptions: tuple[str, ...] = ()
+    if stated is not None:
+        indices = tuple(int(each) for each in stated)
+    elif fused == depth:
+        indices = tuple(range(depth))
+    elif (depth, fused) == (12, len(_MFF_BLOCKS)):
+        indices, assumptions = _MFF_BLOCKS, (f"fused blocks are {_MFF_BLOCKS}, as in both published configs",)
+    else:
+        raise CheckpointError(
+            f"the file does not say which {fused} of {depth} blocks are fused (out_indices of a config)"
+        )
+    config = MFFConfig(**asdict(conversion.config), out_indices=indices)
+    return replace(
+        conversion, make=MFF, config=config, info=replace(conversion.info, family="mff", assumptions=assumptions)
+    )
 
 
 def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -101,14 +147,26 @@ def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
             raise CheckpointError(f"{state.origin[name]} must join 4 tokens, got {list(tensor.shape)}")
         # From (channel, row, column) to the original's (column, row, channel).
         state.tensors[name] = tensor.reshape(*tensor.shape[:-1], -1, 2, 2).transpose(-1, -3).flatten(-3)
-    conversion = convert_windows(state, heads)
-    if conversion.info.image_size != _SWIN_IMAGE:
+    backbone = section(openmmlab_config(raw), "backbone")
+    image_size = whole(backbone, "img_size")
+    tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2)[0] for stage in range(_stages(state))]
+    window = window_of_table(tables[0])
+    grid = (image_size or _SWIN_IMAGE) // (state.shape("patch_embed.proj.weight", 4)[2] << (len(tables) - 1))
+    if window_of_table(tables[-1]) > grid:
         raise CheckpointError(
-            f"the last stage has a window as large as the first, so its map of {_SWIN_IMAGE} px is padded "
-            "(pad_small_map), which this version does not read; get the same model from microsoft/SimMIM "
-            "(simmim_pretrain__swin_large__img192_window12__800ep.pth, linked in its README)"
+            f"the last stage has a window of {window} tokens on a map of {grid} x {grid} "
+            f"({'' if image_size else 'assumed: '}{image_size or _SWIN_IMAGE} px), which mmpretrain "
+            "pads (pad_small_map); padded maps are not read"
         )
-    return conversion
+    conversion = convert_windows(state, heads, image_size=image_size or _SWIN_IMAGE)
+    if image_size:
+        return conversion
+    assumption = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say"
+    return replace(conversion, info=replace(conversion.info, assumptions=(assumption,)))
+
+
+def _stages(state: StateDict) -> int:
+    return block_numbers(state.tensors, "stages.")
 
 
 def convert_mm_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -133,7 +191,7 @@ def _beit(raw: RawCheckpoint, heads: Heads, family: str, published: str) -> Conv
     state = openmmlab_state(raw)
     state.drop(r"neck\..*", r"head\..*")
     rename_beit(state)
-    model = inpainting_config(state, heads)
+    model = inpainting_config(state, heads, stated=mm_heads(raw))
     rule = blockwise_rule(_BEIT_MASKED, published, model)
     return inpainting_model(family, state, model, rule, (IMAGENET_MEAN, IMAGENET_STD))
 
@@ -146,9 +204,25 @@ def convert_mm_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state = openmmlab_state(raw)
     state.drop(r"neck\.fc\..*")
-    model = inpainting_config(state, heads)
+    model = inpainting_config(state, heads, stated=mm_heads(raw))
     rule = blockwise_rule(_MASKFEAT_MASKED, "mmpretrain MaskFeat", model, min_block=_MASKFEAT_LEAST)
     return inpainting_model("maskfeat", state, model, rule, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def convert_slowfast_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
+    """MaskFeat of PySlowFast on images: an MViT without pooling, which is a ViT; predicts HOG features.
+
+    Source:
+        facebookresearch/SlowFast, ``slowfast/models/masked.py``, ``slowfast/models/video_model_builder.py``.
+    """
+    config = slowfast_config(raw)
+    state = StateDict(dict(raw.tensors))
+    state.drop(r"hogs\..*", r"pred_head\..*")
+    model = inpainting_config(state, heads, stated=whole(section(config, "MVIT"), "NUM_HEADS"))
+    rule, source = blockwise_rule(_MASKFEAT_MASKED, "MaskFeat", model, min_block=_MASKFEAT_LEAST)
+    if (stated := ratio(section(config, "AUG"), "MASK_RATIO")) is not None:
+        rule, source = MaskRule(rule.kind, stated, rule.unit, rule.min_block), f"ratio: file; blocks: {source}"
+    return inpainting_model("maskfeat", state, model, (rule, source), (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def convert_openmixup_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
@@ -160,4 +234,8 @@ def convert_openmixup_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state = openmmlab_state(raw)
     state.rename((r"^neck\.decoder\.0\.", "decoder."))
     rename_beit(state)
-    return simmim_vit(state, inpainting_config(state, heads), {})
+    backbone = section(openmmlab_config(raw), "backbone")
+    for name, value in (("replace", True), ("mask_layer", 0)):
+        if (stated := backbone.get(name, value)) != value:
+            raise CheckpointError(f"the file's config has {name}={stated}; only {name}={value} is read")
+    return simmim_vit(state, inpainting_config(state, heads), {}, assumptions=() if backbone else _OPENMIXUP)

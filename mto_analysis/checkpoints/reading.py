@@ -1,4 +1,4 @@
-"""From a file or folder to tensors and plain facts, without ever running what the file asks for.
+"""From a file or folder to tensors and plain settings, without ever running what the file asks for.
 
 torch archives are read with ``weights_only=True``; objects of other software (a trainer's ``Namespace``, a yacs config)
 become inert stand-ins, so that nothing foreign is imported or called.
@@ -10,11 +10,13 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import tarfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ __all__ = ["RawCheckpoint", "checkpoint_sha256", "read_checkpoint", "weight_file
 
 # First match wins; a file without any of them is a flat dict of tensors (Hugging Face, timm).
 _ROOT_KEYS = ("model", "state_dict", "model_state", "module", "student")
+_EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+
+# What wrappers put in front of names says nothing about the model. Parts of compiled, checkpointed and sharded models
+# may stand anywhere in a name, the attribute that held the model only in front of every name.
+_WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPER_PREFIXES = ("module.", "model.", "net.")
+_IS_EMA = "mto_analysis.ema"
+_EMA_PREFIX = re.compile(r"ema_model\.(module\.)?")
 
 # The pickles of that format: magic number, version, system, the saved object, names of storages.
 _LEGACY_PICKLES = 5
@@ -55,9 +65,10 @@ class RawCheckpoint:
 
     Args:
         path: The file or folder that was asked for.
-        tensors: The model's state dict, wrapping prefixes of data-parallel training stripped.
+        tensors: The model's state dict, without prefixes of wrappers.
         extras: Other entries of a training dict (``epoch``, ``args``, ``config`` ...) as plain values.
         config: A Hugging Face folder's ``config.json``.
+        preprocessor: Its ``preprocessor_config.json``.
         metadata: A safetensors file's own metadata.
     """
 
@@ -65,15 +76,22 @@ class RawCheckpoint:
     tensors: dict[str, Tensor]
     extras: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights, over all files of a folder in order; read when it is first asked for."""
+        return checkpoint_sha256(self.path)
 
-def read_checkpoint(source: str | Path, *, mmap: bool = False) -> RawCheckpoint:
+
+def read_checkpoint(source: str | Path, *, mmap: bool = False, ema: bool = False) -> RawCheckpoint:
     """Read a checkpoint file or folder safely.
 
     Args:
         source: A torch file (``.pth``, ``.pt``, ``.bin``), a ``.safetensors`` file, or a Hugging Face folder.
         mmap: Map a torch archive instead of reading it: enough to look at names and shapes.
+        ema: Read the exponential moving average of the weights, which some trainers keep beside them.
 
     Raises:
         CheckpointNotFoundError: If nothing is there.
@@ -90,10 +108,13 @@ def read_checkpoint(source: str | Path, *, mmap: bool = False) -> RawCheckpoint:
             more, about = _read_safetensors(file)
             metadata |= about
         else:
-            more, extras = _split_root(_read_torch(file, start, mmap=mmap), file)
+            more, extras = _split_root(_read_torch(file, start, mmap=mmap), file, ema=ema)
         tensors |= more
     _check_tensors(tensors, path, sum(file.stat().st_size for file in files))
-    return RawCheckpoint(path, _strip_prefixes(tensors), extras, _read_config(path), metadata)
+    config, preprocessor = _read_config(path, "config.json"), _read_config(path, "preprocessor_config.json")
+    return RawCheckpoint(
+        path, _unwrapped(tensors, path, ema=ema and _IS_EMA not in extras), extras, config, preprocessor or {}, metadata
+    )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -141,9 +162,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def _read_config(path: Path, name: str) -> dict[str, Any] | None:
     folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
+    config = folder / name
     # A lone torch file beside somebody's config.json is not a Hugging Face checkpoint.
     named_so = path.is_dir() or path.name in ("model.safetensors", "pytorch_model.bin")
     return _read_json(config) if named_so and config.is_file() else None
@@ -212,17 +233,18 @@ def _stand_ins(names: list[str]) -> list[Any]:
     return [(_Opaque, "mto_analysis.Opaque"), *((special.get(name, _StandIn), name) for name in names)]
 
 
-def _split_root(root: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict inside what was unpickled, and the entries around it."""
     if isinstance(root, Tensor) or not isinstance(root, dict) or not root:
         raise CheckpointError(f"{path} holds a {type(root).__name__}, not a dict of tensors")
     if all(isinstance(value, Tensor) for value in root.values()):
         return _named(root, path), {}
-    for key in _ROOT_KEYS:
+    for key in (*(_EMA_KEYS if ema else ()), *_ROOT_KEYS):
         inner = root.get(key)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
             around = {name: value for name, value in root.items() if name not in (key, "optimizer")}
-            return _named(inner, path), _plain(around, itertools.count())
+            extras = _plain(around, itertools.count())
+            return _named(inner, path), extras | ({_IS_EMA: True} if key in _EMA_KEYS else {})
     entries = ", ".join(ascii(name)[:40] for name in list(root)[:8] if isinstance(name, (str, int)))
     raise CheckpointError(f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {entries}")
 
@@ -264,8 +286,17 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path, size: int) -> None
             raise CheckpointError(f"{path}: {name} declares {list(tensor.shape)} but the file holds less data")
 
 
-def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what data-parallel wrappers put in front of every name, and of every name only."""
-    while tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
+def _unwrapped(tensors: dict[str, Tensor], path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """Tensors without what wrappers put in front of their names; the model's own, or its moving average."""
+    bare = {_WRAPPER_PARTS.sub("", name): tensor for name, tensor in tensors.items()}
+    while prefix := next((each for each in _WRAPPER_PREFIXES if bare and all(n.startswith(each) for n in bare)), None):
+        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
+    if len(bare) < len(tensors):
+        raise CheckpointError(f"{path} holds tensors twice, under names with and without the prefix of a wrapper")
+    average = {_EMA_PREFIX.sub("", name, count=1): each for name, each in bare.items() if _EMA_PREFIX.match(name)}
+    if ema and not average:
+        raise CheckpointError(f"{path} holds no moving average of the weights (ema_model, {', '.join(_EMA_KEYS)})")
+    if average and not ema:
+        bare = {name: tensor for name, tensor in bare.items() if not _EMA_PREFIX.match(name)}
+        return _unwrapped(bare, path, ema=False)
+    return _unwrapped(average, path, ema=False) if average else bare

@@ -8,13 +8,14 @@ from typing import Any
 
 from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
 from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
-from mto_analysis.checkpoints.facts import count, hf_config, number, section, whole
 from mto_analysis.checkpoints.inpainting import block_rule, inpainting_config, rename_beit
+from mto_analysis.checkpoints.metadata import count, hf_config, numbers, section, whole, within
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
+from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, PixelTarget, convert_windows
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models.targets import NEIGHBOURHOOD
 
 __all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]
 
@@ -42,7 +43,9 @@ def convert_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
     return simmim_vit(state, model, data)
 
 
-def simmim_vit(state: StateDict, model: InpaintingConfig, data: Mapping[str, Any]) -> Conversion:
+def simmim_vit(
+    state: StateDict, model: InpaintingConfig, data: Mapping[str, Any], *, assumptions: tuple[str, ...] = ()
+) -> Conversion:
     """A :class:`SimMIM`; ``data`` may hold ``MASK_RATIO`` and ``MASK_PATCH_SIZE`` of a config."""
     rule, source = mask_rule(data) or block_rule(_PUBLISHED_RATIO, "SimMIM ViT-B", model)
     info = ModelInfo(
@@ -54,6 +57,7 @@ def simmim_vit(state: StateDict, model: InpaintingConfig, data: Mapping[str, Any
         target="pixels",
         criterion="l1",
         mask_rule_source=source,
+        assumptions=assumptions,
     )
     return Conversion(SimMIM, SimMIMConfig(**asdict(model)), info, state)
 
@@ -71,8 +75,24 @@ def convert_simmim_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state.rename((r"^encoder\.", ""), *OUR_SWIN_NAMES)
     swin = section(config, "MODEL", "SWINV2") or section(config, "MODEL", "SWIN")
     return convert_windows(
-        state, heads, image_size=whole(data, "IMG_SIZE"), window=whole(swin, "WINDOW_SIZE"), rule=mask_rule(data)
+        state,
+        heads,
+        image_size=whole(data, "IMG_SIZE"),
+        window=whole(swin, "WINDOW_SIZE"),
+        pretrained=numbers(swin.get("PRETRAINED_WINDOW_SIZES")),
+        rule=mask_rule(data),
+        target=_target(config),
     )
+
+
+def _target(config: Any) -> PixelTarget:
+    """Pixels, or pixels normalised by their neighbourhood, of which only the default size is known."""
+    settings = section(config, "MODEL", "SIMMIM", "NORM_TARGET")
+    if settings.get("ENABLE") is not True:
+        return "pixels"
+    if (size := whole(settings, "PATCH_SIZE") or NEIGHBOURHOOD) != NEIGHBOURHOOD:
+        raise CheckpointError(f"its config has NORM_TARGET.PATCH_SIZE {size}; only {NEIGHBOURHOOD} is read")
+    return "locally_normalized_pixels"
 
 
 def mask_rule(data: Mapping[str, Any]) -> tuple[MaskRule, str] | None:
@@ -106,13 +126,11 @@ def convert_hf_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
         *HF_BLOCK_NAMES,
         *OUR_SWIN_NAMES,
     )
-    if any(pretrained := config.get("pretrained_window_sizes") or []):
-        raise CheckpointError(f"config.json: pretrained_window_sizes {pretrained} are of a fine-tuned model")
-    # The hub's preprocessor may state mean and std 0.5; training used ImageNet's.
     return convert_windows(
         state,
         heads,
         image_size=count(config, "image_size"),
         window=count(config, "window_size"),
-        eps=number(config, "layer_norm_eps", 1e-5),
+        pretrained=numbers(config.get("pretrained_window_sizes")),
+        eps=within(config, "layer_norm_eps", 1e-5),
     )

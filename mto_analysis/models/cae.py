@@ -19,7 +19,10 @@ __all__ = ["CAE", "CAEConfig"]
 
 @dataclass(frozen=True)
 class CAEConfig:
-    """Architecture of a :class:`CAE`; the published ViT-B by default. The regressor is as wide as the encoder."""
+    """Architecture of a :class:`CAE`; the published ViT-B by default.
+
+    A regressor of another width than the encoder, ``decoder_dim``, starts with a projection and its norm.
+    """
 
     image_size: int = 224
     patch_size: int = 16
@@ -29,6 +32,7 @@ class CAEConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     layer_scale: float | None = 0.1
+    decoder_dim: int = 768
     decoder_depth: int = 4
     decoder_num_heads: int = 12
     decoder_mlp_dim: int = 3072
@@ -36,9 +40,12 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for heads, name in ((self.num_heads, "num_heads"), (self.decoder_num_heads, "decoder_num_heads")):
-            if heads < 1 or self.dim % heads:
-                raise ValueError(f"{name} must divide the width {self.dim}, got {heads}")
+        for dim, heads, name in (
+            (self.dim, self.num_heads, "num_heads"),
+            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
+        ):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
 
 
 class CAE(PositionedEncoder):
@@ -61,8 +68,11 @@ class CAE(PositionedEncoder):
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim), requires_grad=False)
         self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
         self.norm = nn.LayerNorm(c.dim, eps=c.eps)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim), requires_grad=False)
+        self.decoder_embed: nn.Module = nn.Identity()
+        if c.decoder_dim != c.dim:
+            self.decoder_embed = nn.Sequential(nn.Linear(c.dim, c.decoder_dim), nn.LayerNorm(c.decoder_dim, eps=c.eps))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.decoder_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(RegressorBlock(c) for _ in range(c.decoder_depth))
 
     def depth(self, stack: str) -> int:
@@ -75,7 +85,7 @@ class CAE(PositionedEncoder):
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x, attn_mask=visible.attn_mask)
-        x = visible.put_back(self.norm(x)[:, 1:], self.mask_token)
+        x = visible.put_back(self.decoder_embed(self.norm(x))[:, 1:], self.mask_token)
         yield LayerTokens(0, x, mask)
         for depth, block in enumerate(self.decoder_blocks, start=1):
             x = torch.where(mask.unsqueeze(-1), block(x, self.decoder_pos_embed[:, 1:]), x)
@@ -90,7 +100,7 @@ class RegressorBlock(nn.Module):
 
     def __init__(self, config: CAEConfig) -> None:
         super().__init__()
-        dim, eps = config.dim, config.eps
+        dim, eps = config.decoder_dim, config.eps
         self.norm1_q = nn.LayerNorm(dim, eps=eps)
         self.norm1_k = nn.LayerNorm(dim, eps=eps)
         self.norm1_v = nn.LayerNorm(dim, eps=eps)

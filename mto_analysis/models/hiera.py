@@ -17,16 +17,16 @@ from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_bl
 __all__ = ["Hiera", "HieraConfig"]
 
 _EMBED_STRIDE = 4
-_UNIT = 8  # side of a mask unit in tokens of the first stage
-_LOCAL_STAGES = 2
 
 
 @dataclass(frozen=True)
 class HieraConfig:
     """Architecture of a :class:`Hiera`; the published base model by default.
 
-    ``dim``, ``num_heads`` and ``mlp_dim`` are those of the first stage and double with each stage. The first ``pools``
-    changes of stage also halve the token grid; ``patch_size`` is the side of a decoder token in pixels.
+    ``dim`` and ``mlp_dim`` are those of the first stage and double with each stage; so do ``num_heads``, where only one
+    number is given. The first ``pools`` changes of stage also halve the token grid; ``patch_size`` is the side of a
+    decoder token in pixels, ``unit`` that of a mask unit in tokens of the first stage. In stages with ``local``
+    attention, tokens attend inside their mask unit only; a block that starts a stage follows the stage before it.
     """
 
     image_size: int = 224
@@ -35,9 +35,11 @@ class HieraConfig:
     kernel: int = 7
     dim: int = 96
     depths: tuple[int, ...] = (2, 3, 16, 3)
-    num_heads: int = 1
+    num_heads: int | tuple[int, ...] = 1
     mlp_dim: int = 384
     pools: int = 2
+    unit: int = 8
+    local: tuple[bool, ...] = (True, True, False, False)
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
@@ -46,24 +48,41 @@ class HieraConfig:
 
     def __post_init__(self) -> None:
         """Check the values; a list, as JSON has it, becomes a tuple."""
-        object.__setattr__(self, "depths", tuple(self.depths))
-        for dim, heads, name in (
-            (self.dim, self.num_heads, "num_heads"),
-            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
-        ):
+        for name in ("depths", "local"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.num_heads, int):
+            object.__setattr__(self, "num_heads", tuple(self.num_heads))
+        if len(self.stage_heads) != len(self.depths) or len(self.local) < len(self.depths):
+            raise ValueError(f"num_heads and local must name each of {len(self.depths)} stages")
+        widths = [(self.dim << stage, heads, "num_heads") for stage, heads in enumerate(self.stage_heads)]
+        for dim, heads, name in (*widths, (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")):
             if heads < 1 or dim % heads:
                 raise ValueError(f"{name} must divide the width {dim}, got {heads}")
         if not 1 <= self.pools < min(len(self.depths), 4) or min(self.depths) < 1:
             raise ValueError(f"{self.pools} pools do not fit stages of {self.depths} blocks")
-        if self.image_size % (_UNIT * _EMBED_STRIDE) or self.patch_size != _EMBED_STRIDE << self.pools:
-            raise ValueError(f"mask units do not divide an image of {self.image_size} px")
+        if self.unit < 1 << self.pools or self.unit % (1 << self.pools):
+            raise ValueError(f"{self.pools} pools do not fit a mask unit of {self.unit} tokens")
+        if self.image_size % self.unit_px or self.patch_size != _EMBED_STRIDE << self.pools:
+            raise ValueError(f"mask units of {self.unit_px} px do not divide an image of {self.image_size} px")
+
+    @property
+    def stage_heads(self) -> tuple[int, ...]:
+        """Attention heads of each stage."""
+        if isinstance(self.num_heads, int):
+            return tuple(self.num_heads << stage for stage in range(len(self.depths)))
+        return self.num_heads
+
+    @property
+    def unit_px(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.unit * _EMBED_STRIDE
 
 
 class Hiera(MaskedImageModel):
     """Hiera, pre-trained as a masked autoencoder. Layer 0 is the decoder's input after its position embedding.
 
-    The encoder sees whole mask units of 32 px only: pixels of masked ones are zero in its convolution, and their tokens
-    are left out. Outputs of the pooled stages and of the last one are added up for the decoder.
+    The encoder sees whole mask units only: pixels of masked ones are zero in its convolution, and their tokens are left
+    out. Outputs of the pooled stages and of the last one are added up for the decoder.
 
     Source:
         Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles" (ICML 2023);
@@ -77,7 +96,7 @@ class Hiera(MaskedImageModel):
         c = config
         out_dim = c.dim << (len(c.depths) - 1)
         grid = c.image_size // _EMBED_STRIDE
-        self.units = grid // _UNIT
+        self.units = grid // c.unit
         self.patch_embed = nn.Conv2d(c.channels, c.dim, c.kernel, stride=_EMBED_STRIDE, padding=c.kernel // 2)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, c.dim))
         ends = list(accumulate(c.depths))
@@ -89,10 +108,10 @@ class Hiera(MaskedImageModel):
                 HieraBlock(
                     c.dim << (stage - starts),
                     c.dim << stage,
-                    c.num_heads << stage,
+                    c.stage_heads[stage],
                     c.mlp_dim << stage,
                     pool=starts and stage <= c.pools,
-                    local=stage - starts < _LOCAL_STAGES,
+                    local=c.local[stage - starts],
                     eps=c.eps,
                 )
             )
@@ -118,7 +137,7 @@ class Hiera(MaskedImageModel):
         squares = mask.reshape(len(mask), self.units, side, self.units, side)
         masked = squares.all(dim=4).all(dim=2)
         if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
-            size = _UNIT * _EMBED_STRIDE
+            size = self.config.unit_px
             raise ValueError(f"mask must not change inside squares of {size} px; choose a mask unit of {size} px")
         return masked.flatten(1)
 
@@ -126,11 +145,11 @@ class Hiera(MaskedImageModel):
         """Decoder tokens of visible units, the mask token elsewhere: ``batch num_patches decoder_dim``, row-major."""
         batch, side, c = len(images), self.units, self.config
         hidden = units.reshape(batch, 1, side, side)
-        hidden = hidden.repeat_interleave(_UNIT * _EMBED_STRIDE, 2).repeat_interleave(_UNIT * _EMBED_STRIDE, 3)
+        hidden = hidden.repeat_interleave(c.unit_px, 2).repeat_interleave(c.unit_px, 3)
         x = self.patch_embed(images.masked_fill(hidden, 0)).flatten(2).mT + self.pos_embed
-        x = x.reshape(batch, side, _UNIT, side, _UNIT, -1).transpose(2, 3).reshape(batch, side * side, -1)
+        x = x.reshape(batch, side, c.unit, side, c.unit, -1).transpose(2, 3).reshape(batch, side * side, -1)
         visible = VisiblePatches(units, prefix_tokens=0)
-        x = visible.take(x).reshape(batch, -1, _UNIT, _UNIT, c.dim)
+        x = visible.take(x).reshape(batch, -1, c.unit, c.unit, c.dim)
         fused: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             x = block(x, visible.attended)

@@ -43,12 +43,15 @@ class ModelInfo:
         mean: Channel means of pixels scaled to 0..1.
         std: Channel standard deviations of pixels scaled to 0..1.
         target: What the model predicts: ``pixels``, ``normalized_pixels`` (each patch centred and scaled),
-            ``normalized_channels`` (each channel of a patch by itself), ``features``, or ``None`` where the file does
-            not say.
+            ``normalized_channels`` (each channel of a patch by itself), ``locally_normalized_pixels`` (by the
+            neighbourhood of each pixel), ``features``, or ``None`` where the file does not say.
         criterion: Error of the model's own loss: ``l1`` or ``l2``, or ``None`` where it predicts no pixels.
         layout: Whose file it was read from.
         caveat: What a reader of its curves must know, printed beside them.
         mask_rule_source: Where the mask rule comes from, as printed: the file, the published model, or a rule.
+        channels: Of the input image.
+        statistics_source: Where mean and standard deviation come from, as printed.
+        assumptions: What neither the file nor its shapes settle, as printed.
     """
 
     family: str
@@ -56,13 +59,18 @@ class ModelInfo:
     image_size: int
     patch_size: int
     mask_rule: MaskRule
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    target: Literal["pixels", "normalized_pixels", "normalized_channels", "features"] | None = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    target: (
+        Literal["pixels", "normalized_pixels", "normalized_channels", "locally_normalized_pixels", "features"] | None
+    ) = None
     criterion: Literal["l1", "l2"] | None = None
     layout: str = "mto_analysis"
     mask_rule_source: str = "given"
     caveat: str = ""
+    channels: int = 3
+    statistics_source: str = "published"
+    assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""

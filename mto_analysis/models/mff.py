@@ -15,15 +15,16 @@ __all__ = ["MFF", "MFFConfig"]
 
 @dataclass(frozen=True)
 class MFFConfig(MAEConfig):
-    """Architecture of an :class:`MFF`: ``fused`` layers, evenly spaced up to the last one."""
+    """Architecture of an :class:`MFF`: the decoder gets a weighted sum of the outputs of blocks ``out_indices``."""
 
-    fused: int = 6
+    out_indices: tuple[int, ...] = (0, 2, 4, 6, 8, 11)
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values; a list, as JSON has it, becomes a tuple."""
         super().__post_init__()
-        if not 1 <= self.fused <= self.depth or self.depth % self.fused:
-            raise ValueError(f"{self.fused} fused layers are not evenly spaced among {self.depth} blocks")
+        object.__setattr__(self, "out_indices", tuple(self.out_indices))
+        if sorted({*self.out_indices, self.depth - 1}) != list(self.out_indices) or self.out_indices[0] < 0:
+            raise ValueError(f"out_indices must ascend to the last block {self.depth - 1}, got {self.out_indices}")
 
 
 class MFF(MAE):
@@ -36,15 +37,15 @@ class MFF(MAE):
 
     def __init__(self, config: MFFConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
-        self.proj_layers = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.fused - 1))
-        self.proj_weights = nn.Parameter(torch.ones(config.fused, 1, 1, 1))
+        self.proj_layers = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in config.out_indices[1:])
+        self.proj_weights = nn.Parameter(torch.ones(len(config.out_indices), 1, 1, 1))
+        self.out_indices = config.out_indices
 
     def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        apart = len(self.blocks) // len(self.proj_weights)
         outputs: list[Tensor] = []
-        for depth, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(self.blocks):
             x = block(x, attn_mask=attn_mask)
-            if depth % apart == 0:
-                last = depth == len(self.blocks)
+            if number in self.out_indices:
+                last = number == self.out_indices[-1]
                 outputs.append(x if last else self.proj_layers[len(outputs)](x))
         return (torch.stack(outputs) * self.proj_weights.softmax(dim=0)).sum(dim=0)

@@ -24,7 +24,8 @@ class SwinConfig:
 
     ``dim``, ``mlp_dim`` are those of the first stage and double at each merge. A window that is no smaller than a
     stage's grid shrinks to the grid and is not shifted there. ``decoder`` is whether the head that predicts pixels is
-    there. ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
+    there. ``pretrained_windows`` are the windows by which version 2 scales offsets in each stage, 0 for its own.
+    ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
     """
 
     image_size: int = 192
@@ -40,13 +41,16 @@ class SwinConfig:
     absolute_positions: bool = False
     decoder: bool = True
     eps: float = 1e-5
+    pretrained_windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values; lists, as JSON has them, become tuples."""
-        for name in ("depths", "num_heads"):
+        for name in ("depths", "num_heads", "pretrained_windows"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.depths) != len(self.num_heads) or not self.depths or min(*self.depths, *self.num_heads, 1) < 1:
             raise ValueError(f"depths and num_heads must name each stage, got {self.depths} and {self.num_heads}")
+        if len(self.pretrained_windows) not in (0, len(self.depths)):
+            raise ValueError(f"pretrained_windows must name each stage, got {self.pretrained_windows}")
         if self.version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {self.version}")
         if self.image_size % self.stride:
@@ -99,6 +103,8 @@ class SimMIMSwin(MaskedImageModel):
         self.merges = nn.ModuleList()
         for stage, (dim, grid, heads) in enumerate(zip(c.dims, c.grids, c.num_heads, strict=True)):
             block = partial(WindowBlock, dim, heads, c.mlp_dim * 2**stage, grid, c.window, version=c.version, eps=c.eps)
+            if c.pretrained_windows:
+                block = partial(block, pretrained=c.pretrained_windows[stage])
             self.stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(c.depths[stage])))
             if stage + 1 < len(c.depths):
                 self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1))

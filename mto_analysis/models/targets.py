@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mto_analysis.models.vit import patchify, unpatchify
 
 __all__ = [
+    "NEIGHBOURHOOD",
     "Target",
     "mean_prediction",
     "normalize_channels",
+    "normalize_locally",
     "normalize_patches",
     "patch_loss",
     "reconstruction_loss",
@@ -20,7 +24,10 @@ __all__ = [
     "target_patches",
 ]
 
-Target = Literal["pixels", "normalized_pixels", "normalized_channels"]
+Target = Literal["pixels", "normalized_pixels", "normalized_channels", "locally_normalized_pixels"]
+
+#: Side in pixels of the neighbourhood of a locally normalised pixel.
+NEIGHBOURHOOD = 47
 
 # The originals' own constants in the denominator: MAE's, and BootMAE's.
 _VARIANCE_EPS = 1e-6
@@ -64,6 +71,27 @@ def _channel_statistics(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]
     return mean.expand_as(pixels).flatten(-2), (variance + _CHANNEL_EPS).sqrt().expand_as(pixels).flatten(-2)
 
 
+def normalize_locally(images: Tensor) -> Tensor:
+    """Centre each pixel and divide by the standard deviation, both of its neighbourhood, as SwinV2's SimMIM does.
+
+    Shapes:
+        images: batch channels height width
+        returns: batch channels height width
+
+    Source:
+        microsoft/Swin-Transformer, ``models/simmim.py`` (``norm_targets``).
+
+    Example:
+        >>> normalize_locally(torch.tensor([[[[1.0, 3.0]]]])).round(decimals=3)
+        tensor([[[[-0.7070,  0.7070]]]])
+    """
+    pool = partial(F.avg_pool2d, kernel_size=NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
+    mean = pool(images, count_include_pad=False)
+    count = pool(torch.ones_like(images), count_include_pad=True) * NEIGHBOURHOOD**2
+    variance = (pool(images.square(), count_include_pad=False) - mean.square()) * (count / (count - 1))
+    return (images - mean) / (variance.clamp(min=0) + _VARIANCE_EPS).sqrt()
+
+
 def target_patches(images: Tensor, patch_size: int, target: Target) -> Tensor:
     """What a model of this target should predict for every patch.
 
@@ -71,6 +99,8 @@ def target_patches(images: Tensor, patch_size: int, target: Target) -> Tensor:
         images: batch channels height width
         returns: batch num_patches values (row, column, channel)
     """
+    if target == "locally_normalized_pixels":
+        return patchify(normalize_locally(images), patch_size)
     patches = patchify(images, patch_size)
     if target == "normalized_pixels":
         return normalize_patches(patches)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mto_analysis.models.vit import RelativePositionBias, feed_forward, relative_position_index, transformer_blocks
 
-__all__ = ["PatchMerging", "WindowBlock"]
+__all__ = ["PatchMerging", "WindowBlock", "window_coordinates"]
 
 # Between regions that the cyclic shift brought together; the original adds it rather than minus infinity.
 _APART = -100.0
@@ -33,6 +33,7 @@ class WindowBlock(nn.Module):
         shifted: Whether windows are shifted by half of their side.
         version: 1, or 2: cosine attention, norms after each branch, a small network for the position bias.
         eps: Of the layer norms.
+        pretrained: Version 2: the window by whose side offsets are scaled; 0 is its own.
     """
 
     apart: Tensor | None
@@ -48,6 +49,7 @@ class WindowBlock(nn.Module):
         shifted: bool,
         version: Literal[1, 2],
         eps: float,
+        pretrained: int = 0,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -62,7 +64,7 @@ class WindowBlock(nn.Module):
             self.position_bias = RelativePositionBias((self.window,) * 2, num_heads, class_token=False)
         else:
             self.block = CosineBlock(dim, num_heads, mlp_dim, eps=eps)
-            self.position_bias = LogPositionBias(self.window, num_heads)
+            self.position_bias = LogPositionBias(self.window, num_heads, pretrained)
 
     def forward(self, x: Tensor) -> Tensor:
         """One block.
@@ -167,19 +169,33 @@ class CosineAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def window_coordinates(window: int, pretrained: int = 0) -> Tensor:
+    """Log-spaced offsets of two tokens of a window, 1 at its far side, or at that of the pretrained window.
+
+    Shapes:
+        returns: num_offsets 2 (row, column)
+
+    Example:
+        >>> window_coordinates(2)[0]
+        tensor([-1.0566, -1.0566])
+    """
+    offset = (
+        torch.arange(1 - window, window, dtype=torch.float32, device="cpu") * 8 / max((pretrained or window) - 1, 1)
+    )
+    offset = offset.sign() * (offset.abs() + 1).log2() / 3
+    return torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
 class LogPositionBias(nn.Module):
     """Version 2's bias: a small network of the log-spaced offset of two tokens of a window, between 0 and 16."""
 
     index: Tensor
     coords: Tensor
 
-    def __init__(self, window: int, num_heads: int) -> None:
+    def __init__(self, window: int, num_heads: int, pretrained: int = 0) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
-        offset = torch.arange(1 - window, window, dtype=torch.float32, device="cpu") * 8 / max(window - 1, 1)
-        offset = offset.sign() * (offset.abs() + 1).log2() / 3
-        coords = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1).reshape(-1, 2)
-        self.register_buffer("coords", coords, persistent=False)
+        self.register_buffer("coords", window_coordinates(window, pretrained), persistent=False)
         index = relative_position_index((window, window))[1:, 1:].contiguous()
         self.register_buffer("index", index, persistent=False)
 

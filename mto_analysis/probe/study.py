@@ -228,6 +228,8 @@ def _measure(
     say(f"{label}: {info.family} ({info.layout}), {info.image_size} px; masks: {words}")
     if info.caveat:
         say(f"{label}: {info.caveat}")
+    for assumption in info.assumptions:
+        say(f"{label}: assumed that {assumption}")
 
     def report(image: BrokenImage) -> None:
         if image.name not in broken:  # once, though every model meets it again

@@ -1,0 +1,157 @@
+"""Settings that lie beside the weights: a trainer's arguments or config, a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+
+__all__ = [
+    "arguments",
+    "count",
+    "hf_config",
+    "numbers",
+    "openmmlab_config",
+    "ratio",
+    "section",
+    "slowfast_config",
+    "whole",
+    "within",
+]
+
+# Real configs have some 20 kB; parsing needs a hundred times the memory of the text.
+_LONGEST_CONFIG = 2**20
+
+
+def section(settings: Any, *path: str) -> Mapping[str, Any]:
+    """A mapping inside mappings; empty where something on the way is missing.
+
+    Example:
+        >>> section({"DATA": {"IMG_SIZE": 192}}, "DATA")
+        {'IMG_SIZE': 192}
+    """
+    for name in path:
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def arguments(raw: RawCheckpoint) -> Mapping[str, Any]:
+    """The arguments of a training script (``args``), and what Lightning calls ``hyper_parameters``."""
+    return {**section(raw.extras, "args"), **section(raw.extras, "hyper_parameters")}
+
+
+def whole(settings: Mapping[str, Any], name: str) -> int | None:
+    """A positive whole number, or ``None`` where there is none."""
+    value = settings.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def count(settings: Mapping[str, Any], name: str) -> int | None:
+    """A positive whole number of a ``config.json``, or ``None`` where it is not named.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if settings.get(name) is None:
+        return None
+    if (value := whole(settings, name)) is None:
+        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {settings[name]!r}")
+    return value
+
+
+def within(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A number, or the default where there is none: numpy scalars of a pickle count as absent, as does ``None``.
+
+    Raises:
+        CheckpointError: If it is text or a list.
+    """
+    value = settings.get(name)
+    if isinstance(value, (str, list)):
+        raise CheckpointError(f"the file's {name} must be a number, got {value!r}")
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else default
+
+
+def ratio(settings: Mapping[str, Any], name: str = "mask_ratio") -> float | None:
+    """A fraction between 0 and 1, or ``None`` where there is none.
+
+    Raises:
+        CheckpointError: If it is a number outside of that range.
+    """
+    if (value := within(settings, name, -1.0)) == -1.0:
+        return None
+    if not 0 < value < 1:
+        raise CheckpointError(f"the file states a {name} of {value}, which must lie between 0 and 1")
+    return value
+
+
+def numbers(value: Any) -> tuple[float, ...] | None:
+    """A list of numbers as a tuple, or ``None`` for anything else.
+
+    Example:
+        >>> numbers([0.5, 1])
+        (0.5, 1.0)
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    plain = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+    return tuple(float(each) for each in value) if plain else None
+
+
+def hf_config(raw: RawCheckpoint) -> Mapping[str, Any]:
+    """The ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: If there is none, or it asks for another activation than GELU.
+    """
+    if raw.config is None:
+        raise CheckpointError("needs its config.json beside it; give the whole folder")
+    for name in ("hidden_act", "decoder_hidden_act"):
+        if (activation := raw.config.get(name) or "gelu") != "gelu":
+            raise CheckpointError(f"config.json: {name} must be gelu, got {activation!r}")
+    return raw.config
+
+
+def openmmlab_config(raw: RawCheckpoint) -> Mapping[str, Any]:
+    """The ``model`` of the config that mmengine (``meta.cfg``) or mmcv (``meta.config``) stores as Python text."""
+    meta = section(raw.extras, "meta")
+    text = next((meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)), "")
+    if len(text) > _LONGEST_CONFIG:
+        return {}
+    try:
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and [ast.unparse(each) for each in statement.targets] == ["model"]:
+                return section({"model": _python_value(statement.value)}, "model")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass
+    return {}
+
+
+def _python_value(node: ast.expr) -> Any:
+    """A literal, or ``dict(name=literal)``, without running anything; other expressions are ``None``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {each.arg: _python_value(each.value) for each in node.keywords if each.arg is not None}
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {key.value: _python_value(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_python_value(each) for each in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def slowfast_config(raw: RawCheckpoint) -> Mapping[str, Any]:
+    """The config that PySlowFast stores as YAML text."""
+    text = raw.extras.get("cfg")
+    if not isinstance(text, str) or len(text) > _LONGEST_CONFIG or "&" in text:  # aliases could grow without bound
+        return {}
+    try:
+        return section({"cfg": yaml.load(text, Loader=yaml.SafeLoader)}, "cfg")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}

@@ -1,0 +1,99 @@
+"""Mean and standard deviation by which a model's images were normalised: what lies beside the weights states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mto_analysis.checkpoints.metadata import numbers, openmmlab_config, section, slowfast_config, within
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["IMAGE_CHANNELS", "Statistics", "stated_statistics", "unpublished_statistics"]
+
+#: Of a colour image; what is published of means and deviations is for these.
+IMAGE_CHANNELS = 3
+_LARGEST_BYTE = 255
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each channel of pixels scaled to 0..1.
+
+    Args:
+        mean: Of each channel.
+        std: Of each channel.
+        source: Where they come from, as printed.
+        assumption: What had to be assumed, as printed, or nothing.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    assumption: str = ""
+
+    def overridden(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics:
+        """These, with what the user gives in their place."""
+        if mean is None and std is None:
+            return self
+        return replace(
+            self,
+            mean=self.mean if mean is None else tuple(mean),
+            std=self.std if std is None else tuple(std),
+            source="given",
+            assumption="",
+        )
+
+    def check(self, channels: int) -> None:
+        """Refuse what does not fit a model.
+
+        Raises:
+            CheckpointError: If the numbers are not one for each channel, or a deviation is not positive.
+        """
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise CheckpointError(
+                    f"{name} ({self.source}) has {len(values)} values, the model {channels} channels; give --{name}"
+                )
+            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                raise CheckpointError(f"{name} ({self.source}) must be finite, std above 0, got {list(values)}")
+
+
+def unpublished_statistics(channels: int) -> Statistics:
+    """What is assumed for images that are not colour: grey ones have the average of ImageNet's, others 0 and 1."""
+    mean, std = [0.0] * channels, [1.0] * channels
+    if channels == 1:
+        mean, std = [sum(IMAGENET_MEAN) / IMAGE_CHANNELS], [sum(IMAGENET_STD) / IMAGE_CHANNELS]
+    rounded = tuple(round(value, 4) for value in mean), tuple(round(value, 4) for value in std)
+    words = f"images of {channels} channel{'s' * (channels > 1)} have mean {rounded[0]} and std {rounded[1]}"
+    return Statistics(*rounded, "assumed", f"{words}: the file does not say; give --mean and --std")
+
+
+def stated_statistics(raw: RawCheckpoint) -> Statistics | None:
+    """Of a Hugging Face ``preprocessor_config.json``, or of the config of mmpretrain or PySlowFast, if any."""
+    if raw.preprocessor:
+        return _of_preprocessor(raw)
+    bytes_ = section(openmmlab_config(raw), "data_preprocessor")
+    mean, std = numbers(bytes_.get("mean")), numbers(bytes_.get("std"))
+    if mean and std:
+        scaled = [tuple(round(value / _LARGEST_BYTE, 6) for value in values) for values in (mean, std)]
+        return Statistics(scaled[0], scaled[1], "file")
+    data = section(slowfast_config(raw), "DATA")
+    mean, std = numbers(data.get("MEAN")), numbers(data.get("STD"))
+    return Statistics(mean, std, "file") if mean and std else None
+
+
+def _of_preprocessor(raw: RawCheckpoint) -> Statistics | None:
+    settings = raw.preprocessor
+    source = "preprocessor_config.json"
+    if settings.get("do_rescale") is False or not math.isclose(
+        within(settings, "rescale_factor", 1 / _LARGEST_BYTE), 1 / _LARGEST_BYTE, rel_tol=1e-3
+    ):
+        raise CheckpointError(f"{source}: only pixels scaled by 1/255 are read (do_rescale, rescale_factor)")
+    mean, std = numbers(settings.get("image_mean")), numbers(settings.get("image_std"))
+    if settings.get("do_normalize") is False:
+        channels = len(mean or IMAGENET_MEAN)
+        return Statistics((0.0,) * channels, (1.0,) * channels, source)
+    return Statistics(mean, std, source) if mean and std else None

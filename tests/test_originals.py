@@ -1,0 +1,65 @@
+"""Files as the original code bases write them, with settings beside the weights: tokens, heterogeneity and loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mto_analysis import CheckpointError, heterogeneity, load_checkpoint
+from mto_analysis.models.targets import reconstruction_loss
+
+ORIGINALS = Path(__file__).parent / "golden" / "originals"
+FILES = sorted(
+    path
+    for folder in ORIGINALS.iterdir()
+    if folder.is_dir()
+    for path in folder.iterdir()
+    if path.name == "model" or path.suffix in (".pth", ".pyth")
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[f"{path.parent.name}-{path.stem}" for path in FILES])
+def test_load_checkpoint__agrees_with_the_original_code(path: Path) -> None:
+    about = json.loads((path.parent / "meta.json").read_text())
+    model = load_checkpoint(path, **about["heads_to_give"])
+    with np.load(path.parent / "inputs.npz") as inputs, np.load(path.parent / "expected.npz") as expected:
+        images, mask = torch.from_numpy(inputs["images"]), torch.from_numpy(inputs["mask"])
+        goals = dict(expected)
+    with torch.no_grad():
+        layers = list(model.layer_tokens(images, mask, model.stacks[0]))
+        assert len(layers) == len(goals["heterogeneity"])
+        for depth, tokens, of_depth in layers:
+            goal = goals[f"tokens_{depth}"] if "tokens_0" in goals else goals["tokens"][depth]
+            np.testing.assert_allclose(tokens.numpy(), goal, atol=1e-4, rtol=0)
+            measured = heterogeneity(tokens, of_depth).numpy()
+            np.testing.assert_allclose(measured, goals["heterogeneity"][depth], atol=2e-4, rtol=0)
+        if "loss" in goals:
+            info = model.info
+            assert info.criterion is not None
+            assert info.target not in (None, "features")
+            loss = reconstruction_loss(
+                model.reconstruct(images, mask),
+                images,
+                mask,
+                info.patch_size,
+                target=info.target,
+                criterion=info.criterion,
+            )
+            assert loss.mean().item() == pytest.approx(float(goals["loss"]), abs=1e-4)
+
+
+def test_load_checkpoint__reads_the_moving_average_on_request(tmp_path: Path) -> None:
+    root = torch.load(ORIGINALS / "mae_lite" / "checkpoint_ema.pth", weights_only=True)
+    name = "module.ema_model.module.mask_token"
+    root["model"][name] = root["model"][name] + 1
+    torch.save(root, tmp_path / "file.pth")
+    heads = {"num_heads": 12, "decoder_num_heads": 3}
+    own, average = (load_checkpoint(tmp_path / "file.pth", ema=ema, **heads).state_dict() for ema in (False, True))
+    torch.testing.assert_close(average["mask_token"], own["mask_token"] + 1)
+    assert all(torch.equal(own[key], average[key]) for key in own if key != "mask_token")
+    with pytest.raises(CheckpointError, match="holds no moving average"):
+        load_checkpoint(ORIGINALS / "cae_2022" / "checkpoint.pth", ema=True)
