@@ -74,7 +74,7 @@ def pretrain(
     group = Group(settings.device)
     note = on_note if on_note is not None and group.main else _silent
     micro_batch = micro_batch_size(recipe, processes=group.count, accumulation=settings.accumulation)
-    steps = steps_in_epoch(recipe, images)
+    steps = steps_in_epoch(len(images.names), recipe.batch_size)
 
     identity, layout = run_identity(recipe, images, settings), run_layout(settings, group)
     run_folder.check(identity, resume=resume, overwrite=overwrite)

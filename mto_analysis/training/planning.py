@@ -67,7 +67,7 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
     here = Group(settings.device)
     count = processes or here.count
     micro = micro_batch_size(recipe, processes=count, accumulation=settings.accumulation)
-    steps = steps_in_epoch(recipe, images)
+    steps = steps_in_epoch(len(images.names), recipe.batch_size)
     stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps, micro)
     measured = _measure(stepper, recipe, settings, here, micro)
     total = steps * recipe.epochs

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from mto_analysis.errors import DataError
 
 if TYPE_CHECKING:
-    from mto_analysis.images import Images
     from mto_analysis.training.recipes import Recipe
 
 __all__ = ["micro_batch_size", "steps_in_epoch"]
@@ -33,15 +32,23 @@ def micro_batch_size(recipe: Recipe, *, processes: int, accumulation: int) -> in
     return recipe.batch_size // parts
 
 
-def steps_in_epoch(recipe: Recipe, images: Images) -> int:
+def steps_in_epoch(count: int, batch_size: int, kind: str = "images") -> int:
     """Optimizer steps of an epoch; images that do not fill a last batch are left out of it.
+
+    Args:
+        count: Training images.
+        batch_size: Images of a step, over all processes and micro-batches.
+        kind: What the message calls them.
 
     Raises:
         DataError: If they do not fill one.
+
+    Example:
+        >>> steps_in_epoch(50_000, 4096)
+        12
     """
-    steps = len(images.names) // recipe.batch_size
-    if not steps:
+    if count < batch_size:
         raise DataError(
-            f"{len(images.names)} images do not fill one batch of {recipe.batch_size}; use a smaller batch_size"
+            f"{count} {kind} do not fill one batch of {batch_size}; choose a smaller one with --set batch_size=N"
         )
-    return steps
+    return count // batch_size

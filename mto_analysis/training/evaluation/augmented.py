@@ -17,8 +17,9 @@ from mto_analysis.runtime.randomness import keyed_permutation, name_keys
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages
 from mto_analysis.training.randomness import seed_globally
+from mto_analysis.training.shares import steps_in_epoch
 
-__all__ = ["Share", "augmented_batches", "steps_per_epoch"]
+__all__ = ["Share", "augmented_batches"]
 
 
 class Share(NamedTuple):
@@ -33,20 +34,6 @@ class Share(NamedTuple):
     def global_batch(self) -> int:
         """Images in an optimizer step."""
         return self.micro_batch * self.accumulation * self.processes
-
-
-def steps_per_epoch(images: LabelledImages, batch: int) -> int:
-    """Optimizer steps in an epoch; the last incomplete batch is dropped.
-
-    Raises:
-        DataError: If there are too few images for one.
-    """
-    if len(images.rows) < batch:
-        raise DataError(
-            f"{len(images.rows)} training images do not fill one batch of {batch}; choose a smaller one with "
-            "--set batch_size=N"
-        )
-    return len(images.rows) // batch
 
 
 def augmented_batches(
@@ -66,7 +53,7 @@ def augmented_batches(
     Shapes:
         returns: batch channels height width (normalised), batch (labels)
     """
-    steps = steps_per_epoch(images, share.global_batch)
+    steps = steps_in_epoch(len(images.rows), share.global_batch)
     names = [images.images.names[row] for row in images.rows]
     order = keyed_permutation(name_keys(names), seed=seed, epoch=epoch)
     size = share.micro_batch

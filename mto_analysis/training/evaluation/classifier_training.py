@@ -22,7 +22,6 @@ from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training.evaluation.augmented import (
     Share,
     augmented_batches,
-    steps_per_epoch,
 )
 from mto_analysis.training.evaluation.classifier import Classifier, build_classifier, build_optimizer
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
@@ -30,6 +29,7 @@ from mto_analysis.training.evaluation.features import LabelledImages, check_clas
 from mto_analysis.training.evaluation.protocols import Precision
 from mto_analysis.training.methods.method import warmup_then_cosine
 from mto_analysis.training.randomness import global_state_restored, seed_globally
+from mto_analysis.training.shares import steps_in_epoch
 from mto_analysis.training.state import RANDOMNESS, check_randomness, differences, read_checkpoint, write_checkpoint
 
 __all__ = ["ClassifierEpoch", "TrainingMachine", "learning_rate", "train_classifier"]
@@ -127,7 +127,7 @@ def train_classifier(
     machine = machine or TrainingMachine()
     num_classes = check_classes(train, test)
     share = machine.share(settings)
-    steps_per_epoch(train, share.global_batch)
+    steps_in_epoch(len(train.rows), share.global_batch, "training images")
     classifier = build_classifier(model, settings, num_classes, seed=seed)
     optimizer = build_optimizer(classifier, settings)
     identity = {
@@ -186,7 +186,7 @@ class _Run:
     def epoch(self, epoch: int) -> ClassifierEpoch:
         start = time.perf_counter()
         settings, share = self.settings, self.share
-        steps = steps_per_epoch(self.train, share.global_batch)
+        steps = steps_in_epoch(len(self.train.rows), share.global_batch)
         self.module.train()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         with global_state_restored():
