@@ -24,7 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for pages in group.values():
             at = next((n for n, page in enumerate(pages) if "commands.md" in str(page)), None)
             if at is not None:
-                pages.insert(at + 1, {"All options": OPTIONS})
+                pages.insert(at + 1, {"CLI reference": OPTIONS})
     packages: dict[str, list[Any]] = {"": [OVERVIEW]}
     for module in modules():
         name = module_name(module)
@@ -97,7 +97,7 @@ def options() -> Iterator[str]:
 
     from mto_analyze import app
 
-    yield "# All options\n\nWhat `mto-analyze COMMAND --help` says, for every command.\n"
+    yield "# CLI reference\n\nThe output of `mto-analyze COMMAND --help` for every command.\n"
     for name, command in typer.main.get_command(app).commands.items():
         for each in getattr(command, "commands", {}).items() if hasattr(command, "commands") else [(None, command)]:
             sub, leaf = each
