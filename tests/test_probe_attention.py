@@ -17,12 +17,7 @@ def slow_attention(model: MaskedImageModel, stack: str) -> dict[tuple[int, int],
     """(block, head) -> the four numbers, from norm1, qkv and the bias table, query by query, outside the forward."""
     batch = batch_of(model)
     mask = masks_from_rule(model.info)(batch.names, 0)
-    if stack == "decoder":
-        hidden = [model._decoder_input(batch.images, mask)]
-        for block in model.decoder_blocks:
-            hidden.append(block(hidden[-1]))
-    else:
-        hidden = list(model._hidden(batch.images, mask))
+    hidden = list(model._hidden(batch.images, mask, stack))
     found: dict[tuple[int, int], list[float]] = {}
     for number, block in enumerate(model.stack_blocks(stack), start=1):
         x = block.norm1(hidden[number - 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import LayerTokens, ModelInfo
+from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
+from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["BootMAE", "BootMAEConfig"]
 
@@ -107,10 +108,7 @@ class BootMAE(PositionedEncoder):
             x, blocks = self.feature_embed(encoded), self.feature_blocks
             masked = self.feature_mask_token + self.pos_embed[:, 1:]
         x = torch.cat([x[:, :1], visible.put_back(x[:, 1:], masked)], dim=1)
-        yield x
-        for block in blocks:
-            x = block(x, memory, visible.attended)
-            yield x
+        return run_blocks(x, (partial(block, memory=memory, attended=visible.attended) for block in blocks))
 
     def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
         """The same from images."""
@@ -128,8 +126,8 @@ class BootMAE(PositionedEncoder):
         """
         visible = VisiblePatches(mask)
         encoded, first, last = self._encode(images, visible)
-        *_, pixels = self._decode(encoded, first, visible, "pixel_decoder")
-        *_, features = self._decode(encoded, last, visible, "feature_decoder")
+        pixels = last_depth(self._decode(encoded, first, visible, "pixel_decoder"))
+        features = last_depth(self._decode(encoded, last, visible, "feature_decoder"))
         return self._to_pixels(pixels), self.feature_pred(self.feature_norm(features))[:, 1:]
 
     def whole_features(self, images: Tensor) -> Tensor:
@@ -141,18 +139,12 @@ class BootMAE(PositionedEncoder):
         """
         return self._whole(images)[:, 1:]
 
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return len(self.pixel_blocks if stack == "pixel_decoder" else self.feature_blocks)
-
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        for depth, x in enumerate(self._hidden(images, mask, stack)):
-            yield LayerTokens(depth, x[:, 1:], mask)
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The blocks of one of the two decoders."""
+        return tuple(self.pixel_blocks if stack == "pixel_decoder" else self.feature_blocks)
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        for x in self._hidden(images, mask, "pixel_decoder"):  # noqa: B007 - only the last depth is wanted
-            pass
-        return self._to_pixels(x)
+        return self._to_pixels(last_depth(self._hidden(images, mask, "pixel_decoder")))
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         """The pixel decoder's last tokens as an image."""

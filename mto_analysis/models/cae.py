@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import LayerTokens, ModelInfo
+from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
+from mto_analysis.taps.tokens import run_blocks
 
 __all__ = ["CAE", "CAEConfig"]
 
@@ -59,6 +61,7 @@ class CAE(PositionedEncoder):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("regressor",)
+    stack_prefix_tokens: ClassVar[int] = 0
 
     def __init__(self, config: CAEConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
@@ -75,21 +78,21 @@ class CAE(PositionedEncoder):
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.decoder_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(RegressorBlock(c) for _ in range(c.decoder_depth))
 
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return len(self.decoder_blocks)
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The regressor's blocks."""
+        return tuple(self.decoder_blocks)
 
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
         visible = VisiblePatches(mask)
         x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x, attn_mask=visible.attn_mask)
         x = visible.put_back(self.decoder_embed(self.norm(x))[:, 1:], self.mask_token)
-        yield LayerTokens(0, x, mask)
-        for depth, block in enumerate(self.decoder_blocks, start=1):
-            x = torch.where(mask.unsqueeze(-1), block(x, self.decoder_pos_embed[:, 1:]), x)
-            yield LayerTokens(depth, x, mask)
+        return run_blocks(x, (partial(self._update_masked, block, mask) for block in self.decoder_blocks))
+
+    def _update_masked(self, block: nn.Module, mask: Tensor, x: Tensor) -> Tensor:
+        return torch.where(mask.unsqueeze(-1), block(x, self.decoder_pos_embed[:, 1:]), x)
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"a {self.info.family} model predicts visual tokens, not pixels: nothing to reconstruct")

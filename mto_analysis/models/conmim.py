@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import ModelInfo
+from mto_analysis.taps.tokens import last_depth
 
 __all__ = ["ConMIM", "ConMIMConfig"]
 
@@ -54,7 +55,6 @@ class ConMIM(InpaintingViT):
             mask: batch num_patches, or ``None`` for no masked patch
             returns: batch num_patches projection_dim
         """
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
+        x = last_depth(self._hidden(images, mask))
         x = self.norm(x)
         return self.projectors(x.flatten(0, 1)).unflatten(0, x.shape[:2])[:, 1:]  # type: ignore[no-any-return]

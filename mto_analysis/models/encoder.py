@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import MaskedImageModel
+from mto_analysis.models.stacked import StackedModel
 
 __all__ = ["PositionedEncoder"]
 
 
-class PositionedEncoder(MaskedImageModel):
+class PositionedEncoder(StackedModel):
     """A family whose encoder gives all patches of an image their positions and runs its blocks one after the other.
 
     MFF too, whose sum of layers is for the decoder alone: downstream it uses the last block.

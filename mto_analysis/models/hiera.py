@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
+from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["Hiera", "HieraConfig"]
 
@@ -78,7 +80,7 @@ class HieraConfig:
         return self.unit * _EMBED_STRIDE
 
 
-class Hiera(MaskedImageModel):
+class Hiera(StackedModel):
     """Hiera, pre-trained as a masked autoencoder. Layer 0 is the decoder's input after its position embedding.
 
     The encoder sees whole mask units only: pixels of masked ones are zero in its convolution, and their tokens are left
@@ -90,6 +92,7 @@ class Hiera(MaskedImageModel):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("decoder",)
+    stack_prefix_tokens: ClassVar[int] = 0
 
     def __init__(self, config: HieraConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
@@ -162,24 +165,19 @@ class Hiera(MaskedImageModel):
         x = x.reshape(batch, side, side, inside, inside, -1).transpose(2, 3)
         return x.reshape(batch, self.info.num_patches, -1)
 
-    def _hidden(self, images: Tensor, units: Tensor) -> Iterator[Tensor]:
-        x = self._encode(images, units) + self.decoder_pos_embed
-        yield x
-        for block in self.decoder_blocks:
-            x = block(x)
-            yield x
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
+        return run_blocks(self._encode(images, self._unit_mask(mask)) + self.decoder_pos_embed, self.decoder_blocks)
 
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return len(self.decoder_blocks)
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The decoder's blocks."""
+        return tuple(self.decoder_blocks)
 
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        units = self._unit_mask(mask)
-        return (LayerTokens(depth, x, mask) for depth, x in enumerate(self._hidden(images, units)))
+    def _masks(self, mask: Tensor) -> Iterable[Tensor]:
+        self._unit_mask(mask)  # refuses it at the call
+        return super()._masks(mask)
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        for x in self._hidden(images, self._unit_mask(mask)):  # noqa: B007 - only the last depth is wanted
-            pass
+        x = last_depth(self._hidden(images, mask, "decoder"))
         x = self.decoder_pred(self.decoder_norm(x)).mT.reshape(len(images), -1, *self.info.grid)
         return F.pixel_shuffle(x, self.config.patch_size)  # inside a patch values run channel, row, column
 

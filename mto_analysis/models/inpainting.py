@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
+from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["InpaintingConfig", "InpaintingViT"]
 
@@ -42,7 +45,7 @@ class InpaintingConfig:
             raise ValueError(f"num_heads must divide the width {self.dim}, got {self.num_heads}")
 
 
-class InpaintingViT(MaskedImageModel):
+class InpaintingViT(StackedModel):
     """Encoder with masked tokens inside. Layer 0 is the input of block 0.
 
     Without absolute positions all masked tokens are one vector at layer 0; with them they differ by their position.
@@ -66,7 +69,7 @@ class InpaintingViT(MaskedImageModel):
         self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
         self.norm = nn.LayerNorm(c.dim, eps=c.eps) if c.final_norm else nn.Identity()
 
-    def _hidden(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    def _hidden(self, images: Tensor, mask: Tensor | None, stack: str = "encoder") -> Iterator[Tensor]:
         """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``; nothing masked without a mask."""
         x = self.patch_embed(images)
         if mask is not None:
@@ -74,18 +77,17 @@ class InpaintingViT(MaskedImageModel):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        yield x
+        return run_blocks(x, self._biased_blocks())
+
+    def _biased_blocks(self) -> Iterator[Callable[[Tensor], Tensor]]:
         bias = self.position_biases[0]() if self.config.position_bias == "shared" else None
         for depth, block in enumerate(self.blocks):
             if self.config.position_bias == "per_block":
                 bias = self.position_biases[depth]()
-            x = block(x, attn_mask=bias)
-            yield x
+            yield partial(block, attn_mask=bias)
 
     def _whole(self, images: Tensor) -> Tensor:
-        for x in self._hidden(images, None):  # noqa: B007 - only the last depth is wanted
-            pass
-        return x
+        return last_depth(self._hidden(images, None))
 
     def _final_norm(self) -> nn.Module:
         return self.norm
@@ -101,14 +103,6 @@ class InpaintingViT(MaskedImageModel):
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
         """The encoder's blocks."""
         return tuple(self.blocks)
-
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return len(self.blocks)
-
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        for depth, x in enumerate(self._hidden(images, mask)):
-            yield LayerTokens(depth, x[:, 1:], mask)
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"a {self.info.family} model predicts no pixels, so there is nothing to reconstruct")

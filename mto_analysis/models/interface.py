@@ -5,29 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from mto_analysis.masks import MaskRule, check_mask
+from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "LayerTokens", "MaskedImageModel", "ModelInfo"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MaskedImageModel", "ModelInfo"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class LayerTokens(NamedTuple):
-    """Patch tokens at one layer depth.
-
-    Shapes:
-        tokens: batch num_patches dim (row-major, no prefix tokens)
-        mask: batch num_patches (on this depth's token grid)
-    """
-
-    depth: int
-    tokens: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -207,9 +195,10 @@ class MaskedImageModel(nn.Module, ABC):
         return None
 
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
-        """The blocks of a stack in order, for watching their attention; none where that is of another kind.
+        """The blocks of a stack in order, for watching their attention, or none.
 
-        Each has ``attn`` with ``qkv``, ``num_heads`` and ``scale`` as in timm, over prefix tokens first, then patches.
+        Watched are those whose ``attn`` has ``qkv``, ``num_heads`` and ``scale`` as in timm, over prefix tokens first,
+        then patches.
         """
         return ()
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import LayerTokens, ModelInfo
+from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
+from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["MAE", "MAEConfig"]
 
@@ -88,13 +89,8 @@ class MAE(PositionedEncoder):
             x = block(x, attn_mask=attn_mask)
         return x
 
-    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
-        """Class and patch tokens at every layer depth: ``batch 1+num_patches decoder_dim``."""
-        x = self._decoder_input(images, mask)
-        yield x
-        for block in self.decoder_blocks:
-            x = block(x)
-            yield x
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
+        return run_blocks(self._decoder_input(images, mask), self.decoder_blocks)
 
     def position_embedding(self, stack: str) -> Tensor:
         """The decoder's sin-cos table."""
@@ -104,14 +100,6 @@ class MAE(PositionedEncoder):
         """The decoder's blocks."""
         return tuple(self.decoder_blocks)
 
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return len(self.decoder_blocks)
-
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        for depth, x in enumerate(self._hidden(images, mask)):
-            yield LayerTokens(depth, x[:, 1:], mask)
-
     def predict_patches(self, images: Tensor, mask: Tensor) -> Tensor:
         """What the decoder predicts for every patch, without any check: for training.
 
@@ -120,8 +108,7 @@ class MAE(PositionedEncoder):
             mask: batch num_patches
             returns: batch num_patches values (row, column, channel; or features)
         """
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
+        x = last_depth(self._hidden(images, mask, "decoder"))
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # type: ignore[no-any-return]
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:

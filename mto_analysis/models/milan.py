@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import feed_forward
+from mto_analysis.taps.tokens import run_blocks
 
 __all__ = ["MILAN"]
 
@@ -33,13 +35,14 @@ class MILAN(MAE):
             for _ in range(c.decoder_depth)
         )
 
-    def _hidden(self, images: Tensor, mask: Tensor) -> Iterator[Tensor]:
-        x = self._decoder_input(images, mask)
-        yield x
+    def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
         masked = nn.functional.pad(mask, (1, 0)).unsqueeze(-1)  # the class token is never masked
-        for block in self.decoder_blocks:
-            x = torch.where(masked, block(x, masked), x)
-            yield x
+        blocks = (partial(_update_masked, block, masked) for block in self.decoder_blocks)
+        return run_blocks(self._decoder_input(images, mask), blocks)
+
+
+def _update_masked(block: nn.Module, masked: Tensor, x: Tensor) -> Tensor:
+    return torch.where(masked, block(x, masked), x)
 
 
 class PromptingBlock(nn.Module):

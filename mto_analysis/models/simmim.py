@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import ModelInfo
+from mto_analysis.taps.tokens import last_depth
 
 __all__ = ["SimMIM", "SimMIMConfig"]
 
@@ -36,8 +37,7 @@ class SimMIM(InpaintingViT):
             mask: batch num_patches
             returns: batch channels height width
         """
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
+        x = last_depth(self._hidden(images, mask))
         x = self.norm(x)[:, 1:].mT.reshape(len(images), -1, *self.info.grid)
         return nn.functional.pixel_shuffle(self.decoder(x), self.config.patch_size)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,8 +12,10 @@ from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.windows import PatchMerging, WindowBlock
+from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["SimMIMSwin", "SwinConfig"]
 
@@ -77,7 +79,7 @@ class SwinConfig:
         return tuple(self.image_size // (self.patch_size * 2**stage) for stage in range(len(self.depths)))
 
 
-class SimMIMSwin(MaskedImageModel):
+class SimMIMSwin(StackedModel):
     """SimMIM's Swin encoder. Layer 0 is the input of the first block; depths count the blocks of all stages.
 
     Between stages, 2 x 2 tokens merge into one; the mask of a depth is that of its own grid. What a merge gives is the
@@ -90,6 +92,7 @@ class SimMIMSwin(MaskedImageModel):
 
     stacks: ClassVar[tuple[str, ...]] = ("encoder",)
     encoder_prefix_tokens: ClassVar[int] = 0
+    stack_prefix_tokens: ClassVar[int] = 0
 
     def __init__(self, config: SwinConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
@@ -111,25 +114,22 @@ class SimMIMSwin(MaskedImageModel):
         self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
         self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
 
-    def _hidden(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    def _hidden(self, images: Tensor, mask: Tensor | None, stack: str = "encoder") -> Iterator[Tensor]:
         """Patch tokens at every layer depth: ``batch num_patches dim``, of the grid and width of their stage."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        yield x
+        return run_blocks(x, self._merging_blocks())
+
+    def _merging_blocks(self) -> Iterator[Callable[[Tensor], Tensor]]:
         for stage, blocks in enumerate(self.stages):
-            if stage:
-                x = self.merges[stage - 1](x)
-            for block in blocks:  # type: ignore[attr-defined]
-                x = block(x)
-                yield x
+            for number, block in enumerate(blocks):  # type: ignore[arg-type,var-annotated]
+                yield partial(_merge_first, self.merges[stage - 1], block) if stage and not number else block
 
     def _whole(self, images: Tensor) -> Tensor:
-        for x in self._hidden(images, None):  # noqa: B007 - only the last depth is wanted
-            pass
-        return x
+        return last_depth(self._hidden(images, None))
 
     def _final_norm(self) -> nn.Module:
         return self.norm
@@ -160,22 +160,20 @@ class SimMIMSwin(MaskedImageModel):
             masks.append(masked.flatten(1))
         return masks
 
-    def depth(self, stack: str) -> int:
-        """The last layer depth of a stack, its number of blocks."""
-        return sum(self.config.depths)
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The blocks of all stages."""
+        return self.encoder_blocks()
 
-    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+    def _masks(self, mask: Tensor) -> list[Tensor]:
         stages = self.stage_masks(mask)
-        masks = [stages[0]] + [stages[stage] for stage, depth in enumerate(self.config.depths) for _ in range(depth)]
-        return (
-            LayerTokens(depth, x, of_depth)
-            for depth, (x, of_depth) in enumerate(zip(self._hidden(images, mask), masks, strict=True))
-        )
+        return [stages[0]] + [stages[stage] for stage, depth in enumerate(self.config.depths) for _ in range(depth)]
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         if self.decoder is None:
             raise ValueError("the checkpoint has no decoder, so it predicts no pixels")
-        for x in self._hidden(images, mask):  # noqa: B007 - only the last depth is wanted
-            pass
-        x = self.norm(x).mT.reshape(len(images), -1, *(self.config.grids[-1],) * 2)
+        x = self.norm(last_depth(self._hidden(images, mask))).mT.reshape(len(images), -1, *(self.config.grids[-1],) * 2)
         return F.pixel_shuffle(self.decoder(x), self.config.stride)
+
+
+def _merge_first(merge: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
+    return block(merge(x))  # type: ignore[no-any-return]
