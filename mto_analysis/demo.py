@@ -100,7 +100,7 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
             watch=watch,
         )
         tables.append(study.table)
-        quadrants.append(quadrant_table(study.per_image))
+        quadrants.append(quadrant_table(study.measured))
         models += study.models
     table = pd.concat(tables, ignore_index=True)
     early = table["model"].str.endswith("early")

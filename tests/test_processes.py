@@ -62,7 +62,7 @@ def measured(sources, images, settings: Settings, processes: Processes | None = 
     watched, seen, maps = Definitions(), Properties(), AffinityMaps()
     watch = together(watched.watch, seen.watch, lambda model, label: nullcontext((maps,)))
     study = measure_checkpoints(sources, images, settings, watch=watch, processes=processes)
-    return study, watched.take_table(study), watched.attention_table(), seen.table(), maps.maps
+    return study, watched.table(study), watched.attention_table(), seen.table(), maps.maps
 
 
 def test_parts__put_together_are_what_one_process_measures(checkpoints, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from golden_files import GOLDEN
 from mto_analysis import DataError, MaskRule, image_batches, load_checkpoint, mask_keys, open_images
 from mto_analysis.checkpoints import checkpoint_sha256
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.probe.definition_study import Definitions
 from mto_analysis.probe.saved import read_tables
 from mto_analysis.probe.study import Settings, measure_checkpoints
 from mto_analysis.runtime.devices import pick_device
@@ -245,3 +246,13 @@ def test_read_tables__says_what_is_wrong(table: pd.DataFrame, tmp_path: Path) ->
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"no table at .*none\.csv"):
         read_tables([tmp_path / "none.csv"])
+
+
+def test_definitions__leave_the_study_as_it_was(checkpoints, images) -> None:
+    definitions = Definitions()
+    study = measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2), watch=definitions.watch)
+    before = study.measured.copy()
+    first, again = definitions.table(study), definitions.table(study)
+    pd.testing.assert_frame_equal(first, again)
+    pd.testing.assert_frame_equal(study.measured, before)
+    assert list(study.per_image)[-1] == "heterogeneity"

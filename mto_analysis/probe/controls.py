@@ -128,7 +128,6 @@ class Controls:
     ) -> pd.DataFrame:
         """One row per model, stack, layer depth, control and seed.
 
-        The columns that the main pass added leave ``study.per_image``.
         Columns: ``model stack layer_depth control seed``, then ``normalized`` with its 95 % interval over images.
         """
         import pandas as pd
@@ -138,9 +137,8 @@ class Controls:
         tables = []
         keys = ["model", "stack", "layer_depth"]
         for control in _IN_PASS:
-            frame = study.per_image.assign(normalized=study.per_image[control]).dropna(subset="normalized")
+            frame = study.measured.assign(normalized=study.measured[control]).dropna(subset="normalized")
             tables.append(mean_and_interval(frame, keys, ["normalized"]).assign(control=control, seed=0))
-        study.per_image = study.per_image.drop(columns=list(_IN_PASS))
         for source, facts in zip(sources, study.models, strict=True):
             label = str(facts["model"])
             several = len(sources) > 1

@@ -44,8 +44,8 @@ class Definitions:
         return table[["model", *(column for column in table if column != "model")]]
 
     @staticmethod
-    def take_table(study: HeterogeneityStudy) -> pd.DataFrame:
-        """One row per model, stack, layer depth, definition and position; its columns leave ``study.per_image``.
+    def table(study: HeterogeneityStudy) -> pd.DataFrame:
+        """One row per model, stack, layer depth, definition and position.
 
         Columns: ``model stack layer_depth definition similarity tokens position temperature centring``, then
         ``heterogeneity`` and ``normalized`` with their 95 % intervals over images, ``num_visible num_images``.
@@ -54,15 +54,14 @@ class Definitions:
         import pandas as pd
 
         keys = ["model", "stack", "layer_depth"]
-        frame = study.per_image
+        frame = study.measured
         bound = np.log(np.maximum(frame["num_visible"], 2))
-        tables, taken = [], []
+        tables = []
         for definition in DEFINITIONS:
             for position, suffix in (("with", ""), ("without", DefinitionMeasure.SUFFIX)):
                 column = definition.name + suffix
                 if column not in frame:
                     continue
-                taken.append(column)
                 values = frame[[*keys, "image", "num_visible"]].assign(
                     heterogeneity=frame[column], normalized=frame[column] / bound
                 )
@@ -80,7 +79,6 @@ class Definitions:
                         centring=definition.centring,
                     )
                 )
-        study.per_image = frame.drop(columns=taken)
         table = pd.concat(tables, ignore_index=True)
         first = [*keys, "definition", "similarity", "tokens", "position", "temperature", "centring"]
         return table[[*first, *(column for column in table if column not in first)]]
@@ -102,7 +100,7 @@ def measure_definitions(
     """
     definitions = Definitions()
     study = measure_checkpoints(sources, images, settings, watch=definitions.watch, **options)
-    return study, definitions.take_table(study), definitions.attention_table()
+    return study, definitions.table(study), definitions.attention_table()
 
 
 def falling_share(curve: Sequence[float]) -> float:

@@ -89,10 +89,10 @@ def map_checkpoints(
     wanted = choose_images(images, list(dict.fromkeys(chosen))) if chosen else images
     study = measure_checkpoints(sources, wanted, settings, watch=watch, **options)
     maps = {label: recorder.maps for label, recorder in recorders.items()}
-    return AffinityStudy(maps, quadrant_table(study.per_image), study)
+    return AffinityStudy(maps, quadrant_table(study.measured), study)
 
 
-def quadrant_table(per_image: pd.DataFrame) -> pd.DataFrame:
+def quadrant_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Means over images of the columns of :func:`~.quadrants.quadrant_statistics`, a row per quadrant.
 
     Columns: ``model stack layer_depth quadrant rows columns mass dot_mean dot_std cosine_mean cosine_std row_entropy
@@ -102,7 +102,7 @@ def quadrant_table(per_image: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     keys = ["model", "stack", "layer_depth"]
-    groups = per_image.groupby(keys, sort=False)
+    groups = measured.groupby(keys, sort=False)
     means = groups.mean(numeric_only=True).assign(num_images=groups["image"].nunique()).reset_index()
     tables = []
     for quadrant, name in QUADRANT_NAMES.items():

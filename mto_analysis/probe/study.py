@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["HeterogeneityStudy", "Settings", "Watch", "load_source", "measure_checkpoints", "together"]
 
 _SELF_CHECK_IMAGES = 16
+_PER_IMAGE = ("model", "stack", "layer_depth", "image", "mask", "num_masked", "num_visible", "heterogeneity")
 
 #: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.
 Watch = Callable[[MaskedImageModel, str], AbstractContextManager[Sequence[LayerMeasure]]]
@@ -116,14 +117,20 @@ class Settings:
 class HeterogeneityStudy:
     """What was measured: a row per model, stack and layer depth, the values per image, and facts for ``run.json``.
 
-    ``masks`` holds, where they were kept, the masks of each model by image name.
+    ``measured`` has a column for every number of every measure in the pass; ``masks`` holds, where they were kept, the
+    masks of each model by image name.
     """
 
     table: pd.DataFrame
-    per_image: pd.DataFrame
+    measured: pd.DataFrame
     models: list[dict[str, Any]]
     masks: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def per_image(self) -> pd.DataFrame:
+        """Heterogeneity per image and mask: ``measured`` without what other measures saw in the pass."""
+        return self.measured[list(_PER_IMAGE)]
 
     def mask_file(self, model: str) -> bytes:
         """The mask file of a model measured with ``keep_masks``, for others to measure on the same masks."""
@@ -163,7 +170,7 @@ def measure_checkpoints(
         say: Takes notes for the user.
         warn: Takes warnings for the user.
         progress: Wraps the batches, given their number and a label.
-        watch: What else to measure in the same pass; its numbers are columns of ``per_image``.
+        watch: What else to measure in the same pass; its numbers are columns of ``measured``.
         processes: Those of a launcher, from :func:`~mto_analysis.runtime.processes.in_step`; by default this one alone.
 
     Raises:
@@ -194,7 +201,7 @@ def measure_checkpoints(
         study.models.append({"model": label, "source": str(source), "sha256": checkpoint_sha256(path), **facts})
         tables.append(result.summary().assign(model=label))
         values.append(result.to_frame().assign(model=label))
-    study.table, study.per_image = (_model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
+    study.table, study.measured = (_model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
     study.table["num_skipped"] = len(study.broken)
     return study
 

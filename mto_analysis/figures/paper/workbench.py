@@ -115,9 +115,9 @@ class Workbench:
             recorders[label] = AffinityMaps()
             return nullcontext((recorders[label],))
 
-        curves, per_image = self._measure_all(watch)
+        curves, measured = self._measure_all(watch)
         maps = {label: recorder.maps for label, recorder in recorders.items()}
-        return Maps(maps, quadrant_table(per_image), curves)
+        return Maps(maps, quadrant_table(measured), curves)
 
     @cached_property
     def scrutiny(self) -> Scrutiny:
@@ -139,8 +139,7 @@ class Workbench:
             study = measure_checkpoints(
                 group.sources, images, group.settings, labels=group.labels, watch=watch, **self._options
             )
-            # Those that take their columns out of what was measured first.
-            found["definitions"].append(definitions.take_table(study))
+            found["definitions"].append(definitions.table(study))
             found["attention"].append(definitions.attention_table())
             options = {key: value for key, value in self._options.items() if key != "warn"}
             found["controls"].append(controls.measure(study, group.sources, images, group.settings, **options))
@@ -157,16 +156,16 @@ class Workbench:
 
         from mto_analysis.probe.study import measure_checkpoints
 
-        tables, per_image, models = [], [], []
+        tables, measured, models = [], [], []
         for group in self._groups():
             study = measure_checkpoints(
                 group.sources, self._images, group.settings, labels=group.labels, watch=watch, **self._options
             )
             tables.append(study.table)
-            per_image.append(study.per_image)
+            measured.append(study.measured)
             models += study.models
         table = self._in_order(pd.concat(tables, ignore_index=True))
-        return Curves(table, models), pd.concat(per_image, ignore_index=True)
+        return Curves(table, models), pd.concat(measured, ignore_index=True)
 
     def _in_order(self, table: pd.DataFrame) -> pd.DataFrame:
         """Bundled models at the end of training first, so that each looks the same in every figure."""

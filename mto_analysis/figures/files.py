@@ -1,0 +1,44 @@
+"""The outputs of a result as files: one function writes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mto_analysis.runtime.outputs import OutputFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    #: A table (``NAME.csv``), a figure (``NAME`` without suffix: ``.png`` and ``.pdf``), bytes, or facts (``.json``).
+    Output = pd.DataFrame | Figure | bytes | Mapping[str, Any]
+
+__all__ = ["file_names", "write_outputs"]
+
+
+def file_names(names: Iterable[str]) -> list[str]:
+    """The files of outputs: a name without suffix is a figure, which is two.
+
+    Example:
+        >>> file_names(["curve", "curve.csv"])
+        ['curve.png', 'curve.pdf', 'curve.csv']
+    """
+    return [file for name in names for file in ([name] if "." in name else [f"{name}.png", f"{name}.pdf"])]
+
+
+def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
+    """Write what a result consists of, each file whole or not at all."""
+    import pandas as pd
+
+    for name, content in outputs.items():
+        if isinstance(content, bytes):
+            folder.write_bytes(name, content)
+        elif isinstance(content, Mapping):
+            folder.write_json(name, content)
+        elif isinstance(content, pd.DataFrame):
+            folder.write_table(name, content)
+        else:
+            from mto_analysis.figures.plots.style import write_figure
+
+            write_figure(folder, name, content)
