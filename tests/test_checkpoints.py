@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -28,7 +29,7 @@ from tiny_models import make_mae, make_simmim, some_images, some_masks
 from torch import Tensor
 
 from mto_analysis import CheckpointError, MaskRule, inspect_checkpoint, load_checkpoint, save_checkpoint
-from mto_analysis.checkpoints import checkpoint_sha256
+from mto_analysis.checkpoints import checkpoint_sha256, open_checkpoint
 from mto_analysis.checkpoints.conversion import Heads, StateDict, block_numbers, square_side
 from mto_analysis.checkpoints.layouts import LAYOUTS, Names
 from mto_analysis.checkpoints.reading import read_checkpoint
@@ -587,33 +588,69 @@ def test_state_dict_shape__and_helpers_by_hand() -> None:
 # Files that cannot be measured.
 
 
-def test_load_checkpoint__says_which_file_to_get_instead_of_an_encoder(tmp_path: Path, mae_state) -> None:
+def test_load_checkpoint__says_what_a_file_without_mask_token_holds(tmp_path: Path, mae_state, simmim_state) -> None:
     encoder = {name: t for name, t in mae_state.items() if not name.startswith("decoder") and name != "mask_token"}
-    torch.save({"model": encoder}, tmp_path / "encoder.pth")
-    with pytest.raises(CheckpointError, match=r"encoder only: no mask token.*mae_pretrain_vit_base_full\.pth") as error:
-        load_checkpoint(tmp_path / "encoder.pth")
-    one_line(error)
-    classifier = encoder | {"head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
-    torch.save({"model": classifier}, tmp_path / "classifier.pth")
-    with pytest.raises(CheckpointError, match=r"fine-tuned classifier.*mae_pretrain_vit_base_full\.pth"):
-        load_checkpoint(tmp_path / "classifier.pth")
+    swin = {name: t for name, t in simmim_state.items() if name.startswith("encoder.") and "mask_token" not in name}
+    for tensors in (encoder, encoder | {"head.weight": torch.ones(10, 48)}, swin, {"conv1.weight": torch.ones(3)}):
+        torch.save({"model": tensors}, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match="none of its tensors is named mask_token or masked_embed") as error:
+            load_checkpoint(tmp_path / "file.pth")
+        assert sorted(tensors)[0] in str(error.value)
+        one_line(error)
 
 
-def test_load_checkpoint__names_the_size_of_the_model_to_get(tmp_path: Path) -> None:
-    encoder = {"patch_embed.proj.weight": torch.ones(1024, 3, 2, 2), "blocks.0.norm1.weight": torch.ones(1024)}
-    torch.save({"model": encoder}, tmp_path / "large.pth")
-    with pytest.raises(CheckpointError, match=r"mae_pretrain_vit_large_full\.pth or .*facebook/vit-mae-large"):
-        load_checkpoint(tmp_path / "large.pth")
+@pytest.mark.parametrize("part", ["", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("prefix", ["", "net.", "model.module.", "_orig_mod.module."])
+def test_load_checkpoint__removes_the_prefixes_of_wrappers(tmp_path: Path, mae_state, prefix: str, part: str) -> None:
+    wrapped = {prefix + re.sub(r"(blocks\.\d+\.)", rf"\1{part}", name): tensor for name, tensor in mae_state.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "file.ckpt")
+    model = load_checkpoint(tmp_path / "file.ckpt", **MAE_HEADS)
+    assert model.info.layout == "facebookresearch/mae"
+    assert all(torch.equal(tensor, mae_state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_load_checkpoint__refuses_a_simmim_encoder_and_other_networks(tmp_path: Path, simmim_state) -> None:
-    encoder = {name: t for name, t in simmim_state.items() if name.startswith("encoder.") and "mask_token" not in name}
-    torch.save({"model": encoder}, tmp_path / "encoder.pth")
-    with pytest.raises(CheckpointError, match=r"encoder without mask token and decoder.*simmim_pretrain__vit_base"):
-        load_checkpoint(tmp_path / "encoder.pth")
-    torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
-    with pytest.raises(CheckpointError, match=r"not a masked image model; its tensors are conv1\.weight"):
-        load_checkpoint(tmp_path / "resnet.pth")
+def test_load_checkpoint__refuses_tensors_with_and_without_the_prefix_of_a_wrapper(tmp_path: Path, mae_state) -> None:
+    torch.save({"model": mae_state | {"_orig_mod.cls_token": mae_state["cls_token"]}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="holds tensors twice"):
+        load_checkpoint(tmp_path / "file.pth", **MAE_HEADS)
+
+
+def test_load_checkpoint__takes_heads_and_mask_ratio_from_lightning(tmp_path: Path, mae_state) -> None:
+    lightning = {"state_dict": {f"model.{name}": tensor for name, tensor in mae_state.items()}}
+    torch.save(lightning, tmp_path / "silent.ckpt")
+    with pytest.raises(HeadCountError):
+        load_checkpoint(tmp_path / "silent.ckpt")
+    torch.save(lightning | {"hyper_parameters": {**MAE_HEADS, "mask_ratio": 0.6}}, tmp_path / "stated.ckpt")
+    model = load_checkpoint(tmp_path / "stated.ckpt")
+    assert (model.config.num_heads, model.config.decoder_num_heads) == tuple(MAE_HEADS.values())
+    assert (model.info.mask_ratio, model.info.mask_rule_source) == (0.6, "file")
+
+
+def test_load_checkpoint__takes_mean_and_std_from_the_preprocessor_unless_given(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    save_file(copy_hf(folder), folder / "model.safetensors")
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    info = load_checkpoint(folder).info
+    assert (info.mean, info.std) == ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+    assert info.statistics_source == "preprocessor_config.json"
+    info = load_checkpoint(folder, mean=(0.1, 0.1, 0.1)).info
+    assert (info.mean, info.std, info.statistics_source) == ((0.1, 0.1, 0.1), (0.5, 0.6, 0.7), "given")
+    with pytest.raises(CheckpointError, match="has 1 values, the model 3 channels"):
+        load_checkpoint(folder, mean=(0.1,))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"rescale_factor": 1.0}))
+    with pytest.raises(CheckpointError, match="rescale_factor"):
+        load_checkpoint(folder)
+
+
+def test_open_checkpoint__is_read_once_for_all_uses(tmp_path: Path, mae_state) -> None:
+    torch.save({"model": mae_state}, tmp_path / "file.pth")
+    raw = open_checkpoint(tmp_path / "file.pth")
+    digest = raw.sha256
+    (tmp_path / "file.pth").unlink()
+    assert load_checkpoint(raw, **MAE_HEADS).info == inspect_checkpoint(raw, **MAE_HEADS).info
+    assert len(raw.sha256) == 64
+    assert raw.sha256 == digest
 
 
 def test_layouts__recognise_the_golden_files(golden: Golden) -> None:

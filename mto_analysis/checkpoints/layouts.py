@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,6 @@ from mto_analysis.checkpoints.openmmlab import (
     convert_slowfast_maskfeat,
 )
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.checkpoints.refusals import BEIT, MAE_FULL, NO_MIXMIM, SIMMIM_SWIN, SIMMIM_VIT, what_instead
 from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, convert_simmim_swin
 from mto_analysis.errors import CheckpointError
 
@@ -53,6 +53,10 @@ class Names(frozenset[str]):
         return self.issuperset(names)
 
 
+_LISTED = 4
+_MASK_TOKEN = re.compile(r"mask(ed)?_(token|embed)s?(_\d+)?$")
+_MIXES = "its encoder mixes two images, so no token is masked or visible"
+
 Converter = Callable[[RawCheckpoint, Heads], Conversion]
 
 
@@ -64,13 +68,13 @@ class Layout:
         name: Whose layout it is.
         matches: Whether tensor names are of this layout.
         convert: Reads it, or ``None`` where it is known but not supported.
-        instead: What to get where it is not supported.
+        reason: Why it is not supported, where that is more than its converter missing.
     """
 
     name: str
     matches: Callable[[Names], bool]
     convert: Converter | None = None
-    instead: str = ""
+    reason: str = ""
 
 
 def _masked(names: Names, mask_token: str) -> bool:
@@ -88,7 +92,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "Hugging Face ViTForMaskedImageModeling",
         lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight"),
-        instead="no official file is of this kind; for SimMIM get " + SIMMIM_VIT,
     ),
     Layout(
         "Hugging Face Swin for masked image modelling",
@@ -116,7 +119,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "mmpretrain MixMIM",
         lambda n: n.has("backbone.absolute_pos_embed") and n.starts("neck.decoder_blocks.0."),
-        instead=NO_MIXMIM,
+        reason=_MIXES,
     ),
     Layout("mmpretrain MAE", lambda n: n.has("neck.decoder_blocks.0.attn.qkv.weight"), convert_mm_mae),
     Layout(
@@ -133,7 +136,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "OpenMixup A2MIM",
         lambda n: n.starts("backbone.layers.0.", "neck.decoder_pred.0."),
-        instead="get the SimMIM ViT file of the same size, which lies in the same release of Westlake-AI/openmixup",
     ),
     Layout(
         "OpenMixup SimMIM ViT", lambda n: n.starts("backbone.layers.0.", "neck.decoder.0."), convert_openmixup_simmim
@@ -165,37 +167,31 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "CrossMAE",
         lambda n: n.has("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight"),
-        instead="its masked and visible tokens have different widths, so Eq. 2 is not defined; for MAE get "
-        + MAE_FULL.format("base"),
+        reason="its masked and visible tokens have different widths, so Eq. 2 is not defined",
     ),
     Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight"), convert_hiera),
     Layout(
         "MCMAE / ConvMAE",
         lambda n: n.starts("blocks3.0.") and n.has("mask_token"),
-        instead="no public file of it is known to hold the decoder; for MAE get " + MAE_FULL.format("base"),
     ),
     Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight"), convert_milan),
     Layout(
         "UM-MAE",
         lambda n: n.has("vis_mask_token"),
-        instead="its public files are fine-tuned and hold no mask token; for MAE get " + MAE_FULL.format("base"),
     ),
     Layout(
         "MAE-pytorch",
         lambda n: n.has("encoder_to_decoder.weight", "mask_token"),
-        instead="get the original model, " + MAE_FULL.format("base"),
     ),
     Layout(
         "HiViT MAE",
         lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0."),
-        instead="no file of this model is read yet; for MAE get " + MAE_FULL.format("base"),
     ),
     Layout(
         "GreenMIM",
         lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight"),
-        instead="no file of this model is read yet; for a Swin get " + SIMMIM_SWIN,
     ),
-    Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0."), instead=NO_MIXMIM),
+    Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0."), reason=_MIXES),
     # Its names are MAE's; a distilled model lies beside its teacher. Only its trainer writes start_epoch.
     Layout(
         "MAE-Lite",
@@ -226,7 +222,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "I-JEPA",
         lambda n: n.has("predictor_pos_embed", "mask_token"),
-        instead="no file of this model is read yet; for MAE get " + MAE_FULL.format("huge"),
     ),
     Layout("PySlowFast MaskFeat", lambda n: n.has("mask_token") and n.starts("pred_head."), convert_slowfast_maskfeat),
     Layout("ConMIM", lambda n: n.has("projectors.0.weight", "blocks.0.attn.q_bias"), convert_conmim),
@@ -234,7 +229,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "EVA-02",
         lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight"),
-        instead="no file of this model is read yet; for BEiT get " + BEIT,
     ),
     Layout(
         "BEiT / data2vec vision / EVA",
@@ -244,7 +238,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "DINOv2",
         lambda n: n.has("mask_token", "blocks.0.ls1.gamma"),
-        instead="its training masked only the student, whose weights are not public: there is nothing to measure",
     ),
 )
 
@@ -253,7 +246,7 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
     """The name of a file's layout, and what reads it.
 
     Raises:
-        CheckpointError: If no rule fits, or the layout is known but cannot be read; says which file to get instead.
+        CheckpointError: If no rule fits, or the layout is known but cannot be read; says which mask token there is.
     """
     if "mto_analysis" in raw.metadata:
         return "mto_analysis", convert_native
@@ -261,8 +254,19 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
     for layout in LAYOUTS:
         if layout.matches(names):
             if layout.convert is None:
+                reason = f" ({layout.reason})" if layout.reason else ""
                 raise CheckpointError(
-                    f"{raw.path} is a {layout.name} file, which this version does not read; {layout.instead}"
+                    f"{raw.path} has tensor names of {layout.name}, which is not read{reason}; {_found(raw)}"
                 )
             return layout.name, layout.convert
-    raise CheckpointError(f"{raw.path} {what_instead(raw)}")
+    raise CheckpointError(f"{raw.path} has a layout that is unknown; {_found(raw)}")
+
+
+def _found(raw: RawCheckpoint) -> str:
+    """What a file that is not read holds, as far as its tensor names tell."""
+    tokens = [name for name in raw.tensors if _MASK_TOKEN.search(name)]
+    if tokens:
+        return f"it holds {', '.join(tokens[:2])}: measure the model live with mto_analysis.training.watch_mto"
+    listed = sorted(raw.tensors)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"none of its tensors is named mask_token or masked_embed; it holds {', '.join(listed[:_LISTED])}{more}"
