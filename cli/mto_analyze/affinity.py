@@ -1,10 +1,10 @@
 """``mto-analyze affinity``: affinity maps of every layer depth and the numbers of their quadrants (Fig. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ from mto_analyze.options import (
     Workers,
 )
 
+if TYPE_CHECKING:
+    from mto_analysis.probe.maps import AffinityStudy
+
 
 class Kind(StrEnum):
     """What a map shows."""
@@ -48,19 +51,23 @@ class Scale(StrEnum):
     shared = "shared"
 
 
+Chosen = Annotated[
+    list[str] | None,
+    typer.Option("--image", help="Map this image by itself (repeatable); by default the mean over all."),
+]
+ScaleOption = Annotated[
+    Scale, typer.Option(help="per-map: each from its own least to greatest value, as in the paper; or shared.")
+]
+
+
 @launched
 def affinity(
     context: typer.Context,
     ckpt: Checkpoints,
     images: Images = None,
     kind: Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")] = Kind.softmax,
-    chosen: Annotated[
-        list[str] | None,
-        typer.Option("--image", help="Map this image by itself (repeatable); by default the mean over all."),
-    ] = None,
-    scale: Annotated[
-        Scale, typer.Option(help="per-map: each from its own least to greatest value, as in the paper; or shared.")
-    ] = Scale.per_map,
+    chosen: Chosen = None,
+    scale: ScaleOption = Scale.per_map,
     label: Labels = None,
     limit: Limit = None,
     mask_ratio: MaskRatio = None,
@@ -84,7 +91,7 @@ def affinity(
 
     Writes affinity.png and .pdf (one pair per model and image), affinity.npz, quadrants.csv and run.json to --out.
     """
-    from mto_analysis.figures.files import file_names
+    from mto_analysis.figures.files import file_names, write_outputs
     from mto_analysis.runtime.outputs import OutputFolder, labels_of, run_facts
 
     if chosen and limit:
@@ -94,8 +101,6 @@ def affinity(
     names = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
     processes.on_main(partial(OutputFolder, out, names, overwrite=overwrite))
 
-    from mto_analysis.figures.files import write_outputs
-    from mto_analysis.figures.plots.affinity import draw_affinity
     from mto_analysis.probe.maps import map_checkpoints
 
     given = context.params
@@ -111,13 +116,9 @@ def affinity(
     )
     if not processes.main:
         return
-    outputs: dict[str, Any] = {"quadrants.csv": study.quadrants, "affinity.npz": study.maps_file()}
-    for (model, image), stem in stems.items():
-        maps = [each for each in study.maps[model] if (each.image or "") == image]
-        if maps:  # none where the image was broken and skipped
-            outputs[stem] = draw_affinity(maps, scale=scale.value, title=model)
     measured = study.heterogeneity
-    outputs["run.json"] = run_facts(given, models=measured.models, skipped=measured.broken, processes=processes.count)
+    facts = run_facts(given, models=measured.models, skipped=measured.broken, processes=processes.count)
+    outputs = {**drawn(study, stems, scale), "run.json": facts}
     write_outputs(OutputFolder(out, names, overwrite=overwrite), outputs)
     columns = ["model", "stack", "layer_depth", "quadrant", "mass", "dot_mean", "cosine_mean", "row_entropy"]
     typer.echo(study.quadrants[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
@@ -135,3 +136,15 @@ def figure_stems(labels: Sequence[str], images: Sequence[str]) -> dict[tuple[str
         for model in labels
         for image in images
     }
+
+
+def drawn(study: "AffinityStudy", stems: Mapping[tuple[str, str], str], scale: Scale) -> dict[str, Any]:
+    """The outputs of a study by name: its tables, and a figure for each model and image."""
+    from mto_analysis.figures.plots.affinity import draw_affinity
+
+    outputs: dict[str, Any] = {"quadrants.csv": study.quadrants, "affinity.npz": study.maps_file()}
+    for (model, image), stem in stems.items():
+        maps = [each for each in study.maps[model] if (each.image or "") == image]
+        if maps:  # none where the image was broken and skipped
+            outputs[stem] = draw_affinity(maps, scale=scale.value, title=model)
+    return outputs

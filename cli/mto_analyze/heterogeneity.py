@@ -45,6 +45,23 @@ class Definitions(StrEnum):
     all = "all"
 
 
+MatchVisible = Annotated[
+    bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
+]
+DefinitionsOption = Annotated[
+    Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
+]
+ControlsOption = Annotated[
+    bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
+]
+PropertiesOption = Annotated[
+    bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
+]
+Difference = Annotated[
+    bool, typer.Option("--difference", help="Also write paired differences per image (second minus first).")
+]
+
+
 @launched
 def heterogeneity(
     context: typer.Context,
@@ -54,9 +71,7 @@ def heterogeneity(
     limit: Limit = None,
     mask_ratio: MaskRatio = None,
     mask_unit: MaskUnit = None,
-    match_visible: Annotated[
-        bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
-    ] = False,
+    match_visible: MatchVisible = False,
     masks: Masks = None,
     save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
     masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per image.")] = 1,
@@ -64,18 +79,10 @@ def heterogeneity(
     batch_size: BatchSize = 32,
     device: DeviceName = "auto",
     dtype: Dtype = Precision.float32,
-    definitions: Annotated[
-        Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
-    ] = Definitions.paper,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
-    ] = False,
-    properties: Annotated[
-        bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
-    ] = False,
-    difference: Annotated[
-        bool, typer.Option("--difference", help="Also write paired differences per image (second minus first).")
-    ] = False,
+    definitions: DefinitionsOption = Definitions.paper,
+    controls: ControlsOption = False,
+    properties: PropertiesOption = False,
+    difference: Difference = False,
     control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
     num_workers: Workers = 0,
     num_heads: Heads = None,

@@ -36,56 +36,88 @@ class AlongRun(StrEnum):
     linear = "linear"
 
 
+Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+RecipeOption = Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")]
+Data = Annotated[Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards.")]
+Mto = Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: a setting of the recipe, model.KEY, or mto.KEY; repeat."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from last.pth; other options may then be left out.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation, masks, drop path.")]
+Precision = Annotated[NumberFormat | None, typer.Option(help="Of the forward pass.")]
+Accumulation = Annotated[int | None, typer.Option(min=1, help="Micro-batches for one step.")]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile blocks.")]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
+]
+Ema = Annotated[float | None, typer.Option(help="Also average the weights, with this decay.")]
+Fsdp = Annotated[bool | None, typer.Option("--fsdp/--no-fsdp", help="Share weights over processes.")]
+Deterministic = Annotated[
+    bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
+]
+NumWorkers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
+InMemory = Annotated[
+    bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error.")]
+Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")]
+SaveEvery = Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")]
+SaveSteps = Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")]
+KeepEvery = Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints that stay.")]
+LogEvery = Annotated[int | None, typer.Option(min=1, help="Steps between rows of metrics.csv.")]
+Every = Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")]
+EvalTrain = Annotated[Path | None, typer.Option(help="Labelled images; by default --data.")]
+EvalTest = Annotated[Path | None, typer.Option(help="Labelled images to score on; turns evaluation on.")]
+EvalLimit = Annotated[
+    int | None, typer.Option(min=1, help="Use so many of --eval-train; sets what an evaluation takes on a CPU.")
+]
+EvalTestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many of --eval-test.")]
+Protocol = Annotated[AlongRun | None, typer.Option(help="Of the evaluation.")]
+EvalStart = Annotated[bool | None, typer.Option("--eval-start/--no-eval-start", help="Also at epoch 0.")]
+Tensorboard = Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also events.")]
+Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to as well.")]
+
+
 @launchable
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    recipe: Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards.")] = None,
-    mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: a setting of the recipe, model.KEY, or mto.KEY; repeat."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from last.pth; other options may then be left out.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation, masks, drop path.")] = None,
-    precision: Annotated[NumberFormat | None, typer.Option(help="Of the forward pass.")] = None,
-    accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches for one step.")] = None,
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile blocks.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
-    ] = None,
-    ema: Annotated[float | None, typer.Option(help="Also average the weights, with this decay.")] = None,
-    fsdp: Annotated[bool | None, typer.Option("--fsdp/--no-fsdp", help="Share weights over processes.")] = None,
-    deterministic: Annotated[
-        bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
-    ] = None,
-    num_workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
-    in_memory: Annotated[
-        bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A broken image is an error.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")] = None,
-    keep_every: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints that stay.")] = None,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between rows of metrics.csv.")] = None,
-    every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
-    eval_train: Annotated[Path | None, typer.Option(help="Labelled images; by default --data.")] = None,
-    eval_test: Annotated[Path | None, typer.Option(help="Labelled images to score on; turns evaluation on.")] = None,
-    eval_limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many of --eval-train; sets what an evaluation takes on a CPU.")
-    ] = None,
-    eval_test_limit: Annotated[int | None, typer.Option(min=1, help="Use so many of --eval-test.")] = None,
-    protocol: Annotated[AlongRun | None, typer.Option(help="Of the evaluation.")] = None,
-    eval_start: Annotated[bool | None, typer.Option("--eval-start/--no-eval-start", help="Also at epoch 0.")] = None,
-    tensorboard: Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also events.")] = None,
-    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to as well.")] = None,
+    out: Out,
+    recipe: RecipeOption = None,
+    data: Data = None,
+    mto: Mto = False,
+    set_: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    seed: Seed = None,
+    precision: Precision = None,
+    accumulation: Accumulation = None,
+    compile: Compile = None,
+    gradient_checkpointing: GradientCheckpointing = None,
+    ema: Ema = None,
+    fsdp: Fsdp = None,
+    deterministic: Deterministic = None,
+    num_workers: NumWorkers = None,
+    in_memory: InMemory = None,
+    strict: Strict = False,
+    device: Device = None,
+    save_every: SaveEvery = None,
+    save_steps: SaveSteps = None,
+    keep_every: KeepEvery = None,
+    log_every: LogEvery = None,
+    every: Every = None,
+    eval_train: EvalTrain = None,
+    eval_test: EvalTest = None,
+    eval_limit: EvalLimit = None,
+    eval_test_limit: EvalTestLimit = None,
+    protocol: Protocol = None,
+    eval_start: EvalStart = None,
+    tensorboard: Tensorboard = None,
+    wandb: Wandb = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -99,10 +131,16 @@ def pretrain(
     values["precision"] = None if precision is None else precision.value
     values["protocol"] = None if protocol is None else protocol.value
 
+    _run(values, resume=resume, overwrite=overwrite, strict=strict, dry_run=dry_run, quiet=quiet)
+
+
+def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, quiet: bool) -> None:
+    """Train, or say what training would do."""
     from mto_analysis.figures.run import draw_run_folder
     from mto_analysis.images import open_images
     from mto_analysis.training import plan, pretrain
 
+    out = values["out"]
     chosen, source, settings = _choose(values)
     images = open_images(source)
     with _together(), _interrupted(out), _bar(quiet) as on_step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,94 +54,78 @@ class PairingOption(StrEnum):
     NONE = "none"
 
 
+Log = Annotated[list[str], typer.Option(metavar="FILE", help="FILE, NAME=FILE or NAME@SEED=FILE; repeat for more.")]
+Baseline = Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]
+Target = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
+]
+Start = Annotated[list[float] | None, typer.Option(metavar="E1", help="Start of the window; repeat for more windows.")]
+End = Annotated[
+    list[float] | None, typer.Option(metavar="E2", help="End of the window; by default the longest in common.")
+]
+Reference = Annotated[float | None, typer.Option(help="Subtract this instead of S1(E1).")]
+Interpolate = Annotated[bool, typer.Option("--interpolate", help="Allow E1, E2 between logged epochs.")]
+AxisOption = Annotated[Axis, typer.Option(help="Epochs, images seen or hours; E1 and E2 are on it.")]
+PerEpoch = Annotated[
+    list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours that an epoch takes.")
+]
+Confidence = Annotated[float, typer.Option(help="Coverage of the intervals.")]
+Pairing = Annotated[PairingOption, typer.Option(help="Pair runs by seed where all pair, those that do, or none.")]
+Noise = Annotated[
+    float, typer.Option(min=0.0, help="A mean gain of the baseline up to this, in points, counts as none.")
+]
+Unit = Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracy at all.")]
+Epochs = Annotated[EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")]
+Run = Annotated[int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")]
+StepsPerEpoch = Annotated[float | None, typer.Option(help="For logs that count steps.")]
+Group = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values.")]
+ScoreColumn = Annotated[str | None, typer.Option(help="Column, key or tag of the score.")]
+EpochColumn = Annotated[str | None, typer.Option(help="Column or key of the epoch.")]
+MethodColumn = Annotated[str | None, typer.Option(help="Column of the method.")]
+SeedColumn = Annotated[str | None, typer.Option(help="Column of the seed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per comparison, a list for several.")]
+Form = Annotated[Format, typer.Option("--format", help="How to write the table.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing about the logs.")]
+
+
 def rauc(
-    log: Annotated[list[str], typer.Option(metavar="FILE", help="FILE, NAME=FILE or NAME@SEED=FILE; repeat for more.")],
-    baseline: Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")],
-    target: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
-    ] = None,
-    start: Annotated[
-        list[float] | None, typer.Option(metavar="E1", help="Start of the window; repeat for more windows.")
-    ] = None,
-    end: Annotated[
-        list[float] | None, typer.Option(metavar="E2", help="End of the window; by default the longest in common.")
-    ] = None,
-    reference: Annotated[float | None, typer.Option(help="Subtract this instead of S1(E1).")] = None,
-    interpolate: Annotated[bool, typer.Option("--interpolate", help="Allow E1, E2 between logged epochs.")] = False,
-    axis: Annotated[Axis, typer.Option(help="Epochs, images seen or hours; E1 and E2 are on it.")] = Axis.EPOCH,
-    per_epoch: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours that an epoch takes.")
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
-    pairing: Annotated[
-        PairingOption, typer.Option(help="Pair runs by seed where all pair, those that do, or none.")
-    ] = PairingOption.AUTO,
-    noise: Annotated[
-        float, typer.Option(min=0.0, help="A mean gain of the baseline up to this, in points, counts as none.")
-    ] = 0.01,
-    unit: Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracy at all.")] = UnitOption.AUTO,
-    epochs: Annotated[
-        EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")
-    ] = EpochOption.AS_WRITTEN,
-    run: Annotated[int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")] = None,
-    steps_per_epoch: Annotated[float | None, typer.Option(help="For logs that count steps.")] = None,
-    group: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values.")
-    ] = None,
-    score_column: Annotated[str | None, typer.Option(help="Column, key or tag of the score.")] = None,
-    epoch_column: Annotated[str | None, typer.Option(help="Column or key of the epoch.")] = None,
-    method_column: Annotated[str | None, typer.Option(help="Column of the method.")] = None,
-    seed_column: Annotated[str | None, typer.Option(help="Column of the seed.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object per comparison, a list for several.")
-    ] = False,
-    form: Annotated[Format, typer.Option("--format", help="How to write the table.")] = Format.TEXT,
-    out: Annotated[Path | None, typer.Option(help="Folder for tables and figures.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing about the logs.")] = False,
+    context: typer.Context,
+    log: Log,
+    baseline: Baseline,
+    target: Target = None,
+    start: Start = None,
+    end: End = None,
+    reference: Reference = None,
+    interpolate: Interpolate = False,
+    axis: AxisOption = Axis.EPOCH,
+    per_epoch: PerEpoch = None,
+    confidence: Confidence = 0.95,
+    pairing: Pairing = PairingOption.AUTO,
+    noise: Noise = 0.01,
+    unit: Unit = UnitOption.AUTO,
+    epochs: Epochs = EpochOption.AS_WRITTEN,
+    run: Run = None,
+    steps_per_epoch: StepsPerEpoch = None,
+    group: Group = None,
+    score_column: ScoreColumn = None,
+    epoch_column: EpochColumn = None,
+    method_column: MethodColumn = None,
+    seed_column: SeedColumn = None,
+    as_json: AsJson = False,
+    form: Form = Format.TEXT,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
-    from mto_analysis.rauc.comparison import common_window, compare_methods
-    from mto_analysis.rauc.curves import on_axis, read_curves
     from mto_analysis.rauc.records import as_record
     from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
-    arguments = {key: value for key, value in locals().items() if isinstance(value, (str, int, float, list, Path))}
+    given = context.params
     folder = None if out is None else OutputFolder(out, (*FILES, *WINDOW_FILES, "run.json"), overwrite=overwrite)
-    confidence = confidence / 100 if 1 < confidence < 100 else confidence
-    if not 0 < confidence < 1:
-        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
-    if reference is not None and not math.isfinite(reference):
-        raise typer.BadParameter("must be a finite number", param_hint="--reference")
-    given = windows_given(start or [], end or [])
-    table = read_curves(
-        [source_of(text) for text in log],
-        methods={*baseline, *target} if target else None,
-        groups=group or (),
-        axis_column=None if axis is Axis.EPOCH else axis.value,
-        unit=unit.value,
-        epochs=epochs.value,
-        run=run,
-        steps_per_epoch=steps_per_epoch,
-        score_column=score_column,
-        epoch_column=epoch_column,
-        method_column=method_column,
-        seed_column=seed_column,
-    )
-    if axis is not Axis.EPOCH:
-        table = on_axis(table, axis.value, costs(per_epoch or []))
-    pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
-    comparisons = compare_methods(
-        table,
-        pairs,
-        given or [common_window(table, dict.fromkeys(name for pair in pairs for name in pair))],
-        # A reference beside scores that are all from 0 to 1 is meant in their unit.
-        reference=reference * 100 if reference is not None and table.fraction and abs(reference) <= 1 else reference,
-        interpolate=interpolate,
-        confidence=confidence,
-        pairing=pairing.value,
-        noise=0.0 if unit is UnitOption.RAW else noise,
-    )
+    table, comparisons = compare(given)
     found = [str(finding) for finding in table.findings]
     records = [{"axis": axis.value, **as_record(one), "notes": [*found, *one.notes]} for one in comparisons]
     content = records[0] if len(records) == 1 else records
@@ -152,8 +137,49 @@ def rauc(
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
         write(folder, table, comparisons, content, "score" if unit is UnitOption.RAW else "top-1 accuracy (%)")
-        folder.write_json("run.json", run_facts(arguments, notes=found))
+        folder.write_json("run.json", run_facts(given, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
+
+
+def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
+    """The curves of all logs, and the comparisons of every pair in every window."""
+    from mto_analysis.rauc.comparison import common_window, compare_methods
+    from mto_analysis.rauc.curves import on_axis, read_curves
+
+    confidence, reference, axis = given["confidence"], given["reference"], given["axis"]
+    confidence = confidence / 100 if 1 < confidence < 100 else confidence
+    if not 0 < confidence < 1:
+        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
+    if reference is not None and not math.isfinite(reference):
+        raise typer.BadParameter("must be a finite number", param_hint="--reference")
+    baseline, target = given["baseline"], given["target"]
+    windows = windows_given(given["start"] or [], given["end"] or [])
+    as_they_are = ("run", "steps_per_epoch", "score_column", "epoch_column", "method_column", "seed_column")
+    table = read_curves(
+        [source_of(text) for text in given["log"]],
+        methods={*baseline, *target} if target else None,
+        groups=given["group"] or (),
+        axis_column=None if axis is Axis.EPOCH else axis.value,
+        unit=given["unit"].value,
+        epochs=given["epochs"].value,
+        **{name: given[name] for name in as_they_are},
+    )
+    if axis is not Axis.EPOCH:
+        table = on_axis(table, axis.value, costs(given["per_epoch"] or []))
+    pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
+    # A reference beside scores that are all from 0 to 1 is meant in their unit.
+    in_points = reference is not None and table.fraction and abs(reference) <= 1
+    comparisons = compare_methods(
+        table,
+        pairs,
+        windows or [common_window(table, dict.fromkeys(name for pair in pairs for name in pair))],
+        reference=reference * 100 if in_points else reference,
+        interpolate=given["interpolate"],
+        confidence=confidence,
+        pairing=given["pairing"].value,
+        noise=0.0 if given["unit"] is UnitOption.RAW else given["noise"],
+    )
+    return table, comparisons
 
 
 def source_of(text: str) -> Any:
