@@ -21,7 +21,7 @@ def numbers(count: int, **options) -> np.ndarray:
 
 def draw(augmentation: Augmentation, height: int, width: int, count: int = 4000, epoch: int = 0) -> Geometry:
     sizes = (np.full(count, side, dtype=np.int64) for side in (height, width))
-    return augmentation.draw(KEYS[:count], *sizes, seed=0, epoch=epoch)
+    return augmentation.sample(KEYS[:count], *sizes, seed=0, epoch=epoch)
 
 
 def smooth(height: int, width: int, count: int = 1) -> torch.Tensor:
@@ -120,9 +120,9 @@ def test_draw__shifts_evenly_by_up_to_the_padding() -> None:
 def test_draw__of_one_image_is_that_of_a_batch() -> None:
     augmentation = Augmentation(32)
     heights, widths = (np.random.default_rng(side).integers(1, 600, 500) for side in (0, 1))
-    batch = augmentation.draw(KEYS[:500], heights, widths, seed=3, epoch=9)
+    batch = augmentation.sample(KEYS[:500], heights, widths, seed=3, epoch=9)
     for row in range(500):
-        one = augmentation.draw(KEYS[row : row + 1], heights[row : row + 1], widths[row : row + 1], seed=3, epoch=9)
+        one = augmentation.sample(KEYS[row : row + 1], heights[row : row + 1], widths[row : row + 1], seed=3, epoch=9)
         assert [values[0] for values in one] == [values[row] for values in batch]
 
 

@@ -87,7 +87,7 @@ class Augmentation:
         if self.padding is not None and not 0 <= self.padding < self.image_size:
             raise ValueError(f"padding must lie between 0 and image_size - 1, got {self.padding}")
 
-    def draw(self, keys: Keys, heights: Whole, widths: Whole, *, seed: int, epoch: int) -> Geometry:
+    def sample(self, keys: Keys, heights: Whole, widths: Whole, *, seed: int, epoch: int) -> Geometry:
         """Draw the geometry of images of these sizes.
 
         A crop is torchvision's: ten tries of an area and a ratio, the first that fits is placed at random, else the

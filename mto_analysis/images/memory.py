@@ -13,8 +13,8 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.augmentation import Augmentation, Geometry, fit_to_square
 from mto_analysis.images.decoding import decode_pixels
-from mto_analysis.images.draws import Draws, Rows
 from mto_analysis.images.reading import read_content, reason_of
+from mto_analysis.images.sampling import ImageSampler, Rows
 from mto_analysis.images.sources import Images
 
 __all__ = ["HeldImages", "decode_all", "fits_memory"]
@@ -82,25 +82,25 @@ class HeldImages:
 
     Args:
         pixels: All of them, ``images height channels width`` (uint8).
-        draws: What chance decides.
+        sampler: Samples what is random about each image.
         broken: Rows that hold no image.
         device: Where to hold them.
     """
 
-    def __init__(self, pixels: Tensor, draws: Draws, broken: Collection[int], device: torch.device) -> None:
+    def __init__(self, pixels: Tensor, sampler: ImageSampler, broken: Collection[int], device: torch.device) -> None:
         self._pixels = pixels.to(device)
-        self._draws, self._broken = draws, frozenset(broken)
+        self._sampler, self._broken = sampler, frozenset(broken)
 
     def draw(self, rows: Rows, epoch: int) -> tuple[Rows, Geometry, Tensor]:
         """On the CPU: broken rows replaced, geometry and masks; can run while the device works."""
         if not self._broken.isdisjoint(rows.tolist()):
             rows = np.array([self._good(row, epoch) for row in rows.tolist()], dtype=np.int64)
         size = (self._pixels.shape[1], self._pixels.shape[3])
-        geometry = self._draws.geometry(self._draws.numbers(rows, epoch), size)
-        return rows, geometry, self._draws.masks(rows, epoch)
+        geometry = self._sampler.geometry(self._sampler.numbers(rows, epoch), size)
+        return rows, geometry, self._sampler.masks(rows, epoch)
 
     def _good(self, row: int, epoch: int) -> int:
-        return next(candidate for candidate in self._draws.candidates(row, epoch) if candidate not in self._broken)
+        return next(candidate for candidate in self._sampler.candidates(row, epoch) if candidate not in self._broken)
 
     def augmented(self, rows: Rows, geometry: Geometry, epoch: int) -> tuple[Tensor, Tensor | None]:
         """On the device: cut, resized, mirrored, coloured and normalised.
@@ -109,5 +109,5 @@ class HeldImages:
             returns: batch channels image_size image_size (float32), and the same or None
         """
         pixels = self._pixels[torch.from_numpy(rows).to(self._pixels.device)]
-        cut = self._draws.augmentation.apply_to_batch(pixels, geometry)
-        return self._draws.finish(cut, rows, epoch)
+        cut = self._sampler.augmentation.apply_to_batch(pixels, geometry)
+        return self._sampler.finish(cut, rows, epoch)

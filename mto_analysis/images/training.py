@@ -16,8 +16,8 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.augmentation import Augmentation
 from mto_analysis.images.batches import BrokenImage
-from mto_analysis.images.draws import Draws, Rows
 from mto_analysis.images.memory import HeldImages, decode_all, fits_memory
+from mto_analysis.images.sampling import ImageSampler, Rows
 from mto_analysis.images.sources import Images
 from mto_analysis.images.workers import BatchPlan, CroppedBatch, CroppedBatches
 from mto_analysis.masks import MaskRule
@@ -49,7 +49,7 @@ class TrainingData:
     Args:
         images: From :func:`~mto_analysis.images.open_images`.
         augmentation: What is done to them.
-        mask_rule: How masks are drawn, by :func:`~mto_analysis.masks.mask_keys` of seed, epoch and name.
+        mask_rule: How masks are sampled, by :func:`~mto_analysis.masks.mask_keys` of seed, epoch and name.
         patch_size: Of the model, in pixels.
         seed: Of order, augmentation and masks.
         num_workers: Processes that decode; batches do not depend on it.
@@ -93,7 +93,7 @@ class TrainingData:
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        self._draws = Draws(images.names, augmentation, mask_rule, patch_size, seed)
+        self._sampler = ImageSampler(images.names, augmentation, mask_rule, patch_size, seed)
         self._images, self._workers, self._device = images, num_workers, torch.device(device)
         self._on_broken, self._in_memory, self._strict, self._on_progress = on_broken, in_memory, strict, on_progress
         self._source: HeldImages | CroppedBatches | None = None
@@ -120,7 +120,7 @@ class TrainingData:
 
     def order(self, epoch: int) -> Rows:
         """The rows of all images in the order of an epoch."""
-        return self._draws.order(epoch)
+        return self._sampler.order(epoch)
 
     def prepare(self) -> bool:
         """Decode small images into memory, once; the first batch does it if nobody did. True if they are held there.
@@ -131,12 +131,12 @@ class TrainingData:
         """
         if self._source is None:
             self._source = self._held() or CroppedBatches(
-                self._images, self._draws, num_workers=self._workers, pin=self._device.type == "cuda"
+                self._images, self._sampler, num_workers=self._workers, pin=self._device.type == "cuda"
             )
         return isinstance(self._source, HeldImages)
 
     def _held(self) -> HeldImages | None:
-        augmentation, wanted = self._draws.augmentation, self._in_memory
+        augmentation, wanted = self._sampler.augmentation, self._in_memory
         if wanted is None:
             wanted = fits_memory(self._images, augmentation.image_size)
         if not wanted:
@@ -148,7 +148,7 @@ class TrainingData:
                 raise DataError(f"image {pixels} is not of the size of the others; leave in_memory to None")
             return None
         self._note_broken(list(broken.items()))
-        return HeldImages(pixels, self._draws, broken, self._device)
+        return HeldImages(pixels, self._sampler, broken, self._device)
 
     def micro_batches(
         self,
@@ -206,7 +206,7 @@ class TrainingData:
                 coming = [ahead.submit(held.draw, later.rows, later.epoch) for later in plans[number + 1 : number + 2]]
                 with torch.cuda.stream(stream):
                     images, second = held.augmented(rows, geometry, plan.epoch)
-                    batch = TrainBatch(self._draws.names_of(rows), images, second, mask.to(self._device))
+                    batch = TrainBatch(self._sampler.names_of(rows), images, second, mask.to(self._device))
                 if stream is not None:
                     self._hand_over(stream, [each for each in batch[1:] if each is not None])
                 yield batch
@@ -234,8 +234,8 @@ class TrainingData:
             self._note_broken(batch.broken)
             rows = batch.rows.numpy()
             batch = batch.to(self._device)
-            images, second = self._draws.finish(batch.pixels, rows, batch.epoch)
-            yield TrainBatch(self._draws.names_of(rows), images, second, batch.mask)
+            images, second = self._sampler.finish(batch.pixels, rows, batch.epoch)
+            yield TrainBatch(self._sampler.names_of(rows), images, second, batch.mask)
 
     def _copied_ahead(self, stream: torch.cuda.Stream, batches: Iterator[CroppedBatch]) -> Iterator[CroppedBatch]:
         """One batch ahead on a stream of its own, so that copying overlaps with the model's work."""

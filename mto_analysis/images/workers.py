@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import decode_pixels
-from mto_analysis.images.draws import Draws, Rows
 from mto_analysis.images.reading import read_content, reason_of
+from mto_analysis.images.sampling import ImageSampler, Rows
 from mto_analysis.images.sources import Images
 
 __all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]
@@ -53,13 +53,13 @@ class CroppedBatch(NamedTuple):
 class _Cropping(Dataset[CroppedBatch]):
     """Carries out plans; picklable, so that worker processes can do it."""
 
-    def __init__(self, images: Images, draws: Draws) -> None:
-        self._images, self._draws = images, draws
+    def __init__(self, images: Images, sampler: ImageSampler) -> None:
+        self._images, self._sampler = images, sampler
 
     def __getitem__(self, plan: BatchPlan) -> CroppedBatch:
-        size = self._draws.augmentation.image_size
+        size = self._sampler.augmentation.image_size
         pixels = torch.empty(len(plan.rows), 3, size, size, dtype=torch.uint8)
-        rows, numbers = plan.rows.copy(), self._draws.numbers(plan.rows, plan.epoch)
+        rows, numbers = plan.rows.copy(), self._sampler.numbers(plan.rows, plan.epoch)
         broken: list[tuple[int, str]] = []
         failure = None
         try:
@@ -67,7 +67,7 @@ class _Cropping(Dataset[CroppedBatch]):
                 rows[place] = self._fill(pixels[place], row, plan.epoch, numbers[place : place + 1], broken)
         except DataError as error:  # would come out of a worker with its whole traceback
             failure = str(error)
-        mask = self._draws.masks(rows, plan.epoch)
+        mask = self._sampler.masks(rows, plan.epoch)
         return CroppedBatch(plan.epoch, torch.from_numpy(rows), pixels, mask, broken, failure)
 
     def _fill(
@@ -79,7 +79,7 @@ class _Cropping(Dataset[CroppedBatch]):
         broken: list[tuple[int, str]],
     ) -> int:
         """Put an image's crop, or that of its replacement, into ``target``; returns the row that it is of."""
-        for candidate in self._draws.candidates(row, epoch):
+        for candidate in self._sampler.candidates(row, epoch):
             try:
                 one = decode_pixels(read_content(self._images, candidate))
             except DataError:
@@ -88,9 +88,9 @@ class _Cropping(Dataset[CroppedBatch]):
                 broken.append((candidate, reason_of(error)))
                 continue
             if candidate != row:
-                numbers = self._draws.numbers(np.array([candidate], dtype=np.int64), epoch)
-            geometry = self._draws.geometry(numbers, (one.shape[1], one.shape[2]))
-            target.copy_(self._draws.augmentation.apply_to_image(one, geometry))
+                numbers = self._sampler.numbers(np.array([candidate], dtype=np.int64), epoch)
+            geometry = self._sampler.geometry(numbers, (one.shape[1], one.shape[2]))
+            target.copy_(self._sampler.augmentation.apply_to_image(one, geometry))
             return candidate
         raise DataError(f"there is no image in place of {self._images.names[row]}")
 
@@ -116,13 +116,13 @@ class CroppedBatches:
 
     Args:
         images: Where from.
-        draws: What chance decides.
+        sampler: Samples what is random about each image.
         num_workers: Processes; 0 works in this one.
         pin: Make batches ready for copying to a GPU while it works.
     """
 
-    def __init__(self, images: Images, draws: Draws, *, num_workers: int, pin: bool) -> None:
-        self._cropping, self._plans = _Cropping(images, draws), _Plans()
+    def __init__(self, images: Images, sampler: ImageSampler, *, num_workers: int, pin: bool) -> None:
+        self._cropping, self._plans = _Cropping(images, sampler), _Plans()
         self._loader: DataLoader[CroppedBatch] | None = None
         if num_workers > 0:
             self._loader = DataLoader(

@@ -1,4 +1,4 @@
-"""All that chance decides about a training image, by its row: order, geometry, colours, mask, replacement."""
+"""Everything random about a training image, by its row: order, geometry, colours, mask, replacement."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mto_analysis.images.augmentation import Augmentation, Geometry
 from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.runtime.randomness import Keys, keyed_permutation, keyed_uniform, name_keys
 
-__all__ = ["Draws", "Rows"]
+__all__ = ["ImageSampler", "Rows"]
 
 Rows = npt.NDArray[np.int64]
 _REPLACEMENTS = 64  # tries to find a good image in place of a broken one
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What is drawn for the images of a source, each by (seed, epoch, name).
+class ImageSampler:
+    """What is sampled for the images of a source, each by (seed, epoch, name).
 
     Args:
         names: Of the images; a row is a place in them.
-        augmentation: What is drawn for an image.
-        mask_rule: How masks are drawn.
+        augmentation: What is sampled for an image.
+        mask_rule: How masks are sampled.
         patch_size: Of the model, in pixels.
         seed: Of the run.
 
