@@ -21,10 +21,12 @@ def file_names(names: Iterable[str]) -> list[str]:
     """The files of outputs: a name without suffix is a figure, which is two.
 
     Example:
-        >>> file_names(["curve", "curve.csv"])
-        ['curve.png', 'curve.pdf', 'curve.csv']
+        >>> file_names(["map-cat.jpg", "curve.csv"])
+        ['map-cat.jpg.png', 'map-cat.jpg.pdf', 'curve.csv']
     """
-    return [file for name in names for file in ([name] if "." in name else [f"{name}.png", f"{name}.pdf"])]
+    # A figure may be named after an image, and so end like one.
+    written = (".csv", ".json", ".npz")
+    return [file for name in names for file in ([name] if name.endswith(written) else [f"{name}.png", f"{name}.pdf"])]
 
 
 def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:

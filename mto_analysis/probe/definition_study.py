@@ -19,7 +19,7 @@ from mto_analysis.probe.study import HeterogeneityStudy, Settings, measure_check
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Definitions", "falling_share", "measure_definitions"]
+__all__ = ["Definitions", "measure_definitions"]
 
 
 class Definitions:
@@ -101,13 +101,3 @@ def measure_definitions(
     definitions = Definitions()
     study = measure_checkpoints(sources, images, settings, watch=definitions.watch, **options)
     return study, definitions.table(study), definitions.attention_table()
-
-
-def falling_share(curve: Sequence[float]) -> float:
-    """How far a curve goes down from its first to its last value, as a share of the first; negative where it rises.
-
-    Example:
-        >>> falling_share([4.0, 3.0, 1.0])
-        0.75
-    """
-    return (curve[0] - curve[-1]) / curve[0] if curve[0] else 0.0
