@@ -1,7 +1,7 @@
-"""The errors a user can mend, each with the exit code the command line gives for it.
+"""The errors a user can fix, each with the exit code the command line gives for it.
 
 Bad values passed to a function raise plain ``ValueError``; these classes are for what a file, a folder or a number
-turned out to be. Every message is one line: what is wrong, where, and how to mend it.
+turned out to be. Every message is one line: what is wrong, where, and how to fix it.
 """
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class MTOAnalysisError(Exception):
-    """Base of all errors a user can mend; ``exit_code`` is what ``mto-analyze`` ends with."""
+    """Base of all errors a user can fix; ``exit_code`` is what ``mto-analyze`` ends with."""
 
     exit_code = 1
 

@@ -169,7 +169,7 @@ def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "words",
     [
-        "last.pth cannot be written (No space left on device): mend it and go on with --resume",
+        "last.pth cannot be written (No space left on device): fix it and go on with --resume",
         "metrics.csv cannot be written (No space left on device); go on with --resume",
         "image 7.png cannot be read any more (gone); restore it, then resume",
     ],
@@ -182,7 +182,7 @@ def test_failure__gives_the_advice_of_an_experiment_only(tmp_path: Path, words: 
         def recv(self) -> Report:
             return Report("failed", words=words, exit_code=4)
 
-    with pytest.raises(RunFailedError, match=r"\); mend it and run the same command again$") as failed:
+    with pytest.raises(RunFailedError, match=r"\); fix it and run the same command again$") as failed:
         _hear(_Worker(None, Connection(), run), None, 64, print)
     assert "resume" not in str(failed.value)
 

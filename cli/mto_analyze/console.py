@@ -60,7 +60,7 @@ class Commands(TyperGroup):
         cls._leave_at_once = True
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; mendable errors end with their own code, Ctrl-C with 130."""
+        """Run the command; fixable errors end with their own code, Ctrl-C with 130."""
         before, warnings.formatwarning = warnings.formatwarning, _one_line
         try:
             return super().invoke(ctx)
@@ -117,7 +117,7 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """A mendable error as one line and an exit code; ``None`` for a mistake in the program."""
+    """A fixable error as one line and an exit code; ``None`` for a mistake in the program."""
     message, code = str(error), USAGE
     if isinstance(error, MTOAnalysisError):
         code = error.exit_code

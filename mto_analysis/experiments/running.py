@@ -18,7 +18,7 @@ from mto_analysis.experiments.worker import Report, work
 __all__ = ["Progress", "RunFailedError", "do_runs", "threads_for"]
 
 # What the engine tells those who started it by itself; an experiment is taken up by its own command.
-_ENGINE_ADVICE = re.compile(r"[;:] (?:(?:mend it and )?go on with --resume|restore it, then resume)")
+_ENGINE_ADVICE = re.compile(r"[;:] (?:(?:fix it and )?go on with --resume|restore it, then resume)")
 
 
 class RunFailedError(MTOAnalysisError):
@@ -127,7 +127,7 @@ def _hear(worker: _Worker, queue: _Queue, num_images: int, tell: Callable[[Progr
         if report.exit_code is None:
             raise RuntimeError(f"{run.name} failed:\n{report.words}")
         words = _ENGINE_ADVICE.sub("", report.words)
-        raise RunFailedError(f"{run.name}: {words}; mend it and run the same command again", report.exit_code)
+        raise RunFailedError(f"{run.name}: {words}; fix it and run the same command again", report.exit_code)
     if report.kind == "note":
         tell(Progress(run, "note", 0, total, words=report.words))
     elif report.kind == "done":

@@ -171,7 +171,7 @@ def _batches(
             raise
         raise DataError(
             f"{error.filename or 'the images'} cannot be read any more ({error.strerror or error}); "
-            f"mend it and go on with --resume: {recorder.last_good()}"
+            f"fix it and go on with --resume: {recorder.last_good()}"
         ) from error
 
 

@@ -158,7 +158,7 @@ def check_boards(*, tensorboard: bool, wandb: bool) -> None:
     """Whether the packages are there that a run is to log to as well.
 
     Raises:
-        ValueError: If one is not installed; says how to mend it.
+        ValueError: If one is not installed; says how to fix it.
     """
     for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
         if wanted and importlib.util.find_spec(name) is None:

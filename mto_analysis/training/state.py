@@ -255,7 +255,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             raise
         raise OutputError(
             f"{path} cannot be written ({reason.strerror or reason}); what was there before is whole: "
-            "mend it and go on with --resume"
+            "fix it and go on with --resume"
         ) from error
 
 

@@ -148,7 +148,7 @@ def _in_percent(log: Log, rows: pd.DataFrame, code: np.ndarray, unit: Unit) -> t
             at = int(np.argmax(code == small.index[small][0]))
             raise DataError(
                 f"{log.file}:{rows['line'].iloc[at]}: {rows['method'].iloc[at]!r} never exceeds 1 and other curves do:"
-                " two units in one file? say --unit percent, or mend the file"
+                " two units in one file? say --unit percent, or fix the file"
             )
         fraction = bool(small.all())
     outside = (score < 0) | (score > (1 if fraction else 100))
