@@ -93,3 +93,11 @@ def test_page__names_every_subpackage() -> None:
         page.index(f"\n{name}/") for name in ORDER if name not in ("mto_analyze", "mto_analysis", "demo", "errors")
     ]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli/mto_analyze").glob("*.py")), ids=lambda path: path.stem)
+def test_commands__are_thin(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno
+            assert lines <= 60, f"{node.name} has {lines} lines"

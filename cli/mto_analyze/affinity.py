@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from mto_analysis.probe.maps import AffinityStudy
 
 
+#: Columns of ``quadrants.csv`` that fit a terminal.
+SHOWN = ["model", "stack", "layer_depth", "quadrant", "mass", "dot_mean", "cosine_mean", "row_entropy"]
+
+
 class Kind(StrEnum):
     """What a map shows."""
 
@@ -120,8 +124,7 @@ def affinity(
     facts = run_facts(given, models=measured.models, skipped=measured.broken, processes=processes.count)
     outputs = {**drawn(study, stems, scale), "run.json": facts}
     write_outputs(OutputFolder(out, names, overwrite=overwrite), outputs)
-    columns = ["model", "stack", "layer_depth", "quadrant", "mass", "dot_mean", "cosine_mean", "row_entropy"]
-    typer.echo(study.quadrants[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    typer.echo(study.quadrants[SHOWN].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     note(f"wrote {', '.join(names)} to {out}", quiet=quiet)
 
 
