@@ -104,6 +104,8 @@ def _say_error(error: BaseException, message: str) -> None:
     if here.main:
         note(f"mto-analyze: error: {message}")
         return
+    if Commands._leave_at_once and isinstance(error, KeyboardInterrupt):
+        return  # the launcher interrupts all of them: nobody waits for another
     usage = isinstance(error, _LauncherError) or hasattr(error, "format_message")
     if usage or Commands._leave_at_once or isinstance(error, OtherProcessError):
         time.sleep(_SECONDS_FOR_MAIN)  # the main process fails in the same way, or was told the reason

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import launchable, note, progress, settings_of
-from mto_analyze.options import Heads, Offline, Overwrite, Quiet
+from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet
 
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
@@ -44,7 +44,6 @@ Seeds = Annotated[
 Random = Annotated[
     bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
 ]
-Device = Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many training images, spread evenly.")]
 TestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many test images, spread evenly.")]
@@ -89,7 +88,7 @@ def knn(
     seed: Seeds = None,
     random_baseline: Random = False,
     precision: Precise = Precision.float32,
-    device: Device = "auto",
+    device: DeviceName = "auto",
     num_workers: Workers = 0,
     num_heads: Heads = None,
     offline: Offline = False,
@@ -124,7 +123,7 @@ def linear(
     random_baseline: Random = False,
     precision: Precise = Precision.float32,
     micro_batch: MicroBatch = None,
-    device: Device = "auto",
+    device: DeviceName = "auto",
     num_workers: Workers = 0,
     num_heads: Heads = None,
     offline: Offline = False,
@@ -169,7 +168,7 @@ def finetune(
     random_baseline: Random = False,
     precision: Precise = Precision.float32,
     micro_batch: MicroBatch = None,
-    device: Device = "auto",
+    device: DeviceName = "auto",
     num_workers: Workers = 0,
     num_heads: Heads = None,
     offline: Offline = False,

@@ -13,7 +13,7 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import Commands, explain, launchable, note, settings_of
-from mto_analyze.options import Overwrite, Quiet
+from mto_analyze.options import Overwrite, Quiet, Strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,7 +65,6 @@ NumWorkers = Annotated[int | None, typer.Option(min=0, help="Processes that deco
 InMemory = Annotated[
     bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error.")]
 Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")]
 SaveEvery = Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")]
 SaveSteps = Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")]
