@@ -39,6 +39,11 @@ class TrainBatch(NamedTuple):
     second_images: Tensor | None
     mask: Tensor
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Arguments of a pre-training method's forward."""
+        return self.images, self.mask, self.second_images
+
 
 class TrainingData:
     """Images for training.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,23 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.checkpoints.publishing import published_facts, published_state
 from mto_analysis.errors import CheckpointError
-from mto_analysis.images import TrainBatch
-from mto_analysis.models import MaskedImageModel
 from mto_analysis.mto import attach_mto
 from mto_analysis.runtime.group import Group
 from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
-from mto_analysis.training.methods import Method, build_method
-from mto_analysis.training.optimization import parameter_groups
-from mto_analysis.training.randomness import noise_batch, step_randomness
+from mto_analysis.training.objective import Objective
+from mto_analysis.training.randomness import step_randomness
 
 if TYPE_CHECKING:
-    from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
+    from mto_analysis.training.task import Batch, Task
 
-__all__ = ["Assembly", "build_optimizer"]
+__all__ = ["Assembly"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +31,7 @@ class Assembly:
     """The model with its teachers, optimizer, loss scaling, moving average and MTO, on this process.
 
     Args:
-        recipe: The method's settings.
+        task: The method, its optimizer and its schedule.
         settings: The run's.
         group: The processes of the run.
         steps_per_epoch: Optimizer steps.
@@ -42,12 +39,15 @@ class Assembly:
     """
 
     def __init__(
-        self, recipe: Recipe, settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
+        self, task: Task[Any], settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
     ) -> None:
-        self.recipe, self.settings, self.group = recipe, settings, group
-        self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * recipe.epochs
+        self.task, self.settings, self.group = task, settings, group
+        self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * task.epochs
         device = group.device
-        self.method = build_method(recipe, seed=settings.seed).to(device).train()
+        method: Objective = task.build(settings.seed)
+        # Of sharded weights the process that writes puts the whole together in a copy.
+        self._whole = copy.deepcopy(method) if settings.fsdp and group.main else method
+        self.method = method.to(device).train()
         self.ema: Any = None
         if settings.ema is not None:
             from timm.utils.model_ema import ModelEmaV3
@@ -62,9 +62,8 @@ class Assembly:
             self.wrapped: nn.Module = self.method
         else:
             self.wrapped = self.method if group.count == 1 else self._parallel(micro_batch)
-        self.optimizer = build_optimizer(self.method, recipe)
+        self.optimizer = task.optimizer(self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._whole: Method | None = None
         self.trained = [each for group in self.optimizer.param_groups for each in group["params"]]
 
     def _parallel(self, micro_batch: int) -> nn.Module:
@@ -73,7 +72,7 @@ class Assembly:
         In its second forward torch puts the gradients that it adds up into another order, on which the last bit of a
         sum over more than two processes depends. With that behind it, a resumed run adds as the first one did.
         """
-        batch = noise_batch(self.recipe, micro_batch, self.group.device)
+        batch = self.task.noise(micro_batch, self.group.device)
         buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         self.wrapped = self.method
         with step_randomness(self.settings.seed, -1, self.group.index, self.group.device), warnings.catch_warnings():
@@ -106,49 +105,40 @@ class Assembly:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
 
-    def whole_student(self) -> MaskedImageModel | None:
+    def whole_student(self) -> Any:
         """The trained model with all its weights; ``None`` on processes that have only a share and need not write.
 
         A collective call where weights are sharded.
         """
-        if not self.settings.fsdp:
-            return self.method.student if self.group.main else None
-        whole = self._whole_method(self.state())
+        whole = self._whole_method(self.state() if self.settings.fsdp else {})
         return None if whole is None else whole.student
 
-    def _whole_method(self, state: Mapping[str, Any]) -> Method | None:
+    def _whole_method(self, state: Mapping[str, Any]) -> Objective | None:
         """The method as a state has it, whole, on the process that writes."""
         if not self.group.main:
             return None
-        if not self.settings.fsdp:
-            return self.method
-        if self._whole is None:
-            self._whole = build_method(self.recipe, seed=self.settings.seed)
-        self._whole.load_state_dict(state["method"])
+        if self.settings.fsdp:
+            self._whole.load_state_dict(state["method"])
         return self._whole
 
     def published(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a checkpoint holds in the layout of the original method; ``None`` on processes that do not write.
+        """What a checkpoint holds for others, by the method; ``None`` on processes that do not write.
 
         Args:
             state: From :meth:`state`.
         """
         whole = self._whole_method(state)
-        if whole is None:
-            return None
-        content: dict[str, Any] = {"model": published_state(whole.student), **published_facts(whole.student)}
-        teacher = whole.teacher_state()
-        if teacher is not None:
-            content["model_ema"] = teacher  # the originals' name for it
-        if self.ema is not None:
-            content["model_average"] = published_state(self.ema.module)
-        return content
+        return None if whole is None else whole.published(None if self.ema is None else self.ema.module)
 
-    def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """The terms of a batch, as a step computes them."""
+    def autocast(self) -> torch.autocast:
+        """The number format of the forward."""
         dtype = _DTYPES.get(self.settings.precision)
-        with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
-            terms: dict[str, Tensor] = self.wrapped(batch.images, batch.mask, batch.second_images)
+        return torch.autocast(self.group.device.type, dtype, enabled=dtype is not None)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of a batch, as a step computes them."""
+        with self.autocast():
+            terms: dict[str, Tensor] = self.wrapped(*batch.inputs)
         return terms if self.mto is None else {**terms, "mto": self.mto.loss()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -167,11 +157,3 @@ class Assembly:
         except (KeyError, RuntimeError, ValueError) as error:
             line = " ".join(str(error).split())[:200]
             raise CheckpointError(f"last.pth does not fit this run's model and optimizer ({line})") from error
-
-
-def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the method's parameter groups, fused into one kernel where torch has it."""
-    groups = parameter_groups(method, recipe)
-    devices = {each.device.type for each in method.parameters()}
-    fused = devices <= {"cpu", "cuda"} and not any(sharding.is_sharded(each) for each in method.parameters())
-    return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=recipe.betas, fused=fused)

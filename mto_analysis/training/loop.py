@@ -1,64 +1,62 @@
-"""Pre-training: a run is checked, put together and restored, and then trained epoch by epoch and step by step."""
+"""The engine: a run is checked, put together and restored, and then trained epoch by epoch and step by step."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from mto_analysis.errors import DataError
-from mto_analysis.images import TrainBatch, TrainingData
-from mto_analysis.models import MaskedImageModel
 from mto_analysis.runtime.group import Group
 from mto_analysis.runtime.outputs import run_facts
 from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.shares import micro_batch_size, steps_in_epoch
-from mto_analysis.training.state import RunFolder, differences, run_identity, run_layout
+from mto_analysis.training.state import RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
+from mto_analysis.training.task import Batch, Task, TaskData
 
-if TYPE_CHECKING:
-    from mto_analysis.images import BrokenImage, Images
-    from mto_analysis.training.recipes import Recipe
-
-__all__ = ["pretrain"]
+__all__ = ["open_group", "train"]
 
 
-def pretrain(
-    recipe: Recipe,
-    images: Images,
-    folder: str | Path,
-    settings: RunSettings | None = None,
+def open_group(settings: RunSettings) -> Group:
+    """The processes of a run, each with its device."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    return Group(settings.device)
+
+
+def train(
+    task: Task[Any],
+    data: TaskData,
+    scorer: Callable[[], Scorer],
+    folder: RunFolder,
+    settings: RunSettings,
+    group: Group,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
-    evaluate: Callable[[MaskedImageModel], float] | None = None,
+    identity: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
     on_step: Callable[[StepRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-    on_broken: Callable[[BrokenImage], None] | None = None,
-    strict: bool = False,
     source: str | None = None,
 ) -> Iterator[EpochRecord]:
-    """Pre-train a model, and yield a record after each epoch, when all of that epoch is on disk.
-
-    The run is a function of recipe, images, seed and settings: it does not depend on workers, nor on where it was
-    stopped and resumed. With several processes (torchrun, accelerate launch) all call this, and the first one writes.
+    """Carry out a run, and yield a record after each epoch, when all of that epoch is on disk.
 
     Args:
-        recipe: What is trained, and how.
-        images: From :func:`mto_analysis.open_images`.
-        folder: For ``run.json``, ``metrics.csv``, ``curves.csv``, ``last.pth`` and kept checkpoints.
+        task: What is trained.
+        data: Its images.
+        scorer: Makes what scores it along the run, once the folder is found to be free.
+        folder: For what the run leaves behind.
         settings: How it is run.
+        group: Its processes; all call this, and the first one writes.
+        identity: What makes the run this run; a folder with another one is refused.
         resume: Go on from ``last.pth``, or begin where there is nothing yet.
         overwrite: Replace the run that the folder holds.
-        evaluate: Gives the model's score; by default what ``settings.evaluation`` says.
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
-        on_broken: Called for each image that cannot be decoded; another takes its place.
-        strict: Make a broken image an error.
         source: Where the images are, for ``run.json``.
 
     Raises:
@@ -68,50 +66,33 @@ def pretrain(
         NumericalError: If a loss is not finite; ``last.pth`` is from before.
         ValueError: If the batch cannot be shared out, or a setting does not fit the machine.
     """
-    settings, run_folder = settings or RunSettings(), RunFolder(folder)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-    group = Group(settings.device)
     note = on_note if on_note is not None and group.main else _silent
-    micro_batch = micro_batch_size(recipe, processes=group.count, accumulation=settings.accumulation)
-    steps = steps_in_epoch(len(images.names), recipe.batch_size)
-
-    identity, layout = run_identity(recipe, images, settings), run_layout(settings, group)
-    run_folder.check(identity, resume=resume, overwrite=overwrite)
-    resume = resume and run_folder.holds_run()
+    micro_batch = micro_batch_size(task.batch_size, processes=group.count, accumulation=settings.accumulation)
+    steps = steps_in_epoch(len(data), task.batch_size, task.images)
+    layout = run_layout(settings, group)
+    folder.check(identity, resume=resume, overwrite=overwrite)
+    resume = resume and folder.holds_run()
     group.wait()  # nobody writes before all have looked
-    state = run_folder.read_last() if resume else None
-    if resume and (changed := differences(run_folder.stored_facts().get("layout", {}), layout)):
+    state = folder.read_last() if resume else None
+    if resume and (changed := differences(folder.stored_facts().get("layout", {}), layout)):
         note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
-    if state is not None and state["epoch"] >= recipe.epochs:
-        note(f"{run_folder.path} is complete ({state['epoch']} epochs): nothing to do")
-        stored = run_folder.stored_facts()
+    if resume and (folder.finished() or (state is not None and state["epoch"] >= task.epochs)):
+        note(f"{folder.path} is complete ({task.epochs} epochs): nothing to do")
+        stored = folder.stored_facts()
         if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
-            run_folder.write_facts({**stored, "state": "complete"})
+            folder.write_facts({**stored, "state": "complete"})
         return
 
-    scorer = Scorer(settings, group, evaluate)
-    data = TrainingData(
-        images,
-        recipe.augmentation(),
-        recipe.mask_rule,
-        recipe.patch_size,
-        seed=settings.seed,
-        num_workers=settings.num_workers,
-        device=group.device,
-        on_broken=on_broken,
-        in_memory=settings.in_memory,
-        strict=strict,
-    )
+    scores = scorer()
     data.prepare()
-    stepper = Stepper(recipe, settings, group, steps, micro_batch)
+    stepper = Stepper(task, settings, group, steps, micro_batch)
     facts = run_facts({}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source)
-    recorder = Recorder(run_folder, stepper, scorer, facts)
+    recorder = Recorder(folder, stepper, scores, facts)
     if state is not None:
         recorder.restore(state)
         note(f"resuming after step {recorder.step} (epoch {recorder.epochs:.2f})")
     elif resume:
-        note(f"{run_folder.path} holds no checkpoint yet: starting from the beginning")
+        note(f"{folder.path} holds no checkpoint yet: starting from the beginning")
     # Only now, when all that can fail at once has not, is anything written.
     try:
         recorder.begin(resume=resume)
@@ -121,14 +102,14 @@ def pretrain(
 
 
 def _epochs(
-    data: TrainingData,
+    data: TaskData,
     stepper: Stepper,
     recorder: Recorder,
     micro_batch: int,
     on_step: Callable[[StepRecord], None] | None,
 ) -> Iterator[EpochRecord]:
     """Train every epoch that is left; what is seen on the way goes to the recorder."""
-    settings, steps, epochs = stepper.settings, stepper.steps_per_epoch, stepper.recipe.epochs
+    settings, steps, epochs = stepper.settings, stepper.steps_per_epoch, stepper.task.epochs
     for epoch in range(recorder.step // steps, epochs):
         batches = _Timed(_batches(data, stepper, recorder, epoch, micro_batch))
         whole, lap = _Lap(recorder.step, batches), _Lap(recorder.step, batches)
@@ -140,22 +121,20 @@ def _epochs(
             result = stepper.step(batches, recorder.step, watch=logs)
             recorder.add(result, look=logs or saves)
             if logs:
-                speed = lap.speed(number, stepper.recipe.batch_size)
+                speed = lap.speed(number, stepper.task.batch_size)
                 recorder.log_step(result, {**speed, "seconds": recorder.seconds + whole.seconds()})
                 lap = _Lap(number, batches)
             if saves:
                 recorder.save(recorder.seconds + whole.seconds())
             if on_step is not None:
                 on_step(StepRecord(epoch, number, epochs * steps, recorder.last_loss))
-        speed = whole.speed(recorder.step, stepper.recipe.batch_size)
+        speed = whole.speed(recorder.step, stepper.task.batch_size)
         recorder.seconds += whole.seconds()
         batches.close()
         yield recorder.end_epoch(result.learning_rate, speed)
 
 
-def _batches(
-    data: TrainingData, stepper: Stepper, recorder: Recorder, epoch: int, micro_batch: int
-) -> Iterator[TrainBatch]:
+def _batches(data: TaskData, stepper: Stepper, recorder: Recorder, epoch: int, micro_batch: int) -> Iterator[Batch]:
     """This process's micro-batches of an epoch, from the step on where the run is."""
     try:
         yield from data.micro_batches(
@@ -178,13 +157,13 @@ def _batches(
 class _Timed:
     """Batches, and how long they were waited for."""
 
-    def __init__(self, batches: Iterator[TrainBatch]) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches, self.waited = batches, 0.0
 
     def __iter__(self) -> _Timed:
         return self
 
-    def __next__(self) -> TrainBatch:
+    def __next__(self) -> Batch:
         start = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - start

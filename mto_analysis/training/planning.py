@@ -12,14 +12,15 @@ from torch import Tensor
 
 from mto_analysis.runtime.group import Group
 from mto_analysis.training.optimization import learning_rate, peak_learning_rate
-from mto_analysis.training.randomness import noise_batch
+from mto_analysis.training.pretraining import Pretraining
 from mto_analysis.training.shares import micro_batch_size, steps_in_epoch
 from mto_analysis.training.stepping import Stepper
 
 if TYPE_CHECKING:
-    from mto_analysis.images import Images, TrainBatch
+    from mto_analysis.images import Images
     from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
+    from mto_analysis.training.task import Batch
 
 __all__ = ["Plan", "plan"]
 
@@ -66,10 +67,10 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
     """
     here = Group(settings.device)
     count = processes or here.count
-    micro = micro_batch_size(recipe, processes=count, accumulation=settings.accumulation)
+    micro = micro_batch_size(recipe.batch_size, processes=count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(images.names), recipe.batch_size)
-    stepper = Stepper(recipe, replace(settings, accumulation=1), here, steps, micro)
-    measured = _measure(stepper, recipe, settings, here, micro)
+    stepper = Stepper(Pretraining(recipe), replace(settings, accumulation=1), here, steps, micro)
+    measured = _measure(stepper, settings, here, micro)
     total = steps * recipe.epochs
     seconds = measured.seconds_per_image * micro * settings.accumulation * total
     rows = [
@@ -134,16 +135,16 @@ class _Measured:
         yield "  activations", _size(self.per_batch + self.per_image * micro), f"{_size(self.per_image)} an image"
 
 
-def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Group, micro: int) -> _Measured:
+def _measure(stepper: Stepper, settings: RunSettings, here: Group, micro: int) -> _Measured:
     trained = [each for each in stepper.method.parameters() if each.requires_grad]
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])
     shares = here.count if settings.fsdp else 1
-    kept = {size: _activations(stepper, noise_batch(recipe, size, here.device), trained) for size in _PROBES}
+    kept = {size: _activations(stepper, stepper.task.noise(size, here.device), trained) for size in _PROBES}
     slope = max(0, (kept[_PROBES[1]] - kept[_PROBES[0]]) // (_PROBES[1] - _PROBES[0]))
     # A batch that is long enough to measure: of small models a step of a few images is nearly all overhead.
     size = max(1, min(micro, max(8, _TIMED_BYTES // max(1, slope))))
-    batch = noise_batch(recipe, size, here.device)
+    batch = stepper.task.noise(size, here.device)
     _time(stepper, batch)  # the first step makes the optimizer's state, and compiles
     seconds = min(_time(stepper, batch) for _ in range(_TIMED_STEPS)) / size
     return _Measured(
@@ -158,7 +159,7 @@ def _measure(stepper: Stepper, recipe: Recipe, settings: RunSettings, here: Grou
     )
 
 
-def _activations(stepper: Stepper, batch: TrainBatch, weights: Sequence[Tensor]) -> int:
+def _activations(stepper: Stepper, batch: Batch, weights: Sequence[Tensor]) -> int:
     """Bytes that a forward keeps for the backward pass: every storage once, weights left out."""
     owned = {each.untyped_storage().data_ptr() for each in weights}
     kept: dict[int, Tensor] = {}
@@ -179,7 +180,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _time(stepper: Stepper, batch: TrainBatch) -> float:
+def _time(stepper: Stepper, batch: Batch) -> float:
     """Seconds of an optimizer step."""
     start = time.perf_counter()
     result = stepper.step(iter([batch]), 0)

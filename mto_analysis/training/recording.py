@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, facts: Mapping[str, Any]) -> None:
         self.folder, self.stepper, self.scorer, self.facts = folder, stepper, scorer, facts
-        self.recipe, self.settings, self.group = stepper.recipe, stepper.settings, stepper.group
+        self.task, self.settings, self.group = stepper.task, stepper.settings, stepper.group
         #: Optimizer steps that are done, and the seconds of training they took.
         self.step, self.seconds = 0, 0.0
         #: The loss of the last step that was looked at.
@@ -64,7 +64,7 @@ class Recorder:
     def begin(self, *, resume: bool) -> None:
         """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for."""
         if self.group.main:
-            self.folder.claim(self.facts, self.recipe.to_toml(), resume=resume)
+            self.folder.claim(self.facts, self.task.files(), resume=resume)
             self._metrics.cut_back(self.step)
             self._curves.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
         self._boards = Boards(
@@ -130,11 +130,11 @@ class Recorder:
 
     def end_epoch(self, rate: float, speed: Mapping[str, float]) -> EpochRecord:
         """Evaluate if it is due, write the epoch's rows and then its checkpoints."""
-        epoch, epochs = self.step // self.stepper.steps_per_epoch, self.recipe.epochs
+        epoch, epochs = self.step // self.stepper.steps_per_epoch, self.task.epochs
         means = self._epoch_means.means()
         self._epoch_means.clear()
-        score = self._score(epoch) if self.scorer.due(epoch, epochs) else None
-        self._write_row("epoch", {**means, "lr": rate, **speed, "seconds": self.seconds, "score": score})
+        scores = self._score(epoch) if self.scorer.due(epoch, epochs) else {}
+        self._write_row("epoch", {**means, "lr": rate, **speed, "seconds": self.seconds, **scores})
         keep = self.settings.keep_every
         kept = (keep is not None and epoch % keep == 0) or epoch == epochs
         if kept or epoch % self.settings.save_every == 0:
@@ -148,7 +148,8 @@ class Recorder:
             terms={k: v for k, v in means.items() if k != "loss" and "heterogeneity" not in k},
             heterogeneity={k: v for k, v in means.items() if "heterogeneity" in k},
             learning_rate=rate,
-            score=score,
+            score=scores.get("score"),
+            top5=scores.get("top5"),
             images_per_second=speed["images_per_second"],
             data_wait=speed["data_wait"],
             seconds=self.seconds,
@@ -169,40 +170,44 @@ class Recorder:
             raise NumericalError(f"weights are not finite after step {self.step}; {self.last_good()}")
         state = self.stepper.state()
         epoch = self.step // self.stepper.steps_per_epoch
+        complete = self.step == self.stepper.total
         published = self.stepper.published(state)  # None but on the process that writes
         if published is not None:
             content = {**published, "epoch": epoch}
             if kept:
-                write_checkpoint(self.folder.kept(epoch), content)
-            resume = {
-                **state,
-                "epoch": epoch,
-                "step": self.step,
-                "seconds": seconds,
-                "window": self._window.state(),
-                "epoch_means": self._epoch_means.state(),
-            }
-            write_checkpoint(self.folder.last, {**content, "resume": resume})
+                write_checkpoint(self.folder.kept(epoch, complete=complete), content)
+            if complete and self.folder.final is not None:
+                self.folder.last.unlink(missing_ok=True)
+            else:
+                resume = {
+                    **state,
+                    "epoch": epoch,
+                    "step": self.step,
+                    "seconds": seconds,
+                    "window": self._window.state(),
+                    "epoch_means": self._epoch_means.state(),
+                }
+                write_checkpoint(self.folder.last, {**content, "resume": resume})
         self.group.wait()
 
-    def _score(self, epoch: int) -> float:
+    def _score(self, epoch: int) -> Mapping[str, float | None]:
         """Evaluate, and write the point of the curve."""
-        score = self.scorer.score(self.stepper)
+        scores = self.scorer.score(self.stepper)
         row = {
             "method": self._method,
             "epoch": epoch,
-            "score": score,
+            "score": scores["score"],
             "seed": self.settings.seed,
             "protocol": self.scorer.protocol,
             "hours": self.seconds / 3600,
         }
-        if self.group.main:
+        if self.group.main and self.scorer.protocol is not None:
             self._curves.append(row, list(row))
-        return score
+        return scores
 
     @property
     def _method(self) -> str:
-        return self.recipe.name + ("+MTO" if self.settings.mto is not None else "")
+        return self.task.name + ("+MTO" if self.settings.mto is not None else "")
 
     def _write_row(self, kind: str, values: Mapping[str, Any]) -> None:
         epochs = self.epochs
@@ -215,6 +220,6 @@ class Recorder:
             **values,
         }
         if self.group.main:
-            self._metrics.append(row, list(dict.fromkeys([*row, "score"])))
+            self._metrics.append(row, list(dict.fromkeys([*row, *self.scorer.columns])))
             if self._boards is not None:
                 self._boards.add(row, self.step)

@@ -1,9 +1,10 @@
-"""Evaluation along a run: when the student is scored, on which processes, with no trace in its training."""
+"""Evaluation along a run: when what is trained is scored, on which processes, with no trace in its training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -14,11 +15,34 @@ if TYPE_CHECKING:
     from mto_analysis.training.assembly import Assembly
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["Scorer"]
+__all__ = ["EvaluationScorer", "Scorer"]
 
 
-class Scorer:
-    """Gives the score of what is trained, where the run is to be evaluated.
+class Scorer(ABC):
+    """Scores what is trained, every so many epochs and at the end."""
+
+    #: What a score gives, for the columns of ``metrics.csv``; ``score`` is the first.
+    columns: ClassVar[tuple[str, ...]] = ("score",)
+    #: In ``curves.csv``; ``None`` for runs that are no curve of pre-training.
+    protocol: str | None = None
+    every: int = 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run is evaluated at all."""
+        return True
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether to evaluate after ``epoch`` of ``epochs``: every so many, and the last."""
+        return self.wanted and (epoch % self.every == 0 or epoch == epochs)
+
+    @abstractmethod
+    def score(self, trained: Assembly) -> Mapping[str, float | None]:
+        """Percent by column; a collective call. Modes and random state are afterwards as before."""
+
+
+class EvaluationScorer(Scorer):
+    """Scores the student of pre-training by features of its encoder.
 
     Args:
         settings: The run's; its evaluation is used where no other is given. Images are opened at once.
@@ -31,10 +55,8 @@ class Scorer:
     ) -> None:
         evaluation = settings.evaluation
         self.protocol = evaluation.protocol if evaluation is not None else "own"
-        self._group = group
-        self._every = evaluation.every if evaluation is not None else 1
-        self._score = given
-        self._shared = False
+        self.every = evaluation.every if evaluation is not None else 1
+        self._group, self._score, self._shared = group, given, False
         if given is None and evaluation is not None:
             from mto_analysis.training.evaluation import Evaluator
 
@@ -47,12 +69,8 @@ class Scorer:
         """Whether the run is evaluated at all."""
         return self._score is not None
 
-    def due(self, epoch: int, epochs: int) -> bool:
-        """Whether to evaluate after ``epoch`` of ``epochs``: every so many, and the last."""
-        return self.wanted and (epoch % self._every == 0 or epoch == epochs)
-
-    def score(self, trained: Assembly) -> float:
-        """Top-1 percent; a collective call. Modes and random state are afterwards as before.
+    def score(self, trained: Assembly) -> Mapping[str, float | None]:
+        """Top-1 percent.
 
         Raises:
             ValueError: If the run has no evaluation.
@@ -68,4 +86,4 @@ class Scorer:
                 model = trained.whole_student()
                 score = float(self._group.shared(self._score(model) if model is not None else 0.0))
         trained.method.train(training)
-        return score
+        return {"score": score}

@@ -151,6 +151,7 @@ class EpochRecord:
         heterogeneity: Mean H over the epoch's logged steps by name: ``heterogeneity_0`` ...
         learning_rate: Of the last step.
         score: Top-1 percent, where the epoch was evaluated.
+        top5: Top-5 percent, of classifiers with more than five classes.
         images_per_second: Images that all processes together went through.
         data_wait: Fraction of the time spent waiting for images.
         seconds: Of training so far, evaluations not counted.
@@ -163,6 +164,7 @@ class EpochRecord:
     heterogeneity: Mapping[str, float] = field(default_factory=dict)
     learning_rate: float = 0.0
     score: float | None = None
+    top5: float | None = None
     images_per_second: float = 0.0
     data_wait: float = 0.0
     seconds: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,9 +15,7 @@ from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.runtime.outputs import atomic_file, write_atomically
 
 if TYPE_CHECKING:
-    from mto_analysis.images import Images
     from mto_analysis.runtime.group import Group
-    from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
 
 __all__ = [
@@ -42,10 +40,13 @@ class RunFolder:
 
     Args:
         path: The folder; made by :meth:`claim`.
+        final: A file that takes the place of ``last.pth`` when the run is complete, for runs whose way does not matter
+            afterwards; by default checkpoints are kept beside ``last.pth``.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, final: str | None = None) -> None:
         self.path = Path(path)
+        self.final = None if final is None else self.path / final
         self.facts = self.path / "run.json"
         self.recipe = self.path / "recipe.toml"
         self.metrics = self.path / "metrics.csv"
@@ -53,9 +54,13 @@ class RunFolder:
         self.last = self.path / "last.pth"
         self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf")}
 
-    def kept(self, epoch: int) -> Path:
-        """The checkpoint that is kept of an epoch."""
-        return self.path / f"checkpoint-{epoch:04d}.pth"
+    def kept(self, epoch: int, *, complete: bool = False) -> Path:
+        """The checkpoint that is kept of an epoch, or of the complete run."""
+        return self.final if complete and self.final is not None else self.path / f"checkpoint-{epoch:04d}.pth"
+
+    def finished(self) -> bool:
+        """Whether the final file has taken the place of ``last.pth``."""
+        return self.final is not None and self.final.exists() and not self.last.exists()
 
     def holds_run(self) -> bool:
         """Whether a run began here."""
@@ -99,15 +104,22 @@ class RunFolder:
             check_randomness(self.path, stored["identity"], stored)
             if other := run_differences(stored["identity"], identity):
                 raise CheckpointError(
-                    f"{self.path} holds another run: {'; '.join(other)}; give the same, or another --out"
+                    f"{self.path} holds another run: {'; '.join(other)}; give the same, choose another --out or pass "
+                    "--overwrite"
                 )
         elif not overwrite:
             raise OutputExistsError(
                 f"{self.path} already holds a run; go on with --resume, choose another --out or pass --overwrite"
             )
 
-    def claim(self, facts: Mapping[str, Any], recipe: str, *, resume: bool) -> None:
-        """Make the folder ready: what an earlier run left is removed, or of a resumed one only half-written files."""
+    def claim(self, facts: Mapping[str, Any], files: Mapping[str, str], *, resume: bool) -> None:
+        """Make the folder ready: what an earlier run left is removed, or of a resumed one only half-written files.
+
+        Args:
+            facts: For ``run.json``.
+            files: Text files to write beside it, by name.
+            resume: Whether the run goes on.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in self.path.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
@@ -115,7 +127,8 @@ class RunFolder:
             for old in self._files():
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        write_atomically(self.recipe, recipe.encode())
+        for name, text in files.items():
+            write_atomically(self.path / name, text.encode())
         self.write_facts(facts)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
@@ -126,6 +139,8 @@ class RunFolder:
         yield self.last  # first: without it nothing can be taken for a run that goes on
         yield from (self.metrics, self.curves, *self.figures.values(), self.path / "wandb-id.txt")
         yield from self.path.glob("checkpoint-[0-9]*.pth")
+        if self.final is not None:
+            yield self.final
 
     def read_last(self) -> dict[str, Any] | None:
         """The resume state of ``last.pth``, on the CPU; ``None`` where nothing was saved yet.
@@ -161,16 +176,21 @@ def check_randomness(path: Path, identity: Mapping[str, Any], facts: Mapping[str
         )
 
 
-def run_identity(recipe: Recipe, images: Images, settings: RunSettings) -> dict[str, Any]:
-    """What makes a run this run, as plain values: with any of it changed it is another one."""
-    names = hashlib.blake2b("\n".join(images.names).encode(), digest_size=8).hexdigest()
+def run_identity(settings: RunSettings, names: Sequence[str], **own: Any) -> dict[str, Any]:
+    """What makes a run this run, as plain values: with any of it changed it is another one.
+
+    Args:
+        settings: Of the run.
+        names: Of its training images.
+        own: What else a run of its kind depends on.
+    """
+    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
     facts = settings.facts()
     return {
         "randomness": RANDOMNESS,
-        "recipe": recipe.to_dict(),
         **{name: facts[name] for name in ("seed", "mto", "precision", "ema", "fsdp")},
-        "images": {"count": len(images.names), "names": names},
-        "evaluation": settings.evaluation.settings() if settings.evaluation else None,
+        "images": {"count": len(names), "names": digest},
+        **own,
     }
 
 

@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mto_analysis.images import TrainBatch
 from mto_analysis.mto import watch_mto
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training import sharding
 from mto_analysis.training.assembly import Assembly
-from mto_analysis.training.optimization import learning_rate
-from mto_analysis.training.randomness import noise_batch, step_randomness
+from mto_analysis.training.randomness import step_randomness
+from mto_analysis.training.task import Batch
 
-__all__ = ["StepResult", "Stepper", "noise_batch"]
+__all__ = ["StepResult", "Stepper"]
 
 
 class StepResult(NamedTuple):
@@ -39,7 +38,7 @@ class StepResult(NamedTuple):
 class Stepper(Assembly):
     """What a run trains, and how it takes a step."""
 
-    def step(self, batches: Iterator[TrainBatch], step: int, *, watch: bool = False) -> StepResult:
+    def step(self, batches: Iterator[Batch], step: int, *, watch: bool = False) -> StepResult:
         """Take one optimizer step.
 
         Args:
@@ -47,9 +46,9 @@ class Stepper(Assembly):
             step: Optimizer steps taken before, over the whole run.
             watch: Also measure H of every layer, the terms of MTO and the norm of the gradient.
         """
-        recipe, device = self.recipe, self.group.device
+        device = self.group.device
         count = self.settings.accumulation
-        rate = learning_rate(recipe, step, self.steps_per_epoch, recipe.batch_size)
+        rate = self.task.learning_rate(step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,7 +106,7 @@ class Stepper(Assembly):
     @contextlib.contextmanager
     def _watched(self, wanted: bool, step: int, measured: dict[str, float]) -> Iterator[None]:
         """With H of every layer measured in the forward inside."""
-        if not wanted:
+        if not (wanted and self.method.masked):
             yield
             return
         watch = watch_mto(self.method.student, every=1)
@@ -120,7 +119,7 @@ class Stepper(Assembly):
             measured |= {name: value for name, value in watch.records[-1].items() if "heterogeneity" in name}
 
     def _clip(self, *, wanted: bool) -> Tensor | None:
-        most = self.recipe.clip_grad
+        most = self.task.clip_grad
         if most is None and not wanted:
             return None
         if most is None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from mto_analysis.checkpoints.publishing import published_facts, published_state
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.training.objective import Objective
 from mto_analysis.training.recipes import Recipe
 
 __all__ = ["Method", "half_cosine", "warmup_then_cosine"]
 
 
-class Method(nn.Module, ABC):
+class Method(Objective):
     """A pre-training method; a new one is a subclass with these facts, named in ``methods/__init__.py``.
 
     Args:
@@ -43,17 +45,11 @@ class Method(nn.Module, ABC):
     #: fine-tuned, and what differs for encoders of 1024 channels or more.
     finetuning: ClassVar[Mapping[str, Any]]
     wide_finetuning: ClassVar[Mapping[str, Any]] = {}
-
-    #: Whether an image's loss depends on those beside it (batch norms): then micro-batches do not average exactly.
-    depends_on_batch: ClassVar[bool] = False
+    student: MaskedImageModel
 
     def __init__(self, student: MaskedImageModel, recipe: Recipe) -> None:
-        super().__init__()
-        #: What is trained, saved and probed, and what ``attach_mto`` is attached to.
-        self.student = student
+        super().__init__(student)
         self.recipe = recipe
-        #: Fraction of the run's optimizer steps that are done.
-        self.progress = 0.0
 
     @abstractmethod
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
@@ -65,15 +61,6 @@ class Method(nn.Module, ABC):
             second_images: batch channels height width (of methods with ``second_view``)
             returns: scalars
         """
-
-    def after_step(self, progress: float) -> None:
-        """Follow the student after an optimizer step.
-
-        Args:
-            progress: Fraction of the run's optimizer steps that are done, this one counted: the first call of a run of
-                100 steps gets 0.01, the last one 1.
-        """
-        self.progress = progress
 
     @staticmethod
     def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
@@ -95,16 +82,18 @@ class Method(nn.Module, ABC):
         return half_cosine(peak, end, (step - warmup) / (total - warmup))
 
     def teacher_state(self) -> dict[str, Tensor] | None:
-        """The slow branch's weights in the original's layout, for methods that have one."""
+        """The momentum teacher's weights in the original's layout, for methods that have one."""
         return None
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside tensors."""
-        return {"progress": self.progress}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """The opposite of :meth:`get_extra_state`."""
-        self.progress = float(state["progress"])
+    def published(self, average: MaskedImageModel | None = None) -> dict[str, Any]:
+        """The student in the layout of the original method, with ``model_ema`` for the momentum teacher."""
+        content: dict[str, Any] = {"model": published_state(self.student), **published_facts(self.student)}
+        teacher = self.teacher_state()
+        if teacher is not None:
+            content["model_ema"] = teacher  # the originals' name for it
+        if average is not None:
+            content["model_average"] = published_state(average)
+        return content
 
 
 def half_cosine(start: float, end: float, fraction: float) -> float:

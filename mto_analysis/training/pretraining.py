@@ -1,0 +1,134 @@
+"""Pre-training of a masked image model by a recipe: the task, its images and its scores for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mto_analysis.images import TrainBatch, TrainingData
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.training import sharding
+from mto_analysis.training.loop import open_group, train
+from mto_analysis.training.methods import Method, build_method
+from mto_analysis.training.optimization import learning_rate, parameter_groups
+from mto_analysis.training.randomness import noise_batch
+from mto_analysis.training.scoring import EvaluationScorer
+from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
+from mto_analysis.training.state import RunFolder, run_identity
+from mto_analysis.training.task import Task
+
+if TYPE_CHECKING:
+    from mto_analysis.images import BrokenImage, Images
+    from mto_analysis.training.recipes import Recipe
+
+__all__ = ["Pretraining", "pretrain"]
+
+
+class Pretraining(Task[Method]):
+    """A recipe as a task of the engine.
+
+    Args:
+        recipe: What is trained, and how.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, recipe.name)
+        self.recipe = recipe
+
+    def build(self, seed: int) -> Method:
+        """The recipe's method."""
+        return build_method(self.recipe, seed=seed)
+
+    def optimizer(self, method: Method) -> torch.optim.Optimizer:
+        """AdamW with the method's parameter groups, fused into one kernel where torch has it."""
+        devices = {each.device.type for each in method.parameters()}
+        fused = devices <= {"cpu", "cuda"} and not any(sharding.is_sharded(each) for each in method.parameters())
+        groups = parameter_groups(method, self.recipe)
+        return torch.optim.AdamW(groups, lr=self.recipe.base_lr, betas=self.recipe.betas, fused=fused)
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """As the method's original sets it."""
+        return learning_rate(self.recipe, step, steps_per_epoch, self.recipe.batch_size)
+
+    def noise(self, count: int, device: torch.device) -> TrainBatch:
+        """Noise, with masks as the recipe samples them."""
+        return noise_batch(self.recipe, count, device)
+
+    def files(self) -> Mapping[str, str]:
+        """The recipe."""
+        return {"recipe.toml": self.recipe.to_toml()}
+
+
+def pretrain(
+    recipe: Recipe,
+    images: Images,
+    folder: str | Path,
+    settings: RunSettings | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    evaluate: Callable[[MaskedImageModel], float] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    on_broken: Callable[[BrokenImage], None] | None = None,
+    strict: bool = False,
+    source: str | None = None,
+) -> Iterator[EpochRecord]:
+    """Pre-train a model, and yield a record after each epoch, when all of that epoch is on disk.
+
+    The run is a function of recipe, images, seed and settings: it does not depend on workers, nor on where it was
+    stopped and resumed. With several processes (torchrun, accelerate launch) all call this, and the first one writes.
+
+    Args:
+        recipe: What is trained, and how.
+        images: From :func:`mto_analysis.open_images`.
+        folder: For ``run.json``, ``metrics.csv``, ``curves.csv``, ``last.pth`` and kept checkpoints.
+        settings: How it is run.
+        resume: Go on from ``last.pth``, or begin where there is nothing yet.
+        overwrite: Replace the run that the folder holds.
+        evaluate: Gives the model's score; by default what ``settings.evaluation`` says.
+        on_step: Called after each step, for a progress bar.
+        on_note: Called with what a user should know, one line at a time.
+        on_broken: Called for each image that cannot be decoded; another takes its place.
+        strict: Make a broken image an error.
+        source: Where the images are, for ``run.json``.
+
+    Raises:
+        OutputExistsError: If the folder holds a run and neither ``resume`` nor ``overwrite`` is given.
+        CheckpointError: If the run to resume is another one, or its checkpoint is damaged.
+        DataError: If images are too few, broken or gone.
+        NumericalError: If a loss is not finite; ``last.pth`` is from before.
+        ValueError: If the batch cannot be shared out, or a setting does not fit the machine.
+    """
+    settings = settings or RunSettings()
+    group = open_group(settings)
+    data = TrainingData(
+        images,
+        recipe.augmentation(),
+        recipe.mask_rule,
+        recipe.patch_size,
+        seed=settings.seed,
+        num_workers=settings.num_workers,
+        device=group.device,
+        on_broken=on_broken,
+        in_memory=settings.in_memory,
+        strict=strict,
+    )
+    own = {"recipe": recipe.to_dict(), "evaluation": settings.evaluation.settings() if settings.evaluation else None}
+    yield from train(
+        Pretraining(recipe),
+        data,
+        lambda: EvaluationScorer(settings, group, evaluate),
+        RunFolder(folder),
+        settings,
+        group,
+        identity=run_identity(settings, images.names, **own),
+        resume=resume,
+        overwrite=overwrite,
+        on_step=on_step,
+        on_note=on_note,
+        source=source,
+    )
