@@ -133,15 +133,20 @@ def test_rauc__a_reference_beside_fractions_is_a_fraction(tmp_path):
     assert again["rauc"] == pytest.approx(1.23, abs=1e-3)
 
 
+PAIRING_WORDS = {"none": "none (requested)", "auto": "none (equal names only)"}
+
+
 def test_rauc__intervals_over_seeds(seeds):
-    result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, "--confidence", 0.9, "--json").stdout)
+    options = ("--confidence", 0.9, "--pairing", "seed", "--json")
+    result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, *options).stdout)
     assert result["interval"]["low"] < result["rauc"] < result["interval"]["high"]
     assert result["interval"]["method"] == "Fieller, paired by seed"
+    assert result["share_saved_interval"]["low"] < result["share_saved"] < result["share_saved_interval"]["high"]
     assert (result["interval"]["confidence"], result["interval"]["runs"]) == (0.9, 5)
     assert result["bootstrap"]["kind"] == "bounded"
-    assert (
-        json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, "--pairing", "none", "--json").stdout)["paired"] is False
-    )
+    for pairing in ("none", "auto"):
+        result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, "--pairing", pairing, "--json").stdout)
+        assert (result["paired"], result["pairing"]) == (False, PAIRING_WORDS[pairing])
 
 
 def test_rauc__several_windows_and_pairs_give_a_table_like_table_1(seeds):

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference_rauc as slow
+from scipy import stats
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc import curve_points, rauc
@@ -22,6 +23,8 @@ def runs(top, pace, seeds, spread=0.1, start=0):
 
 
 MAE, MTO = runs(83.6, 250, 5), runs(84.0, 150, 5)
+#: With other luck in every run, under the seeds of MAE.
+OTHER = dict(zip(MAE, runs(84.0, 150, 5, start=7).values(), strict=True))
 
 
 def test_compare__one_run_each_is_eq_6_without_an_interval():
@@ -32,7 +35,7 @@ def test_compare__one_run_each_is_eq_6_without_an_interval():
 
 
 def test_compare__over_seeds_is_the_ratio_of_means_with_fiellers_interval():
-    result = compare(MAE, MTO, 100, 400)
+    result = compare(MAE, MTO, 100, 400, pairing="seed")
     numerators = [slow.integral(MTO[s], 100, 400, slow.at(MAE[s], 100)) for s in MAE]
     denominators = [slow.integral(MAE[s], 100, 400, slow.at(MAE[s], 100)) for s in MAE]
     assert result.rauc == pytest.approx(np.mean(numerators) / np.mean(denominators))
@@ -48,7 +51,71 @@ def test_compare__identical_runs_give_exactly_one():
 
 def test_compare__seeds_pair_by_label_not_by_order():
     shuffled = {seed: MTO[seed] for seed in reversed(MTO)}
-    assert compare(MAE, shuffled, 100, 400).interval == compare(MAE, MTO, 100, 400).interval
+    first, second = (compare(MAE, target, 100, 400, pairing="seed") for target in (shuffled, MTO))
+    assert first.interval == second.interval
+
+
+def test_compare__equal_names_of_seeds_are_no_evidence_that_runs_pair():
+    result = compare(MAE, MTO, 100, 400)
+    assert (result.paired, result.pairing) == (False, "none (equal names only)")
+    assert "--pairing seed" in result.notes[0]
+    unpaired = compare(MAE, {f"other {seed}": run for seed, run in MTO.items()}, 100, 400)
+    assert result.interval == unpaired.interval
+
+
+def test_compare__runs_that_start_from_the_same_score_pair_by_themselves():
+    def from_one_start(runs, shifts):
+        return {
+            seed: (np.append(0.0, epochs), np.append(shift, scores))
+            for (seed, (epochs, scores)), shift in zip(runs.items(), shifts, strict=True)
+        }
+
+    starts = [43.01, 42.7, 43.5, 42.9, 43.2]
+    one, two = from_one_start(MAE, starts), from_one_start(MTO, starts)
+    result = compare(one, two, 0, 400)
+    assert (result.paired, result.pairing) == (True, "by seed (runs of a seed start from the same score)")
+    assert result.interval == compare(one, two, 0, 400, pairing="seed").interval
+    assert not compare(one, from_one_start(MTO, starts[::-1]), 0, 400).paired
+    at_chance = [10.0] * 5
+    assert not compare(from_one_start(MAE, at_chance), from_one_start(MTO, at_chance), 0, 400).paired
+
+
+def test_compare__intervals_of_gap_and_lead_are_those_of_t_tests():
+    one, two = (np.array([scores[-1] for _, scores in runs.values()]) for runs in (MAE, OTHER))
+    for pairing, test in (
+        ("seed", stats.ttest_rel(two, one)),
+        ("none", stats.ttest_ind(two, one, equal_var=False)),
+    ):
+        result = compare(MAE, OTHER, 100, 800, pairing=pairing, confidence=0.9)
+        expected = test.confidence_interval(0.9)
+        assert (result.final_gap_interval.low, result.final_gap_interval.high) == pytest.approx(tuple(expected))
+    leads = [(slow.integral(OTHER[s], 100, 800, 0) - slow.integral(MAE[s], 100, 800, 0)) / 700 for s in MAE]
+    paired = compare(MAE, OTHER, 100, 800, pairing="seed")
+    expected = stats.t.interval(0.95, 4, np.mean(leads), stats.sem(leads))
+    assert (paired.mean_lead_interval.low, paired.mean_lead_interval.high) == pytest.approx(expected)
+
+
+def test_compare__saved_share_is_what_a_t_test_at_each_epoch_keeps():
+    result = compare(MAE, OTHER, 100, 800, pairing="seed")
+    epochs = np.linspace(100, 800, 70_001)
+    finals = np.array([scores[-1] for _, scores in MAE.values()])
+    lead = np.array([np.interp(epochs, *run) for run in OTHER.values()]) - finals[:, None]
+    kept = epochs[np.abs(lead.mean(axis=0)) <= stats.t.ppf(0.975, 4) * stats.sem(lead)]
+    interval = result.share_saved_interval
+    # Between logged epochs the ends run along straight lines, a t test along curves: equal to a fraction of a step.
+    assert (interval.high, interval.low) == pytest.approx((1 - kept[0] / 800, 1 - kept[-1] / 800), abs=0.005)
+    assert interval.low < result.share_saved < interval.high
+
+
+def test_compare__a_lead_that_is_not_sure_at_the_end_leaves_the_saved_share_without_a_lower_end():
+    behind = {seed: (epochs, scores - 0.5) for seed, (epochs, scores) in MTO.items()}
+    interval = compare(MAE, behind, 100, 800).share_saved_interval
+    assert (interval.kind, interval.low) == ("below", None)
+    never = {seed: (epochs, scores - 9) for seed, (epochs, scores) in MTO.items()}
+    assert "not reached" in str(compare(MAE, never, 100, 800).share_saved_interval)
+    ahead = {seed: (epochs, scores + 9) for seed, (epochs, scores) in MTO.items()}
+    first = compare(MAE, ahead, 100, 800).share_saved_interval
+    assert (first.kind, first.low, first.high) == ("above", 1 - 100 / 800, None)
 
 
 def test_compare__seeds_that_do_not_pair_use_the_unpaired_interval():
@@ -115,7 +182,7 @@ def test_compare__says_what_makes_a_ratio_fragile():
     assert any("fragile" in note for note in notes)
     assert any("falls below the baseline's final score again" in note for note in notes)
     copies = {"0": ([0, 1], [5.0, 6.0]), "1": ([0, 1], [5.0, 6.0])}
-    assert "copies of one run" in compare(copies, copies, 0, 1).notes[0]
+    assert any("copies of one run" in note for note in compare(copies, copies, 0, 1).notes)
 
 
 def test_window_grid__agrees_with_single_windows():
@@ -145,5 +212,8 @@ def test_common_window__is_the_longest_that_all_runs_logged(tmp_path):
     (tmp_path / "a.csv").write_text("method,epoch,score\nA,1,5\nA,2,6\nA,3,7\nB,2,5\nB,3,6\nB,4,7\nC,9,1\n")
     table = read_curves([tmp_path / "a.csv"], unit="percent")
     assert common_window(table, ["A", "B"]) == (2.0, 3.0)
+    (tmp_path / "b.csv").write_text("method,task,epoch,score\nA,x,1,5\nA,x,2,6\nA,x,3,7\nA,y,2,5\nA,y,3,6\nA,y,4,7\n")
+    groups = read_curves([tmp_path / "b.csv"], unit="percent", groups=["task"])
+    assert common_window(groups, ["A"]) == (2.0, 3.0)
     with pytest.raises(DataError, match="fewer than two"):
         common_window(table, ["A", "C"])

@@ -70,7 +70,9 @@ PerEpoch = Annotated[
     list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours that an epoch takes.")
 ]
 Confidence = Annotated[float, typer.Option(help="Coverage of the intervals.")]
-Pairing = Annotated[PairingOption, typer.Option(help="Pair runs by seed where all pair, those that do, or none.")]
+Pairing = Annotated[
+    PairingOption, typer.Option(help="Pair runs that start alike (auto), those of equal seeds, or none.")
+]
 Noise = Annotated[
     float, typer.Option(min=0.0, help="A mean gain of the baseline up to this, in points, counts as none.")
 ]

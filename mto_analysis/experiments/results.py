@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from mto_analysis.errors import DataError
 from mto_analysis.experiments.runs import ExperimentRuns, best_candidate, read_curve
 from mto_analysis.rauc import Points
-from mto_analysis.rauc.comparison import Comparison, compare
+from mto_analysis.rauc.comparison import Comparison, Pairing, compare
 from mto_analysis.rauc.records import as_frame
 from mto_analysis.training import RunFolder
 from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
@@ -147,7 +147,7 @@ def _compared(results: Results, pair: tuple[str, str], window: tuple[float, floa
     start, end = (float(shared[min(np.searchsorted(shared, share * shared[-1]), len(shared) - 1)]) for share in window)
     if not start < end:
         return None
-    return compare(baseline, target, start, end, names=pair, noise=_NOISE)
+    return compare(baseline, target, start, end, names=pair, noise=_NOISE, pairing=_pairing(baseline, target))
 
 
 def _timed(results: Results, pair: tuple[str, str]) -> Comparison | None:
@@ -157,7 +157,13 @@ def _timed(results: Results, pair: tuple[str, str]) -> Comparison | None:
     start, end = max(run.epochs[0] for run in runs), min(run.epochs[-1] for run in runs)
     if not start < end:
         return None
-    return compare(baseline, target, float(start), float(end), interpolate=True, names=pair, noise=_NOISE)
+    how = _pairing(baseline, target)
+    return compare(baseline, target, float(start), float(end), interpolate=True, names=pair, noise=_NOISE, pairing=how)
+
+
+def _pairing(baseline: Mapping[str, Points], target: Mapping[str, Points]) -> Pairing:
+    """Runs of one seed of an experiment share weights, order, augmentation and masks: they pair where all do."""
+    return "seed" if set(baseline) == set(target) else "none"
 
 
 def _shared_epochs(runs: Sequence[Points]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 from mto_analysis.runtime.precision import full_float32
+from mto_analysis.runtime.statistics import t_quantile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +148,7 @@ class ProbeResult:
         groups = per_image.groupby(["stack", "layer_depth"], sort=False)
         mean, std = groups.mean(), groups.std(ddof=1)
         count = groups.size()
-        half = std.mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+        half = std.mul(t_quantile(count - 1) / np.sqrt(count), axis=0)
         visible = frame.groupby(["stack", "layer_depth"], sort=False)["num_visible"]
         masks = frame.groupby(["stack", "layer_depth"], sort=False)["mask"].nunique()
         table = mean[["heterogeneity"]].assign(
@@ -175,18 +175,12 @@ def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequenc
     per_image = frame.groupby([*keys, "image"], sort=False)[[*columns, "num_visible"]].mean()
     groups = per_image.groupby(list(keys), sort=False)
     mean, count = groups.mean(), groups.size()
-    half = groups.std(ddof=1).mul(count.map(_t_quantile) / np.sqrt(count), axis=0)
+    half = groups.std(ddof=1).mul(t_quantile(count - 1) / np.sqrt(count), axis=0)
     table = mean[[]].copy()
     for column in columns:
         table[column] = mean[column]
         table[f"{column}_ci_low"], table[f"{column}_ci_high"] = mean[column] - half[column], mean[column] + half[column]
     return table.assign(num_visible=mean["num_visible"], num_images=count).reset_index()
-
-
-def _t_quantile(count: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(count - 1, 0.975)) if count > 1 else math.nan
 
 
 @contextmanager

@@ -28,9 +28,12 @@ from mto_analysis.rauc.intervals import (
     Interval,
     bca_paired,
     bca_unpaired,
+    difference_interval,
     fieller,
     no_interval,
+    one_seed,
     paired_moments,
+    saved_interval,
     unpaired_moments,
 )
 
@@ -65,15 +68,19 @@ class Comparison:
         bootstrap: BCa over whole runs, or why there is none.
         area_difference: Area between the two curves.
         mean_lead: That area divided by the window's length, in score units.
+        mean_lead_interval: Student's interval over pairs or Welch's over runs, or why there is none.
         final_baseline: The baseline's mean score at the end.
         final_gap: How far the target is ahead there.
+        final_gap_interval: Student's or Welch's, or why there is none.
         epochs_to_final: Where the target first has the baseline's final score; None if it never has.
         share_saved: The share of training that this saves.
+        share_saved_interval: Shares that a t test over the runs keeps, or why there is none.
         crossings: Where the lead changes hands.
         bounds: Smallest and largest RAUC of any curves monotone between the points; None is no bound.
         seeds_baseline: Labels of the baseline's runs, and
         seeds_target: of the target's.
         paired: Whether runs were paired by seed.
+        pairing: How runs belong together and why, in words.
         notes: What else a reader should know.
     """
 
@@ -90,15 +97,19 @@ class Comparison:
     bootstrap: Interval
     area_difference: float
     mean_lead: float
+    mean_lead_interval: Interval
     final_baseline: float
     final_gap: float
+    final_gap_interval: Interval
     epochs_to_final: float | None
     share_saved: float | None
+    share_saved_interval: Interval
     crossings: tuple[float, ...]
     bounds: tuple[float | None, float | None]
     seeds_baseline: tuple[str, ...]
     seeds_target: tuple[str, ...]
     paired: bool
+    pairing: str
     group: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
@@ -125,7 +136,7 @@ def mean_curve(runs: Mapping[str, Points]) -> Points:
     epochs = epochs[(epochs >= first) & (epochs <= last)]
     if not epochs.size:
         raise ValueError("the runs have no epoch in common")
-    return Points(epochs, np.mean([np.interp(epochs, *run) for run in runs.values()], axis=0))
+    return Points(epochs, _scores(runs, epochs).mean(axis=0))
 
 
 def compare(
@@ -145,8 +156,9 @@ def compare(
 ) -> Comparison:
     """Compare two methods inside one window, each with one run or several.
 
-    Runs are paired when both methods have the same seeds; otherwise all runs of both count and the interval knows that
-    S1(E1) stands in numerator and denominator.
+    Runs are paired by seed on request, or when those of a seed start from one score, which shows that they share
+    their initial weights: an equal name alone shows nothing. Otherwise all runs of both count and the interval knows
+    that S1(E1) stands in numerator and denominator.
 
     Args:
         baseline: Runs of the baseline: a tidy frame with ``seed``, a mapping from seed to curve, or one curve.
@@ -156,7 +168,8 @@ def compare(
         reference: Subtracted from both instead of S1(E1).
         interpolate: Allow E1 and E2 between logged epochs.
         confidence: Nominal coverage of the intervals.
-        pairing: ``auto``, ``seed`` (only seeds that both have) or ``none``.
+        pairing: ``auto`` pairs runs that share what pairing needs, ``seed`` those of equal names (and leaves out the
+            others), ``none`` no runs.
         noise: A mean gain of the baseline up to this many score units counts as none.
         origin: Where training starts on the epoch axis; see :func:`mto_analysis.rauc.areas.share_saved`.
         names: What to call the two.
@@ -170,9 +183,10 @@ def compare(
         >>> mto = {0: ([0, 50, 100], [51.0, 63.0, 66.0]), 1: ([0, 50, 100], [51.2, 63.3, 66.5])}
         >>> result = compare(mae, mto, 0, 100)
         >>> round(result.rauc, 2), str(result.interval), round(result.epochs_to_final, 1)
-        (1.27, '[1.17, 1.4]', 66.1)
+        (1.27, '[1.14, 1.40]', 66.1)
     """
-    one, two, paired, notes = _paired_runs(_runs(baseline, names[0]), _runs(target, names[1]), pairing, names)
+    one, two, how, notes = _paired_runs(_runs(baseline, names[0]), _runs(target, names[1]), pairing, names)
+    paired = how.startswith(_BY_SEED)
     width = end - start
     levels = [
         score_at(run, start, interpolate=interpolate) if reference is None else float(reference) for run in one.values()
@@ -192,20 +206,23 @@ def compare(
     ratio = ratio_of_areas(numerator, denominator, level, span=span, width=width, noise=noise)
     reason = ratio.reason
 
+    areas_two, areas_one = gains_two + width * np.array(below), gains_one + width * np.array(levels)
     if paired:
         interval, bootstrap = _paired_intervals(gains_two, gains_one, confidence)
     else:
-        references = np.array(levels) * width
-        interval, bootstrap = _unpaired_intervals(
-            gains_two + level * width, gains_one + references, references, confidence
-        )
+        interval, bootstrap = _unpaired_intervals(areas_two, areas_one, width * np.array(levels), confidence)
     if reason is None and interval.kind in ("outside", "everything"):
         reason = f"the baseline's gain is within noise of zero over {interval.runs} seeds: {interval.reason}"
     if min(len(one), len(two)) > 1 and all(np.ptp(gains) == 0 for gains in (gains_one, gains_two)):
         notes.append("all seeds have the same scores: copies of one run?")
 
     final = score_at(mean_one, end, interpolate=True)
+    finals_one, finals_two = (
+        np.array([score_at(run, end, interpolate=True) for run in runs.values()]) for runs in (one, two)
+    )
     reached = epochs_to_score(mean_two, final, end=end)
+    places = np.append(mean_two.epochs[mean_two.epochs < end], end)
+    options: dict[str, Any] = {"paired": paired, "confidence": confidence}
     notes += _cautions(mean_one, mean_two, (start, end), final, reached, None if reason else denominator / width)
     return Comparison(
         baseline=names[0],
@@ -221,10 +238,15 @@ def compare(
         bootstrap=bootstrap,
         area_difference=numerator - denominator,
         mean_lead=(numerator - denominator) / width,
+        mean_lead_interval=difference_interval(areas_two / width, areas_one / width, **options),
         final_baseline=final,
         final_gap=score_at(mean_two, end, interpolate=True) - final,
+        final_gap_interval=difference_interval(finals_two, finals_one, **options),
         epochs_to_final=reached,
         share_saved=None if reached is None or end <= origin else share_saved(reached, end, origin=origin),
+        share_saved_interval=saved_interval(
+            places, _scores(two, places), finals_one, end=end, origin=origin, **options
+        ),
         crossings=tuple(crossings(mean_one, mean_two, start, end, interpolate=True)),
         bounds=(None, None)
         if reason
@@ -232,25 +254,55 @@ def compare(
         seeds_baseline=tuple(one),
         seeds_target=tuple(two),
         paired=paired,
+        pairing=how,
         group=dict(group or {}),
         notes=tuple(notes),
     )
 
 
+#: How every description of paired runs begins.
+_BY_SEED = "by seed"
+
+
 def _paired_runs(
     one: dict[str, Points], two: dict[str, Points], pairing: Pairing, names: tuple[str, str]
-) -> tuple[dict[str, Points], dict[str, Points], bool, list[str]]:
-    """The runs that count, in one order where they pair; whether they do; what was left out."""
+) -> tuple[dict[str, Points], dict[str, Points], str, list[str]]:
+    """The runs that count, in one order where they pair; how they do, in words; what a reader should know of it."""
     shared = [seed for seed in one if seed in two]
     if pairing == "seed" and not shared:
         raise ValueError(f"no seed pairs: {names[0]} has {', '.join(one)}, {names[1]} has {', '.join(two)}")
-    if pairing == "seed" or (pairing == "auto" and set(one) == set(two)):
+    same = set(one) == set(two)
+    if pairing == "seed" or (pairing == "auto" and same and _share_their_start(one, two)):
         dropped = len(one) + len(two) - 2 * len(shared)
         notes = [f"{dropped} runs without a partner were left out"] if dropped else []
-        return {seed: one[seed] for seed in shared}, {seed: two[seed] for seed in shared}, True, notes
-    several = max(len(one), len(two)) > 1
-    notes = [f"seeds do not pair ({len(one)} and {len(two)} runs): the interval is the unpaired one"] if several else []
-    return one, two, False, notes
+        why = "requested" if pairing == "seed" else "runs of a seed start from the same score"
+        how = f"{_BY_SEED} ({why})"
+        return {seed: one[seed] for seed in shared}, {seed: two[seed] for seed in shared}, how, notes
+    if pairing == "none":
+        return one, two, "none (requested)", []
+    if max(len(one), len(two)) < 2:
+        return one, two, "none (one run each)", []
+    if same:
+        told = "seeds have equal names, but nothing shows that runs of a seed share anything; --pairing seed pairs them"
+        return one, two, "none (equal names only)", [f"{told}: the interval is the unpaired one"]
+    told = f"seeds do not pair ({len(one)} and {len(two)} runs): the interval is the unpaired one"
+    return one, two, "none (different seeds)", [told]
+
+
+def _share_their_start(one: Mapping[str, Points], two: Mapping[str, Points]) -> bool:
+    """Whether the runs of each seed start from one score, and those of different seeds from different ones.
+
+    Runs from equal initial weights are equally good before training, to the last digit. Chance level or a common
+    checkpoint gives all seeds the same score, which says nothing about a pair.
+    """
+    starts = {seed: (run.epochs[0], run.scores[0]) for seed, run in one.items()}
+    same = all(starts[seed] == (run.epochs[0], run.scores[0]) for seed, run in two.items())
+    return same and len(set(starts.values())) > 1
+
+
+def _scores(runs: Mapping[str, Points], epochs: Vector) -> Vector:
+    """Scores of every run at these epochs, ``(runs, epochs)``."""
+    return np.array([np.interp(epochs, *run) for run in runs.values()])
 
 
 def _cautions(
@@ -285,8 +337,7 @@ def _unpaired_intervals(
 ) -> tuple[Interval, Interval]:
     """The same over runs that do not pair."""
     if min(areas_two.size, areas_one.size) < 2:
-        same = areas_two.size == areas_one.size
-        return _one_seed("one seed" if same else "one side has one seed", "unpaired", confidence)
+        return _one_seed(one_seed(areas_two.size, areas_one.size), "unpaired", confidence)
     generator = np.random.default_rng(_BOOTSTRAP_SEED)
     return (
         fieller(unpaired_moments(areas_two, areas_one, references), confidence),
@@ -302,12 +353,17 @@ def _one_seed(said: str, how: str, confidence: float) -> tuple[Interval, Interva
 
 
 def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, float]:
-    """The longest window whose ends every run of these methods has logged.
+    """The longest window whose ends every run of these methods has logged, in every group that has them.
 
     Raises:
         DataError: If there are not two such epochs.
     """
-    logged = [run.epochs for method in methods for run in table.runs(method).values()]
+    keys = ["seed", *table.groups]
+    logged = []
+    for method in methods:
+        table.runs(method)  # refuses a method that is not there
+        rows = table.frame[table.frame["method"] == method]
+        logged += [run["epoch"].to_numpy(dtype=float) for _, run in rows.groupby(keys, sort=False)]
     shared = logged[0]
     for epochs in logged[1:]:
         shared = np.intersect1d(shared, epochs)

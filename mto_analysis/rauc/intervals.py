@@ -1,8 +1,9 @@
-r"""How sure a ratio of two means is: Fieller's interval and the whole-run BCa bootstrap.
+r"""Intervals over runs: of a ratio of means, of a difference of means, and of the training that a target saves.
 
 The unit is the run (a seed), never the epoch: epochs of one run share its luck, and resampling them promises a
 precision that nobody has (``benchmarks/rauc_coverage.py`` shows by how much). RAUC over several runs is the mean of
-their numerators over the mean of their denominators, so these intervals are for ratios of means.
+their numerators over the mean of their denominators, hence Fieller's interval and the BCa bootstrap of a ratio of
+means.
 """
 
 from __future__ import annotations
@@ -15,16 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mto_analysis.rauc.areas import Points, epochs_to_score, share_saved
+from mto_analysis.runtime.statistics import t_quantile
+
 __all__ = [
     "FEWEST_RUNS_TO_RESAMPLE",
     "Interval",
     "Moments",
     "bca_paired",
     "bca_unpaired",
+    "decimals",
+    "difference_band",
+    "difference_interval",
     "fieller",
     "mean_interval",
     "no_interval",
     "paired_moments",
+    "saved_interval",
     "unpaired_moments",
 ]
 
@@ -40,7 +48,8 @@ class Interval:
 
     Attributes:
         method: How it was made.
-        kind: ``bounded`` (low to high), ``outside`` (everything except low to high), ``everything`` or ``none``.
+        kind: ``bounded`` (low to high), ``above`` (from low on), ``below`` (up to high), ``outside`` (everything except
+            low to high), ``everything`` or ``none``.
         low: Lower end, where there is one.
         high: Upper end, where there is one.
         confidence: Nominal coverage, 0 to 1.
@@ -57,12 +66,54 @@ class Interval:
     reason: str | None = None
 
     def __str__(self) -> str:
-        """The interval in words a table can hold."""
-        if self.kind == "bounded":
-            return f"[{self.low:.3g}, {self.high:.3g}]"
-        if self.kind == "outside":
-            return f"unbounded: all but {self.low:.3g} to {self.high:.3g}"
-        return "unbounded" if self.kind == "everything" else f"no interval: {self.reason}"
+        """The interval in words a table can hold, with as many digits as its width supports."""
+        return self.words()
+
+    def words(self, scale: float = 1.0) -> str:
+        """The interval as text.
+
+        Args:
+            scale: Both ends are multiplied by it: 100 for a share in percent.
+        """
+        low, high = (None if x is None else self._rounded(scale * x, scale) for x in (self.low, self.high))
+        texts = {
+            "bounded": f"[{low}, {high}]",
+            "above": f"at least {low}",
+            "below": f"at most {high}",
+            "outside": f"unbounded: all but {low} to {high}",
+            "everything": "unbounded",
+        }
+        return texts.get(self.kind, f"no interval: {self.reason}")
+
+    def around(self, value: float, *, scale: float = 1.0, sign: str = "", default: str = ".3g") -> str:
+        """A value that this interval belongs to, with as many digits as the interval supports.
+
+        Args:
+            value: The point estimate.
+            scale: It is multiplied by this.
+            sign: ``+`` writes the sign of positive values as well.
+            default: Format where the interval has no width to go by.
+        """
+        number = scale * value
+        return f"{number:{sign}{default}}" if self._width is None else self._rounded(number, scale, sign)
+
+    @property
+    def _width(self) -> float | None:
+        return abs(self.high - self.low) if self.low is not None and self.high is not None else None
+
+    def _rounded(self, number: float, scale: float, sign: str = "") -> str:
+        width = self._width
+        return f"{number:{sign}.3g}" if not width else f"{number:{sign}.{decimals(scale * width)}f}"
+
+
+def decimals(width: float) -> int:
+    """Decimal places of the ends of an interval of this width: those that leave it two significant digits.
+
+    Example:
+        >>> decimals(0.17), decimals(3.2), decimals(0.0042)
+        (2, 1, 4)
+    """
+    return max(0, 1 - math.floor(math.log10(abs(width)))) if width and math.isfinite(width) else 3
 
 
 @dataclass(frozen=True)
@@ -136,15 +187,6 @@ def unpaired_moments(target_areas: ArrayLike, baseline_areas: ArrayLike, referen
     )  # fmt: skip
 
 
-def _t_quantile(freedom: float, confidence: float) -> float:
-    """Two-sided quantile of Student's t; from scipy.special, because importing scipy.stats takes a second."""
-    from scipy.special import stdtrit
-
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    return float(stdtrit(freedom, 0.5 + confidence / 2))
-
-
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Student's interval of a mean over runs.
 
@@ -155,8 +197,116 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     x = np.asarray(values, dtype=np.float64)
     if x.size < 2:
         raise ValueError(f"values must come from two or more runs, got {x.size}")
-    half = _t_quantile(x.size - 1, confidence) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    half = float(t_quantile(x.size - 1, confidence)) * float(x.std(ddof=1)) / math.sqrt(x.size)
     return float(x.mean()) - half, float(x.mean()) + half
+
+
+def difference_band(
+    target: ArrayLike, baseline: ArrayLike, *, paired: bool, confidence: float = 0.95
+) -> tuple[Vector, Vector, Vector]:
+    """Difference of two means over runs, and the ends of its interval, for each of several quantities.
+
+    Student's t over the differences of pairs, or Welch's over runs that do not pair.
+
+    Args:
+        target: ``(runs, quantities)``, two runs or more.
+        baseline: ``(runs, quantities)`` or ``(runs, 1)``; as many runs where they pair, in the same order.
+        paired: Whether row i of both is one pair.
+        confidence: Nominal coverage of each interval.
+
+    Returns:
+        Difference, lower and upper end, ``(quantities,)`` each.
+
+    Example:
+        >>> band = difference_band([[3.0], [4.0], [5.0]], [[1.0], [2.5], [2.5]], paired=True)
+        >>> [float(x.round(2)[0]) for x in band]
+        [2.0, 0.76, 3.24]
+    """
+    two, one = np.asarray(target, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    middle = two.mean(axis=0) - one.mean(axis=0)
+    if paired:
+        freedom: ArrayLike = len(two) - 1
+        variance = (two - one).var(axis=0, ddof=1) / len(two)
+    else:
+        parts = two.var(axis=0, ddof=1) / len(two), one.var(axis=0, ddof=1) / len(one)
+        variance = parts[0] + parts[1]
+        spread = parts[0] ** 2 / (len(two) - 1) + parts[1] ** 2 / (len(one) - 1)
+        fewest = min(len(two), len(one)) - 1  # where no run differs from another, which Welch divides 0 by 0 for
+        freedom = np.divide(variance**2, spread, out=np.full_like(variance, fewest), where=spread > 0)
+    half = t_quantile(freedom, confidence) * np.sqrt(variance)
+    return middle, middle - half, middle + half
+
+
+def difference_interval(target: ArrayLike, baseline: ArrayLike, *, paired: bool, confidence: float = 0.95) -> Interval:
+    """Interval of the difference of two means over runs, as of the final gap and of the mean lead.
+
+    Example:
+        >>> str(difference_interval([3.0, 4.0, 5.0], [1.0, 2.5, 2.5], paired=True))
+        '[0.8, 3.2]'
+        >>> str(difference_interval([3.0], [1.0], paired=True))
+        'no interval: one seed'
+    """
+    two, one = np.asarray(target, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    runs = min(two.size, one.size)
+    method = "Student, paired by seed" if paired else "Welch, unpaired"
+    if runs < 2:
+        return no_interval(method, one_seed(two.size, one.size), confidence, runs)
+    _, low, high = difference_band(two[:, None], one[:, None], paired=paired, confidence=confidence)
+    return Interval(method, "bounded", float(low[0]), float(high[0]), confidence, runs)
+
+
+def one_seed(target: int, baseline: int) -> str:
+    """Why so many runs of both have no interval."""
+    return "one seed" if target == baseline else "one side has one seed"
+
+
+def saved_interval(
+    epochs: Vector,
+    target: ArrayLike,
+    finals: ArrayLike,
+    *,
+    end: float,
+    origin: float = 0.0,
+    paired: bool,
+    confidence: float = 0.95,
+) -> Interval:
+    r"""Interval of the share of training that a target saves, by inverting a t test as Fieller's does.
+
+    An epoch e is kept when a t test over the runs cannot reject :math:`S_2(e) = S_1(E_2)`; the interval spans all kept
+    epochs, as shares. It has no lower end where the target may not have the baseline's final score at :math:`E_2`
+    yet, and no upper end where it may have had it before its first logged epoch.
+
+    Args:
+        epochs: Where the target's scores are, rising, the last one at ``end``.
+        target: Its scores, ``(runs, epochs)``.
+        finals: The baseline's score at ``end`` in each of its runs.
+        end: E2.
+        origin: Where training starts on this axis.
+        paired: Whether the runs of both pair, in the given order.
+        confidence: Nominal coverage.
+
+    Example:
+        >>> scores = [[60.0, 66.0, 70.0], [60.4, 66.2, 70.6], [59.8, 66.1, 70.1]]
+        >>> str(saved_interval(np.array([0.0, 50.0, 100.0]), scores, [65.0, 65.4, 64.9], end=100, paired=True))
+        '[0.544, 0.617]'
+    """
+    two, one = np.asarray(target, dtype=np.float64), np.asarray(finals, dtype=np.float64)
+    runs = min(len(two), one.size)
+    method = f"t test of the score at each epoch, {'paired by seed' if paired else 'unpaired'}"
+    if runs < 2:
+        return no_interval(method, one_seed(len(two), one.size), confidence, runs)
+    if not origin < end:
+        return no_interval(method, "training starts after the window's end", confidence, runs)
+    _, low, high = difference_band(two, one[:, None], paired=paired, confidence=confidence)
+    first = epochs_to_score(Points(epochs, high), 0.0)
+    # The last epoch at which the lead is not sure is the first of the mirrored curve.
+    last = epochs_to_score(Points(-epochs[::-1], -low[::-1]), 0.0)
+    if first is None:
+        return no_interval(method, "the baseline's final score is not reached", confidence, runs)
+    most = None if first <= epochs[0] else share_saved(first, end, origin=origin)
+    least = None if last == -end else share_saved(epochs[0] if last is None else -last, end, origin=origin)
+    kind = {(True, True): "bounded", (True, False): "above", (False, True): "below", (False, False): "everything"}
+    return Interval(method, kind[least is not None, most is not None], least, most, confidence, runs)
 
 
 def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
@@ -169,10 +319,10 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
         >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [2.0, 2.5, 2.9])))
         '[1.85, 2.11]'
         >>> str(fieller(paired_moments([4.0, 5.0, 6.0], [-1.0, 0.1, 1.2])))
-        'unbounded: all but -0.956 to 2.64'
+        'unbounded: all but -1.0 to 2.6'
     """
     y, x = moments.numerator, moments.denominator
-    t2 = _t_quantile(moments.freedom, confidence) ** 2
+    t2 = float(t_quantile(moments.freedom, confidence)) ** 2
     # theta is kept when a theta^2 - 2 b theta + c <= 0.
     a = x * x - t2 * moments.var_denominator
     b = x * y - t2 * moments.covariance
@@ -245,7 +395,7 @@ def bca_paired(
     Example:
         >>> y, x = [4.0, 5.0, 6.0, 5.5, 4.8], [2.0, 2.5, 2.9, 2.8, 2.4]
         >>> str(bca_paired(y, x, np.random.default_rng(0)))
-        '[1.98, 2.05]'
+        '[1.983, 2.046]'
     """
     y, x = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mto_analysis.rauc.comparison import Comparison
+from mto_analysis.rauc.intervals import Interval
 
 __all__ = ["as_frame", "as_record", "details", "table1"]
 
@@ -20,8 +21,9 @@ _MOST_CROSSINGS = 20
 def as_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON has it: numbers, null where undefined, and words for the intervals."""
     record = {**vars(comparison)}
-    for key in ("interval", "bootstrap"):
-        record[key] = {**vars(record[key]), "text": str(record[key])}
+    for key, value in record.items():
+        if isinstance(value, Interval):
+            record[key] = {**vars(value), "text": str(value)}
     record["lead_changes"] = len(comparison.crossings)
     record["crossings"] = list(comparison.crossings[:_MOST_CROSSINGS])
     record["bounds"] = dict(zip(("low", "high"), comparison.bounds, strict=True))
@@ -57,10 +59,13 @@ def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataF
             "reference": one.reference,
             "area_difference": one.area_difference,
             "mean_lead": one.mean_lead,
+            **_ends("mean_lead", one.mean_lead_interval),
             "final_baseline": one.final_baseline,
             "final_gap": one.final_gap,
+            **_ends("final_gap", one.final_gap_interval),
             "epochs_to_final": one.epochs_to_final,
             "share_saved": one.share_saved,
+            **_ends("share_saved", one.share_saved_interval),
             "lead_changes": len(one.crossings),
             "last_crossing": one.crossings[-1] if one.crossings else None,
             "bound_low": one.bounds[0],
@@ -68,13 +73,30 @@ def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataF
             "runs_baseline": len(one.seeds_baseline),
             "runs_target": len(one.seeds_target),
             "paired": one.paired,
+            "pairing": one.pairing,
         }
         for one in comparisons
     )
 
 
+def _ends(name: str, interval: Interval) -> dict[str, float | None]:
+    return {f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
 def _ratio(comparison: Comparison) -> str:
-    return "undefined" if comparison.rauc is None else f"{comparison.rauc:.2f}"
+    return "undefined" if comparison.rauc is None else comparison.interval.around(comparison.rauc, default=".2f")
+
+
+def _and_interval(
+    value: float | None, interval: Interval, *, scale: float = 1.0, sign: str = "", unit: str = ""
+) -> str:
+    """``+0.37 [0.12, 0.62]``; without an interval the value alone."""
+    said = "" if value is None else interval.around(value, scale=scale, sign=sign)
+    words = interval.words(scale)
+    if interval.kind == "bounded":
+        return f"{said} {words}{unit}".strip()
+    said += unit if said else ""
+    return f"{said} ({words}{unit})".strip() if interval.kind in ("above", "below") else said
 
 
 def _places(crossings: Sequence[float]) -> str:
@@ -112,12 +134,13 @@ def details(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFr
             "reference": f"{one.reference:.6g}",
             "bounds of monotone curves": f"{low} to {high}",
             "area difference": f"{one.area_difference:.6g}",
-            "mean lead": f"{one.mean_lead:+.3g}",
+            "mean lead": _and_interval(one.mean_lead, one.mean_lead_interval, sign="+"),
             "baseline's final score": f"{one.final_baseline:.6g}",
-            "final gap": f"{one.final_gap:+.3g}",
+            "final gap": _and_interval(one.final_gap, one.final_gap_interval, sign="+"),
             f"{unit} to the baseline's final score": reached,
-            "share saved": "" if one.share_saved is None else f"{100 * one.share_saved:.1f} %",
+            "share saved": _and_interval(one.share_saved, one.share_saved_interval, scale=100, unit=" %"),
             "lead changes at": _places(one.crossings),
             "runs (baseline, target)": f"{len(one.seeds_baseline)}, {len(one.seeds_target)}",
+            "pairing": one.pairing,
         }
     return pd.DataFrame(columns).fillna("").rename_axis("").reset_index()
