@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 import subprocess
@@ -58,7 +59,7 @@ WINDOW = ("--start", 100, "--end", 400)
 
 
 def test_rauc__json_has_the_ratio_and_both_areas(log):
-    result = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--json").stdout)
+    result = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--json").stdout)[0]
     assert result["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))
     assert (result["numerator"], result["denominator"], result["reference"]) == (2450.0, 2000.0, 60.0)
     assert result["interval"]["text"] == "no interval: one seed"
@@ -68,7 +69,7 @@ def test_rauc__json_has_the_ratio_and_both_areas(log):
 def test_rauc__an_undefined_ratio_is_null_with_its_reason_and_no_failure(tmp_path):
     path = tmp_path / "flat.csv"
     path.write_text("method,epoch,score\n" + lines_of(("MAE", (MAE[0], [60.0] * 4)), ("MTO", MTO)))
-    result = json.loads(run("rauc", "--log", path, *PAIR, *WINDOW, "--json").stdout)
+    result = json.loads(run("rauc", "--log", path, *PAIR, *WINDOW, "--json").stdout)[0]
     assert result["rauc"] is None
     assert "not positive" in result["reason"]
     text = run("rauc", "--log", path, *PAIR, *WINDOW).stdout
@@ -99,7 +100,7 @@ def test_rauc__windows_beyond_or_between_logged_epochs_are_refused(log):
     assert "nothing is extrapolated" in run("rauc", "--log", log, *PAIR, "--start", 100, "--end", 500, code=4).stderr
     assert "ask for interpolation" in run("rauc", "--log", log, *PAIR, "--start", 150, "--end", 400, code=4).stderr
     result = run("rauc", "--log", log, *PAIR, "--start", 150, "--end", 400, "--interpolate", "--json")
-    assert json.loads(result.stdout)["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 150, 400))
+    assert json.loads(result.stdout)[0]["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 150, 400))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_rauc__wrong_usage_ends_with_2(log, arguments):
 
 
 def test_rauc__takes_a_reference(log):
-    result = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--reference", 50, "--json").stdout)
+    result = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--reference", 50, "--json").stdout)[0]
     assert (result["rauc"], result["reference"]) == (pytest.approx(slow.rauc(MAE, MTO, 100, 400, 50)), 50.0)
 
 
@@ -128,8 +129,8 @@ def test_rauc__a_reference_beside_fractions_is_a_fraction(tmp_path):
     path = tmp_path / "f.csv"
     path.write_text("method,epoch,score\nMAE,400,0.574\nMAE,800,0.639\nMTO,400,0.636\nMTO,800,0.648\n")
     window = ("--start", 400, "--end", 800, "--json")
-    assert json.loads(run("rauc", "--log", path, *PAIR, *window).stdout)["rauc"] == pytest.approx(2.0923, abs=1e-4)
-    again = json.loads(run("rauc", "--log", path, *PAIR, *window, "--reference", 0.4522).stdout)
+    assert json.loads(run("rauc", "--log", path, *PAIR, *window).stdout)[0]["rauc"] == pytest.approx(2.0923, abs=1e-4)
+    again = json.loads(run("rauc", "--log", path, *PAIR, *window, "--reference", 0.4522).stdout)[0]
     assert again["rauc"] == pytest.approx(1.23, abs=1e-3)
 
 
@@ -138,14 +139,14 @@ PAIRING_WORDS = {"none": "none (requested)", "auto": "none (equal names only)"}
 
 def test_rauc__intervals_over_seeds(seeds):
     options = ("--confidence", 0.9, "--pairing", "seed", "--json")
-    result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, *options).stdout)
+    result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, *options).stdout)[0]
     assert result["interval"]["low"] < result["rauc"] < result["interval"]["high"]
     assert result["interval"]["method"] == "Fieller, paired by seed"
     assert result["share_saved_interval"]["low"] < result["share_saved"] < result["share_saved_interval"]["high"]
     assert (result["interval"]["confidence"], result["interval"]["runs"]) == (0.9, 5)
     assert result["bootstrap"]["kind"] == "bounded"
     for pairing in ("none", "auto"):
-        result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, "--pairing", pairing, "--json").stdout)
+        result = json.loads(run("rauc", "--log", seeds, *PAIR, *WINDOW, "--pairing", pairing, "--json").stdout)[0]
         assert (result["paired"], result["pairing"]) == (False, PAIRING_WORDS[pairing])
 
 
@@ -172,10 +173,10 @@ def test_rauc__one_log_per_run_and_per_seed(tmp_path):
         for name in ("MAE", "MTO")
         for part in ("--log", f"{name}@{s}={tmp_path / f'{name}{s}.txt'}")
     ]
-    result = json.loads(run("rauc", *logs, *PAIR, "--start", 99, "--end", 399, "--json").stdout)
+    result = json.loads(run("rauc", *logs, *PAIR, "--start", 99, "--end", 399, "--json").stdout)[0]
     assert result["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))
     assert result["seeds_baseline"] == ["0", "1", "2"]
-    completed = json.loads(run("rauc", *logs, *PAIR, *WINDOW, "--epochs", "completed", "--json").stdout)
+    completed = json.loads(run("rauc", *logs, *PAIR, *WINDOW, "--epochs", "completed", "--json").stdout)[0]
     assert completed["share_saved"] == pytest.approx(result["share_saved"])
 
 
@@ -184,7 +185,7 @@ def test_rauc__trainers_logs_are_called_by_their_files(tmp_path):
         "rauc", "--log", LOGS / "mae_finetune_log.txt", "--log", LOGS / "resumed_log.txt",
         "--baseline", "resumed_log", "--target", "mae_finetune_log", "--start", 0, "--end", 14, "--json",
     )  # fmt: skip
-    record = json.loads(result.stdout)
+    record = json.loads(result.stdout)[0]
     assert record["rauc"] == pytest.approx(1, abs=0.01)
     assert any("resumed_log.txt:11: 3 epochs written again" in note for note in record["notes"])
 
@@ -193,14 +194,14 @@ def test_rauc__hours_and_images_are_other_axes(log):
     options = ("--axis", "hours", "--per-epoch", "MAE=1", "--per-epoch", "MTO=1.25")
     result = json.loads(
         run("rauc", "--log", log, *PAIR, *options, "--start", 125, "--end", 400, "--interpolate", "--json").stdout
-    )
+    )[0]
     slower = ([1.25 * epoch for epoch in MTO[0]], MTO[1])
     assert result["rauc"] == pytest.approx(slow.rauc(MAE, slower, 125, 400))
     assert result["axis"] == "hours"
     same = run(
         "rauc", "--log", log, *PAIR, "--axis", "images", "--per-epoch", 1000, "--start", 1e5, "--end", 4e5, "--json"
     )
-    assert json.loads(same.stdout)["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))
+    assert json.loads(same.stdout)[0]["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))
     assert "no column 'hours'" in run("rauc", "--log", log, *PAIR, "--axis", "hours", code=4).stderr
 
 
@@ -208,7 +209,7 @@ def test_rauc__other_columns_by_name(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("Model,Ep,Acc\n" + lines_of(("MAE", MAE), ("MTO", MTO)))
     names = ("--method-column", "Model", "--epoch-column", "Ep", "--score-column", "Acc")
-    assert json.loads(run("rauc", "--log", path, *PAIR, *WINDOW, *names, "--json").stdout)["rauc"] > 1
+    assert json.loads(run("rauc", "--log", path, *PAIR, *WINDOW, *names, "--json").stdout)[0]["rauc"] > 1
 
 
 def test_rauc__out_holds_tables_and_figures_and_is_not_overwritten(seeds, tmp_path):
@@ -219,15 +220,27 @@ def test_rauc__out_holds_tables_and_figures_and_is_not_overwritten(seeds, tmp_pa
         "curves.csv", "rauc.csv", "rauc.json", "rauc.pdf", "rauc.png",
         "rauc_windows.csv", "rauc_windows.pdf", "rauc_windows.png", "run.json",
     ]  # fmt: skip
-    assert pd.read_csv(out / "rauc.csv")["rauc"].item() == json.loads((out / "rauc.json").read_text())["rauc"]
+    assert pd.read_csv(out / "rauc.csv")["rauc"].item() == json.loads((out / "rauc.json").read_text())[0]["rauc"]
     assert pd.read_csv(out / "rauc_windows.csv").columns.tolist() == ["start", "end", "rauc", "comparison"]
     assert "already holds" in run(*arguments, code=2).stderr
     run(*arguments, "--overwrite")
 
 
 def test_rauc__without_a_window_takes_the_longest(log):
-    result = json.loads(run("rauc", "--log", log, "--baseline", "MAE", "--json").stdout)
+    result = json.loads(run("rauc", "--log", log, "--baseline", "MAE", "--json").stdout)[0]
     assert (result["target"], result["start"], result["end"]) == ("MTO", 100.0, 400.0)
+    results = json.loads(run("rauc", "--log", log, "--baseline", "MAE", "--end", 300, "--end", 400, "--json").stdout)
+    assert [(one["start"], one["end"]) for one in results] == [(100.0, 300.0), (100.0, 400.0)]
+
+
+def test_rauc__json_is_a_list_with_a_version_and_what_was_read(log):
+    (result,) = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--json").stdout)
+    assert result["schema_version"] == 1
+    (read,) = result["logs"]
+    assert (read["format"], read["column"], read["unit"], read["axis"]) == ("table", "score", "percent", "epochs")
+    assert (read["points"], read["runs"], read["methods"]) == (8, 2, ["MAE", "MTO"])
+    assert (read["first"], read["last"]) == ([100.0, 60.0], [400.0, 70.0])
+    assert read["sha256"] == hashlib.sha256(log.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("form", ["csv", "markdown", "latex"])
@@ -318,7 +331,7 @@ def check_hostile(folder, content, end):
         assert result.stderr.startswith("mto-analyze: error: ")
         assert result.stderr.count("\n") == 1
         return
-    record = json.loads(result.stdout, parse_constant=pytest.fail)  # no bare NaN or Infinity
+    record = json.loads(result.stdout, parse_constant=pytest.fail)[0]  # no bare NaN or Infinity
     assert 0 <= record["reference"] <= 100
     assert 0 <= record["final_baseline"] <= 100
     assert abs(record["mean_lead"]) <= 100

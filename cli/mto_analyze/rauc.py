@@ -85,7 +85,7 @@ ScoreColumn = Annotated[str | None, typer.Option(help="Column, key or tag of the
 EpochColumn = Annotated[str | None, typer.Option(help="Column or key of the epoch.")]
 MethodColumn = Annotated[str | None, typer.Option(help="Column of the method.")]
 SeedColumn = Annotated[str | None, typer.Option(help="Column of the seed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per comparison, a list for several.")]
+AsJson = Annotated[bool, typer.Option("--json", help="A list with one JSON object per comparison.")]
 Form = Annotated[Format, typer.Option("--format", help="How to write the table.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -129,17 +129,19 @@ def rauc(
     folder = None if out is None else OutputFolder(out, (*FILES, *WINDOW_FILES, "run.json"), overwrite=overwrite)
     table, comparisons = compare(given)
     found = [str(finding) for finding in table.findings]
-    records = [{"axis": axis.value, **as_record(one), "notes": [*found, *one.notes]} for one in comparisons]
-    content = records[0] if len(records) == 1 else records
+    logs = [one.record() for one in table.provenance]
+    content = [as_record(one, table.axis, logs, found) for one in comparisons]
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     else:
-        typer.echo(as_text(comparisons, form, axis.value))
+        typer.echo(as_text(comparisons, form, table.axis))
+        for one in table.provenance:
+            note(f"read {one}", quiet=quiet)
         for text in dict.fromkeys([*found, *(text for one in comparisons for text in one.notes)]):
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
-        write(folder, table, comparisons, content, "score" if unit is UnitOption.RAW else "top-1 accuracy (%)")
-        folder.write_json("run.json", run_facts(given, notes=found))
+        write(folder, table, comparisons, content)
+        folder.write_json("run.json", run_facts(given, logs=logs, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
 
@@ -155,7 +157,8 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
     if reference is not None and not math.isfinite(reference):
         raise typer.BadParameter("must be a finite number", param_hint="--reference")
     baseline, target = given["baseline"], given["target"]
-    windows = windows_given(given["start"] or [], given["end"] or [])
+    ends = given["end"] or []
+    windows = windows_given(given["start"] or [-math.inf] * bool(ends), ends)
     as_they_are = ("run", "steps_per_epoch", "score_column", "epoch_column", "method_column", "seed_column")
     table = read_curves(
         [source_of(text) for text in given["log"]],
@@ -171,10 +174,13 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
     pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
     # A reference beside scores that are all from 0 to 1 is meant in their unit.
     in_points = reference is not None and table.fraction and abs(reference) <= 1
+    if not windows or windows[0][0] == -math.inf:
+        first, last = common_window(table, dict.fromkeys(name for pair in pairs for name in pair))
+        windows = [(first, end) for _, end in windows] or [(first, last)]
     comparisons = compare_methods(
         table,
         pairs,
-        windows or [common_window(table, dict.fromkeys(name for pair in pairs for name in pair))],
+        windows,
         reference=reference * 100 if in_points else reference,
         interpolate=given["interpolate"],
         confidence=confidence,
@@ -192,9 +198,9 @@ def source_of(text: str) -> Any:
 
 
 def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, float]]:
-    """Windows from repeated options; one start serves several ends and the other way round."""
-    if bool(starts) != bool(ends):
-        raise typer.BadParameter("give both, or none for the longest window in common", param_hint="--start, --end")
+    """Windows from repeated options; one start serves several ends and the other way round; -inf is the first epoch."""
+    if starts and not ends:
+        raise typer.BadParameter("needs --end; --end alone starts at the first common epoch", param_hint="--start")
     if len(starts) != len(ends) and min(len(starts), len(ends)) != 1:
         raise typer.BadParameter(f"{len(starts)} starts and {len(ends)} ends do not pair", param_hint="--start, --end")
     count = max(len(starts), len(ends), 0)
@@ -202,7 +208,8 @@ def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, f
         zip(starts * (count if len(starts) == 1 else 1), ends * (count if len(ends) == 1 else 1), strict=True)
     )
     for first, last in windows:
-        if not (math.isfinite(first) and math.isfinite(last) and first < last):
+        given = first == -math.inf or math.isfinite(first)
+        if not (given and math.isfinite(last) and first < last):
             raise typer.BadParameter(f"{first:g} must be below {last:g}, both finite", param_hint="--start, --end")
     return windows
 
@@ -247,7 +254,7 @@ def as_text(comparisons: list[Comparison], form: Format, axis: str) -> str:
     return "\n\n".join(parts)
 
 
-def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content: Any, score: str) -> None:
+def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content: Any) -> None:
     """Tables and figures, each figure beside the table that it was drawn from."""
     import pandas as pd
 
@@ -266,7 +273,7 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content
         if name not in grids:
             grids[name] = window_grid(first, second)
     with paper_style():
-        write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=score))
+        write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=table.score_label))
         chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
         write_figure(folder, "rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
     folder.write_table(

@@ -6,7 +6,7 @@ What is done to the rows of one file is in :mod:`mto_analysis.rauc.logs.tidying`
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ import pandas as pd
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points
 from mto_analysis.rauc.logs import Finding, Log, read_log
+from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
 from mto_analysis.rauc.logs.tidying import Unit, tidy
 
 __all__ = ["CurveTable", "Source", "on_axis", "read_curves"]
@@ -70,7 +71,8 @@ class CurveTable:
         findings: What a reader of a result should know about the files.
         origin: Where training starts on the epoch axis: -1 where the first epoch is called 0, else 0.
         fraction: True if every file had scores from 0 to 1; the frame has them in percent.
-        axis: ``epoch``, or what :func:`on_axis` put in its place.
+        axis: ``epoch``, ``step``, or what :func:`on_axis` put in its place.
+        provenance: What was read from each log.
     """
 
     frame: pd.DataFrame
@@ -79,6 +81,12 @@ class CurveTable:
     fraction: bool = False
     axis: str = "epoch"
     groups: tuple[str, ...] = field(default=())
+    provenance: tuple[Provenance, ...] = ()
+
+    @property
+    def score_label(self) -> str:
+        """The label of the score axis, from what was read."""
+        return score_label(self.provenance)
 
     @property
     def methods(self) -> list[str]:
@@ -142,6 +150,7 @@ def read_curves(
     findings: list[Finding] = []
     counted: dict[bool | None, Log] = {}
     fractions: list[bool] = []
+    provenance: list[Provenance] = []
     for source in parsed:
         log = read_log(
             source.path,
@@ -163,6 +172,7 @@ def read_curves(
         findings += [*log.findings, *found]
         counted.setdefault(log.epochs_completed, log)
         fractions.append(fraction)
+        provenance.append(_provenance(log, frame, "raw" if unit == "raw" else "fraction" if fraction else "percent"))
     if not frames:
         there = ", ".join(source.name() for source in parsed)
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
@@ -181,8 +191,26 @@ def read_curves(
         tuple(findings),
         origin=-1.0 if epochs == "as-written" and False in counted else 0.0,
         fraction=all(fractions),
+        axis=axis_label(provenance),
         groups=tuple(groups),
+        provenance=tuple(provenance),
     )
+
+
+def _provenance(log: Log, frame: pd.DataFrame, unit: str) -> Provenance:
+    """What was read from one log."""
+    first, last = (
+        (float(row["epoch"]), float(row["score"]))
+        for row in (frame.iloc[frame["epoch"].argmin()], frame.iloc[frame["epoch"].argmax()])
+    )
+    return Provenance(
+        file=log.file, format=log.form, column=log.column, kind="accuracy", metric="top-1 accuracy",
+        split=None, weights="model", unit=unit, negated=False,
+        axis=log.axis, axis_column=log.axis_column, steps_per_epoch=None,
+        first_epoch=None if log.epochs_completed is None else int(log.epochs_completed),
+        methods=tuple(map(str, frame["method"].unique())), runs=frame.groupby(["method", "seed"]).ngroups,
+        points=len(frame), first=first, last=last, sha256=log.sha256,
+    )  # fmt: skip
 
 
 def _named(log: Log, source: Source, methods: Collection[str] | None) -> pd.DataFrame:
@@ -260,4 +288,4 @@ def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float
     keys = ["method", "seed", *table.groups]
     if (place.groupby([frame[key] for key in keys], sort=False).diff() <= 0).any():
         raise DataError(f"the column {axis!r} does not rise with the epoch in every run")
-    return CurveTable(frame.assign(epoch=place), table.findings, 0.0, table.fraction, axis, table.groups)
+    return replace(table, frame=frame.assign(epoch=place), origin=0.0, axis=axis)

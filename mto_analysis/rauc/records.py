@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,16 +11,30 @@ import pandas as pd
 from mto_analysis.rauc.comparison import Comparison
 from mto_analysis.rauc.intervals import Interval
 
-__all__ = ["as_frame", "as_record", "details", "table1"]
+__all__ = ["SCHEMA_VERSION", "as_frame", "as_record", "details", "table1"]
 
 
 #: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
 _MOST_CROSSINGS = 20
 
 
-def as_record(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as JSON has it: numbers, null where undefined, and words for the intervals."""
-    record = {**vars(comparison)}
+#: Raised when a key of :func:`as_record` is renamed, removed or changes its meaning.
+SCHEMA_VERSION = 1
+
+
+def as_record(
+    comparison: Comparison, axis: str = "epoch", logs: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A comparison as JSON has it: numbers, null where undefined, words for the intervals, and what was read.
+
+    Args:
+        comparison: The comparison.
+        axis: What ``start`` and ``end`` count.
+        logs: What was read from each log, see :meth:`~mto_analysis.rauc.logs.provenance.Provenance.record`.
+        notes: What a reader should know about the logs; the comparison's own notes follow.
+    """
+    record = {"schema_version": SCHEMA_VERSION, "axis": axis, **vars(comparison)}
+    record |= {"logs": list(logs), "notes": [*notes, *comparison.notes]}
     for key, value in record.items():
         if isinstance(value, Interval):
             record[key] = {**vars(value), "text": str(value)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs import csvlog, events, jsonlines, textlog, trainer_state
@@ -14,7 +17,17 @@ __all__ = ["Finding", "Log", "read_log"]
 _HEAD = 65536
 
 
-def read_log(
+def read_log(path: str | Path, **options: Any) -> Log:
+    """Read any log whose form is known; see :func:`_read_log` for the options."""
+    log = _read_log(path, **options)
+    files = sorted(Path(path).glob("*tfevents*")) if Path(path).is_dir() else [Path(path)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return replace(log, sha256=digest.hexdigest())
+
+
+def _read_log(
     path: str | Path,
     *,
     score_column: str | None = None,

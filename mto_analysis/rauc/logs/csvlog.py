@@ -136,6 +136,8 @@ def read_csv_log(
         epochs_completed=False if timm or lightning else None,
         percent=True if timm else None,
         findings=tuple(findings),
+        column=score,
+        axis_column=epoch,
     )
 
 
@@ -154,4 +156,12 @@ def _read_export(name: str, data: bytes, columns: list[str], delimiter: str, axi
     ]
     if axis == "Step":
         findings.append(Finding(name, 1, "the axis counts logged steps, not epochs (see --steps-per-epoch)"))
-    return Log(name, "W&B export", pd.concat(parts, ignore_index=True), findings=tuple(findings))
+    return Log(
+        name,
+        "W&B export",
+        pd.concat(parts, ignore_index=True),
+        findings=tuple(findings),
+        column=runs[0].rsplit(" - ", 1)[1],
+        axis="steps" if axis == "Step" else "epochs",
+        axis_column=axis,
+    )

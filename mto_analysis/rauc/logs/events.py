@@ -149,4 +149,7 @@ def read_events(path: Path, tag: str | None) -> Log:
         epochs_completed=False if known else None,
         percent=True if known else None,
         findings=tuple(findings),
+        column=chosen,
+        axis="epochs" if known else "steps",
+        axis_column="step",
     )

@@ -138,6 +138,8 @@ def read_json_lines(
             *_foreign(name, found),
             *grouped(name, without, f"skipped: a score without {epoch!r}"),
         ),
+        column=score,
+        axis_column=epoch,
     )
 
 

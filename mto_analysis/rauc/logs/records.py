@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mto_analysis.errors import DataError
+from mto_analysis.rauc.logs.provenance import AxisKind
 
 __all__ = ["SCORE_NAMES", "Finding", "Log", "choose_score", "grouped", "plain_name"]
 
@@ -63,6 +64,10 @@ class Log:
         epochs_completed: True if epoch 1 is the state after one epoch, False if that is called 0, None if unknown.
         percent: True if this writer always writes 0 to 100; None if the values must tell.
         findings: What was skipped or looked odd.
+        column: The score's column, key or tag.
+        axis: What the rows are placed on, and
+        axis_column: its column.
+        sha256: Hash of the file.
     """
 
     file: str
@@ -71,6 +76,10 @@ class Log:
     epochs_completed: bool | None = None
     percent: bool | None = None
     findings: tuple[Finding, ...] = ()
+    column: str = "score"
+    axis: AxisKind = "epochs"
+    axis_column: str = "epoch"
+    sha256: str = ""
 
 
 def plain_name(name: str) -> str:

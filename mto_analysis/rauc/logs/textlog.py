@@ -53,4 +53,6 @@ def read_text_log(name: str, data: bytes) -> Log:
         epochs_completed=False,
         percent=True,
         findings=tuple(grouped(name, homeless, "skipped: an accuracy before training started or went on")),
+        column="Acc@1",
+        axis_column="EPOCH",
     )

@@ -37,4 +37,4 @@ def read_trainer_state(name: str, data: bytes, score_key: str | None) -> Log:
     rows = pd.DataFrame(found, columns=["epoch", "score", "line"])
     for column in ("epoch", "score"):
         rows[column] = pd.to_numeric(rows[column], errors="coerce").astype(float)
-    return Log(name, "transformers trainer state", rows, epochs_completed=True)
+    return Log(name, "transformers trainer state", rows, epochs_completed=True, column=score)
