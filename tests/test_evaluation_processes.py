@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from labelled_images import write_parquet
 from tiny_models import make_mae
 
+from mto_analysis.training import RunSettings
 from mto_analysis.training.evaluation import Evaluation, Evaluator
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
-from mto_analysis.training.evaluation.classifier_training import TrainingMachine, train_classifier
+from mto_analysis.training.evaluation.classifier_training import train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
 
 if not torch.distributed.is_available():
@@ -31,14 +33,17 @@ def measure(folder: Path, name: str) -> tuple[list[float], list[float]]:
         Evaluator(Evaluation(protocol, *sources, neighbours=3, batch_size=5)).score(make_mae(), shared=shared)  # type: ignore[arg-type]
         for protocol in ("knn", "linear")
     ]
-    machine = TrainingMachine(micro_batch=4)
     images = [LabelledImages(source) for source in sources]
-    epochs = train_classifier(make_mae(), images[0], images[1], SETTINGS, folder / name, machine=machine)
-    return scores, [record.train_loss for record in epochs]
+    run = RunSettings(device="cpu")
+    epochs = train_classifier(make_mae(), images[0], images[1], SETTINGS, folder / name, run, micro_batch=4)
+    return scores, [record.loss for record in epochs]
 
 
 def work(rank: int, folder: Path, answers: Any) -> None:
     torch.set_num_threads(1)
+    # As a launcher does; the address is not used, as the processes have met already.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     answers.put((rank, measure(folder, "two")))
     torch.distributed.destroy_process_group()

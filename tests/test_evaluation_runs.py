@@ -202,7 +202,8 @@ def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protoco
     assert result.exit_code == 0, result.output
     for epoch in (2, 10):
         folder = tmp_path / "out" / f"m-seed4-{epoch:04d}"
-        assert sorted(path.name for path in folder.iterdir()) == ["classifier.pth", "metrics.csv", "settings.json"]
+        names = ["classifier.pth", "metrics.csv", "run.json", "settings.json"]
+        assert sorted(path.name for path in folder.iterdir()) == names
         assert json.loads((folder / "settings.json").read_text())["batch_size"] == 12
     assert pd.read_csv(tmp_path / "out" / "curves.csv")["seed"].tolist() == [4, 4]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -9,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from labelled_images import write_parquet
+from pretraining_cases import Stopped, rows, same, stop_after
 from test_parity import load
 from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
 from torch import nn
 from torch.nn import functional as F
 
-from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
-from mto_analysis.training.evaluation.augmented import Share, augmented_batches
+from mto_analysis.errors import CheckpointError, DataError, NumericalError
+from mto_analysis.training import RunSettings
+from mto_analysis.training.evaluation.augmented import AugmentedData
 from mto_analysis.training.evaluation.classifier import build_classifier, build_optimizer, layer_of
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
-from mto_analysis.training.evaluation.classifier_training import TrainingMachine, learning_rate, train_classifier
+from mto_analysis.training.evaluation.classifier_training import Classification, classifier_score, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
 from mto_analysis.training.evaluation.protocols import pooling_of
 from mto_analysis.training.methods import METHODS, method_of
-from mto_analysis.training.randomness import global_state_restored
 
 
 def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
@@ -47,15 +48,17 @@ def state_of(folder: Path, name: str = "classifier.pth") -> dict[str, Any]:
     return torch.load(folder / name, weights_only=True)
 
 
-def assert_same_states(one: dict[str, Any], two: dict[str, Any]) -> None:
-    assert one["classifier"].keys() == two["classifier"].keys()
-    for name, value in one["classifier"].items():
-        assert torch.equal(value, two["classifier"][name]), name
-    seconds = {"seconds"}
-    for row, other in zip(one["rows"], two["rows"], strict=True):
-        assert {k: v for k, v in row.items() if k not in seconds} == {
-            k: v for k, v in other.items() if k not in seconds
-        }
+def run(device: str = "cpu", **changes: Any) -> RunSettings:
+    return RunSettings(device=device, **changes)
+
+
+def train(model: Any, labelled: Any, chosen: ClassifierSettings, folder: Path, **more: Any) -> Any:
+    return train_classifier(model, *labelled, chosen, folder, more.pop("run", run()), **more)
+
+
+def assert_same_runs(one: Path, two: Path) -> None:
+    assert same(state_of(one), state_of(two))
+    assert rows(one / "metrics.csv") == rows(two / "metrics.csv")
 
 
 def test_layers__are_those_of_electra_by_hand() -> None:
@@ -153,52 +156,69 @@ def test_lars__takes_the_step_of_mae(tiny_mae) -> None:
 
 def test_learning_rate__warms_up_and_falls_along_a_cosine() -> None:
     chosen = settings(epochs=11, warmup_epochs=1.0, base_lr=0.32, batch_size=512, min_lr=0.04)
-    assert learning_rate(chosen, 0.5) == pytest.approx(0.32)
-    assert learning_rate(chosen, 1.0) == pytest.approx(0.64)
-    assert learning_rate(chosen, 6.0) == pytest.approx(0.34)
-    assert learning_rate(chosen, 11.0) == pytest.approx(0.04)
-    assert learning_rate(chosen, 3.5) == pytest.approx(0.04 + 0.6 * 0.5 * (1 + math.cos(math.pi / 4)))
+    task = Classification(make_mae(), chosen, 3)
+
+    def rate(epoch: float) -> float:
+        return task.learning_rate(round(epoch * 8), steps_per_epoch=8)
+
+    assert rate(0.5) == pytest.approx(0.32)
+    assert rate(1.0) == pytest.approx(0.64)
+    assert rate(6.0) == pytest.approx(0.34)
+    assert rate(11.0) == pytest.approx(0.04)
+    assert rate(3.5) == pytest.approx(0.04 + 0.6 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
 @pytest.mark.parametrize("protocol", ["linear_mae", "finetune"])
 def test_train_classifier__goes_on_exactly_after_a_stop(labelled, tmp_path, protocol) -> None:
     chosen, model = settings(protocol), make_mae()
-    whole = list(train_classifier(model, *labelled, chosen, tmp_path / "whole"))
-    stopped = train_classifier(model, *labelled, chosen, tmp_path / "stopped")
+    whole = list(train(model, labelled, chosen, tmp_path / "whole"))
+    stopped = train(model, labelled, chosen, tmp_path / "stopped")
     next(stopped)
     stopped.close()  # as a kill after the first epoch
     assert (tmp_path / "stopped" / "last.pth").exists()
     torch.manual_seed(99)  # nothing hangs on global state
-    again = list(train_classifier(model, *labelled, chosen, tmp_path / "stopped"))
-    assert [record.epoch for record in again] == [1, 2, 3]
-    assert_same_states(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped"))
+    again = list(train(model, labelled, chosen, tmp_path / "stopped"))
+    assert [record.epoch for record in again] == [2, 3]
+    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "last.pth").exists()
-    assert [record.top1 for record in whole] == [record.top1 for record in again]
-    assert list(pd.read_csv(tmp_path / "stopped" / "metrics.csv")["epoch"]) == [1, 2, 3]
+    assert [record.score for record in whole[1:]] == [record.score for record in again]
+    assert [row["epoch"] for row in rows(tmp_path / "stopped" / "metrics.csv") if row["kind"] == "epoch"] == list("123")
+    assert list(train(model, labelled, chosen, tmp_path / "stopped")) == []  # complete
+    assert classifier_score(tmp_path / "stopped")[0] == whole[-1].score
+
+
+def test_train_classifier__goes_on_within_an_epoch(labelled, tmp_path) -> None:
+    chosen, steps = settings(), run(save_steps=1)
+    list(train(make_mae(), labelled, chosen, tmp_path / "whole", run=steps))
+    stopped = train_classifier(make_mae(), *labelled, chosen, tmp_path / "cut", steps, on_step=stop_after(2))
+    with pytest.raises(Stopped):
+        list(stopped)
+    list(train(make_mae(), labelled, chosen, tmp_path / "cut", run=steps))
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_train_classifier__does_not_depend_on_workers(labelled, tmp_path) -> None:
     for workers in (0, 2):
-        machine = TrainingMachine(num_workers=workers)
-        list(train_classifier(make_mae(), *labelled, settings(epochs=1), tmp_path / str(workers), machine=machine))
-    assert_same_states(state_of(tmp_path / "0"), state_of(tmp_path / "2"))
+        chosen, own = settings(epochs=1), run(num_workers=workers)
+        list(train(make_mae(), labelled, chosen, tmp_path / str(workers), run=own))
+    assert_same_runs(tmp_path / "0", tmp_path / "2")
 
 
 def test_train_classifier__accumulates_to_the_same_step(labelled, tmp_path) -> None:
     """Without mixup, whose pairs lie in a micro-batch, halves of a batch make the same step to rounding."""
     chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, epochs=2)
-    for micro in (8, 2):
-        machine = TrainingMachine(micro_batch=micro)
-        list(train_classifier(make_mae(), *labelled, chosen, tmp_path / str(micro), machine=machine))
-    one, two = (state_of(tmp_path / name)["rows"] for name in ("8", "2"))
-    assert [row["train_loss"] for row in one] == pytest.approx([row["train_loss"] for row in two], rel=1e-4)
+    losses = [
+        [record.loss for record in train(make_mae(), labelled, chosen, tmp_path / str(micro), micro_batch=micro)]
+        for micro in (8, 2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_train_classifier__leaves_model_and_random_state_alone(labelled, tmp_path) -> None:
     model = make_simmim().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    list(train_classifier(model, *labelled, settings(epochs=1), tmp_path))
+    list(train(model, labelled, settings(epochs=1), tmp_path))
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
@@ -209,79 +229,90 @@ def test_train_classifier__leaves_model_and_random_state_alone(labelled, tmp_pat
 
 def test_train_classifier__learns_colours(labelled, tmp_path) -> None:
     chosen = settings("linear_mae", epochs=30, base_lr=900.0, warmup_epochs=2.0)
-    *_, last = train_classifier(make_mae(), *labelled, chosen, tmp_path, machine=TrainingMachine(test_every=30))
-    assert last.top1 == 100
+    *_, last = train(make_mae(), labelled, chosen, tmp_path, test_every=30)
+    assert last.score == 100
     assert last.top5 is None
 
 
 def test_train_classifier__refuses_another_setting_or_model(labelled, tmp_path) -> None:
     chosen = settings("linear_mae")
-    next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
-    with pytest.raises(OutputExistsError, match="another model, seed or settings"):
-        next(train_classifier(make_mae(), *labelled, replace(chosen, base_lr=0.2), tmp_path))
-    with pytest.raises(OutputExistsError, match="another model"):
-        next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path))
-    with pytest.raises(OutputExistsError, match=r"settings\.base_lr was 0\.05 and is now 0\.2"):
-        next(train_classifier(make_mae(), *labelled, replace(chosen, base_lr=0.2), tmp_path))
-    next(train_classifier(make_mae(seed=5), *labelled, chosen, tmp_path, overwrite=True))
+    next(train(make_mae(), labelled, chosen, tmp_path))
+    changed = r"another run: classifier\.base_lr was 0\.05 and is now 0\.2;.*--overwrite"
+    with pytest.raises(CheckpointError, match=changed):
+        next(train(make_mae(), labelled, replace(chosen, base_lr=0.2), tmp_path))
+    with pytest.raises(CheckpointError, match="another run: weights was"):
+        next(train(make_mae(seed=5), labelled, chosen, tmp_path))
+    with pytest.raises(CheckpointError, match="another run: seed was 0 and is now 1"):
+        next(train(make_mae(), labelled, chosen, tmp_path, run=run(seed=1)))
+    next(train(make_mae(seed=5), labelled, chosen, tmp_path, overwrite=True))
 
 
 def test_train_classifier__refuses_a_damaged_file_and_one_of_an_older_version(labelled, tmp_path) -> None:
-    chosen, last = settings("linear_mae"), tmp_path / "last.pth"
-    next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
-    saved = state_of(tmp_path, "last.pth")
-    older = {name: value for name, value in saved["identity"].items() if name != "randomness"}
-    torch.save({**saved, "identity": older, "versions": {"mto-analysis": "0.0.7"}}, last)
+    chosen, last, facts = settings("linear_mae"), tmp_path / "last.pth", tmp_path / "run.json"
+    next(train(make_mae(), labelled, chosen, tmp_path))
+    stored = json.loads(facts.read_text())
+    older = {name: value for name, value in stored["identity"].items() if name != "randomness"}
+    facts.write_text(json.dumps({**stored, "identity": older, "versions": {"mto-analysis": "0.0.7"}}))
     with pytest.raises(CheckpointError, match=r"written by mto-analysis 0\.0\.7, which samples other random numbers"):
-        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+        next(train(make_mae(), labelled, chosen, tmp_path))
+    facts.write_text(json.dumps(stored))
     torch.save({"rows": []}, last)
-    with pytest.raises(CheckpointError, match="no training of a classifier"):
-        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+    with pytest.raises(CheckpointError, match="no state to resume from"):
+        next(train(make_mae(), labelled, chosen, tmp_path))
     last.write_bytes(last.read_bytes()[:300])
     with pytest.raises(CheckpointError, match="is damaged"):
-        next(train_classifier(make_mae(), *labelled, chosen, tmp_path))
+        next(train(make_mae(), labelled, chosen, tmp_path))
 
 
 def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(labelled, tmp_path) -> None:
     model = make_mae()
     with torch.no_grad():
         model.norm.bias[0] = torch.inf
-    with pytest.raises(NumericalError, match="epoch 1, step 1"):
-        list(train_classifier(model, *labelled, settings("linear_mae"), tmp_path))
+    with pytest.raises(NumericalError, match=r"cross_entropy is nan at step 1 \(epoch 0\)"):
+        list(train(model, labelled, settings("linear_mae"), tmp_path))
 
 
 def test_train_classifier__refuses_what_does_not_fit(labelled, tmp_path) -> None:
     with pytest.raises(DataError, match="24 training images do not fill one batch of 64"):
-        next(train_classifier(make_mae(), *labelled, settings(batch_size=64), tmp_path))
+        next(train(make_mae(), labelled, settings(batch_size=64), tmp_path))
     with pytest.raises(ValueError, match="no multiple"):
-        next(train_classifier(make_mae(), *labelled, settings(), tmp_path, machine=TrainingMachine(micro_batch=3)))
+        next(train(make_mae(), labelled, settings(), tmp_path, micro_batch=3))
     with pytest.raises(ValueError, match="must be even"):
-        next(train_classifier(make_mae(), *labelled, settings(batch_size=9), tmp_path))
+        next(train(make_mae(), labelled, settings(batch_size=9), tmp_path))
     with pytest.raises(DataError, match="no encoder"):
-        next(train_classifier(make_two_stacks(), *labelled, settings(), tmp_path))
+        next(train(make_two_stacks(), labelled, settings(), tmp_path))
+    assert list(tmp_path.glob("*.pth")) == []
 
 
-def test_augmented_batches__hold_the_same_images_however_shared_out(labelled) -> None:
-    info, chosen = make_mae().info, settings()
-
-    def batches(share: Share) -> list[Any]:
-        with global_state_restored():
-            return list(augmented_batches(labelled[0], info, chosen, share, seed=3, epoch=2))
-
-    whole = batches(Share(8))
-    halves = [batches(Share(4, 1, process, 2)) for process in (0, 1)]
+def test_augmented_data__holds_the_same_images_however_shared_out(labelled) -> None:
+    data = AugmentedData(labelled[0], make_mae().info, settings(mixup=0.0, cutmix=0.0), 3, seed=3)
+    whole = list(data.micro_batches(2, micro_batch=8))
+    halves = [list(data.micro_batches(2, micro_batch=4, process=process, processes=2)) for process in (0, 1)]
+    parts = list(data.micro_batches(2, micro_batch=4, accumulation=2, skip_steps=1))
     assert len(whole) == 3
     for number, (images, labels) in enumerate(whole):
-        assert torch.equal(images, torch.cat([half[number][0] for half in halves]))
-        assert torch.equal(labels, torch.cat([half[number][1] for half in halves]))
+        assert torch.equal(images, torch.cat([half[number].images for half in halves]))
+        assert torch.equal(labels, torch.cat([half[number].targets for half in halves]))
+    assert torch.equal(whole[1].images, torch.cat([part.images for part in parts[:2]]))
+
+
+def test_augmented_data__mixes_by_seed_and_step_alone(labelled) -> None:
+    data = AugmentedData(labelled[0], make_mae().info, settings(), 3, seed=3)
+    first, again = (list(data.micro_batches(2, micro_batch=8)) for _ in range(2))
+    (later,) = data.micro_batches(2, micro_batch=8, skip_steps=2)
+    assert all(torch.equal(one.images, two.images) for one, two in zip(first, again, strict=True))
+    assert torch.equal(first[2].images, later.images)
+    assert torch.equal(first[2].targets, later.targets)
+    assert first[0].targets.shape == (8, 3)
+    torch.testing.assert_close(first[0].targets.sum(dim=1), torch.ones(8))
 
 
 def test_augmentation__bears_every_strength_of_posterize(labelled) -> None:
-    chosen = settings(auto_augment="rand-m10-n6-mstd0.0-inc1", batch_size=24)
-    with global_state_restored():
-        for epoch in range(4):
-            for images, _ in augmented_batches(labelled[0], make_mae().info, chosen, Share(24), seed=0, epoch=epoch):
-                assert images.isfinite().all()
+    chosen = settings(auto_augment="rand-m10-n6-mstd0.0-inc1", mixup=0.0, cutmix=0.0)
+    data = AugmentedData(labelled[0], make_mae().info, chosen, 3)
+    for epoch in range(4):
+        for batch in data.micro_batches(epoch, micro_batch=24):
+            assert batch.images.isfinite().all()
 
 
 def test_settings__are_those_of_the_paper() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -209,9 +210,10 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
     """Score by training a classifier for each checkpoint, in a folder of its own."""
     from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
-    from mto_analysis.training.evaluation.classifier_training import TrainingMachine, train_classifier
+    from mto_analysis.training.evaluation.classifier_training import classifier_score, train_classifier
     from mto_analysis.training.evaluation.evaluator import Score
     from mto_analysis.training.evaluation.features import LabelledImages, check_classes, join_processes, place
+    from mto_analysis.training.settings import RunSettings
 
     given = context.params
     device = join_processes(given["device"])
@@ -219,8 +221,12 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     options = settings_of(given["setting"] or [])
     if given["pooling"] is not None:
         options["pooling"] = given["pooling"].value
-    machine = TrainingMachine(given["precision"].value, given["micro_batch"], given["num_workers"])
     workers = given["num_workers"]
+    run = RunSettings(
+        precision="bf16" if given["precision"] is Precision.bfloat16 else "no",
+        num_workers=workers,
+        device=given["device"],
+    )
     train = LabelledImages(given["train"], limit=given["limit"], num_workers=workers)
     test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
     classes = check_classes(train, test)
@@ -232,17 +238,21 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         settings = defaults(model).with_options(options)
         folder = given["out"] / checkpoint.stem
-        if process == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.json").write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
         epochs = train_classifier(
-            model, train, test, settings, folder, seed=checkpoint.seed, machine=machine, overwrite=given["overwrite"]
+            model,
+            train,
+            test,
+            settings,
+            folder,
+            replace(run, seed=checkpoint.seed),
+            micro_batch=given["micro_batch"],
+            overwrite=given["overwrite"],
         )
         label = f"{checkpoint.method} {'' if checkpoint.epoch is None else checkpoint.epoch}"
-        records = list(progress(epochs, settings.epochs, label, quiet=given["quiet"] or process > 0))
-        last = records[-1]
-        seconds = sum(record.seconds for record in records)
-        return Score(last.top1 or 0.0, last.top5, settings.pooling, classes, seconds)
+        for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"] or process > 0):
+            pass
+        top1, top5, seconds = classifier_score(folder)
+        return Score(top1, top5, settings.pooling, classes, seconds)
 
     _score_all(context, protocol, curve, score, device, process)
 

@@ -64,6 +64,11 @@ class Group:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def spread(self, tensor: Tensor) -> None:
+        """Give a tensor the values of the main process, in place; a collective call."""
+        if self.count > 1:
+            torch.distributed.broadcast(tensor, src=0)
+
     def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
         """The module with gradients averaged over the processes.
 

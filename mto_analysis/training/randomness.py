@@ -17,7 +17,7 @@ from mto_analysis.masks import mask_keys
 if TYPE_CHECKING:
     from mto_analysis.training.recipes import Recipe
 
-__all__ = ["global_state_restored", "noise_batch", "seed_globally", "step_randomness"]
+__all__ = ["noise_batch", "seeded_globally", "step_randomness"]
 
 
 @contextlib.contextmanager
@@ -30,23 +30,22 @@ def step_randomness(seed: int, step: int, process: int, device: torch.device) ->
 
 
 @contextlib.contextmanager
-def global_state_restored() -> Iterator[None]:
-    """Transforms of timm sample from the global generators: inside they are seeded by keys, afterwards as before."""
+def seeded_globally(*key: object) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators seeded by the parts of a key, and afterwards as they were.
+
+    Transforms of timm sample from the global generators.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    number = _number(*key, size=8)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
+            random.seed(number)
+            np.random.seed(number % 2**32)  # noqa: NPY002
+            torch.manual_seed(number % 2**63)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def seed_globally(*key: object) -> None:
-    """Seed Python, numpy and torch by the parts of a key."""
-    number = _number(*key, size=8)
-    random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
-    torch.manual_seed(number % 2**63)
 
 
 def _number(*key: object, size: int) -> int:

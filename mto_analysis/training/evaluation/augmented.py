@@ -16,55 +16,102 @@ from mto_analysis.models import ModelInfo
 from mto_analysis.runtime.randomness import keyed_permutation, name_keys
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages
-from mto_analysis.training.randomness import seed_globally
+from mto_analysis.training.randomness import seeded_globally
 from mto_analysis.training.shares import steps_in_epoch
 
-__all__ = ["Share", "augmented_batches"]
+__all__ = ["AugmentedData", "LabelledBatch"]
 
 
-class Share(NamedTuple):
-    """How an optimizer step's images are shared out: micro-batches of each of ``processes``."""
-
-    micro_batch: int
-    accumulation: int = 1
-    process: int = 0
-    processes: int = 1
-
-    @property
-    def global_batch(self) -> int:
-        """Images in an optimizer step."""
-        return self.micro_batch * self.accumulation * self.processes
-
-
-def augmented_batches(
-    images: LabelledImages,
-    info: ModelInfo,
-    settings: ClassifierSettings,
-    share: Share,
-    *,
-    seed: int,
-    epoch: int,
-    num_workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro-batches of one process in one epoch; a step sees the same images however they are shared out.
-
-    To be used inside :func:`~mto_analysis.training.randomness.global_state_restored`.
+class LabelledBatch(NamedTuple):
+    """Augmented images on the device, with what they are to be taken for.
 
     Shapes:
-        returns: batch channels height width (normalised), batch (labels)
+        images: batch channels height width (float32, normalized)
+        targets: batch (class indices), or with mixup and cutmix batch num_classes (probabilities)
     """
-    steps = steps_in_epoch(len(images.rows), share.global_batch)
-    names = [images.images.names[row] for row in images.rows]
-    order = keyed_permutation(name_keys(names), seed=seed, epoch=epoch)
-    size = share.micro_batch
-    starts = ((n * share.processes + share.process) * size for n in range(steps * share.accumulation))
-    loader: DataLoader[Any] = DataLoader(
-        _Augmented(images, _transform(info, settings), seed, epoch),
-        batch_sampler=[order[start : start + size].tolist() for start in starts],
-        num_workers=num_workers,
-        generator=torch.Generator(),
-    )
-    yield from loader
+
+    images: Tensor
+    targets: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Arguments of a classifier's forward."""
+        return self.images, self.targets
+
+
+class AugmentedData:
+    """Training images of a classifier; a step sees the same images however they are shared out.
+
+    Args:
+        images: With labels.
+        info: Of the model: the size and the normalization of its images.
+        settings: Of augmentation, mixup and cutmix.
+        num_classes: Classes in all.
+        seed: Of order, augmentation, mixup and cutmix.
+        num_workers: Processes that decode and augment; batches do not depend on it.
+        device: Where batches go.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        info: ModelInfo,
+        settings: ClassifierSettings,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._images, self._seed, self._workers = images, seed, num_workers
+        self._device = device or torch.device("cpu")
+        self._transform = _transform(info, settings)
+        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        if settings.mixup or settings.cutmix:
+            from timm.data import Mixup  # type: ignore[attr-defined]
+
+            self._mix = Mixup(  # type: ignore[no-untyped-call]
+                mixup_alpha=settings.mixup,
+                cutmix_alpha=settings.cutmix,
+                label_smoothing=settings.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._images.rows)
+
+    def prepare(self) -> None:
+        """Nothing is held in memory."""
+
+    def micro_batches(
+        self,
+        epoch: int,
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        process: int = 0,
+        processes: int = 1,
+        skip_steps: int = 0,
+    ) -> Iterator[LabelledBatch]:
+        """The micro-batches of one process in one epoch, as of :class:`~mto_analysis.images.TrainingData`."""
+        steps = steps_in_epoch(len(self), micro_batch * accumulation * processes)
+        names = [self._images.images.names[row] for row in self._images.rows]
+        order = keyed_permutation(name_keys(names), seed=self._seed, epoch=epoch)
+        numbers = range(skip_steps * accumulation, steps * accumulation)
+        starts = [(number * processes + process) * micro_batch for number in numbers]
+        loader: DataLoader[Any] = DataLoader(
+            _Augmented(self._images, self._transform, self._seed, epoch),
+            batch_sampler=[order[start : start + micro_batch].tolist() for start in starts],
+            num_workers=self._workers,
+            generator=torch.Generator(),  # or it would take its seed from the global generator
+        )
+        for number, batch in zip(numbers, loader, strict=True):
+            images, targets = (each.to(self._device, non_blocking=True) for each in batch)
+            if self._mix is not None:
+                with seeded_globally(self._seed, epoch, "step", *divmod(number, accumulation), process):
+                    images, targets = self._mix(images, targets)
+            yield LabelledBatch(images, targets)
 
 
 def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image.Image], Tensor]:
@@ -110,5 +157,5 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
             image = self._images.open(row)
         except Exception as error:  # decoders fail in many ways
             raise DataError(f"image {name} cannot be read ({type(error).__name__}: {error})") from None
-        seed_globally(self._seed, self._epoch, "augmentation", name)
-        return self._transform(image), self._labels[item]
+        with seeded_globally(self._seed, self._epoch, "augmentation", name):
+            return self._transform(image), self._labels[item]

@@ -1,266 +1,237 @@
-"""Training a classifier with augmentation, on one process or several; after a kill it goes on as if without one."""
+"""Classifiers as a task of the training engine: their loss, their test accuracy, and a run from model to accuracy."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from mto_analysis.errors import CheckpointError, NumericalError, OutputExistsError
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.runtime.outputs import run_facts, write_atomically
 from mto_analysis.runtime.precision import fast_float32
-from mto_analysis.training.evaluation.augmented import (
-    Share,
-    augmented_batches,
-)
+from mto_analysis.training.assembly import Assembly
+from mto_analysis.training.evaluation.augmented import AugmentedData, LabelledBatch
 from mto_analysis.training.evaluation.classifier import Classifier, build_classifier, build_optimizer
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
-from mto_analysis.training.evaluation.features import LabelledImages, check_classes, normalized, place
-from mto_analysis.training.evaluation.protocols import Precision
+from mto_analysis.training.evaluation.features import LabelledImages, check_classes, normalized
+from mto_analysis.training.loop import open_group, train
 from mto_analysis.training.methods.method import warmup_then_cosine
-from mto_analysis.training.randomness import global_state_restored, seed_globally
-from mto_analysis.training.shares import steps_in_epoch
-from mto_analysis.training.state import RANDOMNESS, check_randomness, differences, read_checkpoint, write_checkpoint
+from mto_analysis.training.objective import Objective
+from mto_analysis.training.scoring import Scorer
+from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
+from mto_analysis.training.shares import accumulation_for, micro_batch_size
+from mto_analysis.training.state import RunFolder, run_identity
+from mto_analysis.training.task import Task
 
-__all__ = ["ClassifierEpoch", "TrainingMachine", "learning_rate", "train_classifier"]
-
-
-@dataclass(frozen=True)
-class ClassifierEpoch:
-    """One epoch: mean training loss, rate at its end, and test accuracy in percent where it was measured."""
-
-    epoch: int
-    train_loss: float
-    learning_rate: float
-    top1: float | None
-    top5: float | None
-    seconds: float
+__all__ = ["Classification", "ClassifierObjective", "classifier_score", "train_classifier"]
 
 
-@dataclass(frozen=True)
-class TrainingMachine:
-    """How a training is carried out; results do not depend on it but for rounding, and mixup's partners.
+class ClassifierObjective(Objective):
+    """Cross-entropy of a classifier.
 
     Args:
-        precision: Of the encoder: float32, or bfloat16 by autocast.
-        micro_batch: Images per process and forward; by default the whole batch, divided over the processes.
-        num_workers: Processes that decode and augment.
-        test_every: Epochs between two measurements of test accuracy; the last epoch always has one.
+        student: The classifier.
+        smoothing: Of class indices; probabilities, as mixup gives them, are smoothed already.
     """
 
-    precision: Precision = "float32"
-    micro_batch: int | None = None
-    num_workers: int = 0
-    test_every: int = 1
+    masked = False
+    student: Classifier
 
-    def share(self, settings: ClassifierSettings) -> Share:
-        """The parts of a batch.
+    def __init__(self, student: Classifier, smoothing: float) -> None:
+        super().__init__(student)
+        self.smoothing = smoothing
 
-        Raises:
-            ValueError: If the batch cannot be shared out, or mixup has no pairs.
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """One term, ``cross_entropy``.
+
+        Shapes:
+            images: batch channels height width
+            targets: batch (class indices) or batch num_classes (probabilities)
         """
-        process, processes = place()
-        micro = self.micro_batch or settings.batch_size // processes
-        if micro < 1 or settings.batch_size % (micro * processes):
-            raise ValueError(
-                f"a batch of {settings.batch_size} is no multiple of {processes} processes times {micro} images;"
-                " change --micro-batch or --set batch_size=N"
-            )
-        if (settings.mixup or settings.cutmix) and micro % 2:
-            raise ValueError(f"mixup and cutmix pair the images of a micro-batch, which must be even, got {micro}")
-        return Share(micro, settings.batch_size // (micro * processes), process, processes)
+        logits = self.student(images)
+        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
+        with torch.autocast(images.device.type, enabled=False):
+            return {"cross_entropy": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)}
+
+    def published(self, average: Classifier | None = None) -> dict[str, Any]:
+        """What training changes: parameters that learn, and the running statistics of a batch norm."""
+        content = {"classifier": _learned(self.student)}
+        return content if average is None else {**content, "classifier_average": _learned(average)}
 
 
-def learning_rate(settings: ClassifierSettings, epoch: float) -> float:
-    """The rate at a moment, epochs counted in fractions: linear warm-up from zero, then half a cosine to ``min_lr``.
+def _learned(classifier: Classifier) -> dict[str, Tensor]:
+    names = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    state = classifier.state_dict()
+    return {name: value for name, value in state.items() if name in names or name.startswith("head.")}
 
-    Source:
-        facebookresearch/mae ``util/lr_sched.py``.
+
+class Classification(Task[ClassifierObjective]):
+    """Training of a classifier on a copy of a model, as a task of the engine.
+
+    Args:
+        model: Pre-trained; it is not changed.
+        settings: From :mod:`mto_analysis.training.evaluation.classifier_settings`.
+        num_classes: Classes in all.
     """
-    peak, end = settings.learning_rate, settings.min_lr
-    return warmup_then_cosine(epoch, settings.epochs, warmup=settings.warmup_epochs, peak=peak, end=end)
+
+    images = "training images"
+
+    def __init__(self, model: MaskedImageModel, settings: ClassifierSettings, num_classes: int) -> None:
+        super().__init__(settings, settings.protocol)
+        self.model, self.settings, self.num_classes = model, settings, num_classes
+
+    def build(self, seed: int) -> ClassifierObjective:
+        """The classifier of a copy of the model, with a new head."""
+        classifier = build_classifier(self.model, self.settings, self.num_classes, seed=seed)
+        return ClassifierObjective(classifier, self.settings.smoothing)
+
+    def optimizer(self, method: ClassifierObjective) -> torch.optim.Optimizer:
+        """LARS for the linear probe, AdamW with layer-wise rates for fine-tuning."""
+        return build_optimizer(method.student, self.settings)
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Linear warm-up from zero, then half a cosine to ``min_lr``, by the fraction of an epoch.
+
+        Source:
+            facebookresearch/mae ``util/lr_sched.py``.
+        """
+        chosen, epoch = self.settings, step // steps_per_epoch + step % steps_per_epoch / steps_per_epoch
+        return warmup_then_cosine(
+            epoch, chosen.epochs, warmup=chosen.warmup_epochs, peak=chosen.learning_rate, end=chosen.min_lr
+        )
+
+    def noise(self, count: int, device: torch.device) -> LabelledBatch:
+        """Noise, all of the first class."""
+        size = self.model.info.image_size
+        images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return LabelledBatch(images.to(device), torch.zeros(count, dtype=torch.long, device=device))
+
+    def files(self) -> Mapping[str, str]:
+        """The settings."""
+        return {"settings.json": json.dumps(self.settings.to_dict(), indent=2) + "\n"}
+
+
+class TestAccuracy(Scorer):
+    """Top-1 and, for more than five classes, top-5 accuracy on test images, in percent.
+
+    Args:
+        test: Images with labels.
+        every: Epochs between two measurements; the last epoch always has one.
+    """
+
+    __test__ = False  # no test of pytest
+    columns = ("score", "top5")
+
+    def __init__(self, test: LabelledImages, every: int) -> None:
+        self._test, self.every = test, every
+
+    def score(self, trained: Assembly) -> Mapping[str, float | None]:
+        """The accuracy of the classifier."""
+        classifier, group, labels = trained.method.student, trained.group, self._test.labels
+        for buffer in classifier.buffers():  # statistics of a batch norm are each process's own
+            group.spread(buffer)
+        size, info, num_classes = self._test.batch_size, classifier.encoder.info, classifier.num_classes
+        right = torch.zeros(2, dtype=torch.float64)
+        training = trained.method.training
+        trained.method.eval()
+        with torch.no_grad(), fast_float32(group.device), trained.autocast():
+            for number, images in self._test.batches(info, group.index, group.count):
+                batch = labels[number * size : (number + 1) * size, None].to(group.device)
+                logits = classifier(normalized(images.to(group.device), info)).float()
+                hits = logits.topk(min(5, num_classes), dim=1).indices == batch
+                right += torch.stack([hits[:, :1].sum(), hits.sum()]).cpu()
+        trained.method.train(training)
+        top1, top5 = (group.mean(right) * group.count * 100 / len(labels)).tolist()
+        return {"score": top1, "top5": top5 if num_classes > 5 else None}
 
 
 def train_classifier(
     model: MaskedImageModel,
-    train: LabelledImages,
-    test: LabelledImages,
+    train_images: LabelledImages,
+    test_images: LabelledImages,
     settings: ClassifierSettings,
-    folder: Path,
+    folder: str | Path,
+    run: RunSettings | None = None,
     *,
-    seed: int = 0,
-    machine: TrainingMachine | None = None,
+    micro_batch: int | None = None,
+    test_every: int = 1,
     overwrite: bool = False,
-) -> Iterator[ClassifierEpoch]:
-    """Train a classifier on a copy of a model and yield a record per epoch, those of an earlier start included.
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Iterator[EpochRecord]:
+    """Train a classifier on a copy of a model, and yield a record after each epoch, when all of it is on disk.
 
-    ``folder`` gets ``last.pth`` after every epoch, from which a second call with the same settings goes on exactly,
-    ``metrics.csv``, and in the end ``classifier.pth`` instead. Everything random is a function of the seed and the
-    place in the run.
+    ``folder`` gets ``run.json``, ``settings.json``, ``metrics.csv``, and ``last.pth`` after every epoch, from which a
+    second call with the same settings goes on exactly; in the end ``classifier.pth`` takes its place. Everything random
+    is a function of the seed and the place in the run.
 
     Args:
-        model: Pre-trained, on the device to train on; it is not changed.
-        train: Training images.
-        test: Test images.
+        model: Pre-trained; it is not changed.
+        train_images: To train on.
+        test_images: To measure accuracy on.
         settings: From :mod:`mto_analysis.training.evaluation.classifier_settings`.
         folder: For the results.
-        seed: Of the head, the order, augmentation, mixup and drop path.
-        machine: How to carry it out.
+        run: Seed (of the head, the order, augmentation, mixup and drop path), precision, device, workers.
+        micro_batch: Images per process and forward; by default the whole batch, divided over the processes.
+        test_every: Epochs between two measurements of test accuracy; the last epoch always has one.
         overwrite: Begin anew whatever the folder holds.
+        on_step: Called after each step, for a progress bar.
+        on_note: Called with what a user should know, one line at a time.
 
     Raises:
-        CheckpointError: If what the folder holds is damaged, or of a version with other random numbers.
+        CheckpointError: If the folder holds another training or one by other random numbers, or is damaged.
         DataError: If the model has no encoder that can be used, or the images do not fit together.
-        NumericalError: If the loss is not finite; names epoch and step.
-        OutputExistsError: If the folder holds a training with other settings or of another model.
+        NumericalError: If the loss is not finite; names the step.
+        ValueError: If the batch cannot be shared out, or mixup has no pairs.
     """
-    machine = machine or TrainingMachine()
-    num_classes = check_classes(train, test)
-    share = machine.share(settings)
-    steps_in_epoch(len(train.rows), share.global_batch, "training images")
-    classifier = build_classifier(model, settings, num_classes, seed=seed)
-    optimizer = build_optimizer(classifier, settings)
-    identity = {
-        "randomness": RANDOMNESS,
-        "settings": settings.to_dict(),
-        "seed": seed,
-        "weights": _fingerprint(model),
-    }
-    rows = [] if overwrite else _resume(folder, classifier, optimizer, identity)
-    yield from (ClassifierEpoch(**row) for row in rows)
-    run = _Run(classifier, optimizer, train, test, settings, machine, share, seed)
-    for epoch in range(len(rows), settings.epochs):
-        record = run.epoch(epoch)
-        rows.append(asdict(record))
-        if share.process == 0:
-            _save(folder, classifier, optimizer, identity, rows, finished=len(rows) == settings.epochs)
-        yield record
+    run = run or RunSettings()
+    group = open_group(run)
+    num_classes = check_classes(train_images, test_images)
+    batch_size = settings.batch_size
+    accumulation = accumulation_for(batch_size, processes=group.count, micro_batch=micro_batch)
+    run = replace(run, accumulation=accumulation)
+    micro_batch = micro_batch_size(batch_size, processes=group.count, accumulation=accumulation)
+    if (settings.mixup or settings.cutmix) and micro_batch % 2:
+        raise ValueError(f"mixup and cutmix pair the images of a micro-batch, which must be even, got {micro_batch}")
+    data = AugmentedData(
+        train_images,
+        model.info,
+        settings,
+        num_classes,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        device=group.device,
+    )
+    names = [train_images.images.names[row] for row in train_images.rows]
+    yield from train(
+        Classification(model, settings, num_classes),
+        data,
+        lambda: TestAccuracy(test_images, test_every),
+        RunFolder(folder, final="classifier.pth"),
+        run,
+        group,
+        identity=run_identity(run, names, classifier=settings.to_dict(), weights=_fingerprint(model)),
+        resume=not overwrite,
+        overwrite=overwrite,
+        on_step=on_step,
+        on_note=on_note,
+        source=train_images.source,
+    )
 
 
-class _Run:
-    """What stays the same over the epochs of a training."""
+def classifier_score(folder: str | Path) -> tuple[float, float | None, float]:
+    """Top-1 and, for more than five classes, top-5 accuracy of a complete run, in percent, and the seconds it took."""
+    import pandas as pd
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        optimizer: torch.optim.Optimizer,
-        train: LabelledImages,
-        test: LabelledImages,
-        settings: ClassifierSettings,
-        machine: TrainingMachine,
-        share: Share,
-        seed: int,
-    ) -> None:
-        self.classifier, self.optimizer, self.train, self.test = classifier, optimizer, train, test
-        self.settings, self.machine, self.share, self.seed = settings, machine, share, seed
-        self.device = next(classifier.parameters()).device
-        self.module: nn.Module = classifier
-        if share.processes > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = DistributedDataParallel(classifier, device_ids=ids)
-        self.mix = None
-        self.num_classes = classifier.num_classes
-        if settings.mixup or settings.cutmix:
-            from timm.data import Mixup  # type: ignore[attr-defined]
-
-            self.mix = Mixup(  # type: ignore[no-untyped-call]
-                mixup_alpha=settings.mixup,
-                cutmix_alpha=settings.cutmix,
-                label_smoothing=settings.smoothing,
-                num_classes=self.num_classes,
-            )
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
-
-    def epoch(self, epoch: int) -> ClassifierEpoch:
-        start = time.perf_counter()
-        settings, share = self.settings, self.share
-        steps = steps_in_epoch(len(self.train.rows), share.global_batch)
-        self.module.train()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with global_state_restored():
-            batches = augmented_batches(
-                self.train,
-                self.classifier.encoder.info,
-                settings,
-                share,
-                seed=self.seed,
-                epoch=epoch,
-                num_workers=self.machine.num_workers,
-            )
-            for step in range(steps):
-                rate = learning_rate(settings, epoch + step / steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate * group["lr_scale"]
-                total += self._step(batches, epoch, step)
-        if share.processes > 1:
-            torch.distributed.all_reduce(total)
-        loss = float(total) / (steps * share.processes)
-        top1 = top5 = None
-        if (epoch + 1) % self.machine.test_every == 0 or epoch + 1 == settings.epochs:
-            top1, top5 = self._accuracy()
-        return ClassifierEpoch(epoch + 1, loss, rate, top1, top5, time.perf_counter() - start)
-
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, step: int) -> Tensor:
-        """One optimizer step; this process's mean loss."""
-        share = self.share
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for part in range(share.accumulation):
-            images, labels = (each.to(self.device, non_blocking=True) for each in next(batches))
-            seed_globally(self.seed, epoch, "step", step, part, share.process)
-            last = part + 1 == share.accumulation
-            if isinstance(self.module, DistributedDataParallel):
-                self.module.require_backward_grad_sync = last
-            with fast_float32(self.device):
-                loss = self._loss(images, labels) / share.accumulation
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if not math.isfinite(float(total)):
-            raise NumericalError(
-                f"the loss is not finite in epoch {epoch + 1}, step {step + 1}; try a lower --set base_lr=X"
-            )
-        if self.settings.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.classifier.parameters(), self.settings.clip_grad)
-        self.optimizer.step()
-        return total
-
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        if self.mix is not None:
-            images, targets = self.mix(images, labels)
-            with self.autocast():
-                logits = self.module(images)
-            return F.cross_entropy(logits.float(), targets)
-        with self.autocast():
-            logits = self.module(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.settings.smoothing)
-
-    def _accuracy(self) -> tuple[float, float | None]:
-        """Top-1 and, for more than five classes, top-5 accuracy on the test images, in percent."""
-        self.classifier.eval()
-        size, info = self.test.batch_size, self.classifier.encoder.info
-        right = torch.zeros(2, dtype=torch.long, device=self.device)
-        with torch.no_grad(), fast_float32(self.device), self.autocast():
-            for number, images in self.test.batches(info, self.share.process, self.share.processes):
-                labels = self.test.labels[number * size : (number + 1) * size].to(self.device)
-                logits = self.classifier(normalized(images.to(self.device), info)).float()
-                hits = logits.topk(min(5, self.num_classes), dim=1).indices == labels[:, None]
-                right += torch.stack([hits[:, :1].sum(), hits.sum()])
-        if self.share.processes > 1:
-            torch.distributed.all_reduce(right)
-        top1, top5 = (100.0 * int(count) / len(self.test.rows) for count in right)
-        return top1, top5 if self.num_classes > 5 else None
+    rows = pd.read_csv(RunFolder(folder).metrics)
+    last = rows[rows["kind"] == "epoch"].iloc[-1]
+    return float(last["score"]), None if pd.isna(last["top5"]) else float(last["top5"]), float(last["seconds"])
 
 
 def _fingerprint(model: MaskedImageModel) -> str:
@@ -268,57 +239,3 @@ def _fingerprint(model: MaskedImageModel) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _learned(classifier: Classifier) -> dict[str, Tensor]:
-    """What training changes: parameters that learn, and the running statistics of a BatchNorm."""
-    names = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    state = classifier.state_dict()
-    return {name: value for name, value in state.items() if name in names or name.startswith("head.")}
-
-
-def _resume(
-    folder: Path, classifier: Classifier, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Rows of the epochs done before; weights and optimizer as they were after the last of them."""
-    for name in ("classifier.pth", "last.pth"):
-        path = folder / name
-        saved = read_checkpoint(path)
-        if saved is None:
-            continue
-        if not isinstance(saved.get("identity"), dict):
-            raise CheckpointError(f"{path} holds no training of a classifier that could go on; remove it")
-        check_randomness(path, saved["identity"], saved)
-        if changed := differences(saved["identity"], identity):
-            raise OutputExistsError(
-                f"{path} is of another model, seed or settings ({'; '.join(changed)}); choose another --out or pass "
-                "--overwrite"
-            )
-        classifier.load_state_dict(saved["classifier"], strict=False)
-        if "optimizer" in saved:
-            optimizer.load_state_dict(saved["optimizer"])
-        rows: list[dict[str, Any]] = saved["rows"]
-        return rows
-    return []
-
-
-def _save(
-    folder: Path,
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    rows: list[dict[str, Any]],
-    *,
-    finished: bool,
-) -> None:
-    import pandas as pd
-
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = run_facts({})["versions"]
-    content = {"classifier": _learned(classifier), "rows": rows, "identity": identity, "versions": versions}
-    if not finished:
-        content["optimizer"] = optimizer.state_dict()
-    write_checkpoint(folder / ("classifier.pth" if finished else "last.pth"), content)
-    write_atomically(folder / "metrics.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
-    if finished:
-        (folder / "last.pth").unlink(missing_ok=True)
