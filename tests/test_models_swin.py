@@ -72,7 +72,7 @@ def test_reconstruct__gives_a_image_or_says_that_the_head_is_missing(images: Ten
 
 
 def test_shift_mask__keeps_apart_only_what_the_shift_brought_together() -> None:
-    mask = shift_mask(8, 4, 2)
+    mask = shift_mask((8, 8), 4, 2)
     assert mask.shape == (4, 1, 16, 16)
     assert int(mask[0].count_nonzero()) == 0
     assert int(mask[1].count_nonzero()) == 2 * 8 * 8  # halves of the window
@@ -80,7 +80,7 @@ def test_shift_mask__keeps_apart_only_what_the_shift_brought_together() -> None:
 
 
 def test_patch_merging__joins_tokens_column_by_column() -> None:
-    merge = PatchMerging(1, 2, norm_first=False)
+    merge = PatchMerging(1, (2, 2), norm_first=False)
     merge.norm = torch.nn.Identity()
     torch.nn.init.eye_(merge.reduction.weight)
     rows = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])  # 10 * row + column

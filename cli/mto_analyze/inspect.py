@@ -36,7 +36,7 @@ def in_words(report: "CheckpointReport") -> str:
         "architecture": config,
         "parameters": f"{report.parameters / 1e6:.1f} M ({', '.join(report.dtypes)} in the file)",
         "masked tokens": f"{info.style}-style, in {stacks}",
-        "image": f"{info.image_size} px, patches of {info.patch_size} px, {info.num_patches} patches",
+        "image": f"{info.pixels}, patches of {info.patch_size} px, {info.num_patches} patches",
         "masks": f"{info.mask_rule} ({info.mask_rule_source})",
         "caveat": info.caveat or "none",
         "assumed": "; ".join(info.assumptions) or "nothing",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mto_analysis.checkpoints.containers import first_line
-from mto_analysis.checkpoints.conversion import Conversion, Heads, build, check_finite
+from mto_analysis.checkpoints.conversion import Conversion, Given, build, check_finite
 from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.metadata import section, whole
@@ -24,6 +24,7 @@ from mto_analysis.checkpoints.statistics import (
 )
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import ImageSize
 
 __all__ = [
     "CheckpointReport",
@@ -42,6 +43,7 @@ def load_checkpoint(
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    image_size: ImageSize | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     ema: bool = False,
@@ -59,6 +61,8 @@ def load_checkpoint(
         num_heads: Attention heads of the encoder, where the file does not hold them and its width is not a published
             one. A wrong count raises no error but gives wrong numbers: compare the model's own loss.
         decoder_num_heads: The same for the decoder.
+        image_size: Side of the images in pixels, or height and width: where the file does not tell, or to resize its
+            positions. What was assumed or resized is listed in ``info.assumptions``.
         mean: Of each channel of pixels scaled to 0..1, as in pre-training, in place of what the file states.
         std: Their standard deviations.
         ema: Read the moving average of the weights, where the trainer kept one beside them.
@@ -78,7 +82,7 @@ def load_checkpoint(
         'mae'
     """
     raw = _opened(source, ema=ema, offline=offline)
-    conversion = _with_statistics(_convert(raw, Heads(num_heads, decoder_num_heads)), raw, mean, std)
+    conversion = _with_statistics(_convert(raw, Given(num_heads, decoder_num_heads, image_size)), raw, mean, std)
     with _naming(raw, conversion.info.layout):
         return build(conversion)
 
@@ -107,6 +111,7 @@ def inspect_checkpoint(
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    image_size: ImageSize | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     ema: bool = False,
@@ -120,6 +125,7 @@ def inspect_checkpoint(
         source: As for :func:`load_checkpoint`.
         num_heads: As for :func:`load_checkpoint`.
         decoder_num_heads: As for :func:`load_checkpoint`.
+        image_size: As for :func:`load_checkpoint`.
         mean: As for :func:`load_checkpoint`.
         std: As for :func:`load_checkpoint`.
         ema: As for :func:`load_checkpoint`.
@@ -129,15 +135,15 @@ def inspect_checkpoint(
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
     raw = _opened(source, mmap=True, ema=ema, offline=offline)
-    heads = Heads(num_heads, decoder_num_heads)
+    given = Given(num_heads, decoder_num_heads, image_size)
     needed: list[str] = []
     while True:
         try:
-            conversion = _convert(raw, heads)
+            conversion = _convert(raw, given)
             break
         except HeadCountError as error:
             needed.append(error.option)
-            heads = replace(heads, **{error.option: error.stand_in})
+            given = replace(given, **{error.option: error.stand_in})
     conversion = _with_statistics(conversion, raw, mean, std)
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
@@ -208,22 +214,24 @@ def _with_statistics(
     return replace(conversion, info=info)
 
 
-def _convert(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
     layout, convert = recognize(raw)
     about = section(raw.extras, "mto_analysis")  # files that publishing.py wrote say what their layout cannot
     with _naming(raw, layout):
         if about:
-            heads = _stated_heads(heads, section(about, "config"))
-        conversion = convert(raw, heads)
+            given = _stated_heads(given, section(about, "config"))
+        conversion = convert(raw, given)
         if about:
             stored = section(about, "config")
             known = {each.name: stored[each.name] for each in fields(conversion.config) if each.name in stored}
-            info = stored_info(section(about, "info"))
+            size, notes = conversion.info.image_size, conversion.info.assumptions  # of resized positions, maybe
+            known["image_size"] = size
+            info = replace(stored_info(section(about, "info")), image_size=size, assumptions=notes)
             conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
     return replace(conversion, info=replace(conversion.info, layout=layout))
 
 
-def _stated_heads(given: Heads, stored: Mapping[str, Any]) -> Heads:
+def _stated_heads(given: Given, stored: Mapping[str, Any]) -> Given:
     """The head counts that a file states, unless the user contradicts them."""
     counts = {option: whole(stored, option) for option in ("num_heads", "decoder_num_heads")}
     known = {option: given.choose(option, count, stated=count) for option, count in counts.items() if count}

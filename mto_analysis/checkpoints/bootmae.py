@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.metadata import section
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.metadata import section, size
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -15,7 +16,7 @@ __all__ = ["convert_bootmae"]
 _PUBLISHED_RATIO = 0.75
 
 
-def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of LightDXY/BootMAE; ``model_ema``, which lies beside the model, never saw a masked token.
 
     The number of heads is not in the file, but the width of the pixel decoder's attention, ``width // heads * heads``,
@@ -46,19 +47,20 @@ def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     fitting = [each for each in range(1, dim + 1) if dim % each == 0 and decoder_dim // each * each == attn_dim]
     if not fitting:
         raise CheckpointError(f"attention {attn_dim} wide in a pixel decoder of {decoder_dim} fits no number of heads")
-    num_heads = heads.choose("num_heads", dim, published=ENCODER_HEADS, fitting=fitting)
+    num_heads = given.choose("num_heads", dim, published=ENCODER_HEADS, fitting=fitting)
     if num_heads not in fitting:
         raise CheckpointError(
             f"num_heads={num_heads} contradicts the file, whose pixel decoder has attention {attn_dim} wide; "
             f"give --num-heads, one of {', '.join(map(str, fitting))}"
         )
-    if heads.decoder_num_heads not in (None, num_heads):
+    if given.decoder_num_heads not in (None, num_heads):
         raise CheckpointError(f"decoder_num_heads must be num_heads={num_heads}: BootMAE has one number for both")
     state.fuse_qkv("blocks.")
     state.split_qkv("pixel_blocks.", "feature_blocks.")
-    grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
+    stated = size(arguments, "input_size")
+    grid = fit_positions(state, given, "pos_embed", "pixel_pos_embed", patch_size=patch_size, stated=stated)
     model = BootMAEConfig(
-        image_size=grid * patch_size,
+        image_size=grid.image_size,
         patch_size=patch_size,
         channels=channels,
         dim=dim,
@@ -84,5 +86,6 @@ def convert_bootmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         target="normalized_channels",
         criterion="l2",
         mask_rule_source="published BootMAE, whose blocks are topped up at random to this fraction",
+        assumptions=grid.notes,
     )
     return Conversion(BootMAE, model, info, state)

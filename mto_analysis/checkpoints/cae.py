@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.metadata import arguments, openmmlab_config, section, whole
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.metadata import arguments, openmmlab_config, section, size, whole
 from mto_analysis.checkpoints.openmmlab import mm_heads, openmmlab_state
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
@@ -19,7 +20,7 @@ _PUBLISHED_PATCHES = 196
 _MASKED, _MM_MASKED = 98, 75
 
 
-def convert_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_cae(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of Atten4Vis/CAE; the copy of the encoder that makes targets, and the decoder, are left out.
 
     The code of 2022 calls the regressor ``pretext_neck`` and gives it the encoder's positions.
@@ -37,10 +38,10 @@ def convert_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"^encoder_to_regresser\.", "decoder_embed.0."),
         (r"^encoder_to_regresser_norm\.", "decoder_embed.1."),
     )
-    return _cae(state, heads, arguments(raw), _MASKED, "published CAE")
+    return _cae(state, given, arguments(raw), _MASKED, "published CAE")
 
 
-def convert_mm_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_cae(raw: RawCheckpoint, given: Given) -> Conversion:
     """CAE of mmpretrain, whose regressor takes the encoder's positions.
 
     Source:
@@ -56,12 +57,13 @@ def convert_mm_cae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     )
     settings = {
         "num_heads": mm_heads(raw),
+        "img_size": section(openmmlab_config(raw), "backbone").get("img_size"),
         "decoder_num_heads": section(openmmlab_config(raw), "neck").get("num_heads"),
     }
-    return _cae(state, heads, settings, _MM_MASKED, "published mmpretrain CAE")
+    return _cae(state, given, settings, _MM_MASKED, "published mmpretrain CAE")
 
 
-def _cae(state: StateDict, heads: Heads, settings: Mapping[str, Any], masked: int, source: str) -> Conversion:
+def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: int, source: str) -> Conversion:
     if "pos_embed" in state.tensors and "decoder_pos_embed" not in state.tensors:
         state.put({"decoder_pos_embed": state.tensors["pos_embed"].clone()}, state.origin["pos_embed"])
     state.rename((r"\.gamma_([12])$", r".ls\1.gamma"))
@@ -69,27 +71,29 @@ def _cae(state: StateDict, heads: Heads, settings: Mapping[str, Any], masked: in
     state.split_qkv("decoder_blocks.")
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     decoder_dim = state.shape("mask_token", 3)[2]
-    grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
+    stated_size = size(settings, "input_size", "img_size")
+    grid = fit_positions(state, given, "pos_embed", "decoder_pos_embed", patch_size=patch_size, stated=stated_size)
+    num_patches = grid.rows * grid.columns
     model = CAEConfig(
-        image_size=grid * patch_size,
+        image_size=grid.image_size,
         patch_size=patch_size,
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=ENCODER_HEADS),
+        num_heads=given.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=ENCODER_HEADS),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
         decoder_dim=decoder_dim,
-        decoder_num_heads=heads.choose(
+        decoder_num_heads=given.choose(
             "decoder_num_heads", decoder_dim, stated=whole(settings, "decoder_num_heads"), published=ENCODER_HEADS
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp_cross.fc1.weight", 2)[0],
     )
     num_masked = whole(settings, "num_mask_patches")
-    stated = num_masked is not None and num_masked < grid * grid
-    fraction = (num_masked or 0) / grid**2 if stated else masked / _PUBLISHED_PATCHES
-    if not stated and grid * grid != _PUBLISHED_PATCHES:
+    stated = num_masked is not None and num_masked < num_patches
+    fraction = (num_masked or 0) / num_patches if stated else masked / _PUBLISHED_PATCHES
+    if not stated and num_patches != _PUBLISHED_PATCHES:
         source = f"rule: the fraction of the {source}"
     info = ModelInfo(
         family="cae",
@@ -100,5 +104,6 @@ def _cae(state: StateDict, heads: Heads, settings: Mapping[str, Any], masked: in
         target="features",
         caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
         mask_rule_source="file" if stated else source,
+        assumptions=grid.notes,
     )
     return Conversion(CAE, model, info, state)

@@ -1,4 +1,4 @@
-"""What all converters share: renaming, fusing query/key/value, reading shapes, head counts, strict loading."""
+"""What all converters share: what the user gives, renaming, fusing query/key/value, shapes, strict loading."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import ImageSize
 
-__all__ = ["Conversion", "Heads", "StateDict", "block_numbers", "build", "check_finite", "square_side"]
+__all__ = ["Conversion", "Given", "StateDict", "block_numbers", "build", "check_finite"]
 
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -24,16 +25,18 @@ _LISTED = 6
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Head counts given by the user, for files that do not hold them.
+class Given:
+    """What the user gives, for files that do not hold it.
 
     Args:
-        num_heads: Of the encoder.
-        decoder_num_heads: Of the decoder.
+        num_heads: Attention heads of the encoder.
+        decoder_num_heads: Attention heads of the decoder.
+        image_size: Side of the images in pixels, or height and width.
     """
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
+    image_size: ImageSize | None = None
 
     def choose(
         self,
@@ -50,7 +53,7 @@ class Heads:
             option: ``num_heads`` or ``decoder_num_heads``.
             width: Channels that the heads share.
             stated: What the file itself says.
-            published: Heads by width of the family's published files.
+            published: Given by width of the family's published files.
             fitting: Numbers that fit the file's shapes, where not all that divide the width do.
 
         Raises:
@@ -216,18 +219,6 @@ class Conversion:
     config: Any
     info: ModelInfo
     state: StateDict
-
-
-def square_side(count: int, what: str) -> int:
-    """Side of a square of ``count`` patches.
-
-    Raises:
-        CheckpointError: If it is no square.
-    """
-    side = math.isqrt(max(count, 0))
-    if side < 1 or side * side != count:
-        raise CheckpointError(f"{what} is for {count} patches, which is not a square grid")
-    return side
 
 
 def block_numbers(names: Iterable[str], prefix: str) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers, square_side
-from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, within
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, size, within
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -24,7 +26,7 @@ _LOCAL = (True, True, False, False)
 _RATIO = 0.6
 
 
-def convert_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_hiera(raw: RawCheckpoint, given: Given) -> Conversion:
     """Pre-training files of facebookresearch/hiera; head counts are not in the file.
 
     Source:
@@ -32,10 +34,10 @@ def convert_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state = StateDict(dict(raw.tensors))
     state.rename((r"^patch_embed\.proj\.", "patch_embed."), (r"^multi_scale_fusion_heads\.", "fusion."))
-    return _hiera(state, heads, {})
+    return _hiera(state, given, {})
 
 
-def convert_hf_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_hf_hiera(raw: RawCheckpoint, given: Given) -> Conversion:
     """Hugging Face ``HieraForPreTraining``; settings in ``config.json``.
 
     Source:
@@ -62,10 +64,10 @@ def convert_hf_hiera(raw: RawCheckpoint, heads: Heads) -> Conversion:
         (r"\.layernorm_before\.", ".norm1."),
         (r"\.layernorm_after\.", ".norm2."),
     )
-    return _hiera(state, heads, config)
+    return _hiera(state, given, config)
 
 
-def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Conversion:
+def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Conversion:
     state.rename((r"^(blocks\.\d+)\.attn\.qkv\.", r"\1.qkv."), (r"^(blocks\.\d+)\.attn\.proj\.", r"\1.attn_proj."))
     dim, channels, kernel, _ = state.shape("patch_embed.weight", 4)
     decoder_dim = state.shape("mask_token", 3)[2]
@@ -75,7 +77,12 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
         int(match[1]) for name in state.tensors if (match := re.fullmatch(r"blocks\.(\d+)\.proj\.weight", name))
     )
     pools = block_numbers(state.tensors, "fusion.")
-    image_size = _STRIDE * square_side(state.shape("pos_embed", 3)[1], "pos_embed")
+    grid = fit_positions(
+        state, given, "pos_embed", patch_size=_STRIDE, prefix_tokens=0, stated=size(config, "image_size", "input_size")
+    )
+    patch_size, placed = _STRIDE << min(pools, 4), replace(given, image_size=grid.image_size)
+    stated = None if given.image_size else grid.image_size
+    fit_positions(state, placed, "decoder_pos_embed", patch_size=patch_size, prefix_tokens=0, stated=stated)
     stage_heads = numbers(config.get("num_heads"))
     first = int(stage_heads[0]) if stage_heads else None
     local = config.get("masked_unit_attention", _LOCAL)
@@ -87,22 +94,22 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
     unit = _square(config, "masked_unit_size", _UNIT)
     try:
         model = HieraConfig(
-            image_size=image_size,
-            patch_size=_STRIDE << min(pools, 4),
+            image_size=grid.image_size,
+            patch_size=patch_size,
             channels=channels,
             kernel=kernel,
             dim=dim,
             depths=tuple(end - start for start, end in zip([0, *starts], [*starts, blocks], strict=True)),
             num_heads=tuple(int(each) for each in stage_heads)
-            if stage_heads and heads.choose("num_heads", dim, stated=first)
-            else heads.choose("num_heads", dim, published=_HEADS),
+            if stage_heads and given.choose("num_heads", dim, stated=first)
+            else given.choose("num_heads", dim, published=_HEADS),
             unit=unit,
             local=tuple(local),
             mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
             pools=pools,
             decoder_dim=decoder_dim,
             decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
-            decoder_num_heads=heads.choose(
+            decoder_num_heads=given.choose(
                 "decoder_num_heads", decoder_dim, stated=count(config, "decoder_num_heads"), published=_DECODER_HEADS
             ),
             decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
@@ -115,12 +122,13 @@ def _hiera(state: StateDict, heads: Heads, config: Mapping[str, Any]) -> Convers
     info = ModelInfo(
         family="hiera",
         style="decoder",
-        image_size=image_size,
+        image_size=model.image_size,
         patch_size=model.patch_size,
         mask_rule=MaskRule("block", ratio(config) or _RATIO, model.unit_px),
         target="pixels" if config.get("normalize_pixel_loss") is False else "normalized_pixels",
         criterion="l2",
         mask_rule_source="file" if ratio(config) else "published Hiera",
+        assumptions=grid.notes,
     )
     return Conversion(Hiera, model, info, state)
 

@@ -1,33 +1,41 @@
-"""Converter to :class:`InpaintingViT`: ViT files of bytedance/ibot."""
+"""Converter of iBOT's files to :class:`InpaintingViT`."""
 
 from __future__ import annotations
 
-from mto_analysis.checkpoints.beit import inpainting_model
-from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Heads, StateDict
-from mto_analysis.checkpoints.inpainting import inpainting_config
+from dataclasses import replace
+from typing import Literal
+
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict
+from mto_analysis.checkpoints.inpainting import read_encoder
+from mto_analysis.checkpoints.metadata import arguments, numbers
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["convert_ibot"]
 
 _HEADS = {384: 6, **ENCODER_HEADS}
 _RATIO = 0.3
+_OVERSHOOT = 0.1
 
 
-def convert_ibot(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_ibot(raw: RawCheckpoint, given: Given) -> Conversion:
     """The student of bytedance/ibot: absolute positions, so masked tokens differ at layer 0. The teacher sees no mask.
 
+    Each image of a batch was masked at a ratio chosen among several, plus or minus a deviation, or not at all.
+
     Source:
-        bytedance/ibot, ``models/vision_transformer.py``.
+        bytedance/ibot, ``models/vision_transformer.py``, ``loader.py``.
     """
     state = StateDict(dict(raw.tensors))
     state.drop(r"(backbone\.)?head\..*")
     state.rename((r"^backbone\.", ""), (r"^masked_embed$", "mask_token"))
     if state.shape("mask_token", 2):
         state.tensors["mask_token"] = state.tensors["mask_token"].unsqueeze(0)
-    model = inpainting_config(state, heads, published=_HEADS)
-    rule = MaskRule("blockwise", _RATIO, model.patch_size)
-    return inpainting_model(
-        "ibot", state, model, (rule, "published iBOT: this fraction +- 0.2, or none"), (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    encoder = read_encoder(state, given, published=_HEADS, overshoot=_OVERSHOOT)
+    settings = arguments(raw)
+    ratios = numbers(settings.get("pred_ratio")) or numbers([settings.get("pred_ratio")]) or ()
+    stated = max((each for each in ratios if 0 < each < 1), default=None)
+    kind: Literal["random", "blockwise"] = "random" if settings.get("pred_shape") == "rand" else "blockwise"
+    source = "file: this fraction, varied" if stated else "published iBOT: this fraction +- 0.2, or none"
+    rule = MaskRule(kind, stated or _RATIO, encoder.model.patch_size)
+    return replace(encoder, rule=(rule, source)).conversion("ibot")

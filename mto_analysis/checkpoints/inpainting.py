@@ -2,56 +2,131 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.metadata import whole
+from mto_analysis.checkpoints.positions import Grid, fit_positions, fit_relative_positions
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
-from mto_analysis.models import InpaintingConfig
+from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize, height_and_width
 
-__all__ = ["block_rule", "blockwise_rule", "inpainting_config", "rename_beit"]
+__all__ = ["CLIP", "HALF", "IMAGENET", "Encoder", "block_rule", "blockwise_rule", "read_encoder", "rename_beit"]
 
-_TABLE = "relative_position_bias_table"
+_TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 # The published ViT-B masks 2 x 2 patches at once (32 px of 16 px patches); files of other sizes that do not say follow.
 _UNIT_IN_PATCHES = 2
-# Its indices grow with the fourth power of the side: a damaged file must not fill the memory.
-_MOST_PATCHES = 40
 # Published for 14 x 14 patches.
 _PUBLISHED_PATCHES = 196
+# Patches of the smallest rectangle of BEiT's masks.
+_MIN_BLOCK = 16
+
+#: Mean and standard deviation of pixels: ImageNet's, those that scale to -1..1, and those of CLIP's images.
+IMAGENET: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
+HALF: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP: tuple[tuple[float, ...], tuple[float, ...]] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 
 
 def rename_beit(state: StateDict) -> None:
-    """From names of the BEiT code base (after its prefix is gone) to ours; indices are dropped, to be recomputed."""
-    state.drop(r"(.*\.)?relative_position_index")
+    """From names of the BEiT code base (after its prefix is gone) to ours."""
     state.rename(
-        (rf"^rel_pos_bias\.{_TABLE}$", f"position_biases.0.{_TABLE}"),
-        (rf"^blocks\.(\d+)\.attn\.{_TABLE}$", rf"position_biases.\1.{_TABLE}"),
+        (rf"^rel_pos_bias\.({_TABLE}|{_INDEX})$", r"position_biases.0.\1"),
+        (rf"^blocks\.(\d+)\.attn\.({_TABLE}|{_INDEX})$", r"position_biases.\1.\2"),
         (r"\.gamma_([12])$", r".ls\1.gamma"),
     )
     state.fuse_qkv()
 
 
-def inpainting_config(
-    state: StateDict,
-    heads: Heads,
-    *,
-    stated: int | None = None,
-    image_size: int | None = None,
-    published: Mapping[int, int] = ENCODER_HEADS,
-    eps: float = 1e-6,
-) -> InpaintingConfig:
-    """The architecture, from shapes under our names.
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder with masked tokens inside, as a file describes it.
 
     Args:
         state: Tensors under the model's names.
-        heads: Given by the user.
+        model: Its architecture.
+        notes: What had to be assumed, as printed.
+        rule: How it was masked, and where that comes from.
+        statistics: Means and standard deviations of its images.
+    """
+
+    state: StateDict
+    model: InpaintingConfig
+    notes: tuple[str, ...] = ()
+    rule: tuple[MaskRule, str] | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+
+    def published(
+        self, rule: tuple[MaskRule, str], statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    ) -> Encoder:
+        """With the mask rule and statistics of a published model."""
+        return replace(self, rule=rule, statistics=statistics)
+
+    def trained_with(
+        self, settings: Mapping[str, Any], *, own: tuple[tuple[float, ...], tuple[float, ...]] = HALF
+    ) -> Encoder:
+        """With what the arguments of a training script of the BEiT code base say instead.
+
+        Args:
+            settings: The arguments.
+            own: The statistics that the script uses unless it is told to use ImageNet's.
+        """
+        changed, total = self, num_patches(self.model)
+        if isinstance(imagenet := settings.get("imagenet_default_mean_and_std"), bool):
+            changed = replace(changed, statistics=IMAGENET if imagenet else own)
+        masked = whole(settings, "num_mask_patches")
+        if masked is not None and masked < total:
+            least = whole(settings, "min_mask_patches_per_block") or _MIN_BLOCK
+            changed = replace(
+                changed, rule=(MaskRule("blockwise", masked / total, self.model.patch_size, least), "file")
+            )
+        return changed
+
+    def conversion(self, family: str) -> Conversion:
+        """An :class:`InpaintingViT` that predicts no pixels."""
+        if self.rule is None:
+            raise CheckpointError("its mask rule is not known")
+        info = ModelInfo(
+            family=family,
+            style="inpainting",
+            image_size=self.model.image_size,
+            patch_size=self.model.patch_size,
+            mask_rule=self.rule[0],
+            mean=self.statistics[0],
+            std=self.statistics[1],
+            target="features",
+            mask_rule_source=self.rule[1],
+            assumptions=self.notes,
+        )
+        return Conversion(InpaintingViT, self.model, info, self.state)
+
+
+def read_encoder(
+    state: StateDict,
+    given: Given,
+    *,
+    stated: int | None = None,
+    image_size: ImageSize | None = None,
+    published: Mapping[int, int] = ENCODER_HEADS,
+    eps: float = 1e-6,
+    overshoot: float = 0.0,
+) -> Encoder:
+    """The encoder, its architecture from shapes under our names.
+
+    Args:
+        state: Tensors under the model's names.
+        given: Given by the user.
         stated: Number of heads that a config states, where no table does.
-        image_size: That a config states, where no positions do.
-        published: Heads by width.
+        image_size: That a config states.
+        published: Given by width.
         eps: Of the layer norms.
+        overshoot: Of resized positions.
 
     Raises:
         CheckpointError: If shapes fit no model, or nothing tells the image size.
@@ -60,23 +135,26 @@ def inpainting_config(
     table = f"position_biases.0.{_TABLE}"
     bias: Literal["shared", "per_block"] | None = None
     if table in state.tensors:
-        rows, stated = state.shape(table, 2)
-        grid = _grid_of_table(rows)
+        stated = state.shape(table, 2)[1]
+        index = f"position_biases.0.{_INDEX}"
+        grid = fit_relative_positions(state, given, table, index=index, patch_size=patch_size, stated=image_size)
+        image_size = grid.image_size
         # The table of one block has that block's number in its name, a shared one has none.
         bias = "per_block" if re.search(r"\.\d+\.", state.origin[table]) else "shared"
-    elif "pos_embed" in state.tensors:
-        grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
-    elif image_size is not None:
-        grid = image_size // patch_size
-    else:
-        raise CheckpointError("the file has no positions and no config, so its image size is unknown")
-    return InpaintingConfig(
-        image_size=grid * patch_size,
+        state.drop(rf"position_biases\.\d+\.{_INDEX}")
+    if "pos_embed" in state.tensors:
+        grid = fit_positions(state, given, "pos_embed", patch_size=patch_size, stated=image_size, overshoot=overshoot)
+    elif bias is None:
+        if (size := given.image_size or image_size) is None:
+            raise CheckpointError("nothing in the file tells the image size; give --image-size")
+        grid = Grid.of(size, patch_size)
+    config = InpaintingConfig(
+        image_size=grid.image_size,
         patch_size=patch_size,
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=stated, published=published),
+        num_heads=given.choose("num_heads", dim, stated=stated, published=published),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         position_bias=bias,
@@ -84,6 +162,13 @@ def inpainting_config(
         final_norm="norm.weight" in state.tensors,
         eps=eps,
     )
+    return Encoder(state, config, grid.notes)
+
+
+def num_patches(model: InpaintingConfig) -> int:
+    """Patches of an image."""
+    height, width = height_and_width(model.image_size)
+    return (height // model.patch_size) * (width // model.patch_size)
 
 
 def block_rule(ratio: float, published: str, model: InpaintingConfig) -> tuple[MaskRule, str]:
@@ -95,20 +180,15 @@ def block_rule(ratio: float, published: str, model: InpaintingConfig) -> tuple[M
 
 
 def blockwise_rule(
-    num_masked: int, published: str, model: InpaintingConfig, *, of: int = _PUBLISHED_PATCHES, min_block: int = 16
+    num_masked: int,
+    published: str,
+    model: InpaintingConfig,
+    *,
+    of: int = _PUBLISHED_PATCHES,
+    min_block: int = _MIN_BLOCK,
 ) -> tuple[MaskRule, str]:
     """BEiT's blockwise mask of ``num_masked`` of ``of`` patches, and where that comes from; in proportion elsewhere."""
     rule = MaskRule("blockwise", num_masked / of, model.patch_size, min_block)
-    if (model.image_size // model.patch_size) ** 2 == of:
+    if num_patches(model) == of:
         return rule, f"published {published}"
     return rule, f"rule: the fraction of patches of the published {published}"
-
-
-def _grid_of_table(rows: int) -> int:
-    """Side of the grid from the rows of a bias table with class-token entries: ``(2 side - 1)^2 + 3``."""
-    width = math.isqrt(max(rows - 3, 0))
-    if width * width != rows - 3 or width % 2 == 0:
-        raise CheckpointError(f"a relative position table of {rows} rows fits no square grid")
-    if (side := (width + 1) // 2) > _MOST_PATCHES:
-        raise CheckpointError(f"a relative position table for {side} x {side} patches is not of a published kind")
-    return side

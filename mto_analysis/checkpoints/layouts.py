@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
-from mto_analysis.checkpoints.conversion import Conversion, Heads
+from mto_analysis.checkpoints.conversion import Conversion, Given
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
 from mto_analysis.checkpoints.ibot import convert_ibot
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite, convert_split_mae
@@ -57,7 +57,7 @@ _LISTED = 4
 _MASK_TOKEN = re.compile(r"mask(ed)?_(token|embed)s?(_\d+)?$")
 _MIXES = "its encoder mixes two images, so no token is masked or visible"
 
-Converter = Callable[[RawCheckpoint, Heads], Conversion]
+Converter = Callable[[RawCheckpoint, Given], Conversion]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from mto_analysis.checkpoints.conversion import (
     ENCODER_HEADS,
     MAE_DECODER_HEADS,
     Conversion,
-    Heads,
+    Given,
     StateDict,
     block_numbers,
-    square_side,
 )
-from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, whole, within
+from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, size, whole, within
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
@@ -23,12 +23,11 @@ from mto_analysis.models import MAE, MAEConfig, ModelInfo
 __all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "convert_split_mae", "mae_model"]
 
 _PUBLISHED_RATIO = 0.75
-_HF_NAMES = {"num_heads": "num_attention_heads", "decoder_num_heads": "decoder_num_attention_heads"}
 _LITE_HEADS = {192: 12, 384: 12, 768: 12}
 _LITE_DECODER_HEADS = {96: 3, 192: 6, 512: 16}
 
 
-def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of facebookresearch/mae: names are ours up to the original's; its own files do not hold head counts.
 
     SatMAE of three channels and files of Lightning have the same names; ``hyper_parameters`` may hold the head counts.
@@ -36,24 +35,20 @@ def convert_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     Source:
         facebookresearch/mae, ``models_mae.py``.
     """
-    settings = arguments(raw)
-    config = {_HF_NAMES[name]: whole(settings, name) for name in _HF_NAMES}
-    return mae_model(StateDict(dict(raw.tensors)), heads, settings, config=config)
+    return mae_model(StateDict(dict(raw.tensors)), given, arguments(raw))
 
 
-def convert_split_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_split_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """MAE whose encoder and decoder are modules of their own (Prithvi of one frame; lightly's ``backbone.vit``)."""
     state = StateDict(dict(raw.tensors))
     state.rename((r"^(encoder|decoder|backbone\.vit)\.", ""))
     embedding = state.tensors.get("patch_embed.proj.weight")
     if embedding is not None and embedding.ndim == 5 and embedding.shape[2] == 1:  # one frame
         state.tensors["patch_embed.proj.weight"] = embedding[:, :, 0]
-    settings = arguments(raw)
-    config = {_HF_NAMES[name]: whole(settings, name) for name in _HF_NAMES}
-    return mae_model(state, heads, settings, config=config)
+    return mae_model(state, given, arguments(raw))
 
 
-def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of wangsr126/mae-lite: MAE's names; 12 heads in small encoders too. It always predicts normalised patches.
 
     Distilled models come with their teacher, which is left out.
@@ -65,11 +60,11 @@ def convert_mae_lite(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
     return mae_model(
-        state, heads, {"norm_pix_loss": True}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS
+        state, given, {"norm_pix_loss": True}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS
     )
 
 
-def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_hf_vitmae(raw: RawCheckpoint, given: Given) -> Conversion:
     """Hugging Face ``ViTMAEForPreTraining``: public names and those of transformers 5; settings in ``config.json``.
 
     Layer norms use the config's epsilon (1e-12), so numbers are those of Hugging Face; the original has 1e-6.
@@ -90,15 +85,16 @@ def convert_hf_vitmae(raw: RawCheckpoint, heads: Heads) -> Conversion:
         *HF_BLOCK_NAMES,
     )
     state.fuse_qkv()
-    return mae_model(state, heads, config, config=config)
+    names = {"num_heads": "num_attention_heads", "decoder_num_heads": "decoder_num_attention_heads"}
+    settings = {**config, **{ours: count(config, theirs) for ours, theirs in names.items()}}
+    return mae_model(state, given, settings)
 
 
 def mae_model(
     state: StateDict,
-    heads: Heads,
+    given: Given,
     settings: Mapping[str, Any],
     *,
-    config: Mapping[str, Any] | None = None,
     published: Mapping[int, int] = ENCODER_HEADS,
     decoder_published: Mapping[int, int] = MAE_DECODER_HEADS,
 ) -> Conversion:
@@ -106,36 +102,35 @@ def mae_model(
 
     Args:
         state: Tensors under the model's names.
-        heads: Given by the user.
-        settings: May hold ``mask_ratio`` and ``norm_pix_loss``.
-        config: That states head counts and the epsilon of layer norms.
-        published: Heads of the encoder by width.
-        decoder_published: Heads of the decoder by width.
+        given: Given by the user.
+        settings: May hold head counts, ``image_size``, ``mask_ratio``, ``norm_pix_loss``, ``layer_norm_eps``.
+        published: Given of the encoder by width.
+        decoder_published: Given of the decoder by width.
     """
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     decoder_dim = state.shape("mask_token", 3)[2]
-    grid = square_side(state.shape("pos_embed", 3)[1] - 1, "pos_embed")
     predicted = state.shape("decoder_pred.weight", 2)[0]
-    stated = config or {}
+    stated_size = size(settings, "image_size", "img_size", "input_size")
+    grid = fit_positions(state, given, "pos_embed", "decoder_pos_embed", patch_size=patch_size, stated=stated_size)
     model = MAEConfig(
-        image_size=grid * patch_size,
+        image_size=grid.image_size,
         patch_size=patch_size,
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=heads.choose("num_heads", dim, stated=count(stated, "num_attention_heads"), published=published),
+        num_heads=given.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=published),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         decoder_dim=decoder_dim,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
-        decoder_num_heads=heads.choose(
+        decoder_num_heads=given.choose(
             "decoder_num_heads",
             decoder_dim,
-            stated=count(stated, "decoder_num_attention_heads"),
+            stated=whole(settings, "decoder_num_heads"),
             published=decoder_published,
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
         feature_dim=None if predicted == patch_size**2 * channels else predicted,
-        eps=within(stated, "layer_norm_eps", 1e-6),
+        eps=within(settings, "layer_norm_eps", 1e-6),
     )
     stated_ratio = ratio(settings)
     target: Literal["pixels", "normalized_pixels", "features"] | None = None
@@ -152,5 +147,6 @@ def mae_model(
         target=target,
         criterion=None if target == "features" else "l2",
         mask_rule_source="file" if stated_ratio else "published MAE",
+        assumptions=grid.notes,
     )
     return Conversion(MAE, model, info, state)

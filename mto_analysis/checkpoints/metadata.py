@@ -10,6 +10,7 @@ import yaml
 
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
+from mto_analysis.models.interface import ImageSize
 
 __all__ = [
     "arguments",
@@ -19,6 +20,7 @@ __all__ = [
     "openmmlab_config",
     "ratio",
     "section",
+    "size",
     "slowfast_config",
     "whole",
     "within",
@@ -87,6 +89,22 @@ def ratio(settings: Mapping[str, Any], name: str = "mask_ratio") -> float | None
     if not 0 < value < 1:
         raise CheckpointError(f"the file states a {name} of {value}, which must lie between 0 and 1")
     return value
+
+
+def size(settings: Mapping[str, Any], *names: str) -> ImageSize | None:
+    """The first image size among settings: a side, or height and width; ``None`` where there is none.
+
+    Example:
+        >>> size({"input_size": 224}, "img_size", "input_size"), size({"img_size": [64, 96]}, "img_size")
+        (224, (64, 96))
+    """
+    for name in names:
+        if (side := whole(settings, name)) is not None:
+            return side
+        sides = settings.get(name)
+        if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(whole({"": each}, "") for each in sides):
+            return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+    return None
 
 
 def numbers(value: Any) -> tuple[float, ...] | None:

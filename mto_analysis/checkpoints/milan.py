@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
 from mto_analysis.checkpoints.mae import mae_model
 from mto_analysis.checkpoints.metadata import arguments
 from mto_analysis.checkpoints.openmmlab import MM_MAE_NAMES, mm_mae_settings, openmmlab_state
@@ -16,17 +16,17 @@ from mto_analysis.models import MILAN
 __all__ = ["convert_milan", "convert_mm_milan"]
 
 
-def convert_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_milan(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of zejiangh/MILAN. Training chose visible patches by CLIP's attention; our masks are random.
 
     Source:
         zejiangh/MILAN, ``models_milan.py``.
     """
     settings = arguments(raw)
-    return _milan(StateDict(dict(raw.tensors)), heads, settings)
+    return _milan(StateDict(dict(raw.tensors)), given, settings)
 
 
-def convert_mm_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_milan(raw: RawCheckpoint, given: Given) -> Conversion:
     """MILAN of mmpretrain, the same under other names.
 
     Source:
@@ -34,12 +34,12 @@ def convert_mm_milan(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
-    return _milan(state, heads, mm_mae_settings(raw))
+    return _milan(state, given, mm_mae_settings(raw))
 
 
-def _milan(state: StateDict, heads: Heads, settings: Mapping[str, Any]) -> Conversion:
+def _milan(state: StateDict, given: Given, settings: Mapping[str, Any]) -> Conversion:
     predicted = state.shape("decoder_pred.weight", 2)[0]
-    conversion = mae_model(state, heads, settings, config=settings)
+    conversion = mae_model(state, given, settings)
     state.split_qkv("decoder_blocks.")
     # Trained on pixels, for comparison, where the file says so; a width alone does not tell.
     pixels = settings.get("use_clip") is False and conversion.config.feature_dim is None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -43,6 +44,7 @@ from mto_analysis.runtime.outputs import write_atomically
 __all__ = ["convert_native", "save_checkpoint", "stored_info"]
 
 _VERSION = 1
+_POSITIONS = ("pos_embed", "decoder_pos_embed", "pixel_pos_embed")
 _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
     "mae": (MAE, MAEConfig),
     "simmim_vit": (SimMIM, SimMIMConfig),
@@ -94,7 +96,7 @@ def save_checkpoint(
     write_atomically(Path(path), save(tensors, metadata={"format": "pt", "mto_analysis": json.dumps(about)}))
 
 
-def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_native(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files that :func:`save_checkpoint` wrote."""
     try:
         about = json.loads(raw.metadata["mto_analysis"])
@@ -103,17 +105,30 @@ def convert_native(raw: RawCheckpoint, heads: Heads) -> Conversion:
         make, settings = _FAMILIES[about["family"]]
         if "projector_dim" in about["config"]:  # a ConMIM as it is trained
             make, settings = ConMIM, ConMIMConfig
-        config = settings(**about["config"])
+        # JSON has lists where a config has tuples.
+        values = {name: tuple(each) if isinstance(each, list) else each for name, each in about["config"].items()}
+        config = settings(**values)
         info = stored_info(about["info"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"its mto_analysis metadata is not readable ({error!r})") from error
     stated = config.num_heads if isinstance(config.num_heads, int) else config.num_heads[0]
-    heads.choose("num_heads", config.dim, stated=stated)
+    given.choose("num_heads", config.dim, stated=stated)
     if isinstance(config, (MAEConfig, CAEConfig, HieraConfig)):
-        heads.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
-    return Conversion(make, config, info, StateDict(dict(raw.tensors)))
+        given.choose("decoder_num_heads", config.decoder_dim, stated=config.decoder_num_heads)
+    state = StateDict(dict(raw.tensors))
+    if given.image_size not in (None, info.image_size):
+        tables = [name for name in _POSITIONS if name in state.tensors]
+        if not tables or isinstance(config, HieraConfig) or getattr(config, "position_bias", None):
+            raise CheckpointError(f"positions of a {info.family} model are not resized; leave --image-size out")
+        prefix = int("cls_token" in state.tensors)
+        grid = fit_positions(
+            state, given, *tables, patch_size=info.patch_size, prefix_tokens=prefix, stated=info.image_size
+        )
+        config = replace(config, image_size=grid.image_size)
+        info = replace(info, image_size=grid.image_size, assumptions=info.assumptions + grid.notes)
+    return Conversion(make, config, info, state)
 
 
 def stored_info(stored: Mapping[str, Any]) -> ModelInfo:
@@ -122,4 +137,6 @@ def stored_info(stored: Mapping[str, Any]) -> ModelInfo:
     values = {name: value for name, value in stored.items() if name in known}
     values["mask_rule"] = MaskRule(**values["mask_rule"])
     values |= {name: tuple(values[name]) for name in ("mean", "std", "assumptions") if name in values}
+    if isinstance(values.get("image_size"), list):
+        values["image_size"] = tuple(values["image_size"])
     return ModelInfo(**values)

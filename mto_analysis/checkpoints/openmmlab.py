@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from mto_analysis.checkpoints.beit import inpainting_model
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers
-from mto_analysis.checkpoints.inpainting import blockwise_rule, inpainting_config, rename_beit
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.inpainting import blockwise_rule, read_encoder, rename_beit
 from mto_analysis.checkpoints.mae import mae_model
 from mto_analysis.checkpoints.metadata import (
     numbers,
     openmmlab_config,
     ratio,
     section,
+    size,
     slowfast_config,
     whole,
 )
@@ -23,7 +23,7 @@ from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, TABLE, convert_wind
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MFF, MFFConfig
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
+from mto_analysis.models.interface import ImageSize
 
 __all__ = [
     "MM_MAE_NAMES",
@@ -74,19 +74,25 @@ def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
     """What the file's config states, under the names of :func:`mae_model`."""
     config = openmmlab_config(raw)
     return {
-        "num_attention_heads": mm_heads(raw),
-        "decoder_num_attention_heads": whole(section(config, "neck"), "decoder_num_heads"),
+        "num_heads": mm_heads(raw),
+        "decoder_num_heads": whole(section(config, "neck"), "decoder_num_heads"),
+        "image_size": section(config, "backbone").get("img_size"),
         "mask_ratio": section(config, "backbone").get("mask_ratio"),
         "norm_pix_loss": section(config, "head").get("norm_pix", True),
     }
 
 
 def mm_heads(raw: RawCheckpoint) -> int | None:
-    """Heads of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
+    """Given of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
     return whole(section(openmmlab_config(raw), "backbone", "arch"), "num_heads")
 
 
-def convert_mm_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def mm_image_size(raw: RawCheckpoint) -> ImageSize | None:
+    """Image size, where the config names it."""
+    return size(section(openmmlab_config(raw), "backbone"), "img_size")
+
+
+def convert_mm_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """MAE of mmpretrain, and EVA's MAE-style model, which predicts features.
 
     The stored position tables hold the row first, the original's the column; a table is just used as it is. Published
@@ -98,16 +104,16 @@ def convert_mm_mae(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
     settings = mm_mae_settings(raw)
-    return mae_model(state, heads, settings, config=settings)
+    return mae_model(state, given, settings)
 
 
-def convert_mm_mff(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_mff(raw: RawCheckpoint, given: Given) -> Conversion:
     """MFF of mmpretrain: MAE with a weighted sum of encoder layers.
 
     Source:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mff.py``.
     """
-    conversion = convert_mm_mae(raw, heads)
+    conversion = convert_mm_mae(raw, given)
     depth, fused = conversion.config.depth, conversion.state.shape("proj_weights", 4)[0]
     stated = numbers(section(openmmlab_config(raw), "backbone").get("out_indices"))
     assumptions: tuple[str, ...] = ()
@@ -127,7 +133,7 @@ def convert_mm_mff(raw: RawCheckpoint, heads: Heads) -> Conversion:
     )
 
 
-def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     """SimMIM Swin of mmpretrain, whose merges run over channels first and then over the four tokens.
 
     Source:
@@ -158,7 +164,7 @@ def convert_mm_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
             f"({'' if image_size else 'assumed: '}{image_size or _SWIN_IMAGE} px), which mmpretrain "
             "pads (pad_small_map); padded maps are not read"
         )
-    conversion = convert_windows(state, heads, image_size=image_size or _SWIN_IMAGE)
+    conversion = convert_windows(state, given, image_size=image_size or _SWIN_IMAGE)
     if image_size:
         return conversion
     assumption = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say"
@@ -169,34 +175,33 @@ def _stages(state: StateDict) -> int:
     return block_numbers(state.tensors, "stages.")
 
 
-def convert_mm_beit(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_beit(raw: RawCheckpoint, given: Given) -> Conversion:
     """BEiT of mmpretrain.
 
     Source:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/beit.py``.
     """
-    return _beit(raw, heads, "beit", "mmpretrain BEiT")
+    return _beit(raw, given, "beit", "mmpretrain BEiT")
 
 
-def convert_mm_beit_v2(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_beit_v2(raw: RawCheckpoint, given: Given) -> Conversion:
     """BEiT v2 of mmpretrain; its neck aggregates patches and branches off after everything that is measured.
 
     Source:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/beit.py``, ``models/necks/beitv2_neck.py``.
     """
-    return _beit(raw, heads, "beit_v2", "mmpretrain BEiT v2")
+    return _beit(raw, given, "beit_v2", "mmpretrain BEiT v2")
 
 
-def _beit(raw: RawCheckpoint, heads: Heads, family: str, published: str) -> Conversion:
+def _beit(raw: RawCheckpoint, given: Given, family: str, published: str) -> Conversion:
     state = openmmlab_state(raw)
     state.drop(r"neck\..*", r"head\..*")
     rename_beit(state)
-    model = inpainting_config(state, heads, stated=mm_heads(raw))
-    rule = blockwise_rule(_BEIT_MASKED, published, model)
-    return inpainting_model(family, state, model, rule, (IMAGENET_MEAN, IMAGENET_STD))
+    encoder = read_encoder(state, given, stated=mm_heads(raw), image_size=mm_image_size(raw))
+    return encoder.published(blockwise_rule(_BEIT_MASKED, published, encoder.model)).conversion(family)
 
 
-def convert_mm_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_mm_maskfeat(raw: RawCheckpoint, given: Given) -> Conversion:
     """MaskFeat of mmpretrain: absolute positions, so masked tokens differ at layer 0; predicts HOG features.
 
     Source:
@@ -204,12 +209,12 @@ def convert_mm_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
     """
     state = openmmlab_state(raw)
     state.drop(r"neck\.fc\..*")
-    model = inpainting_config(state, heads, stated=mm_heads(raw))
-    rule = blockwise_rule(_MASKFEAT_MASKED, "mmpretrain MaskFeat", model, min_block=_MASKFEAT_LEAST)
-    return inpainting_model("maskfeat", state, model, rule, (IMAGENET_MEAN, IMAGENET_STD))
+    encoder = read_encoder(state, given, stated=mm_heads(raw), image_size=mm_image_size(raw))
+    rule = blockwise_rule(_MASKFEAT_MASKED, "mmpretrain MaskFeat", encoder.model, min_block=_MASKFEAT_LEAST)
+    return encoder.published(rule).conversion("maskfeat")
 
 
-def convert_slowfast_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_slowfast_maskfeat(raw: RawCheckpoint, given: Given) -> Conversion:
     """MaskFeat of PySlowFast on images: an MViT without pooling, which is a ViT; predicts HOG features.
 
     Source:
@@ -218,14 +223,19 @@ def convert_slowfast_maskfeat(raw: RawCheckpoint, heads: Heads) -> Conversion:
     config = slowfast_config(raw)
     state = StateDict(dict(raw.tensors))
     state.drop(r"hogs\..*", r"pred_head\..*")
-    model = inpainting_config(state, heads, stated=whole(section(config, "MVIT"), "NUM_HEADS"))
-    rule, source = blockwise_rule(_MASKFEAT_MASKED, "MaskFeat", model, min_block=_MASKFEAT_LEAST)
+    encoder = read_encoder(
+        state,
+        given,
+        stated=whole(section(config, "MVIT"), "NUM_HEADS"),
+        image_size=size(section(config, "DATA"), "TRAIN_CROP_SIZE"),
+    )
+    rule, source = blockwise_rule(_MASKFEAT_MASKED, "MaskFeat", encoder.model, min_block=_MASKFEAT_LEAST)
     if (stated := ratio(section(config, "AUG"), "MASK_RATIO")) is not None:
         rule, source = MaskRule(rule.kind, stated, rule.unit, rule.min_block), f"ratio: file; blocks: {source}"
-    return inpainting_model("maskfeat", state, model, (rule, source), (IMAGENET_MEAN, IMAGENET_STD))
+    return encoder.published((rule, source)).conversion("maskfeat")
 
 
-def convert_openmixup_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_openmixup_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     """SimMIM ViT of Westlake-AI/openmixup: absolute positions, and a bias table in every block.
 
     Source:
@@ -238,4 +248,5 @@ def convert_openmixup_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
     for name, value in (("replace", True), ("mask_layer", 0)):
         if (stated := backbone.get(name, value)) != value:
             raise CheckpointError(f"the file's config has {name}={stated}; only {name}={value} is read")
-    return simmim_vit(state, inpainting_config(state, heads), {}, assumptions=() if backbone else _OPENMIXUP)
+    encoder = read_encoder(state, given, image_size=size(backbone, "img_size"))
+    return simmim_vit(replace(encoder, notes=(*encoder.notes, *(() if backbone else _OPENMIXUP))), {})

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict
-from mto_analysis.checkpoints.inpainting import block_rule, inpainting_config, rename_beit
-from mto_analysis.checkpoints.metadata import count, hf_config, numbers, section, whole, within
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
+from mto_analysis.checkpoints.inpainting import Encoder, block_rule, read_encoder, rename_beit
+from mto_analysis.checkpoints.metadata import count, hf_config, numbers, section, size, whole, within
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, PixelTarget, convert_windows
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
-from mto_analysis.models import InpaintingConfig, ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.models.targets import NEIGHBOURHOOD
 
 __all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]
@@ -22,7 +22,7 @@ __all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_v
 _PUBLISHED_RATIO = 0.6
 
 
-def convert_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     """ViT files of microsoft/SimMIM: shared or per-block relative position bias, or absolute positions.
 
     Mask unit and ratio come from the pickled config where the file has one.
@@ -37,16 +37,15 @@ def convert_simmim(raw: RawCheckpoint, heads: Heads) -> Conversion:
     state.drop(r"encoder\.fc_norm\..*", r"encoder\.head\..*")
     state.rename((r"^encoder\.", ""), (r"^decoder\.0\.", "decoder."))
     rename_beit(state)
-    model = inpainting_config(
-        state, heads, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=whole(data, "IMG_SIZE")
+    encoder = read_encoder(
+        state, given, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=size(data, "IMG_SIZE")
     )
-    return simmim_vit(state, model, data)
+    return simmim_vit(encoder, data)
 
 
-def simmim_vit(
-    state: StateDict, model: InpaintingConfig, data: Mapping[str, Any], *, assumptions: tuple[str, ...] = ()
-) -> Conversion:
+def simmim_vit(encoder: Encoder, data: Mapping[str, Any]) -> Conversion:
     """A :class:`SimMIM`; ``data`` may hold ``MASK_RATIO`` and ``MASK_PATCH_SIZE`` of a config."""
+    model = encoder.model
     rule, source = mask_rule(data) or block_rule(_PUBLISHED_RATIO, "SimMIM ViT-B", model)
     info = ModelInfo(
         family="simmim_vit",
@@ -57,12 +56,12 @@ def simmim_vit(
         target="pixels",
         criterion="l1",
         mask_rule_source=source,
-        assumptions=assumptions,
+        assumptions=encoder.notes,
     )
-    return Conversion(SimMIM, SimMIMConfig(**asdict(model)), info, state)
+    return Conversion(SimMIM, SimMIMConfig(**asdict(model)), info, encoder.state)
 
 
-def convert_simmim_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_simmim_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     """Swin files of microsoft/SimMIM, and SwinV2 files of microsoft/Swin-Transformer and the hub's zdaxie/SimMIM.
 
     Source:
@@ -76,8 +75,8 @@ def convert_simmim_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
     swin = section(config, "MODEL", "SWINV2") or section(config, "MODEL", "SWIN")
     return convert_windows(
         state,
-        heads,
-        image_size=whole(data, "IMG_SIZE"),
+        given,
+        image_size=size(data, "IMG_SIZE"),
         window=whole(swin, "WINDOW_SIZE"),
         pretrained=numbers(swin.get("PRETRAINED_WINDOW_SIZES")),
         rule=mask_rule(data),
@@ -103,7 +102,7 @@ def mask_rule(data: Mapping[str, Any]) -> tuple[MaskRule, str] | None:
     return None
 
 
-def convert_hf_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
+def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     """Hugging Face ``SwinForMaskedImageModeling`` and its SwinV2 twin: names of the hub's files and of transformers 5.
 
     Source:
@@ -128,8 +127,8 @@ def convert_hf_swin(raw: RawCheckpoint, heads: Heads) -> Conversion:
     )
     return convert_windows(
         state,
-        heads,
-        image_size=count(config, "image_size"),
+        given,
+        image_size=size(config, "image_size"),
         window=count(config, "window_size"),
         pretrained=numbers(config.get("pretrained_window_sizes")),
         eps=within(config, "layer_norm_eps", 1e-5),

@@ -9,11 +9,13 @@ from typing import Literal
 
 import torch
 
-from mto_analysis.checkpoints.conversion import Conversion, Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
-from mto_analysis.models.windows import window_coordinates
+from mto_analysis.models.interface import ImageSize, height_and_width
+from mto_analysis.models.windows import shift_mask, window_coordinates
 
 PixelTarget = Literal["pixels", "locally_normalized_pixels"]
 __all__ = ["OUR_SWIN_NAMES", "TABLE", "convert_windows", "window_of_table"]
@@ -40,9 +42,9 @@ OUR_SWIN_NAMES = (
 
 def convert_windows(
     state: StateDict,
-    heads: Heads,
+    given: Given,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     window: int | None = None,
     pretrained: Sequence[float] | None = None,
     rule: tuple[MaskRule, str] | None = None,
@@ -53,7 +55,7 @@ def convert_windows(
 
     Args:
         state: Tensors; index buffers may still be there and are dropped, to be recomputed.
-        heads: Given by the user.
+        given: Given by the user.
         image_size: That a config states.
         window: That a config states, for version 2, whose tensors do not tell.
         pretrained: Windows of the stages by which a config says that version 2 scales offsets.
@@ -65,45 +67,37 @@ def convert_windows(
         CheckpointError: If shapes fit no model.
     """
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
-    assumptions: list[str] = []
     num_stages = block_numbers(state.tensors, "stages.")
     depths = tuple(block_numbers(state.tensors, f"stages.{stage}.") for stage in range(num_stages))
     version_2 = "stages.0.0.block.attn.logit_scale" in state.tensors
+    notes: list[str] = []
+    sides: list[int] = []
     if version_2:
         num_heads = tuple(state.shape(f"stages.{stage}.0.block.attn.logit_scale", 3)[0] for stage in range(num_stages))
-        stored = _stored_window(state)
-        if window and stored and max(window, stored) != window:
-            raise CheckpointError(f"its config states a window of {window} tokens, its coordinates have {stored}")
-        if not (window or stored):
-            assumptions.append(f"the window has {_V2_WINDOW} tokens, as in the published models: the file does not say")
-        window = window or stored or _V2_WINDOW
-        image_size = image_size or _image_of_shift_mask(state, window, patch_size)
-        if image_size is None and "pos_embed" not in state.tensors:
-            assumptions.append(f"the image size is {_V2_IMAGE} px, as of the published models: the file does not say")
-        image_size = image_size or _V2_IMAGE
+        window = _window_of_version_2(state, window, notes)
     else:
         tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2) for stage in range(num_stages)]
         num_heads = tuple(columns for _, columns in tables)
         sides = [window_of_table(rows) for rows, _ in tables]
         window = sides[0]
-        # Where a stage's window is smaller than the first, its grid is; where none is, the last grid is one window.
-        shrunk = next((stage for stage, side in enumerate(sides) if side < window), num_stages - 1)
-        image_size = (
-            _image_of_shift_mask(state, window, patch_size) or image_size or sides[shrunk] * patch_size * 2**shrunk
-        )
-    if window > _MOST_WINDOW or image_size > _MOST_IMAGE:
-        raise CheckpointError(f"a window of {window} tokens in an image of {image_size} px is not of a published kind")
+    if window > _MOST_WINDOW:
+        raise CheckpointError(f"a window of {window} tokens is not of a published kind")
+    size = _image_size(state, given, window, patch_size, image_size, sides, notes)
     if "pos_embed" in state.tensors:
-        image_size = square_side(state.shape("pos_embed", 3)[1], "absolute_pos_embed") * patch_size
-    grids = [image_size // (patch_size << stage) for stage in range(num_stages)]
-    windows = [min(window, grid) for grid in grids]
+        grid = fit_positions(state, given, "pos_embed", patch_size=patch_size, prefix_tokens=0, stated=size)
+        size = grid.image_size
+        notes += grid.notes
+    windows = _windows(size, window, patch_size, num_stages)
+    size = given.image_size or size
+    if _windows(size, window, patch_size, num_stages) != windows:
+        raise CheckpointError(f"images of {size} px have other windows than {windows}; leave --image-size out")
     pretrained = _pretrained_windows(state, windows, pretrained) if version_2 else ()
     state.drop(r".*\.relative_position_index", r".*\.relative_coords_table", r".*\.attn_mask")
     state.fuse_qkv()
-    heads.choose("num_heads", dim, stated=num_heads[0])
+    given.choose("num_heads", dim, stated=num_heads[0])
     try:
         model = SwinConfig(
-            image_size=image_size,
+            image_size=size,
             patch_size=patch_size,
             channels=channels,
             dim=dim,
@@ -131,7 +125,7 @@ def convert_windows(
         target=target if model.decoder else None,
         criterion="l1" if model.decoder else None,
         mask_rule_source=source,
-        assumptions=tuple(assumptions),
+        assumptions=tuple(notes),
     )
     return Conversion(SimMIMSwin, model, info, state)
 
@@ -144,10 +138,48 @@ def window_of_table(rows: int) -> int:
     return (width + 1) // 2
 
 
-def _stored_window(state: StateDict) -> int | None:
-    """The window of the first stage from its table of coordinates, 1 x (2 side - 1) x (2 side - 1) x 2."""
+def _window_of_version_2(state: StateDict, stated: int | None, notes: list[str]) -> int:
+    """The window of the first stage: stated, or of its table of coordinates ``1 x (2w - 1) x (2w - 1) x 2``."""
     name = "stages.0.0.block.attn.relative_coords_table"
-    return (state.shape(name, 4)[1] + 1) // 2 if name in state.tensors else None
+    stored = (state.shape(name, 4)[1] + 1) // 2 if name in state.tensors else None
+    if stated and stored and max(stated, stored) != stated:
+        raise CheckpointError(f"its config states a window of {stated} tokens, its coordinates have {stored}")
+    if not (stated or stored):
+        notes.append(f"the window has {_V2_WINDOW} tokens, as in the published models: the file does not say")
+    return stated or stored or _V2_WINDOW
+
+
+def _image_size(
+    state: StateDict,
+    given: Given,
+    window: int,
+    patch_size: int,
+    stated: ImageSize | None,
+    sides: Sequence[int],
+    notes: list[str],
+) -> ImageSize:
+    """The image size that the file is for: of stored shift masks, stated, of shrunk windows, given, or assumed."""
+    masked = _grids_of_shift_mask(state, window)
+    of_masks = [(rows * patch_size, columns * patch_size) for rows, columns in masked]
+    if of_masks and stated is not None and height_and_width(stated) not in of_masks:
+        raise CheckpointError(f"its config states images of {stated} px, its shift masks are for {of_masks[0]}")
+    shrunk = next((stage for stage, side in enumerate(sides) if side < window), None)
+    size = stated if stated is not None else of_masks[0] if of_masks else None
+    if size is None and shrunk is not None:  # a stage whose window is smaller than the first is one window
+        size = sides[shrunk] * patch_size << shrunk
+    if size is None and (size := given.image_size) is None:
+        # Unless shift masks or sizes tell: version 1 ends with one window, published models of version 2 have 192 px.
+        size = sides[-1] * patch_size << (len(sides) - 1) if sides else _V2_IMAGE
+        notes.append(f"the image size is {size} px, as of the published models: the file does not say")
+    height, width = height_and_width(size)
+    if max(height, width) > _MOST_IMAGE:
+        raise CheckpointError(f"images of {height} x {width} px are not of a published kind")
+    return height if height == width else (height, width)
+
+
+def _windows(size: ImageSize, window: int, patch_size: int, num_stages: int) -> list[int]:
+    """The window of each stage: the first one, or the shorter side of the stage's grid."""
+    return [min(window, min(height_and_width(size)) // (patch_size << stage)) for stage in range(num_stages)]
 
 
 def _pretrained_windows(state: StateDict, windows: Sequence[int], stated: Sequence[float] | None) -> list[int]:
@@ -179,10 +211,23 @@ def _pretrained_windows(state: StateDict, windows: Sequence[int], stated: Sequen
     return found
 
 
-def _image_of_shift_mask(state: StateDict, window: int, patch_size: int) -> int | None:
-    """Side of the image from a stored shift mask, whose first axis counts the windows of its stage."""
+def _grids_of_shift_mask(state: StateDict, window: int) -> list[tuple[int, int]]:
+    """Grids of the first stage that a stored shift mask fits, ``num_windows x window^2 x window^2``.
+
+    Raises:
+        CheckpointError: If it fits none.
+    """
     for name in sorted(state.tensors):
         if (match := re.fullmatch(r"stages\.(\d+)\.\d+\.block\.attn_mask", name)) is not None:
-            side = square_side(state.shape(name, 3)[0], state.origin[name])
-            return (side * window * patch_size) << int(match[1])
-    return None
+            stored, stage = state.tensors[name], int(match[1])
+            count = state.shape(name, 3)[0]
+            pairs = [(rows * window, count // rows * window) for rows in range(1, count + 1) if count % rows == 0]
+            fitting = [
+                grid for grid in pairs if torch.equal(shift_mask(grid, window, window // 2).squeeze(1), stored.float())
+            ]
+            if not fitting:
+                raise CheckpointError(
+                    f"{state.origin[name]} is the shift mask of no grid of windows of {window} tokens"
+                )
+            return [(rows << stage, columns << stage) for rows, columns in fitting]
+    return []

@@ -175,12 +175,15 @@ def _model_table(label: str, curve: pd.DataFrame, masses: Mapping[int, np.ndarra
 
 def _facts(model: Mapping[str, Any]) -> dict[str, str]:
     info, loss = model["info"], model["own_loss"]
+    sides = info["image_size"]
+    if isinstance(sides, (list, tuple)):
+        sides = " x ".join(map(str, sides))
     facts = {
         "file": Path(str(model["source"])).name,
         "sha256": model["sha256"],
         "family": f"{info['family']} ({info['layout']}), {info['style']}-style",
         "architecture": ", ".join(f"{name} {value}" for name, value in model["config"].items()),
-        "image": f"{info['image_size']} px, patches of {info['patch_size']} px",
+        "image": f"{sides} px, patches of {info['patch_size']} px",
         "masks": model["masks"],
         "own loss": "predicts no pixels",
     }

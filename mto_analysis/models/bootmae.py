@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
@@ -27,7 +27,7 @@ class BootMAEConfig:
     ``width // num_heads`` wide and attention is a little narrower than the residual stream: 504 of 512 for ViT-B.
     """
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     channels: int = 3
     dim: int = 768

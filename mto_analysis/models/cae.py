@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
@@ -26,7 +26,7 @@ class CAEConfig:
     A regressor of another width than the encoder, ``decoder_dim``, starts with a projection and its norm.
     """
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     channels: int = 3
     dim: int = 768

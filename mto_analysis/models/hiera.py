@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo, height_and_width
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
@@ -31,7 +31,7 @@ class HieraConfig:
     attention, tokens attend inside their mask unit only; a block that starts a stage follows the stage before it.
     """
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     channels: int = 3
     kernel: int = 7
@@ -64,7 +64,8 @@ class HieraConfig:
             raise ValueError(f"{self.pools} pools do not fit stages of {self.depths} blocks")
         if self.unit < 1 << self.pools or self.unit % (1 << self.pools):
             raise ValueError(f"{self.pools} pools do not fit a mask unit of {self.unit} tokens")
-        if self.image_size % self.unit_px or self.patch_size != _EMBED_STRIDE << self.pools:
+        sides = height_and_width(self.image_size)
+        if any(side % self.unit_px for side in sides) or self.patch_size != _EMBED_STRIDE << self.pools:
             raise ValueError(f"mask units of {self.unit_px} px do not divide an image of {self.image_size} px")
 
     @property
@@ -98,10 +99,11 @@ class Hiera(StackedModel):
         super().__init__(config, info)
         c = config
         out_dim = c.dim << (len(c.depths) - 1)
-        grid = c.image_size // _EMBED_STRIDE
-        self.units = grid // c.unit
+        height, width = height_and_width(c.image_size)
+        #: Rows and columns of mask units.
+        self.units = height // c.unit_px, width // c.unit_px
         self.patch_embed = nn.Conv2d(c.channels, c.dim, c.kernel, stride=_EMBED_STRIDE, padding=c.kernel // 2)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, c.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.units[0] * self.units[1] * c.unit**2, c.dim))
         ends = list(accumulate(c.depths))
         self.blocks = nn.ModuleList()
         for number in range(ends[-1]):
@@ -136,8 +138,9 @@ class Hiera(StackedModel):
 
     def _unit_mask(self, mask: Tensor) -> Tensor:
         """The mask of units ``batch num_units``, which must be wholly masked or visible."""
-        side = self.info.grid[0] // self.units
-        squares = mask.reshape(len(mask), self.units, side, self.units, side)
+        rows, columns = self.units
+        side = self.info.grid[0] // rows
+        squares = mask.reshape(len(mask), rows, side, columns, side)
         masked = squares.all(dim=4).all(dim=2)
         if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
             size = self.config.unit_px
@@ -146,11 +149,11 @@ class Hiera(StackedModel):
 
     def _encode(self, images: Tensor, units: Tensor) -> Tensor:
         """Decoder tokens of visible units, the mask token elsewhere: ``batch num_patches decoder_dim``, row-major."""
-        batch, side, c = len(images), self.units, self.config
-        hidden = units.reshape(batch, 1, side, side)
+        batch, c, (rows, columns) = len(images), self.config, self.units
+        hidden = units.reshape(batch, 1, rows, columns)
         hidden = hidden.repeat_interleave(c.unit_px, 2).repeat_interleave(c.unit_px, 3)
         x = self.patch_embed(images.masked_fill(hidden, 0)).flatten(2).mT + self.pos_embed
-        x = x.reshape(batch, side, c.unit, side, c.unit, -1).transpose(2, 3).reshape(batch, side * side, -1)
+        x = x.reshape(batch, rows, c.unit, columns, c.unit, -1).transpose(2, 3).reshape(batch, rows * columns, -1)
         visible = VisiblePatches(units, prefix_tokens=0)
         x = visible.take(x).reshape(batch, -1, c.unit, c.unit, c.dim)
         fused: list[Tensor] = []
@@ -162,7 +165,7 @@ class Hiera(StackedModel):
         x = self.decoder_embed(self.encoder_norm(sum(fused, start=x)))
         inside = x.shape[2]
         x = visible.put_back(x.flatten(2), self.mask_token.repeat(1, 1, inside * inside))
-        x = x.reshape(batch, side, side, inside, inside, -1).transpose(2, 3)
+        x = x.reshape(batch, rows, columns, inside, inside, -1).transpose(2, 3)
         return x.reshape(batch, self.info.num_patches, -1)
 
     def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:

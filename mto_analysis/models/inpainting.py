@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
@@ -26,7 +26,7 @@ class InpaintingConfig:
     ``absolute_positions`` adds a learned embedding to every token, masked ones too.
     """
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     channels: int = 3
     dim: int = 768

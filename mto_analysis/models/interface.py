@@ -12,10 +12,23 @@ from torch import Tensor, nn
 from mto_analysis.masks import MaskRule, check_mask
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MaskedImageModel", "ModelInfo"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageSize", "MaskedImageModel", "ModelInfo", "height_and_width"]
+
+#: Side of a square image in pixels, or its height and width.
+ImageSize = int | tuple[int, int]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Both sides of an image.
+
+    Example:
+        >>> height_and_width(224), height_and_width((64, 96))
+        ((224, 224), (64, 96))
+    """
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class ModelInfo:
     Args:
         family: Architecture, e.g. ``mae`` or ``simmim_vit``.
         style: Where masked tokens live: ``inpainting`` (encoder) or ``decoder``.
-        image_size: Side of the input image in pixels.
+        image_size: Side of the input image in pixels, or height and width where they differ.
         patch_size: Side of an input patch in pixels.
         mask_rule: How the model was masked in pre-training.
         mean: Channel means of pixels scaled to 0..1.
@@ -44,7 +57,7 @@ class ModelInfo:
 
     family: str
     style: Literal["inpainting", "decoder"]
-    image_size: int
+    image_size: ImageSize
     patch_size: int
     mask_rule: MaskRule
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -64,13 +77,21 @@ class ModelInfo:
         """Check the values."""
         if self.style not in ("inpainting", "decoder"):
             raise ValueError(f"style must be inpainting or decoder, got {self.style!r}")
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"a patch of {self.patch_size} px does not divide an image of {self.image_size} px")
+        height, width = height_and_width(self.image_size)
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
+        if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"a patch of {self.patch_size} px does not divide an image of {self.pixels}")
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return (self.image_size // self.patch_size,) * 2
+        height, width = height_and_width(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def pixels(self) -> str:
+        """The image size in words: ``224 px``, or ``64 x 96 px`` (height and width)."""
+        return f"{self.image_size} px" if isinstance(self.image_size, int) else "{} x {} px".format(*self.image_size)
 
     @property
     def num_patches(self) -> int:
@@ -223,9 +244,9 @@ class MaskedImageModel(nn.Module, ABC):
         return stack
 
     def _check_images(self, images: Tensor) -> None:
-        side = self.info.image_size
-        if images.ndim != 4 or tuple(images.shape[2:]) != (side, side):
-            raise ValueError(f"images must be [batch, channels, {side}, {side}], got {list(images.shape)}")
+        channels, (height, width) = self.info.channels, height_and_width(self.info.image_size)
+        if images.ndim != 4 or tuple(images.shape[2:]) != (height, width):
+            raise ValueError(f"images must be [batch, {channels}, {height}, {width}], got {list(images.shape)}")
 
     def _check(self, images: Tensor, mask: Tensor) -> None:
         self._check_images(images)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
@@ -24,7 +24,7 @@ class MAEConfig:
     ``feature_dim`` is the width of what the decoder predicts where that is features instead of pixels.
     """
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     channels: int = 3
     dim: int = 768

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo, height_and_width
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.windows import PatchMerging, WindowBlock
 from mto_analysis.taps.tokens import last_depth, run_blocks
@@ -30,7 +30,7 @@ class SwinConfig:
     ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
     """
 
-    image_size: int = 192
+    image_size: ImageSize = 192
     patch_size: int = 4
     channels: int = 3
     dim: int = 128
@@ -55,13 +55,13 @@ class SwinConfig:
             raise ValueError(f"pretrained_windows must name each stage, got {self.pretrained_windows}")
         if self.version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {self.version}")
-        if self.image_size % self.stride:
+        if any(side % self.stride for side in height_and_width(self.image_size)):
             raise ValueError(f"the stride of {self.stride} px does not divide an image of {self.image_size} px")
         for dim, heads, grid in zip(self.dims, self.num_heads, self.grids, strict=True):
             if dim % heads:
                 raise ValueError(f"num_heads must divide the width {dim}, got {heads}")
-            if grid % min(self.window, grid):
-                raise ValueError(f"a window of {self.window} does not divide a grid of {grid} x {grid}")
+            if any(side % min(self.window, *grid) for side in grid):
+                raise ValueError(f"a window of {self.window} does not divide a grid of {grid[0]} x {grid[1]}")
 
     @property
     def stride(self) -> int:
@@ -74,9 +74,11 @@ class SwinConfig:
         return tuple(self.dim * 2**stage for stage in range(len(self.depths)))
 
     @property
-    def grids(self) -> tuple[int, ...]:
-        """Side of each stage's token grid."""
-        return tuple(self.image_size // (self.patch_size * 2**stage) for stage in range(len(self.depths)))
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each stage's token grid."""
+        height, width = height_and_width(self.image_size)
+        strides = [self.patch_size << stage for stage in range(len(self.depths))]
+        return tuple((height // stride, width // stride) for stride in strides)
 
 
 class SimMIMSwin(StackedModel):
@@ -149,8 +151,8 @@ class SimMIMSwin(StackedModel):
             ValueError: If a merge would join masked and visible tokens, so that its result is neither.
         """
         masks = [mask]
-        for grid in self.config.grids[1:]:
-            squares = masks[-1].reshape(len(mask), grid, 2, grid, 2)
+        for rows, columns in self.config.grids[1:]:
+            squares = masks[-1].reshape(len(mask), rows, 2, columns, 2)
             masked = squares.all(dim=4).all(dim=2)
             if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
                 raise ValueError(
@@ -171,7 +173,7 @@ class SimMIMSwin(StackedModel):
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         if self.decoder is None:
             raise ValueError("the checkpoint has no decoder, so it predicts no pixels")
-        x = self.norm(last_depth(self._hidden(images, mask))).mT.reshape(len(images), -1, *(self.config.grids[-1],) * 2)
+        x = self.norm(last_depth(self._hidden(images, mask))).mT.reshape(len(images), -1, *self.config.grids[-1])
         return F.pixel_shuffle(self.decoder(x), self.config.stride)
 
 

@@ -56,7 +56,7 @@ def transformer_blocks(
     return nn.ModuleList([block() for _ in range(depth)])
 
 
-def patch_embedding(image_size: int, patch_size: int, channels: int, dim: int) -> nn.Module:
+def patch_embedding(image_size: int | tuple[int, int], patch_size: int, channels: int, dim: int) -> nn.Module:
     """Patch embedding of timm: a convolution without overlap, flattened row by row."""
     embedding: nn.Module = PatchEmbed(image_size, patch_size, channels, dim)
     return embedding

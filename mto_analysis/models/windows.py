@@ -28,8 +28,8 @@ class WindowBlock(nn.Module):
         dim: Width.
         num_heads: Attention heads.
         mlp_dim: Width of the hidden layer.
-        grid: Side of the token grid.
-        window: Side of a window; a grid that is no larger is one window and is never shifted.
+        grid: Rows and columns of tokens.
+        window: Side of a window; it shrinks to the shorter side of the grid, and is never shifted then.
         shifted: Whether windows are shifted by half of their side.
         version: 1, or 2: cosine attention, norms after each branch, a small network for the position bias.
         eps: Of the layer norms.
@@ -43,7 +43,7 @@ class WindowBlock(nn.Module):
         dim: int,
         num_heads: int,
         mlp_dim: int,
-        grid: int,
+        grid: tuple[int, int],
         window: int,
         *,
         shifted: bool,
@@ -53,8 +53,8 @@ class WindowBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.window = min(window, grid)
-        self.shift = self.window // 2 if shifted and grid > window else 0
+        self.window = min(window, *grid)
+        self.shift = self.window // 2 if shifted and min(grid) > window else 0
         apart = shift_mask(grid, self.window, self.shift) if self.shift else None
         self.register_buffer("apart", apart, persistent=False)
         self.block: nn.Module
@@ -78,28 +78,30 @@ class WindowBlock(nn.Module):
         bias = self.position_bias()
         if self.apart is not None:
             bias = (bias + self.apart.to(bias.dtype)).repeat(batch, 1, 1, 1)
-        x = x.reshape(batch, self.grid, self.grid, dim).roll((-self.shift, -self.shift), (1, 2))
+        x = x.reshape(batch, *self.grid, dim).roll((-self.shift, -self.shift), (1, 2))
         windows = window_partition(x, side).flatten(1, 2)
         windows = self.block(windows, attn_mask=bias)
-        x = window_reverse(windows.unflatten(1, side), side, self.grid, self.grid)
+        x = window_reverse(windows.unflatten(1, side), side, *self.grid)
         return x.roll((self.shift, self.shift), (1, 2)).reshape(batch, num_patches, dim)
 
 
-def shift_mask(grid: int, window: int, shift: int) -> Tensor:
+def shift_mask(grid: tuple[int, int], window: int, shift: int) -> Tensor:
     """What to add to logits in shifted windows: tokens from opposite edges of the map must not meet.
 
     Shapes:
         returns: num_windows 1 window_tokens window_tokens
 
     Example:
-        >>> shift_mask(4, 2, 1).shape
+        >>> shift_mask((4, 4), 2, 1).shape
         torch.Size([4, 1, 4, 4])
-        >>> int(shift_mask(4, 2, 1)[0].count_nonzero())  # the first window lies inside the map
+        >>> int(shift_mask((4, 4), 2, 1)[0].count_nonzero())  # the first window lies inside the map
         0
     """
-    place = torch.arange(grid, device="cpu")
-    band = (place >= grid - window).long() + (place >= grid - shift).long()
-    region = (3 * band[:, None] + band).reshape(1, grid, grid, 1)
+    bands = []
+    for side in grid:
+        place = torch.arange(side, device="cpu")
+        bands.append((place >= side - window).long() + (place >= side - shift).long())
+    region = (3 * bands[0][:, None] + bands[1]).reshape(1, *grid, 1)
     windows = window_partition(region, (window, window)).flatten(1)
     return _APART * (windows[:, :, None] != windows[:, None, :]).unsqueeze(1).float()
 
@@ -110,7 +112,7 @@ class PatchMerging(nn.Module):
     Channels run over the tokens at (row, column) (0, 0), (1, 0), (0, 1), (1, 1), as in the original.
     """
 
-    def __init__(self, dim: int, grid: int, *, norm_first: bool) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], *, norm_first: bool) -> None:
         super().__init__()
         self.grid = grid
         self.norm_first = norm_first
@@ -124,8 +126,8 @@ class PatchMerging(nn.Module):
             x: batch num_patches dim
             returns: batch num_patches/4 2*dim
         """
-        half = self.grid // 2
-        x = x.reshape(len(x), half, 2, half, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), half * half, -1)
+        rows, columns = self.grid[0] // 2, self.grid[1] // 2
+        x = x.reshape(len(x), rows, 2, columns, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), rows * columns, -1)
         return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))  # type: ignore[no-any-return]
 
 

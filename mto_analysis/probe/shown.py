@@ -77,7 +77,7 @@ def shown_models(
         batch = next(image_batches(chosen, model.info, batch_size=count, limit=settings.limit))
         images, mask = batch.images.to(settings.device), masks(batch.names, 0).to(settings.device)
         loss = own_loss(model, images, mask)
-        say(f"{label}: {model.info.family} ({model.info.layout}), {model.info.image_size} px; masks: {words}")
+        say(f"{label}: {model.info.family} ({model.info.layout}), {model.info.pixels}; masks: {words}")
         if loss is not None:
             (warn if loss.suspicious else say)(f"{label}: {loss.in_words(len(images))}")
         facts = {

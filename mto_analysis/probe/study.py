@@ -232,7 +232,7 @@ def _measure(
 ) -> tuple[ProbeResult, dict[str, Any]]:
     info, broken = model.info, study.broken
     masks, words, rule = settings.mask_source(model)
-    say(f"{label}: {info.family} ({info.layout}), {info.image_size} px; masks: {words}")
+    say(f"{label}: {info.family} ({info.layout}), {info.pixels}; masks: {words}")
     if info.caveat:
         say(f"{label}: {info.caveat}")
     for assumption in info.assumptions:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.models.interface import height_and_width
 from mto_analysis.runtime.settings import field_types, parse_value
 from mto_analysis.training.evaluation.protocols import Pooling, pooling_of
 from mto_analysis.training.methods import method_of
@@ -134,7 +135,7 @@ def linear_settings(model: MaskedImageModel) -> ClassifierSettings:
         warmup_epochs=10,
         source="facebookresearch/mae FINETUNE.md",
     )
-    if model.info.image_size > _SMALL:
+    if max(height_and_width(model.info.image_size)) > _SMALL:
         return published
     return replace(published, batch_size=1024, crop_scale=(0.2, 1.0), source=f"{published.source}, for small images")
 
@@ -172,7 +173,7 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
     values = dict(method.finetuning)
     if getattr(model.config, "dim", 768) >= 1024:
         values |= method.wide_finetuning
-    if model.info.image_size <= _SMALL:
+    if max(height_and_width(model.info.image_size)) <= _SMALL:
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
         values |= {"crop_scale": (0.5, 1.0), "source": f"{_PAPER}, for small images"}
     return ClassifierSettings(**{"source": _PAPER, **_REGULARISED, **values})

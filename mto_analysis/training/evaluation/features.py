@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import Images, open_images
 from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import height_and_width
 from mto_analysis.probe import undisturbed
 from mto_analysis.runtime.devices import pick_device
 from mto_analysis.runtime.processes import this_process
@@ -75,7 +77,7 @@ class LabelledImages:
         self.class_names = tuple(self.images.class_names)
         self.batch_size, self._num_workers = batch_size, num_workers
         self._kept: dict[int, Tensor] = {}
-        self._kept_for: tuple[int, ...] = ()
+        self._kept_for: tuple[object, ...] = ()
 
     @property
     def num_batches(self) -> int:
@@ -96,7 +98,7 @@ class LabelledImages:
             yield from ((number, self._kept[number]) for number in numbers)
             return
         size = self.batch_size
-        keep = len(self.rows) * 3 * info.image_size**2 <= _MOST_KEPT
+        keep = len(self.rows) * info.channels * math.prod(height_and_width(info.image_size)) <= _MOST_KEPT
         loader: DataLoader[Any] = DataLoader(
             _Bytes(self.images, self.rows, eight_bits(info)),
             batch_sampler=[list(range(n * size, min((n + 1) * size, len(self.rows)))) for n in numbers],
