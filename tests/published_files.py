@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import types
@@ -23,6 +24,8 @@ import reference_families as reference
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mto_analysis.models.vit import relative_position_index
 
 Weights = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
@@ -292,15 +295,22 @@ def under_encoder(weights: Weights) -> Weights:
     """SimMIM: everything but the head is in ``encoder.``, and index buffers are stored."""
     tensors = rename(weights, (r"^(?!decoder\.)", "encoder."))
     for name in [name for name in tensors if name.endswith("relative_position_bias_table")]:
-        tensors[name.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.long)
+        tensors[name.replace("bias_table", "index")] = stored_index(tensors[name])
     return tensors
+
+
+def stored_index(table: Tensor) -> Tensor:
+    """What lies beside a table of relative positions of a square grid with class token; Swin's has none."""
+    width = math.isqrt(len(table))
+    return relative_position_index(((width + 1) // 2,) * 2)
 
 
 def with_head(weights: Weights, rows: int, **more: tuple[int, ...]) -> Weights:
     """BEiT's linear head, and what else lies there."""
     shapes = {"lm_head.weight": (rows, DIM), "lm_head.bias": (rows,)}
     tensors = weights | {name: torch.ones(shape) for name, shape in shapes.items()}
-    tensors["rel_pos_bias.relative_position_index"] = torch.zeros(4, 4, dtype=torch.long)
+    for name in [name for name in tensors if name.endswith("relative_position_bias_table")]:
+        tensors[name.replace("bias_table", "index")] = stored_index(tensors[name])
     return tensors | {name.replace("__", "."): torch.ones(shape) for name, shape in more.items()}
 
 

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from mto_analysis import CheckpointError, MaskRule, inspect_checkpoint, load_checkpoint, save_checkpoint
 from mto_analysis.checkpoints import checkpoint_sha256, open_checkpoint
-from mto_analysis.checkpoints.conversion import Heads, StateDict, block_numbers, square_side
+from mto_analysis.checkpoints.conversion import Given, StateDict, block_numbers
 from mto_analysis.checkpoints.layouts import LAYOUTS, Names
 from mto_analysis.checkpoints.reading import read_checkpoint
 from mto_analysis.errors import HeadCountError
+from mto_analysis.models.vit import relative_position_index
 
 MAE_HEADS = {"num_heads": 4, "decoder_num_heads": 2}
 MAE_FILE = GOLDEN / "mae" / "checkpoint.pth"
@@ -272,7 +273,7 @@ def simmim_layout(model: torch.nn.Module) -> dict[str, Tensor]:
             number = name.split(".")[1]
             owner = "rel_pos_bias" if shared else f"blocks.{number}.attn"
             state[f"encoder.{owner}.relative_position_bias_table"] = tensor
-            state[f"encoder.{owner}.relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
+            state[f"encoder.{owner}.relative_position_index"] = relative_position_index(model.info.grid)
         elif name.endswith("qkv.bias"):
             query, _, value = tensor.chunk(3)
             state[f"encoder.{name.removesuffix('qkv.bias')}q_bias"] = query.clone()
@@ -478,9 +479,9 @@ def test_load_checkpoint__knows_published_widths(tmp_path: Path, width: int, hea
 
 def test_heads_choose__prefers_the_file_then_the_user_then_the_published() -> None:
     published = {48: 12}
-    assert Heads().choose("num_heads", 48, stated=3, published=published) == 3
-    assert Heads(num_heads=4).choose("num_heads", 48, published=published) == 4
-    assert Heads(decoder_num_heads=4).choose("num_heads", 48, published=published) == 12
+    assert Given().choose("num_heads", 48, stated=3, published=published) == 3
+    assert Given(num_heads=4).choose("num_heads", 48, published=published) == 4
+    assert Given(decoder_num_heads=4).choose("num_heads", 48, published=published) == 12
 
 
 # Strictness.
@@ -510,7 +511,7 @@ def edit(state: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]
             lambda t: t / 0,
             r"decoder_blocks\.2\.mlp\.fc1\.bias holds values that are not",
         ),
-        ("pos_embed", lambda t: t[:, :60], "pos_embed is for 59 patches, which is not a square grid"),
+        ("pos_embed", lambda t: t[:, :60], "position tables differ in length: pos_embed 59, decoder_pos_embed 64"),
         ("decoder_blocks.0.norm1.weight", lambda t: t.to(torch.complex64), "is not a plain tensor"),
         ("norm.weight", lambda t: t.to_sparse(), r"norm\.weight is not a plain tensor"),
     ],
@@ -578,9 +579,6 @@ def test_state_dict_shape__and_helpers_by_hand() -> None:
         StateDict({}).shape("a", 1)
     with pytest.raises(CheckpointError, match=r"a must have 1 axes, none empty, got \[0\]"):
         StateDict({"a": torch.zeros(0)}).shape("a", 1)
-    assert square_side(196, "x") == 14
-    with pytest.raises(CheckpointError, match="not a square"):
-        square_side(0, "x")
     with pytest.raises(CheckpointError, match="without a gap"):
         block_numbers(["blocks.1.a"], "blocks.")
 

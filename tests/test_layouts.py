@@ -14,7 +14,7 @@ from published_files import PUBLISHED, Draw, Published, simmim_model_only, swin_
 
 from mto_analysis import CheckpointError, inspect_checkpoint, load_checkpoint, own_loss, save_checkpoint
 from mto_analysis.checkpoints import HeadCountError
-from mto_analysis.checkpoints.conversion import Heads, build
+from mto_analysis.checkpoints.conversion import Given, build
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.reading import read_checkpoint
 from mto_analysis.masks import mask_keys
@@ -209,7 +209,7 @@ def test_load_checkpoint__never_fails_inside_torch_for_a_tensor_of_no_axes(name:
         changed = replace(raw, tensors=raw.tensors | {tensor: torch.tensor(1.0)})
         # What is left out on purpose may hold anything; everything else is an error of ours, never of torch.
         with contextlib.suppress(CheckpointError):
-            build(convert(changed, Heads(**published.heads)), materialize=False)
+            build(convert(changed, Given(**published.heads)), materialize=False)
             assert tensor != published.probe_key
 
 

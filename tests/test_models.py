@@ -296,7 +296,7 @@ def test_layer_tokens__takes_the_only_stack_by_name_too(tiny_model, generator: t
 def test_layer_tokens__refuses_shapes_that_do_not_fit_at_the_call(tiny_model, generator: torch.Generator) -> None:
     images, mask = some_images(generator, 2), some_masks(generator, 2)
     for call in (tiny_model.layer_tokens, tiny_model.reconstruct):
-        with pytest.raises(ValueError, match=r"images must be \[batch, channels, 16, 16\], got \[2, 3, 8, 16\]"):
+        with pytest.raises(ValueError, match=r"images must be \[batch, 3, 16, 16\], got \[2, 3, 8, 16\]"):
             call(images[:, :, :8], mask)
         with pytest.raises(ValueError, match="mask must have 16 patches, got 8"):
             call(images, mask[:, :8])

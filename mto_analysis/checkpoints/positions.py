@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,7 +142,8 @@ def fit_relative_positions(
         raise CheckpointError(f"{origin} has {rows} rows, which fit no grid of up to {_MOST_PATCHES} patches")
     sizes = [each for each in (_in_patches(stated, patch_size), _in_patches(given.image_size, patch_size)) if each]
     if index in state.tensors:
-        stored = state.take(index)
+        stored = state.tensors[index]
+        state.drop(re.escape(index))
         grids = [each for each in grids if stored.shape == (math.prod(each) + 1,) * 2]
         grids = [each for each in grids if torch.equal(stored, relative_position_index(each))]
         if not grids:

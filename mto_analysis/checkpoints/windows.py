@@ -226,8 +226,6 @@ def _grids_of_shift_mask(state: StateDict, window: int) -> list[tuple[int, int]]
                 grid for grid in pairs if torch.equal(shift_mask(grid, window, window // 2).squeeze(1), stored.float())
             ]
             if not fitting:
-                raise CheckpointError(
-                    f"{state.origin[name]} is the shift mask of no grid of windows of {window} tokens"
-                )
+                raise CheckpointError(f"{state.origin[name]} is no shift mask of windows of {window} tokens")
             return [(rows << stage, columns << stage) for rows, columns in fitting]
     return []

@@ -244,8 +244,9 @@ class MaskedImageModel(nn.Module, ABC):
         return stack
 
     def _check_images(self, images: Tensor) -> None:
-        channels, (height, width) = self.info.channels, height_and_width(self.info.image_size)
-        if images.ndim != 4 or tuple(images.shape[2:]) != (height, width):
+        channels = getattr(self.config, "channels", self.info.channels)
+        height, width = height_and_width(self.info.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
             raise ValueError(f"images must be [batch, {channels}, {height}, {width}], got {list(images.shape)}")
 
     def _check(self, images: Tensor, mask: Tensor) -> None:

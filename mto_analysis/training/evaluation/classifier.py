@@ -37,12 +37,10 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.prefix_tokens = model.encoder_prefix_tokens
         self.own_norm = not self.frozen and self.pooling == "patches" and self.prefix_tokens > 0
-        size = height_and_width(model.info.image_size)
+        shape = (1, model.info.channels, *height_and_width(model.info.image_size))
         like = next(model.parameters())
         with torch.no_grad():
-            dim = model.encode(torch.zeros(1, model.info.channels, *size, device=like.device, dtype=like.dtype)).shape[
-                2
-            ]
+            dim = model.encode(torch.zeros(shape, device=like.device, dtype=like.dtype)).shape[2]
         first: nn.Module = nn.Identity()
         if self.frozen:
             first = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
@@ -118,14 +116,13 @@ def _freeze_unused(classifier: Classifier) -> None:
     """Decoders and mask tokens do not learn; found by asking which parameters the logits depend on."""
     if classifier.frozen:
         return
-    size = height_and_width(classifier.encoder.info.image_size)
+    info = classifier.encoder.info
+    shape = (1, info.channels, *height_and_width(info.image_size))
     like = next(classifier.parameters())
     mode = classifier.training
     learning = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        logits = classifier.eval()(
-            torch.zeros(1, classifier.encoder.info.channels, *size, device=like.device, dtype=like.dtype)
-        )
+        logits = classifier.eval()(torch.zeros(shape, device=like.device, dtype=like.dtype))
         gradients = torch.autograd.grad(logits.sum(), learning, allow_unused=True)
     for parameter, gradient in zip(learning, gradients, strict=True):
         if gradient is None:
