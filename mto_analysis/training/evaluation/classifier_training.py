@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.models.interface import height_and_width
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training.assembly import Assembly
 from mto_analysis.training.evaluation.augmented import AugmentedData, LabelledBatch
@@ -108,8 +109,9 @@ class Classification(Task[ClassifierObjective]):
 
     def noise(self, count: int, device: torch.device) -> LabelledBatch:
         """Noise, all of the first class."""
-        size = self.model.info.image_size
-        images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        info = self.model.info
+        shape = (count, info.channels, *height_and_width(info.image_size))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return LabelledBatch(images.to(device), torch.zeros(count, dtype=torch.long, device=device))
 
     def files(self) -> Mapping[str, str]:
