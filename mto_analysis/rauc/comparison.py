@@ -44,6 +44,7 @@ __all__ = [
     "compare",
     "compare_methods",
     "mean_curve",
+    "thinned",
     "window_grid",
 ]
 
@@ -412,6 +413,13 @@ def _groups(table: CurveTable, baseline: str, target: str) -> list[dict[str, str
     return shared
 
 
+def thinned(epochs: Vector, most: int) -> Vector:
+    """At most so many of these epochs, spread evenly over them; the first and the last stay."""
+    if epochs.size <= most:
+        return epochs
+    return np.asarray(epochs[np.unique(np.linspace(0, epochs.size - 1, most).round().astype(int))])
+
+
 def window_grid(baseline: Any, target: Any, *, reference: float | None = None, most: int = 60) -> pd.DataFrame:
     """RAUC for every window between epochs that both mean curves cover: how much does the choice of window matter?
 
@@ -435,8 +443,7 @@ def window_grid(baseline: Any, target: Any, *, reference: float | None = None, m
     epochs = np.intersect1d(one.epochs, two.epochs)
     if epochs.size < 2:
         raise ValueError("baseline and target share fewer than two epochs")
-    if epochs.size > most:
-        epochs = epochs[np.unique(np.linspace(0, epochs.size - 1, most).round().astype(int))]
+    epochs = thinned(epochs, most)
     rows = [
         (start, end, float(rauc(one, two, start, end, reference=reference)))
         for at, start in enumerate(epochs)
