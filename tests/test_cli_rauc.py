@@ -368,3 +368,35 @@ def test_rauc__finds_neither_crash_nor_nonsense_in_hostile_logs(tmp_path, conten
 @hostile
 def test_rauc__finds_neither_crash_nor_nonsense_in_ten_thousand_hostile_logs(tmp_path, content, end):
     check_hostile(tmp_path, content, end)
+
+
+def test_rauc__several_groups_are_also_compared_over_all_of_them(tmp_path):
+    rng = np.random.default_rng(0)
+    epochs = np.arange(0, 101, 20)
+    lines = ["method,task,seed,epoch,score"]
+    for base, task in ((50, "cars"), (60, "food"), (70, "pets")):
+        for method, pace in (("MAE", 60), ("MTO", 30)):
+            for seed in range(3):
+                curve = base + rng.normal(0, 0.3) + 20 * (1 - np.exp(-epochs / pace))
+                lines += [f"{method},{task},{seed},{e},{s:.3f}" for e, s in zip(epochs, curve, strict=True)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    given = ("rauc", "--log", tmp_path / "log.csv", *PAIR, "--group", "task")
+    result = run(*given, "--out", tmp_path / "out").stdout
+    assert "Over 3 tasks, epoch 0 to 100" in result
+    assert "probability of improvement over MAE" in result
+    *comparisons, found = json.loads(run(*given, "--json").stdout)
+    assert [one["kind"] for one in comparisons] == ["comparison"] * 3
+    assert (found["kind"], found["tasks"], found["schema_version"]) == ("aggregate", ["cars", "food", "pets"], 1)
+    (mean,) = [
+        one
+        for one in found["estimates"]
+        if (one["measure"], one["statistic"], one["method"]) == ("RAUC", "mean", "MTO")
+    ]
+    assert mean["value"] == pytest.approx(np.mean([one["rauc"] for one in comparisons]))
+    assert mean["interval"]["low"] < mean["value"] < mean["interval"]["high"]
+    scores = pd.read_csv(tmp_path / "out" / "tasks_scores.csv")
+    assert len(scores) == 18
+    assert {path.name for path in (tmp_path / "out").glob("tasks*")} == {
+        "tasks.pdf", "tasks.png", "tasks_scores.csv", "tasks_estimates.csv", "tasks_profiles.csv",
+        "tasks_efficiency.csv",
+    }  # fmt: skip

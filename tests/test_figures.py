@@ -27,7 +27,7 @@ from mto_analysis.figures.paper.public import PUBLIC, draw_public
 from mto_analysis.figures.paper.tables import paper_table, printed
 from mto_analysis.figures.paper.workbench import Workbench
 from mto_analysis.figures.plots.affinity import draw_affinity
-from mto_analysis.figures.plots.runs import plot_runs
+from mto_analysis.figures.plots.means_over_seeds import plot_runs
 from mto_analysis.figures.plots.schematic import TOKENS, draw_schematic, plot_losses_on_affinity, plot_style
 from mto_analysis.figures.plots.style import PAPER_STYLE, TEXT_WIDTH, paper_style
 from mto_analysis.figures.plots.tables import draw_table

@@ -6,8 +6,8 @@ import pytest
 from pretraining_cases import run, small_recipe
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.run import draw_run
-from mto_analysis.figures.run import draw_run_folder
+from mto_analysis.figures.plots.training_curves import draw_run
+from mto_analysis.figures.run_folder import draw_run_folder
 from mto_analysis.mto import MTOConfig
 from mto_analysis.training import RunSettings
 from mto_analysis.training.metrics import heterogeneity_by_layer

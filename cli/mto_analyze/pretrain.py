@@ -135,7 +135,7 @@ def pretrain(
 
 def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, quiet: bool) -> None:
     """Train, or say what training would do."""
-    from mto_analysis.figures.run import draw_run_folder
+    from mto_analysis.figures.run_folder import draw_run_folder
     from mto_analysis.images import open_images
     from mto_analysis.training import plan, pretrain
 

@@ -15,10 +15,13 @@ from mto_analyze.console import note
 from mto_analyze.tables import Format
 
 if TYPE_CHECKING:
+    from mto_analysis.rauc.aggregates import Aggregates
     from mto_analysis.rauc.comparison import Comparison
     from mto_analysis.rauc.curves import CurveTable
 
+TABLES_OF_TASKS = ("scores", "estimates", "profiles", "efficiency")
 FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc.png", "rauc.pdf")
+AGGREGATE_FILES = ("tasks.png", "tasks.pdf", *(f"tasks_{name}.csv" for name in TABLES_OF_TASKS))
 WINDOW_FILES = ("rauc_windows.csv", "rauc_windows.png", "rauc_windows.pdf")
 
 
@@ -80,7 +83,9 @@ Unit = Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no acc
 Epochs = Annotated[EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")]
 Run = Annotated[int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")]
 StepsPerEpoch = Annotated[float | None, typer.Option(help="For logs that count steps.")]
-Group = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values.")]
+Group = Annotated[
+    list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values, and over all of them.")
+]
 ScoreColumn = Annotated[str | None, typer.Option(help="Column, key or tag of the score.")]
 EpochColumn = Annotated[str | None, typer.Option(help="Column or key of the epoch.")]
 MethodColumn = Annotated[str | None, typer.Option(help="Column of the method.")]
@@ -122,31 +127,35 @@ def rauc(
     quiet: Quiet = False,
 ) -> None:
     """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
-    from mto_analysis.rauc.records import as_record
+    from mto_analysis.rauc.records import aggregate_record, as_record
     from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
     given = context.params
-    folder = None if out is None else OutputFolder(out, (*FILES, *WINDOW_FILES, "run.json"), overwrite=overwrite)
-    table, comparisons = compare(given)
+    files = (*FILES, *WINDOW_FILES, *AGGREGATE_FILES, "run.json")
+    folder = None if out is None else OutputFolder(out, files, overwrite=overwrite)
+    table, comparisons, tasks = compare(given)
     found = [str(finding) for finding in table.findings]
     logs = [one.record() for one in table.provenance]
     content = [as_record(one, table.axis, logs, found) for one in comparisons]
+    content += [aggregate_record(one, table.axis) for one in tasks]
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     else:
-        typer.echo(as_text(comparisons, form, table.axis))
+        typer.echo(as_text(comparisons, tasks, form, table.axis))
         for one in table.provenance:
             note(f"read {one}", quiet=quiet)
-        for text in dict.fromkeys([*found, *(text for one in comparisons for text in one.notes)]):
+        own = [one.notes for one in comparisons] + [one.notes for one in tasks]
+        for text in dict.fromkeys([*found, *(text for notes in own for text in notes)]):
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
-        write(folder, table, comparisons, content)
+        write(folder, table, comparisons, tasks, content)
         folder.write_json("run.json", run_facts(given, logs=logs, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
 
-def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
-    """The curves of all logs, and the comparisons of every pair in every window."""
+def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], list[Aggregates]]:
+    """The curves of all logs, the comparisons of every pair in every window, and aggregates over several groups."""
+    from mto_analysis.rauc.aggregates import aggregate
     from mto_analysis.rauc.comparison import common_window, compare_methods
     from mto_analysis.rauc.curves import on_axis, read_curves
 
@@ -173,7 +182,8 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
         table = on_axis(table, axis.value, costs(given["per_epoch"] or []))
     pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
     # A reference beside scores that are all from 0 to 1 is meant in their unit.
-    in_points = reference is not None and table.fraction and abs(reference) <= 1
+    if reference is not None and table.fraction and abs(reference) <= 1:
+        reference *= 100
     if not windows or windows[0][0] == -math.inf:
         first, last = common_window(table, dict.fromkeys(name for pair in pairs for name in pair))
         windows = [(first, end) for _, end in windows] or [(first, last)]
@@ -181,13 +191,13 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison]]:
         table,
         pairs,
         windows,
-        reference=reference * 100 if in_points else reference,
+        reference=reference,
         interpolate=given["interpolate"],
         confidence=confidence,
         pairing=given["pairing"].value,
         noise=0.0 if given["unit"] is UnitOption.RAW else given["noise"],
     )
-    return table, comparisons
+    return table, comparisons, aggregate(table, comparisons, reference=reference)
 
 
 def source_of(text: str) -> Any:
@@ -235,9 +245,9 @@ def costs(texts: list[str]) -> dict[str, float] | float | None:
         raise typer.BadParameter("must be VALUE or NAME=VALUE with a number", param_hint="--per-epoch") from None
 
 
-def as_text(comparisons: list[Comparison], form: Format, axis: str) -> str:
-    """The table like Table 1, what stands beside it, and why a ratio is undefined."""
-    from mto_analysis.rauc.records import as_frame, details, table1
+def as_text(comparisons: list[Comparison], tasks: list[Aggregates], form: Format, axis: str) -> str:
+    """The table like Table 1, what stands beside it, why a ratio is undefined, and a table over all tasks."""
+    from mto_analysis.rauc.records import aggregate_table, as_frame, details, table1
     from mto_analysis.runtime.render import render
 
     if form is Format.CSV:
@@ -251,13 +261,17 @@ def as_text(comparisons: list[Comparison], form: Format, axis: str) -> str:
     parts = [render(table1(comparisons), form.value, title="RAUC (S1, S2; E1, E2)", notes=undefined)]
     if few:
         parts.append(render(details(comparisons, axis), form.value))
+    for one in tasks:
+        title = f"Over {len(one.tasks)} tasks, {axis} {one.start:g} to {one.end:g}"
+        parts.append(render(aggregate_table(one), form.value, title=title))
     return "\n\n".join(parts)
 
 
-def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content: Any) -> None:
+def write(folder: Any, table: CurveTable, comparisons: list[Comparison], tasks: list[Aggregates], content: Any) -> None:
     """Tables and figures, each figure beside the table that it was drawn from."""
     import pandas as pd
 
+    from mto_analysis.figures.plots.aggregates import draw_aggregates
     from mto_analysis.figures.plots.rauc import rauc_figure, rauc_windows_figure
     from mto_analysis.figures.plots.style import paper_style, write_figure
     from mto_analysis.rauc.comparison import window_grid
@@ -276,6 +290,12 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], content
         write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=table.score_label))
         chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
         write_figure(folder, "rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
+    for name in TABLES_OF_TASKS if tasks else ():
+        frames = [getattr(one, name).assign(start=one.start, end=one.end) for one in tasks]
+        folder.write_table(f"tasks_{name}.csv", pd.concat(frames, ignore_index=True))
+    if tasks:  # the longest window; the tables have all
+        longest = max(tasks, key=lambda one: one.end - one.start)
+        write_figure(folder, "tasks", draw_aggregates(longest, axis=table.axis, score=table.score_label))
     folder.write_table(
         "rauc_windows.csv", pd.concat([grid.assign(comparison=name) for name, grid in grids.items()], ignore_index=True)
     )

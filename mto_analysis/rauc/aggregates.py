@@ -24,6 +24,8 @@ from mto_analysis.rauc.comparison import Comparison, thinned
 from mto_analysis.rauc.curves import CurveTable
 
 __all__ = [
+    "IMPROVEMENT",
+    "INTERVAL_METHOD",
     "MEASURES",
     "Aggregates",
     "aggregate",
@@ -41,6 +43,10 @@ Tasks = Sequence[Vector]
 
 #: What a run is scored by: its score at E2, and its area above the baseline's S1(E1) over the baseline's mean area.
 MEASURES = ("final score", "RAUC")
+
+#: Names in the tables.
+IMPROVEMENT = "probability of improvement"
+INTERVAL_METHOD = "stratified bootstrap of runs, percentile"
 
 #: Seed of the bootstrap: the same logs give the same interval.
 _BOOTSTRAP_SEED = 0
@@ -303,11 +309,13 @@ def _levels(runs: Mapping[str, Points], window: tuple[float, float], reference: 
 
 
 def _notes_on_runs(scores: pd.DataFrame) -> list[str]:
-    counts = scores.groupby(["method", "task"], sort=False)["seed"].size()
-    if counts.min() == 1:
-        return [f"{' has one run on '.join(map(str, counts.index[int(counts.argmin())]))}: no intervals over tasks"]
-    if counts.nunique() > 1:
-        return [f"tasks have {counts.min()} to {counts.max()} runs: the IQM and profiles count every run once"]
+    counts = scores.groupby(["method", "task"], sort=False).size().reset_index(name="runs")
+    fewest, most = counts["runs"].min(), counts["runs"].max()
+    if fewest == 1:
+        one = counts[counts["runs"] == 1].iloc[0]
+        return [f"{one['method']} has one run on {one['task']}: no intervals over tasks"]
+    if fewest < most:
+        return [f"tasks have {fewest} to {most} runs: the IQM and profiles count every run once"]
     return []
 
 
@@ -354,7 +362,7 @@ def _estimates(measured: Sequence[_Measured], wins: Sequence[_Measured], resampl
 
     statistics = {"mean": mean_of_tasks, "median": median_of_tasks, "IQM": iqm}
     rows = [row(one, name, one.then(reduce)) for one in measured for name, reduce in statistics.items()]
-    return pd.DataFrame(rows + [row(one, "probability of improvement", probability_of_improvement) for one in wins])
+    return pd.DataFrame(rows + [row(one, IMPROVEMENT, probability_of_improvement) for one in wins])
 
 
 def _profile(one: _Measured, measured: Sequence[_Measured], resampling: _Resampling) -> pd.DataFrame:

@@ -65,6 +65,13 @@ class Interval:
     runs: int
     reason: str | None = None
 
+    @classmethod
+    def between(cls, method: str, low: float | None, high: float | None, confidence: float, runs: int) -> Interval:
+        """From low to high, either of which may be missing: the interval then has no end there."""
+        low, high = (None if end is None or math.isinf(end) else float(end) for end in (low, high))
+        kind = {(True, True): "bounded", (True, False): "above", (False, True): "below", (False, False): "everything"}
+        return cls(method, kind[low is not None, high is not None], low, high, confidence, runs)
+
     def __str__(self) -> str:
         """The interval in words a table can hold, with as many digits as its width supports."""
         return self.words()
@@ -103,7 +110,10 @@ class Interval:
 
     def _rounded(self, number: float, scale: float, sign: str = "") -> str:
         width = self._width
-        return f"{number:{sign}.3g}" if not width else f"{number:{sign}.{decimals(scale * width)}f}"
+        # Ends that differ by rounding errors only have no width to go by.
+        if width is None or width <= 1e-9 * max(abs(self.low or 0.0), abs(self.high or 0.0)):
+            return f"{number:{sign}.3g}"
+        return f"{number:{sign}.{decimals(scale * width)}f}"
 
 
 def decimals(width: float) -> int:
@@ -113,7 +123,7 @@ def decimals(width: float) -> int:
         >>> decimals(0.17), decimals(3.2), decimals(0.0042)
         (2, 1, 4)
     """
-    return max(0, 1 - math.floor(math.log10(abs(width)))) if width and math.isfinite(width) else 3
+    return max(0, 1 - math.floor(math.log10(width)))
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,7 @@ def difference_interval(target: ArrayLike, baseline: ArrayLike, *, paired: bool,
     if runs < 2:
         return no_interval(method, one_seed(two.size, one.size), confidence, runs)
     _, low, high = difference_band(two[:, None], one[:, None], paired=paired, confidence=confidence)
-    return Interval(method, "bounded", float(low[0]), float(high[0]), confidence, runs)
+    return Interval.between(method, low[0], high[0], confidence, runs)
 
 
 def one_seed(target: int, baseline: int) -> str:
@@ -305,8 +315,7 @@ def saved_interval(
         return no_interval(method, "the baseline's final score is not reached", confidence, runs)
     most = None if first <= epochs[0] else share_saved(first, end, origin=origin)
     least = None if last == -end else share_saved(epochs[0] if last is None else -last, end, origin=origin)
-    kind = {(True, True): "bounded", (True, False): "above", (False, True): "below", (False, False): "everything"}
-    return Interval(method, kind[least is not None, most is not None], least, most, confidence, runs)
+    return Interval.between(method, least, most, confidence, runs)
 
 
 def fieller(moments: Moments, confidence: float = 0.95) -> Interval:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from mto_analysis.rauc.aggregates import IMPROVEMENT, INTERVAL_METHOD, MEASURES, Aggregates
 from mto_analysis.rauc.comparison import Comparison
-from mto_analysis.rauc.intervals import Interval
+from mto_analysis.rauc.intervals import Interval, no_interval
 
-__all__ = ["SCHEMA_VERSION", "as_frame", "as_record", "details", "table1"]
+__all__ = ["SCHEMA_VERSION", "aggregate_record", "aggregate_table", "as_frame", "as_record", "details", "table1"]
 
 
 #: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
@@ -33,7 +34,7 @@ def as_record(
         logs: What was read from each log, see :meth:`~mto_analysis.rauc.logs.provenance.Provenance.record`.
         notes: What a reader should know about the logs; the comparison's own notes follow.
     """
-    record = {"schema_version": SCHEMA_VERSION, "axis": axis, **vars(comparison)}
+    record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", "axis": axis, **vars(comparison)}
     record |= {"logs": list(logs), "notes": [*notes, *comparison.notes]}
     for key, value in record.items():
         if isinstance(value, Interval):
@@ -158,3 +159,41 @@ def details(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFr
             "pairing": one.pairing,
         }
     return pd.DataFrame(columns).fillna("").rename_axis("").reset_index()
+
+
+def aggregate_record(found: Aggregates, axis: str = "epoch") -> dict[str, Any]:
+    """Estimates over tasks as JSON has them; curves and profiles are in the tables of ``--out``."""
+    estimates = []
+    for row in found.estimates.to_dict("records"):
+        interval = _interval(row)
+        kept = {str(key): value for key, value in row.items() if key not in ("low", "high", "confidence")}
+        estimates.append({**kept, "interval": {**vars(interval), "text": str(interval)}})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "aggregate",
+        "axis": axis,
+        "start": found.start,
+        "end": found.end,
+        "tasks": list(found.tasks),
+        "estimates": estimates,
+        "notes": list(found.notes),
+    }
+
+
+def aggregate_table(found: Aggregates) -> pd.DataFrame:
+    """A row per measure and method, a column per statistic, each with its interval."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found.estimates.to_dict("records"):
+        measure, method = str(one["measure"]), str(one["method"])
+        row = rows.setdefault((measure, method), {"measure": measure, "method": method})
+        over = f" over {one['baseline']}" if one["statistic"] == IMPROVEMENT else ""
+        row[f"{one['statistic']}{over}"] = _and_interval(one["value"], _interval(one))
+    in_order = [row for measure in MEASURES for row in rows.values() if row["measure"] == measure]
+    return pd.DataFrame(in_order).fillna("")
+
+
+def _interval(row: Mapping[Any, Any]) -> Interval:
+    """The interval of an estimate over tasks, from its ends: NaN where there is none."""
+    if math.isnan(row["low"]):
+        return no_interval(INTERVAL_METHOD, "one run on a task", row["confidence"], row["runs"])
+    return Interval.between(INTERVAL_METHOD, row["low"], row["high"], row["confidence"], row["runs"])

@@ -13,7 +13,7 @@ from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.figures.paper.inputs import Drawn
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
-from mto_analysis.figures.plots.runs import draw_runs
+from mto_analysis.figures.plots.means_over_seeds import draw_runs
 from mto_analysis.figures.plots.style import TEXT_WIDTH
 from mto_analysis.figures.plots.tables import draw_table
 from mto_analysis.rauc import Points

@@ -25,8 +25,8 @@ def draw_run_folder(path: str | Path) -> list[Path]:
     """
     import pandas as pd
 
-    from mto_analysis.figures.plots.run import draw_run
     from mto_analysis.figures.plots.style import figure_bytes
+    from mto_analysis.figures.plots.training_curves import draw_run
 
     folder = RunFolder(path)
     try:

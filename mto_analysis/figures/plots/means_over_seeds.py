@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, TEXT_WIDTH, paper_style
 
-__all__ = ["draw_runs", "plot_runs"]
+__all__ = ["draw_runs", "method_look", "plot_runs"]
 
 COLUMNS = ("panel", "method", "place", "score", "low", "high", "num_seeds")
 
@@ -26,6 +26,11 @@ _LOOKS: tuple[dict[str, Any], ...] = (
         for c, m, s in zip(COLORS[1:], MARKERS[2:], LINE_STYLES[2:], strict=False)
     ),
 )
+
+
+def method_look(index: int) -> dict[str, Any]:
+    """Colour, marker and line style of a method, by its place in the list of methods; the first is the baseline."""
+    return _LOOKS[index % len(_LOOKS)]
 
 
 def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, int] | None = None, bars: bool = False, ax: Axes) -> Axes:
@@ -45,7 +50,7 @@ def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, int] | None = None, bar
         raise DataError(f"nothing to draw: {f'no columns {missing}' if missing else 'no rows'}")
     looks = looks or {str(name): index for index, name in enumerate(dict.fromkeys(rows["method"]))}
     for method, curve in rows.groupby("method", sort=False):
-        look = _LOOKS[looks[str(method)] % len(_LOOKS)]
+        look = method_look(looks[str(method)])
         every = max(1, len(curve) // 10)
         # Bars of two methods at one place would hide each other.
         places = curve["place"] + (0.14 * (looks[str(method)] - (len(looks) - 1) / 2) if bars else 0)
