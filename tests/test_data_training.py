@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mto_analysis import DataError, MaskRule, mask_keys, open_images
-from mto_analysis.images import Augmentation, BrokenImage, TrainBatch, TrainingData, choose_images
+from mto_analysis.images import Augmentation, BrokenImage, TrainBatch, TrainingData, choose_images, steps_in_epoch
 from mto_analysis.images.augmentation import method_augmentation
 
 RULE = MaskRule("random", 0.75, 4)
@@ -175,7 +175,7 @@ def test_micro_batches__change_with_seed_and_epoch(source: Path, change: str) ->
 def test_micro_batches__hold_every_image_once_and_drop_the_incomplete_batch(small: Path) -> None:
     data = make(small)
     assert len(data) == 20
-    assert data.steps_per_epoch(3) == 6
+    assert steps_in_epoch(len(data), 3) == 6
     names = [name for batch in data.micro_batches(0, micro_batch=3) for name in batch.names]
     assert len(set(names)) == len(names) == 18
 
@@ -318,10 +318,10 @@ def test_micro_batches__say_that_nothing_can_be_decoded(tmp_path: Path, in_memor
 
 def test_micro_batches__say_that_there_are_too_few_images(small: Path) -> None:
     data = make(small)
-    with pytest.raises(DataError, match="20 images do not fill one batch of 24; take a smaller batch"):
+    with pytest.raises(DataError, match="20 images do not fill one batch of 24; choose a smaller one"):
         data.micro_batches(0, micro_batch=6, accumulation=2, processes=2)
     with pytest.raises(DataError, match="do not fill one batch of 21"):
-        data.steps_per_epoch(21)
+        steps_in_epoch(len(data), 21)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from mto_analysis.training import RunSettings
 from mto_analysis.training.evaluation.augmented import AugmentedData
 from mto_analysis.training.evaluation.classifier import build_classifier, build_optimizer, layer_of
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
-from mto_analysis.training.evaluation.classifier_training import Classification, classifier_score, train_classifier
+from mto_analysis.training.evaluation.classifier_training import ClassifierObjective, classifier_score, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
 from mto_analysis.training.evaluation.protocols import pooling_of
 from mto_analysis.training.methods import METHODS, method_of
@@ -156,10 +156,10 @@ def test_lars__takes_the_step_of_mae(tiny_mae) -> None:
 
 def test_learning_rate__warms_up_and_falls_along_a_cosine() -> None:
     chosen = settings(epochs=11, warmup_epochs=1.0, base_lr=0.32, batch_size=512, min_lr=0.04)
-    task = Classification(make_mae(), chosen, 3)
+    objective = ClassifierObjective(build_classifier(make_mae(), chosen, 3), chosen)
 
     def rate(epoch: float) -> float:
-        return task.learning_rate(round(epoch * 8), steps_per_epoch=8)
+        return objective.rate(round(epoch * 8), steps_per_epoch=8)
 
     assert rate(0.5) == pytest.approx(0.32)
     assert rate(1.0) == pytest.approx(0.64)
@@ -273,7 +273,7 @@ def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(labelled,
 
 
 def test_train_classifier__refuses_what_does_not_fit(labelled, tmp_path) -> None:
-    with pytest.raises(DataError, match="24 training images do not fill one batch of 64"):
+    with pytest.raises(DataError, match="24 images do not fill one batch of 64"):
         next(train(make_mae(), labelled, settings(batch_size=64), tmp_path))
     with pytest.raises(ValueError, match="no multiple"):
         next(train(make_mae(), labelled, settings(), tmp_path, micro_batch=3))

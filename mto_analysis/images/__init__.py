@@ -3,12 +3,13 @@
 from mto_analysis.images.augmentation import CONMIM_TEACHER, Augmentation, Photometric
 from mto_analysis.images.batches import BrokenImage, ImageBatch, image_batches, preprocessing
 from mto_analysis.images.sources import Images, choose_images, open_images
-from mto_analysis.images.training import TrainBatch, TrainingData
+from mto_analysis.images.training import EpochData, TrainBatch, TrainingData, steps_in_epoch
 
 __all__ = [
     "CONMIM_TEACHER",
     "Augmentation",
     "BrokenImage",
+    "EpochData",
     "ImageBatch",
     "Images",
     "Photometric",
@@ -18,4 +19,5 @@ __all__ = [
     "image_batches",
     "open_images",
     "preprocessing",
+    "steps_in_epoch",
 ]

@@ -6,9 +6,10 @@ or on where a run was taken up again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from mto_analysis.images.sources import Images
 from mto_analysis.images.workers import BatchPlan, CroppedBatch, CroppedBatches
 from mto_analysis.masks import MaskRule
 
-__all__ = ["TrainBatch", "TrainingData"]
+__all__ = ["EpochData", "TrainBatch", "TrainingData", "steps_in_epoch"]
 
 
 class TrainBatch(NamedTuple):
@@ -45,7 +46,92 @@ class TrainBatch(NamedTuple):
         return self.images, self.mask, self.second_images
 
 
-class TrainingData:
+def steps_in_epoch(count: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch; images that do not fill a last batch are left out of it.
+
+    Args:
+        count: Training images.
+        batch_size: Images of a step, over all processes and micro-batches.
+
+    Raises:
+        ValueError: If the batch size is not positive.
+        DataError: If there are too few images for one batch.
+
+    Example:
+        >>> steps_in_epoch(50_000, 4096)
+        12
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if count < batch_size:
+        raise DataError(
+            f"{count} images do not fill one batch of {batch_size}; choose a smaller one with --set batch_size=N"
+        )
+    return count // batch_size
+
+
+class EpochData(ABC):
+    """Training images, every epoch in an order of its own, in batches that depend on seed, epoch and step alone."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, broken ones included."""
+
+    @abstractmethod
+    def order(self, epoch: int) -> Rows:
+        """The rows of all images in the order of an epoch."""
+
+    def prepare(self) -> bool:
+        """Read what is held in memory, once; the first batch does it if nobody did. True if anything is held."""
+        return False
+
+    def micro_batches(
+        self,
+        epoch: int,
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        process: int = 0,
+        processes: int = 1,
+        skip_steps: int = 0,
+    ) -> Iterator[Any]:
+        """The micro-batches of one process in one epoch.
+
+        Micro-batch m of process r holds places (m * processes + r) * micro_batch onwards of the epoch's order, so an
+        optimizer step sees the same images however they are shared out.
+
+        Args:
+            epoch: Counts from 0.
+            micro_batch: Images per process and forward.
+            accumulation: Micro-batches per optimizer step.
+            process: Number of this process.
+            processes: How many there are.
+            skip_steps: Optimizer steps to leave out at the start, without decoding anything.
+
+        Raises:
+            ValueError: If a number is out of range.
+            DataError: If there are too few images, one is gone, or one is broken (with ``strict``).
+        """
+        if min(micro_batch, accumulation, processes) < 1 or not 0 <= process < processes or skip_steps < 0:
+            raise ValueError(
+                "micro_batch, accumulation and processes must be at least 1, process below processes, skip_steps at "
+                f"least 0, got {micro_batch=}, {accumulation=}, {process=}, {processes=}, {skip_steps=}"
+            )
+        steps = steps_in_epoch(len(self), micro_batch * accumulation * processes)
+        order = self.order(epoch)
+        plans = []
+        for number in range(skip_steps * accumulation, steps * accumulation):
+            start = (number * processes + process) * micro_batch
+            place = (*divmod(number, accumulation), process)
+            plans.append(BatchPlan(epoch, order[start : start + micro_batch], place))
+        return self._batches(plans)
+
+    @abstractmethod
+    def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[Any]:
+        """The batches of plans, in their order."""
+
+
+class TrainingData(EpochData):
     """Images for training.
 
     Small images (all of one size no larger than ``image_size``, 2 GiB in all) are decoded once, held on the device
@@ -108,21 +194,6 @@ class TrainingData:
         """Number of images, broken ones included."""
         return len(self._images.names)
 
-    def steps_per_epoch(self, global_batch: int) -> int:
-        """Optimizer steps in an epoch; the last incomplete global batch is dropped.
-
-        Raises:
-            ValueError: If ``global_batch`` is not positive.
-            DataError: If there are too few images for one.
-        """
-        if global_batch < 1:
-            raise ValueError(f"global_batch must be at least 1, got {global_batch}")
-        if len(self) < global_batch:
-            raise DataError(
-                f"{len(self)} images do not fill one batch of {global_batch}; take a smaller batch size or more data"
-            )
-        return len(self) // global_batch
-
     def order(self, epoch: int) -> Rows:
         """The rows of all images in the order of an epoch."""
         return self._sampler.order(epoch)
@@ -154,44 +225,6 @@ class TrainingData:
             return None
         self._note_broken(list(broken.items()))
         return HeldImages(pixels, self._sampler, broken, self._device)
-
-    def micro_batches(
-        self,
-        epoch: int,
-        *,
-        micro_batch: int,
-        accumulation: int = 1,
-        process: int = 0,
-        processes: int = 1,
-        skip_steps: int = 0,
-    ) -> Iterator[TrainBatch]:
-        """The micro-batches of one process in one epoch.
-
-        Micro-batch m of process r holds places (m * processes + r) * micro_batch onwards of the epoch's order, so an
-        optimizer step sees the same images however they are shared out.
-
-        Args:
-            epoch: Counts from 0.
-            micro_batch: Images per process and forward.
-            accumulation: Micro-batches per optimizer step.
-            process: Number of this process.
-            processes: How many there are.
-            skip_steps: Optimizer steps to leave out at the start, without decoding anything.
-
-        Raises:
-            ValueError: If a number is out of range.
-            DataError: If there are too few images, one is gone, or one is broken (with ``strict``).
-        """
-        if min(micro_batch, accumulation, processes) < 1 or not 0 <= process < processes or skip_steps < 0:
-            raise ValueError(
-                "micro_batch, accumulation and processes must be at least 1, process below processes, skip_steps at "
-                f"least 0, got {micro_batch=}, {accumulation=}, {process=}, {processes=}, {skip_steps=}"
-            )
-        steps = self.steps_per_epoch(micro_batch * accumulation * processes)
-        order = self.order(epoch)
-        numbers = range(skip_steps * accumulation, steps * accumulation)
-        starts = [(number * processes + process) * micro_batch for number in numbers]
-        return self._batches([BatchPlan(epoch, order[start : start + micro_batch]) for start in starts])
 
     def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[TrainBatch]:
         self.prepare()

@@ -21,10 +21,11 @@ __all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]
 
 
 class BatchPlan(NamedTuple):
-    """One micro-batch before anything is read."""
+    """One micro-batch before anything is read; its place is step, micro-batch of the step, and process."""
 
     epoch: int
     rows: Rows
+    place: tuple[int, int, int]
 
 
 class CroppedBatch(NamedTuple):

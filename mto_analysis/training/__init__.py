@@ -14,8 +14,8 @@ from mto_analysis.mto import (
     sparsity_loss,
     watch_mto,
 )
-from mto_analysis.training.methods import Method, build_method
-from mto_analysis.training.optimization import learning_rate, parameter_groups, peak_learning_rate
+from mto_analysis.training.methods import Method, build_method, learning_rate
+from mto_analysis.training.methods.method import parameter_groups, peak_learning_rate
 from mto_analysis.training.planning import Plan, plan
 from mto_analysis.training.pretraining import pretrain
 from mto_analysis.training.recipes import Recipe, load_recipe, recipe_names

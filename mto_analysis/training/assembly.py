@@ -15,12 +15,11 @@ from mto_analysis.mto import attach_mto
 from mto_analysis.runtime.group import Group
 from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
-from mto_analysis.training.objective import Objective
+from mto_analysis.training.objective import Batch, Objective
 from mto_analysis.training.randomness import step_randomness
 
 if TYPE_CHECKING:
     from mto_analysis.training.settings import RunSettings
-    from mto_analysis.training.task import Batch, Task
 
 __all__ = ["Assembly"]
 
@@ -31,7 +30,7 @@ class Assembly:
     """The model with its teachers, optimizer, loss scaling, moving average and MTO, on this process.
 
     Args:
-        task: The method, its optimizer and its schedule.
+        method: The student with its losses, optimizer and schedule, before its first step.
         settings: The run's.
         group: The processes of the run.
         steps_per_epoch: Optimizer steps.
@@ -39,12 +38,11 @@ class Assembly:
     """
 
     def __init__(
-        self, task: Task[Any], settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
+        self, method: Objective, settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
     ) -> None:
-        self.task, self.settings, self.group = task, settings, group
-        self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * task.epochs
+        self.settings, self.group = settings, group
+        self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * method.settings.epochs
         device = group.device
-        method: Objective = task.build(settings.seed)
         # Of sharded weights the process that writes puts the whole together in a copy.
         self._whole = copy.deepcopy(method) if settings.fsdp and group.main else method
         self.method = method.to(device).train()
@@ -62,7 +60,7 @@ class Assembly:
             self.wrapped: nn.Module = self.method
         else:
             self.wrapped = self.method if group.count == 1 else self._parallel(micro_batch)
-        self.optimizer = task.optimizer(self.method)
+        self.optimizer = self.method.optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.trained = [each for group in self.optimizer.param_groups for each in group["params"]]
 
@@ -72,7 +70,7 @@ class Assembly:
         In its second forward torch puts the gradients that it adds up into another order, on which the last bit of a
         sum over more than two processes depends. With that behind it, a resumed run adds as the first one did.
         """
-        batch = self.task.noise(micro_batch, self.group.device)
+        batch = self.method.noise(micro_batch, self.group.device)
         buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         self.wrapped = self.method
         with step_randomness(self.settings.seed, -1, self.group.index, self.group.device), warnings.catch_warnings():

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mto_analysis.errors import DataError
+from mto_analysis.images import EpochData, steps_in_epoch
 from mto_analysis.runtime.group import Group
 from mto_analysis.runtime.outputs import run_facts
+from mto_analysis.training.objective import Batch, Objective, Settings
 from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
-from mto_analysis.training.shares import micro_batch_size, steps_in_epoch
+from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.state import RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
-from mto_analysis.training.task import Batch, Task, TaskData
 
 __all__ = ["open_group", "train"]
 
@@ -29,8 +30,9 @@ def open_group(settings: RunSettings) -> Group:
 
 
 def train(
-    task: Task[Any],
-    data: TaskData,
+    build: Callable[[], Objective],
+    chosen: Settings,
+    data: EpochData,
     scorer: Callable[[], Scorer],
     folder: RunFolder,
     settings: RunSettings,
@@ -43,12 +45,13 @@ def train(
     on_note: Callable[[str], None] | None = None,
     source: str | None = None,
 ) -> Iterator[EpochRecord]:
-    """Carry out a run, and yield a record after each epoch, when all of that epoch is on disk.
+    """Carry out a run of any kind; as :func:`~mto_analysis.training.pretrain` but for what is listed here.
 
     Args:
-        task: What is trained.
+        build: Makes what is trained.
+        chosen: Its settings.
         data: Its images.
-        scorer: Makes what scores it along the run, once the folder is found to be free.
+        scorer: Makes what scores it along the run.
         folder: For what the run leaves behind.
         settings: How it is run.
         group: Its processes; all call this, and the first one writes.
@@ -58,17 +61,10 @@ def train(
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
         source: Where the images are, for ``run.json``.
-
-    Raises:
-        OutputExistsError: If the folder holds a run and neither ``resume`` nor ``overwrite`` is given.
-        CheckpointError: If the run to resume is another one, or its checkpoint is damaged.
-        DataError: If images are too few, broken or gone.
-        NumericalError: If a loss is not finite; ``last.pth`` is from before.
-        ValueError: If the batch cannot be shared out, or a setting does not fit the machine.
     """
     note = on_note if on_note is not None and group.main else _silent
-    micro_batch = micro_batch_size(task.batch_size, processes=group.count, accumulation=settings.accumulation)
-    steps = steps_in_epoch(len(data), task.batch_size, task.images)
+    micro_batch = micro_batch_size(chosen.batch_size, processes=group.count, accumulation=settings.accumulation)
+    steps = steps_in_epoch(len(data), chosen.batch_size)
     layout = run_layout(settings, group)
     folder.check(identity, resume=resume, overwrite=overwrite)
     resume = resume and folder.holds_run()
@@ -76,8 +72,8 @@ def train(
     state = folder.read_last() if resume else None
     if resume and (changed := differences(folder.stored_facts().get("layout", {}), layout)):
         note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
-    if resume and (folder.finished() or (state is not None and state["epoch"] >= task.epochs)):
-        note(f"{folder.path} is complete ({task.epochs} epochs): nothing to do")
+    if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
+        note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
         stored = folder.stored_facts()
         if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
             folder.write_facts({**stored, "state": "complete"})
@@ -85,7 +81,7 @@ def train(
 
     scores = scorer()
     data.prepare()
-    stepper = Stepper(task, settings, group, steps, micro_batch)
+    stepper = Stepper(build(), settings, group, steps, micro_batch)
     facts = run_facts({}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source)
     recorder = Recorder(folder, stepper, scores, facts)
     if state is not None:
@@ -102,14 +98,14 @@ def train(
 
 
 def _epochs(
-    data: TaskData,
+    data: EpochData,
     stepper: Stepper,
     recorder: Recorder,
     micro_batch: int,
     on_step: Callable[[StepRecord], None] | None,
 ) -> Iterator[EpochRecord]:
     """Train every epoch that is left; what is seen on the way goes to the recorder."""
-    settings, steps, epochs = stepper.settings, stepper.steps_per_epoch, stepper.task.epochs
+    settings, steps, epochs = stepper.settings, stepper.steps_per_epoch, stepper.method.settings.epochs
     for epoch in range(recorder.step // steps, epochs):
         batches = _Timed(_batches(data, stepper, recorder, epoch, micro_batch))
         whole, lap = _Lap(recorder.step, batches), _Lap(recorder.step, batches)
@@ -121,20 +117,20 @@ def _epochs(
             result = stepper.step(batches, recorder.step, watch=logs)
             recorder.add(result, look=logs or saves)
             if logs:
-                speed = lap.speed(number, stepper.task.batch_size)
+                speed = lap.speed(number, stepper.method.settings.batch_size)
                 recorder.log_step(result, {**speed, "seconds": recorder.seconds + whole.seconds()})
                 lap = _Lap(number, batches)
             if saves:
                 recorder.save(recorder.seconds + whole.seconds())
             if on_step is not None:
                 on_step(StepRecord(epoch, number, epochs * steps, recorder.last_loss))
-        speed = whole.speed(recorder.step, stepper.task.batch_size)
+        speed = whole.speed(recorder.step, stepper.method.settings.batch_size)
         recorder.seconds += whole.seconds()
         batches.close()
         yield recorder.end_epoch(result.learning_rate, speed)
 
 
-def _batches(data: TaskData, stepper: Stepper, recorder: Recorder, epoch: int, micro_batch: int) -> Iterator[Batch]:
+def _batches(data: EpochData, stepper: Stepper, recorder: Recorder, epoch: int, micro_batch: int) -> Iterator[Batch]:
     """This process's micro-batches of an epoch, from the step on where the run is."""
     try:
         yield from data.micro_batches(

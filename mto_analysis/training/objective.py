@@ -1,20 +1,52 @@
-"""What a run minimises: a student with the terms of its loss, and what follows each step."""
+"""What a run trains: a student with the terms of its loss, its optimizer and its schedule."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Objective"]
+__all__ = ["Batch", "Objective", "Settings"]
+
+
+class Settings(Protocol):
+    """What the engine reads of an objective's settings."""
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of an optimizer step, over all processes and micro-batches."""
+
+    @property
+    def clip_grad(self) -> float | None:
+        """Largest norm of the gradient, or no clipping."""
+
+
+class Batch(Protocol):
+    """A micro-batch on the device."""
+
+    @property
+    def images(self) -> Tensor:
+        """Shape: batch channels height width."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Arguments of the objective's forward."""
 
 
 class Objective(nn.Module, ABC):
-    """What a run trains, by pre-training or as a classifier: a student, the terms of its loss, what follows a step.
+    """What a run trains, by pre-training or as a classifier.
 
     Args:
         student: The model that is trained.
+        settings: Of its training.
+        name: In the column ``method`` of tables.
     """
 
     #: Whether the student sees masked images, whose H is measured along the run.
@@ -24,9 +56,9 @@ class Objective(nn.Module, ABC):
     #: What is trained, saved and probed, and what ``attach_mto`` is attached to.
     student: Any
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, settings: Settings, name: str) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.settings, self.name = student, settings, name
         #: Fraction of the run's optimizer steps that are done.
         self.progress = 0.0
 
@@ -37,6 +69,22 @@ class Objective(nn.Module, ABC):
         Shapes:
             returns: scalars
         """
+
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """With parameter groups, whose ``lr_scale`` multiplies the learning rate."""
+
+    @abstractmethod
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of an optimizer step, counted from 0 over the whole run."""
+
+    @abstractmethod
+    def noise(self, count: int, device: torch.device) -> Batch:
+        """A batch of noise, to try a step out."""
+
+    @abstractmethod
+    def files(self) -> Mapping[str, str]:
+        """Text files with the settings, by name, for the run's folder."""
 
     @abstractmethod
     def published(self, average: Any = None) -> dict[str, Any]:

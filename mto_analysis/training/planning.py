@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mto_analysis.images import steps_in_epoch
 from mto_analysis.runtime.group import Group
-from mto_analysis.training.optimization import learning_rate, peak_learning_rate
-from mto_analysis.training.pretraining import Pretraining
-from mto_analysis.training.shares import micro_batch_size, steps_in_epoch
+from mto_analysis.training.methods import build_method, learning_rate
+from mto_analysis.training.methods.method import peak_learning_rate
+from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.stepping import Stepper
 
 if TYPE_CHECKING:
     from mto_analysis.images import Images
+    from mto_analysis.training.objective import Batch
     from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
-    from mto_analysis.training.task import Batch
 
 __all__ = ["Plan", "plan"]
 
@@ -69,7 +70,8 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
     count = processes or here.count
     micro = micro_batch_size(recipe.batch_size, processes=count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(images.names), recipe.batch_size)
-    stepper = Stepper(Pretraining(recipe), replace(settings, accumulation=1), here, steps, micro)
+    method = build_method(recipe, seed=settings.seed)
+    stepper = Stepper(method, replace(settings, accumulation=1), here, steps, micro)
     measured = _measure(stepper, settings, here, micro)
     total = steps * recipe.epochs
     seconds = measured.seconds_per_image * micro * settings.accumulation * total
@@ -140,11 +142,11 @@ def _measure(stepper: Stepper, settings: RunSettings, here: Group, micro: int) -
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])
     shares = here.count if settings.fsdp else 1
-    kept = {size: _activations(stepper, stepper.task.noise(size, here.device), trained) for size in _PROBES}
+    kept = {size: _activations(stepper, stepper.method.noise(size, here.device), trained) for size in _PROBES}
     slope = max(0, (kept[_PROBES[1]] - kept[_PROBES[0]]) // (_PROBES[1] - _PROBES[0]))
     # A batch that is long enough to measure: of small models a step of a few images is nearly all overhead.
     size = max(1, min(micro, max(8, _TIMED_BYTES // max(1, slope))))
-    batch = stepper.task.noise(size, here.device)
+    batch = stepper.method.noise(size, here.device)
     _time(stepper, batch)  # the first step makes the optimizer's state, and compiles
     seconds = min(_time(stepper, batch) for _ in range(_TIMED_STEPS)) / size
     return _Measured(

@@ -1,65 +1,24 @@
-"""Pre-training of a masked image model by a recipe: the task, its images and its scores for the engine."""
+"""Pre-training of a masked image model by a recipe: its objective, images and scores, handed to the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from mto_analysis.images import TrainBatch, TrainingData
+from mto_analysis.images import TrainingData
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.training import sharding
 from mto_analysis.training.loop import open_group, train
-from mto_analysis.training.methods import Method, build_method
-from mto_analysis.training.optimization import learning_rate, parameter_groups
-from mto_analysis.training.randomness import noise_batch
+from mto_analysis.training.methods import build_method
 from mto_analysis.training.scoring import EvaluationScorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.state import RunFolder, run_identity
-from mto_analysis.training.task import Task
 
 if TYPE_CHECKING:
     from mto_analysis.images import BrokenImage, Images
     from mto_analysis.training.recipes import Recipe
 
-__all__ = ["Pretraining", "pretrain"]
-
-
-class Pretraining(Task[Method]):
-    """A recipe as a task of the engine.
-
-    Args:
-        recipe: What is trained, and how.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe, recipe.name)
-        self.recipe = recipe
-
-    def build(self, seed: int) -> Method:
-        """The recipe's method."""
-        return build_method(self.recipe, seed=seed)
-
-    def optimizer(self, method: Method) -> torch.optim.Optimizer:
-        """AdamW with the method's parameter groups, fused into one kernel where torch has it."""
-        devices = {each.device.type for each in method.parameters()}
-        fused = devices <= {"cpu", "cuda"} and not any(sharding.is_sharded(each) for each in method.parameters())
-        groups = parameter_groups(method, self.recipe)
-        return torch.optim.AdamW(groups, lr=self.recipe.base_lr, betas=self.recipe.betas, fused=fused)
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """As the method's original sets it."""
-        return learning_rate(self.recipe, step, steps_per_epoch, self.recipe.batch_size)
-
-    def noise(self, count: int, device: torch.device) -> TrainBatch:
-        """Noise, with masks as the recipe samples them."""
-        return noise_batch(self.recipe, count, device)
-
-    def files(self) -> Mapping[str, str]:
-        """The recipe."""
-        return {"recipe.toml": self.recipe.to_toml()}
+__all__ = ["pretrain"]
 
 
 def pretrain(
@@ -119,7 +78,8 @@ def pretrain(
     )
     own = {"recipe": recipe.to_dict(), "evaluation": settings.evaluation.settings() if settings.evaluation else None}
     yield from train(
-        Pretraining(recipe),
+        lambda: build_method(recipe, seed=settings.seed),
+        recipe,
         data,
         lambda: EvaluationScorer(settings, group, evaluate),
         RunFolder(folder),

@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, facts: Mapping[str, Any]) -> None:
         self.folder, self.stepper, self.scorer, self.facts = folder, stepper, scorer, facts
-        self.task, self.settings, self.group = stepper.task, stepper.settings, stepper.group
+        self.method, self.settings, self.group = stepper.method, stepper.settings, stepper.group
         #: Optimizer steps that are done, and the seconds of training they took.
         self.step, self.seconds = 0, 0.0
         #: The loss of the last step that was looked at.
@@ -64,7 +64,7 @@ class Recorder:
     def begin(self, *, resume: bool) -> None:
         """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for."""
         if self.group.main:
-            self.folder.claim(self.facts, self.task.files(), resume=resume)
+            self.folder.claim(self.facts, self.method.files(), resume=resume)
             self._metrics.cut_back(self.step)
             self._curves.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
         self._boards = Boards(
@@ -130,7 +130,7 @@ class Recorder:
 
     def end_epoch(self, rate: float, speed: Mapping[str, float]) -> EpochRecord:
         """Evaluate if it is due, write the epoch's rows and then its checkpoints."""
-        epoch, epochs = self.step // self.stepper.steps_per_epoch, self.task.epochs
+        epoch, epochs = self.step // self.stepper.steps_per_epoch, self.method.settings.epochs
         means = self._epoch_means.means()
         self._epoch_means.clear()
         scores = self._score(epoch) if self.scorer.due(epoch, epochs) else {}
@@ -194,7 +194,7 @@ class Recorder:
         """Evaluate, and write the point of the curve."""
         scores = self.scorer.score(self.stepper)
         row = {
-            "method": self._method,
+            "method": self._name,
             "epoch": epoch,
             "score": scores["score"],
             "seed": self.settings.seed,
@@ -206,13 +206,13 @@ class Recorder:
         return scores
 
     @property
-    def _method(self) -> str:
-        return self.task.name + ("+MTO" if self.settings.mto is not None else "")
+    def _name(self) -> str:
+        return self.method.name + ("+MTO" if self.settings.mto is not None else "")
 
     def _write_row(self, kind: str, values: Mapping[str, Any]) -> None:
         epochs = self.epochs
         row: dict[str, Any] = {
-            "method": self._method,
+            "method": self._name,
             "seed": self.settings.seed,
             "kind": kind,
             "epoch": int(epochs) if epochs.is_integer() else epochs,

@@ -1,10 +1,8 @@
-"""How images are shared out: steps of an epoch, and images in one forward of one process."""
+"""How the images of an optimizer step are shared out: micro-batches, and images in one forward of one process."""
 
 from __future__ import annotations
 
-from mto_analysis.errors import DataError
-
-__all__ = ["accumulation_for", "micro_batch_size", "steps_in_epoch"]
+__all__ = ["accumulation_for", "micro_batch_size"]
 
 
 def micro_batch_size(batch_size: int, *, processes: int, accumulation: int) -> int:
@@ -48,25 +46,3 @@ def accumulation_for(batch_size: int, *, processes: int, micro_batch: int | None
             "change --micro-batch or --set batch_size=N"
         )
     return batch_size // (micro_batch * processes)
-
-
-def steps_in_epoch(count: int, batch_size: int, kind: str = "images") -> int:
-    """Optimizer steps of an epoch; images that do not fill a last batch are left out of it.
-
-    Args:
-        count: Training images.
-        batch_size: Images of a step, over all processes and micro-batches.
-        kind: What the message calls them.
-
-    Raises:
-        DataError: If they do not fill one.
-
-    Example:
-        >>> steps_in_epoch(50_000, 4096)
-        12
-    """
-    if count < batch_size:
-        raise DataError(
-            f"{count} {kind} do not fill one batch of {batch_size}; choose a smaller one with --set batch_size=N"
-        )
-    return count // batch_size

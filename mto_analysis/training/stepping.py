@@ -13,8 +13,8 @@ from mto_analysis.mto import watch_mto
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training import sharding
 from mto_analysis.training.assembly import Assembly
+from mto_analysis.training.objective import Batch
 from mto_analysis.training.randomness import step_randomness
-from mto_analysis.training.task import Batch
 
 __all__ = ["StepResult", "Stepper"]
 
@@ -48,7 +48,7 @@ class Stepper(Assembly):
         """
         device = self.group.device
         count = self.settings.accumulation
-        rate = self.task.learning_rate(step, self.steps_per_epoch)
+        rate = self.method.rate(step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ class Stepper(Assembly):
             measured |= {name: value for name, value in watch.records[-1].items() if "heterogeneity" in name}
 
     def _clip(self, *, wanted: bool) -> Tensor | None:
-        most = self.task.clip_grad
+        most = self.method.settings.clip_grad
         if most is None and not wanted:
             return None
         if most is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError
+from mto_analysis.images import EpochData
+from mto_analysis.images.sampling import Rows
+from mto_analysis.images.workers import BatchPlan
 from mto_analysis.models import ModelInfo
 from mto_analysis.runtime.randomness import keyed_permutation, name_keys
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages
 from mto_analysis.training.randomness import seeded_globally
-from mto_analysis.training.shares import steps_in_epoch
 
 __all__ = ["AugmentedData", "LabelledBatch"]
 
@@ -39,7 +41,7 @@ class LabelledBatch(NamedTuple):
         return self.images, self.targets
 
 
-class AugmentedData:
+class AugmentedData(EpochData):
     """Training images of a classifier; a step sees the same images however they are shared out.
 
     Args:
@@ -81,35 +83,24 @@ class AugmentedData:
         """Number of images."""
         return len(self._images.rows)
 
-    def prepare(self) -> None:
-        """Nothing is held in memory."""
-
-    def micro_batches(
-        self,
-        epoch: int,
-        *,
-        micro_batch: int,
-        accumulation: int = 1,
-        process: int = 0,
-        processes: int = 1,
-        skip_steps: int = 0,
-    ) -> Iterator[LabelledBatch]:
-        """The micro-batches of one process in one epoch, as of :class:`~mto_analysis.images.TrainingData`."""
-        steps = steps_in_epoch(len(self), micro_batch * accumulation * processes)
+    def order(self, epoch: int) -> Rows:
+        """The rows of all images in the order of an epoch."""
         names = [self._images.images.names[row] for row in self._images.rows]
-        order = keyed_permutation(name_keys(names), seed=self._seed, epoch=epoch)
-        numbers = range(skip_steps * accumulation, steps * accumulation)
-        starts = [(number * processes + process) * micro_batch for number in numbers]
+        return keyed_permutation(name_keys(names), seed=self._seed, epoch=epoch)
+
+    def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[LabelledBatch]:
+        if not plans:
+            return
         loader: DataLoader[Any] = DataLoader(
-            _Augmented(self._images, self._transform, self._seed, epoch),
-            batch_sampler=[order[start : start + micro_batch].tolist() for start in starts],
+            _Augmented(self._images, self._transform, self._seed, plans[0].epoch),
+            batch_sampler=[plan.rows.tolist() for plan in plans],
             num_workers=self._workers,
             generator=torch.Generator(),  # or it would take its seed from the global generator
         )
-        for number, batch in zip(numbers, loader, strict=True):
+        for plan, batch in zip(plans, loader, strict=True):
             images, targets = (each.to(self._device, non_blocking=True) for each in batch)
             if self._mix is not None:
-                with seeded_globally(self._seed, epoch, "step", *divmod(number, accumulation), process):
+                with seeded_globally(self._seed, plan.epoch, "step", *plan.place):
                     images, targets = self._mix(images, targets)
             yield LabelledBatch(images, targets)
 

@@ -28,9 +28,8 @@ from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.shares import accumulation_for, micro_batch_size
 from mto_analysis.training.state import RunFolder, run_identity
-from mto_analysis.training.task import Task
 
-__all__ = ["Classification", "ClassifierObjective", "classifier_score", "train_classifier"]
+__all__ = ["ClassifierObjective", "classifier_score", "train_classifier"]
 
 
 class ClassifierObjective(Objective):
@@ -38,27 +37,53 @@ class ClassifierObjective(Objective):
 
     Args:
         student: The classifier.
-        smoothing: Of class indices; probabilities, as mixup gives them, are smoothed already.
+        settings: Its own.
     """
 
     masked = False
     student: Classifier
 
-    def __init__(self, student: Classifier, smoothing: float) -> None:
-        super().__init__(student)
-        self.smoothing = smoothing
+    def __init__(self, student: Classifier, settings: ClassifierSettings) -> None:
+        super().__init__(student, settings, settings.protocol)
+        self.chosen = settings
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """One term, ``cross_entropy``.
+        """One term, ``cross_entropy``; probabilities, as mixup gives them, are smoothed already.
 
         Shapes:
             images: batch channels height width
             targets: batch (class indices) or batch num_classes (probabilities)
         """
         logits = self.student(images)
-        smoothing = 0.0 if targets.is_floating_point() else self.smoothing
+        smoothing = 0.0 if targets.is_floating_point() else self.chosen.smoothing
         with torch.autocast(images.device.type, enabled=False):
             return {"cross_entropy": F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LARS for the linear probe, AdamW with layer-wise rates for fine-tuning."""
+        return build_optimizer(self.student, self.chosen)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Linear warm-up from zero, then half a cosine to ``min_lr``, by the fraction of an epoch.
+
+        Source:
+            facebookresearch/mae ``util/lr_sched.py``.
+        """
+        chosen, epoch = self.chosen, step // steps_per_epoch + step % steps_per_epoch / steps_per_epoch
+        return warmup_then_cosine(
+            epoch, chosen.epochs, warmup=chosen.warmup_epochs, peak=chosen.learning_rate, end=chosen.min_lr
+        )
+
+    def noise(self, count: int, device: torch.device) -> LabelledBatch:
+        """Noise, all of the first class."""
+        info = self.student.encoder.info
+        shape = (count, info.channels, *height_and_width(info.image_size))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return LabelledBatch(images.to(device), torch.zeros(count, dtype=torch.long, device=device))
+
+    def files(self) -> Mapping[str, str]:
+        """The settings."""
+        return {"settings.json": json.dumps(self.chosen.to_dict(), indent=2) + "\n"}
 
     def published(self, average: Classifier | None = None) -> dict[str, Any]:
         """What training changes: parameters that learn, and the running statistics of a batch norm."""
@@ -70,53 +95,6 @@ def _learned(classifier: Classifier) -> dict[str, Tensor]:
     names = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     state = classifier.state_dict()
     return {name: value for name, value in state.items() if name in names or name.startswith("head.")}
-
-
-class Classification(Task[ClassifierObjective]):
-    """Training of a classifier on a copy of a model, as a task of the engine.
-
-    Args:
-        model: Pre-trained; it is not changed.
-        settings: From :mod:`mto_analysis.training.evaluation.classifier_settings`.
-        num_classes: Classes in all.
-    """
-
-    images = "training images"
-
-    def __init__(self, model: MaskedImageModel, settings: ClassifierSettings, num_classes: int) -> None:
-        super().__init__(settings, settings.protocol)
-        self.model, self.settings, self.num_classes = model, settings, num_classes
-
-    def build(self, seed: int) -> ClassifierObjective:
-        """The classifier of a copy of the model, with a new head."""
-        classifier = build_classifier(self.model, self.settings, self.num_classes, seed=seed)
-        return ClassifierObjective(classifier, self.settings.smoothing)
-
-    def optimizer(self, method: ClassifierObjective) -> torch.optim.Optimizer:
-        """LARS for the linear probe, AdamW with layer-wise rates for fine-tuning."""
-        return build_optimizer(method.student, self.settings)
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Linear warm-up from zero, then half a cosine to ``min_lr``, by the fraction of an epoch.
-
-        Source:
-            facebookresearch/mae ``util/lr_sched.py``.
-        """
-        chosen, epoch = self.settings, step // steps_per_epoch + step % steps_per_epoch / steps_per_epoch
-        return warmup_then_cosine(
-            epoch, chosen.epochs, warmup=chosen.warmup_epochs, peak=chosen.learning_rate, end=chosen.min_lr
-        )
-
-    def noise(self, count: int, device: torch.device) -> LabelledBatch:
-        """Noise, all of the first class."""
-        info = self.model.info
-        shape = (count, info.channels, *height_and_width(info.image_size))
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return LabelledBatch(images.to(device), torch.zeros(count, dtype=torch.long, device=device))
-
-    def files(self) -> Mapping[str, str]:
-        """The settings."""
-        return {"settings.json": json.dumps(self.settings.to_dict(), indent=2) + "\n"}
 
 
 class TestAccuracy(Scorer):
@@ -212,7 +190,8 @@ def train_classifier(
     )
     names = [train_images.images.names[row] for row in train_images.rows]
     yield from train(
-        Classification(model, settings, num_classes),
+        lambda: ClassifierObjective(build_classifier(model, settings, num_classes, seed=run.seed), settings),
+        settings,
         data,
         lambda: TestAccuracy(test_images, test_every),
         RunFolder(folder, final="classifier.pth"),

@@ -16,7 +16,7 @@ from mto_analysis.training.methods.method import Method
 from mto_analysis.training.methods.simmim import SimMIMMethod
 from mto_analysis.training.recipes import Recipe
 
-__all__ = ["METHODS", "Method", "build_method", "build_student", "method_of"]
+__all__ = ["METHODS", "Method", "build_method", "build_student", "learning_rate", "method_of"]
 
 #: By the name that recipes give them.
 METHODS: Mapping[str, type[Method]] = {
@@ -83,3 +83,31 @@ def build_method(recipe: Recipe, *, seed: int) -> Method:
         ['pixels']
     """
     return METHODS[recipe.method](build_student(recipe, seed=seed), recipe).train()
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
+    r"""The learning rate of an optimizer step, as the method's original sets it.
+
+    A linear warm-up over w epochs to the peak p, then a half cosine to ``min_lr`` m at the end of E epochs, where the
+    originals differ in details that are kept:
+
+    - MAE: at epoch :math:`e` (with its fraction) :math:`m + (p - m) (1 + \cos \pi (e - w) / (E - w)) / 2`.
+    - BootMAE, ConMIM: the same, but the last warm-up step already has the peak, and the cosine starts after it.
+    - SimMIM: the cosine of :math:`e / E`, not counted from the end of the warm-up (so the peak is never quite
+      reached), or a factor at each milestone; and every step has the rate meant for the one before, as the original
+      sets it after the update.
+
+    Args:
+        recipe: Settings.
+        step: Optimizer steps done before this one.
+        steps_per_epoch: Optimizer steps of an epoch.
+        global_batch: Images of a step, over all processes and micro-batches.
+
+    Source:
+        facebookresearch/mae ``util/lr_sched.py``; microsoft/SimMIM ``lr_scheduler.py``, ``main_simmim.py``, with
+        timm 0.4's ``CosineLRScheduler``; LightDXY/BootMAE and TencentARC/ConMIM ``utils.py``.
+
+    Raises:
+        ValueError: If the step is not one of the run.
+    """
+    return METHODS[recipe.method].rate_of(recipe, step, steps_per_epoch, global_batch)

@@ -7,14 +7,19 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor
 
 from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.images import TrainBatch
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.objective import Objective
+from mto_analysis.training.randomness import noise_batch
 from mto_analysis.training.recipes import Recipe
+from mto_analysis.training.sharding import is_sharded
 
-__all__ = ["Method", "half_cosine", "warmup_then_cosine"]
+__all__ = ["Method", "half_cosine", "parameter_groups", "peak_learning_rate", "warmup_then_cosine"]
 
 
 class Method(Objective):
@@ -48,7 +53,7 @@ class Method(Objective):
     student: MaskedImageModel
 
     def __init__(self, student: MaskedImageModel, recipe: Recipe) -> None:
-        super().__init__(student)
+        super().__init__(student, recipe, recipe.name)
         self.recipe = recipe
 
     @abstractmethod
@@ -81,6 +86,39 @@ class Method(Objective):
             return start + (peak - start) * (step / (warmup - 1) if warmup > 1 else 0.0)
         return half_cosine(peak, end, (step - warmup) / (total - warmup))
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW on :func:`parameter_groups`, fused into one kernel where torch has it."""
+        devices = {each.device.type for each in self.parameters()}
+        fused = devices <= {"cpu", "cuda"} and not any(is_sharded(each) for each in self.parameters())
+        groups = parameter_groups(self, self.recipe)
+        return torch.optim.AdamW(groups, lr=self.recipe.base_lr, betas=self.recipe.betas, fused=fused)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """As :func:`~mto_analysis.training.learning_rate`."""
+        return self.rate_of(self.recipe, step, steps_per_epoch, self.recipe.batch_size)
+
+    @classmethod
+    def rate_of(cls, recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
+        """As :func:`~mto_analysis.training.learning_rate`.
+
+        Raises:
+            ValueError: If the step is not one of the run.
+        """
+        total = recipe.epochs * steps_per_epoch
+        if not 0 <= step < total:
+            raise ValueError(f"step must lie between 0 and {total - 1}, got {step}")
+        peak = peak_learning_rate(recipe, global_batch)
+        scale = _scale(recipe, global_batch) if recipe.scale_all_lr else 1.0
+        return cls.learning_rate(recipe, step, steps_per_epoch, peak, recipe.warmup_lr * scale, recipe.min_lr * scale)
+
+    def noise(self, count: int, device: torch.device) -> TrainBatch:
+        """Noise, with masks as the recipe samples them."""
+        return noise_batch(self.recipe, count, device)
+
+    def files(self) -> Mapping[str, str]:
+        """The recipe."""
+        return {"recipe.toml": self.recipe.to_toml()}
+
     def teacher_state(self) -> dict[str, Tensor] | None:
         """The momentum teacher's weights in the original's layout, for methods that have one."""
         return None
@@ -94,6 +132,47 @@ class Method(Objective):
         if average is not None:
             content["model_average"] = published_state(average)
         return content
+
+
+def parameter_groups(method: Method, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups for AdamW: weights that decay, then biases, norms and layer scales (and class tokens) that do not.
+
+    As each original does it: what has one axis or is a bias does not decay, nor does what the model names. Mask tokens
+    and tables of relative positions do, and in MAE the class token does too.
+
+    Args:
+        method: Of which only the student is trained.
+        recipe: Its settings.
+
+    Returns:
+        Two groups (one where nothing decays) with ``name``, ``params``, ``param_names`` and ``weight_decay``.
+
+    Source:
+        facebookresearch/mae (timm's ``add_weight_decay``), microsoft/SimMIM, LightDXY/BootMAE, TencentARC/ConMIM.
+    """
+    student = method.student
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=method.no_weight_decay)
+    for group in groups:
+        group["name"] = "decay" if group["weight_decay"] else "no_decay"
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    # timm names the groups without decay first; the order stays that of the states that were saved.
+    return sorted(groups, key=lambda group: group["name"])
+
+
+def peak_learning_rate(recipe: Recipe, global_batch: int) -> float:
+    """The rate after the warm-up, scaled with the batch as the recipe says.
+
+    Example:
+        >>> from mto_analysis.training import load_recipe
+        >>> peak_learning_rate(load_recipe("mae_vit_base"), 4096)  # 1.5e-4 * 4096 / 256
+        0.0024
+    """
+    return recipe.base_lr * _scale(recipe, global_batch)
+
+
+def _scale(recipe: Recipe, global_batch: int) -> float:
+    return 1.0 if recipe.lr_batch is None else global_batch / recipe.lr_batch
 
 
 def half_cosine(start: float, end: float, fraction: float) -> float:
