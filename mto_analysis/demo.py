@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.images import ImageBatch, image_batches, open_images
-from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models import ModelInfo
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mto_analysis.probe import LayerMeasure
     from mto_analysis.probe.quadrants import AffinityMap
 
 __all__ = [
@@ -77,28 +75,20 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
     import pandas as pd
 
     from mto_analysis.masks import load_masks
-    from mto_analysis.probe.maps import quadrant_table
-    from mto_analysis.probe.quadrants import AffinityMaps
-    from mto_analysis.probe.study import Settings, measure_checkpoints
+    from mto_analysis.probe.maps import MapRecorders, quadrant_table
+    from mto_analysis.probe.request import Request, Settings
+    from mto_analysis.probe.study import measure_checkpoints
+    from mto_analysis.runtime.listener import Listener
 
-    recorders: dict[str, AffinityMaps] = {}
-
-    def watch(model: MaskedImageModel, label: str) -> AbstractContextManager[Sequence[LayerMeasure]]:
-        recorders[label] = AffinityMaps()
-        return nullcontext((recorders[label],))
-
+    recorders = MapRecorders()
     tables, quadrants, models = [], [], []
     for method, masks in DEMO_MASKS.items():
         labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
-        study = measure_checkpoints(
-            [DEMO_CHECKPOINTS[label] for label in labels],
-            open_images(DEMO_IMAGES),
-            Settings(limit=limit, masks=load_masks(masks), batch_size=64),
-            labels=labels,
-            say=say,
-            warn=say,
-            watch=watch,
-        )
+        settings = Settings(limit=limit, masks=load_masks(masks), batch_size=64)
+        sources = [DEMO_CHECKPOINTS[label] for label in labels]
+        listener = Listener(say, say)
+        request = Request(sources, open_images(DEMO_IMAGES), settings, labels, listener=listener)
+        study = measure_checkpoints(request, watch=recorders.watch)
         tables.append(study.table)
         quadrants.append(quadrant_table(study.measured))
         models += study.models
@@ -109,7 +99,7 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
         fig1a=table[~early].reset_index(drop=True),
         fig1b=table,
         fig2=fig2[~fig2["model"].str.endswith("early")].reset_index(drop=True),
-        maps={label: recorder.maps for label, recorder in recorders.items() if not label.endswith("early")},
+        maps={label: maps for label, maps in recorders.maps.items() if not label.endswith("early")},
         models=models,
     )
 

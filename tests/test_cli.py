@@ -210,12 +210,11 @@ def option_seed(path, images, ckpt):
 
 def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
     """The batches that a run probes, and the worker processes that it asks for."""
-    from mto_analysis.probe import sharing
-    from mto_analysis.probe import study as study
+    from mto_analysis.probe import request, sharing
 
     sizes: list[int] = []
     workers: set[int] = set()
-    probe_batches, load_batches = sharing.probe, study.image_batches
+    probe_batches, load_batches = sharing.probe, request.image_batches
 
     def watched_probe(model, batches, *positional, **options):
         batches = list(batches)
@@ -228,7 +227,7 @@ def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "probe", watched_probe)
-        patch.setattr(study, "image_batches", watched_batches)
+        patch.setattr(request, "image_batches", watched_batches)
         ok(*arguments)
     return sizes, workers
 
@@ -587,6 +586,45 @@ def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, image_folder: 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == "mto-analyze: error: No space left on device: heterogeneity.csv"
     assert contents(out) == {}
+
+
+# Each checkpoint is resolved and opened once, and read at most twice: for its hash, and to load it.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("heterogeneity", "--controls", "--control-seeds", 1, "--match-visible", "--save-masks", "--out"),
+        ("affinity", "--out"),
+        ("reconstruct", "--out"),
+        ("report", "--show", 2, "--out"),
+    ],
+)
+def test_measuring_commands__open_each_checkpoint_once(
+    arguments: tuple[object, ...], checkpoints, image_folder: Path, out: Path, monkeypatch
+) -> None:
+    from mto_analysis import checkpoints as package
+    from mto_analysis.checkpoints import reading
+
+    done: list[tuple[str, str]] = []
+
+    def counted(module, name: str) -> None:
+        call = getattr(module, name)
+
+        def watch(path, *positional, **options):
+            done.append((name, Path(path).name))
+            return call(path, *positional, **options)
+
+        monkeypatch.setattr(module, name, watch)
+
+    for module, name in ((package, "resolve"), (package, "read_checkpoint"), (reading, "checkpoint_sha256")):
+        counted(module, name)
+    counted(reading, "_read_safetensors")
+    sources = [argument for name in ("mae", "simmim") for argument in ("--ckpt", checkpoints[name])]
+    ok(arguments[0], *sources, "--images", image_folder, *arguments[1:], out, "-q")
+    for name in ("mae", "simmim"):
+        mine = [what for what, file in done if file == f"{name}.safetensors"]
+        assert sorted(mine) == ["_read_safetensors", "checkpoint_sha256", "read_checkpoint", "resolve"]
 
 
 # inspect.

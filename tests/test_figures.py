@@ -32,6 +32,7 @@ from mto_analysis.figures.plots.schematic import TOKENS, draw_schematic, plot_lo
 from mto_analysis.figures.plots.style import PAPER_STYLE, TEXT_WIDTH, paper_style
 from mto_analysis.figures.plots.tables import draw_table
 from mto_analysis.probe.quadrants import AffinityMap
+from mto_analysis.runtime.listener import Listener
 from mto_analyze import app
 
 COMMITTED = Path(__file__).parents[1] / "figures"
@@ -202,7 +203,7 @@ class TestMeasured:
     ) -> None:
         said: list[str] = []
         inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=image_folder)
-        list(draw_paper(["fig1a", "fig1b", "fig2"], tmp_path, inputs, say=said.append))
+        list(draw_paper(["fig1a", "fig1b", "fig2"], tmp_path, inputs, listener=Listener(said.append)))
         assert sum("masks:" in line for line in said) == 1
 
     def test_the_maps_of_figure_2_are_in_its_table_to_five_digits(self, redrawn: dict[str, Drawn]) -> None:
@@ -227,7 +228,7 @@ class TestMeasured:
     ) -> None:
         said: list[str] = []
         inputs = Inputs(checkpoints=(str(checkpoints["mae"]),), images=image_folder, limit=3, device="auto")
-        list(draw_paper(["definitions", "controls"], tmp_path, inputs, say=said.append))
+        list(draw_paper(["definitions", "controls"], tmp_path, inputs, listener=Listener(said.append)))
         assert sum("masks:" in line for line in said) == 1
         controls = pd.read_csv(tmp_path / "controls.csv")
         assert set(controls["control"]) >= {"random_weights", "zero_token", "visible_null"}
@@ -507,7 +508,7 @@ class TestPublicFiles:
         said: list[str] = []
         out = tmp_path / "out"
         inputs = Inputs(limit=4)
-        figures = [figure.name for figure, _ in draw_public((), out, inputs, say=said.append)]
+        figures = [figure.name for figure, _ in draw_public((), out, inputs, listener=Listener(said.append))]
         assert sorted(figures) == ["fig1a", "fig1b", "fig2"]
         assert any(path == "/mae.safetensors" for _, path, _ in server.requests)
         assert [line for line in said if "own loss" in line and "sha256" in line]

@@ -20,7 +20,7 @@ from mto_analysis.masks import load_masks
 from mto_analysis.probe import probe
 from mto_analysis.probe.definition_study import measure_definitions
 from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
-from mto_analysis.probe.study import Settings
+from mto_analysis.probe.request import Request, Settings
 from mto_analyze import app
 
 
@@ -73,9 +73,8 @@ def test_definition_measure__agrees_with_slow_loops_at_every_depth() -> None:
 
 def test_definitions__bundled_mae_has_the_known_curves() -> None:
     settings = Settings(masks=load_masks(DEMO_MASKS["MAE"]), batch_size=64)
-    study, table, attention = measure_definitions(
-        [DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), settings, labels=["MAE"]
-    )
+    request = Request([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), settings, labels=["MAE"])
+    study, table, attention = measure_definitions(request)
     curves = {
         name: rows["heterogeneity"].tolist()
         for name, rows in table[table["position"] == "with"].groupby("definition", sort=False)

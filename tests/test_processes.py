@@ -25,8 +25,9 @@ from mto_analysis.errors import DataError
 from mto_analysis.probe.definition_study import Definitions
 from mto_analysis.probe.property_study import Properties
 from mto_analysis.probe.quadrants import AffinityMaps
+from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.sharing import Shared
-from mto_analysis.probe.study import Settings, measure_checkpoints, together
+from mto_analysis.probe.study import measure_checkpoints, together
 from mto_analysis.runtime.processes import Processes, in_step, this_process
 from mto_analyze import app, console
 
@@ -61,7 +62,7 @@ class Recorded(Processes):
 def measured(sources, images, settings: Settings, processes: Processes | None = None):
     watched, seen, maps = Definitions(), Properties(), AffinityMaps()
     watch = together(watched.watch, seen.watch, lambda model, label: nullcontext((maps,)))
-    study = measure_checkpoints(sources, images, settings, watch=watch, processes=processes)
+    study = measure_checkpoints(Request(sources, images, settings, processes=processes or Processes()), watch=watch)
     return study, watched.table(study), watched.attention_table(), seen.table(), maps.maps
 
 

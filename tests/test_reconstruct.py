@@ -29,8 +29,9 @@ from mto_analysis.probe.reconstruction import (
     reconstruction_views,
     to_pixels,
 )
+from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.shown import ShownModel, shown_models
-from mto_analysis.probe.study import Settings
+from mto_analysis.runtime.listener import Listener
 from mto_analyze import app
 
 CONFIG = MAEConfig(
@@ -55,7 +56,7 @@ def make_model(target: str | None = "normalized_pixels", criterion: str | None =
 
 def demo_models(*labels: str, limit: int = 2) -> list[ShownModel]:
     sources = [DEMO_CHECKPOINTS[label] for label in labels]
-    return list(shown_models(sources, open_images(DEMO_IMAGES), Settings(limit=limit), labels=labels))
+    return list(shown_models(Request(sources, open_images(DEMO_IMAGES), Settings(limit=limit), labels)))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_reconstruct_models__leaves_out_a_model_without_pixels_and_refuses_when_
     good = demo_models("MAE")[0]
     bare = ShownModel("contrastive", good.model, good.names, good.images, good.mask, None, {})
     said: list[str] = []
-    study = reconstruct_models([bare, good], warn=said.append)
+    study = reconstruct_models([bare, good], Listener(warn=said.append))
     assert {row.model for row in study.reconstructions} == {"MAE"}
     assert said == ["contrastive (mae) predicts no pixels, so there is nothing to reconstruct"]
     with pytest.raises(CheckpointError, match=r"contrastive \(mae\) predicts no pixels"):
@@ -138,7 +139,8 @@ def test_shown_models__warns_of_a_model_that_does_no_better_than_the_mean(tmp_pa
     save_checkpoint(make_model(), tmp_path / "random.safetensors")
     said: list[str] = []
     images = open_images(DEMO_IMAGES)
-    list(shown_models([tmp_path / "random.safetensors"], images, Settings(limit=1), warn=said.append))
+    listener = Listener(warn=said.append)
+    list(shown_models(Request([tmp_path / "random.safetensors"], images, Settings(limit=1), listener=listener)))
     assert len(said) == 1
     assert "untrained or loaded wrongly" in said[0]
     assert "1 image)" in said[0]

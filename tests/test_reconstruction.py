@@ -112,10 +112,10 @@ def test_own_loss__is_none_where_no_pixels_are_predicted(two_stacks, generator: 
 
 
 def test_suspicious__means_no_better_than_the_mean_or_not_a_number() -> None:
-    assert not OwnLoss(0.5, 1.0, "pixels", False).suspicious
-    assert OwnLoss(1.0, 1.0, "pixels", False).suspicious
-    assert OwnLoss(2.0, 1.0, "pixels", False).suspicious
-    assert OwnLoss(float("nan"), 1.0, "pixels", False).suspicious
+    assert not OwnLoss(0.5, 1.0, "pixels", False, 1).suspicious
+    assert OwnLoss(1.0, 1.0, "pixels", False, 1).suspicious
+    assert OwnLoss(2.0, 1.0, "pixels", False, 1).suspicious
+    assert OwnLoss(float("nan"), 1.0, "pixels", False, 1).suspicious
 
 
 def test_own_loss__shows_a_wrong_head_count() -> None:

@@ -22,8 +22,8 @@ from mto_analysis.figures.report_contents import collect_report
 from mto_analysis.images import choose_images, open_images
 from mto_analysis.probe import explore
 from mto_analysis.probe.explore import PackedProducts, explore_shown
+from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.shown import shown_models
-from mto_analysis.probe.study import Settings
 from mto_analyze import app
 
 LABELS = ("MAE", "SimMIM")
@@ -33,7 +33,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&
 @pytest.fixture(scope="module")
 def contents() -> ReportContents:
     sources = [DEMO_CHECKPOINTS[label] for label in LABELS]
-    return collect_report(sources, open_images(DEMO_IMAGES), Settings(limit=8), labels=LABELS, shown=2)
+    return collect_report(Request(sources, open_images(DEMO_IMAGES), Settings(limit=8), LABELS), shown=2)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_explorer_data__gives_back_the_products_and_h_of_the_library(contents: R
     data = explorer_data(html)
     images = choose_images(open_images(DEMO_IMAGES), [p["name"] for p in data["models"][0]["images"]])
     for stored, label in zip(data["models"], LABELS, strict=True):
-        shown = next(shown_models([DEMO_CHECKPOINTS[label]], images))
+        shown = next(shown_models(Request([DEMO_CHECKPOINTS[label]], images)))
         error = next(each.product_error for each in contents.explored if each.model == label)
         for layer in load_checkpoint(DEMO_CHECKPOINTS[label]).layer_tokens(shown.images, shown.mask):
             with torch.no_grad():
@@ -185,7 +185,7 @@ def test_packed_products__are_off_by_at_most_half_a_step() -> None:
 
 def test_explore_shown__leaves_out_large_grids_and_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     images = choose_images(open_images(DEMO_IMAGES), ["3"])
-    shown = next(shown_models([DEMO_CHECKPOINTS["MAE"]], images))
+    shown = next(shown_models(Request([DEMO_CHECKPOINTS["MAE"]], images)))
     monkeypatch.setattr(explore, "MAX_PATCHES", 63)
     explored = explore_shown(shown)
     assert explored[0].left_out == (0, 1, 2, 3, 4)
@@ -217,7 +217,7 @@ def test_render_report__takes_more_figures_with_their_captions(contents: ReportC
 
 def test_collect_report__says_at_once_that_a_image_is_not_there() -> None:
     with pytest.raises(DataError, match="no image cat"):
-        collect_report([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), shown=["cat"])
+        collect_report(Request([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES)), shown=["cat"])
 
 
 def test_report_command__stays_under_ten_megabytes_for_four_images_and_twelve_layers(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.figures.report import render_report
 from mto_analysis.figures.report_contents import collect_report
 from mto_analysis.images import choose_images, open_images
+from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.shown import shown_models
-from mto_analysis.probe.study import Settings
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 By = pytest.importorskip("selenium.webdriver.common.by").By
@@ -46,7 +46,7 @@ FLAGS = (
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     sources = [DEMO_CHECKPOINTS[label] for label in LABELS]
-    contents = collect_report(sources, open_images(DEMO_IMAGES), Settings(limit=8), labels=LABELS, shown=3)
+    contents = collect_report(Request(sources, open_images(DEMO_IMAGES), Settings(limit=8), LABELS), shown=3)
     path.write_text(render_report(contents), encoding="utf-8")
     return path
 
@@ -82,7 +82,7 @@ def patch(page: Any, number: int) -> Any:
 
 def tokens_of(label: str, image: str, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     images = choose_images(open_images(DEMO_IMAGES), [image])
-    shown = next(shown_models([DEMO_CHECKPOINTS[label]], images))
+    shown = next(shown_models(Request([DEMO_CHECKPOINTS[label]], images)))
     with torch.no_grad():
         layers = list(load_checkpoint(DEMO_CHECKPOINTS[label]).layer_tokens(shown.images, shown.mask))
     return layers[depth].tokens, layers[depth].mask

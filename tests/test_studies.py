@@ -12,12 +12,14 @@ from conftest import write_images
 from golden_files import GOLDEN
 
 from mto_analysis import DataError, MaskRule, image_batches, load_checkpoint, mask_keys, open_images
-from mto_analysis.checkpoints import checkpoint_sha256
+from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.probe.definition_study import Definitions
+from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.saved import read_tables
-from mto_analysis.probe.study import Settings, measure_checkpoints
+from mto_analysis.probe.study import measure_checkpoints
 from mto_analysis.runtime.devices import pick_device
+from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import labels_of
 
 
@@ -30,9 +32,8 @@ def images(image_folder: Path):
 
 
 def test_measure_checkpoints__equals_the_probe(checkpoints, images) -> None:
-    study = measure_checkpoints(
-        [checkpoints["mae"], checkpoints["simmim"]], images, Settings(seed=4, masks_per_image=2, batch_size=4)
-    )
+    settings = Settings(seed=4, masks_per_image=2, batch_size=4)
+    study = measure_checkpoints(Request([checkpoints["mae"], checkpoints["simmim"]], images, settings))
     assert study.table["model"].unique().tolist() == ["mae", "simmim"]
     assert study.table.columns[0] == study.per_image.columns[0] == "model"
     assert len(study.per_image) == 6 * 2 * (4 + 4)
@@ -48,7 +49,7 @@ def test_measure_checkpoints__equals_the_probe(checkpoints, images) -> None:
 
 
 def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, images) -> None:
-    study = measure_checkpoints([checkpoints["simmim"]], images, Settings(mask_ratio=0.25), labels=["my model"])
+    study = measure_checkpoints(Request([checkpoints["simmim"]], images, Settings(mask_ratio=0.25), ["my model"]))
     (facts,) = study.models
     assert facts["model"] == "my model"
     assert facts["sha256"] == checkpoint_sha256(checkpoints["simmim"])
@@ -65,7 +66,7 @@ def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, images)
     [({"mask_ratio": 0.5}, 8), ({"mask_unit": 8}, 4), ({"mask_unit": 8, "mask_ratio": 0.5}, 8), ({}, 4)],
 )
 def test_settings__change_the_masks(checkpoints, images, options: dict[str, Any], num_visible: int) -> None:
-    table = measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2, **options)).table
+    table = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(limit=2, **options))).table
     assert table["num_visible"].unique().tolist() == [num_visible]
     assert table["num_images"].unique().tolist() == [2]
 
@@ -73,7 +74,7 @@ def test_settings__change_the_masks(checkpoints, images, options: dict[str, Any]
 def test_settings__masks_from_a_file_exclude_ratio_and_unit(checkpoints, images) -> None:
     rule = MaskRule("random", 0.5, 4)
     masks = {name: rule.draw(mask_keys([name]), (4, 4), 4) for name in images.names}
-    table = measure_checkpoints([checkpoints["mae"]], images, Settings(masks=masks)).table
+    table = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(masks=masks))).table
     assert table["num_visible"].unique().tolist() == [8]
     for options in ({"mask_ratio": 0.5}, {"mask_unit": 8}):
         with pytest.raises(ValueError, match="masks from a file have their own ratio and unit"):
@@ -83,7 +84,7 @@ def test_settings__masks_from_a_file_exclude_ratio_and_unit(checkpoints, images)
 def test_measure_checkpoints__says_masks_losses_and_doubts(checkpoints, images) -> None:
     notes: list[str] = []
     warnings: list[str] = []
-    measure_checkpoints([checkpoints["mae"]], images, say=notes.append, warn=warnings.append)
+    measure_checkpoints(Request([checkpoints["mae"]], images, listener=Listener(notes.append, warnings.append)))
     assert notes == ["mae: mae (mto_analysis), 16 px; masks: 0.75 of random patches of 4 px (given), seed 0"]
     (warning,) = warnings  # random weights are worse than the mean
     assert warning.startswith("mae: own loss ")
@@ -96,12 +97,9 @@ def test_measure_checkpoints__prints_the_own_loss_of_a_good_model() -> None:
 
     notes: list[str] = []
     warnings: list[str] = []
+    listener = Listener(notes.append, warnings.append)
     measure_checkpoints(
-        [DEMO_CHECKPOINTS["MAE"]],
-        open_images(DEMO_IMAGES),
-        Settings(limit=16),
-        say=notes.append,
-        warn=warnings.append,
+        Request([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(limit=16), listener=listener)
     )
     assert warnings == []
     assert "own loss 0." in notes[1]
@@ -111,36 +109,31 @@ def test_measure_checkpoints__prints_the_own_loss_of_a_good_model() -> None:
 def test_measure_checkpoints__skips_broken_images_once_for_all_models(checkpoints, image_folder: Path) -> None:
     (image_folder / "broken.png").write_bytes(b"junk")
     warnings: list[str] = []
-    study = measure_checkpoints(
-        [checkpoints["mae"], checkpoints["simmim"]], open_images(image_folder), warn=warnings.append
-    )
+    sources, listener = [checkpoints["mae"], checkpoints["simmim"]], Listener(warn=warnings.append)
+    study = measure_checkpoints(Request(sources, open_images(image_folder), listener=listener))
     assert list(study.broken) == ["broken.png"]
     assert (study.table["num_skipped"] == 1).all()
     assert (study.table["num_images"] == 6).all()
     assert len([warning for warning in warnings if "skipped broken.png" in warning]) == 1
     with pytest.raises(DataError, match=r"image broken\.png cannot be read"):
-        measure_checkpoints([checkpoints["mae"]], open_images(image_folder), Settings(strict=True))
+        measure_checkpoints(Request([checkpoints["mae"]], open_images(image_folder), Settings(strict=True)))
 
 
 def test_measure_checkpoints__says_when_no_image_can_be_read(checkpoints, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(DataError, match="none of the 2 images can be read; the first: UnidentifiedImageError"):
-        measure_checkpoints([checkpoints["mae"]], open_images(tmp_path))
+        measure_checkpoints(Request([checkpoints["mae"]], open_images(tmp_path)))
 
 
 def test_measure_checkpoints__gives_head_counts_to_those_that_need_them(tmp_path: Path, checkpoints) -> None:
     write_images(tmp_path, ("a.png",))
-    study = measure_checkpoints(
-        [GOLDEN / "mae" / "checkpoint.pth", checkpoints["simmim"]],
-        open_images(tmp_path),
-        num_heads=4,
-        decoder_num_heads=2,
-    )
+    sources = [GOLDEN / "mae" / "checkpoint.pth", checkpoints["simmim"]]
+    study = measure_checkpoints(Request(sources, open_images(tmp_path), loading=LoadOptions(4, 2)))
     heads = [(facts["config"]["num_heads"], facts["config"].get("decoder_num_heads")) for facts in study.models]
     assert heads == [(4, 2), (3, None)]
     with pytest.raises(ValueError, match="contradicts the file, which has 3 heads"):
-        measure_checkpoints([checkpoints["simmim"]], open_images(tmp_path), num_heads=4)
+        measure_checkpoints(Request([checkpoints["simmim"]], open_images(tmp_path), loading=LoadOptions(4)))
 
 
 def test_measure_checkpoints__wraps_batches_for_progress(checkpoints, images) -> None:
@@ -151,13 +144,17 @@ def test_measure_checkpoints__wraps_batches_for_progress(checkpoints, images) ->
         seen.append((len(items), total, label))
         return iter(items)
 
-    measure_checkpoints([checkpoints["mae"]], images, Settings(batch_size=4), progress=progress)
+    measure_checkpoints(
+        Request([checkpoints["mae"]], images, Settings(batch_size=4), listener=Listener(progress=progress))
+    )
     assert seen == [(2, 2, "mae")]
 
 
 def test_measure_checkpoints__does_not_depend_on_batch_size_or_workers(checkpoints, images) -> None:
     one, other = (
-        measure_checkpoints([checkpoints["simmim"]], images, Settings(batch_size=size, num_workers=workers)).per_image
+        measure_checkpoints(
+            Request([checkpoints["simmim"]], images, Settings(batch_size=size, num_workers=workers))
+        ).per_image
         for size, workers in ((6, 0), (1, 2))
     )
     key = ["layer_depth", "image"]
@@ -178,7 +175,7 @@ def test_measure_checkpoints__refuses_labels_that_do_not_fit(checkpoints, images
     sources = [checkpoints["mae"], checkpoints["simmim"]]
     for labels in (["one"], ["same", "same"]):
         with pytest.raises(ValueError, match="give one different label per checkpoint: 2 checkpoints"):
-            measure_checkpoints(sources, images, labels=labels)
+            Request(sources, images, labels=labels)
 
 
 def test_pick_device__takes_cuda_or_the_cpu_but_never_mps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +196,7 @@ def test_pick_device__takes_cuda_or_the_cpu_but_never_mps_by_itself(monkeypatch:
 
 @pytest.fixture
 def table(checkpoints, images) -> pd.DataFrame:
-    return measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2)).table
+    return measure_checkpoints(Request([checkpoints["mae"]], images, Settings(limit=2))).table
 
 
 def test_read_tables__gives_back_what_was_written(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -250,7 +247,7 @@ def test_read_tables__says_what_is_wrong(table: pd.DataFrame, tmp_path: Path) ->
 
 def test_definitions__leave_the_study_as_it_was(checkpoints, images) -> None:
     definitions = Definitions()
-    study = measure_checkpoints([checkpoints["mae"]], images, Settings(limit=2), watch=definitions.watch)
+    study = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(limit=2)), watch=definitions.watch)
     before = study.measured.copy()
     first, again = definitions.table(study), definitions.table(study)
     pd.testing.assert_frame_equal(first, again)

@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 
 from mto_analysis import save_masks
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
-from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.affinity import draw_affinity
-from mto_analysis.images import open_images
+from mto_analysis.images import choose_images, open_images
 from mto_analysis.probe.maps import map_checkpoints
 from mto_analysis.probe.quadrants import AffinityMap
-from mto_analysis.probe.study import Settings
+from mto_analysis.probe.request import Request
 from mto_analyze import app
 
 runner = CliRunner()
@@ -85,13 +84,13 @@ def test_draw_affinity__bad_values_are_refused() -> None:
 
 
 def test_map_checkpoints__chosen_images_are_mapped_alone_and_unknown_ones_named() -> None:
-    study = map_checkpoints(
-        [DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(), chosen=["7", "3"], labels=["MAE"]
-    )
+    images = choose_images(open_images(DEMO_IMAGES), ["7", "3"])
+    study = map_checkpoints(Request([DEMO_CHECKPOINTS["MAE"]], images, labels=["MAE"]), each_image=True)
     assert [(each.image, each.layer_depth) for each in study.maps["MAE"]][::5] == [("7", 0), ("3", 0)]
     assert set(study.quadrants["num_images"]) == {2}
-    with pytest.raises(DataError, match="there is no image cat"):
-        map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), chosen=["cat"])
+    result = runner.invoke(app, ["affinity", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--image", "cat"])
+    assert result.exit_code == 4
+    assert "there is no image cat" in result.stderr
 
 
 def test_affinity_command__writes_maps_table_and_figures(tmp_path: Path) -> None:

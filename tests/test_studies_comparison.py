@@ -17,7 +17,7 @@ from mto_analysis.models import ModelInfo
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.probe.pairing import common_num_visible, paired_difference, rule_leaving
 from mto_analysis.probe.properties import PropertyMeasure
-from mto_analysis.probe.study import Settings
+from mto_analysis.probe.request import Settings
 from mto_analyze import app
 
 MAE_B = ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16))
@@ -37,8 +37,8 @@ def test_rule_leaving__numbers_between_units_and_ragged_masks_are_refused() -> N
     with pytest.raises(ValueError, match="none can be matched"):
         common_num_visible([MAE_B, ModelInfo("beit", "inpainting", 224, 16, MaskRule("blockwise", 0.4, 16))])
     assert common_num_visible([SIMMIM_B]) == 76
-    with pytest.raises(ValueError, match="num_visible decides"):
-        Settings(num_visible=4, mask_ratio=0.5)
+    with pytest.raises(ValueError, match="match_visible decides"):
+        Settings(match_visible=True, mask_ratio=0.5)
 
 
 def test_paired_difference__is_that_of_the_pairs_and_narrower_than_both() -> None:

@@ -135,7 +135,7 @@ def test_heterogeneity_command__controls_say_how_long_and_what_they_show(tmp_pat
     arguments += ["--controls", "--control-seeds", "1", "--definitions", "all"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "controls: 3 more passes for each model, about" in result.stderr
+    assert "mae_cifar10_final: 3 more passes for its controls, about" in result.stderr
     assert "the curve against the bands of its controls" in result.stdout
     assert set(pd.read_csv(tmp_path / "controls.csv")["control"]) == set(CONTROLS)
     assert "shuffled_positions" not in pd.read_csv(tmp_path / "heterogeneity_per_image.csv")

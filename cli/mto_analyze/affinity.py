@@ -10,7 +10,7 @@ import typer
 
 from mto_analysis.runtime.processes import Processes
 from mto_analyze import measuring
-from mto_analyze.console import launched, note
+from mto_analyze.console import launched
 from mto_analyze.options import (
     BatchSize,
     Checkpoints,
@@ -95,37 +95,25 @@ def affinity(
 
     Writes affinity.png and .pdf (one pair per model and image), affinity.npz, quadrants.csv and run.json to --out.
     """
-    from mto_analysis.figures.files import file_names, write_outputs
-    from mto_analysis.runtime.outputs import OutputFolder, labels_of, run_facts
+    from mto_analysis.figures.files import file_names
+    from mto_analysis.runtime.outputs import OutputFolder, chosen_labels
 
     if chosen and limit:
         raise ValueError("--image names the images, so leave --limit out")
-    labels = label or labels_of(ckpt)
-    stems = figure_stems(labels, chosen or [""])
-    names = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
-    processes.on_main(partial(OutputFolder, out, names, overwrite=overwrite))
+    given = {**context.params, "label": chosen_labels(ckpt, label)}
+    stems = figure_stems(given["label"], chosen or [""])
+    files = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
+    processes.on_main(partial(OutputFolder, out, files, overwrite=overwrite))
 
     from mto_analysis.probe.maps import map_checkpoints
 
-    given = context.params
-    study = map_checkpoints(
-        ckpt,
-        measuring.images(given),
-        measuring.settings(given),
-        kind=kind.value,
-        chosen=chosen or (),
-        labels=labels,
-        processes=processes,
-        **measuring.telling(given),
-    )
+    request = measuring.request(given, chosen=chosen or (), processes=processes)
+    study = map_checkpoints(request, kind=kind.value, each_image=bool(chosen))
     if not processes.main:
         return
-    measured = study.heterogeneity
-    facts = run_facts(given, models=measured.models, skipped=measured.broken, processes=processes.count)
-    outputs = {**drawn(study, stems, scale), "run.json": facts}
-    write_outputs(OutputFolder(out, names, overwrite=overwrite), outputs)
+    facts = {"models": study.heterogeneity.models, "skipped": study.heterogeneity.broken}
+    measuring.write(given, files, drawn(study, stems, scale), **facts, processes=processes.count)
     typer.echo(study.quadrants[SHOWN].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    note(f"wrote {', '.join(names)} to {out}", quiet=quiet)
 
 
 def figure_stems(labels: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -149,5 +137,5 @@ def drawn(study: "AffinityStudy", stems: Mapping[tuple[str, str], str], scale: S
     for (model, image), stem in stems.items():
         maps = [each for each in study.maps[model] if (each.image or "") == image]
         if maps:  # none where the image was broken and skipped
-            outputs[stem] = draw_affinity(maps, scale=scale.value, title=model)
+            outputs[stem] = partial(draw_affinity, maps, scale=scale.value, title=model)
     return outputs

@@ -102,12 +102,12 @@ def convert(
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
 
-    from mto_analysis.checkpoints import checkpoint_sha256, load_checkpoint, resolve, save_checkpoint
+    from mto_analysis.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 
-    path = resolve(source, offline=offline)
-    model = load_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    opened = open_checkpoint(source, offline=offline)
+    model = load_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     folder.path.mkdir(parents=True, exist_ok=True)
-    origin = {"converted_from": source, "layout": model.info.layout, "sha256": checkpoint_sha256(path)}
+    origin = {"converted_from": source, "layout": model.info.layout, "sha256": opened.sha256}
     save_checkpoint(model, out, notes=origin)
     note(f"wrote {out}")
 

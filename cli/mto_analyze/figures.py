@@ -1,12 +1,11 @@
 """``mto-analyze figures``: every figure and table of the paper, drawn anew; also what the scripts in figures/ run."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mto_analyze.console import note, progress
+from mto_analyze import measuring
 from mto_analyze.options import SOURCE, DecoderHeads, Heads, Offline, Overwrite, Quiet
 
 
@@ -61,13 +60,10 @@ def figures(
         device,
         offline,
     )
-    say, warn = partial(note, quiet=quiet), note
-    bar = partial(progress, quiet=quiet)
     if public:
         from mto_analysis.figures.paper.public import draw_public
     draw = draw_public if public else draw_paper
-    for figure, paths in draw(
-        names or (), out, inputs, overwrite=overwrite, arguments=context.params, say=say, warn=warn, progress=bar
-    ):
+    told = measuring.listener(context.params)
+    for figure, paths in draw(names or (), out, inputs, overwrite=overwrite, arguments=context.params, listener=told):
         typer.echo(f"{figure.name}: {', '.join(path.name for path in paths)}")
     typer.echo(f"in {out}")

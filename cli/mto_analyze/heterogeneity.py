@@ -1,16 +1,16 @@
 """``mto-analyze heterogeneity``: Eq. (2) at every layer depth of one or several checkpoints (Fig. 1)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from mto_analysis.runtime.processes import Processes
 from mto_analyze import measuring
-from mto_analyze.console import as_text, launched, note
+from mto_analyze.console import as_text, launched
 from mto_analyze.options import (
     BatchSize,
     Checkpoints,
@@ -35,7 +35,8 @@ from mto_analyze.options import (
 )
 
 if TYPE_CHECKING:
-    from mto_analysis.probe.study import HeterogeneityStudy
+    from mto_analysis.probe.request import LoadedModel, Request
+    from mto_analysis.probe.study import HeterogeneityStudy, Watch
 
 
 class Definitions(StrEnum):
@@ -101,99 +102,141 @@ def heterogeneity(
     --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
     controls.png and .pdf.
     """
-    from mto_analysis.runtime.outputs import OutputFolder, labels_of
+    from mto_analysis.figures.files import file_names
+    from mto_analysis.runtime.outputs import OutputFolder, chosen_labels
 
-    given = {**context.params, "label": label or labels_of(ckpt)}
-    if difference and len(given["label"]) != 2:
-        raise ValueError(f"--difference compares two checkpoints, got {len(given['label'])}")
-    files = output_files(given)
+    given = {**context.params, "label": chosen_labels(ckpt, label)}
+    parts = parts_of(given)
+    files = file_names([*(name for part in parts for name in part.names), "run.json"])
     processes.on_main(partial(OutputFolder, out, files, overwrite=overwrite))
-    outputs, study, sentences = measure(given, processes)
+    request = measuring.request(given, processes=processes, keep_masks=save_masks)
+    study, outputs = measured(request, parts)
     if not processes.main:
         return
+    measuring.write(given, files, outputs, models=study.models, skipped=study.broken, processes=processes.count)
+    if controls:
+        from mto_analysis.probe.controls import control_sentences
 
-    from mto_analysis.figures.files import write_outputs
-    from mto_analysis.runtime.outputs import run_facts
-
-    facts = run_facts(context.params, models=study.models, skipped=study.broken, processes=processes.count)
-    write_outputs(OutputFolder(out, files, overwrite=overwrite), {**outputs, "run.json": facts})
-    typer.echo("\n".join([*sentences, as_text(study.table)]))
-    note(f"wrote {', '.join(files)} to {out}", quiet=quiet)
+        typer.echo("\n".join(control_sentences(study.table, outputs["controls.csv"])))
+    typer.echo(as_text(study.table))
 
 
-def output_files(given: Mapping[str, Any]) -> list[str]:
-    """Names of all files of a run, before it measures anything."""
-    from mto_analysis.figures.files import file_names
+class Begun(NamedTuple):
+    """A part of the result on its way: what it writes in the end, and what it watches until then."""
 
-    names = ["heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity", "run.json"]
-    names += _mask_files(given["label"]) if given["save_masks"] else ()
-    names += ("definitions.csv", "attention.csv", "definitions") if given["definitions"] == Definitions.all else ()
-    names += ("controls.csv", "controls") if given["controls"] else ()
-    names += [f"{name}.csv" for name in ("properties", "difference") if given[name]]
-    return file_names(names)
+    outputs: "Callable[[HeterogeneityStudy], dict[str, Any]]"
+    watch: "Watch | None" = None
+    then: "Callable[[LoadedModel], object] | None" = None
 
 
-def measure(given: Mapping[str, Any], processes: Processes) -> tuple[dict[str, Any], "HeterogeneityStudy", list[str]]:
-    """One pass over the images, and those of the controls: outputs by name, the study, and what to say of it."""
-    from mto_analysis.figures.plots.controls import draw_controls
-    from mto_analysis.figures.plots.definitions import draw_definitions
-    from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.probe.controls import CONTROLS, Controls, control_bands, control_sentences
-    from mto_analysis.probe.definition_study import Definitions as Watched
-    from mto_analysis.probe.pairing import paired_difference
-    from mto_analysis.probe.property_study import Properties
+class Part(NamedTuple):
+    """A part of the result; the names of what it writes are known before anything is measured."""
+
+    names: tuple[str, ...]
+    begin: "Callable[[Request], Begun]"
+
+
+def parts_of(given: Mapping[str, Any]) -> list[Part]:
+    """What the options ask for."""
+    labels, masks = given["label"], _mask_files(given["label"]) if given["save_masks"] else {}
+    if given["difference"] and len(labels) != 2:
+        raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
+    parts = [Part(("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity"), _curves)]
+    if masks:
+        parts.append(Part(tuple(masks), partial(_masks, masks)))
+    # Its passes follow the main one, when no other part watches any more.
+    if given["controls"]:
+        parts.append(Part(("controls.csv", "controls"), partial(_controls, given["control_seeds"])))
+    if given["definitions"] == Definitions.all:
+        parts.append(Part(("definitions.csv", "attention.csv", "definitions"), _definitions))
+    if given["properties"]:
+        parts.append(Part(("properties.csv",), _properties))
+    if given["difference"]:
+        parts.append(Part(("difference.csv",), partial(_difference, labels)))
+    return parts
+
+
+def measured(request: "Request", parts: Sequence[Part]) -> "tuple[HeterogeneityStudy, dict[str, Any]]":
+    """One pass over the images, and those of the controls: the study, and all outputs by name."""
     from mto_analysis.probe.study import measure_checkpoints, together
 
-    watched = Watched() if given["definitions"] == Definitions.all else None
-    controls = Controls(given["control_seeds"]) if given["controls"] else None
-    seen = Properties() if given["properties"] else None
-    chosen, telling = measuring.images(given), measuring.telling(given)
-    if given["images"] is None:
-        telling["say"]("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, fine for a first look only")
-    visible = matched_visible(given) if given["match_visible"] else None
-    settings = measuring.settings(given, num_visible=visible, keep_masks=given["save_masks"])
-    watch = together(*(each.watch for each in (watched, controls, seen) if each))
-    options = {"labels": given["label"], "watch": watch, "processes": processes, **telling}
-    study = measure_checkpoints(given["ckpt"], chosen, settings, **options)
-    outputs: dict[str, Any] = {}
-    sentences: list[str] = []
-    if watched:
+    begun = [part.begin(request) for part in parts]
+
+    def then(loaded: "LoadedModel") -> None:
+        for each in begun:
+            if each.then:
+                each.then(loaded)
+
+    study = measure_checkpoints(request, watch=together(*(each.watch for each in begun if each.watch)), then=then)
+    outputs = [each.outputs(study) for each in begun] if request.processes.main else []
+    return study, {name: content for each in outputs for name, content in each.items()}
+
+
+def _curves(request: "Request") -> Begun:
+    from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+
+    return Begun(
+        lambda study: {
+            "heterogeneity.csv": study.table,
+            "heterogeneity_per_image.csv": study.per_image,
+            "heterogeneity": partial(draw_heterogeneity, study.table),
+        }
+    )
+
+
+def _masks(files: Mapping[str, str], request: "Request") -> Begun:
+    return Begun(lambda study: {name: study.mask_file(label) for name, label in files.items()})
+
+
+def _controls(seeds: int, request: "Request") -> Begun:
+    from mto_analysis.figures.plots.controls import draw_controls
+    from mto_analysis.probe.controls import CONTROLS, Controls, control_bands
+
+    controls = Controls(request, seeds)
+
+    def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
+        rows = controls.table(study)
+        figure = partial(draw_controls, study.table, control_bands(rows), CONTROLS)
+        return {"controls.csv": rows, "controls": figure}
+
+    return Begun(outputs, controls.watch, controls.then)
+
+
+def _definitions(request: "Request") -> Begun:
+    from mto_analysis.figures.plots.definitions import draw_definitions
+    from mto_analysis.probe.definition_study import Definitions as Watched
+
+    watched = Watched()
+
+    def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
         table, attention = watched.table(study), watched.attention_table()
-        figure = draw_definitions(table, attention)
-        outputs |= {"definitions.csv": table, "attention.csv": attention, "definitions": figure}
-    if controls:
-        del telling["warn"]
-        rows = controls.measure(study, given["ckpt"], chosen, settings, processes=processes, **telling)
-        figure = draw_controls(study.table, control_bands(rows), CONTROLS)
-        outputs |= {"controls.csv": rows, "controls": figure}
-        sentences = control_sentences(study.table, rows)
-    if seen:
-        outputs["properties.csv"] = seen.table()
-    if given["difference"]:
-        outputs["difference.csv"] = paired_difference(study.per_image, *given["label"])
-    outputs |= {"heterogeneity.csv": study.table, "heterogeneity_per_image.csv": study.per_image}
-    outputs["heterogeneity"] = draw_heterogeneity(study.table)
-    masks = _mask_files(given["label"]) if given["save_masks"] else {}
-    return {**outputs, **{name: study.mask_file(model) for name, model in masks.items()}}, study, sentences
+        figure = partial(draw_definitions, table, attention)
+        return {"definitions.csv": table, "attention.csv": attention, "definitions": figure}
+
+    return Begun(outputs, watched.watch)
 
 
-def _mask_files(labels: list[str]) -> dict[str, str]:
+def _properties(request: "Request") -> Begun:
+    from mto_analysis.probe.property_study import Properties
+
+    properties = Properties()
+    return Begun(lambda study: {"properties.csv": properties.table()}, properties.watch)
+
+
+def _difference(labels: Sequence[str], request: "Request") -> Begun:
+    from mto_analysis.probe.pairing import paired_difference
+
+    return Begun(lambda study: {"difference.csv": paired_difference(study.per_image, *labels)})
+
+
+def _mask_files(labels: Sequence[str]) -> dict[str, str]:
     """The label behind each mask file; two labels may not end up in one file."""
     from mto_analysis.runtime.outputs import file_word
 
     files: dict[str, str] = {}
     for label in labels:
         name = f"masks-{file_word(label)}.npz"
-        if name in files and files[name] != label:
+        if name in files:
             raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
         files[name] = label
     return files
-
-
-def matched_visible(given: Mapping[str, Any]) -> int:
-    """The number of visible patches of ``--match-visible``."""
-    from mto_analysis.checkpoints import inspect_checkpoint
-    from mto_analysis.probe.pairing import common_num_visible
-
-    options: dict[str, Any] = {name: given[name] for name in ("num_heads", "decoder_num_heads", "offline")}
-    return common_num_visible([inspect_checkpoint(each, **options).info for each in given["ckpt"]])

@@ -1,61 +1,86 @@
-"""From the options of a measuring command to what the library's studies take."""
+"""From the options of a measuring command to the library's request, and from its result to files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mto_analysis.runtime.listener import Listener
+from mto_analysis.runtime.processes import Processes
 from mto_analyze.console import note, progress
 
 if TYPE_CHECKING:
-    from mto_analysis.images import Images
-    from mto_analysis.probe.study import Settings
+    from mto_analysis.probe.request import Request
 
-# Options that are settings of the measurement as they stand.
-_SETTINGS = ("limit", "mask_ratio", "mask_unit", "masks_per_image", "seed", "batch_size", "num_workers", "strict")
+# Options that are settings of the measurement, and of loading, as they stand.
+_SETTINGS = (
+    *("limit", "mask_ratio", "mask_unit", "match_visible", "masks_per_image", "seed", "batch_size", "num_workers"),
+    "strict",
+)
+_LOADING = ("num_heads", "decoder_num_heads", "offline")
 
 
-def settings(given: Mapping[str, Any], **changes: Any) -> Settings:
-    """How to measure, from the options of a command that has some of them.
+def listener(given: Mapping[str, Any]) -> Listener:
+    """Notes and progress on stderr, unless quiet; warnings always."""
+    quiet = given["quiet"]
+    return Listener(partial(note, quiet=quiet), note, partial(progress, quiet=quiet))
+
+
+def request(
+    given: Mapping[str, Any],
+    *,
+    chosen: Sequence[str] = (),
+    processes: Processes | None = None,
+    **changes: Any,
+) -> Request:
+    """What to measure, from the options of a command that has some of them.
 
     Args:
         given: Values of the options by name.
+        chosen: Names of the images, instead of all.
+        processes: Those of a launcher.
         changes: Settings that are not options as they stand.
     """
     import torch
 
+    from mto_analysis.checkpoints import LoadOptions
+    from mto_analysis.demo import DEMO_IMAGES
+    from mto_analysis.images import choose_images, open_images
     from mto_analysis.masks import load_masks
-    from mto_analysis.probe.study import Settings
+    from mto_analysis.probe.request import Request, Settings
     from mto_analysis.runtime.devices import pick_device
 
-    chosen = {name: given[name] for name in _SETTINGS if name in given}
-    chosen["masks"] = load_masks(given["masks"]) if given["masks"] else None
-    chosen["dtype"] = getattr(torch, given.get("dtype", "float32"))
-    return Settings(**{**chosen, "device": pick_device(given["device"]), **changes})
-
-
-def images(given: Mapping[str, Any]) -> Images:
-    """The images of ``--images``, or the bundled ones."""
-    from mto_analysis.demo import DEMO_IMAGES
-    from mto_analysis.images import open_images
-
+    told = listener(given)
     if given["images"] is None:
-        note(
-            "no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only",
-            quiet=given["quiet"],
-        )
-    return open_images(given["images"] or DEMO_IMAGES)
+        told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
+    images = open_images(given["images"] or DEMO_IMAGES)
+    settings = {name: given[name] for name in _SETTINGS if name in given}
+    settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
+    settings["dtype"] = getattr(torch, given.get("dtype", "float32"))
+    return Request(
+        given["ckpt"],
+        choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,
+        Settings(**{**settings, "device": pick_device(given["device"]), **changes}),
+        given["label"] or (),
+        LoadOptions(**{name: given[name] for name in _LOADING}),
+        told,
+        processes or Processes(),
+    )
 
 
-def loading(given: Mapping[str, Any]) -> dict[str, Any]:
-    """How checkpoints are loaded, and where notes go."""
-    return {
-        **{name: given[name] for name in ("num_heads", "decoder_num_heads", "offline")},
-        "say": partial(note, quiet=given["quiet"]),
-    }
+def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, Any], **facts: Any) -> None:
+    """Write what a command has measured into ``--out``, with ``run.json``, and say so.
 
+    Args:
+        given: Values of the options by name.
+        files: Names of all files, as announced before measuring.
+        outputs: As for :func:`~mto_analysis.figures.files.write_outputs`.
+        facts: For ``run.json``.
+    """
+    from mto_analysis.figures.files import write_outputs
+    from mto_analysis.runtime.outputs import OutputFolder, run_facts
 
-def telling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with warnings and progress."""
-    return {**loading(given), "warn": note, "progress": partial(progress, quiet=given["quiet"])}
+    folder = OutputFolder(given["out"], files, overwrite=given["overwrite"])
+    write_outputs(folder, {**outputs, "run.json": run_facts(given, **facts)})
+    note(f"wrote {', '.join(files)} to {folder.path}", quiet=given["quiet"])

@@ -1,11 +1,12 @@
 """``mto-analyze plot``: redraw and compare from saved tables, without a model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mto_analyze.console import note
+from mto_analyze import measuring
 from mto_analyze.options import Overwrite, Quiet
 
 
@@ -21,17 +22,14 @@ def plot(
 
     Writes heterogeneity.png, heterogeneity.pdf, heterogeneity.csv (what was drawn) and run.json to --out.
     """
-    from mto_analysis.runtime.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder
 
-    names = ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
-    folder = OutputFolder(out, names, overwrite=overwrite)
+    files = ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+    OutputFolder(out, files, overwrite=overwrite)
 
     from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.figures.plots.style import write_figure
     from mto_analysis.probe.saved import read_tables
 
     table = read_tables(tables)
-    write_figure(folder, "heterogeneity", draw_heterogeneity(table, title=title))
-    folder.write_table("heterogeneity.csv", table)
-    folder.write_json("run.json", run_facts(context.params))
-    note(f"wrote {', '.join(names)} to {folder.path}", quiet=quiet)
+    figure = partial(draw_heterogeneity, table, title=title)
+    measuring.write(context.params, files, {"heterogeneity": figure, "heterogeneity.csv": table})

@@ -1,12 +1,12 @@
 """``mto-analyze reconstruct``: what each model fills in where patches are masked, and its own loss."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.console import note
 from mto_analyze.options import (
     Checkpoints,
     DecoderHeads,
@@ -53,30 +53,18 @@ def reconstruct(
 
     Writes reconstructions.png, .pdf and .csv (losses per image), and run.json to --out.
     """
-    from mto_analysis.runtime.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder
 
-    folder = OutputFolder(out, FILES, overwrite=overwrite)
+    OutputFolder(out, FILES, overwrite=overwrite)
 
-    from mto_analysis.figures.files import write_outputs
     from mto_analysis.figures.plots.reconstruct import draw_reconstructions
-    from mto_analysis.images import choose_images
     from mto_analysis.probe.reconstruction import reconstruct_models
     from mto_analysis.probe.shown import shown_models
 
-    given = context.params
-    source = measuring.images(given)
-    settings = measuring.settings(given, limit=None if chosen else limit)
-    models = shown_models(
-        ckpt,
-        choose_images(source, chosen) if chosen else source,
-        settings,
-        labels=label,
-        warn=note,
-        **measuring.loading(given),
-    )
-    study = reconstruct_models(models, warn=note)
-    facts = run_facts(given, models=study.models)
-    figure = draw_reconstructions(study.reconstructions)
-    write_outputs(folder, {"reconstructions": figure, "reconstructions.csv": study.table(), "run.json": facts})
-    typer.echo(study.table().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    note(f"wrote {', '.join(FILES)} to {folder.path}", quiet=quiet)
+    request = measuring.request(context.params, chosen=chosen or (), limit=None if chosen else limit)
+    study = reconstruct_models(shown_models(request), request.listener)
+    table = study.table()
+    figure = partial(draw_reconstructions, study.reconstructions)
+    outputs = {"reconstructions": figure, "reconstructions.csv": table}
+    measuring.write(context.params, FILES, outputs, models=study.models)
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -59,15 +59,7 @@ def report(
     from mto_analysis.figures.report import render_report
     from mto_analysis.figures.report_contents import collect_report
 
-    given = context.params
-    contents = collect_report(
-        ckpt,
-        measuring.images(given),
-        measuring.settings(given),
-        labels=label,
-        shown=chosen or show,
-        **measuring.telling(given),
-    )
+    contents = collect_report(measuring.request(context.params), shown=chosen or show)
     content = render_report(contents, title=title).encode()
     folder.write_bytes(out.name, content)
     note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)

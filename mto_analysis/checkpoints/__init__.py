@@ -15,6 +15,7 @@ from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.metadata import section, whole
 from mto_analysis.checkpoints.native import save_checkpoint, stored_info
+from mto_analysis.checkpoints.options import LoadOptions
 from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
 from mto_analysis.checkpoints.statistics import (
     IMAGE_CHANNELS,
@@ -28,7 +29,9 @@ from mto_analysis.models.interface import ImageSize
 
 __all__ = [
     "CheckpointReport",
+    "LoadOptions",
     "RawCheckpoint",
+    "checkpoint_info",
     "checkpoint_sha256",
     "inspect_checkpoint",
     "load_checkpoint",
@@ -84,7 +87,7 @@ def load_checkpoint(
     raw = _opened(source, ema=ema, offline=offline)
     conversion = _with_statistics(_convert(raw, Given(num_heads, decoder_num_heads, image_size)), raw, mean, std)
     with _naming(raw, conversion.info.layout):
-        return build(conversion)
+        return build(conversion, copy=raw.mapped)
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,7 @@ def inspect_checkpoint(
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
     raw = _opened(source, mmap=True, ema=ema, offline=offline)
-    given = Given(num_heads, decoder_num_heads, image_size)
-    needed: list[str] = []
-    while True:
-        try:
-            conversion = _convert(raw, given)
-            break
-        except HeadCountError as error:
-            needed.append(error.option)
-            given = replace(given, **{error.option: error.stand_in})
+    conversion, needed = _converted(raw, Given(num_heads, decoder_num_heads, image_size))
     conversion = _with_statistics(conversion, raw, mean, std)
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
@@ -163,6 +158,15 @@ def inspect_checkpoint(
         dropped=tuple(conversion.state.dropped),
         needed=tuple(needed),
     )
+
+
+def checkpoint_info(raw: RawCheckpoint, image_size: ImageSize | None = None) -> ModelInfo:
+    """What names, shapes and settings of an opened checkpoint say about its model; weights are not looked at.
+
+    Raises:
+        CheckpointError: If the file is not recognised, or its settings do not fit together.
+    """
+    return _converted(raw, Given(image_size=image_size))[0].info
 
 
 def open_checkpoint(
@@ -229,6 +233,17 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
             info = replace(stored_info(section(about, "info")), image_size=size, assumptions=notes)
             conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
     return replace(conversion, info=replace(conversion.info, layout=layout))
+
+
+def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]:
+    """A conversion, and which head counts it lacks; others stand in for them, which fit all shapes."""
+    needed: list[str] = []
+    while True:
+        try:
+            return _convert(raw, given), needed
+        except HeadCountError as error:
+            needed.append(error.option)
+            given = replace(given, **{error.option: error.stand_in})
 
 
 def _stated_heads(given: Given, stored: Mapping[str, Any]) -> Given:

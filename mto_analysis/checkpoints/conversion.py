@@ -241,12 +241,13 @@ def block_numbers(names: Iterable[str], prefix: str) -> int:
     return len(numbers)
 
 
-def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageModel:
+def build(conversion: Conversion, *, materialize: bool = True, copy: bool = False) -> MaskedImageModel:
     """Build the model and load its weights strictly, in float32, on the CPU, in eval mode.
 
     Args:
         conversion: From a family's converter.
         materialize: Without it only names and shapes are checked, and the model keeps no weights.
+        copy: Copy weights that are float32 already, as they are mapped from a file that may change.
 
     Raises:
         CheckpointError: If a tensor is missing, unknown, of another shape, or not finite; the message names it.
@@ -276,8 +277,7 @@ def build(conversion: Conversion, *, materialize: bool = True) -> MaskedImageMod
         )
     if not materialize:
         return model
-    # Our own contiguous storage for what was mapped or half precision; no copy of what is float32 already.
-    weights = {name: state.tensors[name].to(torch.float32).contiguous() for name in expected}
+    weights = {name: state.tensors[name].to(torch.float32, copy=copy).contiguous() for name in expected}
     check_finite(state)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(weights, strict=True, assign=True)

@@ -70,6 +70,7 @@ class RawCheckpoint:
         config: A Hugging Face folder's ``config.json``.
         preprocessor: Its ``preprocessor_config.json``.
         metadata: A safetensors file's own metadata.
+        mapped: Whether weights are mapped from the file, which may change, and not read.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class RawCheckpoint:
     config: Mapping[str, Any] | None = None
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    mapped: bool = False
 
     @cached_property
     def sha256(self) -> str:
@@ -112,9 +114,8 @@ def read_checkpoint(source: str | Path, *, mmap: bool = False, ema: bool = False
         tensors |= more
     _check_tensors(tensors, path, sum(file.stat().st_size for file in files))
     config, preprocessor = _read_config(path, "config.json"), _read_config(path, "preprocessor_config.json")
-    return RawCheckpoint(
-        path, _unwrapped(tensors, path, ema=ema and _IS_EMA not in extras), extras, config, preprocessor or {}, metadata
-    )
+    tensors = _unwrapped(tensors, path, ema=ema and _IS_EMA not in extras)
+    return RawCheckpoint(path, tensors, extras, config, preprocessor or {}, metadata, mmap)
 
 
 def weight_files(path: Path) -> list[Path]:

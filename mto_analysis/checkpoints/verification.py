@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.checkpoints import CheckpointReport, checkpoint_sha256, inspect_checkpoint, resolve
+from mto_analysis.checkpoints import CheckpointReport, inspect_checkpoint, open_checkpoint
 from mto_analysis.checkpoints.downloading import recorded_digest
 from mto_analysis.checkpoints.registry import find_published
 from mto_analysis.errors import CheckpointError
@@ -60,9 +60,9 @@ def verify_checkpoint(
         >>> verify_checkpoint(DEMO_CHECKPOINTS["MAE"]).report.info.family
         'mae'
     """
-    path = resolve(source, offline=offline)
-    report = inspect_checkpoint(path, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
-    sha256 = checkpoint_sha256(path)
+    opened = open_checkpoint(source, mmap=True, offline=offline)
+    report = inspect_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    path, sha256 = opened.path, opened.sha256
     entry = find_published(str(source), path)
     compared = []
     if entry is not None and entry.digest and path.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.runtime.outputs import OutputFolder
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    #: A table (``NAME.csv``), a figure (``NAME`` without suffix: ``.png`` and ``.pdf``), bytes, or facts (``.json``).
-    Output = pd.DataFrame | Figure | bytes | Mapping[str, Any]
+    #: A table (``NAME.csv``), bytes, metadata (``.json``), or what draws a figure (``NAME``: ``.png`` and ``.pdf``).
+    Output = pd.DataFrame | bytes | Mapping[str, Any] | Callable[[], Figure]
 
 __all__ = ["file_names", "write_outputs"]
 
@@ -30,10 +30,10 @@ def file_names(names: Iterable[str]) -> list[str]:
 
 
 def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
-    """Write what a result consists of, each file whole or not at all."""
+    """Write what a result consists of, each file whole or not at all: what was measured first, then the figures."""
     import pandas as pd
 
-    for name, content in outputs.items():
+    for name, content in sorted(outputs.items(), key=lambda item: callable(item[1])):
         if isinstance(content, bytes):
             folder.write_bytes(name, content)
         elif isinstance(content, Mapping):
@@ -43,4 +43,4 @@ def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
         else:
             from mto_analysis.figures.plots.style import write_figure
 
-            write_figure(folder, name, content)
+            write_figure(folder, name, content())

@@ -6,24 +6,21 @@ A curve that stays inside the bands of its controls says nothing about what the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit, heterogeneity, row_entropy
-from mto_analysis.images import ImageBatch, Images, choose_images, image_batches
 from mto_analysis.masks import MaskKey
-from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.models.initialization import initialization_of, mask_token_names, random_weights, with_mask_token
 from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
-from mto_analysis.probe.sharing import Progress, shared_probe
-from mto_analysis.probe.study import HeterogeneityStudy, Settings, load_source
-from mto_analysis.runtime.processes import Processes
+from mto_analysis.probe.request import LoadedModel, Request
+from mto_analysis.probe.sharing import shared_probe
+from mto_analysis.probe.study import HeterogeneityStudy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,92 +85,58 @@ def _visible_null(x: Tensor, num_masked: int) -> Tensor:
 
 
 class Controls:
-    """Watches the main pass for :func:`~mto_analysis.probe.study.measure_checkpoints`, then runs the others.
+    """Watches the passes of :func:`~mto_analysis.probe.study.measure_checkpoints`, and runs others after each.
 
     Args:
+        request: That is measured.
         seeds: How many random weights, and how many random mask tokens.
     """
 
-    def __init__(self, seeds: int = 3) -> None:
+    def __init__(self, request: Request, seeds: int = 3) -> None:
         if seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {seeds}")
-        self.seeds = seeds
-        self._seconds: dict[str, float] = {}
+        self._request, self._seeds = request, seeds
+        self._start = 0.0
+        self._tables: list[pd.DataFrame] = []
 
     @contextmanager
     def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
         """The controls that need no other forward; the pass is timed to say how long the others will take."""
-        start = time.perf_counter()
+        self._start = time.perf_counter()
         yield (ControlMeasure(),)
-        self._seconds[label] = time.perf_counter() - start
 
-    @property
-    def num_passes(self) -> int:
-        """Passes over the images beside the main one, per model."""
-        return 2 * self.seeds + 1
+    def then(self, loaded: LoadedModel) -> None:
+        """Measure the changed copies of a model, right after its own pass."""
+        seconds, passes = time.perf_counter() - self._start, 2 * self._seeds + 1
+        listener, label = self._request.listener, loaded.label
+        listener.note(f"{label}: {passes} more passes for its controls, about {passes * seconds:.0f} s")
+        listener.note(f"{label}: random weights as {initialization_of(loaded.model)}")
+        for control, seed, changed in self._changed(loaded.model):
+            words = f"{label}, {CONTROLS[control]} {seed}"
+            result = shared_probe(self._request, changed, loaded.masks, label=words)
+            self._tables.append(result.summary().assign(model=label, control=control, seed=seed))
 
-    def measure(
-        self,
-        study: HeterogeneityStudy,
-        sources: Sequence[str | Path],
-        images: Images,
-        settings: Settings,
-        *,
-        num_heads: int | None = None,
-        decoder_num_heads: int | None = None,
-        offline: bool = False,
-        say: Callable[[str], None] = lambda message: None,
-        progress: Progress = lambda batches, total, label: iter(batches),
-        processes: Processes | None = None,
-    ) -> pd.DataFrame:
+    def table(self, study: HeterogeneityStudy) -> pd.DataFrame:
         """One row per model, stack, layer depth, control and seed.
 
         Columns: ``model stack layer_depth control seed``, then ``normalized`` with its 95 % interval over images.
         """
         import pandas as pd
 
-        seconds = sum(self._seconds.values())
-        say(f"controls: {self.num_passes} more passes for each model, about {self.num_passes * seconds:.0f} s")
-        tables = []
-        keys = ["model", "stack", "layer_depth"]
+        keys, tables = ["model", "stack", "layer_depth"], []
         for control in _IN_PASS:
             frame = study.measured.assign(normalized=study.measured[control]).dropna(subset="normalized")
             tables.append(mean_and_interval(frame, keys, ["normalized"]).assign(control=control, seed=0))
-        for source, facts in zip(sources, study.models, strict=True):
-            label = str(facts["model"])
-            several = len(sources) > 1
-            model = load_source(source, num_heads, decoder_num_heads, several=several, offline=offline)
-            say(f"{label}: random weights as {initialization_of(model)}")
-            for control, seed, changed in self._changed(model):
-                changed.to(settings.device, settings.dtype)
-                result = shared_probe(
-                    changed,
-                    partial(_batches, images, model.info, settings.batch_size),
-                    settings.rows(images),
-                    settings.mask_source(changed)[0],
-                    processes or Processes(),
-                    batch_size=settings.batch_size,
-                    num_workers=settings.num_workers,
-                    label=f"{label}, {CONTROLS[control]} {seed}",
-                    progress=progress,
-                )
-                tables.append(result.summary().assign(model=label, control=control, seed=seed))
         columns = [*keys, "control", "seed", "normalized", "normalized_ci_low", "normalized_ci_high", "num_images"]
-        return pd.concat(tables, ignore_index=True)[columns]
+        return pd.concat([*tables, *self._tables], ignore_index=True)[columns]
 
     def _changed(self, model: MaskedImageModel) -> Iterator[tuple[str, int, MaskedImageModel]]:
-        for seed in range(self.seeds):
+        for seed in range(self._seeds):
             yield "random_weights", seed, random_weights(model, seed)
         if mask_token_names(model):
-            for seed in range(self.seeds):
+            for seed in range(self._seeds):
                 yield "random_token", seed, with_mask_token(model, seed)
             yield "zero_token", 0, with_mask_token(model, None)
-
-
-def _batches(images: Images, info: ModelInfo, size: int, part: Sequence[int], num_workers: int) -> Iterator[ImageBatch]:
-    chosen = choose_images(images, [images.names[row] for row in part])
-    # Broken ones were named in the main pass.
-    return image_batches(chosen, info, batch_size=size, num_workers=num_workers, on_broken=lambda image: None)
 
 
 def control_bands(controls: pd.DataFrame) -> pd.DataFrame:

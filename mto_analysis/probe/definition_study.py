@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mto_analysis.images import Images
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.attention import AttentionWatch
 from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
 from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
-from mto_analysis.probe.study import HeterogeneityStudy, Settings, measure_checkpoints
+from mto_analysis.probe.request import Request
+from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,20 +83,15 @@ class Definitions:
         return table[[*first, *(column for column in table if column not in first)]]
 
 
-def measure_definitions(
-    sources: Sequence[str | Path], images: Images, settings: Settings | None = None, **options: Any
-) -> tuple[HeterogeneityStudy, pd.DataFrame, pd.DataFrame]:
+def measure_definitions(request: Request) -> tuple[HeterogeneityStudy, pd.DataFrame, pd.DataFrame]:
     """Measure H under every definition and the model's own attention, in one pass.
 
     Args:
-        sources: Checkpoints.
-        images: From :func:`~mto_analysis.images.open_images`.
-        settings: How to measure.
-        options: As for :func:`~mto_analysis.probe.study.measure_checkpoints`.
+        request: What to measure.
 
     Returns:
         The study as without definitions, the table of definitions, and that of attention.
     """
     definitions = Definitions()
-    study = measure_checkpoints(sources, images, settings, watch=definitions.watch, **options)
+    study = measure_checkpoints(request, watch=definitions.watch)
     return study, definitions.table(study), definitions.attention_table()

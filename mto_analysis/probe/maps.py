@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mto_analysis.images import Images, choose_images
-from mto_analysis.models import MaskedImageModel
+from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe.engine import LayerMeasure
 from mto_analysis.probe.quadrants import QUADRANT_STATISTICS, AffinityKind, AffinityMap, AffinityMaps
-from mto_analysis.probe.study import HeterogeneityStudy, Settings, measure_checkpoints
+from mto_analysis.probe.request import Request
+from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["AffinityStudy", "map_checkpoints", "quadrant_table"]
+__all__ = ["AffinityStudy", "MapRecorders", "map_checkpoints", "quadrant_table"]
 
 QUADRANT_NAMES = {1: "masked-masked", 2: "masked-visible", 3: "visible-masked", 4: "visible-visible"}
 
@@ -50,46 +49,60 @@ class AffinityStudy:
         return buffer.getvalue()
 
 
-def map_checkpoints(
-    sources: Sequence[str | Path],
-    images: Images,
-    settings: Settings | None = None,
-    *,
-    kind: AffinityKind = "softmax",
-    chosen: Sequence[str] = (),
-    **options: Any,
-) -> AffinityStudy:
+def map_checkpoints(request: Request, *, kind: AffinityKind = "softmax", each_image: bool = False) -> AffinityStudy:
     """Map the affinity of tokens at every layer depth of each checkpoint, and measure its quadrants in the same pass.
 
     Args:
-        sources: Checkpoints.
-        images: From :func:`~mto_analysis.images.open_images`.
-        settings: How to measure.
+        request: What to measure.
         kind: What the maps show.
-        chosen: Names of images to map one by one; by default the mean over all (or ``settings.limit``).
-        options: As for :func:`~mto_analysis.probe.study.measure_checkpoints`.
+        each_image: Map the images one by one; by default the mean over all.
 
     Raises:
         ValueError: If an option does not fit, or the mean of masks of different counts is wanted.
-        DataError: If a chosen image is not there.
 
     Example:
         >>> from mto_analysis.images import open_images
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
-        >>> study = map_checkpoints([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(limit=4))
-        >>> [tuple(each.values.shape) for maps in study.maps.values() for each in maps][:2]
+        >>> from mto_analysis.probe.request import Settings
+        >>> request = Request([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(limit=4))
+        >>> [tuple(each.values.shape) for maps in map_checkpoints(request).maps.values() for each in maps][:2]
         [(64, 64), (64, 64)]
     """
-    recorders: dict[str, AffinityMaps] = {}
+    recorders = MapRecorders(kind, each_image=each_image)
+    study = measure_checkpoints(request, watch=recorders.watch)
+    return AffinityStudy(recorders.maps, quadrant_table(study.measured), study)
 
-    def watch(model: MaskedImageModel, label: str) -> nullcontext[Sequence[LayerMeasure]]:
-        recorders[label] = AffinityMaps(kind, each_image=bool(chosen))
-        return nullcontext((recorders[label],))
 
-    wanted = choose_images(images, list(dict.fromkeys(chosen))) if chosen else images
-    study = measure_checkpoints(sources, wanted, settings, watch=watch, **options)
-    maps = {label: recorder.maps for label, recorder in recorders.items()}
-    return AffinityStudy(maps, quadrant_table(study.measured), study)
+class MapRecorders:
+    """Watches the passes of :func:`~mto_analysis.probe.study.measure_checkpoints` and keeps the maps of each model.
+
+    Args:
+        kind: What the maps show.
+        each_image: Map the images one by one; by default the mean over all.
+        wanted: Of which models there are maps; by default of all.
+    """
+
+    def __init__(
+        self,
+        kind: AffinityKind = "softmax",
+        *,
+        each_image: bool = False,
+        wanted: Callable[[ModelInfo], bool] = lambda info: True,
+    ) -> None:
+        self._kind, self._each_image, self._wanted = kind, each_image, wanted
+        self._recorders: dict[str, AffinityMaps] = {}
+
+    def watch(self, model: MaskedImageModel, label: str) -> nullcontext[Sequence[LayerMeasure]]:
+        """The measure of one model."""
+        if not self._wanted(model.info):
+            return nullcontext(())
+        self._recorders[label] = AffinityMaps(self._kind, each_image=self._each_image)
+        return nullcontext((self._recorders[label],))
+
+    @property
+    def maps(self) -> dict[str, list[AffinityMap]]:
+        """The maps by model."""
+        return {label: recorder.maps for label, recorder in self._recorders.items()}
 
 
 def quadrant_table(measured: pd.DataFrame) -> pd.DataFrame:

@@ -24,18 +24,19 @@ class OwnLoss(NamedTuple):
     target: Target
     #: The file does not say what the target was; it is the one that the model fits better.
     judged: bool
+    num_images: int
 
     @property
     def suspicious(self) -> bool:
         """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
         return not self.loss < self.predict_the_mean
 
-    def in_words(self, num_images: int) -> str:
+    def in_words(self) -> str:
         """Both losses in a sentence, and what it means if the model's own is no better."""
         target = f"{self.target.replace('_', ' ')}{', judged from the loss' if self.judged else ''}"
         text = (
             f"own loss {self.loss:.4g}, predicting the mean {self.predict_the_mean:.4g} "
-            f"({target}; {num_images} image{'s' * (num_images > 1)})"
+            f"({target}; {self.num_images} image{'s' * (self.num_images > 1)})"
         )
         doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
         return text + doubt * self.suspicious
@@ -61,5 +62,6 @@ def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss |
             reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion)
             for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
         ]
-        found.append(OwnLoss(losses[0].mean().item(), losses[1].mean().item(), target, judged=len(targets) > 1))
+        loss, mean = (each.mean().item() for each in losses)
+        found.append(OwnLoss(loss, mean, target, judged=len(targets) > 1, num_images=len(images)))
     return min(found, key=lambda each: each.loss / each.predict_the_mean)

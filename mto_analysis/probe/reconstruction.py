@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mto_analysis.models.targets import Target, mean_prediction, reconstruction_
 from mto_analysis.models.vit import patchify, unpatchify
 from mto_analysis.probe.engine import undisturbed
 from mto_analysis.probe.shown import ShownModel
+from mto_analysis.runtime.listener import Listener
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,9 +147,7 @@ class ReconstructionStudy:
         return pd.DataFrame([{name: getattr(row, name) for name in columns} for row in self.reconstructions])
 
 
-def reconstruct_models(
-    models: Iterable[ShownModel], *, warn: Callable[[str], None] = lambda message: None
-) -> ReconstructionStudy:
+def reconstruct_models(models: Iterable[ShownModel], listener: Listener | None = None) -> ReconstructionStudy:
     """Reconstruct the chosen images with each model; one that predicts no pixels is left out with a warning.
 
     Raises:
@@ -165,7 +164,7 @@ def reconstruct_models(
     if not study.reconstructions:
         raise CheckpointError("; ".join(without))
     for message in without:
-        warn(message)
+        (listener or Listener()).warn(message)
     return study
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +11,9 @@ from torch import Tensor
 from mto_analysis.images import ImageBatch
 from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, probe, undisturbed
-from mto_analysis.runtime.processes import Processes
+from mto_analysis.probe.request import Request
 
-__all__ = ["Anchored", "Progress", "Shared", "shared_probe"]
-
-Progress = Callable[[Iterable[ImageBatch], int, str], Iterator[ImageBatch]]
+__all__ = ["Anchored", "Shared", "shared_probe"]
 
 
 @runtime_checkable
@@ -38,35 +36,25 @@ class Anchored(Protocol):
 
 
 def shared_probe(
+    request: Request,
     model: MaskedImageModel,
-    batches: Callable[[Sequence[int], int], Iterator[ImageBatch]],
-    rows: Sequence[int],
     masks: MaskSource,
-    processes: Processes,
     *,
-    batch_size: int,
-    num_workers: int = 0,
     label: str = "",
-    progress: Progress = lambda batches, total, label: iter(batches),
     masks_per_image: int = 1,
     layer_measures: Sequence[LayerMeasure] = (),
     keep_masks: dict[str, list[Tensor]] | None = None,
 ) -> ProbeResult:
-    """Probe this process's part of the images, and put the parts of all together; all get the whole.
+    """Probe this process's part of a request's images, and put the parts of all together; all get the whole.
 
     Parts are whole batches, so values are those of one process bit for bit. Sums over images (maps, attention) are
     equal to rounding.
 
     Args:
+        request: Names images, settings and processes.
         model: To probe.
-        batches: Images of some rows, in batches; given so many workers.
-        rows: Of all images of the run.
         masks: Where masks come from.
-        processes: Those of the launcher.
-        batch_size: As ``batches`` makes them.
-        num_workers: Processes that decode this process's part.
         label: Of the progress bar.
-        progress: Wraps this process's batches.
         masks_per_image: Masks per image.
         layer_measures: As for :func:`~mto_analysis.probe.engine.probe`.
         keep_masks: Takes the masks of all images by name.
@@ -74,12 +62,15 @@ def shared_probe(
     Returns:
         All chunks in the order of images; none if no image could be read.
     """
-    mine = processes.share(rows, batch_size)
+    settings, processes = request.settings, request.processes
+    rows = settings.rows(request.images)
+    mine = processes.share(rows, settings.batch_size)
     objects: Sequence[object] = layer_measures
     anchored = [each for each in objects if isinstance(each, Anchored)]
     if mine and not processes.main and anchored:
-        _show_first(model, batches(rows, 0), masks, anchored)
-    stream = iter(progress(batches(mine, num_workers), -(-len(mine) // batch_size), label)) if mine else iter(())
+        _show_first(model, request.batches(model, rows), masks, anchored)
+    batches = request.batches(model, mine, num_workers=settings.num_workers) if mine else iter(())
+    stream = iter(request.listener.progress(batches, -(-len(mine) // settings.batch_size), label))
     first = next(stream, None)
     result = ProbeResult(())
     if first is not None:

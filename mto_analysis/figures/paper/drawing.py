@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.paper.catalogue import FIGURES, PaperFigure, find_figures
 from mto_analysis.figures.paper.inputs import Drawn, Inputs
+from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import OutputFolder, run_facts, write_atomically
-
-if TYPE_CHECKING:
-    from mto_analysis.probe.sharing import Progress
 
 __all__ = ["CAPTIONS", "draw_paper", "merge_captions"]
 
@@ -31,9 +29,7 @@ def draw_paper(
     *,
     overwrite: bool = False,
     arguments: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda message: None,
-    warn: Callable[[str], None] = lambda message: None,
-    progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> Iterator[tuple[PaperFigure, list[Path]]]:
     """Draw figures of the paper one after the other, each written before the next begins.
 
@@ -43,9 +39,7 @@ def draw_paper(
         inputs: What stands in place of the bundled models, images and results.
         overwrite: Replace files that exist.
         arguments: For ``NAME.json``.
-        say: Takes notes for the user.
-        warn: Takes warnings for the user.
-        progress: Wraps the batches, given their number and a label.
+        listener: Takes notes, warnings and progress.
 
     Yields:
         Each figure, and its files.
@@ -57,7 +51,7 @@ def draw_paper(
     inputs = inputs or Inputs()
     figures = find_figures(names, inputs=inputs)
     folders = {each.name: OutputFolder(out, each.files(inputs), overwrite=overwrite) for each in figures}
-    return _draw(figures, folders, inputs, arguments or {}, say, warn, progress)
+    return _draw(figures, folders, inputs, arguments or {}, listener)
 
 
 def _draw(
@@ -65,14 +59,11 @@ def _draw(
     folders: Mapping[str, OutputFolder],
     inputs: Inputs,
     arguments: Mapping[str, Any],
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-    progress: Progress | None,
+    listener: Listener | None,
 ) -> Iterator[tuple[PaperFigure, list[Path]]]:
     from mto_analysis.figures.paper.workbench import Workbench
 
-    more: dict[str, Any] = {} if progress is None else {"progress": progress}
-    bench = Workbench(inputs, maps="fig2" in folders, say=say, warn=warn, **more)
+    bench = Workbench(inputs, maps="fig2" in folders, listener=listener)
     for figure in figures:
         bench.name = figure.name
         yield figure, write_drawn(figure, figure.draw(bench), folders[figure.name], arguments)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.checkpoints import resolve, save_checkpoint
+from mto_analysis.checkpoints import LoadOptions, load_checkpoint, resolve, save_checkpoint
 from mto_analysis.checkpoints.verification import verify_checkpoint
 from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import CheckpointError
 from mto_analysis.figures.paper.catalogue import PaperFigure, find_figures
 from mto_analysis.figures.paper.drawing import draw_paper
 from mto_analysis.figures.paper.inputs import Inputs
-from mto_analysis.images import Images, image_batches, open_images
+from mto_analysis.images import open_images
 from mto_analysis.models.initialization import random_weights
-from mto_analysis.probe import undisturbed
-from mto_analysis.probe.own_loss import own_loss
-from mto_analysis.probe.sharing import Progress
-from mto_analysis.probe.study import Settings, load_source
+from mto_analysis.probe.request import LoadedModel, Request, Settings
 from mto_analysis.runtime.devices import pick_device
+from mto_analysis.runtime.listener import Listener
 
 __all__ = ["PUBLIC", "draw_public"]
 
 #: The paper's own models, by their ids in the registry. The decoder of MAE is only in the "full" file.
 PUBLIC = {"SimMIM": "simmim_vit_base_800e", "MAE": "mae_vit_base_full"}
 
-_CHECKED = 16
 _UNTRAINED = "SimMIM, random weights"
 
 
@@ -39,9 +36,7 @@ def draw_public(
     *,
     overwrite: bool = False,
     arguments: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda message: None,
-    warn: Callable[[str], None] = lambda message: None,
-    progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> Iterator[tuple[PaperFigure, list[Path]]]:
     """Draw the paper's own figures, from the files that its authors measured as far as they are public.
 
@@ -54,9 +49,7 @@ def draw_public(
         inputs: Images and settings; checkpoints are those of Fig. 1(b) beside the final SimMIM.
         overwrite: As there.
         arguments: As there.
-        say: As there.
-        warn: As there.
-        progress: As there.
+        listener: As there.
 
     Yields:
         Each figure, and its files.
@@ -65,21 +58,21 @@ def draw_public(
         CheckpointError: If a file cannot be fetched (says where to put one that wants a browser), is not whole, or does
             no better than predicting the mean.
     """
-    inputs = inputs or Inputs()
+    inputs, listener = inputs or Inputs(), listener or Listener()
     wanted = [each.name for each in find_figures(list(names) or ("fig1a", "fig1b", "fig2"), inputs=inputs)]
     given = [name for name in wanted if name not in ("fig1a", "fig1b", "fig2", "definitions", "controls")]
     if given:
         raise ValueError(f"{given[0]} shows no model; with public files draw fig1a, fig1b, fig2, definitions, controls")
     if inputs.images is None:
-        say("images: the bundled CIFAR-10 ones, enlarged; for the paper's figures give ImageNet's with --images")
-    opened = open_images(inputs.images or DEMO_IMAGES)
+        listener.note("images: the bundled CIFAR-10 ones, enlarged; for the paper's figures pass ImageNet's (--images)")
     images = inputs.images or DEMO_IMAGES
-    paths = _fetched(inputs.offline, say)
-    for label, path in paths.items():
-        _check(label, path, opened, inputs, say)
-    options: dict[str, Any] = {
-        "overwrite": overwrite, "arguments": arguments, "say": say, "warn": warn, "progress": progress,
-    }  # fmt: skip
+    paths = _fetched(inputs.offline, listener)
+    settings = Settings(device=pick_device(inputs.device))
+    loading = LoadOptions(inputs.num_heads, inputs.decoder_num_heads)
+    request = Request(list(paths.values()), open_images(images), settings, tuple(paths), loading)
+    for path, loaded in zip(paths.values(), request.models(), strict=True):
+        _check(path, loaded, inputs, listener)
+    options: dict[str, Any] = {"overwrite": overwrite, "arguments": arguments, "listener": listener}
     both = dataclasses.replace(
         inputs, checkpoints=tuple(str(path) for path in paths.values()), labels=tuple(paths), images=images
     )
@@ -90,22 +83,21 @@ def draw_public(
             sources, labels = inputs.checkpoints, inputs.names
             if not sources:
                 file = Path(folder) / "random.safetensors"
-                model = load_source(paths["SimMIM"], inputs.num_heads, inputs.decoder_num_heads, several=True)
-                save_checkpoint(random_weights(model, 0), file)
+                save_checkpoint(random_weights(load_checkpoint(paths["SimMIM"]), 0), file)
                 sources, labels = (str(file),), (_UNTRAINED,)
-                say("Fig. 1(b): no early SimMIM is public; random weights stand in its place (give one with --ckpt)")
+                listener.note("Fig. 1(b): no early SimMIM is public; random weights replace it (--ckpt takes one)")
             epochs = dataclasses.replace(both, checkpoints=(str(paths["SimMIM"]), *sources), labels=("SimMIM", *labels))
             yield from draw_paper(["fig1b"], out, epochs, **options)
 
 
-def _fetched(offline: bool, say: Callable[[str], None]) -> dict[str, Path]:
+def _fetched(offline: bool, listener: Listener) -> dict[str, Path]:
     """All files before the first is measured; what can be fetched is, also if another wants a browser."""
     found: dict[str, Path] = {}
     missing: list[CheckpointError] = []
     for label, name in PUBLIC.items():
         try:
             found[label] = resolve(name, offline=offline)
-            say(f"{label}: {name} is at {found[label]}")
+            listener.note(f"{label}: {name} is at {found[label]}")
         except CheckpointError as error:
             missing.append(error)
     if missing:
@@ -113,17 +105,11 @@ def _fetched(offline: bool, say: Callable[[str], None]) -> dict[str, Path]:
     return found
 
 
-def _check(label: str, path: Path, images: Images, inputs: Inputs, say: Callable[[str], None]) -> None:
+def _check(path: Path, loaded: LoadedModel, inputs: Inputs, listener: Listener) -> None:
     """Whole, as published, and better than predicting the mean."""
     verified = verify_checkpoint(path, num_heads=inputs.num_heads, decoder_num_heads=inputs.decoder_num_heads)
-    model = load_source(path, inputs.num_heads, inputs.decoder_num_heads, several=True)
-    settings = Settings(device=pick_device(inputs.device))
-    batch = next(image_batches(images, model.info, batch_size=_CHECKED, limit=_CHECKED))
-    model.to(settings.device)
-    with undisturbed(model):
-        mask = settings.mask_source(model)[0](batch.names, 0).to(settings.device)
-        loss = own_loss(model, batch.images.to(settings.device), mask)
+    loss = loaded.own_loss
     if loss is None or loss.suspicious:
-        words = "predicts no pixels" if loss is None else loss.in_words(len(batch.names))
-        raise CheckpointError(f"{path} should be {PUBLIC[label]}, but: {words}")
-    say(f"{label}: sha256 {verified.sha256[:12]}..., {loss.in_words(len(batch.names))}")
+        words = "predicts no pixels" if loss is None else loss.in_words()
+        raise CheckpointError(f"{path} should be {PUBLIC[loaded.label]}, but: {words}")
+    listener.note(f"{loaded.label}: sha256 {verified.sha256[:12]}..., {loss.in_words()}")

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.figures.paper.inputs import Inputs
+from mto_analysis.runtime.listener import Listener
 
 # Tables and schematics are drawn at this bench too, and need not wait for torch.
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mto_analysis.images import Images
-    from mto_analysis.models import MaskedImageModel
-    from mto_analysis.probe import LayerMeasure
     from mto_analysis.probe.quadrants import AffinityMap
-    from mto_analysis.probe.sharing import Progress
-    from mto_analysis.probe.study import Settings, Watch
+    from mto_analysis.probe.request import Request
+    from mto_analysis.probe.study import Watch
 
 __all__ = ["Curves", "Maps", "Scrutiny", "Workbench"]
 
 #: What ends the label of a bundled model at 2 % of its training.
 EARLY = ", early"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Checkpoints that are measured under the same settings."""
-
-    sources: tuple[str | Path, ...]
-    labels: tuple[str, ...]
-    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -71,24 +59,14 @@ class Workbench:
     Args:
         inputs: What is measured.
         maps: Keep affinity maps of every pass, as a figure will ask for them.
-        say: Takes notes for the user.
-        warn: Takes warnings for the user.
-        progress: Wraps the batches, given their number and a label.
+        listener: Takes notes, warnings and progress.
     """
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        *,
-        maps: bool = False,
-        say: Callable[[str], None] = lambda message: None,
-        warn: Callable[[str], None] = lambda message: None,
-        progress: Progress = lambda batches, total, label: iter(batches),
-    ) -> None:
+    def __init__(self, inputs: Inputs, *, maps: bool = False, listener: Listener | None = None) -> None:
         self.inputs = inputs
         self.name = ""
         self._with_maps = maps
-        self._say, self._warn, self._progress = say, warn, progress
+        self._listener = listener or Listener()
 
     @property
     def images_in_words(self) -> str:
@@ -106,18 +84,11 @@ class Workbench:
     @cached_property
     def maps(self) -> Maps:
         """Mean affinity maps of every model."""
-        from mto_analysis.probe.maps import quadrant_table
-        from mto_analysis.probe.quadrants import AffinityMaps
+        from mto_analysis.probe.maps import MapRecorders, quadrant_table
 
-        recorders: dict[str, AffinityMaps] = {}
-
-        def watch(model: MaskedImageModel, label: str) -> AbstractContextManager[Sequence[LayerMeasure]]:
-            recorders[label] = AffinityMaps()
-            return nullcontext((recorders[label],))
-
-        curves, measured = self._measure_all(watch)
-        maps = {label: recorder.maps for label, recorder in recorders.items()}
-        return Maps(maps, quadrant_table(measured), curves)
+        recorders = MapRecorders()
+        curves, measured = self._measure_all(recorders.watch)
+        return Maps(recorders.maps, quadrant_table(measured), curves)
 
     @cached_property
     def scrutiny(self) -> Scrutiny:
@@ -132,17 +103,13 @@ class Workbench:
         names = ("curves", "definitions", "attention", "properties", "controls")
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
         models: list[dict[str, Any]] = []
-        images = self._images
-        for group in self._groups():
-            definitions, controls, properties = Definitions(), Controls(), Properties()
-            watch = together(definitions.watch, controls.watch, properties.watch)
-            study = measure_checkpoints(
-                group.sources, images, group.settings, labels=group.labels, watch=watch, **self._options
-            )
+        for request in self._requests():
+            definitions, controls, properties = Definitions(), Controls(request), Properties()
+            watch = together(controls.watch, definitions.watch, properties.watch)
+            study = measure_checkpoints(request, watch=watch, then=controls.then)
             found["definitions"].append(definitions.table(study))
             found["attention"].append(definitions.attention_table())
-            options = {key: value for key, value in self._options.items() if key != "warn"}
-            found["controls"].append(controls.measure(study, group.sources, images, group.settings, **options))
+            found["controls"].append(controls.table(study))
             found["properties"].append(properties.table())
             found["curves"].append(study.table)
             models += study.models
@@ -157,10 +124,8 @@ class Workbench:
         from mto_analysis.probe.study import measure_checkpoints
 
         tables, measured, models = [], [], []
-        for group in self._groups():
-            study = measure_checkpoints(
-                group.sources, self._images, group.settings, labels=group.labels, watch=watch, **self._options
-            )
+        for request in self._requests():
+            study = measure_checkpoints(request, watch=watch)
             tables.append(study.table)
             measured.append(study.measured)
             models += study.models
@@ -173,40 +138,29 @@ class Workbench:
             return table
         return table.sort_values("model", key=lambda names: names.str.endswith(EARLY), kind="stable", ignore_index=True)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.inputs.num_heads,
-            "decoder_num_heads": self.inputs.decoder_num_heads,
-            "offline": self.inputs.offline,
-            "say": self._say,
-            "warn": self._warn,
-            "progress": self._progress,
-        }
-
-    @cached_property
-    def _images(self) -> Images:
-        from mto_analysis.demo import DEMO_IMAGES
+    def _requests(self) -> Iterator[Request]:
+        """Checkpoints that are measured under the same settings, together."""
+        from mto_analysis.checkpoints import LoadOptions
+        from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES, DEMO_MASKS
         from mto_analysis.images import open_images
-
-        return open_images(self.inputs.images or DEMO_IMAGES)
-
-    def _groups(self) -> Iterator[_Group]:
-        from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS
         from mto_analysis.masks import load_masks
-        from mto_analysis.probe.study import Settings
+        from mto_analysis.probe.request import Request, Settings
         from mto_analysis.runtime.devices import pick_device
 
         inputs = self.inputs
-        common: dict[str, Any] = {
-            "limit": inputs.limit,
-            "batch_size": inputs.batch_size,
-            "device": pick_device(inputs.device),
-        }
+        settings = Settings(limit=inputs.limit, batch_size=inputs.batch_size, device=pick_device(inputs.device))
+        request = Request(
+            inputs.checkpoints,
+            open_images(inputs.images or DEMO_IMAGES),
+            settings,
+            inputs.names,
+            LoadOptions(inputs.num_heads, inputs.decoder_num_heads, offline=inputs.offline),
+            self._listener,
+        )
         if inputs.checkpoints:
-            yield _Group(inputs.checkpoints, inputs.names, Settings(**common))
+            yield request
             return
         for method, masks in DEMO_MASKS.items():
             labels = tuple(label for label in DEMO_CHECKPOINTS if label.startswith(method))
-            own = load_masks(masks) if inputs.bundled else None
-            yield _Group(tuple(DEMO_CHECKPOINTS[label] for label in labels), labels, Settings(**common, masks=own))
+            own = replace(settings, masks=load_masks(masks) if inputs.bundled else None)
+            yield replace(request, sources=[DEMO_CHECKPOINTS[label] for label in labels], labels=labels, settings=own)

@@ -1,0 +1,37 @@
+"""How checkpoints are loaded: what their files leave open, and what is wanted in place of what they state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mto_analysis.models.interface import ImageSize
+
+__all__ = ["LoadOptions"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The arguments of :func:`~mto_analysis.checkpoints.load_checkpoint`, on their way through a study.
+
+    Args:
+        num_heads: As there.
+        decoder_num_heads: As there.
+        mean: As there.
+        std: As there.
+        image_size: As there.
+        ema: As there.
+        offline: As there.
+    """
+
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: ImageSize | None = None
+    ema: bool = False
+    offline: bool = False
+
+    def keywords(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return dict(vars(self))

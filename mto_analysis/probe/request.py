@@ -1,0 +1,236 @@
+"""What a study is asked for, and each of its checkpoints in turn: opened once, loaded, its own loss checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info, load_checkpoint, open_checkpoint
+from mto_analysis.errors import HeadCountError
+from mto_analysis.images import BrokenImage, ImageBatch, Images, choose_images, image_batches
+from mto_analysis.masks import MaskRule
+from mto_analysis.models import MaskedImageModel
+from mto_analysis.probe.engine import MaskSource, masks_from_file, masks_from_rule, undisturbed
+from mto_analysis.probe.own_loss import OwnLoss, own_loss
+from mto_analysis.probe.pairing import common_num_visible, rule_leaving
+from mto_analysis.runtime.listener import Listener
+from mto_analysis.runtime.outputs import chosen_labels
+from mto_analysis.runtime.processes import Processes
+
+__all__ = ["LoadedModel", "Request", "Settings"]
+
+_CHECKED_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; the defaults are the model's own masks, once per image, on the CPU in float32.
+
+    Args:
+        limit: Number of images, spread evenly; all by default.
+        mask_ratio: Instead of the model's own.
+        mask_unit: Side in pixels of the square masked at once, instead of the model's own.
+        match_visible: The model's own kind of mask, but with equally many patches left visible for all models.
+        masks: Masks by image name, instead of sampling them.
+        masks_per_image: Masks per image.
+        seed: Of the masks.
+        batch_size: Images at once; results do not depend on it beyond rounding.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: Of the model's forward; H is computed in at least float32.
+        num_workers: Processes that decode images.
+        strict: A broken image is an error.
+        keep_masks: Keep the masks for :meth:`~mto_analysis.probe.study.HeterogeneityStudy.mask_file`.
+    """
+
+    limit: int | None = None
+    mask_ratio: float | None = None
+    mask_unit: int | None = None
+    match_visible: bool = False
+    masks: Mapping[str, Tensor] | None = None
+    masks_per_image: int = 1
+    seed: int = 0
+    batch_size: int = 32
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    num_workers: int = 0
+    strict: bool = False
+    keep_masks: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.masks is not None and (self.mask_ratio is not None or self.mask_unit is not None):
+            raise ValueError("masks from a file have their own ratio and unit; leave mask_ratio and mask_unit out")
+        if self.match_visible and (self.masks, self.mask_ratio, self.mask_unit) != (None, None, None):
+            raise ValueError("match_visible decides the mask; leave masks, mask_ratio and mask_unit out")
+
+    def rows(self, images: Images) -> list[int]:
+        """Which images are measured, by number."""
+        total = len(images.names)
+        count = min(self.limit or total, total)
+        return [index * total // count for index in range(count)]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One checkpoint of a request, on its device, ready to be measured."""
+
+    label: str
+    model: MaskedImageModel
+    masks: MaskSource
+    own_loss: OwnLoss | None  #: ``None`` where the family predicts no pixels, or no image could be read
+    facts: dict[str, Any]  #: For ``run.json``.
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: every study takes one, and nothing that it names is resolved or opened twice.
+
+    Args:
+        sources: Checkpoints, one after the other in memory: paths, registry ids, ``hf://owner/name``, URLs.
+        images: From :func:`~mto_analysis.images.open_images`.
+        settings: How to measure.
+        labels: Names of the models, one per checkpoint; by default from the paths.
+        loading: How checkpoints are loaded; head counts given for several are for those that need them.
+        listener: Takes notes, warnings and progress.
+        processes: Those of a launcher, from :func:`~mto_analysis.runtime.processes.in_step`; by default this one alone.
+
+    Raises:
+        ValueError: If there is not one different label per checkpoint.
+    """
+
+    sources: Sequence[str | Path]
+    images: Images
+    settings: Settings = field(default_factory=Settings)
+    labels: Sequence[str] = ()
+    loading: LoadOptions = field(default_factory=LoadOptions)
+    listener: Listener = field(default_factory=Listener)
+    processes: Processes = field(default_factory=Processes)
+
+    def __post_init__(self) -> None:
+        """Name the models."""
+        object.__setattr__(self, "labels", chosen_labels(self.sources, self.labels))
+
+    @cached_property
+    def _opened(self) -> list[RawCheckpoint]:
+        """All checkpoints, before an hour is spent on one; their weights stay on the disk until they are loaded."""
+        options = {"ema": self.loading.ema, "offline": self.loading.offline}
+        return [open_checkpoint(source, mmap=True, **options) for source in self.sources]
+
+    @cached_property
+    def _num_visible(self) -> int | None:
+        """How many patches all models leave visible, where that was asked for."""
+        if not self.settings.match_visible:
+            return None
+        return common_num_visible([checkpoint_info(raw, self.loading.image_size) for raw in self._opened])
+
+    def _load(self, raw: RawCheckpoint) -> MaskedImageModel:
+        """Load a checkpoint; head counts given for several are for those that need them."""
+        chosen = self.loading.keywords()
+        if len(self.sources) == 1:
+            return load_checkpoint(raw, **chosen)
+        given = {option: chosen.pop(option) for option in ("num_heads", "decoder_num_heads")}
+        while True:
+            try:
+                return load_checkpoint(raw, **chosen)
+            except HeadCountError as error:
+                if given[error.option] is None:
+                    raise
+                chosen[error.option] = given[error.option]
+
+    def models(self, checked: Sequence[int] | None = None) -> Iterator[LoadedModel]:
+        """Load one checkpoint after the other.
+
+        Args:
+            checked: Rows of the images that its own loss is computed on; by default some of those to be measured.
+
+        Raises:
+            CheckpointError: If a checkpoint cannot be used.
+            DataError: If an image is broken under ``strict``.
+        """
+        for source, raw, label in zip(self.sources, self._opened, self.labels, strict=True):
+            model = self._load(raw).to(self.settings.device, self.settings.dtype)
+            masks, words, rule = self._masks(model)
+            self._describe(label, model, words)
+            rows = self.settings.rows(self.images)[:_CHECKED_IMAGES] if checked is None else checked
+            loss = self._check(label, model, masks, rows) if self.processes.main else None
+            facts = {
+                "model": label,
+                "source": str(source),
+                "sha256": raw.sha256,
+                "info": asdict(model.info),
+                "config": asdict(model.config),
+                "mask_rule": asdict(rule) if rule else None,
+                "masks": words,
+                "own_loss": loss._asdict() if loss else None,
+            }
+            yield LoadedModel(label, model, masks, loss, facts)
+
+    def _masks(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
+        """Where masks come from, in words, and their rule."""
+        info, settings = model.info, self.settings
+        if settings.masks is not None:
+            return masks_from_file(info, settings.masks), "from the mask file", None
+        if self._num_visible is not None:
+            rule = rule_leaving(info, self._num_visible)
+        else:
+            rule = info.mask_rule.with_options(ratio=settings.mask_ratio, unit=settings.mask_unit)
+        origin = info.mask_rule_source if rule == info.mask_rule else "as asked for"
+        return masks_from_rule(info, rule, seed=settings.seed), f"{rule} ({origin}), seed {settings.seed}", rule
+
+    def _describe(self, label: str, model: MaskedImageModel, masks: str) -> None:
+        info = model.info
+        self.listener.note(f"{label}: {info.family} ({info.layout}), {info.pixels}; masks: {masks}")
+        if info.caveat:
+            self.listener.note(f"{label}: {info.caveat}")
+        for assumption in info.assumptions:
+            self.listener.note(f"{label}: assumed that {assumption}")
+
+    def _check(self, label: str, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> OwnLoss | None:
+        """The model's own loss on a few images, so that a wrong load is seen."""
+        batch = next(self.batches(model, rows, batch_size=max(len(rows), 1)), None)
+        if batch is None:
+            return None
+        like = next(model.parameters())
+        with undisturbed(model):
+            mask = masks(batch.names, 0).to(like.device)
+            loss = own_loss(model, batch.images.to(like.device, like.dtype), mask)
+        if loss is None:
+            self.listener.note(f"{label}: predicts no pixels, so its own loss cannot be checked on images")
+            return None
+        say = self.listener.warn if loss.suspicious else self.listener.note
+        say(f"{label}: {loss.in_words()}")
+        return loss
+
+    @cached_property
+    def broken(self) -> dict[str, str]:
+        """Images that could not be decoded, by name, with the reason."""
+        return {}
+
+    def note_broken(self, image: BrokenImage) -> None:
+        """Say once that an image is broken, though every model meets it again."""
+        if image.name not in self.broken:
+            self.broken[image.name] = image.reason
+            self.listener.warn(f"skipped {image.name}: {image.reason}")
+
+    def batches(
+        self,
+        model: MaskedImageModel,
+        rows: Sequence[int],
+        *,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> Iterator[ImageBatch]:
+        """Some images for a model; broken ones are noted, or an error under ``strict``."""
+        return image_batches(
+            choose_images(self.images, [self.images.names[row] for row in rows]),
+            model.info,
+            batch_size=batch_size or self.settings.batch_size,
+            num_workers=num_workers,
+            on_broken=None if self.settings.strict else self.note_broken,
+        )
