@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.figures.paper.inputs import Inputs
@@ -149,18 +149,16 @@ class Workbench:
 
         inputs = self.inputs
         settings = Settings(limit=inputs.limit, batch_size=inputs.batch_size, device=pick_device(inputs.device))
-        request = Request(
-            inputs.checkpoints,
-            open_images(inputs.images or DEMO_IMAGES),
-            settings,
-            inputs.names,
-            LoadOptions(inputs.num_heads, inputs.decoder_num_heads, offline=inputs.offline),
-            self._listener,
+        request = partial(
+            Request,
+            images=open_images(inputs.images or DEMO_IMAGES),
+            loading=LoadOptions(inputs.num_heads, inputs.decoder_num_heads, offline=inputs.offline),
+            listener=self._listener,
         )
         if inputs.checkpoints:
-            yield request
+            yield request(inputs.checkpoints, settings=settings, labels=inputs.names)
             return
         for method, masks in DEMO_MASKS.items():
             labels = tuple(label for label in DEMO_CHECKPOINTS if label.startswith(method))
             own = replace(settings, masks=load_masks(masks) if inputs.bundled else None)
-            yield replace(request, sources=[DEMO_CHECKPOINTS[label] for label in labels], labels=labels, settings=own)
+            yield request([DEMO_CHECKPOINTS[label] for label in labels], settings=own, labels=labels)
