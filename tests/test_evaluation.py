@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from labelled_images import write_parquet
+from PIL import Image
+from sklearn.linear_model import LogisticRegression as Reference
 from test_parity import load
-from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
+from tiny_models import make_mae, make_two_stacks, some_images
 from torch.nn import functional as F
 
+from mto_analysis import load_checkpoint
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import image_batches
+from mto_analysis.models.initialization import random_weights
 from mto_analysis.training.evaluation import Evaluation, Evaluator, score
 from mto_analysis.training.evaluation.evaluator import accuracy
-from mto_analysis.training.evaluation.features import LabelledImages, extract_features, normalized, pooled
+from mto_analysis.training.evaluation.features import (
+    LabelledImages,
+    eight_bits,
+    extract_features,
+    feature_vectors,
+    normalized,
+    pooled,
+)
 from mto_analysis.training.evaluation.knn import knn_scores
-from mto_analysis.training.evaluation.linear import fit_linear, linear_scores
-from mto_analysis.training.evaluation.protocols import pooling_of
+from mto_analysis.training.evaluation.linear import LogisticRegression, linear_scores
+from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, weights_of
 
 
 @pytest.fixture
@@ -76,11 +89,89 @@ def test_encode__checks_the_size_of_images(tiny_mae, generator) -> None:
         tiny_mae.encode(some_images(generator, 1, side=20))
 
 
-def test_pooling__is_what_the_authors_probe() -> None:
-    assert pooling_of(make_mae()) == "class"
-    assert pooling_of(make_simmim()) == "patches"
-    assert pooling_of(load("bootmae")[0]) == "patches"
-    assert pooling_of(load("simmim_swin")[0]) == "patches"
+@pytest.mark.parametrize(
+    ("family", "style", "depth", "feature", "weights"),
+    [
+        ("mae", "decoder", 12, ("class", 12, "encoder"), "model"),
+        ("mff", "decoder", 12, ("class", 12, "encoder"), "model"),
+        ("simmim_vit", "inpainting", 12, ("patches", 12, "encoder"), "model"),
+        ("bootmae", "decoder", 12, ("patches", 10, "fresh"), "model"),
+        ("bootmae", "decoder", 24, ("patches", 18, "fresh"), "model"),
+        ("bootmae", "decoder", 6, ("patches", 5, "fresh"), "model"),
+        ("conmim", "inpainting", 12, ("concat", 12, "none"), "model_ema"),
+        ("beit", "inpainting", 12, ("concat", 12, "none"), "model"),
+    ],
+)
+def test_feature__is_what_the_authors_probe(family, style, depth, feature, weights) -> None:
+    model = make_mae(depth=depth)
+    model.info = replace(model.info, family=family, style=style)
+    assert feature_of(model) == feature
+    assert weights_of(model) == weights
+    assert feature_of(model, "class", 1, "none") == ("class", 1, "none")
+
+
+def test_feature__of_swin_is_the_mean_of_patches() -> None:
+    model, _, _ = load("simmim_swin")
+    assert feature_of(model) == ("patches", sum(model.config.depths), "encoder")
+    with pytest.raises(ValueError, match="no class token"):
+        feature_of(model, "concat")
+    with pytest.raises(ValueError, match="layer must lie between 1 and"):
+        feature_of(model, layer=99)
+
+
+def test_feature_vectors__are_pooled_after_a_block_by_hand(generator) -> None:
+    model, images = make_mae(depth=3), some_images(generator, 2)
+    with torch.no_grad():
+        x = model.patch_embed(images) + model.pos_embed[:, 1:]
+        x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), x], dim=1)
+        x = model.blocks[1](model.blocks[0](x))
+        mean = x[:, 1:].mean(dim=1)
+        fresh = (mean - mean.mean(dim=1, keepdim=True)) / (mean.var(dim=1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        for feature, expected in {
+            Feature("patches", 2, "fresh"): fresh,
+            Feature("concat", 2, "none"): torch.cat([x[:, 0], mean], dim=1),
+            Feature("class", 2, "encoder"): model.norm(x)[:, 0],
+        }.items():
+            torch.testing.assert_close(feature_vectors(model, images, feature), expected)
+        with pytest.raises(ValueError, match="layer must lie between 1 and 3"):
+            model.encode(images, layer=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "expected"),
+    [
+        ("mae", 224, 0.875),
+        ("mae", 448, 1.0),
+        ("simmim_vit", 448, 0.875),
+        ("bootmae", 224, 0.875),
+        ("conmim", 384, 1.0),
+        ("conmim", 256, 0.875),
+        ("mae", 64, 1.0),
+        ("simmim_vit", 32, 1.0),
+    ],
+)
+def test_crop_pct__is_that_of_the_original(family: str, size: int, expected: float) -> None:
+    model = make_mae()
+    model.info = replace(model.info, family=family, image_size=size)
+    assert crop_pct_of(model) == expected
+
+
+@pytest.mark.parametrize(("size", "crop_pct", "border"), [(224, 0.875, False), (192, 0.875, False), (224, 1.0, True)])
+def test_eight_bits__crops_what_the_original_crops(size: int, crop_pct: float, border: bool) -> None:
+    """A white image of 256 px with a red border of 12 px, of which a crop of 7/8 leaves nothing."""
+    pixels = np.full((256, 256, 3), 255, dtype=np.uint8)
+    pixels[:12, :, 1:] = pixels[-12:, :, 1:] = pixels[:, :12, 1:] = pixels[:, -12:, 1:] = 0
+    cropped = eight_bits(replace(make_mae().info, image_size=size), crop_pct)(Image.fromarray(pixels))
+    assert cropped.shape == (3, size, size)
+    assert bool((cropped[1] < 128).any()) == border
+    # The originals resize the shorter side to int(size * 256 / 224) and cut out the centre.
+    side = int(size / crop_pct)
+    gradient = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2))
+    resized = np.asarray(gradient.resize((side, side), Image.Resampling.BICUBIC))
+    start = round((side - size) / 2)
+    expected = resized[start : start + size, start : start + size]
+    found = eight_bits(replace(make_mae().info, image_size=size), crop_pct)(gradient)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
 
 
 def test_pooled__refuses_a_class_token_that_is_not_there() -> None:
@@ -111,13 +202,13 @@ def test_knn_scores__do_not_depend_on_the_chunk(generator, monkeypatch) -> None:
 def test_linear_scores__tell_separable_classes_apart(generator) -> None:
     labels = torch.arange(60) % 3
     features = F.one_hot(labels, 5) * 100.0 + torch.randn(60, 5, generator=generator)
-    assert accuracy(linear_scores(features, labels, features, 3), labels) == 100
+    assert accuracy(linear_scores(features, labels, features, 3).scores, labels) == 100
 
 
 def test_linear_scores__are_at_chance_for_shuffled_labels(generator) -> None:
     train, test = torch.randn(2000, 8, generator=generator), torch.randn(2000, 8, generator=generator)
     labels, answers = (torch.randint(4, (2000,), generator=generator) for _ in range(2))
-    assert 20 < accuracy(linear_scores(train, labels, test, 4), answers) < 30
+    assert 20 < accuracy(linear_scores(train, labels, test, 4).scores, answers) < 30
     assert 20 < accuracy(knn_scores(train, labels, test, 4), answers) < 30
 
 
@@ -125,19 +216,91 @@ def test_linear_scores__do_not_depend_on_the_scale_of_a_feature(generator) -> No
     train = torch.randn(50, 3, generator=generator)
     labels = (train.sum(dim=1) > 0).long()
     scale, shift = torch.tensor([1e3, 1.0, 1e-1]), torch.tensor([5.0, -3.0, 0.0])
-    one = linear_scores(train, labels, train, 2, penalty=0.01)
-    two = linear_scores(train * scale + shift, labels, train * scale + shift, 2, penalty=0.01)
+    one = linear_scores(train, labels, train, 2, penalty=0.01).scores
+    two = linear_scores(train * scale + shift, labels, train * scale + shift, 2, penalty=0.01).scores
     torch.testing.assert_close(one, two, atol=2e-3, rtol=1e-3)
 
 
-def test_fit_linear__ends_where_the_gradient_vanishes(generator, monkeypatch) -> None:
+def test_logistic_regression__ends_where_the_gradient_vanishes(generator, monkeypatch) -> None:
     features = torch.randn(80, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(3, (80,), generator=generator)
     monkeypatch.setattr("mto_analysis.training.evaluation.linear._MOST_VALUES", 50)  # several chunks
-    weight, bias = (x.requires_grad_() for x in fit_linear(features, labels, 3, penalty=0.1, iterations=200))
-    loss = F.cross_entropy(features @ weight.T + bias, labels) + 0.05 * weight.square().sum()
-    for gradient in torch.autograd.grad(loss, (weight, bias)):
-        assert gradient.abs().max() < 1e-5
+    problem = LogisticRegression(features, labels, 3, 0.1)
+    found, steps, gap = problem.solve(1e-12, 50)
+    found.requires_grad_()
+    loss = F.cross_entropy(features @ found[:, :-1].T + found[:, -1], labels) + 0.05 * found[:, :-1].square().sum()
+    torch.testing.assert_close(problem.value(found), loss)
+    (gradient,) = torch.autograd.grad(loss, found)
+    torch.testing.assert_close(problem.gradient(found.detach())[0], gradient)
+    assert gradient.abs().max() < 1e-6
+    assert steps < 10
+    assert gap <= 1e-12
+
+
+def test_logistic_regression__has_the_curvature_of_its_gradient(generator) -> None:
+    features = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    problem = LogisticRegression(features, torch.arange(30) % 4, 4, 0.2)
+    weight, direction = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    step = 1e-6
+    ahead, behind = (problem.gradient(weight + sign * step * direction)[0] for sign in (1, -1))
+    torch.testing.assert_close(
+        problem.curvature(weight, direction), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8
+    )
+
+
+def nearly_singular(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features whose variances span eight decades, as those of a random SimMIM encoder; classes hang on all of them."""
+    generator = torch.Generator().manual_seed(0)
+    axes, _ = torch.linalg.qr(torch.randn(48, 48, generator=generator, dtype=torch.float64))
+    scale = torch.logspace(0, -4, 48, dtype=torch.float64)
+    latent = torch.randn(rows, 48, generator=generator, dtype=torch.float64)
+    chances = (latent @ torch.randn(48, 5, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    return ((latent * scale) @ axes).float(), torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+
+def reference_scores(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, penalty: float) -> torch.Tensor:
+    """scikit-learn's, converged: its objective is the sum of losses plus half the squared norm over C."""
+    mean, variance = train.double().mean(dim=0), train.double().var(dim=0, unbiased=False)
+    train, test = ((each.double() - mean) / (variance + 1e-6).sqrt() for each in (train, test))
+    fit = Reference(C=1 / (penalty * len(train)), solver="newton-cholesky", tol=1e-10).fit(
+        train.numpy(), labels.numpy()
+    )
+    return torch.from_numpy(fit.decision_function(test.numpy()))
+
+
+def test_linear_scores__of_nearly_singular_features_agree_with_scikit_learn() -> None:
+    features, labels = nearly_singular(3000)
+    train, test = features[:2000], features[2000:]
+    expected = reference_scores(train, labels[:2000], test, 1e-5)
+    found = linear_scores(train, labels[:2000], test, 5)
+    assert found.iterations < 20
+    assert abs(accuracy(found.scores, labels[2000:]) - accuracy(expected, labels[2000:])) < 0.1
+    chances, goal = found.scores.softmax(dim=1), expected.softmax(dim=1)
+    assert (chances - goal).abs().max() < 5e-3
+    again = linear_scores(train, labels[:2000], test, 5, iterations=1000)
+    assert torch.equal(again.scores, found.scores)  # the cap says nothing above the tolerance
+
+
+@pytest.mark.parametrize("name", ["MAE", "SimMIM"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_linear_scores__of_the_bundled_models_agree_with_scikit_learn(name: str, trained: bool) -> None:
+    model = load_checkpoint(DEMO_CHECKPOINTS[name])
+    model = model if trained else random_weights(model, 0)
+    images = LabelledImages(str(DEMO_IMAGES))
+    vectors, labels = extract_features(model, images, feature_of(model))
+    train, test = vectors[::2], vectors[1::2]
+    expected = reference_scores(train, labels[::2], test, 1e-3)
+    found = linear_scores(train, labels[::2], test, 10, penalty=1e-3)
+    assert accuracy(found.scores, labels[1::2]) == accuracy(expected, labels[1::2])
+    assert (found.scores.softmax(dim=1) - expected.softmax(dim=1)).abs().max() < 5e-3
+
+
+def test_linear_scores__warn_at_the_cap() -> None:
+    features, labels = nearly_singular(200)
+    with pytest.warns(UserWarning, match="not converged after 2 iterations"):
+        found = linear_scores(features, labels, features, 5, iterations=2)
+    assert found.iterations == 2
+    assert found.gap > 1e-8
 
 
 def test_normalized__equals_the_preprocessing_of_the_probe(sources, tiny_mae) -> None:
@@ -176,10 +339,23 @@ def test_evaluator__reads_images_once(sources, tiny_mae, tiny_simmim, monkeypatc
 
 def test_evaluator__gives_the_same_for_any_number_of_workers(sources, tiny_mae) -> None:
     features = [
-        extract_features(tiny_mae, LabelledImages(str(sources[0]), batch_size=7, num_workers=workers), "class")
+        extract_features(
+            tiny_mae, LabelledImages(str(sources[0]), batch_size=7, num_workers=workers), feature_of(tiny_mae)
+        )
         for workers in (0, 2)
     ]
     assert torch.equal(features[0].vectors, features[1].vectors)
+
+
+def test_evaluator__reads_the_chosen_feature_and_says_so(sources, tiny_simmim) -> None:
+    chosen = {"pooling": "concat", "layer": 2, "norm": "none"}
+    evaluator = Evaluator(Evaluation("linear", *map(str, sources), **chosen, penalty=1e-2))
+    result = evaluator.evaluate(tiny_simmim)
+    assert result.feature == Feature(**chosen)
+    assert result.iterations is not None
+    assert 0 < result.iterations < 20
+    with pytest.raises(ValueError, match="layer must lie between 1 and 3"):
+        score(tiny_simmim, Evaluation("knn", *map(str, sources), layer=4))
 
 
 def test_batches__are_shared_out_whole(sources, tiny_mae) -> None:
@@ -234,6 +410,11 @@ def test_evaluator__names_the_image_of_a_feature_that_is_not_finite(sources, tin
         ({"neighbours": 0}, "at least 1"),
         ({"limit": 0}, "at least 1"),
         ({"temperature": 0.0}, "temperature must be"),
+        ({"penalty": 0.0}, "penalty must be"),
+        ({"tolerance": 0.0}, "tolerance must be"),
+        ({"norm": "batch"}, "norm must be"),
+        ({"layer": 0}, "at least 1"),
+        ({"crop_pct": 1.5}, "crop_pct must lie"),
     ],
 )
 def test_evaluation__checks_its_values(changes, message) -> None:

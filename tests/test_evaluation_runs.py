@@ -14,17 +14,22 @@ from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
 from mto_analysis import save_checkpoint
-from mto_analysis.checkpoints.publishing import published_state
-from mto_analysis.errors import CheckpointNotFoundError, DataError, OutputExistsError
+from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, OutputExistsError
 from mto_analysis.figures.plots.evaluation import draw_accuracy
 from mto_analysis.training.evaluation.checkpoint_scores import (
     CurveFile,
     RunCheckpoint,
     find_checkpoints,
+    load_encoder,
     named_checkpoints,
     score_checkpoints,
 )
 from mto_analysis.training.evaluation.evaluator import Score
+from mto_analysis.training.evaluation.protocols import Feature
+from mto_analysis.training.methods import build_method
+from mto_analysis.training.methods.conmim import ConMIMMethod
+from mto_analysis.training.recipes import load_recipe
 from mto_analyze import app
 
 
@@ -51,7 +56,7 @@ def invoke(*arguments: Any) -> Any:
 
 
 def score_of(value: float) -> Score:
-    return Score(value, None, "class", 3, 0.1)
+    return Score(value, None, Feature("class", 2, "encoder"), 3, 0.1)
 
 
 def test_find_checkpoints__are_in_the_order_of_their_numbers(tmp_path) -> None:
@@ -156,6 +161,79 @@ def test_draw_accuracy__has_a_line_per_method_and_the_random_encoder() -> None:
     assert means[0].get_ydata().tolist() == [1.5, 2.5]
 
 
+@pytest.fixture
+def conmim() -> ConMIMMethod:
+    """Its slow branch unlike its student."""
+    chosen = {"model.dim": "24", "model.depth": "2", "model.num_heads": "3", "model.mlp_dim": "40"}
+    chosen |= {"model.projector_dim": "20", "model.projection_dim": "8"}
+    method = build_method(load_recipe("conmim_cifar10").with_options(chosen), seed=0)
+    with torch.no_grad():
+        method.teacher.patch_embed.proj.bias.fill_(0.5)
+    return method
+
+
+def bias_of(source: Path, weights: Any = None) -> tuple[float, str]:
+    encoder = load_encoder(str(source), weights=weights)
+    return float(encoder.model.patch_embed.proj.bias[0].detach()), encoder.weights
+
+
+def test_load_encoder__takes_conmims_slow_branch_by_default(conmim, tmp_path) -> None:
+    path = tmp_path / "checkpoint-0001.pth"
+    torch.save(conmim.published(), path)
+    assert bias_of(path) == (0.5, "model_ema")
+    assert bias_of(path, "model") == (0.0, "model")
+    assert conmim.probed is conmim.teacher
+    assert load_encoder(str(path)).note == ""
+
+
+def test_load_encoder__finds_the_slow_branch_in_a_file_of_its_own(conmim, tmp_path) -> None:
+    content = conmim.published()
+    teacher = content.pop("model_ema")
+    path, copy = (tmp_path / f"checkpoint{name}-799.pth" for name in ("", "_copy"))
+    torch.save(content, path)
+    assert bias_of(path) == (0.0, "model")
+    assert "holds no model_ema, which the authors of conmim evaluate" in load_encoder(str(path)).note
+    with pytest.raises(CheckpointError, match="holds no moving average"):
+        load_encoder(str(path), weights="model_ema")
+    torch.save({**content, "model": teacher}, copy)
+    assert bias_of(path) == bias_of(path, "model_ema") == bias_of(copy) == (0.5, "model_ema")
+    assert bias_of(path, "model") == (0.0, "model")
+    assert [found.epoch for found in find_checkpoints(str(tmp_path), "a", 0)] == [799]
+    assert find_checkpoints(str(copy), "a", 0)[0].epoch == 799
+
+
+def test_load_encoder__takes_the_trained_weights_of_other_methods(tmp_path) -> None:
+    model = make_simmim()
+    model.blocks.requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv.bias.data[24:48] = 0
+    state = published_state(model)
+    average = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save({"model": state, "model_average": average, **published_facts(model)}, tmp_path / "a.pth")
+    own, kind = bias_of(tmp_path / "a.pth")
+    assert kind == "model"
+    assert bias_of(tmp_path / "a.pth", "model_ema") == (pytest.approx(own + 1), "model_ema")
+
+
+def test_evaluate__says_what_it_reads_of_which_weights(conmim, tmp_path, sources) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(conmim.published(), run / "checkpoint-0001.pth")
+    options = ["--set", "penalty=0.01", "--random-baseline"]
+    result = invoke("linear", "--cached", "--ckpt", run, *sources, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    names = ["pooling", "layer", "norm", "weights"]
+    table, chance = (pd.read_csv(tmp_path / "out" / name) for name in ("curves.csv", "random.csv"))
+    assert table.loc[0, names].tolist() == ["concat", 2, "none", "model_ema"]
+    assert chance.loc[0, names].tolist() == ["concat", 2, "none", "random"]
+    assert "model_ema" in result.output
+    other = invoke(
+        "linear", "--cached", "--ckpt", run, *sources, "--out", tmp_path / "out", *options, "--weights", "model"
+    )
+    assert other.exit_code == OutputExistsError.exit_code
+    assert "was begun with weights = None, not model" in other.output
+
+
 def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None:
     base = write_run(tmp_path / "base", (1, 2, 3), method="base")
     with_mto = write_run(tmp_path / "mto", (1, 2, 3), method="base+MTO", seed=0)
@@ -177,7 +255,7 @@ def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None
     gains.to_csv(out / "curves.csv", index=False)
     ratio = CliRunner().invoke(app, ["rauc", "--log", str(out / "curves.csv"), "--baseline", "base", "--json"])
     assert ratio.exit_code == 0, ratio.output
-    assert json.loads(ratio.stdout)["rauc"] == pytest.approx(1.2)
+    assert json.loads(ratio.stdout)[0]["rauc"] == pytest.approx(1.2)
 
 
 def test_evaluate_linear__is_quick_on_cached_features(tmp_path, sources) -> None:
@@ -190,6 +268,8 @@ def test_evaluate_linear__is_quick_on_cached_features(tmp_path, sources) -> None
     assert table["protocol"].tolist() == ["linear_cached"]
     assert table["score"].tolist() == [100]
     assert table["epoch"].isna().all()
+    assert table.loc[0, ["pooling", "layer", "norm", "weights"]].tolist() == ["patches", 2, "encoder", "model"]
+    assert 0 < table.loc[0, "iterations"] < 30
     assert not (tmp_path / "out" / "curves.png").exists()
     assert invoke(*arguments, "--set", "epochs=3").exit_code == 2
 

@@ -26,7 +26,7 @@ from mto_analysis.training.evaluation.classifier import build_classifier, build_
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
 from mto_analysis.training.evaluation.classifier_training import ClassifierObjective, classifier_score, train_classifier
 from mto_analysis.training.evaluation.features import LabelledImages
-from mto_analysis.training.evaluation.protocols import pooling_of
+from mto_analysis.training.evaluation.protocols import feature_of
 from mto_analysis.training.methods import METHODS, method_of
 
 
@@ -377,5 +377,5 @@ def test_settings__are_on_the_class_of_the_method(family, style, method) -> None
     model = make_mae()
     model.info = replace(model.info, family=family, style=style)
     assert method_of(model) is METHODS[method]
-    assert pooling_of(model) == ("class" if method == "mae" else "patches")
+    assert feature_of(model).pooling == {"mae": "class", "conmim": "concat"}.get(method, "patches")
     assert finetune_settings(model).clip_grad == (5.0 if method == "simmim" else None)

@@ -6,6 +6,7 @@ import pytest
 
 from mto_analysis.errors import RecipeError
 from mto_analysis.figures.paper.tables import printed
+from mto_analysis.images.augmentation import method_augmentation
 from mto_analysis.training import Recipe, load_recipe, recipe_names
 from mto_analysis.training.recipes import _ONLY_FOR
 
@@ -21,6 +22,14 @@ def test_bundled_recipe__says_where_each_value_comes_from(name):
         value = getattr(recipe, field.name)
         if value != field.default:
             assert recipe.source_of(field.name) != "default", field.name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_bundled_recipe__normalizes_as_the_original(name):
+    recipe = load_recipe(name)
+    original = method_augmentation(recipe.method, recipe.image_size)
+    assert (recipe.mean, recipe.std) == (original.mean, original.std)
+    assert (recipe.mean == (0.5, 0.5, 0.5)) == (recipe.method == "bootmae")
 
 
 @pytest.mark.parametrize("name", recipe_names())

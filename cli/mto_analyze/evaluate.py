@@ -18,7 +18,7 @@ from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
     from mto_analysis.training.evaluation import Score
-    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile, RunCheckpoint
+    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile, Encoder, RunCheckpoint
     from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 
 evaluate = typer.Typer(
@@ -57,6 +57,22 @@ class PoolingOption(StrEnum):
 
     class_ = "class"
     patches = "patches"
+    concat = "concat"
+
+
+class NormOption(StrEnum):
+    """What normalizes features."""
+
+    encoder = "encoder"
+    fresh = "fresh"
+    none = "none"
+
+
+class WeightsOption(StrEnum):
+    """Which weights of a checkpoint."""
+
+    model = "model"
+    model_ema = "model_ema"
 
 
 class Precision(StrEnum):
@@ -67,7 +83,27 @@ class Precision(StrEnum):
 
 
 Pooled = Annotated[
-    PoolingOption | None, typer.Option(help="Class token or mean of patches; by default as the family's authors do.")
+    PoolingOption | None,
+    typer.Option(help="Class token, mean of patches, or both concatenated; by default as the family's authors do."),
+]
+Layer = Annotated[
+    int | None, typer.Option(min=1, help="Block whose tokens are read, from 1; by default as the family's authors do.")
+]
+Norm = Annotated[
+    NormOption | None,
+    typer.Option(help="The encoder's final norm, a fresh one, or none; by default as the family's authors do."),
+]
+Crop = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct",
+        help="Side of the test images' centre crop over their resized shorter side; by default as in the original: "
+        "0.875 (224 of 256), and 1 up to 64 px.",
+    ),
+]
+Weights = Annotated[
+    WeightsOption | None,
+    typer.Option(help="Trained weights or their momentum teacher; by default as the family's authors evaluate."),
 ]
 Precise = Annotated[Precision, typer.Option(help="Of the encoder; bfloat16 by autocast.")]
 
@@ -83,6 +119,10 @@ def knn(
     neighbours: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="How many vote.")] = 20,
     temperature: Annotated[float, typer.Option(help="Weight of a neighbour: exp(cosine / temperature).")] = 0.07,
     pooling: Pooled = None,
+    layer: Layer = None,
+    norm: Norm = None,
+    crop_pct: Crop = None,
+    weights: Weights = None,
     limit: Limit = None,
     test_limit: TestLimit = None,
     method: Methods = None,
@@ -117,6 +157,10 @@ def linear(
     ] = False,
     setting: Settings = None,
     pooling: Pooled = None,
+    layer: Layer = None,
+    norm: Norm = None,
+    crop_pct: Crop = None,
+    weights: Weights = None,
     limit: Limit = None,
     test_limit: TestLimit = None,
     method: Methods = None,
@@ -134,12 +178,12 @@ def linear(
     """MAE's linear probe (BatchNorm, LARS, 90 epochs with crops and flips), or --cached for one in seconds.
 
     Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth (not with --cached).
-    With --cached, --set takes penalty and iterations.
+    With --cached, --set takes penalty, tolerance and iterations.
     """
     if cached:
         from mto_analysis.runtime.settings import parse_value
 
-        types: dict[str, type] = {"penalty": float, "iterations": int}
+        types: dict[str, type] = {"penalty": float, "tolerance": float, "iterations": int}
         options = settings_of(setting or [])
         odd = [name for name in options if name not in types]
         if odd:
@@ -162,6 +206,8 @@ def finetune(
     out: Out = Path("evaluation-finetune"),
     setting: Settings = None,
     pooling: Pooled = None,
+    crop_pct: Crop = None,
+    weights: Weights = None,
     limit: Limit = None,
     test_limit: TestLimit = None,
     method: Methods = None,
@@ -195,11 +241,12 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     given = context.params
     device = join_processes(given["device"])
     process, processes = place()
-    chosen = {"pooling": _text(given["pooling"]), "precision": _text(given["precision"])}
-    chosen |= {name: given[name] for name in ("limit", "test_limit")}
+    chosen = {name: _text(given[name]) for name in ("pooling", "norm", "precision")}
+    chosen |= {name: given[name] for name in ("layer", "crop_pct", "limit", "test_limit")}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
-    curve = CurveFile(given["out"], evaluation.settings(), overwrite=given["overwrite"], writes=process == 0)
+    told = {**evaluation.settings(), "weights": _text(given["weights"])}
+    curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=process == 0)
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         return evaluator.evaluate(model, shared=processes > 1)
@@ -219,8 +266,9 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     device = join_processes(given["device"])
     process, _ = place()
     options = settings_of(given["setting"] or [])
-    if given["pooling"] is not None:
-        options["pooling"] = given["pooling"].value
+    own = {name: _text(given.get(name)) for name in ("pooling", "norm")}
+    own |= {name: given.get(name) for name in ("layer", "crop_pct")}
+    options |= {name: str(value) for name, value in own.items() if value is not None}
     workers = given["num_workers"]
     run = RunSettings(
         precision="bf16" if given["precision"] is Precision.bfloat16 else "no",
@@ -230,7 +278,9 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     train = LabelledImages(given["train"], limit=given["limit"], num_workers=workers)
     test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
     classes = check_classes(train, test)
-    told = {name: given[name] for name in ("train", "test", "limit", "test_limit")}
+    told = {name: given[name] for name in ("train", "test", "limit", "test_limit")} | {
+        "weights": _text(given["weights"])
+    }
     curve = CurveFile(
         given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=process == 0
     )
@@ -252,7 +302,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"] or process > 0):
             pass
         top1, top5, seconds = classifier_score(folder)
-        return Score(top1, top5, settings.pooling, classes, seconds)
+        return Score(top1, top5, settings.feature(model), classes, seconds)
 
     _score_all(context, protocol, curve, score, device, process)
 
@@ -265,8 +315,7 @@ def _score_all(
     device: str,
     process: int,
 ) -> None:
-    """Score what the curve lacks, then write the figure, the random encoders and what was run."""
-    from mto_analysis.runtime.outputs import run_facts, write_atomically
+    """Score what the curve lacks, and the random encoders; then write the rest."""
     from mto_analysis.training.evaluation.checkpoint_scores import (
         load_encoder,
         named_checkpoints,
@@ -278,25 +327,42 @@ def _score_all(
     say = partial(note, quiet=given["quiet"] or process > 0)
     checkpoints = named_checkpoints(given["ckpt"], given["method"], given["seed"])
 
-    def load(checkpoint: RunCheckpoint) -> MaskedImageModel:
-        return load_encoder(checkpoint.source, num_heads=given["num_heads"], offline=given["offline"]).to(device)
+    def load(checkpoint: RunCheckpoint) -> Encoder:
+        encoder = load_encoder(
+            checkpoint.source,
+            weights=given["weights"] and given["weights"].value,
+            num_heads=given["num_heads"],
+            offline=given["offline"],
+        )
+        return encoder._replace(model=encoder.model.to(device))
+
+    def scored(checkpoint: RunCheckpoint) -> Score:
+        encoder = load(checkpoint)
+        if encoder.note:
+            say(encoder.note)
+        return score(encoder.model, checkpoint)._replace(weights=encoder.weights)
 
     there = sum(curve.holds(checkpoint) for checkpoint in checkpoints)
     if there:
         say(f"{there} of {len(checkpoints)} checkpoints are in {curve.path} already")
     todo = [checkpoint for checkpoint in checkpoints if not curve.holds(checkpoint)]
-    rows = score_checkpoints(checkpoints, curve, lambda one: score(load(one), one), protocol)
-    for row in rows:
+    for row in score_checkpoints(checkpoints, curve, scored, protocol):
         say(f"{row['method']} epoch {row['epoch']} seed {row['seed']}: {row['score']:.2f} % ({row['seconds']:.0f} s)")
     random: dict[str, float] = {}
     if given["random_baseline"]:
-        random = score_random(checkpoints, curve, load, score, protocol)
+        random = score_random(checkpoints, curve, lambda one: load(one).model, score, protocol)
         for name, value in random.items():
             say(f"{name}, random weights: {value:.2f} %")
-    if process:
-        return
+    if not process:
+        _write(context, protocol, curve, random, len(todo))
+
+
+def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict[str, float], scored: int) -> None:
+    """What was run, and the figure, beside the curve; then the table on the screen."""
+    from mto_analysis.runtime.outputs import run_facts, write_atomically
+
     table = curve.table()
-    facts = run_facts(context.params, protocol=protocol, scored=len(todo), random=random)
+    facts = run_facts(context.params, protocol=protocol, scored=scored, random=random)
     write_atomically(curve.path.parent / "run.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:
@@ -307,9 +373,10 @@ def _score_all(
         for kind in ("png", "pdf"):
             write_atomically(curve.path.parent / f"curves.{kind}", figure_bytes(figure, kind))
         names += ["curves.png", "curves.pdf"]
-    shown = table[["method", "epoch", "seed", "score", "top5", "pooling"]]
+    shown = table[["method", "epoch", "seed", "score", "top5", "pooling", "layer", "norm", "weights", "iterations"]]
+    shown = shown.dropna(axis="columns", how="all")
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
-    say(f"wrote {', '.join(names)} to {curve.path.parent}")
+    note(f"wrote {', '.join(names)} to {curve.path.parent}", quiet=context.params["quiet"])
 
 
 def _text(value: StrEnum | None) -> str | None:

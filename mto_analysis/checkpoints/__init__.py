@@ -16,7 +16,7 @@ from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.metadata import section, whole
 from mto_analysis.checkpoints.native import save_checkpoint, stored_info
 from mto_analysis.checkpoints.options import LoadOptions
-from mto_analysis.checkpoints.reading import RawCheckpoint, checkpoint_sha256, read_checkpoint
+from mto_analysis.checkpoints.reading import RawCheckpoint, Weights, checkpoint_sha256, read_checkpoint
 from mto_analysis.checkpoints.statistics import (
     IMAGE_CHANNELS,
     Statistics,
@@ -49,7 +49,7 @@ def load_checkpoint(
     image_size: ImageSize | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    ema: bool = False,
+    weights: Weights = "model",
     offline: bool = False,
 ) -> MaskedImageModel:
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
@@ -68,7 +68,7 @@ def load_checkpoint(
             positions. What was assumed or resized is listed in ``info.assumptions``.
         mean: Of each channel of pixels scaled to 0..1, as in pre-training, in place of what the file states.
         std: Their standard deviations.
-        ema: Read the moving average of the weights, where the trainer kept one beside them.
+        weights: ``model``, or ``model_ema`` for the momentum teacher or moving average that some files hold beside it.
         offline: Never touch the network: only what is on this machine already.
 
     Returns:
@@ -84,7 +84,7 @@ def load_checkpoint(
         >>> load_checkpoint(DEMO_CHECKPOINTS["MAE"]).info.family
         'mae'
     """
-    raw = _opened(source, ema=ema, offline=offline)
+    raw = _opened(source, weights=weights, offline=offline)
     conversion = _with_statistics(_convert(raw, Given(num_heads, decoder_num_heads, image_size)), raw, mean, std)
     with _naming(raw, conversion.info.layout):
         return build(conversion, copy=raw.mapped)
@@ -117,7 +117,7 @@ def inspect_checkpoint(
     image_size: ImageSize | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    ema: bool = False,
+    weights: Weights = "model",
     offline: bool = False,
 ) -> CheckpointReport:
     """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
@@ -131,13 +131,13 @@ def inspect_checkpoint(
         image_size: As for :func:`load_checkpoint`.
         mean: As for :func:`load_checkpoint`.
         std: As for :func:`load_checkpoint`.
-        ema: As for :func:`load_checkpoint`.
+        weights: As for :func:`load_checkpoint`.
         offline: As for :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
-    raw = _opened(source, mmap=True, ema=ema, offline=offline)
+    raw = _opened(source, mmap=True, weights=weights, offline=offline)
     conversion, needed = _converted(raw, Given(num_heads, decoder_num_heads, image_size))
     conversion = _with_statistics(conversion, raw, mean, std)
     with _naming(raw, conversion.info.layout):
@@ -170,7 +170,7 @@ def checkpoint_info(raw: RawCheckpoint, image_size: ImageSize | None = None) -> 
 
 
 def open_checkpoint(
-    source: str | Path, *, mmap: bool = False, ema: bool = False, offline: bool = False
+    source: str | Path, *, mmap: bool = False, weights: Weights = "model", offline: bool = False
 ) -> RawCheckpoint:
     """Resolve and read a checkpoint once, for all that is done with it afterwards.
 
@@ -180,18 +180,18 @@ def open_checkpoint(
     Args:
         source: As for :func:`load_checkpoint`.
         mmap: Map a torch archive instead of reading it.
-        ema: As for :func:`load_checkpoint`.
+        weights: As for :func:`load_checkpoint`.
         offline: As for :func:`load_checkpoint`.
     """
-    return read_checkpoint(resolve(source, offline=offline), mmap=mmap, ema=ema)
+    return read_checkpoint(resolve(source, offline=offline), mmap=mmap, weights=weights)
 
 
 def _opened(
-    source: str | Path | RawCheckpoint, *, mmap: bool = False, ema: bool = False, offline: bool = False
+    source: str | Path | RawCheckpoint, *, mmap: bool = False, weights: Weights = "model", offline: bool = False
 ) -> RawCheckpoint:
     if isinstance(source, RawCheckpoint):
         return source
-    return open_checkpoint(source, mmap=mmap, ema=ema, offline=offline)
+    return open_checkpoint(source, mmap=mmap, weights=weights, offline=offline)
 
 
 def _with_statistics(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models.interface import ImageSize
 
 __all__ = ["LoadOptions"]
@@ -20,7 +21,7 @@ class LoadOptions:
         mean: As there.
         std: As there.
         image_size: As there.
-        ema: As there.
+        weights: As there.
         offline: As there.
     """
 
@@ -29,7 +30,7 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: ImageSize | None = None
-    ema: bool = False
+    weights: Weights = "model"
     offline: bool = False
 
     def keywords(self) -> dict[str, Any]:

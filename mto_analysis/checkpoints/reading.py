@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -38,11 +38,14 @@ from mto_analysis.checkpoints.containers import (
 from mto_analysis.checkpoints.pickles import foreign_names
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["RawCheckpoint", "checkpoint_sha256", "read_checkpoint", "weight_files"]
+__all__ = ["RawCheckpoint", "Weights", "checkpoint_sha256", "read_checkpoint", "weight_files"]
 
 # First match wins; a file without any of them is a flat dict of tensors (Hugging Face, timm).
 _ROOT_KEYS = ("model", "state_dict", "model_state", "module", "student")
-_EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+_EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "model_average")
+
+#: Which of a file's weights: those that were trained, or the average or momentum teacher that followed them.
+Weights = Literal["model", "model_ema"]
 
 # What wrappers put in front of names says nothing about the model. Parts of compiled, checkpointed and sharded models
 # may stand anywhere in a name, the attribute that held the model only in front of every name.
@@ -87,19 +90,21 @@ class RawCheckpoint:
         return checkpoint_sha256(self.path)
 
 
-def read_checkpoint(source: str | Path, *, mmap: bool = False, ema: bool = False) -> RawCheckpoint:
+def read_checkpoint(source: str | Path, *, mmap: bool = False, weights: Weights = "model") -> RawCheckpoint:
     """Read a checkpoint file or folder safely.
 
     Args:
         source: A torch file (``.pth``, ``.pt``, ``.bin``), a ``.safetensors`` file, or a Hugging Face folder.
         mmap: Map a torch archive instead of reading it: enough to look at names and shapes.
-        ema: Read the exponential moving average of the weights, which some trainers keep beside them.
+        weights: ``model_ema`` for the moving average (or momentum teacher) that some trainers keep beside the model.
 
     Raises:
         CheckpointNotFoundError: If nothing is there.
-        CheckpointError: If it is not a checkpoint, is damaged, or asks for code to be run.
+        CheckpointError: If it is not a checkpoint, is damaged, asks for code to be run, or lacks these weights.
     """
-    path = Path(source).expanduser()
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
+    path, ema = Path(source).expanduser(), weights == "model_ema"
     files = weight_files(path)
     tensors: dict[str, Tensor] = {}
     extras: dict[str, Any] = {}

@@ -137,7 +137,7 @@ class BootMAE(PositionedEncoder):
             images: batch channels height width
             returns: batch num_patches dim
         """
-        return self._whole(images)[:, 1:]
+        return last_depth(self._whole(images))[:, 1:]
 
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
         """The blocks of one of the two decoders."""

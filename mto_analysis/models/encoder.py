@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.stacked import StackedModel
+from mto_analysis.taps.tokens import run_blocks
 
 __all__ = ["PositionedEncoder"]
 
@@ -28,12 +29,10 @@ class PositionedEncoder(StackedModel):
         """The encoder's blocks."""
         return tuple(self.blocks)
 
-    def _whole(self, images: Tensor) -> Tensor:
+    def _whole(self, images: Tensor) -> Iterator[Tensor]:
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return x  # type: ignore[no-any-return]
+        return run_blocks(x, self.blocks)
 
     def _final_norm(self) -> nn.Module:
         return self.norm

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
-from mto_analysis.taps.tokens import last_depth, run_blocks
+from mto_analysis.taps.tokens import run_blocks
 
 __all__ = ["InpaintingConfig", "InpaintingViT"]
 
@@ -86,8 +86,8 @@ class InpaintingViT(StackedModel):
                 bias = self.position_biases[depth]()
             yield partial(block, attn_mask=bias)
 
-    def _whole(self, images: Tensor) -> Tensor:
-        return last_depth(self._hidden(images, None))
+    def _whole(self, images: Tensor) -> Iterator[Tensor]:
+        return self._hidden(images, None)
 
     def _final_norm(self) -> nn.Module:
         return self.norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ class MaskedImageModel(nn.Module, ABC):
         self._check(images, mask)
         return self._reconstruct(images, mask)
 
-    def encode(self, images: Tensor, *, norm: bool = True) -> Tensor:
+    def encode(self, images: Tensor, *, norm: bool = True, layer: int | None = None) -> Tensor:
         """Encoder tokens of whole images, without any mask: what downstream tasks use.
 
         Shapes:
@@ -175,12 +176,16 @@ class MaskedImageModel(nn.Module, ABC):
         Args:
             images: Normalised images.
             norm: Apply the encoder's final norm; fine-tuning replaces it where it averages patches.
+            layer: Output of which block, counted from 1; later blocks are not run. By default of the last one.
 
         Raises:
-            ValueError: If shapes are off, or the family has no encoder that sees whole images.
+            ValueError: If shapes are off, the family has no encoder that sees whole images, or there is no such block.
         """
         self._check_images(images)
-        x = self._whole(images)
+        depth = len(self.encoder_blocks())
+        if layer is not None and not 1 <= layer <= depth:
+            raise ValueError(f"layer must lie between 1 and {depth}, the number of blocks, got {layer}")
+        x = next(islice(self._whole(images), layer or depth, None))
         return self._final_norm()(x) if norm else x
 
     def encoder_blocks(self) -> Sequence[nn.Module]:
@@ -191,8 +196,8 @@ class MaskedImageModel(nn.Module, ABC):
         """
         raise ValueError(self._no_encoder)
 
-    def _whole(self, images: Tensor) -> Tensor:
-        """Encoder tokens of whole images before the final norm."""
+    def _whole(self, images: Tensor) -> Iterator[Tensor]:
+        """Encoder tokens of whole images at every layer depth, before the final norm."""
         raise ValueError(self._no_encoder)
 
     def _final_norm(self) -> nn.Module:

@@ -130,8 +130,8 @@ class SimMIMSwin(StackedModel):
             for number, block in enumerate(blocks):  # type: ignore[arg-type,var-annotated]
                 yield partial(_merge_first, self.merges[stage - 1], block) if stage and not number else block
 
-    def _whole(self, images: Tensor) -> Tensor:
-        return last_depth(self._hidden(images, None))
+    def _whole(self, images: Tensor) -> Iterator[Tensor]:
+        return self._hidden(images, None)
 
     def _final_norm(self) -> nn.Module:
         return self.norm

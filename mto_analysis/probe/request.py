@@ -119,8 +119,8 @@ class Request:
     @cached_property
     def _opened(self) -> list[RawCheckpoint]:
         """All checkpoints, before an hour is spent on one; their weights stay on the disk until they are loaded."""
-        options = {"ema": self.loading.ema, "offline": self.loading.offline}
-        return [open_checkpoint(source, mmap=True, **options) for source in self.sources]
+        weights, offline = self.loading.weights, self.loading.offline
+        return [open_checkpoint(source, mmap=True, weights=weights, offline=offline) for source in self.sources]
 
     @cached_property
     def _num_visible(self) -> int | None:

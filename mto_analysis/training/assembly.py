@@ -103,13 +103,13 @@ class Assembly:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
 
-    def whole_student(self) -> Any:
-        """The trained model with all its weights; ``None`` on processes that have only a share and need not write.
+    def whole_probed(self) -> Any:
+        """The model to evaluate with all its weights; ``None`` on processes that have only a share and need not write.
 
         A collective call where weights are sharded.
         """
         whole = self._whole_method(self.state() if self.settings.fsdp else {})
-        return None if whole is None else whole.student
+        return None if whole is None else whole.probed
 
     def _whole_method(self, state: Mapping[str, Any]) -> Objective | None:
         """The method as a state has it, whole, on the process that writes."""

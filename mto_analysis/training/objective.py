@@ -94,6 +94,11 @@ class Objective(nn.Module, ABC):
             average: Moving average of the student, where there is one.
         """
 
+    @property
+    def probed(self) -> Any:
+        """The model that is evaluated along a run; of methods that publish their momentum teacher, that."""
+        return self.student
+
     def after_step(self, progress: float) -> None:
         """Follow the student after an optimizer step.
 

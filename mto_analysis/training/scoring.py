@@ -42,7 +42,7 @@ class Scorer(ABC):
 
 
 class EvaluationScorer(Scorer):
-    """Scores the student of pre-training by features of its encoder.
+    """Scores what pre-training publishes (the student, or its momentum teacher) by features of its encoder.
 
     Args:
         settings: The run's; its evaluation is used where no other is given. Images are opened at once.
@@ -81,9 +81,9 @@ class EvaluationScorer(Scorer):
         devices = [self._group.device] if self._group.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._shared:
-                score = self._evaluator.score(trained.method.student, shared=True)
+                score = self._evaluator.score(trained.method.probed, shared=True)
             else:
-                model = trained.whole_student()
+                model = trained.whole_probed()
                 score = float(self._group.shared(self._score(model) if model is not None else 0.0))
         trained.method.train(training)
         return {"score": score}

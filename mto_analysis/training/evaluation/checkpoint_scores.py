@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint
-from mto_analysis.errors import CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
+from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint, open_checkpoint
+from mto_analysis.checkpoints.reading import Weights
+from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
 from mto_analysis.runtime.outputs import labels_of, write_atomically
 from mto_analysis.training.evaluation.evaluator import Score
+from mto_analysis.training.evaluation.protocols import weights_of
 
 __all__ = [
     "COLUMNS",
     "CurveFile",
+    "Encoder",
     "RunCheckpoint",
     "find_checkpoints",
     "load_encoder",
@@ -29,9 +32,13 @@ __all__ = [
 ]
 
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
-COLUMNS = ("method", "epoch", "score", "seed", "protocol", "top5", "pooling", "checkpoint", "seconds")
+COLUMNS = (
+    *("method", "epoch", "score", "seed", "protocol", "top5"),
+    *("pooling", "layer", "norm", "weights", "iterations", "checkpoint", "seconds"),
+)
 _OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf")
 _NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
+_COPY = re.compile(r"checkpoint_copy-(\d+)\.pth$")  # ConMIM's slow branch, which its code keeps in files of their own
 
 
 class RunCheckpoint(NamedTuple):
@@ -72,24 +79,61 @@ def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]
             words = f"give {last}" if last.exists() else "give a run's folder or one checkpoint"
             raise CheckpointNotFoundError(f"{folder} holds no checkpoint-*.pth; {words}")
         return [RunCheckpoint(str(path), method, seed, number) for number, path in numbered]
-    found = _NUMBER.search(source)
+    found = _NUMBER.search(source) or _COPY.search(source)
     if found is not None:
         return [RunCheckpoint(source, method, seed, int(found[1]))]
     return [RunCheckpoint(source, method, seed, inspect_checkpoint(source).epoch)]
 
 
-def load_encoder(source: str, *, num_heads: int | None = None, offline: bool = False) -> MaskedImageModel:
+class Encoder(NamedTuple):
+    """A model to be scored; which of the checkpoint's weights it has, and what is to be said about that."""
+
+    model: MaskedImageModel
+    weights: Weights
+    note: str = ""
+
+
+def load_encoder(
+    source: str, *, weights: Weights | None = None, num_heads: int | None = None, offline: bool = False
+) -> Encoder:
     """A checkpoint for the sake of its encoder: heads of the decoder, which it does not use, need not be known.
+
+    Args:
+        source: As for :func:`mto_analysis.load_checkpoint`.
+        weights: Which ones; by default those that the authors of its family evaluate, if they are there. ConMIM's slow
+            branch is in the file, or in ``checkpoint_copy-N.pth`` beside ``checkpoint-N.pth``.
+        num_heads: As for :func:`mto_analysis.load_checkpoint`.
+        offline: As for :func:`mto_analysis.load_checkpoint`.
 
     Raises:
         CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for the decoder's heads.
     """
-    try:
-        return load_checkpoint(source, num_heads=num_heads, offline=offline)
-    except HeadCountError as error:
-        if error.option != "decoder_num_heads":
-            raise
-        return load_checkpoint(source, num_heads=num_heads, decoder_num_heads=error.stand_in, offline=offline)
+
+    def load(source: str, weights: Weights) -> MaskedImageModel:
+        raw = open_checkpoint(source, weights=weights, offline=offline)
+        try:
+            return load_checkpoint(raw, num_heads=num_heads)
+        except HeadCountError as error:
+            if error.option != "decoder_num_heads":
+                raise
+            return load_checkpoint(raw, num_heads=num_heads, decoder_num_heads=error.stand_in)
+
+    if _COPY.search(source):
+        return Encoder(load(source, "model"), "model_ema")
+    number = _NUMBER.search(source)
+    copy = Path(source).with_name(f"checkpoint_copy-{number[1]}.pth") if number else None
+    if copy is not None and copy.exists() and weights != "model":
+        return Encoder(load(str(copy), "model"), "model_ema", f"weights from {copy.name}, the momentum teacher")
+    model = load(source, weights or "model")
+    if weights is None and weights_of(model) == "model_ema":
+        try:
+            return Encoder(load(source, "model_ema"), "model_ema")
+        except CheckpointError:  # it was read just now: only these weights are missing
+            words = (
+                f"{source} holds no model_ema, which the authors of {model.info.family} evaluate; its model is scored"
+            )
+            return Encoder(model, "model", words)
+    return Encoder(model, weights or "model")
 
 
 def _identity(source: str) -> tuple[str | None, int | None]:
@@ -231,11 +275,17 @@ class CurveFile:
 
     def table(self) -> pd.DataFrame:
         """The rows so far, epochs of a run in order."""
-        table = pd.DataFrame(self.rows, columns=list(COLUMNS))
-        table["epoch"] = pd.to_numeric(table["epoch"]).astype("Int64")
+        table = _frame(self.rows)
         names = {name: number for number, name in enumerate(dict.fromkeys(table["method"]))}
         order = table.assign(method=table["method"].map(names)).sort_values(["method", "seed", "epoch"], kind="stable")
         return table.loc[order.index].reset_index(drop=True)
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for name in ("epoch", "layer", "iterations"):
+        table[name] = pd.to_numeric(table[name]).astype("Int64")
+    return table
 
 
 def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, Any]:
@@ -246,7 +296,9 @@ def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, An
         "seed": checkpoint.seed,
         "protocol": protocol,
         "top5": score.top5,
-        "pooling": score.pooling,
+        **score.feature._asdict(),
+        "weights": score.weights,
+        "iterations": score.iterations,
         "checkpoint": Path(checkpoint.source).name,
         "seconds": round(score.seconds, 2),
     }
@@ -313,9 +365,8 @@ def score_random(
         start = RunCheckpoint(checkpoint.source, f"{method} random", seed, 0)
         model = load(checkpoint)
         device = next(model.parameters()).device
-        result = score(random_weights(model.cpu(), seed).to(device), start)
+        result = score(random_weights(model.cpu(), seed).to(device), start)._replace(weights="random")
         rows.append({**_row(start, result, protocol), "method": method})
         if curve.writes:
-            write_atomically(path, _as_csv(pd.DataFrame(rows, columns=list(COLUMNS))))
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return {str(method): float(part["score"].mean()) for method, part in table.groupby("method", sort=False)}
+            write_atomically(path, _as_csv(_frame(rows)))
+    return {str(method): float(part["score"].mean()) for method, part in _frame(rows).groupby("method", sort=False)}

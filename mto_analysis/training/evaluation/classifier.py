@@ -15,7 +15,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.models import InpaintingViT, MaskedImageModel
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
-from mto_analysis.training.evaluation.features import pooled
+from mto_analysis.training.evaluation.features import feature_vectors
 
 __all__ = ["Classifier", "build_classifier", "build_optimizer", "layer_of"]
 
@@ -23,28 +23,31 @@ _EPS = 1e-6
 
 
 class Classifier(nn.Module):
-    """Pooled tokens of an encoder through a head; with ``frozen``, the encoder stays in eval mode without gradients.
+    """Features of an encoder through a head; with ``frozen``, the encoder stays in eval mode without gradients.
 
-    Fine-tuning averages patch tokens before the final norm and norms the mean anew, as MAE and BEiT do; a class token,
-    and Swin's patches, keep the encoder's own norm.
+    Fine-tuning averages patch tokens before the final norm and normalizes the mean with a norm that is trained, as MAE
+    and BEiT do; a class token, and Swin's patches, keep the encoder's own norm.
     """
 
     def __init__(self, model: MaskedImageModel, settings: ClassifierSettings, num_classes: int, seed: int) -> None:
         super().__init__()
         self.encoder = model
         self.frozen = settings.protocol == "linear_mae"
-        self.pooling = settings.pooling
         self.num_classes = num_classes
-        self.prefix_tokens = model.encoder_prefix_tokens
-        self.own_norm = not self.frozen and self.pooling == "patches" and self.prefix_tokens > 0
+        self.crop_pct = settings.crop_pct
+        feature = settings.feature(model)
+        trained_norm = not self.frozen and feature.norm == "fresh"
+        self.feature = feature._replace(norm="none") if trained_norm else feature
         shape = (1, model.info.channels, *height_and_width(model.info.image_size))
         like = next(model.parameters())
         with torch.no_grad():
-            dim = model.encode(torch.zeros(shape, device=like.device, dtype=like.dtype)).shape[2]
+            dim = feature_vectors(model, torch.zeros(shape, device=like.device, dtype=like.dtype), self.feature).shape[
+                1
+            ]
         first: nn.Module = nn.Identity()
         if self.frozen:
             first = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
-        elif self.own_norm:
+        elif trained_norm:
             first = nn.LayerNorm(dim, eps=_EPS)
         with torch.random.fork_rng(devices=[]):  # a layer's own initialisation draws from the global state
             linear = nn.Linear(dim, num_classes)
@@ -73,8 +76,8 @@ class Classifier(nn.Module):
             returns: batch num_classes
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.encoder.encode(images, norm=not self.own_norm)
-        return self.head(pooled(tokens, self.prefix_tokens, self.pooling))  # type: ignore[no-any-return]
+            vectors = feature_vectors(self.encoder, images, self.feature)
+        return self.head(vectors)  # type: ignore[no-any-return]
 
 
 def build_classifier(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.models.interface import height_and_width
 from mto_analysis.runtime.settings import field_types, parse_value
-from mto_analysis.training.evaluation.protocols import Pooling, pooling_of
+from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, is_small
 from mto_analysis.training.methods import method_of
+from mto_analysis.training.methods.method import Norm, Pooling
 
 __all__ = ["ClassifierSettings", "finetune_settings", "linear_settings"]
-
-#: Images up to this side get the settings for small data.
-_SMALL = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,10 @@ class ClassifierSettings:
 
     Args:
         protocol: ``linear_mae`` (frozen encoder, BatchNorm and a linear layer, LARS) or ``finetune`` (AdamW).
-        pooling: The ``class`` token or the mean of the ``patches``.
+        pooling: See :class:`~mto_analysis.training.evaluation.protocols.Feature`.
+        layer: The same; by default the last block.
+        norm: The same; by default the encoder's, and in fine-tuning on the mean of a ViT's patches a fresh norm that is
+            trained.
         epochs: Length.
         batch_size: Effective: over all processes and accumulated micro-batches.
         base_lr: Learning rate for ``lr_batch`` images at a time; the rate is ``base_lr * batch_size / lr_batch``.
@@ -38,6 +38,7 @@ class ClassifierSettings:
         drop_path: Largest rate of dropped branches, growing linearly with the block.
         clip_grad: Largest norm of the gradient, or no clipping.
         crop_scale: Area of the random crop, as a fraction of the image.
+        crop_pct: Side of the test images' centre crop over their resized shorter side.
         flip: Chance of a mirror image.
         auto_augment: Policy in timm's notation, or none.
         erasing: Chance that a rectangle is erased (filled with noise).
@@ -61,7 +62,10 @@ class ClassifierSettings:
     layer_decay: float = 1.0
     drop_path: float = 0.0
     clip_grad: float | None = None
+    layer: int | None = None
+    norm: Norm | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_pct: float = 1.0
     flip: float = 0.5
     auto_augment: str | None = None
     erasing: float = 0.0
@@ -74,8 +78,9 @@ class ClassifierSettings:
         """Check the values."""
         if self.protocol not in ("linear_mae", "finetune"):
             raise ValueError(f"protocol must be linear_mae or finetune, got {self.protocol!r}")
-        if self.pooling not in ("class", "patches"):
-            raise ValueError(f"pooling must be class or patches, got {self.pooling!r}")
+        for name, kind in (("pooling", Pooling), ("norm", Norm)):
+            if (value := getattr(self, name)) is not None and value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
         if min(self.epochs, self.batch_size, self.lr_batch) < 1:
             raise ValueError("epochs, batch_size and lr_batch must be at least 1")
         if not self.base_lr > 0 or min(self.min_lr, self.weight_decay, self.mixup, self.cutmix) < 0:
@@ -92,6 +97,8 @@ class ClassifierSettings:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be positive, got {self.clip_grad}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must rise within (0, 1], got {self.crop_scale}")
 
@@ -99,6 +106,16 @@ class ClassifierSettings:
     def learning_rate(self) -> float:
         """The peak rate."""
         return self.base_lr * self.batch_size / self.lr_batch
+
+    def feature(self, model: MaskedImageModel) -> Feature:
+        """What the classifier reads of a model; in fine-tuning a fresh norm is trained.
+
+        Raises:
+            ValueError: If the model lacks it.
+        """
+        fresh = self.protocol == "finetune" and self.pooling == "patches" and model.encoder_prefix_tokens > 0
+        layer = self.layer or len(model.encoder_blocks())
+        return feature_of(model, self.pooling, layer, self.norm or ("fresh" if fresh else "encoder"))
 
     def with_options(self, options: Mapping[str, str]) -> ClassifierSettings:
         """These settings with some given as text, as ``--set`` has them.
@@ -128,14 +145,15 @@ def linear_settings(model: MaskedImageModel) -> ClassifierSettings:
     """
     published = ClassifierSettings(
         protocol="linear_mae",
-        pooling=pooling_of(model),
+        **feature_of(model)._asdict(),
+        crop_pct=crop_pct_of(model),
         epochs=90,
         batch_size=16384,
         base_lr=0.1,
         warmup_epochs=10,
         source="facebookresearch/mae FINETUNE.md",
     )
-    if max(height_and_width(model.info.image_size)) > _SMALL:
+    if not is_small(model):
         return published
     return replace(published, batch_size=1024, crop_scale=(0.2, 1.0), source=f"{published.source}, for small images")
 
@@ -173,7 +191,7 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
     values = dict(method.finetuning)
     if getattr(model.config, "dim", 768) >= 1024:
         values |= method.wide_finetuning
-    if max(height_and_width(model.info.image_size)) <= _SMALL:
+    if is_small(model):
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
         values |= {"crop_scale": (0.5, 1.0), "source": f"{_PAPER}, for small images"}
-    return ClassifierSettings(**{"source": _PAPER, **_REGULARISED, **values})
+    return ClassifierSettings(**{"source": _PAPER, "crop_pct": crop_pct_of(model), **_REGULARISED, **values})

@@ -117,11 +117,12 @@ class TestAccuracy(Scorer):
         for buffer in classifier.buffers():  # statistics of a batch norm are each process's own
             group.spread(buffer)
         size, info, num_classes = self._test.batch_size, classifier.encoder.info, classifier.num_classes
+        crop_pct = classifier.crop_pct
         right = torch.zeros(2, dtype=torch.float64)
         training = trained.method.training
         trained.method.eval()
         with torch.no_grad(), fast_float32(group.device), trained.autocast():
-            for number, images in self._test.batches(info, group.index, group.count):
+            for number, images in self._test.batches(info, group.index, group.count, crop_pct=crop_pct):
                 batch = labels[number * size : (number + 1) * size, None].to(group.device)
                 logits = classifier(normalized(images.to(group.device), info)).float()
                 hits = logits.topk(min(5, num_classes), dim=1).indices == batch

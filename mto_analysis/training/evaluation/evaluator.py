@@ -14,19 +14,31 @@ from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, extract_features
 from mto_analysis.training.evaluation.knn import knn_scores
 from mto_analysis.training.evaluation.linear import linear_scores
-from mto_analysis.training.evaluation.protocols import Evaluation, Pooling, pooling_of
+from mto_analysis.training.evaluation.protocols import Evaluation, Feature, crop_pct_of, feature_of
 
 __all__ = ["Evaluator", "Score", "accuracy", "score"]
 
 
 class Score(NamedTuple):
-    """Accuracy on the test images in percent; ``top5`` where there are more than five classes."""
+    """Accuracy on the test images in percent; ``top5`` where there are more than five classes.
+
+    Args:
+        top1: Images whose class has the highest score.
+        top5: Images whose class is among the five highest.
+        feature: What was read of the encoder, as chosen or as the model's family is probed.
+        num_classes: Classes in all.
+        seconds: For everything.
+        iterations: Of the solver of ``linear_cached``.
+        weights: Which of a checkpoint's weights the model has.
+    """
 
     top1: float
     top5: float | None
-    pooling: Pooling
+    feature: Feature
     num_classes: int
     seconds: float
+    iterations: int | None = None
+    weights: str = "model"
 
 
 def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -81,6 +93,10 @@ class Evaluator:
         Raises:
             DataError: If the model's family has no encoder that can be used.
             NumericalError: If a feature is not finite.
+            ValueError: If the evaluation asks for a block or token that the model lacks.
+
+        Warns:
+            UserWarning: If the linear classifier did not reach its tolerance.
         """
         start = time.perf_counter()
         chosen = self.evaluation
@@ -88,11 +104,13 @@ class Evaluator:
             model.encoder_blocks()
         except ValueError as error:
             raise DataError(str(error)) from None
-        pooling = chosen.pooling or pooling_of(model)
+        feature = feature_of(model, chosen.pooling, chosen.layer, chosen.norm)
+        crop_pct = chosen.crop_pct or crop_pct_of(model)
         train, test = (
-            extract_features(model, images, pooling, precision=chosen.precision, shared=shared)
+            extract_features(model, images, feature, crop_pct=crop_pct, precision=chosen.precision, shared=shared)
             for images in (self.train, self.test)
         )
+        iterations = None
         with torch.no_grad(), fast_float32(test.vectors.device):
             if chosen.protocol == "knn":
                 scores = knn_scores(
@@ -103,12 +121,17 @@ class Evaluator:
                     temperature=chosen.temperature,
                 )
             else:
-                scores = linear_scores(
-                    *train, test.vectors, self.num_classes, penalty=chosen.penalty, iterations=chosen.iterations
+                scores, iterations, _ = linear_scores(
+                    *train,
+                    test.vectors,
+                    self.num_classes,
+                    penalty=chosen.penalty,
+                    tolerance=chosen.tolerance,
+                    iterations=chosen.iterations,
                 )
         top5 = accuracy(scores, test.labels, 5) if self.num_classes > 5 else None
         seconds = time.perf_counter() - start
-        return Score(accuracy(scores, test.labels), top5, pooling, self.num_classes, seconds)
+        return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, iterations)
 
     def score(self, model: MaskedImageModel, *, shared: bool = False) -> float:
         """Top-1 accuracy in percent; arguments as for :meth:`evaluate`."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError, NumericalError
@@ -18,13 +19,15 @@ from mto_analysis.models.interface import height_and_width
 from mto_analysis.probe import undisturbed
 from mto_analysis.runtime.devices import pick_device
 from mto_analysis.runtime.processes import this_process
-from mto_analysis.training.evaluation.protocols import Pooling, Precision
+from mto_analysis.training.evaluation.protocols import Feature, Precision
+from mto_analysis.training.methods.method import Pooling
 
 __all__ = [
     "Features",
     "LabelledImages",
     "check_classes",
     "extract_features",
+    "feature_vectors",
     "join_processes",
     "normalized",
     "place",
@@ -33,6 +36,7 @@ __all__ = [
 
 #: Decoded images up to this size in all are kept in memory between two evaluations.
 _MOST_KEPT = 4 * 2**30
+_EPS = 1e-6  # of a fresh norm, as in every family's fine-tuning
 
 
 class Features(NamedTuple):
@@ -84,13 +88,15 @@ class LabelledImages:
         """Batches in all; the last one may be smaller."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batches(self, info: ModelInfo, process: int = 0, processes: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Every ``processes``-th batch from ``process`` on, with its number.
+    def batches(
+        self, info: ModelInfo, process: int = 0, processes: int = 1, *, crop_pct: float = 1.0
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Every ``processes``-th batch from ``process`` on, with its number; cropped as :func:`eight_bits` does.
 
         Shapes:
             returns: number, batch channels image_size image_size (uint8)
         """
-        key = (info.image_size, process, processes)
+        key = (info.image_size, process, processes, crop_pct)
         if self._kept_for != key:
             self._kept, self._kept_for = {}, key
         numbers = range(process, self.num_batches, processes)
@@ -100,7 +106,7 @@ class LabelledImages:
         size = self.batch_size
         keep = len(self.rows) * info.channels * math.prod(height_and_width(info.image_size)) <= _MOST_KEPT
         loader: DataLoader[Any] = DataLoader(
-            _Bytes(self.images, self.rows, eight_bits(info)),
+            _Bytes(self.images, self.rows, eight_bits(info, crop_pct)),
             batch_sampler=[list(range(n * size, min((n + 1) * size, len(self.rows)))) for n in numbers],
             num_workers=self._num_workers,
             generator=torch.Generator(),  # or it would draw its seed from the global generator
@@ -111,12 +117,17 @@ class LabelledImages:
             yield number, images
 
 
-def eight_bits(info: ModelInfo) -> Callable[[Image.Image], Tensor]:
-    """Shorter side resized (bicubic) and centre crop, as bytes: what is left to do is the normalisation."""
+def eight_bits(info: ModelInfo, crop_pct: float) -> Callable[[Image.Image], Tensor]:
+    """Test images as bytes: the shorter side resized (bicubic), then a centre crop; only the normalization is left.
+
+    Args:
+        info: Has the side of the crop.
+        crop_pct: That side over the resized shorter one, rounded down to pixels; 1 for as much as possible.
+    """
     from timm.data import create_transform  # type: ignore[attr-defined]
 
     transform: Callable[[Image.Image], Tensor] = create_transform(
-        info.image_size, is_training=False, interpolation="bicubic", crop_pct=1.0, normalize=False
+        info.image_size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, normalize=False
     )
     return transform
 
@@ -154,7 +165,7 @@ def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
 
     Shapes:
         tokens: batch num_tokens dim (prefix tokens first)
-        returns: batch dim
+        returns: batch dim (``concat``: batch 2*dim, the class token first)
 
     Raises:
         ValueError: If the class token is asked for and there is none.
@@ -167,14 +178,32 @@ def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
         return tokens[:, prefix_tokens:].mean(dim=1)
     if not prefix_tokens:
         raise ValueError("the model has no class token; take the mean of its patches")
-    return tokens[:, 0]
+    if pooling == "class":
+        return tokens[:, 0]
+    return torch.cat([tokens[:, 0], tokens[:, prefix_tokens:].mean(dim=1)], dim=1)
+
+
+def feature_vectors(model: MaskedImageModel, images: Tensor, feature: Feature) -> Tensor:
+    """The feature of each image.
+
+    Shapes:
+        images: batch channels height width (normalized)
+        returns: batch dim (of ``concat`` 2*dim)
+
+    Raises:
+        ValueError: If the model lacks what the feature asks for.
+    """
+    tokens = model.encode(images, norm=feature.norm == "encoder", layer=feature.layer)
+    vectors = pooled(tokens, model.encoder_prefix_tokens, feature.pooling)
+    return F.layer_norm(vectors, vectors.shape[1:], eps=_EPS) if feature.norm == "fresh" else vectors
 
 
 def extract_features(
     model: MaskedImageModel,
     labelled: LabelledImages,
-    pooling: Pooling,
+    feature: Feature,
     *,
+    crop_pct: float = 1.0,
     precision: Precision = "float32",
     shared: bool = False,
 ) -> Features:
@@ -186,7 +215,8 @@ def extract_features(
     Args:
         model: Any model with an encoder that sees whole images.
         labelled: With classes.
-        pooling: What to make of the tokens.
+        feature: What to make of the tokens.
+        crop_pct: As for :func:`eight_bits`.
         precision: Of the encoder's products; float32 without TF32, or bfloat16 by autocast.
         shared: Every process of ``torch.distributed`` calls this at once, and each takes its share of the batches.
 
@@ -199,9 +229,9 @@ def extract_features(
     parts: dict[int, Tensor] = {}
     half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with undisturbed(model), half:
-        for number, images in labelled.batches(model.info, process, processes):
+        for number, images in labelled.batches(model.info, process, processes, crop_pct=crop_pct):
             batch = normalized(images.to(like.device, non_blocking=True), model.info).to(like.dtype)
-            parts[number] = pooled(model.encode(batch), model.encoder_prefix_tokens, pooling).float()
+            parts[number] = feature_vectors(model, batch, feature).float()
     if processes > 1:
         parts = _gathered(parts, processes, like.device)
     vectors = torch.cat([parts[number] for number in range(labelled.num_batches)])

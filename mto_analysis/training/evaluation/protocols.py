@@ -1,32 +1,106 @@
-"""What an evaluation is: its protocol, its images, and the settings that the score depends on."""
+"""What an evaluation is: its protocol, its images, the features it reads, and all else that the score depends on."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
+from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.models.interface import height_and_width
 from mto_analysis.training.methods import method_of
+from mto_analysis.training.methods.method import Norm, Pooling
 
-__all__ = ["Evaluation", "Pooling", "Precision", "Protocol", "pooling_of"]
+__all__ = ["Evaluation", "Feature", "Precision", "Protocol", "crop_pct_of", "feature_of", "is_small", "weights_of"]
 
 Protocol = Literal["knn", "linear_cached"]
-Pooling = Literal["class", "patches"]
 Precision = Literal["float32", "bfloat16"]
 
+_SMALL = 64  # pixels
 
-def pooling_of(model: MaskedImageModel) -> Pooling:
-    """What the authors of a model's family make of its tokens when they probe it.
 
-    The class token for MAE and what is built on it; the mean of the patch tokens for BootMAE and for encoders that hold
-    masked tokens (BEiT's evaluation code, which SimMIM and ConMIM share), and where there is no class token.
+class Feature(NamedTuple):
+    """One vector per image: which block's tokens, how they are pooled, and what normalizes them.
+
+    Args:
+        pooling: The ``class`` token, the mean of the ``patches``, or ``concat``, one beside the other.
+        layer: The block, counted from 1.
+        norm: ``encoder``: the encoder's final norm, of every token; ``fresh``: layer normalization of the pooled vector
+            without weights, as of a norm that was never trained; ``none``.
+    """
+
+    pooling: Pooling
+    layer: int
+    norm: Norm
+
+
+def feature_of(
+    model: MaskedImageModel, pooling: Pooling | None = None, layer: int | None = None, norm: Norm | None = None
+) -> Feature:
+    """The feature that a probe reads: what is given, and for the rest what the authors of the model's family publish.
+
+    ====================  ===============================  ==============================  =========
+    family                pooling                          layer                           norm
+    ====================  ===============================  ==============================  =========
+    MAE and relatives     class token                      last                            encoder's
+    SimMIM                mean of patches                  last                            encoder's
+    BootMAE               mean of patches                  10 of 12, 18 of 24, else 5/6    fresh
+    ConMIM, BEiT, others  class token and mean of patches  last (BEiT reports the best)    none
+    ====================  ===============================  ==============================  =========
+
+    Args:
+        model: With an encoder that sees whole images; without a class token (Swin), its patches are averaged.
+        pooling: In place of the family's.
+        layer: In place of the family's.
+        norm: In place of the family's.
 
     Source:
-        facebookresearch/mae ``FINETUNE.md`` (``--cls_token``); LightDXY/BootMAE ``scripts/linear`` (``--global_pool``);
-        microsoft/SimMIM ``USE_MEAN_POOLING``; microsoft/unilm, BEiT.
+        facebookresearch/mae ``FINETUNE.md`` (``--cls_token``); LightDXY/BootMAE ``scripts/linear`` (``--global_pool``,
+        ``--depth``); microsoft/unilm BEiT ``run_linear_eval.py``, from whose code base ConMIM is; microsoft/SimMIM
+        publishes no probe, and averages patches in fine-tuning (``USE_MEAN_POOLING``).
+
+    Raises:
+        ValueError: If the family has no such encoder or block, or no class token where one is asked for.
     """
-    return method_of(model).probe_pooling if model.encoder_prefix_tokens else "patches"
+    method, depth = method_of(model), len(model.encoder_blocks())
+    default: Pooling = method.probe_pooling if model.encoder_prefix_tokens else "patches"
+    chosen = Feature(pooling or default, layer or method.probe_layer(depth), norm or method.probe_norm)
+    if chosen.pooling != "patches" and not model.encoder_prefix_tokens:
+        raise ValueError(f"a {model.info.family} model has no class token; take the mean of its patches")
+    if not 1 <= chosen.layer <= depth:
+        raise ValueError(f"layer must lie between 1 and {depth}, the number of blocks, got {chosen.layer}")
+    return chosen
+
+
+def weights_of(model: MaskedImageModel) -> Weights:
+    """Which of a checkpoint's weights the authors of the model's family evaluate: ConMIM's its slow branch.
+
+    Source:
+        TencentARC/ConMIM ``README.md`` (``checkpoint_copy-799.pth``); LightDXY/BootMAE ``scripts/linear``,
+        ``scripts/finetune`` (``--model_key model``).
+    """
+    method = method_of(model)
+    return method.probe_weights if model.info.family in (method.family, *method.relatives) else "model"
+
+
+def is_small(model: MaskedImageModel) -> bool:
+    """Whether images have at most 64 px a side: settings are then for small data, and test images are not cropped."""
+    return max(height_and_width(model.info.image_size)) <= _SMALL
+
+
+def crop_pct_of(model: MaskedImageModel) -> float:
+    """Side of the centre crop of test images, over the shorter side that they are resized to.
+
+    224 of 256 in all the originals; MAE above 224 px and the BEiT code base from 384 px on do not crop, nor do we up to
+    64 px, where a border is a large part of the object.
+
+    Source:
+        facebookresearch/mae ``util/datasets.py``, ``main_linprobe.py``; microsoft/SimMIM ``data_finetune.py``;
+        LightDXY/BootMAE, TencentARC/ConMIM ``datasets.py``; facebookresearch/dino ``eval_knn.py``.
+    """
+    side, uncropped = max(height_and_width(model.info.image_size)), method_of(model).uncropped_from
+    return 1.0 if is_small(model) or (uncropped is not None and side >= uncropped) else 224 / 256
 
 
 @dataclass(frozen=True)
@@ -40,11 +114,16 @@ class Evaluation:
         train: Labelled training images, as for :func:`mto_analysis.open_images`.
         test: Labelled test images.
         every: Pre-training epochs between two scores along a run.
-        pooling: The ``class`` token or the mean of the ``patches``; ``None`` for what the family's authors probe.
+        pooling: See :class:`Feature`; ``None`` for what the family's authors probe (:func:`feature_of`).
+        layer: See :class:`Feature`; the same.
+        norm: See :class:`Feature`; the same.
+        crop_pct: Side of the centre crop over the resized shorter side; ``None`` as in the original
+            (:func:`crop_pct_of`), 1 for no crop.
         neighbours: Of kNN, k.
         temperature: Of kNN's weights, exp(cosine / temperature).
         penalty: Of the linear classifier, on half the squared norm of its weights.
-        iterations: At most so many steps of L-BFGS.
+        tolerance: Of the linear classifier: how far its objective may lie above the minimum.
+        iterations: Most Newton steps to get there.
         limit: Use so many training images, spread evenly; all by default. Along a run on a CPU the encoder
             takes nearly all of the time, so this sets the price.
         test_limit: The same for test images.
@@ -64,10 +143,14 @@ class Evaluation:
     test: str | Path
     every: int = 10
     pooling: Pooling | None = None
+    layer: int | None = None
+    norm: Norm | None = None
+    crop_pct: float | None = None
     neighbours: int = 20
     temperature: float = 0.07
     penalty: float = 1e-5
-    iterations: int = 200
+    tolerance: float = 1e-8
+    iterations: int = 100
     limit: int | None = None
     test_limit: int | None = None
     precision: Precision = "float32"
@@ -81,20 +164,28 @@ class Evaluation:
             raise ValueError(f"protocol must be knn or linear along a run, got {self.protocol!r}")
         for name in ("train", "test"):
             object.__setattr__(self, name, str(getattr(self, name)))
-        if self.pooling not in (None, "class", "patches"):
-            raise ValueError(f"pooling must be class or patches, got {self.pooling!r}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
-        counts = (self.every, self.neighbours, self.iterations, self.batch_size, self.limit, self.test_limit)
+        for name, kind in (("pooling", Pooling), ("norm", Norm), ("precision", Precision)):
+            if (value := getattr(self, name)) not in (None, *get_args(kind)):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        counts = (
+            self.every,
+            self.layer,
+            self.neighbours,
+            self.iterations,
+            self.batch_size,
+            self.limit,
+            self.test_limit,
+        )
         if any(count is not None and count < 1 for count in counts):
-            raise ValueError("every, neighbours, iterations, batch_size and limits must be at least 1")
-        if not self.temperature > 0 or not self.penalty >= 0:
-            raise ValueError(
-                f"temperature must be positive and penalty not negative, got {self.temperature} and {self.penalty}"
-            )
+            raise ValueError("every, layer, neighbours, iterations, batch_size and limits must be at least 1")
+        for name in ("temperature", "penalty", "tolerance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
 
     def settings(self) -> dict[str, Any]:
         """What a score depends on, for ``run.json``: a curve must not mix two settings."""
-        shared = ("protocol", "train", "test", "pooling", "limit", "test_limit", "precision", "batch_size")
-        own = ("neighbours", "temperature") if self.protocol == "knn" else ("penalty", "iterations")
-        return {name: value for name, value in asdict(self).items() if name in (*shared, *own)}
+        own = ("penalty", "tolerance", "iterations")
+        left_out = ("every", *(own if self.protocol == "knn" else ("neighbours", "temperature")))
+        return {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -46,6 +46,7 @@ class BootMAEMethod(Method):
     family = "bootmae"
     style = "decoder"
     criterion = "l2"
+    probe_norm = "fresh"
     finetuning: ClassVar[Mapping[str, Any]] = {
         "batch_size": 1024,
         "base_lr": 5e-3,
@@ -61,6 +62,11 @@ class BootMAEMethod(Method):
         self.teacher = slow_copy(student)
         # A tensor, so that compiled code is not made again when it changes.
         self.register_buffer("feature_weight", torch.tensor(self._feature_weight()), persistent=False)
+
+    @staticmethod
+    def probe_layer(depth: int) -> int:
+        """The 10th of ViT-B's 12 blocks, the 18th of ViT-L's 24; for other depths the share of ViT-B."""
+        return {24: 18}.get(depth, round(depth * 10 / 12))
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """The terms ``pixels`` and ``features``."""

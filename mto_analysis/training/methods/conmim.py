@@ -34,6 +34,9 @@ class ConMIMMethod(Method):
     family = "conmim"
     style = "inpainting"
     depends_on_batch = True
+    probe_pooling = "concat"
+    probe_norm = "none"
+    probe_weights = "model_ema"
     finetuning: ClassVar[Mapping[str, Any]] = {
         "batch_size": 1024,
         "base_lr": 4e-3,
@@ -46,6 +49,11 @@ class ConMIMMethod(Method):
     def __init__(self, student: ConMIM, recipe: Recipe) -> None:
         super().__init__(student, recipe)
         self.teacher = slow_copy(student)
+
+    @property
+    def probed(self) -> ConMIM:
+        """The slow branch, which its authors fine-tune."""
+        return self.teacher
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``contrast``; without a second view the slow branch sees the same image."""

@@ -32,6 +32,7 @@ class MAEMethod(Method):
     no_weight_decay = ()  # so the class token decays
     fixed_key_biases = False
     probe_pooling = "class"
+    uncropped_from = 225
     finetuning: ClassVar[Mapping[str, Any]] = {
         "batch_size": 1024,
         "base_lr": 1e-3,

@@ -12,6 +12,7 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor
 
 from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.images import TrainBatch
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.objective import Objective
@@ -19,7 +20,11 @@ from mto_analysis.training.randomness import noise_batch
 from mto_analysis.training.recipes import Recipe
 from mto_analysis.training.sharding import is_sharded
 
-__all__ = ["Method", "half_cosine", "parameter_groups", "peak_learning_rate", "warmup_then_cosine"]
+__all__ = ["Method", "Norm", "Pooling", "half_cosine", "parameter_groups", "peak_learning_rate", "warmup_then_cosine"]
+
+#: See :class:`mto_analysis.training.evaluation.protocols.Feature`.
+Pooling = Literal["class", "patches", "concat"]
+Norm = Literal["encoder", "fresh", "none"]
 
 
 class Method(Objective):
@@ -44,8 +49,13 @@ class Method(Objective):
 
     #: Families that its authors fine-tune and probe in the same way.
     relatives: ClassVar[tuple[str, ...]] = ()
-    #: What its authors probe: the class token, or the mean of the patch tokens.
-    probe_pooling: ClassVar[Literal["class", "patches"]] = "patches"
+    #: What its authors probe (:class:`~mto_analysis.training.evaluation.protocols.Feature`), and of which weights: the
+    #: trained ones or those of the momentum teacher.
+    probe_pooling: ClassVar[Pooling] = "patches"
+    probe_norm: ClassVar[Norm] = "encoder"
+    probe_weights: ClassVar[Weights] = "model"
+    #: Side in pixels from which on its authors do not crop test images, or ``None`` if they always do.
+    uncropped_from: ClassVar[int | None] = 384
     #: Its own values of :class:`~mto_analysis.training.evaluation.classifier_settings.ClassifierSettings` when it is
     #: fine-tuned, and what differs for encoders of 1024 channels or more.
     finetuning: ClassVar[Mapping[str, Any]]
@@ -66,6 +76,15 @@ class Method(Objective):
             second_images: batch channels height width (of methods with ``second_view``)
             returns: scalars
         """
+
+    @staticmethod
+    def probe_layer(depth: int) -> int:
+        """The block, counted from 1, whose tokens its authors probe.
+
+        Args:
+            depth: Number of blocks of the encoder.
+        """
+        return depth
 
     @staticmethod
     def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:

@@ -31,6 +31,7 @@ class SimMIMMethod(Method):
     style = "inpainting"
     criterion = "l1"
     relatives = ("simmim_swin",)
+    uncropped_from = None
     finetuning: ClassVar[Mapping[str, Any]] = {
         "batch_size": 2048,
         "base_lr": 5e-3,
