@@ -20,6 +20,7 @@ from mto_analysis.checkpoints.reading import RawCheckpoint, Weights, checkpoint_
 from mto_analysis.checkpoints.statistics import (
     IMAGE_CHANNELS,
     Statistics,
+    prepared_size,
     stated_statistics,
     unpublished_statistics,
 )
@@ -201,8 +202,8 @@ def _with_statistics(
     info, channels = conversion.info, conversion.config.channels
     with _naming(raw, info.layout):
         found = Statistics(info.mean, info.std, info.statistics_source)
-        if "mto_analysis" not in raw.metadata:
-            found = stated_statistics(raw) or found
+        if "mto_analysis" not in raw.metadata and None in (mean, std):
+            found = stated_statistics(raw, channels) or found
         if channels != IMAGE_CHANNELS and found.source == "published":
             found = unpublished_statistics(channels)
         found = found.overridden(mean, std)
@@ -225,6 +226,12 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
         if about:
             given = _stated_heads(given, section(about, "config"))
         conversion = convert(raw, given)
+        prepared = prepared_size(raw)
+        if given.image_size is None and prepared not in (None, conversion.info.image_size):
+            raise CheckpointError(
+                f"preprocessor_config.json makes images of {prepared} px, the model takes {conversion.info.pixels}; "
+                "give --image-size"
+            )
         if about:
             stored = section(about, "config")
             known = {each.name: stored[each.name] for each in fields(conversion.config) if each.name in stored}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.metadata import section, size
+from mto_analysis.checkpoints.metadata import section, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -57,8 +57,8 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
         raise CheckpointError(f"decoder_num_heads must be num_heads={num_heads}: BootMAE has one number for both")
     state.fuse_qkv("blocks.")
     state.split_qkv("pixel_blocks.", "feature_blocks.")
-    stated = size(arguments, "input_size")
-    grid = fit_positions(state, given, "pos_embed", "pixel_pos_embed", patch_size=patch_size, stated=stated)
+    tables = ("pos_embed", "pixel_pos_embed")
+    grid = fit_positions(state, given, *tables, patch_size=patch_size, stated=size(arguments, "input_size"))
     model = BootMAEConfig(
         image_size=grid.image_size,
         patch_size=patch_size,
@@ -75,17 +75,19 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
         feature_dim=state.shape("feature_pred.weight", 2)[0],
     )
     imagenet = arguments.get("imagenet_default_mean_and_std") is True
+    masked = within(arguments, "mask_num", 0) / (grid.rows * grid.columns)
+    stated = 0 < masked < 1
     info = ModelInfo(
         family="bootmae",
         style="decoder",
         image_size=model.image_size,
         patch_size=patch_size,
-        mask_rule=MaskRule("random", _PUBLISHED_RATIO, patch_size),
+        mask_rule=MaskRule("random", masked if stated else _PUBLISHED_RATIO, patch_size),
         mean=IMAGENET_MEAN if imagenet else (0.5, 0.5, 0.5),
         std=IMAGENET_STD if imagenet else (0.5, 0.5, 0.5),
         target="normalized_channels",
         criterion="l2",
-        mask_rule_source="published BootMAE, whose blocks are topped up at random to this fraction",
+        mask_rule_source=f"{'file' if stated else 'published BootMAE'}, whose blocks are topped up at random to this",
         assumptions=grid.notes,
     )
     return Conversion(BootMAE, model, info, state)

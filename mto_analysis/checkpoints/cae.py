@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
 from mto_analysis.checkpoints.metadata import arguments, openmmlab_config, section, size, whole
 from mto_analysis.checkpoints.openmmlab import mm_heads, openmmlab_state
 from mto_analysis.checkpoints.positions import fit_positions
@@ -59,6 +60,7 @@ def convert_mm_cae(raw: RawCheckpoint, given: Given) -> Conversion:
         "num_heads": mm_heads(raw),
         "img_size": section(openmmlab_config(raw), "backbone").get("img_size"),
         "decoder_num_heads": section(openmmlab_config(raw), "neck").get("num_heads"),
+        "num_mask_patches": section(openmmlab_config(raw), "neck").get("mask_tokens_num"),
     }
     return _cae(state, given, settings, _MM_MASKED, "published mmpretrain CAE")
 
@@ -95,12 +97,15 @@ def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: in
     fraction = (num_masked or 0) / num_patches if stated else masked / _PUBLISHED_PATCHES
     if not stated and num_patches != _PUBLISHED_PATCHES:
         source = f"rule: the fraction of the {source}"
+    statistics = HALF if settings.get("imagenet_default_mean_and_std") is False else IMAGENET
     info = ModelInfo(
         family="cae",
         style="decoder",
         image_size=model.image_size,
         patch_size=patch_size,
         mask_rule=MaskRule("blockwise", fraction, patch_size),
+        mean=statistics[0],
+        std=statistics[1],
         target="features",
         caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
         mask_rule_source="file" if stated else source,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, size, within
+from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, refuse_other, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -88,9 +88,7 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
     local = config.get("masked_unit_attention", _LOCAL)
     if not isinstance(local, (list, tuple)) or not all(isinstance(each, bool) for each in local):
         raise CheckpointError(f"config.json: masked_unit_attention must be a list of true and false, got {local!r}")
-    for name, known in (("patch_stride", [_STRIDE] * 2), ("query_stride", [2, 2]), ("embed_dim_multiplier", 2.0)):
-        if config.get(name, known) != known:
-            raise CheckpointError(f"config.json: {name} must be {known}, got {config[name]}")
+    refuse_other(config, "config.json", patch_stride=[_STRIDE] * 2, query_stride=[2, 2], embed_dim_multiplier=2.0)
     unit = _square(config, "masked_unit_size", _UNIT)
     try:
         model = HieraConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
@@ -59,9 +60,14 @@ def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
     state = StateDict(dict(raw.tensors))
     state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
-    return mae_model(
-        state, given, {"norm_pix_loss": True}, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS
+    settings = {**arguments(raw), "norm_pix_loss": True}
+    conversion = mae_model(state, given, settings, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
+    info, config = conversion.info, conversion.config
+    note = (
+        f"{config.num_heads} and {config.decoder_num_heads} heads and normalized patches, as of published MAE-Lite: "
+        "the file does not say, and is taken for one because of its start_epoch"
     )
+    return replace(conversion, info=replace(info, assumptions=(*info.assumptions, note)))
 
 
 def convert_hf_vitmae(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -103,7 +109,8 @@ def mae_model(
     Args:
         state: Tensors under the model's names.
         given: Given by the user.
-        settings: May hold head counts, ``image_size``, ``mask_ratio``, ``norm_pix_loss``, ``layer_norm_eps``.
+        settings: May hold head counts, ``image_size``, ``mask_ratio``, ``norm_pix_loss``,
+            ``criterion``, ``layer_norm_eps``.
         published: Given of the encoder by width.
         decoder_published: Given of the decoder by width.
     """
@@ -145,7 +152,7 @@ def mae_model(
         patch_size=patch_size,
         mask_rule=MaskRule("random", stated_ratio or _PUBLISHED_RATIO, patch_size),
         target=target,
-        criterion=None if target == "features" else "l2",
+        criterion=None if target == "features" else settings.get("criterion") or "l2",
         mask_rule_source="file" if stated_ratio else "published MAE",
         assumptions=grid.notes,
     )

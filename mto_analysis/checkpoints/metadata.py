@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -15,10 +16,12 @@ from mto_analysis.models.interface import ImageSize
 __all__ = [
     "arguments",
     "count",
+    "criterion",
     "hf_config",
     "numbers",
     "openmmlab_config",
     "ratio",
+    "refuse_other",
     "section",
     "size",
     "slowfast_config",
@@ -120,17 +123,50 @@ def numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(float(each) for each in value) if plain else None
 
 
+def criterion(loss: Mapping[str, Any]) -> Literal["l1", "l2"] | None:
+    """Error that a loss of OpenMMLab names, if any.
+
+    Raises:
+        CheckpointError: If it is another one than L1 and L2.
+    """
+    stated = loss.get("criterion")
+    if stated is None:
+        return None
+    if stated not in ("L1", "L2"):
+        raise CheckpointError(f"the file's config has criterion={stated!r}, only 'L1' and 'L2' are read")
+    return "l1" if stated == "L1" else "l2"
+
+
+def refuse_other(settings: Mapping[str, Any], where: str, **known: Any) -> None:
+    """Refuse settings that change the numbers of a model and have another value than the one that is read.
+
+    What is not named, or is ``None``, has its default.
+
+    Example:
+        >>> refuse_other({"act": "gelu"}, "its config", act="gelu")
+
+    Raises:
+        CheckpointError: That names the first of them.
+    """
+    for name, value in known.items():
+        stated = value if settings.get(name) is None else settings[name]
+        stated = list(stated) if isinstance(stated, tuple) else stated
+        if stated != value:
+            raise CheckpointError(f"{where} has {name}={stated!r}, only {value!r} is read")
+
+
 def hf_config(raw: RawCheckpoint) -> Mapping[str, Any]:
     """The ``config.json`` of a Hugging Face folder.
 
     Raises:
-        CheckpointError: If there is none, or it asks for another activation than GELU.
+        CheckpointError: If there is none, or it asks for another activation than GELU or for no biases that are there.
     """
     if raw.config is None:
         raise CheckpointError("needs its config.json beside it; give the whole folder")
-    for name in ("hidden_act", "decoder_hidden_act"):
-        if (activation := raw.config.get(name) or "gelu") != "gelu":
-            raise CheckpointError(f"config.json: {name} must be gelu, got {activation!r}")
+    refuse_other(raw.config, "config.json", hidden_act="gelu", decoder_hidden_act="gelu")
+    biases = [name for name in raw.tensors if re.search(r"\.(query|q_proj|qkv)\.bias$", name)]
+    if biases and raw.config.get("qkv_bias") is False:
+        raise CheckpointError(f"config.json has qkv_bias=False, but there is {biases[0]}")
     return raw.config
 
 
@@ -143,10 +179,30 @@ def openmmlab_config(raw: RawCheckpoint) -> Mapping[str, Any]:
     try:
         for statement in ast.parse(text).body:
             if isinstance(statement, ast.Assign) and [ast.unparse(each) for each in statement.targets] == ["model"]:
-                return section({"model": _python_value(statement.value)}, "model")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+                model = section({"model": _python_value(statement.value)}, "model")
+                _check_openmmlab(model)
+                return model
+    except (SyntaxError, RecursionError, MemoryError):
         pass
     return {}
+
+
+def _check_openmmlab(model: Mapping[str, Any]) -> None:
+    """Refuse layers and channel orders that no converter builds.
+
+    Raises:
+        CheckpointError: That names the setting.
+    """
+    data = section(model, "data_preprocessor")
+    colours = numbers(data.get("mean")) or (0.0,) * 3
+    if data and len(colours) > 1 and not (data.get("to_rgb") or data.get("bgr_to_rgb")):
+        raise CheckpointError("the file's config (data_preprocessor) has no bgr_to_rgb=True, so images were BGR")
+    for part in ("backbone", "neck"):
+        where = f"the file's config ({part})"
+        refuse_other(section(model, part, "norm_cfg"), where, type="LN", eps=1e-6)
+        layers = section(model, part, "layer_cfgs")
+        refuse_other(section(layers, "act_cfg"), where, type="GELU")
+        refuse_other(layers, where, ffn_type="origin")
 
 
 def _python_value(node: ast.expr) -> Any:
@@ -160,7 +216,7 @@ def _python_value(node: ast.expr) -> Any:
         return [_python_value(each) for each in node.elts]
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 

@@ -9,9 +9,11 @@ from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, bl
 from mto_analysis.checkpoints.inpainting import blockwise_rule, read_encoder, rename_beit
 from mto_analysis.checkpoints.mae import mae_model
 from mto_analysis.checkpoints.metadata import (
+    criterion,
     numbers,
     openmmlab_config,
     ratio,
+    refuse_other,
     section,
     size,
     slowfast_config,
@@ -73,12 +75,15 @@ def openmmlab_state(raw: RawCheckpoint) -> StateDict:
 def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
     """What the file's config states, under the names of :func:`mae_model`."""
     config = openmmlab_config(raw)
+    head = section(config, "head")
     return {
         "num_heads": mm_heads(raw),
         "decoder_num_heads": whole(section(config, "neck"), "decoder_num_heads"),
         "image_size": section(config, "backbone").get("img_size"),
         "mask_ratio": section(config, "backbone").get("mask_ratio"),
-        "norm_pix_loss": section(config, "head").get("norm_pix", True),
+        # The published models have it, and the head's own default is not to.
+        "norm_pix_loss": head.get("norm_pix", head.get("norm_pix_loss", False)) if head else True,
+        "criterion": criterion(section(head, "loss")),
     }
 
 
@@ -164,7 +169,8 @@ def convert_mm_swin(raw: RawCheckpoint, given: Given) -> Conversion:
             f"({'' if image_size else 'assumed: '}{image_size or _SWIN_IMAGE} px), which mmpretrain "
             "pads (pad_small_map); padded maps are not read"
         )
-    conversion = convert_windows(state, given, image_size=image_size or _SWIN_IMAGE)
+    stated = criterion(section(openmmlab_config(raw), "head", "loss"))
+    conversion = convert_windows(state, given, image_size=image_size or _SWIN_IMAGE, criterion=stated or "l1")
     if image_size:
         return conversion
     assumption = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say"
@@ -245,8 +251,7 @@ def convert_openmixup_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     state.rename((r"^neck\.decoder\.0\.", "decoder."))
     rename_beit(state)
     backbone = section(openmmlab_config(raw), "backbone")
-    for name, value in (("replace", True), ("mask_layer", 0)):
-        if (stated := backbone.get(name, value)) != value:
-            raise CheckpointError(f"the file's config has {name}={stated}; only {name}={value} is read")
+    refuse_other(backbone, "the file's config", replace=True, mask_layer=0)
+    refuse_other(section(openmmlab_config(raw), "head", "loss"), "the file's config (loss)", mode="l1_loss")
     encoder = read_encoder(state, given, image_size=size(backbone, "img_size"))
     return simmim_vit(replace(encoder, notes=(*encoder.notes, *(() if backbone else _OPENMIXUP))), {})

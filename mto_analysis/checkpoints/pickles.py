@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Sequence
 from typing import IO, Any
@@ -26,15 +25,14 @@ _DEEPEST = 1_000
 # What torch writes unless told otherwise, and all that its safe reader understands.
 _NEWEST_PROTOCOL = 2
 
-# Standard-library objects that trainers really save. Anything else of the standard library in a checkpoint (os.system,
-# builtins.eval, subprocess.Popen ...) is there to be called, and the file is refused rather than read around.
-_HARMLESS_STDLIB = {
-    "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools", "logging", "pathlib",
-    "random", "types", "typing", "uuid", "zoneinfo",
+# Nothing that a file names is ever called. These run programs, code or files when they are, and no trainer saves them:
+# such a file is refused rather than read around.
+_TO_BE_CALLED = {
+    "_io", "_pickle", "_posixsubprocess", "bdb", "cProfile", "code", "codeop", "commands", "ctypes", "imp", "importlib",
+    "io", "marshal", "multiprocessing", "nt", "os", "pdb", "pickle", "pickletools", "platform", "posix", "profile",
+    "pty", "runpy", "shelve", "shutil", "socket", "subprocess", "sys", "tempfile", "timeit", "trace", "webbrowser",
 }  # fmt: skip
-# getattr is what mmengine's trainer stores to refer to a method; as every foreign name it is never called.
-_HARMLESS_BUILTINS = {"bool", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "object",
-                      "range", "set", "slice", "str", "tuple"}  # fmt: skip
+_BUILTINS_TO_BE_CALLED = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open"}
 # Bytes are text encoded so in torch's pickle protocol; other encodings (hex) let it grow without bound.
 _BYTES_AS_TEXT = (["latin1"], [b"latin1"])
 
@@ -132,12 +130,7 @@ def _checked_name(module: str, name: str) -> str:
     """The present-day name of what a pickle asks for, refused if it is there to be called."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     top = module.split(".")[0]
-    if top == "builtins":
-        harmless = name in _HARMLESS_BUILTINS
-    else:
-        harmless = top in _HARMLESS_STDLIB or (module, name) == ("_codecs", "encode")
-        harmless = harmless or (top not in sys.stdlib_module_names and top not in ("nt", "posix"))
-    if not harmless:
+    if top in _TO_BE_CALLED or (top == "builtins" and name in _BUILTINS_TO_BE_CALLED):
         raise CheckpointError(
             f"asks for {module}.{name} to be called, which no checkpoint needs: it may be an attack; nothing was run"
         )
@@ -147,3 +140,6 @@ def _checked_name(module: str, name: str) -> str:
 def _check_call(function: _Value, arguments: _Value) -> None:
     if function.constant == "_codecs.encode" and [part.constant for part in arguments.parts[1:]] not in _BYTES_AS_TEXT:
         raise CheckpointError("encodes text in a way no checkpoint needs: it may be an attack; nothing was run")
+    # Of a number, it would be as many bytes.
+    if function.constant == "builtins.bytearray" and not isinstance(arguments.parts[0].constant, (str, bytes)):
+        raise CheckpointError("asks for more memory than a checkpoint needs: it may be an attack; nothing was run")

@@ -1,7 +1,7 @@
 """From a file or folder to tensors and plain settings, without ever running what the file asks for.
 
 torch archives are read with ``weights_only=True``; objects of other software (a trainer's ``Namespace``, a yacs config)
-become inert stand-ins, so that nothing foreign is imported or called.
+become inert stand-ins that record name and arguments, so that nothing foreign is imported or called.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ Weights = Literal["model", "model_ema"]
 _WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _WRAPPER_PREFIXES = ("module.", "model.", "net.")
 _IS_EMA = "mto_analysis.ema"
+_CLASS = "mto_analysis.class"
 _EMA_PREFIX = re.compile(r"ema_model\.(module\.)?")
 
 # The pickles of that format: magic number, version, system, the saved object, names of storages.
@@ -211,36 +212,51 @@ def _foreign_names(path: Path, *, is_archive: bool) -> list[str]:
         raise CheckpointError(f"{path} is damaged or not written by torch.save ({first_line(error)})") from error
 
 
-class _Opaque:
-    """What a foreign function would have returned: nothing to be read from it."""
+class Inert:
+    """In the place of an object of other software: its name and arguments, and nothing that could be run."""
+
+    def __init__(self, name: str, arguments: tuple[object, ...] = ()) -> None:
+        self.name = name
+        self.arguments = arguments
 
     def __setstate__(self, state: object) -> None:
         """Forget the state."""
 
 
 class _StandInType(type):
-    def __call__(cls, *args: object, **kwargs: object) -> _Opaque:
-        return _Opaque()
+    """Of stand-ins for foreign classes and functions; calling one as a function calls nothing."""
+
+    def __call__(cls, *args: object, **kwargs: object) -> Inert:
+        return Inert(cls.__name__, args)
 
 
 class _StandIn(metaclass=_StandInType):
-    """In the place of a foreign class: an instance is an empty mapping that takes items and attributes.
+    """An instance is an empty mapping that takes items and attributes, and remembers the name of its class.
 
-    torch's unpickler fills only exact ``OrderedDict`` objects with items, so that is what ``__new__`` gives; called as
-    a function, it gives an opaque object.
+    torch's unpickler fills only exact ``OrderedDict`` objects with items, so that is what ``__new__`` gives.
     """
 
     def __new__(cls, *args: object) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        return OrderedDict()
+        instance: OrderedDict[str, Any] = OrderedDict()
+        vars(instance)[_CLASS] = Inert(cls.__name__, args)
+        return instance
 
 
 def _stand_ins(names: list[str]) -> list[Any]:
-    special: dict[str, Any] = {"collections.deque": lambda *_: [], "collections.defaultdict": lambda *_: OrderedDict()}
-    return [(_Opaque, "mto_analysis.Opaque"), *((special.get(name, _StandIn), name) for name in names)]
+    special: dict[str, Any] = {
+        "collections.deque": lambda *_: [],
+        "collections.defaultdict": lambda *_: OrderedDict(),
+        "copyreg._reconstructor": lambda kind, *_: kind.__new__(kind),
+    }
+    own = {name: special.get(name) or _StandInType(name, (_StandIn,), {}) for name in names}
+    return [(Inert, "mto_analysis.Inert"), *((stand_in, name) for name, stand_in in own.items())]
 
 
 def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict inside what was unpickled, and the entries around it."""
+    kind = root if isinstance(root, Inert) else getattr(root, "__dict__", {}).get(_CLASS)
+    if isinstance(kind, Inert) and not (isinstance(root, dict) and root):
+        raise CheckpointError(f"{path} holds an object of {kind.name}, not its weights: save its state_dict()")
     if isinstance(root, Tensor) or not isinstance(root, dict) or not root:
         raise CheckpointError(f"{path} holds a {type(root).__name__}, not a dict of tensors")
     if all(isinstance(value, Tensor) for value in root.values()):
@@ -264,12 +280,14 @@ def _named(tensors: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 def _plain(value: Any, seen: Iterator[int], depth: int = 0) -> Any:
     """Settings as plain dicts; a stand-in's items and attributes become one dict. Loops and excess are cut off."""
+    if isinstance(value, Inert) and len(value.arguments) == 1 and isinstance(value.arguments[0], dict):
+        value = value.arguments[0]  # a mapping of other software, made from a plain one
     if isinstance(value, dict) and depth < 8:
         content = {**vars(value), **value} if isinstance(value, OrderedDict) else value
         return {
             str(name): _plain(item, seen, depth + 1)
             for name, item in content.items()
-            if isinstance(name, (str, int)) and next(seen) < _MOST_SETTINGS
+            if isinstance(name, (str, int)) and name != _CLASS and next(seen) < _MOST_SETTINGS
         }
     return value if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else None
 

@@ -9,10 +9,19 @@ from typing import Any
 from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
 from mto_analysis.checkpoints.inpainting import Encoder, block_rule, read_encoder, rename_beit
-from mto_analysis.checkpoints.metadata import count, hf_config, numbers, section, size, whole, within
+from mto_analysis.checkpoints.metadata import (
+    count,
+    hf_config,
+    numbers,
+    ratio,
+    refuse_other,
+    section,
+    size,
+    whole,
+    within,
+)
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, PixelTarget, convert_windows
-from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.models.targets import NEIGHBOURHOOD
@@ -37,6 +46,7 @@ def convert_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     state.drop(r"encoder\.fc_norm\..*", r"encoder\.head\..*")
     state.rename((r"^encoder\.", ""), (r"^decoder\.0\.", "decoder."))
     rename_beit(state)
+    refuse_other(section(config, "MODEL", "VIT"), "its config", QK_SCALE=None)
     encoder = read_encoder(
         state, given, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=size(data, "IMG_SIZE")
     )
@@ -73,6 +83,7 @@ def convert_simmim_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     state.drop(r"encoder\.head\..*")
     state.rename((r"^encoder\.", ""), *OUR_SWIN_NAMES)
     swin = section(config, "MODEL", "SWINV2") or section(config, "MODEL", "SWIN")
+    refuse_other(swin, "its config", QK_SCALE=None)
     return convert_windows(
         state,
         given,
@@ -89,17 +100,14 @@ def _target(config: Any) -> PixelTarget:
     settings = section(config, "MODEL", "SIMMIM", "NORM_TARGET")
     if settings.get("ENABLE") is not True:
         return "pixels"
-    if (size := whole(settings, "PATCH_SIZE") or NEIGHBOURHOOD) != NEIGHBOURHOOD:
-        raise CheckpointError(f"its config has NORM_TARGET.PATCH_SIZE {size}; only {NEIGHBOURHOOD} is read")
+    refuse_other(settings, "its config (NORM_TARGET)", PATCH_SIZE=NEIGHBOURHOOD)
     return "locally_normalized_pixels"
 
 
 def mask_rule(data: Mapping[str, Any]) -> tuple[MaskRule, str] | None:
     """The rule that the file's own config states, if any."""
-    ratio, unit = data.get("MASK_RATIO"), whole(data, "MASK_PATCH_SIZE")
-    if isinstance(ratio, float) and 0 < ratio < 1 and unit:
-        return MaskRule("block", ratio, unit), "file"
-    return None
+    stated, unit = ratio(data, "MASK_RATIO"), whole(data, "MASK_PATCH_SIZE")
+    return (MaskRule("block", stated, unit), "file") if stated and unit else None
 
 
 def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:

@@ -1,21 +1,31 @@
-"""Mean and standard deviation by which a model's images were normalised: what lies beside the weights states."""
+"""How a model's images were prepared, as far as it lies beside the weights: mean, standard deviation, size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from mto_analysis.checkpoints.metadata import numbers, openmmlab_config, section, slowfast_config, within
+from mto_analysis.checkpoints.metadata import (
+    numbers,
+    openmmlab_config,
+    refuse_other,
+    section,
+    size,
+    slowfast_config,
+    within,
+)
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
 
-__all__ = ["IMAGE_CHANNELS", "Statistics", "stated_statistics", "unpublished_statistics"]
+__all__ = ["IMAGE_CHANNELS", "Statistics", "prepared_size", "stated_statistics", "unpublished_statistics"]
 
 #: Of a colour image; what is published of means and deviations is for these.
 IMAGE_CHANNELS = 3
 _LARGEST_BYTE = 255
+_SOURCE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -71,29 +81,50 @@ def unpublished_statistics(channels: int) -> Statistics:
     return Statistics(*rounded, "assumed", f"{words}: the file does not say; give --mean and --std")
 
 
-def stated_statistics(raw: RawCheckpoint) -> Statistics | None:
+def stated_statistics(raw: RawCheckpoint, channels: int) -> Statistics | None:
     """Of a Hugging Face ``preprocessor_config.json``, or of the config of mmpretrain or PySlowFast, if any."""
     if raw.preprocessor:
-        return _of_preprocessor(raw)
+        return _of_preprocessor(raw.preprocessor, channels)
     bytes_ = section(openmmlab_config(raw), "data_preprocessor")
     mean, std = numbers(bytes_.get("mean")), numbers(bytes_.get("std"))
     if mean and std:
         scaled = [tuple(round(value / _LARGEST_BYTE, 6) for value in values) for values in (mean, std)]
         return Statistics(scaled[0], scaled[1], "file")
     data = section(slowfast_config(raw), "DATA")
+    refuse_other(data, "its config (DATA)", REVERSE_INPUT_CHANNEL=False)
     mean, std = numbers(data.get("MEAN")), numbers(data.get("STD"))
     return Statistics(mean, std, "file") if mean and std else None
 
 
-def _of_preprocessor(raw: RawCheckpoint) -> Statistics | None:
+def prepared_size(raw: RawCheckpoint) -> ImageSize | None:
+    """Size of the images that a Hugging Face ``preprocessor_config.json`` makes, where it is always the same."""
     settings = raw.preprocessor
-    source = "preprocessor_config.json"
-    if settings.get("do_rescale") is False or not math.isclose(
-        within(settings, "rescale_factor", 1 / _LARGEST_BYTE), 1 / _LARGEST_BYTE, rel_tol=1e-3
-    ):
-        raise CheckpointError(f"{source}: only pixels scaled by 1/255 are read (do_rescale, rescale_factor)")
-    mean, std = numbers(settings.get("image_mean")), numbers(settings.get("image_std"))
+    cropped = settings.get("do_center_crop") is True
+    if not cropped and settings.get("do_resize") is False:
+        return None
+    stated = settings.get("crop_size" if cropped else "size")
+    if isinstance(stated, Mapping):  # of the shorter side alone, the other one follows the image
+        stated = [stated.get("height"), stated.get("width")]
+    return size({"size": stated}, "size")
+
+
+def _of_preprocessor(settings: Mapping[str, Any], channels: int) -> Statistics | None:
+    factor = within(settings, "rescale_factor", 1 / _LARGEST_BYTE)
+    if settings.get("do_rescale") is False or not math.isclose(factor, 1 / _LARGEST_BYTE, rel_tol=1e-3):
+        raise CheckpointError(f"{_SOURCE}: only pixels scaled by 1/255 are read (do_rescale, rescale_factor)")
     if settings.get("do_normalize") is False:
-        channels = len(mean or IMAGENET_MEAN)
-        return Statistics((0.0,) * channels, (1.0,) * channels, source)
-    return Statistics(mean, std, source) if mean and std else None
+        return Statistics((0.0,) * channels, (1.0,) * channels, _SOURCE)
+    mean, std = (_of_channels(settings, name, channels) for name in ("image_mean", "image_std"))
+    if (mean is None) != (std is None):
+        raise CheckpointError(f"{_SOURCE} has only one of image_mean and image_std; give --mean and --std")
+    return Statistics(mean, std, _SOURCE) if mean is not None and std is not None else None
+
+
+def _of_channels(settings: Mapping[str, Any], name: str, channels: int) -> tuple[float, ...] | None:
+    """One number for each channel, or one for all."""
+    if (stated := settings.get(name)) is None:
+        return None
+    values = numbers(stated) or numbers([stated] * channels)
+    if values is None:
+        raise CheckpointError(f"{_SOURCE}: {name} must be numbers, got {stated!r}; give --mean and --std")
+    return values

@@ -49,6 +49,7 @@ def convert_windows(
     pretrained: Sequence[float] | None = None,
     rule: tuple[MaskRule, str] | None = None,
     target: PixelTarget = "pixels",
+    criterion: Literal["l1", "l2"] = "l1",
     eps: float = 1e-5,
 ) -> Conversion:
     """A :class:`SimMIMSwin` from tensors under our names.
@@ -60,6 +61,7 @@ def convert_windows(
         window: That a config states, for version 2, whose tensors do not tell.
         pretrained: Windows of the stages by which a config says that version 2 scales offsets.
         target: What a config says that the decoder predicts.
+        criterion: Error of its loss.
         rule: Mask rule that a config states, and where it comes from.
         eps: Of the layer norms.
 
@@ -123,7 +125,7 @@ def convert_windows(
         patch_size=patch_size,
         mask_rule=mask_rule,
         target=target if model.decoder else None,
-        criterion="l1" if model.decoder else None,
+        criterion=criterion if model.decoder else None,
         mask_rule_source=source,
         assumptions=tuple(notes),
     )
