@@ -141,5 +141,5 @@ def _check_call(function: _Value, arguments: _Value) -> None:
     if function.constant == "_codecs.encode" and [part.constant for part in arguments.parts[1:]] not in _BYTES_AS_TEXT:
         raise CheckpointError("encodes text in a way no checkpoint needs: it may be an attack; nothing was run")
     # Of a number, it would be as many bytes.
-    if function.constant == "builtins.bytearray" and not isinstance(arguments.parts[0].constant, (str, bytes)):
+    if function.constant == "builtins.bytearray" and isinstance(arguments.parts[0].constant, int):
         raise CheckpointError("asks for more memory than a checkpoint needs: it may be an attack; nothing was run")
