@@ -24,6 +24,7 @@ from PIL import Image
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
+import mto_analysis
 from mto_analysis import (
     image_batches,
     load_checkpoint,
@@ -886,3 +887,23 @@ def test_heterogeneity__measures_a_vit_b_in_the_official_layout(tmp_path: Path, 
     assert table["layer_depth"].tolist() == list(range(9))
     assert (table["num_visible"] == 49).all()
     assert (table["model"] == "mae_pretrain_vit_base_full").all()
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help__has_a_short_name_in_every_command(flag: str) -> None:
+    for arguments in ([], ["heterogeneity"], ["evaluate", "knn"], ["checkpoints", "list"]):
+        shown = CliRunner().invoke(app, [*arguments, flag], prog_name="mto-analyze")
+        assert shown.exit_code == 0, shown.output
+        assert " ".join(["mto-analyze", *arguments]) in shown.output
+
+
+def test_version__is_that_of_the_distribution_and_imports_no_torch() -> None:
+    program = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('mto_analysis', run_name='__main__')"
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith(
+        f"mto-analyze {mto_analysis.__version__} (torch {torch.__version__.partition('+')[0]}"
+    )
+    assert "mto_analyze" in shown.stderr
+    assert not any(line.rpartition("|")[2].strip() == "torch" for line in shown.stderr.splitlines())

@@ -1,5 +1,7 @@
 """``mto-analyze``: parse, call one library function, print or write. Heavy imports wait until a command runs."""
 
+from typing import Annotated
+
 import typer
 
 from mto_analyze.affinity import affinity
@@ -24,11 +26,30 @@ app = typer.Typer(
     name="mto-analyze",
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer.",
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    """The versions of this package and of torch, read from what is installed: torch is not imported."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mto-analyze {version('mto-analysis')} (torch {version('torch')}, timm {version('timm')})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer."""
+
+
 for command in (
     *(demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables),
     *(pretrain, experiment, figures),
