@@ -28,7 +28,7 @@ import torch
 from mto_cost import Training, mae, simmim
 from torch import Tensor
 
-from mto_analysis.affinity import entropies, heterogeneity
+from mto_analysis.affinity import TokenSplit, entropies, heterogeneity
 from mto_analysis.images import ImageBatch
 from mto_analysis.masks import mask_keys
 from mto_analysis.models import MaskedImageModel
@@ -76,7 +76,7 @@ def differences(device: str) -> Iterator[str]:
     }
 
     def losses_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        x, split = x.clone().requires_grad_(), entropies.SortedMask.of(mask, 1)
+        x, split = x.clone().requires_grad_(), TokenSplit(mask, 1)
         masked, visible = entropies.token_products(x, split, with_visible=True)
         h = entropies.masked_rows_entropy([masked, *entropies.token_products(x, split)], split)
         rows = entropies.visible_rows_entropy(masked, visible, split)

@@ -16,6 +16,7 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "RecipeError",
+    "StackError",
 ]
 
 
@@ -88,3 +89,9 @@ class NumericalError(MTOAnalysisError, ArithmeticError):
     """A computed value is not finite (exit code 5)."""
 
     exit_code = 5
+
+
+class StackError(MTOAnalysisError, RuntimeError):
+    """Masked tokens of a live model cannot be found, or do not agree with the mask that it was given (exit code 3)."""
+
+    exit_code = 3

@@ -3,7 +3,8 @@ import reference_mto as reference
 import torch
 
 from mto_analysis import heterogeneity
-from mto_analysis.affinity.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
+from mto_analysis.affinity import TokenSplit
+from mto_analysis.affinity.entropies import masked_rows_entropy, token_products, visible_rows_entropy
 
 EQUAL = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]]).bool()
 RAGGED = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1]]).bool()
@@ -35,7 +36,7 @@ def both_entropies(tokens, split, *, include_self=True):
 @MASKS
 def test_masked_rows_entropy__equals_slow_reference_with_gradient(mask):
     tokens, slow = tokens_for(mask), tokens_for(mask)
-    value = masked_entropy(tokens, SortedMask.of(mask))
+    value = masked_entropy(tokens, TokenSplit(mask))
     expected = torch.stack([reference.heterogeneity(each, row) for each, row in zip(slow, mask, strict=True)])
     torch.testing.assert_close(value, expected)
     weighted(value).backward()
@@ -47,7 +48,7 @@ def test_masked_rows_entropy__equals_slow_reference_with_gradient(mask):
 @INCLUDE_SELF
 def test_visible_rows_entropy__equals_slow_reference_with_gradient(mask, include_self):
     tokens, slow = tokens_for(mask), tokens_for(mask)
-    values = both_entropies(tokens, SortedMask.of(mask), include_self=include_self)
+    values = both_entropies(tokens, TokenSplit(mask), include_self=include_self)
     pairs = list(zip(slow, mask, strict=True))
     expected = (
         torch.stack([reference.heterogeneity(*pair) for pair in pairs]),
@@ -63,7 +64,7 @@ def test_visible_rows_entropy__equals_slow_reference_with_gradient(mask, include
 def test_masked_rows_entropy__layers_do_not_mix(mask):
     layers = [tokens_for(mask, scale=scale) for scale in (0.3, 1.0, 2.0)]
     alone = [each.detach().clone().requires_grad_() for each in layers]
-    split = SortedMask.of(mask)
+    split = TokenSplit(mask)
     products = [token_products(each, split)[0] for each in layers]
     together = masked_rows_entropy([products[0], products[1].detach(), products[2]], split)
     expected = torch.stack([masked_entropy(each, split) for each in alone])
@@ -79,14 +80,14 @@ def test_masked_rows_entropy__layers_do_not_mix(mask):
 @MASKS
 @INCLUDE_SELF
 def test_entropies__pass_gradcheck(mask, include_self):
-    split = SortedMask.of(mask)
+    split = TokenSplit(mask)
     assert torch.autograd.gradcheck(lambda x: masked_entropy(x, split), tokens_for(mask))
     assert torch.autograd.gradcheck(lambda x: both_entropies(x, split, include_self=include_self), tokens_for(mask))
 
 
 def test_entropies__refuse_a_second_derivative():
     tokens = tokens_for(EQUAL)
-    value = masked_entropy(tokens, SortedMask.of(EQUAL)).square().sum()
+    value = masked_entropy(tokens, TokenSplit(EQUAL)).square().sum()
     (gradient,) = torch.autograd.grad(value, tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -95,11 +96,11 @@ def test_entropies__refuse_a_second_derivative():
 @MASKS
 def test_entropies__prefix_tokens_neither_count_nor_get_gradients(mask):
     tokens = tokens_for(mask, prefix=2)
-    split = SortedMask.of(mask, prefix_tokens=2)
+    split = TokenSplit(mask, prefix_tokens=2)
     bare = tokens.detach()[:, 2:].clone().requires_grad_()
     for function in (masked_entropy, both_entropies):
         tokens.grad = bare.grad = None
-        values, expected = function(tokens, split), function(bare, SortedMask.of(mask))
+        values, expected = function(tokens, split), function(bare, TokenSplit(mask))
         torch.testing.assert_close(values, expected)
         weighted(*(values if isinstance(values, tuple) else [values])).backward()
         weighted(*(expected if isinstance(expected, tuple) else [expected])).backward()
@@ -110,7 +111,7 @@ def test_entropies__prefix_tokens_neither_count_nor_get_gradients(mask):
 @MASKS
 def test_masked_rows_entropy__equals_the_measure(mask):
     tokens = tokens_for(mask, dtype=torch.float32).detach()
-    torch.testing.assert_close(masked_entropy(tokens, SortedMask.of(mask)), heterogeneity(tokens, mask))
+    torch.testing.assert_close(masked_entropy(tokens, TokenSplit(mask)), heterogeneity(tokens, mask))
 
 
 def test_entropies__unchanged_when_patches_are_reordered_with_the_mask():
@@ -118,8 +119,8 @@ def test_entropies__unchanged_when_patches_are_reordered_with_the_mask():
     tokens = tokens_for(RAGGED).detach()
     for function in (masked_entropy, both_entropies):
         there, here = (
-            function(tokens[:, order], SortedMask.of(RAGGED[:, order])),
-            function(tokens, SortedMask.of(RAGGED)),
+            function(tokens[:, order], TokenSplit(RAGGED[:, order])),
+            function(tokens, TokenSplit(RAGGED)),
         )
         torch.testing.assert_close(there, here)
 
@@ -131,7 +132,7 @@ def test_entropies__finite_where_p_log_p_is_not(mask, dtype):
     products = tokens.float() @ tokens.float().mT
     p = products.softmax(-1)
     assert (p * p.log()).isnan().any()  # what the plain form would give
-    split = SortedMask.of(mask)
+    split = TokenSplit(mask)
     h, rows = both_entropies(tokens, split, include_self=False)
     total = h.sum() + rows.sum() + masked_entropy(tokens, split).sum()
     total.backward()
@@ -146,7 +147,7 @@ def test_entropies__finite_where_p_log_p_is_not(mask, dtype):
 def test_entropies__full_precision_inside_autocast(dtype, mask):
     tokens = tokens_for(mask, dim=64, dtype=torch.float32)
     plain = tokens_for(mask, dim=64, dtype=torch.float32)
-    split = SortedMask.of(mask)
+    split = TokenSplit(mask)
     with torch.autocast("cpu", dtype):
         values = *both_entropies(tokens, split), masked_entropy(tokens, split)
         weighted(*values).backward()  # some scripts call it inside, too
@@ -157,7 +158,7 @@ def test_entropies__full_precision_inside_autocast(dtype, mask):
 
 
 def test_entropies__name_tokens_that_do_not_fit():
-    split = SortedMask.of(EQUAL)
+    split = TokenSplit(EQUAL)
     for bad in (torch.zeros(2, 7, 4), torch.zeros(3, 6, 4), torch.zeros(6, 4)):
         with pytest.raises(ValueError, match="tokens must be"):
             masked_entropy(bad, split)
@@ -172,6 +173,6 @@ def test_entropies__name_tokens_that_do_not_fit():
         (torch.ones(4).bool(), "must be bool"),
     ],
 )
-def test_sorted_mask__names_the_rule(mask, message):
+def test_token_split__names_the_rule(mask, message):
     with pytest.raises(ValueError, match=message):
-        SortedMask.of(mask)
+        TokenSplit(mask)

@@ -15,6 +15,7 @@ from torch import nn
 from training_models import CASES, Case, draw_mask, make_images
 
 from mto_analysis import MaskRule, ModelInfo, load_checkpoint
+from mto_analysis.errors import StackError
 from mto_analysis.models import MAE, MAEConfig, SimMIM, SimMIMConfig
 from mto_analysis.mto import CollapseWarning, MTOConfig, StackSpec, attach_mto, mto_loss, ranking_loss
 
@@ -236,12 +237,52 @@ def test_attach__loss_twice_raises():
         mto.loss()
 
 
-def test_attach__a_new_forward_replaces_the_last_one():
-    model = build(MAE_CASE)
+def test_attach__loss_is_the_mean_over_images_of_all_forwards_since_the_last():
+    case = CASES["conmim"]
+    model, masks = build(case), [draw_mask(0, masked=(10, 7, 12)), draw_mask(1, masked=(0, 5, foreign.NUM))]
     twin = copy.deepcopy(model)
     mto = attach_mto(model, CONFIG)
-    MAE_CASE.run(model, 0)  # its loss is never asked for
-    assert_same(attached_way(MAE_CASE, model, mto, 1), slow_way(MAE_CASE, twin, 1), rtol=1e-5, atol=1e-6)
+    kept = []
+    for mask in masks:
+        tokens, handles = keep_tokens(case.stacks(twin))
+        for each in (model, twin):
+            each(make_images(), bool_masked_pos=mask)
+        for handle in handles:
+            handle.remove()
+        some = mask.any(dim=1) & ~mask.all(dim=1)
+        kept.append(mto_loss([tokens[0, depth][some, 1:] for depth in range(len(tokens))], mask[some], CONFIG).loss)
+    expected = (3 * kept[0] + kept[1]) / 4  # of the second forward one image has masked and visible patches
+    loss = mto.loss()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim vit", "simmim swin, non-reentrant"])
+def test_attach__a_graph_that_was_freed_is_said(name):
+    case = CASES[name]
+    model = build(case)
+    twin = copy.deepcopy(model)
+    mto = attach_mto(model, CONFIG)
+    case.run(model, 0)[0].backward()
+    case.run(model, 1)
+    with pytest.raises(StackError, match=r"freed the graph.*loss\(\) before backward\(\)"):
+        mto.loss()
+    assert_same(attached_way(case, model, mto, 2), slow_way(case, twin, 2), rtol=1e-4, atol=1e-6)
+    case.run(model, 0)[0].backward()
+    mto.forget()
+    assert_same(attached_way(case, model, mto, 3), slow_way(case, twin, 3), rtol=1e-4, atol=1e-6)
+
+
+def test_attach__a_graph_that_is_kept_can_be_used():
+    model = build(MAE_CASE)
+    mto = attach_mto(model, CONFIG)
+    own, _ = MAE_CASE.run(model, 0)
+    own.backward(retain_graph=True)
+    mto.loss().backward()
 
 
 def test_attach__gradients_accumulate():
@@ -306,9 +347,9 @@ def test_attach__does_not_keep_the_tokens_after_loss():
     model = build(case)
     mto = attach_mto(model)
     case.run(model, 0)
-    assert any(losses.waiting for losses in mto._losses)
+    assert any(forward.waiting for stack in mto._stacks for forward in stack.forwards)
     mto.loss()
-    assert not any(losses.waiting or losses.products for losses in mto._losses)
+    assert not any(stack.forwards or stack.running for stack in mto._stacks)
 
 
 def test_conmim__the_teacher_in_train_mode_is_not_counted():
@@ -358,9 +399,9 @@ def test_swin__mask_units_smaller_than_a_cell_are_refused():
     model = build(CASES["simmim swin"])
     attached = attach_mto(model)
     mask = draw_mask(0, masked=(20, 20, 20), grid=8)
-    with pytest.raises(RuntimeError, match="cuts through merged tokens"):
-        model(make_images(), mask.view(3, 8, 8).long())
-    attached.detach()
+    model(make_images(), mask.view(3, 8, 8).long())  # nothing of ours stops it
+    with pytest.raises(StackError, match="cuts through merged tokens"):
+        attached.loss()
 
 
 class WholeStackCheckpointed(foreign.VisionTransformerForSimMIM):
@@ -487,10 +528,17 @@ def test_stack_spec__explicit(way):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": []}, "needs blocks"),
-        ({"prefix_tokens": -1}, "prefix_tokens of at least 0"),
-        ({}, "either masked_row or mask"),
-        ({"masked_row": torch.ones, "mask": torch.ones}, "either masked_row or mask"),
+        ({"blocks": []}, "needs blocks or taps"),
+        ({"taps": [(nn.Identity(), "input"), (nn.Identity(), "output")]}, "needs blocks or taps, one of them"),
+        ({"blocks": [], "taps": [(nn.Identity(), "input")]}, "needs two taps or more"),
+        ({"blocks": [], "taps": [(nn.Identity(), "input"), (nn.Identity(), "middle")]}, "'input'.*or.*'output'"),
+        ({"blocks": nn.ModuleList([nn.ModuleList()])}, r"ModuleList among its blocks.*taps="),
+        ({"blocks": [nn.Linear(2, 2)]}, r"Linear among its blocks.*taps="),
+        ({"prefix_tokens": -1}, "prefix_tokens of at least 0, or 'auto', got -1"),
+        ({"prefix_tokens": "some"}, "or 'auto', got some"),
+        ({}, "needs mask_token, masked_row or mask"),
+        ({"mask": "bool_masked_pos"}, "'argument:NAME' or 'argument:~NAME'"),
+        ({"mask": torch.ones, "present": "none"}, "'all' or 'subset'"),
     ],
 )
 def test_stack_spec__names_the_rule(settings, message):

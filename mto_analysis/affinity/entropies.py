@@ -13,176 +13,22 @@ All is float32 or better inside autocast too: autocast leaves products alone tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mto_analysis.affinity.matrix import entropy_from_sums, masked_first_order
-from mto_analysis.masks import check_mask
+from mto_analysis.affinity.matrix import entropy_from_sums
+from mto_analysis.affinity.split import TokenSplit
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.runtime.precision import fast_float32
 
-__all__ = ["SortedMask", "masked_rows_entropy", "token_products", "visible_rows_entropy"]
+__all__ = ["masked_rows_entropy", "token_products", "visible_rows_entropy"]
 
 # Subnormal numbers take a processor a hundred times as long: weights, slopes and their products stay above them.
 # Weights of e^-60 of the greatest change no sum in float32 and none that matters in float64.
 _LEAST_LOGIT = -60.0
-
-
-@dataclass(frozen=True, eq=False)
-class SortedMask:
-    """A batch of masks, sorted once for all layers: the patches of each image masked first, then visible.
-
-    Images may have different counts. Then ``most_masked`` patches from the front hold all masked ones of every image,
-    ``most_visible`` from the back all visible ones, and ``masked_ok``, ``visible_ok`` say which of these are meant
-    (``None`` where all are). All layers share ``scratch`` memory.
-
-    Shapes:
-        order: batch num_patches
-        num_masked: batch
-    """
-
-    order: Tensor
-    num_masked: Tensor
-    most_masked: int
-    most_visible: int
-    prefix_tokens: int
-    scratch: Scratch
-    _kept: dict[tuple[str, torch.dtype, int], _Sorted] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        mask: Tensor,
-        prefix_tokens: int = 0,
-        counts: tuple[int, int] | None = None,
-        scratch: Scratch | None = None,
-    ) -> SortedMask:
-        """Sort a mask.
-
-        Shapes:
-            mask: batch num_patches
-
-        Args:
-            mask: True where masked.
-            prefix_tokens: Tokens in front of the patches in what is to be measured.
-            counts: The least and the greatest number of masked patches of an image, where they are known: to ask the
-                mask for them is to wait for the device.
-            scratch: Memory to work in, of one forward after the other; by default its own.
-
-        Raises:
-            ValueError: If a row masks no patch or every patch.
-        """
-        batch, num_patches = mask.shape if mask.ndim == 2 else (0, 0)
-        num_masked = mask.sum(dim=-1)
-        if counts is None:
-            counts = (0, 0)
-            if batch:
-                counts = tuple(torch.stack(num_masked.aminmax()).tolist())
-        fewest, most = counts
-        if mask.dtype != torch.bool or fewest < 1 or most >= num_patches:
-            check_mask(mask)  # has the message
-        order = masked_first_order(mask)
-        return cls(order, num_masked, most, num_patches - fewest, prefix_tokens, scratch or Scratch())
-
-    @property
-    def num_patches(self) -> int:
-        """Of an image."""
-        return self.order.shape[1]
-
-    @cached_property
-    def num_visible(self) -> Tensor:
-        """Visible patches of each image, ``batch``."""
-        return self.num_patches - self.num_masked
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Rows of the flattened tokens: ``most_masked`` of each image, then ``most_visible`` of each image."""
-        image = torch.arange(len(self.order), device=self.order.device)[:, None]
-        rows = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens + self.order
-        return torch.cat([rows[:, : self.most_masked].flatten(), rows[:, -self.most_visible :].flatten()])
-
-    @cached_property
-    def places(self) -> Tensor:
-        """Place of each token among ``rows``, ``batch * num_tokens``; of a prefix token one past the end."""
-        batch, device = len(self.order), self.order.device
-        image = torch.arange(batch, device=device)[:, None]
-        place = torch.arange(self.num_patches, device=device)
-        masked = image * self.most_masked + place
-        visible = batch * self.most_masked + image * self.most_visible + place - (self.num_patches - self.most_visible)
-        places = torch.full((batch, self.prefix_tokens + self.num_patches), len(self.rows), device=device)
-        kind = torch.where(place < self.num_masked[:, None], masked, visible)
-        places[:, self.prefix_tokens :].scatter_(1, self.order, kind)
-        return places.flatten()
-
-    @cached_property
-    def masked_ok(self) -> Tensor | None:
-        """Which of the ``most_masked`` from the front are masked, ``batch most_masked``."""
-        if self.most_masked + self.most_visible == self.num_patches:
-            return None
-        place = torch.arange(self.most_masked, device=self.order.device)
-        return place < self.num_masked[:, None]
-
-    @cached_property
-    def visible_ok(self) -> Tensor | None:
-        """Which of the ``most_visible`` from the back are visible, ``batch most_visible``."""
-        if self.most_masked + self.most_visible == self.num_patches:
-            return None
-        place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
-        return place >= self.num_masked[:, None]
-
-    def sort(self, tokens: Tensor) -> _Sorted:
-        """The patches of each image in sorted order, in at least float32; in scratch memory, until the next call."""
-        x = self.memory("sorted", tokens)
-        flat = tokens.flatten(0, 1)
-        if x.patches.dtype == tokens.dtype:
-            torch.index_select(flat, 0, self.rows, out=x.patches)
-        else:
-            x.patches.copy_(flat.index_select(0, self.rows))
-        return x
-
-    def unsort(self, gradient: _Sorted, tokens: Tensor) -> Tensor:
-        """The gradient of ``tokens`` from that of :meth:`sort`; prefix tokens have none."""
-        gradient.prefix.zero_()
-        return gradient.whole.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
-
-    def memory(self, use: str, tokens: Tensor) -> _Sorted:
-        """Scratch memory for patches in sorted order."""
-        key = use, tokens.dtype, tokens.shape[-1]
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._new_memory(use, tokens)
-            if tokens.device.type == "cpu":  # there to make views anew for each layer takes as long as an entropy
-                self._kept[key] = kept
-        return kept
-
-    def _new_memory(self, use: str, tokens: Tensor) -> _Sorted:
-        batch, dim = len(self.order), tokens.shape[-1]
-        x = self.scratch(use, tokens, len(self.rows) + 1, dim)
-        masked, visible, prefix = torch.split(x, [batch * self.most_masked, batch * self.most_visible, 1])
-        return _Sorted(masked.view(batch, -1, dim), visible.view(batch, -1, dim), prefix, x[:-1], x)
-
-
-class _Sorted(NamedTuple):
-    """Patches of a batch in sorted order, as views of one memory; each kind lies without gaps, as products like it.
-
-    Shapes:
-        masked: batch most_masked dim
-        visible: batch most_visible dim
-        prefix: 1 dim (one for all prefix tokens)
-        patches: batch * (most_masked + most_visible), dim
-        whole: the same and 1 more, dim
-    """
-
-    masked: Tensor
-    visible: Tensor
-    prefix: Tensor
-    patches: Tensor
-    whole: Tensor
 
 
 def _multiply(columns: Tensor, rows: Tensor) -> Tensor:
@@ -196,7 +42,7 @@ class _Products(torch.autograd.Function):
     """Dot products of masked with visible tokens, and if wanted of visible ones with each other."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, split: SortedMask, with_visible: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tokens: Tensor, split: TokenSplit, with_visible: bool) -> tuple[Tensor, ...]:
         ctx.split = split
         ctx.save_for_backward(tokens)
         with fast_float32(tokens.device):
@@ -208,7 +54,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_masked: Tensor, grad_visible: Tensor | None = None) -> tuple[Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
-        split: SortedMask = ctx.split
+        split: TokenSplit = ctx.split
         with fast_float32(tokens.device):
             x_m, x_v, *_ = split.sort(tokens)
             gradient = split.memory("gradient", tokens)
@@ -264,7 +110,7 @@ def _as_it_is(saved: Tensor) -> Tensor:
     return saved
 
 
-def token_products(tokens: Tensor, split: SortedMask, *, with_visible: bool = False) -> tuple[Tensor, ...]:
+def token_products(tokens: Tensor, split: TokenSplit, *, with_visible: bool = False) -> tuple[Tensor, ...]:
     """Dot products of one layer depth, from which the entropies are made.
 
     Shapes:
@@ -288,7 +134,7 @@ def token_products(tokens: Tensor, split: SortedMask, *, with_visible: bool = Fa
     return products
 
 
-def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor:
+def masked_rows_entropy(products: Sequence[Tensor], split: TokenSplit) -> Tensor:
     """Heterogeneity, Eq. (2), of some layer depths at once, with an analytic first derivative.
 
     The same values as :func:`affinity.heterogeneity`.
@@ -298,7 +144,7 @@ def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor
         returns: layers batch (nats)
 
     Example:
-        >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
+        >>> split = TokenSplit(torch.tensor([[True, True, False, False]]))
         >>> products, = token_products(torch.zeros(1, 4, 8), split)
         >>> masked_rows_entropy([products], split)
         tensor([[0.6931]])
@@ -310,7 +156,7 @@ def masked_rows_entropy(products: Sequence[Tensor], split: SortedMask) -> Tensor
     return h
 
 
-def visible_rows_entropy(masked: Tensor, visible: Tensor, split: SortedMask, *, include_self: bool = True) -> Tensor:
+def visible_rows_entropy(masked: Tensor, visible: Tensor, split: TokenSplit, *, include_self: bool = True) -> Tensor:
     """Sum over visible rows of the entropy over all tokens, Eq. (3), with an analytic first derivative.
 
     Shapes:
@@ -324,7 +170,7 @@ def visible_rows_entropy(masked: Tensor, visible: Tensor, split: SortedMask, *, 
         include_self: Whether a row's own token is among its columns, as printed.
 
     Example:
-        >>> split = SortedMask.of(torch.tensor([[True, True, False, False]]))
+        >>> split = TokenSplit(torch.tensor([[True, True, False, False]]))
         >>> visible_rows_entropy(*token_products(torch.zeros(1, 4, 8), split, with_visible=True), split)
         tensor([2.7726])
     """

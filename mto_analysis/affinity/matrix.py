@@ -6,34 +6,22 @@ Half precision is raised to float32; float64 stays float64.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mto_analysis.masks import check_mask
-from mto_analysis.runtime.memory import Scratch
-from mto_analysis.runtime.precision import fast_float32
+from mto_analysis.affinity.split import TokenSplit
 
 __all__ = [
     "Quadrants",
-    "TokenSplit",
     "affinity_matrix",
     "entropy_from_sums",
     "heterogeneity",
-    "masked_first_order",
     "quadrant_mass",
     "row_entropy",
     "split_quadrants",
 ]
-
-# On a CPU images of a batch are gathered and multiplied a few at a time: the copies then stay in the cache, and memory
-# above the model's own forward stays at a few MB for any batch. Elsewhere many small steps would cost more than the
-# forward itself.
-_IMAGES_AT_ONCE = {"cpu": 4}
-_IMAGES_AT_ONCE_ELSEWHERE = 128
 
 
 def row_entropy(logits: Tensor) -> Tensor:
@@ -75,100 +63,6 @@ def entropy_from_sums(total: Tensor, moment: Tensor) -> Tensor:
         tensor([0.6931])
     """
     return total.log() - moment / total
-
-
-class TokenSplit:
-    """Where the masked and visible tokens of a batch are: sorted once per mask, used at every layer depth.
-
-    Args:
-        mask: ``batch num_patches``, True = masked; counts may differ between rows.
-        scratch: Memory to work in, shared with other splits; by default its own.
-
-    Raises:
-        ValueError: If the mask is not bool, or a row masks no patch or every patch.
-    """
-
-    def __init__(self, mask: Tensor, scratch: Scratch | None = None) -> None:
-        check_mask(mask)
-        self.mask = mask
-        self.order = masked_first_order(mask)
-        self.num_masked = mask.sum(dim=1)
-        # Images of the same count form one block; a batch of equal counts keeps its order.
-        rows_of: dict[int, list[int]] = {}
-        for row, count in enumerate(self.num_masked.tolist()):
-            rows_of.setdefault(count, []).append(row)
-        self.counts = frozenset(rows_of)
-        at_once = _IMAGES_AT_ONCE.get(mask.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
-        self._blocks = [
-            (torch.tensor(rows[start : start + at_once], device=mask.device), count)
-            for count, rows in rows_of.items()
-            for start in range(0, len(rows), at_once)
-        ]
-        self.scratch = scratch or Scratch()
-        # Rows of the tokens' storage in sorted order, by block and by how many rows lie between two images.
-        self._storage_rows: dict[tuple[int, int], Tensor] = {}
-        self._back = torch.cat([rows for rows, _ in self._blocks]).argsort()
-        self._in_order = len(self._blocks) == 1  # images of one count keep their order
-
-    def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
-        """Reduce the tokens of a few images at a time, sorted masked first, to one value or row of values per image.
-
-        Args:
-            tokens: ``batch num_patches dim``.
-            reduce: From sorted tokens ``some num_patches dim`` (at least float32) and their number of masked tokens to
-                ``some ...``. The tokens lie in memory that is used again: keep no view of them.
-            per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
-
-        Raises:
-            ValueError: If tokens do not fit the mask.
-        """
-        if tokens.ndim != 3 or tokens.shape[:2] != self.mask.shape:
-            raise ValueError(
-                f"tokens must be [batch, num_patches, dim] with a mask [batch, num_patches], "
-                f"got tokens {list(tokens.shape)} and mask {list(self.mask.shape)}"
-            )
-        # Under autocast the product would be made in half precision again.
-        device = tokens.device.type
-        inside = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext(), fast_float32(device):
-            parts = [
-                reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
-                for block, (rows, num_masked) in enumerate(self._blocks)
-            ]
-        return parts[0] if self._in_order else torch.cat(parts)[self._back]
-
-    def _sorted(self, tokens: Tensor, block: int) -> Tensor:
-        rows = self._blocks[block][0]
-        between, row, along = tokens.stride()
-        if (tokens.requires_grad and torch.is_grad_enabled()) or along != 1 or row < 1 or between % row:
-            dtype = torch.promote_types(tokens.dtype, torch.float32)
-            return tokens[rows[:, None], self.order[rows]].to(dtype)
-        # Tokens behind prefix tokens are a view: taken as rows of its storage, nothing is copied but the rows wanted.
-        key = block, between // row
-        if key not in self._storage_rows:
-            self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
-        batch, count, dim = tokens.shape
-        flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
-        x = self.scratch("sorted", tokens, len(rows) * count, dim)
-        if x.dtype == tokens.dtype:
-            torch.index_select(flat, 0, self._storage_rows[key], out=x)
-        else:
-            x.copy_(flat.index_select(0, self._storage_rows[key]))
-        return x.view(len(rows), count, dim)
-
-
-def masked_first_order(mask: Tensor) -> Tensor:
-    """Order of patches with the masked ones first, each kind in row-major order.
-
-    Shapes:
-        mask: batch num_patches
-        returns: batch num_patches (indices)
-
-    Example:
-        >>> masked_first_order(torch.tensor([[False, True, False, True]]))
-        tensor([[1, 3, 0, 2]])
-    """
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def heterogeneity(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:

@@ -4,7 +4,7 @@ from mto_analysis.mto.attach import MTO, attach_mto
 from mto_analysis.mto.losses import MTOConfig, MTOTerms, embedding_loss, mto_loss, ranking_loss, sparsity_loss
 from mto_analysis.mto.watch import Watch, watch_mto
 from mto_analysis.taps.hooks import CollapseWarning
-from mto_analysis.taps.structures import StackSpec
+from mto_analysis.taps.stacks import StackSpec
 
 __all__ = [
     "MTO",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.affinity.entropies import SortedMask
+from mto_analysis.affinity import TokenSplit
+from mto_analysis.errors import StackError
 from mto_analysis.mto.losses import LayerProducts, MTOConfig, MTOTerms, combine_terms, layer_products
 from mto_analysis.runtime.memory import Scratch
-from mto_analysis.taps.hooks import COLLAPSED, Attached, StackForward, warn_of
-from mto_analysis.taps.structures import StackSpec, find_stacks, unwrap
+from mto_analysis.taps.forward import Forward, Stack
+from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
+from mto_analysis.taps.search import find_stacks, unwrap
+from mto_analysis.taps.stacks import StackSpec
 
 __all__ = ["MTO", "attach_mto"]
 
@@ -19,25 +25,22 @@ __all__ = ["MTO", "attach_mto"]
 _DEAD = 1e-4
 
 
-class _Losses(StackForward):
-    """Products of one stack's tokens, made in the hook, so that no list of tokens is kept.
+class _Losses(Forward):
+    """Products of one stack's tokens in one forward, made in the hook, so that no list of tokens is kept.
 
     Inside reentrant activation checkpointing gradients are off in the hook; there the block's output object itself is
     kept, which gets its gradient when the checkpoint returns, and its products are made when the loss is asked for.
     """
 
-    def __init__(self, spec: StackSpec, config: MTOConfig) -> None:
-        self.config = config
-        self.scratch = Scratch()
-        super().__init__(spec, may_assume=True)
-
-    def clear(self) -> None:
-        """Forget the last forward."""
-        super().clear()
-        self.splits: dict[int, SortedMask] = {}
+    def __init__(self, *seen: Any, config: MTOConfig, scratch: Scratch) -> None:
+        self.config, self.scratch = config, scratch
+        self.splits: dict[int, TokenSplit] = {}
         self.products: dict[int, LayerProducts] = {}
         self.waiting: dict[int, Tensor] = {}
         self.taken: dict[int, Tensor] = {}  # measured with counts that are assumed; autograd keeps them anyway
+        self.backward_ran: list[bool] = []  # filled by a hook of the graph, which must not keep this object alive
+        self.freed = False
+        super().__init__(*seen)
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure, or keep for later where gradients are off."""
@@ -45,16 +48,17 @@ class _Losses(StackForward):
             if self.assuming:
                 self.taken[depth] = tokens
             self.measure(depth, tokens)
+            if depth == self.spec.depth:
+                tokens.register_hook(partial(_note, self.backward_ran))  # type: ignore[no-untyped-call]
         else:
             self.waiting[depth] = tokens
 
     def measure(self, depth: int, tokens: Tensor) -> None:
         """Products of one layer depth."""
-        prefix = self.spec.prefix_tokens
-        count = tokens.shape[1] - prefix
+        count = tokens.shape[1] - self.prefix
         if count not in self.splits:
             mask, counts = self.mask_for(count)
-            self.splits[count] = SortedMask.of(mask, prefix, counts, self.scratch)
+            self.splits[count] = TokenSplit(mask, self.prefix, count_range=counts, scratch=self.scratch)
         self.products[depth] = layer_products(self.images(tokens), self.splits[count], depth, self.config)
 
     def settle(self) -> bool:
@@ -67,68 +71,162 @@ class _Losses(StackForward):
         self.taken.clear()
         return right
 
+    def look_for_graph(self) -> None:
+        """Where the backward pass has freed the graph, forget everything: no loss can be had of it any more."""
+        if self.backward_ran and not self.freed and self.products and _is_freed(self.products[self.spec.depth].masked):
+            self.freed = True
+            self.splits.clear()
+            self.products.clear()
+            self.taken.clear()
+            self.waiting.clear()
+
     def finish(self, step: int) -> MTOTerms:
-        """The terms of this stack."""
+        """The terms of this stack in this forward.
+
+        Raises:
+            StackError: If tokens have no gradient, or not all blocks ran.
+        """
         for depth, tokens in sorted(self.waiting.items()):
             if not tokens.requires_grad:
-                raise RuntimeError(
+                raise StackError(
                     f"tokens of {self.spec.name} at layer depth {depth} have no gradient: the model is frozen there, "
                     "or it checkpoints whole stages with use_reentrant=True; pass use_reentrant=False"
                 )
             self.measure(depth, tokens)
         self.waiting.clear()
-        depths = range(len(self.spec.blocks) + 1)
+        depths = range(self.spec.depth + 1)
         missing = [depth for depth in depths if depth not in self.products]
         if missing:
-            raise RuntimeError(f"blocks {missing} of {self.spec.name} did not run; give stacks=... with those that do")
+            raise StackError(
+                f"blocks {missing} of {self.spec.name} did not run; give stacks=... with those that do, or taps=..."
+            )
         return combine_terms([self.products[depth] for depth in depths], self.config, step=step)
 
 
-class MTO(Attached):
-    """What :func:`attach_mto` gives: the loss of the last forward, its terms for logging, and the way to detach."""
+def _note(noted: list[bool], gradient: Tensor) -> None:
+    noted.append(True)
+
+
+def _is_freed(result: Tensor) -> bool:
+    """Whether a backward pass has freed what the graph behind a result needs."""
+    queue, seen = [result.grad_fn], set[Any]()
+    while queue and len(seen) < 1000:
+        node = queue.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                try:
+                    getattr(node, name)
+                except RuntimeError:
+                    return True
+        queue += [each for each, _ in node.next_functions]
+    return False
+
+
+class MTO(Attached[_Losses]):
+    """What :func:`attach_mto` gives: the loss of the last forwards, its terms for logging, and the way to detach.
+
+    It can be pickled; of the model nothing is kept, so that the copy is not attached to anything.
+    """
 
     def __init__(self, model: nn.Module, specs: Sequence[StackSpec], config: MTOConfig, check_every: int) -> None:
         for spec in specs:
-            if config.layers and config.layers[-1] > len(spec.blocks):
-                raise ValueError(f"layers must be 0 to {len(spec.blocks)} for {spec.name}, got {config.layers}")
+            if config.layers and config.layers[-1] > spec.depth:
+                raise ValueError(f"layers must be 0 to {spec.depth} for {spec.name}, got {config.layers}")
         self.config = config
         self._check_every = check_every
-        self._losses = [_Losses(spec, config) for spec in specs]
         self._last: dict[str, MTOTerms] = {}
-        super().__init__(model, self._losses)
+        super().__init__(model, specs, partial(_Losses, config=config, scratch=Scratch()), may_assume=True)
 
     def loss(self) -> Tensor:
-        """The weighted loss of the last forward, a float32 scalar; the mean over stacks where there are several.
+        """The weighted loss of all forwards with masked tokens since the last call, a float32 scalar.
 
-        Add it to the model's own loss before the one backward pass. Call it once per forward.
+        It is the mean over their images, and over stacks where there are several. Add it to the model's own loss
+        before the backward pass through these forwards.
 
         Raises:
-            RuntimeError: If no forward with masked tokens was seen since the last call, or the mask token is not finite
-                and so cannot be found.
+            StackError: If no forward with masked tokens was seen since the last call, a check of what was found
+                failed, or the graph of a forward was freed by a backward pass before.
         """
-        for losses in self._losses:
-            losses.settle()
-        seen = [losses for losses in self._losses if losses.mask is not None]
-        if not seen:
-            for losses in self._losses:
-                token = losses.spec.mask_token
-                if token is not None and not bool(torch.isfinite(token).all()):
-                    raise RuntimeError(f"{losses.spec.name}, step {self.step}: the mask token is not finite")
-            raise RuntimeError(
-                "no forward with masked tokens since the last loss(): the model was in eval mode or without gradients, "
-                "no patch was masked, dropout changed the mask token, torch.compile had run before attach_mto, "
-                "or detach() was called"
-            )
-        terms = {losses.spec.name: losses.finish(self.step) for losses in seen}
+        self._raise_failure()
+        try:
+            terms = {stack.spec.name: each for stack in self._stacks if (each := self._of_stack(stack)) is not None}
+            if not terms:
+                self._refuse_no_forward()
+        finally:
+            self.forget()
         self._last = {name: MTOTerms(*(value.detach() for value in each)) for name, each in terms.items()}
-        for losses in self._losses:
-            losses.clear()
         if self._check_every and self.step % self._check_every == 0:
             for name, last in self._last.items():
                 _warn_of_collapse(f"{name}, step {self.step}", last, self.config)
         self.step += 1
         weighted = [each.loss for each in terms.values()]
         return weighted[0] if len(weighted) == 1 else torch.stack(weighted).mean()
+
+    def forget(self) -> None:
+        """Forget the forwards since the last :meth:`loss`, where no loss is wanted of them."""
+        for stack in self._stacks:
+            stack.drop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the configuration; nothing of the model."""
+        return {"step": self.step, "config": asdict(self.config)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at the step of a saved state.
+
+        Raises:
+            ValueError: If it was saved with another configuration.
+        """
+        saved = MTOConfig(**state["config"])
+        if saved != self.config:
+            raise ValueError(f"the state is of {saved}, this handle has {self.config}")
+        self.step = int(state["step"])
+
+    def __reduce__(self) -> tuple[Callable[..., MTO], tuple[Any, ...]]:
+        """Without the model, and so without anything that is attached."""
+        return _detached, (self.config, self._check_every, self.step)
+
+    def _model_starts(self, module: nn.Module, *seen: Any) -> None:
+        super()._model_starts(module, *seen)
+        for stack in self._stacks:
+            for forward in stack.forwards:
+                forward.look_for_graph()
+
+    def _of_stack(self, stack: Stack[_Losses]) -> MTOTerms | None:
+        """Terms of one stack, as means over the images of its forwards."""
+        for forward in stack.forwards:
+            forward.settle()
+            forward.look_for_graph()
+            if forward.freed:
+                raise StackError(
+                    f"{stack.where}: backward() has freed the graph of a forward whose loss was not asked for: call "
+                    "loss() before backward(), and forget() after forwards of which no loss is wanted"
+                )
+        forwards = [forward for forward in stack.forwards if forward.mask is not None]
+        finished = [(forward.num_images, forward.finish(self.step)) for forward in forwards]
+        if len(finished) < 2:
+            return finished[0][1] if finished else None
+        total = sum(count for count, _ in finished)
+        share = torch.tensor([count / total for count, _ in finished], dtype=torch.float64)
+        *scalars, heterogeneity = zip(*(terms for _, terms in finished), strict=True)
+        loss, sparsity, embedding, ranking = (torch.stack(each) @ share.to(each[0]) for each in scalars)
+        return MTOTerms(loss, sparsity, embedding, ranking, torch.cat(heterogeneity, dim=1))
+
+    def _refuse_no_forward(self) -> None:
+        for stack in self._stacks:
+            for token in stack.spec.mask_tokens:
+                if not bool(torch.isfinite(token).all()):
+                    raise StackError(f"{stack.spec.name}, step {self.step}: the mask token is not finite")
+        seen = sum(stack.unmasked for stack in self._stacks)
+        raise StackError(
+            f"no forward with masked tokens since the last loss(), {', '.join(stack.where for stack in self._stacks)}; "
+            f"{seen} without any were seen since attach_mto. The model was in eval mode or without gradients, "
+            "no patch was masked, dropout changed the mask token, its position is unknown (pass "
+            "stacks=[StackSpec(..., position=...)]), torch.compile had run before attach_mto, or detach() was called"
+        )
 
     @property
     def terms(self) -> dict[str, float]:
@@ -138,19 +236,19 @@ class MTO(Attached):
         the backward pass, ``mask_token_grad_norm``; with several stacks each key starts with the stack's name.
         """
         values: dict[str, float] = {}
-        for losses in self._losses:
-            name = losses.spec.name
+        for stack in self._stacks:
+            name = stack.spec.name
             if name not in self._last:
                 continue
             last = self._last[name]
-            start = f"{name}/" if len(self._losses) > 1 else ""
+            start = f"{name}/" if sum(map(self._follows, range(len(self._stacks)))) > 1 else ""
             for term in ("loss", "sparsity", "embedding", "ranking"):
                 values[start + term] = getattr(last, term).item()
             for depth, h in enumerate(last.heterogeneity.mean(dim=1).tolist()):
                 values[f"{start}heterogeneity_{depth}"] = h
-            token = losses.spec.mask_token
-            if token is not None and token.grad is not None:
-                values[f"{start}mask_token_grad_norm"] = token.grad.norm().item()
+            gradients = [token.grad.norm() for token in stack.spec.mask_tokens if token.grad is not None]
+            if gradients:
+                values[f"{start}mask_token_grad_norm"] = torch.stack(gradients).norm().item()
         return values
 
 
@@ -195,6 +293,12 @@ def attach_mto(
     """
     inner = unwrap(model)
     return MTO(inner, stacks or find_stacks(inner), config or MTOConfig(), check_every)
+
+
+def _detached(config: MTOConfig, check_every: int, step: int) -> MTO:
+    handle = MTO(nn.Identity(), (), config, check_every)
+    handle.step = step
+    return handle
 
 
 def _warn_of_collapse(where: str, last: MTOTerms, config: MTOConfig) -> None:

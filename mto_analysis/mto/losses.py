@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity.entropies import SortedMask, masked_rows_entropy, token_products, visible_rows_entropy
+from mto_analysis.affinity import TokenSplit
+from mto_analysis.affinity.entropies import masked_rows_entropy, token_products, visible_rows_entropy
 
 __all__ = [
     "LayerProducts",
@@ -97,13 +98,13 @@ def sparsity_loss(
     """
     _check_choice("reduction", reduction)
     _check_choice("similarity", similarity)
-    split = SortedMask.of(mask)
+    split = TokenSplit(mask)
     masked, visible = token_products(_similar(tokens, similarity), split, with_visible=True)
     rows = visible_rows_entropy(masked, visible, split, include_self=include_self)
     return _reduce_rows(rows, split, reduction).mean()
 
 
-def _reduce_rows(rows: Tensor, split: SortedMask, reduction: Literal["sum", "mean"]) -> Tensor:
+def _reduce_rows(rows: Tensor, split: TokenSplit, reduction: Literal["sum", "mean"]) -> Tensor:
     return rows if reduction == "sum" else rows / split.num_visible
 
 
@@ -244,12 +245,12 @@ class LayerProducts(NamedTuple):
         visible: of visible tokens with each other; only at depth 0, and only for L_spa
     """
 
-    split: SortedMask
+    split: TokenSplit
     masked: Tensor
     visible: Tensor | None = None
 
 
-def layer_products(tokens: Tensor, split: SortedMask, depth: int, config: MTOConfig) -> LayerProducts:
+def layer_products(tokens: Tensor, split: TokenSplit, depth: int, config: MTOConfig) -> LayerProducts:
     """What the losses need of one layer depth.
 
     Shapes:
@@ -318,7 +319,7 @@ def mto_loss(
     config = config or MTOConfig()
     if config.layers and config.layers[-1] >= len(layers):
         raise ValueError(f"config.layers must be 0 to {len(layers) - 1}, got {config.layers}")
-    splits = [SortedMask.of(mask)] * len(layers) if isinstance(mask, Tensor) else [SortedMask.of(each) for each in mask]
+    splits = [TokenSplit(mask)] * len(layers) if isinstance(mask, Tensor) else [TokenSplit(each) for each in mask]
     products = [
         layer_products(tokens, split, depth, config)
         for depth, (tokens, split) in enumerate(zip(layers, splits, strict=True))

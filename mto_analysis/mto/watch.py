@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit, heterogeneity, quadrant_mass
-from mto_analysis.taps.hooks import COLLAPSED, Attached, StackForward, recomputing, warn_of
-from mto_analysis.taps.structures import StackSpec, find_stacks, unwrap
+from mto_analysis.taps.forward import Forward, Stack
+from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
+from mto_analysis.taps.search import find_stacks, unwrap
+from mto_analysis.taps.stacks import StackSpec
 
 __all__ = ["Watch", "watch_mto"]
 
 
-class _Numbers(StackForward):
-    """H and quadrant masses of one stack, without gradients."""
+class _Numbers(Forward):
+    """H and quadrant masses of one stack in one forward, without gradients."""
 
-    def clear(self) -> None:
-        """Forget the last forward."""
-        super().clear()
+    def __init__(self, *seen: Any) -> None:
         self.splits: dict[int, TokenSplit] = {}
         self.values: dict[str, float] = {}
+        super().__init__(*seen)
 
     @torch.no_grad()
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure one layer depth."""
-        patches = self.images(tokens.detach())[:, self.spec.prefix_tokens :]
+        patches = self.images(tokens.detach())[:, self.prefix :]
         if patches.shape[1] not in self.splits:
             self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1])[0])
         split = self.splits[patches.shape[1]]
@@ -37,11 +39,11 @@ class _Numbers(StackForward):
             self.values[f"quadrant_{quadrant}_mass_{depth}"] = mass
 
 
-class Watch(Attached):
+class Watch(Attached[_Numbers]):
     """What :func:`watch_mto` gives: numbers of every k-th training forward, without any loss.
 
     ``records`` holds one dict per watched step: ``step``, ``heterogeneity_0`` ..., ``quadrant_1_mass_0`` ...; with
-    several stacks each key but ``step`` starts with the stack's name.
+    several stacks each key but ``step`` starts with the stack's name. What fails is warned about, once.
     """
 
     def __init__(
@@ -54,42 +56,60 @@ class Watch(Attached):
         self.records: list[dict[str, float]] = []
         self._every = every
         self._on_record = on_record
-        self._numbers = [_Numbers(spec) for spec in specs]
         self._ended: set[int] = set()
-        super().__init__(model, self._numbers)
+        self._warned_of_failure = False
+        super().__init__(model, specs, _Numbers)
 
     def _due(self) -> bool:
         return self.step % self._every == 0
 
-    def _block_ends(
-        self, stack: int, depth: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        super()._block_ends(stack, depth, module, args, kwargs, output)
-        if depth < len(self._numbers[stack].spec.blocks) or recomputing() or not self._records(module):
+    def _seen(self, at: int, depths: tuple[int, ...], module: nn.Module, values: Any) -> None:
+        super()._seen(at, depths, module, values)
+        if self._stacks[at].spec.depth not in depths or not self._records(module):
             return
-        self._ended.add(stack)
-        if len(self._ended) == len(self._numbers):  # stacks may run in any order
-            self._ended.clear()
-            self._record()
-            self.step += 1
+        self._ended.add(at)
+        # Where the model itself is not called (Lightning), a step ends with its last stack; they run in any order.
+        if self._recording is None and self._ended >= {at for at in range(len(self._stacks)) if self._follows(at)}:
+            self._step_ends()
 
-    def _record(self) -> None:
+    def _model_ends(self, *seen: Any) -> None:
+        super()._model_ends(*seen)
+        if self._ended:
+            self._step_ends()
+
+    def _step_ends(self) -> None:
+        self._ended.clear()
+        self._settle_candidates()
+        for failure in list(self._failures.values())[: 0 if self._warned_of_failure else 1]:
+            self._warned_of_failure = True
+            warnings.warn(f"step {self.step} was not recorded: {failure}", stacklevel=4)
+        self._failures.clear()
         record: dict[str, float] = {"step": self.step}
-        for numbers in self._numbers:
-            if numbers.mask is None:
-                continue
-            start = f"{numbers.spec.name}/" if len(self._numbers) > 1 else ""
-            record |= {start + key: value for key, value in numbers.values.items()}
-            h = [value for key, value in numbers.values.items() if key.startswith("heterogeneity")]
-            if not all(map(math.isfinite, h)):
-                warn_of(f"{numbers.spec.name}, step {self.step}: heterogeneity is not finite")
-            elif max(h) < COLLAPSED:
-                warn_of(f"{numbers.spec.name}, step {self.step}: heterogeneity of all layers has collapsed to 0")
-            numbers.clear()
+        self.step += 1
+        for stack in self._stacks:
+            record |= self._numbers_of(stack)
+            stack.drop()
         if len(record) > 1:
             self.records.append(record)
             if self._on_record is not None:
                 self._on_record(record)
+
+    def _numbers_of(self, stack: Stack[_Numbers]) -> dict[str, float]:
+        """Means over the forwards of a step."""
+        whole = [forward for forward in stack.forwards if len(forward.depths) == stack.spec.depth + 1]
+        if not whole:
+            return {}
+        total = sum(forward.num_images for forward in whole)
+        numbers = {
+            key: sum(forward.num_images / total * forward.values[key] for forward in whole) for key in whole[0].values
+        }
+        h = [value for key, value in numbers.items() if key.startswith("heterogeneity")]
+        if not all(map(math.isfinite, h)):
+            warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity is not finite")
+        elif max(h) < COLLAPSED:
+            warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity of all layers has collapsed to 0")
+        start = f"{stack.spec.name}/" if sum(map(self._follows, range(len(self._stacks)))) > 1 else ""
+        return {start + key: value for key, value in numbers.items()}
 
 
 def watch_mto(

@@ -269,11 +269,11 @@ def _measure(
     values = torch.empty(0)
     counts: list[Tensor] = []
     sizes: list[int] = []
-    split = TokenSplit(mask, scratch)
+    split = TokenSplit(mask, scratch=scratch)
     for layer in model.layer_tokens(images, mask, stack):
         with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
             if layer.mask is not split.mask:  # sorted anew only where the token grid changes
-                split = TokenSplit(layer.mask, scratch)
+                split = TokenSplit(layer.mask, scratch=scratch)
             found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
             for layer_measure in layer_measures:
                 found.update(layer_measure(stack, layer, split, names))

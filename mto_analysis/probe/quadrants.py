@@ -236,7 +236,7 @@ class AffinityMaps:
                 self._add(
                     (stack, layer.depth, name),
                     layer.tokens[row : row + 1],
-                    TokenSplit(layer.mask[row : row + 1], split.scratch),
+                    TokenSplit(layer.mask[row : row + 1], scratch=split.scratch),
                 )
                 for row, name in enumerate(names)
             ]

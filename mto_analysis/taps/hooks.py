@@ -1,19 +1,22 @@
-"""Hooks that follow a stack of blocks through a training forward of somebody else's model, and only there."""
+"""Hooks that follow stacks of blocks through the forwards of somebody else's model, and only there."""
 
 from __future__ import annotations
 
-import math
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.taps.structures import StackSpec
+from mto_analysis.errors import StackError
+from mto_analysis.taps.forward import Forward, Stack
+from mto_analysis.taps.search import holders_of, path_of
+from mto_analysis.taps.stacks import StackSpec, first_tensor
 
-__all__ = ["COLLAPSED", "Attached", "CollapseWarning", "StackForward", "recomputing", "warn_of"]
+__all__ = ["COLLAPSED", "Attached", "CollapseWarning", "recomputing", "warn_of"]
 
 #: In nats: below this H of every layer, its gradients are gone.
 COLLAPSED = 1e-4
@@ -23,158 +26,68 @@ class CollapseWarning(UserWarning):
     """A term is not finite, L_spa is dead, or heterogeneity has collapsed; the message names term and step."""
 
 
-def _is_far(mask: Tensor) -> bool:
-    """Whether to ask for a value is to wait for a device."""
-    return mask.is_cuda
+_Any = TypeVar("_Any", bound=Forward)
 
 
-class _Coming:
-    """A mask on its way from a CUDA device to the CPU."""
+class Attached(Generic[_Any]):
+    """Hooks on a model that tell what its stacks do in a training forward, and only there.
 
-    def __init__(self, mask: Tensor) -> None:
-        self._copy = mask.to("cpu", non_blocking=True)
-        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._here.record(torch.cuda.current_stream(mask.device))
-
-    def wait(self) -> Tensor:
-        """The mask, as soon as it is here."""
-        self._here.synchronize()
-        return self._copy
-
-
-class StackForward:
-    """What one stack shows in the running forward: its mask, and tokens one layer depth at a time.
-
-    How many patches of an image are masked decides on the shapes of what is computed, and to ask a CUDA device for it
-    is to wait for all that it still has to do. Where every image of a forward had the same number, the next one may be
-    assumed to have it too; :meth:`settle` looks at the end, when the device has gone past it.
+    Nothing that is raised in a hook reaches the user's forward: it is kept for the next call of ours.
     """
 
-    def __init__(self, spec: StackSpec, *, may_assume: bool = False) -> None:
-        self.spec = spec
-        self._may_assume = may_assume
-        self._usual: tuple[int, int] | None = None  # patches, and masked ones, of every image of the last forward
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the last forward."""
-        self.mask: Tensor | None = None
-        self._counts = (0, 0)  # the least and the greatest number of masked patches of an image
-        self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
-        self._on_cpu: Tensor | None = None  # the mask
-        self._coming: _Coming | None = None  # the same, where counts are assumed
-        self._merged: set[int] = set()  # greater numbers of patches in a cell
-
-    @property
-    def assuming(self) -> bool:
-        """Whether counts are assumed, and not yet settled."""
-        return self._coming is not None
-
-    def start(self, tokens: Tensor) -> None:
-        """The first block's input: find the mask, and take layer depth 0."""
-        mask = self.spec.find_mask(tokens[:, self.spec.prefix_tokens :])
-        usual = self._usual if self._may_assume and _is_far(mask) else None
-        if usual is not None and usual[0] == mask.shape[1]:
-            self.mask, self._counts, self._coming = mask, (usual[1], usual[1]), _Coming(mask)
-        else:
-            self._look(mask, mask.cpu())
-        if self.mask is not None:
-            self.take(0, tokens)
-
-    def settle(self) -> bool:
-        """Look at the mask itself where counts were assumed, and say whether they are right."""
-        if self.mask is None or self._coming is None:
-            return True
-        assumed, on_cpu, self._coming = self._counts, self._coming.wait(), None
-        self._look(self.mask, on_cpu)
-        right = self.mask is not None and self._images is None and self._counts == assumed
-        if right:
-            for cell in self._merged:
-                self._check_cells(cell)
-        else:
-            self._may_assume = False
-        return right
-
-    def take(self, depth: int, tokens: Tensor) -> None:
-        """A block's output, or at depth 0 the first block's input."""
-        raise NotImplementedError
-
-    def images(self, tokens: Tensor) -> Tensor:
-        """The tokens of those images that have a masked and a visible patch; of the others nothing can be measured."""
-        return tokens if self._images is None else tokens.index_select(0, self._images)
-
-    def mask_for(self, count: int) -> tuple[Tensor, tuple[int, int]]:
-        """The mask on a grid of ``count`` patches, and the least and greatest number of masked patches of an image.
-
-        Swin joins 2 x 2 tokens, masked or visible together.
-        """
-        if self.mask is None:
-            raise RuntimeError("the forward has no mask")
-        fine = self.mask.shape[1]
-        if count == fine:
-            return self.mask, self._counts
-        side, coarse = math.isqrt(fine), math.isqrt(count)
-        if side * side != fine or coarse * coarse != count or side % coarse:
-            raise RuntimeError(f"{self.spec.name} goes from {fine} to {count} tokens, which is no merging of cells")
-        cell = side // coarse
-        self._merged.add(cell)
-        if not self.assuming:
-            self._check_cells(cell)
-        fewest, most = self._counts
-        return _cells(self.mask, cell).all(-1).flatten(1), (fewest // cell**2, most // cell**2)
-
-    def _look(self, mask: Tensor, on_cpu: Tensor) -> None:
-        """Which images of a mask can be measured, and how many patches of each are masked."""
-        self.mask, self._usual = None, None
-        num_masked = on_cpu.sum(dim=1).tolist()
-        mixed = [image for image, count in enumerate(num_masked) if 0 < count < mask.shape[1]]
-        if not mixed:  # evaluation code, a teacher or fine-tuning
-            return
-        self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
-        if len(mixed) < len(num_masked):
-            self._images = torch.tensor(mixed, device=mask.device)
-            mask, on_cpu = mask.index_select(0, self._images), on_cpu[mixed]
-        elif self._counts[0] == self._counts[1]:
-            self._usual = mask.shape[1], self._counts[0]
-        self.mask, self._on_cpu = mask, on_cpu
-
-    def _check_cells(self, cell: int) -> None:
-        """Whether merged tokens are masked or visible together."""
-        if self._on_cpu is not None:
-            cells = _cells(self._on_cpu, cell)
-            if not torch.equal(cells.all(-1), cells.any(-1)):
-                raise RuntimeError(f"the mask cuts through merged tokens; use mask units of at least {cell} tokens")
-
-
-def _cells(mask: Tensor, cell: int) -> Tensor:
-    """A square mask in cells of ``cell`` x ``cell`` patches: ``batch side side cell * cell``."""
-    coarse = math.isqrt(mask.shape[1]) // cell
-    return mask.reshape(-1, coarse, cell, coarse, cell).transpose(2, 3).flatten(3)
-
-
-class Attached:
-    """Hooks on a model that tell what its stacks do in a training forward, and only there."""
-
-    def __init__(self, model: nn.Module, forwards: Sequence[StackForward]) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[StackSpec], forward: Callable[..., _Any], **more: Any) -> None:
         self.step = 0
-        self._forwards = list(forwards)
+        self._stacks: list[Stack[_Any]] = [Stack(model, spec, forward, **more) for spec in specs]
+        self._given_up: set[int] = set()  # candidates for stacks that another one turned out to be
+        self._failures: dict[int, Exception] = {}  # by stack; -1 for what concerns none
+        self._warned_of_size = False
         # What the model-level hook saw; None outside the model's own call (Lightning calls training_step instead).
         self._recording: bool | None = None
-        self._handles = [
-            model.register_forward_pre_hook(
-                _Hook(self, model, lambda handle, *seen: handle._model_starts(*seen)), with_kwargs=True, prepend=True
-            ),
-            model.register_forward_hook(
-                _Hook(self, model, lambda handle, *seen: handle._model_ends(*seen)), with_kwargs=True, always_call=True
-            ),
-        ]
-        for stack, forward in enumerate(self._forwards):
-            first = forward.spec.blocks[0]
-            starts = _Hook(self, first, lambda handle, *seen, at=stack: handle._block_starts(at, *seen))
-            self._handles.append(first.register_forward_pre_hook(starts, with_kwargs=True))
-            for depth, block in enumerate(forward.spec.blocks, start=1):
-                ends = _Hook(self, block, lambda handle, *seen, at=(stack, depth): handle._block_ends(*at, *seen))
-                self._handles.append(block.register_forward_hook(ends, with_kwargs=True))
+        self._arguments: dict[int, dict[str, Tensor]] = {}  # of the running calls, by the module's id
+        self._paths = {spec.name: _paths(model, spec) for spec in specs}
+        self._handles: list[Any] = []
+        self._between: dict[int, list[Any]] = {}  # handles that verify what lies between blocks
+        self._on(model, "pre", lambda handle, *seen: handle._model_starts(*seen), with_kwargs=True, prepend=True)
+        for module in holders_of(model, [each for spec in specs for each in (*spec.mask_tokens, spec.points[0][0])]):
+            self._on(module, "pre", lambda handle, *seen: handle._call_starts(*seen), with_kwargs=True)
+            self._on(module, "post", lambda handle, *seen: handle._call_ends(*seen), always_call=True)
+        self._on(model, "post", lambda handle, *seen: handle._model_ends(*seen), with_kwargs=True, always_call=True)
+        self._stack_handles = [self._follow(at, stack) for at, stack in enumerate(self._stacks)]
+
+    def _on(self, module: nn.Module, when: str, tell: Callable[..., None], stack: int = -1, **options: Any) -> Any:
+        hook = _Hook(self, module, tell, stack)
+        if when == "pre":
+            handle = module.register_forward_pre_hook(hook, **options)
+        else:
+            handle = module.register_forward_hook(hook, **options)
+        self._handles.append(handle)
+        return handle
+
+    def _follow(self, at: int, stack: Stack[_Any]) -> list[Any]:
+        """Hooks on the points of one stack; a module that occurs several times has one hook for all of them."""
+        handles = []
+        depths: dict[tuple[nn.Module, str], list[int]] = {}
+        for depth, point in enumerate(stack.spec.points):
+            depths.setdefault(point, []).append(depth)
+        for (module, where), several in depths.items():
+            if where == "input":
+                tell = lambda handle, *seen, of=tuple(several): handle._entered(at, of, *seen)  # noqa: E731
+                handles.append(self._on(module, "pre", tell, at, with_kwargs=True))
+            else:
+                tell = lambda handle, *seen, of=tuple(several): handle._left(at, of, *seen)  # noqa: E731
+                handles.append(self._on(module, "post", tell, at, with_kwargs=True))
+        handles += self._follow_between(at, stack)
+        return handles
+
+    def _follow_between(self, at: int, stack: Stack[_Any]) -> list[Any]:
+        """Hooks that verify, in the first forward, that each block's input is what the block before it gave."""
+        found = []
+        for depth, block in enumerate(stack.spec.blocks[1:], start=1):
+            tell = lambda handle, *seen, of=depth: handle._goes_on(at, of, *seen)  # noqa: E731
+            found.append(self._on(block, "pre", tell, at, with_kwargs=True))
+        if found:
+            self._between[at] = found
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of the model (an EMA) has nothing attached."""
@@ -185,36 +98,174 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for forward in self._forwards:
-            forward.clear()
+        for stack in self._stacks:
+            stack.drop()
+
+    @property
+    def skipped(self) -> int:
+        """Forwards whose number of tokens does not fit the positions of a stack, so that nothing was measured."""
+        known = [stack.skipped for stack in self._stacks if stack.layout is not None]
+        return sum(known) if known else max((stack.skipped for stack in self._stacks), default=0)
+
+    @property
+    def last_masks(self) -> dict[str, Tensor]:
+        """The mask of the last forward with masked tokens, by stack: ``batch num_patches``, True = masked."""
+        return {stack.spec.name: stack.last_mask for stack in self._stacks if stack.last_mask is not None}
+
+    def describe(self) -> str:
+        """What was found: for each stack its mask token, blocks, prefix tokens, patches, and how its mask is known."""
+        lines = []
+        for stack in (stack for at, stack in enumerate(self._stacks) if self._follows(at)):
+            token, first, last = self._paths[stack.spec.name]
+            line = f"{stack.spec.name}: {token} enters {first}, to {last} (layer depths 0 to {stack.spec.depth}); "
+            if (layout := stack.layout) is None:
+                line += "no masked token seen yet"
+            else:
+                told = "tokens" if layout.argument is None else f"tokens and argument {layout.argument!r}"
+                told += " (True means visible)" if layout.inverted else ""
+                line += f"{layout.prefix} prefix tokens, {layout.num_patches} patches; mask known by {told}"
+            lines.append(line)
+        return "\n".join(lines)
 
     def _due(self) -> bool:
         return True
 
+    def _follows(self, at: int) -> bool:
+        """Whether a stack is still watched, or was given up for another candidate."""
+        return at not in self._given_up
+
+    def _settle_candidates(self) -> None:
+        """Keep of the candidates for one mask token those that saw masked tokens, as soon as one did."""
+        seen = {id(token) for stack in self._stacks if stack.layout is not None for token in stack.spec.mask_tokens}
+        seen_blocks = {id(stack.spec.points[0][0]) for stack in self._stacks if stack.layout is not None}
+        if not seen:
+            return
+        for at, stack in enumerate(self._stacks):
+            tokens = {id(token) for token in stack.spec.mask_tokens}
+            if stack.layout is None and (tokens & seen or id(stack.spec.points[0][0]) in seen_blocks):
+                self._failures.pop(at, None)
+                self._given_up.add(at)
+                for handle in self._stack_handles[at]:
+                    handle.remove()
+
+    def _raise_failure(self) -> None:
+        """Raise what went wrong in a hook since the last call.
+
+        Raises:
+            StackError: With the reason.
+        """
+        self._settle_candidates()
+        failures, self._failures = self._failures, {}
+        for failure in failures.values():
+            for stack in self._stacks:
+                stack.drop()
+            if isinstance(failure, StackError):
+                raise failure
+            raise StackError(f"a forward could not be followed: {type(failure).__name__}: {failure}") from failure
+        if self.skipped and not self._warned_of_size:
+            self._warned_of_size = True
+            warnings.warn(
+                f"{self.skipped} forwards have a number of tokens that does not fit the positions of masked tokens, "
+                "so nothing is measured in them (local crops, or interpolated positions)",
+                stacklevel=4,
+            )
+
     def _model_starts(self, module: nn.Module, *_: Any) -> None:
         self._recording = module.training and torch.is_grad_enabled()
-        for forward in self._forwards:
-            forward.clear()
+        self._arguments.clear()
+        for stack in self._stacks:
+            stack.running = None
 
     def _model_ends(self, *_: Any) -> None:
         self._recording = None
 
-    def _block_starts(self, stack: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if recomputing():
-            return
-        self._forwards[stack].clear()
-        if self._records(module) and self._due():
-            self._forwards[stack].start(args[0] if args else kwargs["hidden_states"])
+    def _call_starts(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not recomputing():
+            named = dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs)
+            self._arguments[id(module)] = {
+                name: value for name, value in named.items() if isinstance(value, Tensor) and value.ndim > 1
+            }
+
+    def _call_ends(self, module: nn.Module, *_: Any) -> None:
+        if not recomputing():
+            self._arguments.pop(id(module), None)
 
     def _records(self, module: nn.Module) -> bool:
         # Gradients are off inside a block that is checkpointed (reentrant), so the model's own call is asked first.
         return module.training and torch.is_grad_enabled() if self._recording is None else self._recording
 
-    def _block_ends(
-        self, stack: int, depth: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        if self._forwards[stack].mask is not None and not recomputing():
-            self._forwards[stack].take(depth, output[0] if isinstance(output, tuple) else output)
+    def _entered(self, at: int, depths: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not recomputing():
+            self._seen(at, depths, module, (args, kwargs))
+
+    def _left(self, at: int, depths: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not recomputing():
+            self._seen(at, depths, module, output)
+
+    def _seen(self, at: int, depths: tuple[int, ...], module: nn.Module, values: Any) -> None:
+        """Tokens at a point: at layer depth 0 they begin a forward of the stack."""
+        stack = self._stacks[at]
+        done = stack.running.depths if stack.running is not None else set()
+        if depths == (0,) and 0 < len(done) <= stack.spec.depth and stack.repeats:
+            return  # one block that runs several times in a forward
+        depth = next((each for each in depths if each not in done), depths[0])
+        if depth == 0:
+            stack.running = None
+            if self._records(module) and self._due():
+                arguments = {name: value for each in self._arguments.values() for name, value in each.items()}
+                tokens, grid = first_tensor(values)
+                stack.orient(tokens, arguments)
+                stack.start(stack.batch_first(tokens), grid, arguments)
+        if stack.running is not None:
+            tokens = stack.batch_first(first_tensor(values)[0])
+            stack.running.depths.add(depth)
+            stack.running.take(depth, tokens)
+            stack.running.last = tokens if at in self._between else None
+            if depth == stack.spec.depth:
+                self._stack_ends(at)
+
+    def _stack_ends(self, at: int) -> None:
+        """The last layer depth of a stack was taken: what lies between its blocks is now verified."""
+        for handle in self._between.pop(at, ()):
+            handle.remove()
+        running = self._stacks[at].running
+        if running is not None:
+            running.last = None
+
+    def _goes_on(self, at: int, depth: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        running = self._stacks[at].running
+        if running is None or at not in self._between or recomputing() or depth not in running.depths:
+            return
+        given, taken = running.last, self._stacks[at].batch_first(first_tensor((args, kwargs))[0])
+        if given is None or given is taken or given.shape != taken.shape or torch.equal(given, taken):
+            return
+        raise StackError(
+            f"{self._stacks[at].where}: the input of block {depth} {list(taken.shape)} is not the output of the block "
+            "before it: something is added outside of the blocks; pass taps=[(module, 'input' or 'output'), ...] "
+            "at the points where the tokens are whole"
+        )
+
+    def _failed(self, at: int, error: Exception) -> None:
+        """Something went wrong in a hook: kept for the next call of ours."""
+        self._failures.setdefault(at, error)
+        if at >= 0:
+            self._stacks[at].running = None
+
+
+def _paths(model: nn.Module, spec: StackSpec) -> tuple[str, str, str]:
+    token = ", ".join(path_of(model, each) for each in spec.mask_tokens) or "no mask token"
+    first, last = (path_of(model, spec.points[at][0]) for at in (0, -1))
+    return token, f"{first} ({spec.points[0][1]})", last
+
+
+_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a class's forward."""
+    if kind not in _NAMES:
+        _NAMES[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]
+    return _NAMES[kind]
 
 
 def recomputing() -> bool:
@@ -230,16 +281,20 @@ def warn_of(message: str) -> None:
 class _Hook:
     """A hook that keeps neither the handle nor the model alive, and that copies and pickles of a model do not have."""
 
-    def __init__(self, attached: Attached, module: nn.Module, tell: Callable[..., None]) -> None:
+    def __init__(self, attached: Attached[Any], module: nn.Module, tell: Callable[..., None], stack: int) -> None:
         self._handle, self._owner = weakref.ref(attached), weakref.ref(module)
         self._tell = tell  # gets the handle at each call, as it must not keep it
+        self._stack = stack
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, called: nn.Module, *arguments: Any) -> None:
         """Tell the handle, unless a copy of the module was called."""
         target = self._handle()
         if target is not None and self._owner() is called:
-            self._tell(target, called, *arguments)
+            try:
+                self._tell(target, called, *arguments)
+            except Exception as error:  # nothing of ours may stop the user's forward
+                target._failed(self._stack, error)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """In a copy of the model the hook is empty."""

@@ -1,0 +1,287 @@
+"""Stacks in other people's models, found by structure: mask tokens, lists of blocks and positions of one width.
+
+Nothing is decided by class names or imports. A mask token may enter any list of blocks of its width, with any position
+of its width: all of these are candidates, and the first forward shows which of them sees tokens that equal a masked
+row bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.taps.stacks import StackSpec, with_position
+
+__all__ = ["find_stacks", "hinted_prefix", "holders_of", "path_of", "unwrap"]
+
+_MASK_TOKEN = re.compile(r"mask\w*(token|embed|vector|query)|(token|embed|vector|query)\w*mask", re.IGNORECASE)
+_PREFIX_TOKEN = re.compile(r"(^|_)(cls|class|dist|distillation|reg|register|storage|prefix)s?_?(token|embed)")
+_DECODES = re.compile(r"decod|predict|pixel_|feature_")
+
+# More vectors are a table of something else.
+_MOST_TOKENS = 16
+
+# Modules that cannot be a block: a list of these is a part of one.
+_LAYERS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GELU, nn.ReLU)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, FullyShardedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: For nn.DataParallel, whose replicas no hook can follow, and for FullyShardedDataParallel that joins
+            the mask token with other parameters.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("nn.DataParallel copies the model in every step; use DistributedDataParallel")
+        if getattr(model, "_use_orig_params", True) is False:
+            raise ValueError(
+                "FullyShardedDataParallel with use_orig_params=False joins the mask token with other parameters; "
+                "pass use_orig_params=True, or use fully_shard"
+            )
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def find_stacks(model: nn.Module) -> list[StackSpec]:
+    """Candidates for the stacks of a model: each of its mask tokens with each list of blocks that it may enter.
+
+    Frozen copies (teachers) are left out where something else is trained.
+
+    Raises:
+        ValueError: If there is no mask token or no list of blocks of its width, or if mask tokens of equal modules are
+            all trained; says what was seen and how to give the stacks.
+    """
+    tokens, lists = _mask_tokens(model), _block_lists(model)
+    found = [
+        (path, lists_path, several, blocks)
+        for path, several in tokens.items()
+        for lists_path, blocks in lists.items()
+        if several[0].shape[-1] in _widths(blocks[0])
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no known structure with masked tokens: {_seen(model, tokens, lists)}; give "
+            "stacks=[StackSpec(name, blocks, mask_token=..., position=...)], or taps=[...] instead of blocks"
+        )
+    _refuse_copies(model, tokens)
+    kinds = len({path for path, *_ in found})
+    return [
+        StackSpec(
+            _stack_name(path, lists_path, kinds > 1),
+            blocks,
+            several,
+            masked_row=_masked_row(model, path, several, lists_path),
+        )
+        for path, lists_path, several, blocks in found
+    ]
+
+
+def _mask_tokens(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Learned vectors whose name says that they stand for masked patches, by path; those of one list together."""
+    found: dict[str, list[nn.Parameter]] = {}
+    known: set[int] = set()
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        path = re.sub(r"\.(\d+|weight)$", "", path)  # of a list, or of an embedding
+        vectors = parameter.numel() // parameter.shape[-1] if parameter.ndim else 0
+        flat = vectors == 1 or (vectors <= _MOST_TOKENS and set(parameter.shape[1:-1]) <= {1})
+        named = _MASK_TOKEN.search(path.rpartition(".")[2])
+        if named and flat and parameter.is_floating_point() and id(parameter) not in known:
+            known.add(id(parameter))
+            found.setdefault(path, []).append(parameter)
+    trained = {path: tokens for path, tokens in found.items() if any(token.requires_grad for token in tokens)}
+    return trained or found
+
+
+def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Lists of blocks by path; stages with blocks of their own are one list. Frozen ones only where all are."""
+    found: dict[str, list[nn.Module]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{p}.") for p in found):
+            continue
+        blocks = _blocks_of_stages(module) or list(module)
+        if blocks and all(type(block) is type(blocks[0]) and _is_block(block) for block in blocks):
+            found[path] = blocks
+    trained = {path: blocks for path, blocks in found.items() if any(_is_trained(block) for block in blocks)}
+    return trained or found
+
+
+def _blocks_of_stages(module: nn.Module) -> list[nn.Module]:
+    blocks = []
+    for stage in module.children():
+        inner = stage if isinstance(stage, (nn.ModuleList, nn.Sequential)) else None
+        for name in ("blocks", "layers", "layer"):
+            inner = inner or getattr(stage, name, None)
+        if not isinstance(inner, (nn.ModuleList, nn.Sequential)):
+            return []
+        blocks += list(inner)
+    return blocks
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module can be a block: several learned parts, and a forward of its own."""
+    parts = [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
+    return not isinstance(module, (*_LAYERS, nn.ModuleList, nn.ModuleDict)) and len(parts) > 1
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _widths(block: nn.Module) -> set[int]:
+    """Widths of tokens that a block can take."""
+    found: set[int] = set()
+    for part in block.modules():
+        shape = getattr(part, "normalized_shape", None)
+        if isinstance(shape, (tuple, list)):
+            found.add(shape[-1])
+        for name in ("in_features", "embed_dim"):
+            if isinstance(getattr(part, name, None), int):
+                found.add(getattr(part, name))
+        if isinstance(weight := getattr(part, "weight", None), Tensor) and weight.ndim == 1:
+            found.add(len(weight))
+    return found
+
+
+def _refuse_copies(model: nn.Module, tokens: dict[str, list[nn.Parameter]]) -> None:
+    """Mask tokens of two equal modules: a student and a teacher that is not frozen, or two branches."""
+    kinds: dict[tuple[type[nn.Module], torch.Size, str], list[str]] = {}
+    for path, several in tokens.items():
+        owner, _, name = path.rpartition(".")
+        kinds.setdefault((type(model.get_submodule(owner)), several[0].shape, name), []).append(path)
+    for paths in kinds.values():
+        if len(paths) > 1:
+            raise ValueError(
+                f"{type(model).__name__} has several modules with masked tokens: {', '.join(paths)}; freeze the copies "
+                "(requires_grad_(False)), attach to the module that is meant, or give stacks=[StackSpec(...)]"
+            )
+
+
+def _stack_name(token: str, blocks: str, several: bool) -> str:
+    """``encoder`` or ``decoder``; the kind in front where a model has several mask tokens."""
+    role = "decoder" if _DECODES.search(f"{token}.{blocks}") or "decode" in blocks else "encoder"
+    if not several:
+        return role
+    kind = re.search(r"(pixel|feature)_", f"{token}.{blocks}")
+    if kind is None and "decode_blocks" in blocks:  # BootMAE counts its decoders
+        return "feature_decoder" if blocks.endswith("_1") else "pixel_decoder"
+    return f"{kind[1]}_{role}" if kind else role
+
+
+def _masked_row(model: nn.Module, token: str, several: Sequence[Tensor], blocks: str) -> Callable[[], Sequence[Tensor]]:
+    """Candidates for masked rows: each mask token with each position of its width, the nearest first, and alone."""
+    width, count = several[0].shape[-1], len(several)
+    places = sorted(
+        (path for path, tensor in _positions(model) if _is_position(tensor, width)),
+        key=lambda path: -max(_shared(path, token), _shared(path, blocks)),
+    )
+
+    def rows() -> list[Tensor]:
+        # Read anew in each forward, as sharded parameters are replaced there.
+        vectors = _learned(model, token, count)
+        found = [with_position(vectors, _position_rows(_at(model, path), width)) for path in places]
+        return [*found, vectors]
+
+    return rows
+
+
+def _learned(model: nn.Module, path: str, count: int) -> Tensor:
+    """The mask tokens at a path, ``num_tokens dim``."""
+    owner, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(owner), name)
+    if isinstance(found, nn.ParameterList):
+        found = torch.cat([found[index].flatten(0, -2) for index in range(count)])
+    found = found.weight if isinstance(found, nn.Module) else found
+    assert isinstance(found, Tensor)
+    return found.reshape(-1, found.shape[-1])
+
+
+def _positions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (model.named_parameters(), model.named_buffers()):
+        yield from ((path, tensor) for path, tensor in named if "pos" in path.lower() and tensor.is_floating_point())
+
+
+def _is_position(tensor: Tensor, width: int) -> bool:
+    """Whether a tensor has several rows of a width: a table, or a grid with its channels first or last."""
+    grid = tensor.ndim == 4 and tensor.shape[:2] == (1, width)
+    return tensor.ndim > 1 and tensor.numel() > width and (tensor.shape[-1] == width or grid)
+
+
+def _position_rows(tensor: Tensor, width: int) -> Tensor:
+    """Positions as rows ``num_positions dim``."""
+    return tensor.reshape(-1, width) if tensor.shape[-1] == width else tensor[0].flatten(1).mT
+
+
+def _at(model: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(owner), name)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _shared(path: str, other: str) -> int:
+    """How many parts two paths share from the front, then how many words of their names."""
+    parts, others = path.split("."), other.split(".")
+    depth = next(
+        (i for i, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b), min(len(parts), len(others))
+    )
+    return 16 * depth + len(set(re.split(r"[._]", path)) & set(re.split(r"[._]", other)))
+
+
+def path_of(model: nn.Module, wanted: object) -> str:
+    """Path of a module or parameter inside a model, or ``"?"``."""
+    for named in (model.named_modules(remove_duplicate=False), model.named_parameters(remove_duplicate=False)):
+        for path, found in named:
+            if found is wanted:
+                return path or type(model).__name__
+    return "?"
+
+
+def holders_of(model: nn.Module, wanted: Sequence[object]) -> list[nn.Module]:
+    """The modules in whose forward some parameters and modules are used: their owners and all around them."""
+    paths = [path_of(model, each) for each in wanted]
+    around = {""}
+    for path in paths:
+        parts = path.split(".")[:-1]
+        around |= {".".join(parts[:count]) for count in range(len(parts) + 1)}
+    modules = [model.get_submodule(path) for path in sorted(around)]
+    return [module for module in modules if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))]
+
+
+def hinted_prefix(model: nn.Module, near: Sequence[object]) -> int | None:
+    """How many prefix tokens a model says to have: its own number, else its class and register tokens.
+
+    Looked for near the mask token or the blocks first, then around them; ``None`` where nothing says so.
+    """
+    for holder in reversed(holders_of(model, near)):
+        for module in holder.modules():
+            said = getattr(module, "num_prefix_tokens", None)
+            if isinstance(said, int) and not isinstance(said, bool):
+                return said
+        count = 0
+        for path, parameter in holder.named_parameters():
+            if _PREFIX_TOKEN.search(path.rpartition(".")[2]):
+                count += parameter.numel() // parameter.shape[-1]
+        if count:
+            return count
+    return None
+
+
+def _seen(model: nn.Module, tokens: dict[str, list[nn.Parameter]], lists: dict[str, list[nn.Module]]) -> str:
+    """What a search saw, for its refusal."""
+    found = [f"mask token at {path} (width {several[0].shape[-1]})" for path, several in tokens.items()]
+    blocks = [f"{path} ({len(blocks)})" for path, blocks in lists.items()]
+    others = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if blocks:
+        found.append(f"block lists: {', '.join(blocks)}")
+    elif others:
+        found.append(f"lists whose elements are no blocks: {', '.join(others[:5])}")
+    return "; ".join(["no mask token"] * (not tokens) + found + ["no list of blocks"] * (not blocks))

@@ -1,0 +1,257 @@
+"""What a stack is, which rows its masked tokens have where they enter it, and where tokens equal such a row.
+
+A masked token that enters a stack is the mask token plus, in most models, a position. So tokens that equal that sum bit
+for bit, for any position, are the masked ones: in every code base, whatever form the caller's own mask has and in
+whatever order the tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from mto_analysis.errors import StackError
+
+__all__ = ["StackSpec", "Tap", "find_rows", "first_tensor", "rounded_rows", "with_position"]
+
+#: A point where tokens are read: a module's input or its output.
+Tap = tuple[nn.Module, Literal["input", "output"]]
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """A stack of blocks through which masked and visible tokens pass together, and how its masked tokens are known.
+
+    Give ``blocks`` or ``taps``, and at least one of ``mask_token``, ``masked_row`` and ``mask``. Where both tokens and
+    ``mask`` are given, each verifies the other.
+
+    Args:
+        name: For logs: ``encoder``, ``decoder``, ``pixel_decoder`` ...
+        blocks: In the order they run; each takes tokens ``batch num_tokens dim`` (or ``batch height width dim``) and
+            returns them, or a tuple that starts with them. The number of tokens may shrink by merging (Swin).
+        taps: Instead of ``blocks``, for models that add residuals outside of modules: the points where tokens of layer
+            depth 0, 1, ... are read, ``(module, "input")`` or ``(module, "output")``.
+        mask_token: The learned vector, or several of them.
+        position: What is added to the mask token, ``num_positions dim`` or a function that returns it; nothing by
+            default. It may hold rows for prefix tokens before those for patches.
+        masked_row: Instead of ``mask_token`` plus ``position``: a function that returns what a masked token is where
+            it enters the stack, ``num_positions dim`` or anything that reshapes to it; or several such.
+        mask: The mask of the running forward, True = masked: a function that returns it, ``batch num_patches`` in the
+            order of the tokens, or an argument of the caller, ``"argument:bool_masked_pos"``, inverted
+            ``"argument:~visible"``.
+        prefix_tokens: Class and register tokens in front of the patch tokens; ``"auto"`` finds their number.
+        present: ``"all"`` patches are among the tokens, or a ``"subset"`` of them, in any order (predictors).
+
+    Raises:
+        ValueError: If these do not fit together.
+    """
+
+    name: str
+    blocks: Sequence[nn.Module] = ()
+    mask_token: nn.Parameter | Sequence[nn.Parameter] | None = None
+    prefix_tokens: int | Literal["auto"] = "auto"
+    masked_row: Callable[[], Tensor | Sequence[Tensor]] | None = None
+    mask: Callable[[], Tensor] | str | None = None
+    taps: Sequence[Tap] = ()
+    position: Tensor | Callable[[], Tensor] | None = None
+    present: Literal["all", "subset"] = "all"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if (len(self.blocks) == 0) == (len(self.taps) == 0):
+            raise ValueError(f"stack {self.name} needs blocks or taps, one of them")
+        if len(self.taps) == 1 or any(where not in ("input", "output") for _, where in self.taps):
+            raise ValueError(f"stack {self.name} needs two taps or more, each (module, 'input') or (module, 'output')")
+        for block in self.blocks:
+            # A list is never called, and the output of a lone layer is a branch, to which a residual is added later.
+            if isinstance(block, (nn.ModuleList, nn.ModuleDict)) or (len(self.blocks) == 1 and _is_layer(block)):
+                raise ValueError(
+                    f"stack {self.name} has a {type(block).__name__} among its blocks, which does not return whole "
+                    "tokens; pass taps=[(module, 'input' or 'output'), ...] at the points where tokens are whole"
+                )
+        if self.prefix_tokens != "auto" and (isinstance(self.prefix_tokens, str) or self.prefix_tokens < 0):
+            raise ValueError(
+                f"stack {self.name} needs prefix_tokens of at least 0, or 'auto', got {self.prefix_tokens}"
+            )
+        if self.mask_token is None and self.masked_row is None and self.mask is None:
+            raise ValueError(f"stack {self.name} needs mask_token, masked_row or mask")
+        if isinstance(self.mask, str) and not self.argument:
+            raise ValueError(
+                f"mask of stack {self.name} must be 'argument:NAME' or 'argument:~NAME', got {self.mask!r}"
+            )
+        if self.present not in ("all", "subset"):
+            raise ValueError(f"present of stack {self.name} must be 'all' or 'subset', got {self.present!r}")
+
+    @property
+    def points(self) -> list[Tap]:
+        """Where the tokens of layer depth 0, 1, ... are read."""
+        if self.taps:
+            return list(self.taps)
+        return [(self.blocks[0], "input"), *((block, "output") for block in self.blocks)]
+
+    @property
+    def depth(self) -> int:
+        """The last layer depth."""
+        return len(self.taps) - 1 if self.taps else len(self.blocks)
+
+    @property
+    def argument(self) -> str | None:
+        """Name of the argument that holds the mask, where ``mask`` names one."""
+        if not isinstance(self.mask, str) or not self.mask.startswith("argument:"):
+            return None
+        return self.mask.removeprefix("argument:").removeprefix("~") or None
+
+    @property
+    def inverted(self) -> bool:
+        """Whether True means visible in that argument."""
+        return isinstance(self.mask, str) and self.mask.startswith("argument:~")
+
+    @property
+    def mask_tokens(self) -> tuple[nn.Parameter, ...]:
+        """The learned vectors."""
+        if self.mask_token is None:
+            return ()
+        return (self.mask_token,) if isinstance(self.mask_token, Tensor) else tuple(self.mask_token)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def first_tensor(values: Any) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Tokens among the arguments of a module or in what it returned: the first floating tensor of 3 to 5 dimensions.
+
+    Returns:
+        The tokens ``batch num_tokens dim``, and the grid where they have axes of one.
+
+    Raises:
+        StackError: If there is none.
+    """
+    queue = [values]
+    while queue:
+        value = queue.pop(0)
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and 3 <= value.ndim <= 5:
+                return (value, None) if value.ndim == 3 else (value.flatten(1, -2), tuple(value.shape[1:-1]))
+        elif isinstance(value, Mapping):
+            queue[:0] = value.values()
+        elif isinstance(value, (tuple, list)):
+            queue[:0] = value
+    raise StackError("a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]")
+
+
+class _Rounding(TorchFunctionMode):
+    """Round learned tensors to half precision wherever a function takes them, as models under autocast do."""
+
+    def __init__(self, dtype: torch.dtype, only: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._dtype, self._only = dtype, only
+        self._made: list[Any] = []  # results of functions, which are not learned; kept, so that no id is used again
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*tree_map(self.round, args), **tree_map(self.round, kwargs or {}))
+        self._made.append(result)
+        return result
+
+    def round(self, value: Any) -> Any:
+        """A learned tensor in half precision; anything else as it is."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        with torch._C.DisableTorchFunction():
+            if self._only:
+                chosen = any(value is each for each in self._only)
+            else:
+                chosen = not any(value is each for each in self._made)
+            return value.detach().to(self._dtype) if chosen else value
+
+
+def with_position(vectors: Tensor, position: Tensor) -> Tensor:
+    """Rows of masked tokens: each vector with each position, vectors first.
+
+    Shapes:
+        vectors: num_tokens dim
+        position: num_positions dim
+        returns: num_tokens * num_positions, dim
+    """
+    return (vectors[:, None] + position).flatten(0, 1)
+
+
+def rounded_rows(
+    rows: Callable[[], Tensor | Sequence[Tensor]], mask_tokens: Sequence[Tensor], half: torch.dtype | None
+) -> Iterator[Tensor]:
+    """What a masked token may be, ``num_rows dim`` each: as it is, then with the roundings of a model under autocast.
+
+    Some models bring the mask token to the dtype of the patches that it joins, some the position too.
+
+    Args:
+        rows: Makes them from learned tensors.
+        mask_tokens: The learned vectors among these, where they are known.
+        half: The dtype of half precision, if there is any.
+    """
+    yield from _as_rows(rows())
+    if half is not None:
+        for only in (mask_tokens, ()) if mask_tokens else ((),):
+            mode = _Rounding(half, only)
+            with mode:
+                found = rows()
+            yield from _as_rows(tree_map(mode.round, found))
+
+
+def _as_rows(found: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
+    for each in [found] if isinstance(found, Tensor) else found:
+        yield each.detach().reshape(-1, each.shape[-1])
+
+
+def find_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Which of some rows each token equals, bit for bit; -1 where it equals none.
+
+    Shapes:
+        tokens: batch num_tokens dim
+        rows: num_rows dim
+        returns: batch num_tokens
+
+    Example:
+        >>> find_rows(torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[ 1, -1]])
+    """
+    tokens, rows = tokens.detach(), rows.detach().to(tokens.device, tokens.dtype)
+    if len(rows) == 1:
+        return _equal(tokens, rows).to(torch.int64) - 1
+    # Rows are looked up by a number made of their bits; then the candidate itself is compared. On a CPU a part of the
+    # width is enough to tell rows apart and saves time; to ask a GPU whether it is would be to wait for it.
+    step = 1 if tokens.is_cuda else max(1, tokens.shape[-1] // 32)
+    keys, order = _keys(rows[:, ::step]).sort()
+    if step > 1 and bool((keys[1:] == keys[:-1]).any()):
+        step = 1
+        keys, order = _keys(rows).sort()
+    wanted = _keys(tokens[..., ::step])
+    at = torch.searchsorted(keys, wanted).clamp_(max=len(rows) - 1)
+    near, places = keys[at] == wanted, order[at]
+    if not tokens.is_cuda and not bool(near.any()):
+        return torch.full_like(places, -1)
+    same = _equal(tokens, rows.index_select(0, places.flatten()).view(tokens.shape))
+    return torch.where(near & same, places, -1)
+
+
+def _equal(tokens: Tensor, rows: Tensor) -> Tensor:
+    if tokens.is_cuda:  # a third of the memory to pass over
+        return torch.eq(tokens, rows).all(dim=-1)
+    return torch.sub(tokens, rows).abs_().amax(dim=-1) == 0  # on a CPU four times as fast
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _keys(x: Tensor) -> Tensor:
+    """A number for each row, made of its bits."""
+    bits = (x + 0.0).contiguous().view(_BITS[x.element_size()]).to(torch.int64)  # + 0.0: the same for -0.0 and 0.0
+    weights = torch.arange(1, 2 * bits.shape[-1], 2, device=x.device) * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019
+    return (bits * weights).sum(dim=-1)
