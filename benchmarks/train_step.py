@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.vit import patchify, sincos_table
-from mto_analysis.runtime.group import Group
+from mto_analysis.runtime.processes import this_process
 from mto_analysis.training import RunSettings, build_method, load_recipe
 from mto_analysis.training.randomness import noise_batch
 from mto_analysis.training.stepping import Stepper
@@ -119,7 +119,7 @@ def our_step(batch: int, device: torch.device, **settings: object) -> Callable[[
     """A step of the engine."""
     recipe = load_recipe("mae_vit_base").with_options({"batch_size": str(batch)})
     chosen = RunSettings(device=str(device), **settings)  # type: ignore[arg-type]
-    stepper = Stepper(build_method(recipe, seed=0), chosen, Group(str(device)), 1000, batch)
+    stepper = Stepper(build_method(recipe, seed=0), chosen, this_process(str(device)), 1000, batch)
     images = noise_batch(recipe, batch, device)
 
     def step() -> None:

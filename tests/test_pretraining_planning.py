@@ -8,7 +8,7 @@ from pretraining_cases import small_recipe, some_images
 
 from mto_analysis.errors import DataError
 from mto_analysis.mto import MTOConfig
-from mto_analysis.runtime.group import Group
+from mto_analysis.runtime.processes import Processes
 from mto_analysis.training import RunSettings, build_method, load_recipe, plan
 from mto_analysis.training.planning import _activations
 from mto_analysis.training.randomness import noise_batch
@@ -29,7 +29,7 @@ def test_plan__counts_steps_and_parameters():
     assert torch.equal(torch.rand(2), expected)
     assert value_of(planned, "steps") == "8 = 2 x 4"
     assert value_of(planned, "effective batch") == "16 = 16 x 1 x 1"
-    stepper = Stepper(build_method(small_recipe(), seed=0), CPU, Group("cpu"), 4, 16)
+    stepper = Stepper(build_method(small_recipe(), seed=0), CPU, Processes(), 4, 16)
     trained = sum(each.numel() for each in stepper.method.parameters() if each.requires_grad)
     groups = [value for name, value, _ in planned.rows if name.startswith("parameters")]
     assert sum(int(value.split(" in ")[0].replace(",", "")) for value in groups) == trained
@@ -50,7 +50,7 @@ def test_activations__grow_with_the_batch_and_less_with_checkpointing():
     recipe = small_recipe()
 
     def kept(count, **settings):
-        stepper = Stepper(build_method(recipe, seed=0), RunSettings(device="cpu", **settings), Group("cpu"), 4, 16)
+        stepper = Stepper(build_method(recipe, seed=0), RunSettings(device="cpu", **settings), Processes(), 4, 16)
         trained = [each for each in stepper.method.parameters() if each.requires_grad]
         return _activations(stepper, noise_batch(recipe, count, torch.device("cpu")), trained)
 
@@ -82,7 +82,7 @@ def test_memory__is_near_what_a_process_takes():
         "import re, sys, torch\n"
         "from pathlib import Path\n"
         "from mto_analysis.training import RunSettings, load_recipe\n"
-        "from mto_analysis.runtime.group import Group\n"
+        "from mto_analysis.runtime.processes import Processes\n"
         "from mto_analysis.training import build_method\n"
         "from mto_analysis.training.randomness import noise_batch\n"
         "from mto_analysis.training.stepping import Stepper\n"
@@ -91,7 +91,7 @@ def test_memory__is_near_what_a_process_takes():
         "recipe = load_recipe('mae_vit_base').with_options({'model.depth': '3', 'model.decoder_depth': '2'})\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "before = peak()\n"
-        "stepper = Stepper(build_method(recipe, seed=0), RunSettings(device='cpu'), Group('cpu'), 4, count)\n"
+        "stepper = Stepper(build_method(recipe, seed=0), RunSettings(device='cpu'), Processes(), 4, count)\n"
         "for _ in range(2): stepper.step(iter([noise_batch(recipe, count, torch.device('cpu'))]), 0)\n"
         "print(peak() - before)\n"
     )

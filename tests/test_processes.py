@@ -1,40 +1,49 @@
-"""The probe under a launcher: parts of the images put together are what one process measures; all fail together."""
+"""Processes that meet: parts put together are what one process measures, trains and scores; all fail together."""
 
 from __future__ import annotations
 
-import json
+import copy
 import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import write_images
 from labelled_images import write_parquet
+from test_mto_attach import CONFIG, build
+from tiny_models import make_mae
+from torch.nn.parallel import DistributedDataParallel
+from training_models import CASES
 from typer.testing import CliRunner
 
 from mto_analysis import load_checkpoint, open_images
 from mto_analysis.errors import DataError
+from mto_analysis.mto import attach_mto
 from mto_analysis.probe.definition_study import Definitions
 from mto_analysis.probe.property_study import Properties
 from mto_analysis.probe.quadrants import AffinityMaps
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.sharing import Shared
 from mto_analysis.probe.study import measure_checkpoints, together
-from mto_analysis.runtime.processes import Processes, in_step, this_process
-from mto_analyze import app, console
+from mto_analysis.runtime.processes import Processes, failing_together, this_process
+from mto_analysis.training import RunSettings
+from mto_analysis.training.evaluation import Evaluation, Evaluator
+from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
+from mto_analysis.training.evaluation.classifier_training import train_classifier
+from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analyze import app
 
 if not torch.distributed.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
 
 NAMES = tuple(f"{number:02d}.png" for number in range(11))
+#: Warnings of torch's own, of a single process and of gloo.
+NOISY = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 class Unheard(Exception):
@@ -122,180 +131,193 @@ def test_this_process__reads_what_launchers_say(monkeypatch: pytest.MonkeyPatch)
 
 def test_launcher__is_refused_by_commands_that_share_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    result = CliRunner().invoke(app, ["tables", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "tables cannot share its work between 2 processes" in result.stderr
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(console, "_SECONDS_FOR_MAIN", 0.0)
-    result = CliRunner().invoke(app, ["tables", "--out", str(tmp_path / "out")])
-    assert (result.exit_code, result.output) == (2, "")
+    for rank, whose in (("0", ""), ("1", "process 1 of 2: ")):  # without a store each speaks for itself
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(app, ["tables", "--out", str(tmp_path / "out")], catch_exceptions=False)
+        assert result.stderr.startswith(f"mto-analyze: error: {whose}tables cannot share its work between 2 processes")
+        assert len(result.stderr.splitlines()) == 1
 
 
-def meet(rank: int, port: int, case: str, answers) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
-    try:
-        with in_step(lambda error: (str(error), 4) if isinstance(error, DataError) else None) as processes:
-            said = processes.exchange(rank)
-            if case == "killed" and rank:
-                os._exit(9)
-            answers.put((rank, said))
-            if case == "data" and rank:
-                raise DataError("no such image")
-            if case == "mistake" and rank:
-                raise KeyError("x")
-            if case == "main":
-                processes.on_main(lambda: (_ for _ in ()).throw(DataError("the disk is full")))
-            processes.exchange(rank)
-            answers.put((rank, "never here"))
-    except Exception as error:
-        answers.put((rank, (type(error).__name__, str(error), getattr(error, "exit_code", None))))
+def be_one_of_two(rank: int, port: int) -> None:
+    """As a launcher says it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "of_main", "of_other"),
-    [
-        ("data", ("OtherProcessError", "process 1 of 2: no such image", 4), ("DataError", "no such image", 4)),
-        ("mistake", ("OtherProcessError", "process 1 of 2: KeyError: 'x'", 1), ("KeyError", "'x'", None)),
-        ("main", ("DataError", "the disk is full", 4), ("OtherProcessError", "process 0 of 2: the disk is full", 4)),
-        (
-            "killed",
-            ("OtherProcessError", "another process ended without a word (killed, or out of memory?)", 1),
-            None,
-        ),
-    ],
-)
-def test_in_step__a_failure_of_one_ends_all(case: str, of_main, of_other) -> None:
+def on_two(work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """What two processes answer, one thing each."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    port = free_port()
-    workers = [context.Process(target=meet, args=(rank, port, case, answers)) for rank in range(2)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun hosts it
+    workers = [context.Process(target=work, args=(rank, store.port, *arguments, answers)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    found: dict[int, list[Any]] = {0: [], 1: []}
-    for _ in range(2 if case == "killed" else 4):
-        rank, said = answers.get(timeout=120)
-        found[rank].append(said)
+    found = [answers.get(timeout=240) for _ in workers]
     for worker in workers:
         worker.join(timeout=60)
-    assert found[0] == [[0, 1], of_main]
-    assert found[1] == ([[0, 1], of_other] if of_other else [])
+        assert worker.exitcode == 0
+    return found
 
 
-def free_port() -> int:
-    import socket
+def fail(rank: int, port: int, who: int, call: str, answers: Any) -> None:
+    be_one_of_two(rank, port)
+    told: list[str] = []
+    try:
+        with failing_together(lambda error: (str(error), 4) if isinstance(error, DataError) else None, told.append):
+            here = this_process()
+            assert here.exchange(rank) == [0, 1]
+            if rank == who:
+                raise DataError("no such image")
+            if call == "exchange":
+                here.exchange(rank)
+            else:
+                here.sum(torch.ones(2))
+    except Exception as error:
+        answers.put((rank, (type(error).__name__, str(error), getattr(error, "exit_code", None), told)))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)  # as the command does: connections close, nothing is torn down
 
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["exchange", "sum"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_failing_together__all_end_with_the_reason_of_the_first(who: int, call: str) -> None:
+    found = dict(on_two(fail, who, call))
+    reason = f"process {who} of 2: no such image"
+    assert found[who] == ("DataError", "no such image", 4, ["no such image" if who == 0 else reason])
+    assert found[1 - who] == ("OtherProcessError", reason, 4, [])
 
 
-def launch(count: int, *arguments: object, path: Path | str = "") -> subprocess.CompletedProcess[str]:
-    """As the user does; the launcher's own report of a failure goes to stderr too."""
-    root = Path(__file__).parents[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "cli"), str(path)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count))
-    options = ("--master-port", str(free_port()), "-m", "mto_analyze")
-    return subprocess.run(
-        [*launcher, *options, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
-    )
+CLASSIFIER = ClassifierSettings(
+    "finetune", pooling="patches", epochs=2, batch_size=8, base_lr=0.05, layer_decay=0.7, erasing=0.5
+)
+
+
+def measure(folder: Path, name: str) -> tuple[list[float], list[float]]:
+    sources = [str(folder / f"{part}.parquet") for part in ("train", "test")]
+    processes = this_process()
+    scores = [
+        Evaluator(Evaluation(protocol, *sources, neighbours=3, batch_size=5)).score(make_mae(), processes=processes)
+        for protocol in ("knn", "linear")
+    ]
+    images = [LabelledImages(source) for source in sources]
+    run = RunSettings(device="cpu")
+    epochs = train_classifier(make_mae(), images[0], images[1], CLASSIFIER, folder / name, run, micro_batch=4)
+    return scores, [record.loss for record in epochs]
+
+
+def evaluate(rank: int, port: int, folder: Path, answers: Any) -> None:
+    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
+    with failing_together():
+        answers.put((rank, measure(folder, "two")))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("command", ["heterogeneity", "affinity"])
-def test_launcher__gives_the_files_of_one_process(command: str, checkpoints, tmp_path: Path) -> None:
-    images = write_images(tmp_path / "images", NAMES)
-    (images / "09.png").write_bytes(b"no image")
-    arguments = [command, "--ckpt", checkpoints["mae"], "--ckpt", checkpoints["simmim"], "--images", images]
-    arguments += ["--batch-size", 2, "--device", "cpu"]
-    if command == "heterogeneity":
-        arguments += ["--definitions", "all", "--controls", "--control-seeds", 1, "--properties", "--save-masks"]
-    one = CliRunner().invoke(app, [str(each) for each in (*arguments, "--out", tmp_path / "one")])
-    assert one.exit_code == 0
-    many = launch(2, *arguments, "--out", tmp_path / "many")
-    assert many.returncode == 0, many.stderr
-    assert many.stdout == one.stdout
-    assert many.stderr.count("skipped 09.png") == 1
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "many").iterdir())
-    for name in files:
-        first, second = tmp_path / "one" / name, tmp_path / "many" / name
-        if name.endswith(".csv") and name != "attention.csv":
-            assert first.read_bytes() == second.read_bytes(), name
-        elif name == "attention.csv":
-            pd.testing.assert_frame_equal(pd.read_csv(first), pd.read_csv(second), rtol=1e-12)
-        elif name.endswith(".npz"):
-            with np.load(first) as mine, np.load(second) as other:
-                assert list(mine) == list(other)
-                for key in mine:
-                    if mine[key].dtype.kind == "f":
-                        np.testing.assert_allclose(mine[key], other[key], rtol=1e-5, atol=1e-7)
-                    else:
-                        np.testing.assert_array_equal(mine[key], other[key])
-    assert json.loads((tmp_path / "many/run.json").read_text())["processes"] == 2
-
-
-@pytest.mark.slow
-def test_launcher__ends_with_one_line_of_ours(checkpoints, tmp_path: Path) -> None:
-    names = tuple(f"{number:02d}.png" for number in range(20))
-    images = write_images(tmp_path / "images", names)
-    (images / "18.png").write_bytes(b"no image")  # beyond those that the first process checks a model with
-    arguments = ["heterogeneity", "--ckpt", checkpoints["mae"], "--images", images, "--batch-size", 2, "--strict"]
-    failed = launch(2, *arguments, "--device", "cpu", "--quiet", "--out", tmp_path / "out")
-    assert failed.returncode != 0
-    ours = [line for line in failed.stderr.splitlines() if line.startswith("mto-analyze")]
-    assert len(ours) == 1
-    assert "error: process 1 of 2: image 18.png cannot be read" in ours[0]
-    assert "exitcode  : 4" in failed.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def evaluation(tmp_path: Path, checkpoints: Mapping[str, Path]) -> list[object]:
+def test_evaluation__is_the_same_on_two_processes(tmp_path: Path) -> None:
     for part, seed in (("train", 0), ("test", 1)):
         write_parquet(tmp_path / f"{part}.parquet", 26, seed=seed, shuffled=True)
-    images = ["--train", tmp_path / "train.parquet", "--test", tmp_path / "test.parquet"]
-    return ["evaluate", "knn", "--ckpt", checkpoints["mae"], *images, "-k", 3, "--device", "cpu"]
+    found = dict(on_two(evaluate, tmp_path))
+    scores, losses = measure(tmp_path, "one")
+    assert found[0][0] == found[1][0] == scores
+    assert found[0][1] == found[1][1] == pytest.approx(losses, rel=1e-4)
 
 
-def own_lines(failed: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in failed.stderr.splitlines() if line.startswith("mto-analyze: error")]
+def gradients(rank, port, answers):
+    from test_mto_attach import CONFIG, build
+    from training_models import CASES
+
+    from mto_analysis.mto import attach_mto
+
+    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
+    this_process().connect()
+    case = CASES["mae"]
+    model = build(case)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    mto = attach_mto(wrapped, CONFIG)
+    found = []
+    for step in range(2):
+        loss, _ = case.run(wrapped, 10 * step + rank)  # each rank has its own images
+        wrapped.zero_grad()
+        (loss + mto.loss()).backward()
+        found.append([None if p.grad is None else p.grad.tolist() for p in model.parameters()])
+    # The mean over ranks of what each would have had alone.
+    alone = []
+    for other in range(2):
+        loss, _ = case.run(model, 10 + other)
+        model.zero_grad()
+        (loss + mto.loss()).backward()
+        alone.append(model.mask_token.grad.clone())
+    torch.testing.assert_close(torch.tensor(found[1][find(model)]), (alone[0] + alone[1]) / 2, rtol=1e-4, atol=1e-6)
+    answers.put((rank, found))
+    torch.distributed.destroy_process_group()
+
+
+def find(model):
+    return next(k for k, (name, _) in enumerate(model.named_parameters()) if name == "mask_token")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_launcher__evaluates_as_one_process_does(checkpoints, tmp_path: Path) -> None:
-    arguments = evaluation(tmp_path, checkpoints)
-    one = CliRunner().invoke(app, [str(each) for each in (*arguments, "--out", tmp_path / "one")])
-    assert one.exit_code == 0, one.stderr
-    many = launch(2, *arguments, "--out", tmp_path / "many")
-    assert many.returncode == 0, many.stderr
-    assert many.stdout == one.stdout
+def test_ddp__sum_then_backward_gives_equal_gradients():
+    found = dict(on_two(gradients))
+    assert found[0] == found[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["plot", "rauc"])
-def test_launcher__a_command_that_cannot_share_is_refused_by_the_main_process(name: str) -> None:
-    failed = launch(2, name)
-    assert len(own_lines(failed)) == 1
-    expected = "cannot share its work between 2 processes; run it without the launcher"
-    assert expected in own_lines(failed)[0]
-    assert own_lines(failed)[0].endswith("(these can: heterogeneity, affinity, pretrain, evaluate)")
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_launcher__the_reason_is_not_lost_when_another_process_fails_first(checkpoints, tmp_path: Path) -> None:
-    arguments = evaluation(tmp_path, checkpoints)
-    fail = tmp_path / "sitecustomize.py"  # the second process alone cannot read its images
-    fail.write_text(
-        "import os, pyarrow.parquet as pq\n"
-        "def fail(*a, **k): raise OSError(5, 'Input/output error', 'its.parquet')\n"
-        "if os.environ.get('RANK') == '1': pq.ParquetFile = fail\n"
-    )
-    failed = launch(2, *arguments, "--out", tmp_path / "out", path=tmp_path)
-    assert failed.returncode != 0
-    assert any("process 1 of 2: " in line and "its.parquet" in line for line in own_lines(failed)), failed.stderr
+def sharded(model, case):
+    from torch.distributed.fsdp import fully_shard
+
+    for blocks in case.stacks(model):
+        for block in blocks:
+            fully_shard(block)
+    return fully_shard(model)
+
+
+def flat(model, *, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+@NOISY
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", ["mae", "simmim vit"])
+@pytest.mark.parametrize("way", ["fully_shard", "FullyShardedDataParallel"])
+def test_fsdp__losses_and_gradients_equal_the_plain_model(name, way):
+    case = CASES[name]
+    model = build(case)
+    plain = copy.deepcopy(model)
+    wrapped = sharded(model, case) if way == "fully_shard" else flat(model, use_orig_params=True)
+    mto, expected = attach_mto(wrapped, CONFIG), attach_mto(plain, CONFIG)
+    for step in range(2):
+        wrapped.zero_grad()  # before the forward: after it fully_shard shows other parameters
+        plain.zero_grad()
+        loss, _ = case.run(wrapped, step)
+        extra = mto.loss()
+        (loss + extra).backward()
+        loss, _ = case.run(plain, step)
+        plain_extra = expected.loss()
+        (loss + plain_extra).backward()
+        torch.testing.assert_close(extra, plain_extra)
+    found = dict(model.named_parameters())
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            gradient = found[parameter_name].grad
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            torch.testing.assert_close(gradient.view_as(parameter), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@NOISY
+@pytest.mark.usefixtures("group")
+def test_fsdp__joined_parameters_are_refused():
+    with pytest.raises(ValueError, match="use_orig_params=True"):
+        attach_mto(flat(build(CASES["simmim vit"]), use_orig_params=False))

@@ -18,9 +18,9 @@ from mto_analysis.probe.definition_study import Definitions
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.saved import read_tables
 from mto_analysis.probe.study import measure_checkpoints
-from mto_analysis.runtime.devices import pick_device
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import labels_of
+from mto_analysis.runtime.processes import pick_device
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analysis.runtime.processes import Processes
+from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
-from mto_analyze.console import launched
+from mto_analyze.console import launchable
 from mto_analyze.options import (
     BatchSize,
     Checkpoints,
@@ -64,7 +64,7 @@ ScaleOption = Annotated[
 ]
 
 
-@launched
+@launchable
 def affinity(
     context: typer.Context,
     ckpt: Checkpoints,
@@ -88,8 +88,6 @@ def affinity(
     out: Out = Path("affinity"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    *,
-    processes: Processes,
 ) -> None:
     """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.
 
@@ -103,6 +101,7 @@ def affinity(
     given = {**context.params, "label": chosen_labels(ckpt, label)}
     stems = figure_stems(given["label"], chosen or [""])
     files = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
+    processes = this_process()
     processes.on_main(partial(OutputFolder, out, files, overwrite=overwrite))
 
     from mto_analysis.probe.maps import map_checkpoints

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from mto_analysis.errors import MTOAnalysisError
-from mto_analysis.runtime.processes import OtherProcessError, in_step, is_lost_connection, this_process
+from mto_analysis.runtime.processes import failing_together, is_connected, this_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,22 +23,12 @@ Item = TypeVar("Item")
 USAGE = 2
 INTERRUPTED = 130
 
-# A launcher ends all processes as soon as one has ended. Where all fail alike (a wrong option), the others wait this
-# long for the main one, whose single line would else be lost.
-_SECONDS_FOR_MAIN = 20.0
-
-
-class _LauncherError(ValueError):
-    """A command that cannot share its work was started by a launcher."""
-
 
 class Commands(TyperGroup):
     """The command group that turns our errors into one line on stderr and a documented exit code."""
 
-    _leave_at_once = False
-
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run as a program; processes of a launcher that shared their work leave without tearing down libraries.
+        """Run as a program; processes that have met leave without tearing down libraries.
 
         At exit, threads of gloo and pyarrow now and then abort a process that has done all its work, and the launcher
         would call the run failed.
@@ -48,27 +36,28 @@ class Commands(TyperGroup):
         try:
             return super().main(*args, **kwargs)
         except SystemExit as stop:
-            if not Commands._leave_at_once:
+            if not is_connected():
                 raise
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
 
-    @classmethod
-    def leave_at_once(cls) -> None:
-        """Say that this is such a process."""
-        cls._leave_at_once = True
-
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; fixable errors end with their own code, Ctrl-C with 130."""
+        """Run the command; fixable errors end with their own code, Ctrl-C with 130.
+
+        Of several processes the first that fails says why, and the others end with its code.
+        """
         before, warnings.formatwarning = warnings.formatwarning, _one_line
         try:
-            return super().invoke(ctx)
+            with failing_together(explain, _say_error), _early_exit() as exits:
+                return super().invoke(ctx)
+            raise exits[0]
         except (Exception, KeyboardInterrupt) as error:
             found = explain(error)
             if found is None:
                 raise
-            _say_error(error, found[0])
+            if this_process().count == 1:
+                _say_error(found[0])
             raise typer.Exit(found[1]) from error
         finally:
             warnings.formatwarning = before
@@ -79,7 +68,7 @@ class Commands(TyperGroup):
         count = this_process().count
         if count > 1 and not _is_launchable(found[1]):
             able = ", ".join(name for name in self.list_commands(ctx) if _is_launchable(self.get_command(ctx, name)))
-            raise _LauncherError(
+            raise ValueError(
                 f"{found[0]} cannot share its work between {count} processes; run it without the launcher "
                 f"(these can: {able})"
             )
@@ -98,19 +87,18 @@ def _is_launchable(command: Any) -> bool:
     return getattr(command.callback, "launchable", False) or any(map(_is_launchable, inner))
 
 
-def _say_error(error: BaseException, message: str) -> None:
-    """One line for the error: from the main process, or from another one that alone knows of it."""
-    here = this_process()
-    if here.main:
-        note(f"mto-analyze: error: {message}")
-        return
-    if Commands._leave_at_once and isinstance(error, KeyboardInterrupt):
-        return  # the launcher interrupts all of them: nobody waits for another
-    usage = isinstance(error, _LauncherError) or hasattr(error, "format_message")
-    if usage or Commands._leave_at_once or isinstance(error, OtherProcessError):
-        time.sleep(_SECONDS_FOR_MAIN)  # the main process fails in the same way, or was told the reason
-    else:
-        typer.echo(f"mto-analyze: error: process {here.rank} of {here.count}: {message}", err=True)
+def _say_error(message: str) -> None:
+    typer.echo(f"mto-analyze: error: {message}", err=True)
+
+
+@contextmanager
+def _early_exit() -> Iterator[list[typer.Exit]]:
+    """Take the exit that ``--help`` asks for, which is no failure."""
+    found: list[typer.Exit] = []
+    try:
+        yield found
+    except typer.Exit as error:
+        found.append(error)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
@@ -129,8 +117,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         pass
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
-    elif this_process().count > 1 and isinstance(error, RuntimeError) and is_lost_connection(error):
-        message, code = "another process ended first; its own line says why, unless it was killed", 1
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
         message = "out of memory; use a smaller --batch-size"
     else:
@@ -141,25 +127,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
         message = f"{format_message().rstrip('.')}; see `{path} --help`"
     return " ".join(message.split()), code
-
-
-def launched(command: Callable[..., None]) -> Callable[..., None]:
-    """A :func:`launchable` command whose processes end together, with the reason of the first that fails.
-
-    It gets the keyword argument ``processes``, which is no option.
-    """
-    signature = inspect.signature(command)
-
-    @launchable
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        Commands._leave_at_once = this_process().count > 1
-        with in_step(explain) as processes:
-            command(*arguments, **options, processes=processes)
-
-    seen = [each for name, each in signature.parameters.items() if name != "processes"]
-    run.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
-    return run
 
 
 def as_text(table: pd.DataFrame) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mto_analysis.runtime.processes import Processes, this_process
 from mto_analyze.console import launchable, note, progress, settings_of
 from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet
 
@@ -236,22 +237,20 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     """Score by an :class:`Evaluator`, whose images are decoded once."""
     from mto_analysis.training.evaluation import Evaluation, Evaluator
     from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
-    from mto_analysis.training.evaluation.features import join_processes, place
 
     given = context.params
-    device = join_processes(given["device"])
-    process, processes = place()
+    here = this_process(given["device"])
     chosen = {name: _text(given[name]) for name in ("pooling", "norm", "precision")}
     chosen |= {name: given[name] for name in ("layer", "crop_pct", "limit", "test_limit")}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
     told = {**evaluation.settings(), "weights": _text(given["weights"])}
-    curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=process == 0)
+    curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=here.main)
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
-        return evaluator.evaluate(model, shared=processes > 1)
+        return evaluator.evaluate(model, processes=here)
 
-    _score_all(context, protocol, curve, score, device, process)
+    _score_all(context, protocol, curve, score, here)
 
 
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
@@ -259,12 +258,11 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
     from mto_analysis.training.evaluation.classifier_training import classifier_score, train_classifier
     from mto_analysis.training.evaluation.evaluator import Score
-    from mto_analysis.training.evaluation.features import LabelledImages, check_classes, join_processes, place
+    from mto_analysis.training.evaluation.features import LabelledImages, check_classes
     from mto_analysis.training.settings import RunSettings
 
     given = context.params
-    device = join_processes(given["device"])
-    process, _ = place()
+    here = this_process(given["device"])
     options = settings_of(given["setting"] or [])
     own = {name: _text(given.get(name)) for name in ("pooling", "norm")}
     own |= {name: given.get(name) for name in ("layer", "crop_pct")}
@@ -282,7 +280,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         "weights": _text(given["weights"])
     }
     curve = CurveFile(
-        given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=process == 0
+        given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=here.main
     )
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
@@ -299,12 +297,12 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
             overwrite=given["overwrite"],
         )
         label = f"{checkpoint.method} {'' if checkpoint.epoch is None else checkpoint.epoch}"
-        for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"] or process > 0):
+        for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"]):
             pass
         top1, top5, seconds = classifier_score(folder)
         return Score(top1, top5, settings.feature(model), classes, seconds)
 
-    _score_all(context, protocol, curve, score, device, process)
+    _score_all(context, protocol, curve, score, here)
 
 
 def _score_all(
@@ -312,8 +310,7 @@ def _score_all(
     protocol: str,
     curve: CurveFile,
     score: Callable[[MaskedImageModel, RunCheckpoint], Score],
-    device: str,
-    process: int,
+    here: Processes,
 ) -> None:
     """Score what the curve lacks, and the random encoders; then write the rest."""
     from mto_analysis.training.evaluation.checkpoint_scores import (
@@ -324,7 +321,7 @@ def _score_all(
     )
 
     given = context.params
-    say = partial(note, quiet=given["quiet"] or process > 0)
+    say = partial(note, quiet=given["quiet"])
     checkpoints = named_checkpoints(given["ckpt"], given["method"], given["seed"])
 
     def load(checkpoint: RunCheckpoint) -> Encoder:
@@ -334,7 +331,7 @@ def _score_all(
             num_heads=given["num_heads"],
             offline=given["offline"],
         )
-        return encoder._replace(model=encoder.model.to(device))
+        return encoder._replace(model=encoder.model.to(here.device))
 
     def scored(checkpoint: RunCheckpoint) -> Score:
         encoder = load(checkpoint)
@@ -353,7 +350,7 @@ def _score_all(
         random = score_random(checkpoints, curve, lambda one: load(one).model, score, protocol)
         for name, value in random.items():
             say(f"{name}, random weights: {value:.2f} %")
-    if not process:
+    if here.main:
         _write(context, protocol, curve, random, len(todo))
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from mto_analysis.runtime.processes import Processes
+from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
-from mto_analyze.console import as_text, launched
+from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
     BatchSize,
     Checkpoints,
@@ -63,7 +63,7 @@ Difference = Annotated[
 ]
 
 
-@launched
+@launchable
 def heterogeneity(
     context: typer.Context,
     ckpt: Checkpoints,
@@ -93,8 +93,6 @@ def heterogeneity(
     out: Out = Path("heterogeneity"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    *,
-    processes: Processes,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
@@ -108,6 +106,7 @@ def heterogeneity(
     given = {**context.params, "label": chosen_labels(ckpt, label)}
     parts = parts_of(given)
     files = file_names([*(name for part in parts for name in part.names), "run.json"])
+    processes = this_process()
     processes.on_main(partial(OutputFolder, out, files, overwrite=overwrite))
     request = measuring.request(given, processes=processes, keep_masks=save_masks)
     study, outputs = measured(request, parts)

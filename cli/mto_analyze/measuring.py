@@ -49,7 +49,7 @@ def request(
     from mto_analysis.images import choose_images, open_images
     from mto_analysis.masks import load_masks
     from mto_analysis.probe.request import Request, Settings
-    from mto_analysis.runtime.devices import pick_device
+    from mto_analysis.runtime.processes import pick_device
 
     told = listener(given)
     if given["images"] is None:

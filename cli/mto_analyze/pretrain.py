@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.runtime.processes import this_process
-from mto_analyze.console import Commands, explain, launchable, note, settings_of
+from mto_analyze.console import launchable, note, settings_of
 from mto_analyze.options import Overwrite, Quiet, Strict
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
     out = values["out"]
     chosen, source, settings = _choose(values)
     images = open_images(source)
-    with _together(), _interrupted(out), _bar(quiet) as on_step:
+    with _interrupted(out), _bar(quiet) as on_step:
         if dry_run:
             planned = plan(chosen, images, settings).as_text()
             if this_process().main:
@@ -177,27 +177,6 @@ def _interrupted(out: Path) -> Iterator[None]:
 
         kept = RunFolder(out).last.exists()
         raise KeyboardInterrupt("--resume goes on from last.pth" if kept else "") from None
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Processes of a launcher end together: one that fails says why, and does not wait for the others."""
-    here = this_process()
-    if here.count == 1:
-        yield
-        return
-    import torch
-
-    Commands.leave_at_once()
-    try:
-        yield
-    except Exception as error:
-        found = explain(error)
-        if found is not None and not here.main:
-            typer.echo(f"mto-analyze: error: process {here.rank}: {found[0]}", err=True)
-        raise
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:

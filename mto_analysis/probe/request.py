@@ -98,7 +98,7 @@ class Request:
         labels: Names of the models, one per checkpoint; by default from the paths.
         loading: How checkpoints are loaded; head counts given for several are for those that need them.
         listener: Takes notes, warnings and progress.
-        processes: Those of a launcher, from :func:`~mto_analysis.runtime.processes.in_step`; by default this one alone.
+        processes: Those of a launcher, from :func:`~mto_analysis.runtime.processes.this_process`; by default this one.
 
     Raises:
         ValueError: If there is not one different label per checkpoint.

@@ -1,21 +1,29 @@
-"""The processes of a launcher (``torchrun``, ``accelerate launch``): which one this is, and work that fails together.
+"""The processes of a launcher (``torchrun``, ``accelerate launch``): which one this is, and what they do together.
 
-All processes of a run take the same steps. Values pass between them only in :meth:`Processes.exchange`, in which an
-error takes the place of a value: so no process waits for one that has failed, and one line says what happened.
+All processes of a run take the same steps and meet in the collective calls of :class:`Processes`. One that fails leaves
+its reason in the launcher's store before its connections close, so the others, whichever call they are waiting in, end
+with that reason instead of their own lost connection, and one line says what happened.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mto_analysis.errors import MTOAnalysisError
 
-__all__ = ["OtherProcessError", "Processes", "in_step", "is_lost_connection", "this_process"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["OtherProcessError", "Processes", "failing_together", "is_connected", "pick_device", "this_process"]
 
 Value = TypeVar("Value")
 
@@ -24,8 +32,11 @@ _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
-# A process may have much more to do than another (a checkpoint to fetch); one that died is noticed at once.
-_PATIENCE = timedelta(days=7)
+# A process may have much more to do than another (a checkpoint to fetch, an evaluation); one that died is noticed at
+# once, by its closed connections.
+_TIMEOUT = timedelta(days=1)
+# For the store, which answers in milliseconds unless its host is gone.
+_STORE_TIMEOUT = timedelta(seconds=10)
 
 
 class OtherProcessError(MTOAnalysisError):
@@ -37,14 +48,6 @@ class OtherProcessError(MTOAnalysisError):
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """What takes the place of a value; pickled, so it holds words only."""
-
-    words: str
-    exit_code: int
-
-
-@dataclass(frozen=True)
 class Processes:
     """This process among those of its run; without a launcher it is the only one.
 
@@ -52,11 +55,13 @@ class Processes:
         rank: Its number.
         count: How many there are.
         local_rank: Its number on its machine.
+        device_name: Where its models are.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    device_name: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -67,6 +72,13 @@ class Processes:
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where its models are."""
+        import torch
+
+        return torch.device(self.device_name)
 
     def share(self, items: Sequence[Value], unit: int = 1) -> Sequence[Value]:
         """This process's part of a sequence: whole units in a row, so that parts in order of rank are the sequence.
@@ -80,89 +92,225 @@ class Processes:
         return items[start:end]
 
     def exchange(self, value: Value) -> list[Value]:
-        """The values of all processes, by rank; every process must call it.
+        """The values of all processes, by rank; a collective call.
 
         Raises:
             OtherProcessError: If another process failed instead, or ended without a word.
         """
         if self.count == 1:
             return [value]
-        found = _all_gather(value)
-        for rank, each in enumerate(found):
-            if isinstance(each, _Failure):
-                raise OtherProcessError(f"process {rank} of {self.count}: {each.words}", each.exit_code)
+        found: list[Any] = [None] * self.count
+        with self._meeting() as dist:
+            dist.all_gather_object(found, value)
         return found
 
+    def shared(self, value: Value) -> Value:
+        """What the main process has; a collective call."""
+        return self.exchange(value if self.main else None)[0]  # type: ignore[return-value]
+
     def on_main(self, call: Callable[[], object]) -> None:
-        """Do something in the main process alone; the others wait, and fail where it fails."""
+        """Do something in the main process alone, while the others wait; a collective call."""
         if self.main:
             call()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until all processes are here; a collective call."""
         self.exchange(None)
 
+    def spread(self, tensor: Tensor) -> None:
+        """Give a tensor the values of the main process, in place; a collective call."""
+        if self.count > 1:
+            with self._meeting() as dist:
+                dist.broadcast(tensor, src=0)
 
-def this_process() -> Processes:
-    """Which process this is, from what the launcher says in the environment."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in place, on the device; a collective call."""
+        if self.count > 1:
+            with self._meeting() as dist:
+                dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes, on the CPU in float64; a collective call."""
+        import torch
+
+        values = values.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
+        return (self.sum(values) / self.count).cpu().double()
+
+    def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
+        """The module with gradients averaged over the processes.
+
+        Args:
+            module: On this process's device.
+            unused: Whether some of its parameters take no part in its forward.
+        """
+        from torch.nn.parallel import DistributedDataParallel
+
+        options: dict[str, Any] = {"find_unused_parameters": unused}
+        known = inspect.signature(DistributedDataParallel).parameters
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        own = [self.device.index] if self.device.type == "cuda" else None
+        with self._meeting():
+            return DistributedDataParallel(module, device_ids=own, **options)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[Any]:
+        """Where processes meet: connected, and with the reason of another one that is gone."""
+        import torch.distributed as dist
+
+        self.connect()
+        try:
+            yield dist
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            raise _reason_of_other() from error
+
+    def connect(self) -> None:
+        """Meet the other processes, once; a collective call."""
+        if self.count == 1:
+            return
+        from accelerate.state import PartialState  # it reads what the launcher left in the environment
+
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        cpu = self.device.type != "cuda"
+        # Objects travel between CPUs, also where models are on GPUs.
+        backend = {} if cpu else {"backend": "cuda:nccl,cpu:gloo"}
+        PartialState(cpu=cpu, timeout=_TIMEOUT, **backend)
+
+
+def this_process(device: str | None = None) -> Processes:
+    """Which process this is, from what the launcher says in the environment.
+
+    Args:
+        device: Where its models are to be, ``auto`` for CUDA where there is one; each process gets its own GPU.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
 
     def number(names: tuple[str, ...], default: int) -> int:
         return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), default)
 
     rank, count = number(_RANK, 0), number(_COUNT, 1)
-    return Processes(rank, count, number(_LOCAL_RANK, rank)) if count > 1 else Processes()
+    here = Processes(rank, count, number(_LOCAL_RANK, rank)) if count > 1 else Processes()
+    return here if device is None else replace(here, device_name=_device_name(here, device))
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective call failed because another process is gone, as gloo and NCCL say it."""
-    words = str(error).lower()
-    return any(each in words for each in ("connection closed", "connection reset", "broken pipe", "gloo", "nccl"))
+def pick_device(name: str) -> str:
+    """``auto`` is CUDA if there is one, else the CPU; MPS is taken only when asked for, as it can be silently wrong.
+
+    Under a launcher, CUDA is this process's own GPU.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    return this_process(name).device_name
 
 
-def _all_gather(value: Any) -> list[Any]:
-    import torch.distributed as dist
+def _device_name(here: Processes, name: str) -> str:
+    import torch
 
-    found: list[Any] = [None] * dist.get_world_size()
+    auto = name == "auto"
+    if auto:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and here.count > 1 and torch.cuda.is_available():
+        name = f"cuda:{here.local_rank % torch.cuda.device_count()}"
+    if auto:
+        return name
     try:
-        dist.all_gather_object(found, value)
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            raise
-        raise OtherProcessError("another process ended without a word (killed, or out of memory?)") from error
-    return found
-
-
-def _explain(error: BaseException) -> tuple[str, int]:
-    return f"{type(error).__name__}: {error}", 1
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return str(device)
 
 
 @contextmanager
-def in_step(explain: Callable[[BaseException], tuple[str, int] | None] = lambda error: None) -> Iterator[Processes]:
+def failing_together(
+    explain: Callable[[BaseException], tuple[str, int] | None] = lambda error: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[None]:
     """Run the same steps in every process of the launcher; the first failure of any ends all of them.
-
-    Inside, processes meet only in :meth:`Processes.exchange`. A process that fails goes to the meeting that the others
-    are at or will come to, and hands over its error instead of a value.
 
     Args:
         explain: An error as one line and an exit code, or ``None`` for one that is a mistake in the program.
+        say: Takes the line of the first failure, in the process where it happened.
+
+    Raises:
+        OtherProcessError: In the other processes, with the same line.
     """
     here = this_process()
     if here.count == 1:
-        yield here
+        yield
         return
-    import torch.distributed as dist
-
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    # Objects travel between CPUs, also where models are on GPUs.
-    dist.init_process_group("gloo", rank=here.rank, world_size=here.count, timeout=_PATIENCE)
     try:
-        yield here
-    except OtherProcessError:  # all have met, so all know
+        yield
+        if is_connected():
+            here.wait()  # nobody has succeeded before all have
+    except (Exception, KeyboardInterrupt) as error:
+        lost = isinstance(error, RuntimeError) and _is_lost_connection(error)
+        reason = _reason_of_other() if lost else error
+        first = _hand_over(here, reason, explain(reason), say)
+        if first is not None:
+            raise first from error
+        if reason is not error:
+            raise reason from error
         raise
-    except Exception as error:
-        with suppress(OtherProcessError):
-            _all_gather(_Failure(*(explain(error) or _explain(error))))
-        raise
-    else:
-        here.exchange(None)
-    finally:
-        # After Ctrl-C there is no last meeting: closed connections tell the others.
-        dist.destroy_process_group()
+
+
+def _hand_over(
+    here: Processes, error: BaseException, found: tuple[str, int] | None, say: Callable[[str], None]
+) -> OtherProcessError | None:
+    """Leave the reason of a failure for the others, and say it; or what another process failed with before."""
+    words, code = found or (f"{type(error).__name__}: {error}", 1)
+    named = here.main or isinstance(error, OtherProcessError)
+    line = words if named else f"process {here.rank} of {here.count}: {words}"
+    # A RuntimeError if the store's host, a process of the run with some launchers, is gone: then this one speaks too.
+    with suppress(RuntimeError):
+        store = _store()
+        if store is not None and store.add("failures", 1) > 1:
+            store.wait(["said"], _STORE_TIMEOUT)  # or the launcher might end the other process before it has spoken
+            return _reason_of_other()
+        if store is not None:
+            store.set("reason", json.dumps([here.rank, here.count, words, code]))
+            say(line)
+            store.set("said", "")
+            return None
+    say(line)
+    return None
+
+
+def _reason_of_other() -> OtherProcessError:
+    """Why the process that failed first did."""
+    with suppress(RuntimeError):
+        store = _store()
+        if store is not None and store.check(["reason"]):
+            rank, count, words, code = json.loads(store.get("reason"))
+            return OtherProcessError(f"process {rank} of {count}: {words}", code)
+    return OtherProcessError("another process ended without a word (killed, or out of memory?)")
+
+
+def _store() -> Any:
+    """Key-value pairs of this start of the run, in the launcher (torchrun) or in the main process; ``None`` without."""
+    if not os.environ.get("MASTER_PORT", "").isdecimal():
+        return None
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
+    start = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
+    return PrefixStore("/".join(["mto-analyze", *start]), TCPStore(host, port, timeout=_STORE_TIMEOUT))
+
+
+def is_connected() -> bool:
+    """Whether this process has met the others of its run."""
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process is gone, as gloo and NCCL say it."""
+    words = str(error).lower()
+    return any(each in words for each in ("connection closed", "connection reset", "broken pipe", "gloo", "nccl"))

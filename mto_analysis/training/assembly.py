@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.errors import CheckpointError
 from mto_analysis.mto import attach_mto
-from mto_analysis.runtime.group import Group
+from mto_analysis.runtime.processes import Processes
 from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
 from mto_analysis.training.objective import Batch, Objective
@@ -38,7 +38,7 @@ class Assembly:
     """
 
     def __init__(
-        self, method: Objective, settings: RunSettings, group: Group, steps_per_epoch: int, micro_batch: int
+        self, method: Objective, settings: RunSettings, group: Processes, steps_per_epoch: int, micro_batch: int
     ) -> None:
         self.settings, self.group = settings, group
         self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * method.settings.epochs
@@ -56,6 +56,7 @@ class Assembly:
         self.mto = None if settings.mto is None else attach_mto(self.method.student, settings.mto)
         prepare_blocks(self.method.student, compiled=settings.compile, checkpointing=settings.gradient_checkpointing)
         if settings.fsdp:
+            group.connect()
             sharding.shard(self.method, device)
             self.wrapped: nn.Module = self.method
         else:
@@ -73,7 +74,7 @@ class Assembly:
         batch = self.method.noise(micro_batch, self.group.device)
         buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         self.wrapped = self.method
-        with step_randomness(self.settings.seed, -1, self.group.index, self.group.device), warnings.catch_warnings():
+        with step_randomness(self.settings.seed, -1, self.group.rank, self.group.device), warnings.catch_warnings():
             # Of a 1 x 1 convolution (SimMIM's head), whose gradient may be laid out either way.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]

@@ -9,8 +9,8 @@ from typing import Any
 
 from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData, steps_in_epoch
-from mto_analysis.runtime.group import Group
 from mto_analysis.runtime.outputs import run_facts
+from mto_analysis.runtime.processes import Processes, this_process
 from mto_analysis.training.objective import Batch, Objective, Settings
 from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
@@ -22,11 +22,11 @@ from mto_analysis.training.stepping import Stepper
 __all__ = ["open_group", "train"]
 
 
-def open_group(settings: RunSettings) -> Group:
+def open_group(settings: RunSettings) -> Processes:
     """The processes of a run, each with its device."""
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-    return Group(settings.device)
+    return this_process(settings.device)
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
     scorer: Callable[[], Scorer],
     folder: RunFolder,
     settings: RunSettings,
-    group: Group,
+    group: Processes,
     *,
     identity: Mapping[str, Any],
     resume: bool,
@@ -137,7 +137,7 @@ def _batches(data: EpochData, stepper: Stepper, recorder: Recorder, epoch: int, 
             epoch,
             micro_batch=micro_batch,
             accumulation=stepper.settings.accumulation,
-            process=stepper.group.index,
+            process=stepper.group.rank,
             processes=stepper.group.count,
             skip_steps=recorder.step - epoch * stepper.steps_per_epoch,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.images import steps_in_epoch
-from mto_analysis.runtime.group import Group
+from mto_analysis.runtime.processes import Processes, this_process
 from mto_analysis.training.methods import build_method, learning_rate
 from mto_analysis.training.methods.method import peak_learning_rate
 from mto_analysis.training.shares import micro_batch_size
@@ -66,7 +66,7 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
         ValueError: If the batch cannot be shared out.
         DataError: If there are too few images.
     """
-    here = Group(settings.device)
+    here = this_process(settings.device)
     count = processes or here.count
     micro = micro_batch_size(recipe.batch_size, processes=count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(images.names), recipe.batch_size)
@@ -137,7 +137,7 @@ class _Measured:
         yield "  activations", _size(self.per_batch + self.per_image * micro), f"{_size(self.per_image)} an image"
 
 
-def _measure(stepper: Stepper, settings: RunSettings, here: Group, micro: int) -> _Measured:
+def _measure(stepper: Stepper, settings: RunSettings, here: Processes, micro: int) -> _Measured:
     trained = [each for each in stepper.method.parameters() if each.requires_grad]
     weights = _bytes(trained)
     everything = _bytes([*stepper.method.parameters(), *stepper.method.buffers()])

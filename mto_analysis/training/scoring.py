@@ -11,7 +11,7 @@ import torch
 from mto_analysis.models import MaskedImageModel
 
 if TYPE_CHECKING:
-    from mto_analysis.runtime.group import Group
+    from mto_analysis.runtime.processes import Processes
     from mto_analysis.training.assembly import Assembly
     from mto_analysis.training.settings import RunSettings
 
@@ -51,7 +51,7 @@ class EvaluationScorer(Scorer):
     """
 
     def __init__(
-        self, settings: RunSettings, group: Group, given: Callable[[MaskedImageModel], float] | None = None
+        self, settings: RunSettings, group: Processes, given: Callable[[MaskedImageModel], float] | None = None
     ) -> None:
         evaluation = settings.evaluation
         self.protocol = evaluation.protocol if evaluation is not None else "own"
@@ -81,7 +81,7 @@ class EvaluationScorer(Scorer):
         devices = [self._group.device] if self._group.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._shared:
-                score = self._evaluator.score(trained.method.probed, shared=True)
+                score = self._evaluator.score(trained.method.probed, processes=self._group)
             else:
                 model = trained.whole_probed()
                 score = float(self._group.shared(self._score(model) if model is not None else 0.0))

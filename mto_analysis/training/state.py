@@ -15,7 +15,7 @@ from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.runtime.outputs import atomic_file, write_atomically
 
 if TYPE_CHECKING:
-    from mto_analysis.runtime.group import Group
+    from mto_analysis.runtime.processes import Processes
     from mto_analysis.training.settings import RunSettings
 
 __all__ = [
@@ -207,7 +207,7 @@ def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return differences(without_words(stored), without_words(now))
 
 
-def run_layout(settings: RunSettings, group: Group) -> dict[str, Any]:
+def run_layout(settings: RunSettings, group: Processes) -> dict[str, Any]:
     """What a run's result depends on in its last digits only."""
     return {
         "processes": group.count,

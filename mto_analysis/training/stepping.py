@@ -54,7 +54,7 @@ class Stepper(Assembly):
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with self._kernels(), self._products(), step_randomness(self.settings.seed, step, self.group.index, device):
+        with self._kernels(), self._products(), step_randomness(self.settings.seed, step, self.group.rank, device):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1

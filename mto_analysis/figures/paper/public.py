@@ -18,8 +18,8 @@ from mto_analysis.figures.paper.inputs import Inputs
 from mto_analysis.images import open_images
 from mto_analysis.models.initialization import random_weights
 from mto_analysis.probe.request import LoadedModel, Request, Settings
-from mto_analysis.runtime.devices import pick_device
 from mto_analysis.runtime.listener import Listener
+from mto_analysis.runtime.processes import pick_device
 
 __all__ = ["PUBLIC", "draw_public"]
 

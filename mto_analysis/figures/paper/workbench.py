@@ -145,7 +145,7 @@ class Workbench:
         from mto_analysis.images import open_images
         from mto_analysis.masks import load_masks
         from mto_analysis.probe.request import Request, Settings
-        from mto_analysis.runtime.devices import pick_device
+        from mto_analysis.runtime.processes import pick_device
 
         inputs = self.inputs
         settings = Settings(limit=inputs.limit, batch_size=inputs.batch_size, device=pick_device(inputs.device))

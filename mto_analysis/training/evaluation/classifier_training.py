@@ -122,7 +122,7 @@ class TestAccuracy(Scorer):
         training = trained.method.training
         trained.method.eval()
         with torch.no_grad(), fast_float32(group.device), trained.autocast():
-            for number, images in self._test.batches(info, group.index, group.count, crop_pct=crop_pct):
+            for number, images in self._test.batches(info, group.rank, group.count, crop_pct=crop_pct):
                 batch = labels[number * size : (number + 1) * size, None].to(group.device)
                 logits = classifier(normalized(images.to(group.device), info)).float()
                 hits = logits.topk(min(5, num_classes), dim=1).indices == batch

@@ -11,6 +11,7 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.runtime.precision import fast_float32
+from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, extract_features
 from mto_analysis.training.evaluation.knn import knn_scores
 from mto_analysis.training.evaluation.linear import linear_scores
@@ -82,13 +83,13 @@ class Evaluator:
         )
         self.num_classes = check_classes(self.train, self.test)
 
-    def evaluate(self, model: MaskedImageModel, *, shared: bool = False) -> Score:
+    def evaluate(self, model: MaskedImageModel, *, processes: Processes | None = None) -> Score:
         """Score a model.
 
         Args:
             model: With an encoder that sees whole images.
-            shared: Every process of ``torch.distributed`` calls this at once; each encodes its share of the images
-                and all return the same score. Without it the caller does everything alone.
+            processes: All of them call this at once; each encodes its share of the images and all return the same
+                score. Without them the caller does everything alone.
 
         Raises:
             DataError: If the model's family has no encoder that can be used.
@@ -107,7 +108,7 @@ class Evaluator:
         feature = feature_of(model, chosen.pooling, chosen.layer, chosen.norm)
         crop_pct = chosen.crop_pct or crop_pct_of(model)
         train, test = (
-            extract_features(model, images, feature, crop_pct=crop_pct, precision=chosen.precision, shared=shared)
+            extract_features(model, images, feature, crop_pct=crop_pct, precision=chosen.precision, processes=processes)
             for images in (self.train, self.test)
         )
         iterations = None
@@ -133,9 +134,9 @@ class Evaluator:
         seconds = time.perf_counter() - start
         return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, iterations)
 
-    def score(self, model: MaskedImageModel, *, shared: bool = False) -> float:
+    def score(self, model: MaskedImageModel, *, processes: Processes | None = None) -> float:
         """Top-1 accuracy in percent; arguments as for :meth:`evaluate`."""
-        return self.evaluate(model, shared=shared).top1
+        return self.evaluate(model, processes=processes).top1
 
 
 def score(model: MaskedImageModel, evaluation: Evaluation) -> float:

@@ -17,8 +17,7 @@ from mto_analysis.images import Images, open_images
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.probe import undisturbed
-from mto_analysis.runtime.devices import pick_device
-from mto_analysis.runtime.processes import this_process
+from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.protocols import Feature, Precision
 from mto_analysis.training.methods.method import Pooling
 
@@ -28,9 +27,7 @@ __all__ = [
     "check_classes",
     "extract_features",
     "feature_vectors",
-    "join_processes",
     "normalized",
-    "place",
     "pooled",
 ]
 
@@ -205,7 +202,7 @@ def extract_features(
     *,
     crop_pct: float = 1.0,
     precision: Precision = "float32",
-    shared: bool = False,
+    processes: Processes | None = None,
 ) -> Features:
     """Features of all images, in the order of their names, float32, on the model's device.
 
@@ -218,60 +215,29 @@ def extract_features(
         feature: What to make of the tokens.
         crop_pct: As for :func:`eight_bits`.
         precision: Of the encoder's products; float32 without TF32, or bfloat16 by autocast.
-        shared: Every process of ``torch.distributed`` calls this at once, and each takes its share of the batches.
+        processes: Each takes its share of the batches, and all of them call this; by default this one alone.
 
     Raises:
         ValueError: If the model has no such encoder.
         NumericalError: If a feature is not finite.
     """
     like = next(model.parameters())
-    process, processes = place() if shared else (0, 1)
+    here = processes or Processes()
     parts: dict[int, Tensor] = {}
     half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with undisturbed(model), half:
-        for number, images in labelled.batches(model.info, process, processes, crop_pct=crop_pct):
+        for number, images in labelled.batches(model.info, here.rank, here.count, crop_pct=crop_pct):
             batch = normalized(images.to(like.device, non_blocking=True), model.info).to(like.dtype)
             parts[number] = feature_vectors(model, batch, feature).float()
-    if processes > 1:
-        parts = _gathered(parts, processes, like.device)
+    if here.count > 1:
+        everywhere = here.exchange({number: part.cpu() for number, part in parts.items()})
+        parts = {number: part.to(like.device) for each in everywhere for number, part in each.items()}
     vectors = torch.cat([parts[number] for number in range(labelled.num_batches)])
     if not bool(vectors.isfinite().all()):
         row = int((~vectors.isfinite().all(dim=1)).nonzero()[0])
         name = labelled.images.names[labelled.rows[row]]
         raise NumericalError(f"the features of image {name} are not finite; check the checkpoint")
     return Features(vectors, labelled.labels.to(like.device))
-
-
-def join_processes(device: str) -> str:
-    """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, if any; the device of this one.
-
-    Args:
-        device: ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
-    device = pick_device(device)
-    if this_process().count > 1:
-        from accelerate.state import PartialState  # it reads what the launcher left in the environment
-
-        state = PartialState(cpu=device == "cpu")
-        device = device if device == "cpu" else str(state.device)
-    return device
-
-
-def place() -> tuple[int, int]:
-    """Number of this process and how many there are."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _gathered(parts: dict[int, Tensor], processes: int, device: torch.device) -> dict[int, Tensor]:
-    everywhere: list[dict[int, Tensor] | None] = [None] * processes
-    torch.distributed.all_gather_object(everywhere, {number: part.cpu() for number, part in parts.items()})
-    return {number: part.to(device) for each in everywhere if each for number, part in each.items()}
 
 
 def check_classes(train: LabelledImages, test: LabelledImages) -> int:
