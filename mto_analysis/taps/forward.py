@@ -372,27 +372,28 @@ class Stack(Generic[_Any]):
         if half is None and tokens.element_size() == 2:
             half = tokens.dtype
         known = self.layout.row if self.layout is not None else None
-        widths, tried = set(), set()
-        for wanted in (known, None):
-            for index, row in enumerate(rounded_rows(self._rows, self._mask_tokens(), half)):
-                widths.add(row.shape[-1])
-                if row.shape[-1] != tokens.shape[-1] or index in tried or wanted not in (index, None):
-                    continue
-                tried.add(index)
-                if self.layout is None and len(row) > 1 and bool((row == row[:1]).all()):
-                    row = row[:1]  # positions that are all zero
+        if known is not None:
+            candidates = enumerate(rounded_rows(self._rows, self._mask_tokens(), half))
+            if (row := next((row for index, row in candidates if index == known), None)) is not None:
                 places = find_rows(tokens, row)
-                if (wanted is not None and _is_far(tokens)) or bool((places >= 0).any()):
+                if _is_far(tokens) or bool((places >= 0).any()):
+                    return places, known
+        most, widths = 0, set()
+        chosen: tuple[Tensor | None, int] = None, -1
+        for index, row in enumerate(rounded_rows(self._rows, self._mask_tokens(), half)):
+            widths.add(row.shape[-1])
+            if row.shape[-1] == tokens.shape[-1]:
+                row = row[:1] if len(row) > 1 and bool((row == row[:1]).all()) else row  # positions that are all zero
+                places = find_rows(tokens, row)
+                if (count := int((places >= 0).sum())) > most:
+                    most, chosen = count, (places, index)
                     self._positions = self._count_positions(len(row))
-                    return places, index
-                if wanted is not None:
-                    break
-        if not tried:
+        if tokens.shape[-1] not in widths:
             raise self._error(
                 f"its masked rows have a width of {sorted(widths)}, its tokens {list(tokens.shape)} one of "
                 f"{tokens.shape[-1]}; give the blocks that masked tokens enter"
             )
-        return None, -1
+        return chosen
 
     def _count_positions(self, rows: int) -> int:
         several = sum(token.numel() // token.shape[-1] for token in self.spec.mask_tokens)
@@ -435,7 +436,9 @@ class Stack(Generic[_Any]):
             prefix = self._guess_prefix(total, positions)
             patches = total - prefix
         offset = positions - patches if positions > 1 else 0
-        if prefix < 0 or patches < 1 or offset < 0 or offset > _MOST_PREFIX:
+        # Positions are for patches alone, for one class token too, or for all prefix tokens.
+        fits = self.spec.present == "subset" or offset in {0, 1, prefix}
+        if prefix < 0 or patches < 1 or offset < 0 or not fits:
             raise self._error(
                 f"tokens {list(tokens.shape)} with {prefix} prefix tokens are {patches} patches, its masked rows have "
                 f"{positions} positions; pass prefix_tokens=..., or present='subset' where some patches are missing"

@@ -39,7 +39,7 @@ class Attached(Generic[_Any]):
         self.step = 0
         self._stacks: list[Stack[_Any]] = [Stack(model, spec, forward, **more) for spec in specs]
         self._given_up: set[int] = set()  # candidates for stacks that another one turned out to be
-        self._failures: dict[int, Exception] = {}  # by stack; -1 for what concerns none
+        self._failures: dict[int, StackError] = {}  # by stack; -1 for what concerns none
         self._warned_of_size = False
         # What the model-level hook saw; None outside the model's own call (Lightning calls training_step instead).
         self._recording: bool | None = None
@@ -159,9 +159,7 @@ class Attached(Generic[_Any]):
         for failure in failures.values():
             for stack in self._stacks:
                 stack.drop()
-            if isinstance(failure, StackError):
-                raise failure
-            raise StackError(f"a forward could not be followed: {type(failure).__name__}: {failure}") from failure
+            raise failure
         if self.skipped and not self._warned_of_size:
             self._warned_of_size = True
             warnings.warn(
@@ -247,6 +245,10 @@ class Attached(Generic[_Any]):
 
     def _failed(self, at: int, error: Exception) -> None:
         """Something went wrong in a hook: kept for the next call of ours."""
+        if not isinstance(error, StackError):
+            error = StackError(f"a forward could not be followed: {type(error).__name__}: {error}").with_traceback(
+                error.__traceback__
+            )
         self._failures.setdefault(at, error)
         if at >= 0:
             self._stacks[at].running = None

@@ -134,3 +134,121 @@ class Inpainting(nn.Module):
         for each in self.blocks:
             x = each(x)
         return x if self.batch_first else x.transpose(0, 1)
+
+
+class SelfDistillation(nn.Module):
+    """A teacher in front of the student, or after it; frozen or not."""
+
+    def __init__(self, order=("teacher", "student"), *, frozen=True):
+        super().__init__()
+        for name in order:
+            setattr(self, name, Backbone())
+        if frozen:
+            self.teacher.requires_grad_(False).eval()
+
+    def forward(self, x, mask):
+        with torch.no_grad():
+            target = self.teacher(x)
+        return (self.student(x, mask) - target).square().mean()
+
+
+class VisibleArgument(Inpainting):
+    """Its argument is True for visible patches."""
+
+    def forward(self, x, visible):
+        return super().forward(x, ~visible)
+
+
+class Rounds(Backbone):
+    """Brings the mask token, or the position too, to the dtype of the patches, as several current ViTs do."""
+
+    def __init__(self, *, everything=False):
+        super().__init__()
+        self.embed, self.everything = nn.Linear(DIM, DIM), everything
+
+    def forward(self, x, mask=None):
+        x = self.embed(x)
+        x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.vit.before.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return self.vit.blocks(x + (self.vit.pos_embed.to(x.dtype) if self.everything else self.vit.pos_embed))
+
+
+class Residual(nn.Module):
+    """Pairs of branches whose residuals are added outside of modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)]) for _ in range(2))
+        self.hole, self.norm = nn.Parameter(torch.randn(DIM)), nn.LayerNorm(DIM)
+
+    def forward(self, x, mask):
+        x = torch.where(mask[..., None], self.hole, x)
+        self.whole = [x]
+        for first, second in self.layers:
+            x = first(x) + x
+            x = second(x) + x
+            self.whole.append(x)
+        return self.norm(x)
+
+
+class AddsBetween(Inpainting):
+    """Adds its position before each block again."""
+
+    def run(self, x):
+        for each in self.blocks:
+            x = each(x + self.positions())
+        return x
+
+
+class Predictor(nn.Module):
+    """Sees some of the patches, and masked tokens of others, in the order of their positions or masked ones last."""
+
+    def __init__(self, num_tokens=1, *, ordered=False):
+        super().__init__()
+        self.ordered, self.which = ordered, num_tokens - 1
+        self.embed, self.blocks = nn.Linear(DIM, DIM), blocks()
+        self.mask_tokens = nn.ParameterList(nn.Parameter(torch.randn(1, 1, DIM)) for _ in range(num_tokens))
+        self.pos_embed = nn.Parameter(torch.randn(1, NUM, DIM), requires_grad=False)
+
+    def forward(self, x, context, target):
+        position = self.pos_embed.expand(len(x), -1, -1)
+        x = pick(self.embed(x) + position, context)
+        x = torch.cat([x, self.mask_tokens[self.which] + pick(position, target)], 1)
+        self.true_mask = torch.arange(x.shape[1]).expand(len(x), -1) >= context.shape[1]
+        if self.ordered:
+            order = torch.cat([context, target], 1).argsort(1)
+            x, self.true_mask = pick(x, order), self.true_mask.gather(1, order)
+        for each in self.blocks:
+            x = each(x)
+        return x
+
+
+def pick(tokens, index):
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class GridBlock(nn.Module):
+    """Takes ``batch height width dim`` by keyword only, and returns a tuple."""
+
+    def __init__(self, dim=DIM):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(dim), nn.Linear(dim, dim)
+
+    def forward(self, *, hidden_states, flag=None):
+        return hidden_states + self.mlp(self.norm(hidden_states)), flag
+
+
+class Grid(nn.Module):
+    """Tokens on a grid that is no square; merges 2 x 2 of them after the first block."""
+
+    def __init__(self, *, merges=True):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(DIM))
+        self.layers, self.merges = nn.ModuleList(GridBlock() for _ in range(2)), merges
+
+    def forward(self, x, mask):
+        x = torch.where(mask[..., None], self.mask_token, x)
+        x, _ = self.layers[0](hidden_states=x)
+        if self.merges:
+            x = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        return self.layers[1](hidden_states=x)[0]

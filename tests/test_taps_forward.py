@@ -1,0 +1,432 @@
+"""Kinds of other people's models: measured as the plain way does, or refused by a call of ours."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from model_kinds import (
+    DIM,
+    NUM,
+    AddsBetween,
+    Backbone,
+    DecoderNames,
+    Grid,
+    Inpainting,
+    Predictor,
+    Residual,
+    Rounds,
+    SelfDistillation,
+    VisibleArgument,
+    block,
+    features,
+    random_mask,
+)
+from test_mto_attach import CONFIG
+from torch import nn
+
+from mto_analysis.errors import StackError
+from mto_analysis.mto import MTOConfig, StackSpec, attach_mto, mto_loss, watch_mto
+
+RAGGED = random_mask(3, (5, 9, 12))
+
+
+def plain_way(blocks, run, prefix, mask):
+    """The loss of the next forward with tokens that are kept, and the true mask."""
+    kept, handles = {}, []
+
+    def keep(depth, *values):
+        kept.setdefault(depth, next(value for value in values if value is not None))
+
+    handles.append(
+        blocks[0].register_forward_pre_hook(lambda m, args, kwargs: keep(0, *args, *kwargs.values()), with_kwargs=True)
+    )
+    for depth, each in enumerate(blocks, start=1):
+        handles.append(each.register_forward_hook(lambda m, args, out, depth=depth: keep(depth, out)))
+    run()
+    for handle in handles:
+        handle.remove()
+    layers = [tokens[0] if isinstance(tokens, tuple) else tokens for tokens in kept.values()]
+    layers = [(each if each.ndim == 3 else each.flatten(1, 2))[:, prefix:] for each in layers]
+    return mto_loss(layers, mask() if callable(mask) else mask, CONFIG).loss
+
+
+def assert_exact(model, blocks, run, prefix, mask, **options):
+    """Loss and gradients equal the plain way's."""
+    mto = attach_mto(model.train(), CONFIG, **options)
+    torch.manual_seed(7)
+    expected = plain_way(blocks, run, prefix, mask)
+    loss = mto.loss()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert mto.step == 1
+    return mto
+
+
+def refused(model, run, match, **options):
+    mto = attach_mto(model.train(), CONFIG, **options)
+    run()
+    with pytest.raises(StackError, match=match):
+        mto.loss()
+
+
+# ---- the order of masked tokens
+
+
+@pytest.mark.parametrize("order", ["places", "visible first", "shuffled"])
+@pytest.mark.parametrize("cls", [0, 1])
+@pytest.mark.parametrize("masked", [(12,), (5, 9, 12)])
+def test_order__masked_tokens_are_found_wherever_they_are(order, cls, masked):
+    model, mask = DecoderNames(order, cls), random_mask(3, masked)
+    mto = assert_exact(model, model.decoder_blocks, lambda: model(features(3), mask), cls, lambda: model.true_mask)
+    assert torch.equal(mto.last_masks["decoder"], mask)
+    assert f"{cls} prefix tokens, 16 patches; mask known by tokens and argument 'mask'" in mto.describe()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_order__a_predictor_sees_a_subset(num_tokens, ordered):
+    model = Predictor(num_tokens, ordered=ordered)
+    some = torch.stack([torch.randperm(NUM, generator=torch.Generator().manual_seed(row))[:13] for row in range(2)])
+    spec = StackSpec("predictor", model.blocks, list(model.mask_tokens), position=model.pos_embed, present="subset")
+    run = lambda: model(features(), some[:, :9], some[:, 9:])  # noqa: E731
+    mto = assert_exact(model, model.blocks, run, 0, lambda: model.true_mask, stacks=[spec])
+    assert torch.equal(mto.last_masks["predictor"].nonzero()[:, 1].view(2, 4), some[:, 9:].sort(dim=1).values)
+    refused(model, run, "present='subset'")
+
+
+# ---- prefix tokens
+
+
+@pytest.mark.parametrize("registers", [0, 1, 4])
+@pytest.mark.parametrize("says", [True, False])
+def test_prefix__registers_are_no_patches(registers, says):
+    model = Backbone(registers, says=says)
+    mto = assert_exact(model, model.vit.blocks, lambda: model(features(3), RAGGED), 1 + registers, RAGGED)
+    assert mto.last_masks["encoder"].shape[1] == NUM
+    run = lambda: model.vit.blocks(model.preprocess(features(3), RAGGED))  # noqa: E731 - as a training step does
+    if says:
+        assert_exact(model, model.vit.blocks, run, 1 + registers, RAGGED)
+    else:
+        refused(model, run, r"nothing tells how many of its \d+ tokens are class or register tokens.*prefix_tokens=")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cls": 1},
+        {"cls": 1, "registers": 4},
+        {"position": "none"},
+        {"position": "none", "cls": 1, "registers": 2},
+        {"position": "zero"},
+        {"position": "grid", "cls": 1},
+        {"position": "embedding"},
+        {"name": "masked_embed"},
+        {"name": "mask_vector", "cls": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("called", [True, False], ids=["called", "by its methods"])
+def test_prefix__and_position_are_found(options, called):
+    model = Inpainting(**options)
+    prefix = options.get("cls", 0) + options.get("registers", 0)
+
+    def run():
+        return model(features(3), RAGGED) if called else model.run(model.tokens(features(3), RAGGED))
+
+    assert_exact(model, model.blocks, run, prefix, RAGGED)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "match"),
+    [
+        (0, {}, "leave 17 patches, which are no square.*pass prefix_tokens=1"),
+        (8, {}, r"tokens \[3, 17, 12\] with 8 prefix tokens are 9 patches.*16 positions; pass prefix_tokens="),
+        (2, {}, "leave 15 patches, which are no square.*pass prefix_tokens=1"),
+        (0, {"position": "none"}, "leave 17 patches, which are no square.*pass prefix_tokens=1"),
+    ],
+)
+def test_prefix__a_wrong_one_is_refused(given, options, match):
+    model = Inpainting(cls=1, **options)
+    position = None if options else model.pos_embed
+    spec = StackSpec("encoder", model.blocks, model.mask_token, position=position, prefix_tokens=given)
+    refused(model, lambda: model.run(model.tokens(features(3), RAGGED)), match, stacks=[spec])
+    if options:
+        refused(model, lambda: model(features(3), RAGGED), "'mask' has 16; pass prefix_tokens=1", stacks=[spec])
+
+
+# ---- how the mask is known
+
+
+def test_mask__an_inverted_argument_is_found_or_refused():
+    model = VisibleArgument()
+    run = lambda: model(features(3), ~RAGGED)  # noqa: E731
+    assert "'visible' (True means visible)" in assert_exact(model, model.blocks, run, 0, RAGGED).describe()
+    for source, known in (("argument:~visible", True), ("argument:visible", False)):
+        for token in (model.mask_token, None):
+            position = model.pos_embed if token is not None else None
+            spec = StackSpec("encoder", model.blocks, token, position=position, mask=source)
+            if known:
+                assert_exact(model, model.blocks, run, 0, RAGGED, stacks=[spec])
+            else:
+                refused(model, run, "it is inverted: pass.*argument:~", stacks=[spec])
+
+
+def test_mask__an_argument_that_is_not_there_is_refused_with_those_that_are():
+    model = Inpainting()
+    spec = StackSpec("encoder", model.blocks, model.mask_token, position=model.pos_embed, mask="argument:visible")
+    refused(
+        model,
+        lambda: model(features(3), RAGGED),
+        r"no call has an argument 'visible'.*seen: .*mask \[3, 16\]",
+        stacks=[spec],
+    )
+
+
+def test_mask__one_of_the_users_that_disagrees_is_refused():
+    model = Inpainting(cls=1)
+    for mask, match in ((RAGGED.roll(1, dims=1), "masks 5 to 12 of 16 patches"), (RAGGED[:, :-1], "of 15 patches")):
+        spec = StackSpec("encoder", model.blocks, model.mask_token, position=model.pos_embed, mask=lambda m=mask: m)
+        refused(model, lambda: model(features(3), RAGGED), match, stacks=[spec])
+
+
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_mask__blank_patches_that_equal_a_mask_token_of_zeros(position):
+    model = Inpainting(position=position, token=torch.zeros(DIM))
+    model.embed.bias.data.zero_()
+    blank = features(3)
+    blank[:, :3] = 0
+    mto = assert_exact(model, model.blocks, lambda: model(blank, RAGGED), 0, RAGGED)
+    model(blank, RAGGED.roll(1, dims=1))
+    mto.loss()
+    assert torch.equal(mto.last_masks["encoder"], RAGGED.roll(1, dims=1))
+    refused(model, lambda: model.run(model.tokens(blank, RAGGED)), r"mask token is all zeros.*mask='argument:NAME'")
+
+
+def test_mask__tokens_changed_on_their_way_are_refused():
+    model = Inpainting()
+    model.blocks[0].register_forward_pre_hook(lambda m, args: (args[0] + 0.1,))
+    refused(model, lambda: model(features(3), RAGGED), "'mask' masks 5 to 12 patches, but none of its tokens")
+    refused(model, lambda: model.run(model.tokens(features(3), RAGGED)), "no forward with masked tokens")
+
+
+# ---- views, teachers, several forwards
+
+
+@pytest.mark.parametrize("crop_first", [True, False])
+def test_views__of_another_size_change_nothing(crop_first):
+    model = Backbone().train()
+    mto = attach_mto(model, CONFIG)
+    views = [lambda: model(features(3), RAGGED), lambda: model(features(3, num=4))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor does a warning stop the user's forward
+        expected = plain_way(model.vit.blocks, views[0], 1, RAGGED)
+        mto.forget()
+        for view in reversed(views) if crop_first else views:
+            view()
+    with pytest.warns(UserWarning, match="1 forwards have a number of tokens that does not fit"):
+        torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
+    assert mto.skipped == 1
+    views[1]()
+    views[0]()
+    torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)  # no second warning
+
+
+@pytest.mark.parametrize("order", [("teacher", "student"), ("student", "teacher")])
+def test_teacher__frozen_is_skipped_and_unfrozen_refused(order):
+    model = SelfDistillation(order).train()
+    model.teacher.eval()
+    mask = random_mask()
+    assert_exact(model, model.student.vit.blocks, lambda: model(features(), mask), 1, mask)
+    watch = watch_mto(model, every=1)
+    for _ in range(5):
+        model(features(), mask)
+    assert len(watch.records) == 5
+    with pytest.raises(ValueError, match=r"student.mask_token.*requires_grad_\(False\).*stacks="):
+        attach_mto(SelfDistillation(order, frozen=False))
+
+
+def test_forwards__all_since_the_last_loss_count_by_their_images():
+    model = Inpainting(cls=1).train()
+    mto = attach_mto(model, CONFIG)
+    masks = [random_mask(2, (5, 9)), random_mask(4, (12, 3), seed=1)]
+    each = [plain_way(model.blocks, lambda mask=mask: model(features(len(mask)), mask), 1, mask) for mask in masks]
+    torch.testing.assert_close(mto.loss(), (2 * each[0] + 4 * each[1]) / 6, rtol=1e-5, atol=1e-6)
+    assert mto.terms["heterogeneity_0"] > 0
+
+
+def test_watch__takes_the_mean_over_the_forwards_of_a_step():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inpainting()
+
+        def forward(self, x, first, second):
+            return self.inner(x, first), self.inner(x, second)
+
+    model = Two().train()
+    masks = random_mask(3, (5, 9)), random_mask(3, (12, 3), seed=1)
+    watch, single = watch_mto(model, every=1), watch_mto(model.inner, every=1)
+    model(features(3), *masks)
+    (record,) = watch.records
+    both = single.records
+    assert len(both) == 2
+    assert record["heterogeneity_3"] == pytest.approx(sum(each["heterogeneity_3"] for each in both) / 2, rel=1e-5)
+
+
+# ---- autocast
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("found", ["by structure", "masked_row", "position"])
+def test_autocast__rows_are_rounded_as_the_model_rounds(everything, found):
+    model = Rounds(everything=everything).train()
+    row = {"masked_row": lambda: model.mask_token + model.vit.pos_embed[:, 1:]}
+    if found == "position":
+        row = {"position": lambda: model.vit.pos_embed[:, 1:]}
+    spec = StackSpec("encoder", list(model.vit.blocks), model.mask_token, **row)
+    mto = attach_mto(model, CONFIG, stacks=None if found == "by structure" else [spec])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        mask = random_mask(2, (5, 9), seed=step)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = plain_way(model.vit.blocks, lambda mask=mask: model(features(), mask), 1, mask)
+        loss = mto.loss()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+# ---- points
+
+
+@pytest.mark.parametrize("stack", ["first branches", "all branches", "last branch"])
+def test_points__branches_are_never_taken_for_tokens(stack):
+    model = Residual()
+    branches = {
+        "first branches": [first for first, _ in model.layers],
+        "all branches": [branch for pair in model.layers for branch in pair],
+        "last branch": [model.layers[1][1]],
+    }[stack]
+    if stack == "last branch":
+        with pytest.raises(ValueError, match="taps="):
+            StackSpec("encoder", branches, model.hole)
+        return
+    spec = StackSpec("encoder", branches, model.hole, prefix_tokens=0)
+    refused(model, lambda: model(features(3), RAGGED), r"added outside of the blocks; pass taps=", stacks=[spec])
+
+
+def test_points__taps_measure_residuals_added_outside():
+    model = Residual().train()
+    taps = [*((first, "input") for first, _ in model.layers), (model.norm, "input")]
+    mto = attach_mto(model, CONFIG, stacks=[StackSpec("encoder", taps=taps, mask_token=model.hole)])
+    model(features(3), RAGGED)
+    torch.testing.assert_close(mto.loss(), mto_loss(model.whole, RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_points__what_is_added_between_blocks_is_refused():
+    model = AddsBetween()
+    rows = {"masked_row": lambda: model.mask_token + model.pos_embed + model.pos_embed}
+    spec = StackSpec("encoder", model.blocks, model.mask_token, **rows)
+    refused(model, lambda: model(features(3), RAGGED), "the input of block 1.*taps=", stacks=[spec])
+
+
+def test_points__blocks_that_do_not_run_are_named():
+    model = Inpainting()
+    spec = StackSpec("encoder", [*model.blocks, block()], model.mask_token, position=model.pos_embed)
+    refused(model, lambda: model(features(3), RAGGED), r"blocks \[4\] of encoder did not run", stacks=[spec])
+
+
+def test_points__one_block_may_run_several_times():
+    model = Inpainting().train()
+    shared = model.blocks[0]
+    model.blocks = nn.ModuleList([shared] * 3)
+    mto, kept = attach_mto(model, CONFIG), []
+    handle = shared.register_forward_hook(lambda m, args, out: kept.append((args[0], out)))
+    model(features(3), RAGGED)
+    handle.remove()
+    layers = [kept[0][0], *(out for _, out in kept)]
+    torch.testing.assert_close(mto.loss(), mto_loss(layers, RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_points__grids_keywords_and_tuples(merges):
+    model = Grid(merges=merges)
+    coarse = random_mask(3, (3, 5), num=8).view(3, 2, 4)
+    mask = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)  # 4 x 8
+    last = coarse if merges else mask
+    images = torch.randn(3, 4, 8, DIM)
+    mto = attach_mto(model.train(), CONFIG)
+    plain_way(model.layers, lambda: model(images, mask), 0, [mask.flatten(1)] * 2 + [last.flatten(1)])
+    loss = mto.loss()
+    expected = plain_way(model.layers, lambda: model(images, mask), 0, [mask.flatten(1)] * 2 + [last.flatten(1)])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_points__sequence_first_tokens_are_turned_or_refused(position):
+    model, twin = Inpainting(position=position, batch_first=False).train(), Inpainting(position=position).train()
+    twin.load_state_dict(model.state_dict())
+    mto = attach_mto(model, CONFIG)
+    expected = plain_way(twin.blocks, lambda: twin(features(3), RAGGED), 0, RAGGED)
+    model(features(3), RAGGED)
+    torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
+    as_many = random_mask(NUM, (5, 9))  # as many images as tokens: nothing tells them apart
+    refused(model, lambda: model(features(NUM), as_many), "batch_first=False")
+    refused(model, lambda: model.run(model.tokens(features(3), RAGGED)), "batch_first=False")
+
+
+def test_points__other_widths_are_refused():
+    model = Inpainting()
+    refused(
+        model,
+        lambda: model(features(3), RAGGED),
+        r"have a width of \[7\].*one of 12",
+        stacks=[StackSpec("encoder", model.blocks, nn.Parameter(torch.randn(7)))],
+    )
+
+
+# ---- the user's forward goes on
+
+
+def test_hooks__an_error_of_ours_stops_nothing():
+    model = Inpainting()
+
+    def broken():
+        raise ZeroDivisionError("broken")
+
+    for source in ({"masked_row": broken}, {"mask": broken}, {"mask_token": model.mask_token, "position": broken}):
+        spec = StackSpec("encoder", model.blocks, **source)
+        refused(model, lambda: model(features(3), RAGGED).sum().backward(), "ZeroDivisionError: broken", stacks=[spec])
+    watch = watch_mto(model.train(), every=1, stacks=[spec])
+    with pytest.warns(UserWarning, match="step 0 was not recorded.*ZeroDivisionError"):
+        model(features(3), RAGGED)
+    model(features(3), RAGGED)  # once
+    assert watch.records == []
+    assert watch.step == 2
+
+
+def test_handle__pickles_without_the_model_and_goes_on_from_its_state():
+    model = Inpainting().train()
+    mto = attach_mto(model, MTOConfig(warmup_steps=4))
+    for _ in range(2):
+        model(features(3), RAGGED)
+        mto.loss()
+    state = mto.state_dict()
+    assert state.keys() == {"step", "config"}
+    copied = pickle.loads(pickle.dumps(mto))
+    assert (copied.step, copied.config) == (2, mto.config)
+    with pytest.raises(StackError, match="no forward"):
+        copied.loss()
+    other = attach_mto(copy.deepcopy(model), MTOConfig(warmup_steps=4))
+    other.load_state_dict(state)
+    assert other.step == 2
+    with pytest.raises(ValueError, match="this handle has"):
+        attach_mto(model).load_state_dict(state)
