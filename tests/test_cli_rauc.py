@@ -221,7 +221,8 @@ def test_rauc__out_holds_tables_and_figures_and_is_not_overwritten(seeds, tmp_pa
         "rauc_windows.csv", "rauc_windows.pdf", "rauc_windows.png", "run.json",
     ]  # fmt: skip
     assert pd.read_csv(out / "rauc.csv")["rauc"].item() == json.loads((out / "rauc.json").read_text())[0]["rauc"]
-    assert pd.read_csv(out / "rauc_windows.csv").columns.tolist() == ["start", "end", "rauc", "comparison"]
+    columns = ["start", "end", "rauc", "low", "high", "gain", "comparison"]
+    assert pd.read_csv(out / "rauc_windows.csv").columns.tolist() == columns
     assert "already holds" in run(*arguments, code=2).stderr
     run(*arguments, "--overwrite")
 

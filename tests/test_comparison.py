@@ -190,6 +190,18 @@ def test_window_grid__agrees_with_single_windows():
     assert len(grid) == EPOCHS.size * (EPOCHS.size - 1) / 2
     row = grid[(grid["start"] == 200) & (grid["end"] == 600)]
     assert row["rauc"].item() == pytest.approx(compare(MAE, MTO, 200, 600).rauc)
+    for paired, how in ((True, "seed"), (False, "none")):
+        grid = window_grid(MAE, OTHER, paired=paired, confidence=0.9)
+        found = grid[(grid["start"] == 200) & (grid["end"] == 600)].iloc[0]
+        one = compare(MAE, OTHER, 200, 600, pairing=how, confidence=0.9)
+        assert (found["low"], found["high"]) == pytest.approx((one.interval.low, one.interval.high))
+        assert found["gain"] == pytest.approx(one.denominator / 400)
+    fixed = window_grid(MAE, MTO, reference=75.0)
+    assert fixed["rauc"].iloc[3] == pytest.approx(compare(MAE, MTO, 100, 500, reference=75.0).rauc)
+    uneven = {seed: (np.delete(e, 3 + int(seed) % 2), np.delete(s, 3 + int(seed) % 2)) for seed, (e, s) in MTO.items()}
+    grid = window_grid(MAE, uneven)
+    found = grid[(grid["start"] == 200) & (grid["end"] == 800)].iloc[0]
+    assert found["rauc"] == pytest.approx(compare(MAE, uneven, 200, 800).rauc)
     assert len(window_grid((np.arange(500), np.arange(500)), (np.arange(500), np.arange(500)), most=10)) == 45
 
 

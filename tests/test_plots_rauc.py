@@ -1,5 +1,6 @@
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 
 from mto_analysis.figures.plots.rauc import plot_rauc, plot_rauc_windows, rauc_figure, rauc_windows_figure
@@ -62,17 +63,54 @@ def test_plot_rauc_windows__shows_every_window_and_frames_the_chosen():
     grid = window_grid(MAE, MTO)
     ax = plot_rauc_windows(grid, chosen=[(100.0, 400.0)])
     cells = ax.collections[0].get_array()
-    assert cells.count() == len(grid)
+    outside = int(((grid["low"] > 1) | (grid["high"] < 1)).sum())
+    assert cells.count() == outside == len(grid)
     assert cells[2, 0] == pytest.approx(grid[(grid["start"] == 100) & (grid["end"] == 400)]["rauc"].item())
-    assert [patch.get_xy() for patch in ax.patches] == [(0.0, 2.0)]
-    assert len(ax.texts) == len(grid)
+    frame = ax.patches[-1]
+    assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((50.0, 350.0), 100.0, 100.0)
+    assert len(ax.texts) == grid["rauc"].notna().sum()
     assert ax.get_xlabel() == "E1 (epoch)"
+
+
+def test_plot_rauc_windows__draws_uneven_windows_to_scale():
+    epochs = np.array([0.0, 10.0, 100.0, 400.0])
+    one, two = ({s: Points(epochs, run.scores) for s, run in runs.items()} for runs in (MAE, MTO))
+    mesh = plot_rauc_windows(window_grid(one, two)).collections[0].get_coordinates()
+    assert mesh[0, :, 0].tolist() == [-5.0, 5.0, 55.0, 250.0]
+    assert mesh[:, 0, 1].tolist() == [5.0, 55.0, 250.0, 550.0]
+
+
+def test_plot_rauc_windows__marks_windows_whose_interval_contains_1():
+    near = {s: Points(EPOCHS, MAE[s].scores + shift) for s, shift in (("0", 0.6), ("1", -0.4), ("2", 0.1))}
+    grid = window_grid(MAE, near)
+    ax = plot_rauc_windows(grid)
+    inside = grid[(grid["low"] <= 1) & (grid["high"] >= 1)]
+    assert len(inside) > 3
+    dots = ax.collections[1].get_offsets()
+    assert sorted(map(tuple, np.asarray(dots))) == sorted(zip(inside["start"], inside["end"], strict=True))
+    assert "interval contains 1" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_plot_rauc_windows__the_most_uncertain_window_is_the_palest():
+    grid = pd.DataFrame(
+        {
+            "start": [0.0, 0.0, 50.0], "end": [50.0, 100.0, 100.0], "rauc": [1.2, 1.3, 9.0],
+            "low": [1.15, 1.25, 1.5], "high": [1.25, 1.35, 80.0], "gain": [5.0, 8.0, 1.0],
+        }
+    )  # fmt: skip
+    alpha = plot_rauc_windows(grid).collections[0].get_alpha()
+    assert alpha[1, 1] < 0.2 < 0.8 < min(alpha[0, 0], alpha[1, 0])
+    one_run = grid.assign(low=np.nan, high=np.nan)
+    ax = plot_rauc_windows(one_run)
+    assert ax.collections[0].get_array().count() == 3
+    alpha = ax.collections[0].get_alpha()
+    assert alpha[1, 1] < alpha[0, 0] < alpha[1, 0] == 1.0
 
 
 def test_plot_rauc_windows__hatches_what_is_undefined():
     flat = {"0": Points(EPOCHS, np.array([60.0, 60.0, 61.0, 62.0]))}
     ax = plot_rauc_windows(window_grid(flat, {"0": MTO["0"]}))
-    assert [patch.get_hatch() for patch in ax.patches] == ["////"]
+    assert [patch.get_hatch() for patch in ax.patches] == ["//////"]
 
 
 def test_figures__have_a_panel_each_and_change_no_setting():

@@ -148,7 +148,7 @@ def rauc(
         for text in dict.fromkeys([*found, *(text for notes in own for text in notes)]):
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
-        write(folder, table, comparisons, tasks, content)
+        write(folder, table, comparisons, tasks, content, noise_of(given))
         folder.write_json("run.json", run_facts(given, logs=logs, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
@@ -195,9 +195,14 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
         interpolate=given["interpolate"],
         confidence=confidence,
         pairing=given["pairing"].value,
-        noise=0.0 if given["unit"] is UnitOption.RAW else given["noise"],
+        noise=noise_of(given),
     )
-    return table, comparisons, aggregate(table, comparisons, reference=reference)
+    return table, comparisons, aggregate(table, comparisons)
+
+
+def noise_of(given: Mapping[str, Any]) -> float:
+    """A mean gain that counts as none: points of accuracy, which raw scores are not."""
+    return 0.0 if given["unit"] is UnitOption.RAW else float(given["noise"])
 
 
 def source_of(text: str) -> Any:
@@ -267,7 +272,9 @@ def as_text(comparisons: list[Comparison], tasks: list[Aggregates], form: Format
     return "\n\n".join(parts)
 
 
-def write(folder: Any, table: CurveTable, comparisons: list[Comparison], tasks: list[Aggregates], content: Any) -> None:
+def write(
+    folder: Any, table: CurveTable, comparisons: list[Comparison], tasks: list[Aggregates], content: Any, noise: float
+) -> None:
     """Tables and figures, each figure beside the table that it was drawn from."""
     import pandas as pd
 
@@ -285,7 +292,14 @@ def write(folder: Any, table: CurveTable, comparisons: list[Comparison], tasks: 
     for one, (first, second) in zip(comparisons, runs, strict=True):
         name = ", ".join([f"{one.target} / {one.baseline}", *one.group.values()])
         if name not in grids:
-            grids[name] = window_grid(first, second)
+            grids[name] = window_grid(
+                {seed: first[seed] for seed in one.seeds_baseline},
+                {seed: second[seed] for seed in one.seeds_target},
+                reference=one.reference if one.reference_given else None,
+                paired=one.paired,
+                confidence=one.interval.confidence,
+                noise=noise,
+            )
     with paper_style():
         write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=table.score_label))
         chosen = dict.fromkeys((one.start, one.end) for one in comparisons)

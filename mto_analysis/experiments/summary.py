@@ -11,7 +11,7 @@ from mto_analysis.experiments.results import Results
 from mto_analysis.experiments.spec import Experiment
 from mto_analysis.mto import MTOConfig
 from mto_analysis.rauc.comparison import Comparison
-from mto_analysis.rauc.intervals import mean_interval
+from mto_analysis.rauc.intervals import Interval, mean_interval
 
 __all__ = ["config_words", "summary_page", "verdict"]
 
@@ -30,7 +30,7 @@ def summary_page(experiment: Experiment, results: Results, *, device: str, jobs:
     parts.append(_what_ran(experiment, results, device=device, jobs=jobs, num_images=num_images))
     parts.append("## Scores\n\n" + _scores(results))
     if results.comparisons:
-        parts.append("## What it shows\n\n" + "\n".join(f"- {_finding(each, results)}" for each in results.comparisons))
+        parts.append("## What it shows\n\n" + "\n".join(f"- {_finding(each)}" for each in results.comparisons))
         parts.append("## RAUC\n\n" + _rauc_table(results))
     if results.timed:
         parts.append(_time(results, jobs))
@@ -116,7 +116,7 @@ def _interval(values: np.ndarray) -> str:
     if len(values) < 2:
         return "one seed"
     low, high = mean_interval(values, 0.95)
-    return f"{low:.2f} to {high:.2f}"
+    return str(Interval.between("Student", low, high, 0.95, len(values)))
 
 
 def verdict(comparison: Comparison) -> str:
@@ -129,7 +129,7 @@ def verdict(comparison: Comparison) -> str:
     interval = comparison.interval
     if interval.kind != "bounded" or interval.low is None or interval.high is None:
         return f"RAUC {comparison.rauc:.3f} without an interval ({interval.reason or interval}): no finding."
-    words = f"RAUC {comparison.rauc:.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f}"
+    words = f"RAUC {interval.around(comparison.rauc)}, 95 % interval {interval}"
     if interval.low > 1:
         return f"{words}: **it learned faster** than the baseline."
     if interval.high < 1:
@@ -137,14 +137,9 @@ def verdict(comparison: Comparison) -> str:
     return f"{words}, which contains 1: **no difference is shown**."
 
 
-def _finding(comparison: Comparison, results: Results) -> str:
-    one, two = (_final(results, each) for each in (comparison.baseline, comparison.target))
-    shared = [seed for seed in one if seed in two]
-    gap = np.array([two[seed] - one[seed] for seed in shared])
-    final = ""
-    if len(gap):
-        spread = f" (95 % interval {_interval(gap)})" if len(gap) > 1 else ""
-        final = f" Final score {gap.mean():+.2f} points{spread}."
+def _finding(comparison: Comparison) -> str:
+    gap, share = comparison.final_gap_interval, comparison.share_saved_interval
+    final = f" Score at the end {gap.around(comparison.final_gap, sign='+')} points (95 % interval {gap})."
     if comparison.share_saved is None or comparison.epochs_to_final is None:
         saved = " It does not reach the baseline's final score in this window."
     elif comparison.share_saved <= 0:
@@ -152,17 +147,13 @@ def _finding(comparison: Comparison, results: Results) -> str:
     else:
         saved = (
             f" It has the baseline's final score after {comparison.epochs_to_final:.1f} epochs, which would save "
-            f"{100 * comparison.share_saved:.0f} %."
+            f"{share.around(comparison.share_saved, scale=100, default='.0f')} % (95 % interval {share.words(100)})."
         )
     notes = "".join(f" Note: {note}." for note in comparison.notes)
     return (
         f"{comparison.target} against {comparison.baseline}, epochs {comparison.start:g} to {comparison.end:g}: "
         f"{verdict(comparison)}{final}{saved}{notes}"
     )
-
-
-def _final(results: Results, method: str) -> dict[str, float]:
-    return {seed: float(run.scores[-1]) for seed, run in results.runs(method).items()}
 
 
 def _rauc_table(results: Results) -> str:
@@ -175,7 +166,7 @@ def _rauc_table(results: Results) -> str:
                     each.target,
                     axis,
                     f"{each.start:.4g} to {each.end:.4g}",
-                    "undefined" if each.rauc is None else f"{each.rauc:.3f}",
+                    "undefined" if each.rauc is None else each.interval.around(each.rauc),
                     str(each.interval),
                     str(each.bootstrap),
                     "-" if each.share_saved is None else f"{100 * max(0.0, each.share_saved):.0f} %",

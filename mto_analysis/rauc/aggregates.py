@@ -192,9 +192,7 @@ class _Measured:
         return lambda *samples: reduce(self.values(*samples))
 
 
-def aggregate(
-    table: CurveTable, comparisons: Sequence[Comparison], *, reference: float | None = None
-) -> list[Aggregates]:
+def aggregate(table: CurveTable, comparisons: Sequence[Comparison]) -> list[Aggregates]:
     """Aggregates over the groups of a table, one for each window in which methods were compared in two or more.
 
     A run has two measures: its score at E2; and its RAUC, its area above S1(E1) over the mean area of the baseline's
@@ -203,18 +201,15 @@ def aggregate(
     Args:
         table: Curves with grouping columns; a combination of their values is a task.
         comparisons: Of :func:`mto_analysis.rauc.comparison.compare_methods` on this table.
-        reference: What was subtracted instead of S1(E1), if anything.
     """
     windows: dict[tuple[float, float], list[Comparison]] = {}
     for one in comparisons:
         windows.setdefault((one.start, one.end), []).append(one)
-    found = (_aggregate(table, mine, window, reference) for window, mine in windows.items() if mine[0].group)
+    found = (_aggregate(table, mine, window) for window, mine in windows.items() if mine[0].group)
     return [each for each in found if each is not None]
 
 
-def _aggregate(
-    table: CurveTable, comparisons: Sequence[Comparison], window: tuple[float, float], reference: float | None
-) -> Aggregates | None:
+def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tuple[float, float]) -> Aggregates | None:
     """One window, if all methods share two tasks or more."""
     pairs = list(dict.fromkeys((one.baseline, one.target) for one in comparisons))
     methods = list(dict.fromkeys(name for pair in pairs for name in pair))
@@ -224,6 +219,7 @@ def _aggregate(
     curves = {method: [table.runs(method, group) for group in groups] for method in methods}
     scores = _scores(curves, groups, window)
     notes += _notes_on_runs(scores)
+    reference = comparisons[0].reference if comparisons[0].reference_given else None
     finals, areas = ({m: _by_task(scores, m, column) for m in methods} for column in ("final_score", "area"))
     gains = {
         baseline: [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,6 @@ from mto_analysis.rauc.areas import (
     epochs_to_score,
     monotone_bounds,
     ratio_of_areas,
-    rauc,
     score_at,
     share_saved,
 )
@@ -65,6 +66,7 @@ class Comparison:
         numerator: Area of the target above the reference, mean over runs; score times epochs.
         denominator: The same of the baseline.
         reference: What was subtracted, S1(E1) unless given.
+        reference_given: Whether it was given.
         interval: Fieller's, or why there is none.
         bootstrap: BCa over whole runs, or why there is none.
         area_difference: Area between the two curves.
@@ -94,6 +96,7 @@ class Comparison:
     numerator: float
     denominator: float
     reference: float
+    reference_given: bool
     interval: Interval
     bootstrap: Interval
     area_difference: float
@@ -235,6 +238,7 @@ def compare(
         numerator=numerator,
         denominator=denominator,
         reference=level,
+        reference_given=reference is not None,
         interval=interval,
         bootstrap=bootstrap,
         area_difference=numerator - denominator,
@@ -420,33 +424,85 @@ def thinned(epochs: Vector, most: int) -> Vector:
     return np.asarray(epochs[np.unique(np.linspace(0, epochs.size - 1, most).round().astype(int))])
 
 
-def window_grid(baseline: Any, target: Any, *, reference: float | None = None, most: int = 60) -> pd.DataFrame:
-    """RAUC for every window between epochs that both mean curves cover: how much does the choice of window matter?
+def window_grid(
+    baseline: Any,
+    target: Any,
+    *,
+    reference: float | None = None,
+    paired: bool = False,
+    confidence: float = 0.95,
+    noise: float = 0.0,
+    most: int = 60,
+) -> pd.DataFrame:
+    """RAUC for every window between epochs that both mean curves have: how much does the choice of window matter?
 
     Args:
         baseline: Runs of the baseline, as for :func:`compare`.
         target: Runs of the target.
         reference: Subtracted from both instead of S1(E1).
+        paired: Whether runs of equal seeds are pairs; then both must have the same seeds.
+        confidence: Nominal coverage of Fieller's interval.
+        noise: A mean gain of the baseline up to this many score units counts as none.
         most: At most this many epochs, spread evenly over those logged.
 
     Returns:
-        Tidy table ``start end rauc``, NaN where undefined.
+        Tidy table ``start end rauc low high gain``: NaN where undefined, no interval where a side has one run, and the
+        baseline's mean gain in score units.
+
+    Raises:
+        ValueError: If both share fewer than two epochs.
 
     Example:
-        >>> window_grid(([0, 50, 100], [50.0, 60.0, 64.0]), ([0, 50, 100], [52.0, 63.0, 66.0])).round(2)
-           start    end  rauc
-        0    0.0   50.0  1.50
-        1    0.0  100.0  1.29
-        2   50.0  100.0  2.25
+        >>> grid = window_grid(([0, 50, 100], [50.0, 60.0, 64.0]), ([0, 50, 100], [52.0, 63.0, 66.0]))
+        >>> grid[["start", "end", "rauc", "gain"]].round(2)
+           start    end  rauc  gain
+        0    0.0   50.0  1.50   5.0
+        1    0.0  100.0  1.29   8.5
+        2   50.0  100.0  2.25   2.0
     """
-    one, two = mean_curve(_runs(baseline, "baseline")), mean_curve(_runs(target, "target"))
-    epochs = np.intersect1d(one.epochs, two.epochs)
+    one, two = _runs(baseline, "baseline"), _runs(target, "target")
+    two = {seed: two[seed] for seed in one} if paired else two
+    mean_one, mean_two = mean_curve(one), mean_curve(two)
+    epochs = np.intersect1d(mean_one.epochs, mean_two.epochs)
     if epochs.size < 2:
         raise ValueError("baseline and target share fewer than two epochs")
     epochs = thinned(epochs, most)
-    rows = [
-        (start, end, float(rauc(one, two, start, end, reference=reference)))
-        for at, start in enumerate(epochs)
-        for end in epochs[at + 1 :]
-    ]
-    return pd.DataFrame(rows, columns=["start", "end", "rauc"])
+    levels, below_one, below_two = _scores(one, epochs), _areas_below(one, epochs), _areas_below(two, epochs)
+    if reference is not None:
+        levels = np.full_like(levels, reference)
+    rows = []
+    for first, last in combinations(range(epochs.size), 2):
+        start, end = float(epochs[first]), float(epochs[last])
+        areas_one, areas_two = (below[:, last] - below[:, first] for below in (below_one, below_two))
+        under = (end - start) * levels[:, first]
+        level = float(levels[:, first].mean())
+        inside = [run.scores[(run.epochs >= start) & (run.epochs <= end)] for run in (mean_one, mean_two)]
+        ratio = ratio_of_areas(
+            float(areas_two.mean() - under.mean()), float((areas_one - under).mean()), level,
+            span=float(np.abs(np.concatenate(inside) - level).max()), width=end - start, noise=noise,
+        )  # fmt: skip
+        value, low, high = float(ratio), math.nan, math.nan
+        if min(len(one), len(two)) > 1:
+            interval = fieller(
+                paired_moments(areas_two - under, areas_one - under)
+                if paired
+                else unpaired_moments(areas_two, areas_one, under),
+                confidence,
+            )
+            if interval.kind == "bounded" and interval.low is not None and interval.high is not None:
+                low, high = interval.low, interval.high
+            else:
+                value = math.nan
+        rows.append((start, end, value, low, high, ratio.denominator / (end - start)))
+    return pd.DataFrame(rows, columns=["start", "end", "rauc", "low", "high", "gain"])
+
+
+def _areas_below(runs: Mapping[str, Points], epochs: Vector) -> Vector:
+    """Area under each run from the first of these epochs to each of them, ``(runs, epochs)``."""
+    found = []
+    for run in runs.values():
+        corners = np.union1d(epochs, run.epochs[(run.epochs > epochs[0]) & (run.epochs < epochs[-1])])
+        scores = np.interp(corners, *run)
+        steps = np.diff(corners) * (scores[1:] + scores[:-1]) / 2
+        found.append(np.append(0.0, np.cumsum(steps))[np.searchsorted(corners, epochs)])
+    return np.array(found)

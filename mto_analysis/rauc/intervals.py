@@ -113,17 +113,17 @@ class Interval:
         # Ends that differ by rounding errors only have no width to go by.
         if width is None or width <= 1e-9 * max(abs(self.low or 0.0), abs(self.high or 0.0)):
             return f"{number:{sign}.3g}"
-        return f"{number:{sign}.{decimals(scale * width)}f}"
+        return f"{number:{sign}z.{decimals(scale * width)}f}"
 
 
 def decimals(width: float) -> int:
-    """Decimal places of the ends of an interval of this width: those that leave it two significant digits.
+    """Decimal places of an interval's ends: two significant digits of its width, and one place below a width of 100.
 
     Example:
-        >>> decimals(0.17), decimals(3.2), decimals(0.0042)
+        >>> decimals(0.17), decimals(32.0), decimals(0.0042)
         (2, 1, 4)
     """
-    return max(0, 1 - math.floor(math.log10(width)))
+    return max(1 - math.floor(math.log10(width)), 1 if width < 100 else 0)
 
 
 @dataclass(frozen=True)

@@ -246,8 +246,8 @@ def _in_words(comparison: Comparison) -> str:
     if comparison.rauc is None:
         return "RAUC undefined"
     interval = comparison.interval
-    ends = f"\n[{interval.low:.2f}, {interval.high:.2f}]" if interval.kind == "bounded" else ""
-    return f"RAUC {comparison.rauc:.2f}{ends}"
+    ends = f"\n{interval}" if interval.kind == "bounded" else ""
+    return f"RAUC {interval.around(comparison.rauc, default='.2f')}{ends}"
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,6 @@ _BASELINE, _TARGET = COLORS[0], COLORS[1]
 _PANEL_HEIGHT = 2.7
 _MAP_HEIGHT = 2.9
 
-#: Up to this many cells a heat map also has its numbers.
-_MOST_NUMBERS = 100
 _FINE_TICKS = (0.4, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 2.5)
 _WIDE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
@@ -94,7 +93,7 @@ def plot_rauc(
             )
     ax.plot([start, end], [level, level], color="0.4", linewidth=0.8, linestyle=":")
     _mark_saving(ax, comparison)
-    ax.set_xlabel({"epoch": "pre-training epoch", "images": "images seen"}.get(axis, axis))
+    ax.set_xlabel({"images": "images seen"}.get(axis, axis))
     ax.set_ylabel(score)
     group = "".join(f", {value}" for value in comparison.group.values())
     ax.set_title(f"{comparison.target}{group}: {_in_words(comparison)}")
@@ -107,8 +106,8 @@ def _in_words(comparison: Comparison) -> str:
     if comparison.rauc is None:
         return "RAUC undefined"
     interval = comparison.interval
-    return f"RAUC {comparison.rauc:.2f}" + (
-        f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.kind == "bounded" else ""
+    return f"RAUC {interval.around(comparison.rauc, default='.2f')}" + (
+        f" {interval}" if interval.kind == "bounded" else ""
     )
 
 
@@ -123,8 +122,9 @@ def _mark_saving(ax: Axes, comparison: Comparison) -> None:
         arrowprops={"arrowstyle": "->", "linewidth": 0.8, "color": "0.2", "shrinkA": 0, "shrinkB": 0},
     )  # fmt: skip
     ax.plot([reached, reached], [min(comparison.reference, final), final], color="0.2", linewidth=0.8, linestyle="--")
+    saved = comparison.share_saved_interval.around(comparison.share_saved, scale=100, default=".0f")
     text = ax.annotate(
-        f"{100 * comparison.share_saved:.0f} % saved", xy=(end, final), xytext=(-3, 2),
+        f"{saved} % saved", xy=(end, final), xytext=(-3, 2),
         textcoords="offset points", ha="right", va="bottom", fontsize=7, color="0.2", zorder=4,
     )  # fmt: skip
     text.set_path_effects([withStroke(linewidth=1.5, foreground="white", alpha=0.8)])
@@ -138,51 +138,114 @@ def plot_rauc_windows(
     axis: str = "epoch",
     title: str = "",
 ) -> Axes:
-    """RAUC for every window, E1 across and E2 up: a ratio that holds for one window only shows at once.
+    """RAUC for every window, E1 across and E2 up, to scale: a ratio that holds for one window only shows at once.
 
-    White is 1 (no gain) and colours are even in the logarithm, so that twice and half are equally strong; windows
-    where the ratio is undefined are hatched.
+    Colours are even in the logarithm, so that twice and half are equally strong, and the paler the less is known: with
+    seeds the wider the interval, with one run the less the baseline gains in the window, because such ratios vary
+    most. Windows whose interval contains 1 are grey with a dot, those whose ratio is undefined hatched.
 
     Args:
-        grid: ``start end rauc`` from :func:`mto_analysis.rauc.comparison.window_grid`.
+        grid: ``start end rauc low high gain`` from :func:`mto_analysis.rauc.comparison.window_grid`.
         chosen: Windows to frame, those that are reported.
         ax: Where to draw; a new figure without.
         axis: What the curves run over.
         title: Above the panel.
     """
     ax = Figure(figsize=(COLUMN_WIDTH, _MAP_HEIGHT), layout="constrained").subplots() if ax is None else ax
-    table = grid.pivot_table(index="end", columns="start", values="rauc", dropna=False)
-    values = table.to_numpy(dtype=float)
-    positive = values[np.isfinite(values) & (values > 0)]
+    cells = _cells(grid)
+    seeds = bool(grid["low"].notna().any())
+    defined = np.isfinite(cells["rauc"])
+    undecided = defined & (cells["low"] <= 1) & (cells["high"] >= 1)
+    shown = np.where(defined & ~undecided, np.maximum(cells["rauc"], 1e-9), np.nan)  # below 0: the last colour
+    positive = shown[np.isfinite(shown) & (shown > 1e-9)]
     # One wild window next to a flat stretch must not take the colours from all others.
     reach = max(float(np.quantile(np.maximum(positive, 1 / positive), 0.9)) if positive.size else 1.0, 1.1)
-    shown = np.where(np.isfinite(values), np.maximum(values, 1e-9), np.nan)  # zero and below: the colour beneath
-    image = ax.pcolormesh(np.ma.masked_invalid(shown), cmap="RdBu_r", norm=LogNorm(1 / reach, reach))
-    exists = grid.assign(here=1.0).pivot_table(index="end", columns="start", values="here").to_numpy(dtype=float)
-    for row, column in np.argwhere(np.isfinite(exists) & ~np.isfinite(values)):
-        ax.add_patch(Rectangle((column, row), 1, 1, facecolor="0.95", edgecolor="0.6", hatch="////", linewidth=0))
-    if values.size <= _MOST_NUMBERS:
-        for row, column in np.argwhere(np.isfinite(values)):
-            strong = abs(math.log(shown[row, column])) > 0.6 * math.log(reach)
-            ax.text(
-                column + 0.5, row + 0.5, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=6,
-                color="white" if strong else "black",
-            )  # fmt: skip
-    for start, end in chosen:
-        if start in table.columns and end in table.index:
-            corner = float(np.searchsorted(table.columns, start)), float(np.searchsorted(table.index, end))
-            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.2, zorder=3))
-    for one_axis, labels in ((ax.xaxis, table.columns), (ax.yaxis, table.index)):
-        every = math.ceil(len(labels) / 8)
-        one_axis.set_ticks(np.arange(0, len(labels), every) + 0.5, [f"{x:g}" for x in labels[::every]])
+    strength: Any = _precision(cells["low"], cells["high"]) if seeds else _share(cells["gain"])
+    places = np.union1d(grid["start"], grid["end"])
+    middle = (places[1:] + places[:-1]) / 2
+    edges = np.concatenate([[2 * places[0] - middle[0]], middle, [2 * places[-1] - middle[-1]]])
+    image = ax.pcolormesh(
+        edges[:-1], edges[1:], np.ma.masked_invalid(shown), cmap="RdBu_r", norm=LogNorm(1 / reach, reach),
+        alpha=strength,
+    )  # fmt: skip
+    hatched = {"facecolor": "white", "edgecolor": "0.6", "hatch": "//////", "linewidth": 0}
+    boxes: tuple[tuple[str, np.ndarray, dict[str, Any]], ...] = (
+        ("interval contains 1", undecided, {"facecolor": "0.9", "linewidth": 0}),
+        ("undefined", np.isfinite(cells["gain"]) & ~defined, hatched),
+    )
+    handles: list[Any] = []
+    for label, here, look in boxes:
+        for row, column in np.argwhere(here):
+            ax.add_patch(_box(edges, column, row, **look))
+        if here.any():
+            handles.append(Rectangle((0, 0), 1, 1, label=label, **look))
+    rows, columns = np.nonzero(undecided)
+    centres = (edges[1:] + edges[:-1]) / 2
+    ax.scatter(centres[columns], centres[rows + 1], s=1.5, color="0.35", linewidth=0)
+    frames = [
+        _box(edges, int(np.searchsorted(places, start)), int(np.searchsorted(places, end)) - 1, **_FRAME)
+        for start, end in chosen
+        if start in places and end in places
+    ]
+    handles += [ax.add_patch(frame) for frame in frames][:1]
+    _write_ratios(ax, cells["rauc"], edges, np.abs(np.log(shown)) * strength > 0.6 * math.log(reach))
+    if np.diff(places).min() > 0.08 * np.ptp(places):
+        ax.set_xticks(places[:-1])
+        ax.set_yticks(places[1:])
     ax.set_xlabel(f"E1 ({axis})")
     ax.set_ylabel(f"E2 ({axis})")
     ax.set_title(title)
     ax.grid(visible=False)
+    if handles:  # the corner below the diagonal has no windows
+        ax.legend(handles=handles, loc="lower right", fontsize=6, handlelength=1.2, borderaxespad=0.2, frameon=False)
     ticks = [x for x in (_WIDE_TICKS if reach > 3 else _FINE_TICKS) if 1 / reach <= x <= reach]
-    bar = ax.figure.colorbar(image, ax=ax, extend="both", label="RAUC", ticks=ticks, format="%g")
+    label = "RAUC (pale: wide interval)" if seeds else "RAUC (one run; pale: small gain)"
+    bar = ax.figure.colorbar(image, ax=ax, extend="both", label=label, ticks=ticks, format="%g")
     bar.ax.minorticks_off()
     return ax
+
+
+_FRAME: Mapping[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 1.2, "zorder": 3, "label": "reported"}
+
+
+def _cells(grid: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Columns of a grid as matrices, a row per E2 and a column per E1; NaN where there is no such window."""
+    return {
+        name: grid.pivot(index="end", columns="start", values=name).to_numpy(dtype=float)
+        for name in ("rauc", "low", "high", "gain")
+    }
+
+
+def _precision(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """From 1 for an interval without width down to 0.1; 0.5 where its ends differ by a factor of two."""
+    positive = low > 0
+    factor = np.divide(high, low, out=np.full_like(low, np.inf), where=positive)
+    return np.asarray(np.maximum(1 / (1 + np.log2(factor)), 0.1))
+
+
+def _share(gain: np.ndarray) -> np.ndarray:
+    """From 1 for the window with the largest gain down to 0.1, even in the square root."""
+    return np.asarray(np.sqrt(np.clip(np.nan_to_num(gain) / np.nanmax(gain), 0.01, 1)))
+
+
+def _box(edges: np.ndarray, column: int, row: int, **look: Any) -> Rectangle:
+    """The cell of a window, from its column and row; the first row is the second place."""
+    corner = edges[column], edges[row + 1]
+    return Rectangle(corner, edges[column + 1] - corner[0], edges[row + 2] - corner[1], **look)
+
+
+def _write_ratios(ax: Axes, ratios: np.ndarray, edges: np.ndarray, strong: np.ndarray) -> None:
+    """Numbers in the cells that have room for them."""
+    size = ax.get_position().size * ax.figure.get_figure(root=True).get_size_inches() * 72
+    centres, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    across, up = widths[:-1] * size[0] / (edges[-2] - edges[0]), widths[1:] * size[1] / (edges[-1] - edges[1])
+    for row, column in np.argwhere(np.isfinite(ratios)):
+        text = f"{ratios[row, column]:.2f}"
+        if across[column] >= 3.4 * len(text) and up[row] >= 8:
+            ax.text(
+                centres[column], centres[row + 1], text, ha="center", va="center", fontsize=6,
+                color="white" if strong[row, column] else "black",
+            )  # fmt: skip
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
