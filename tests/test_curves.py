@@ -54,13 +54,32 @@ def test_read_curves__a_trainer_that_writes_percent_is_believed(tmp_path):
 
 
 def test_read_curves__repeats_gaps_and_nan_are_named_by_line(table):
-    curves = table(rows("A,1,50 A,2,55 A,3,nan A,4,60 A,5,62 A,6,63 A,7,64 A,7,65"))
+    curves = table(rows("A,1,50 A,2,55 A,3,nan A,4,60 A,5,62 A,6,61 A,6,63 A,7,65"))
     assert findings(curves) == [
-        "a.csv:9: 1 epoch written again (7): the last score of each counts",
+        "a.csv:8: 1 epoch written again (6): the last score of each counts",
         "a.csv:4: left out: this epoch's score or loss is not finite",
         "a.csv:5: no score between epochs 2 and 4 (usual step 1)",
     ]
     assert curves.frame["score"].tolist() == [50.0, 55.0, 60.0, 62.0, 63.0, 65.0]
+
+
+def test_read_curves__an_evaluation_without_training_is_no_epoch(table):
+    curves = table(rows("A,1,50 A,2,55 A,3,60 A,3,61"))
+    assert curves.frame["score"].tolist() == [50.0, 55.0, 60.0]
+    assert findings(curves) == [
+        "a.csv:5: evaluated again without training in between: the first score of the epoch counts"
+    ]
+    # The best model once more, and a run that was resumed and goes on.
+    assert table(rows("A,1,50 A,2,55 A,3,52 A,2,57")).frame["score"].tolist() == [50.0, 55.0, 52.0]
+    assert table(rows("A,1,50 A,2,55 A,3,60 A,2,56 A,3,61 A,4,62")).frame["score"].tolist() == [50.0, 56.0, 61.0, 62.0]
+    # Values of training tell that an epoch was trained again, equal steps that it was not.
+    trained = "epoch,train_loss,val_acc\n1,3,50\n2,2,55\n3,1,60\n3,1.1,61\n"
+    assert table(trained).frame["score"].tolist() == [50.0, 55.0, 61.0]
+    assert table(trained.replace("3,1.1,", "3,,")).frame["score"].tolist() == [50.0, 55.0, 60.0]
+    steps = "epoch,step,train_loss,val_acc\n0,9,,50\n0,9,3,\n1,19,,55\n1,19,2,\n1,19,,56\n"
+    assert table(steps).frame["score"].tolist() == [50.0, 55.0]
+    with pytest.raises(DataError, match=r"a.csv:5: 'A' has a second score for epoch 1 and others"):
+        table(rows("A,0,50 A,1,55 A,2,60 A,1,56 A,2,61"))
 
 
 def test_read_curves__a_second_run_is_never_merged(table):

@@ -65,9 +65,9 @@ def test_metrics__have_a_row_per_logged_step_and_epoch(tmp_path):
 
 def test_metrics_and_curves__are_read_by_the_log_reader(tmp_path):
     run(tmp_path / "run", evaluate=score_of)
-    for name in ("metrics.csv", "curves.csv"):
+    for name, form in (("metrics.csv", "table"), ("curves.csv", "mto-analyze curves")):
         log = read_log(tmp_path / "run" / name)
-        assert log.form == "table"
+        assert log.form == form
         assert list(log.rows["epoch"]) == [1, 2]
         assert list(log.rows["method"]) == ["mae_cifar10"] * 2
 

@@ -6,7 +6,7 @@ import pytest
 from pretraining_cases import Stopped, run, small_recipe, stop_after
 
 from mto_analysis.errors import DataError, OutputError
-from mto_analysis.rauc.logs.events import read_events
+from mto_analysis.rauc.logs import read_log
 from mto_analysis.training import RunSettings
 from mto_analysis.training.metrics import Averages, Table
 
@@ -77,7 +77,7 @@ def test_tensorboard__gets_the_rows_and_goes_on(tmp_path):
     with pytest.raises(Stopped):
         run(tmp_path / "run", settings=settings, on_step=stop_after(6), evaluate=lambda model: 12.5)
     run(tmp_path / "run", settings=settings, resume=True, evaluate=lambda model: 12.5)
-    log = read_events(tmp_path / "run" / "tensorboard", "epoch/score")
+    log = read_log(tmp_path / "run" / "tensorboard", score_column="epoch/score")
     assert set(log.rows["score"]) == {12.5}
     assert sorted(set(log.rows["epoch"])) == [4, 8]
 

@@ -24,6 +24,11 @@ FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc.png", "rauc.pdf")
 AGGREGATE_FILES = ("tasks.png", "tasks.pdf", *(f"tasks_{name}.csv" for name in TABLES_OF_TASKS))
 WINDOW_FILES = ("rauc_windows.csv", "rauc_windows.png", "rauc_windows.pdf")
 
+#: Options that reading takes as they are.
+AS_GIVEN = (
+    "run", "steps_per_epoch", "lower_is_better", "score_column", "epoch_column", "method_column", "seed_column",
+)  # fmt: skip
+
 
 class Axis(StrEnum):
     """What the curves run over."""
@@ -57,7 +62,13 @@ class PairingOption(StrEnum):
     NONE = "none"
 
 
-Log = Annotated[list[str], typer.Option(metavar="FILE", help="FILE, NAME=FILE or NAME@SEED=FILE; repeat for more.")]
+Log = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[NAME[@SEED]=]FILE",
+        help="A log, or a TOML list of logs, with options: FILE[score=...,epoch=...,run=...,unit=...]. Repeatable.",
+    ),
+]
 Baseline = Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]
 Target = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
@@ -81,8 +92,13 @@ Noise = Annotated[
 ]
 Unit = Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracy at all.")]
 Epochs = Annotated[EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")]
-Run = Annotated[int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")]
-StepsPerEpoch = Annotated[float | None, typer.Option(help="For logs that count steps.")]
+Run = Annotated[
+    str | None, typer.Option(help="Which run of a file that holds several, by place (-1 is the last) or name.")
+]
+StepsPerEpoch = Annotated[float | None, typer.Option(help="For logs that count steps; others are not changed.")]
+LowerIsBetter = Annotated[
+    bool, typer.Option("--lower-is-better", help="Scores are errors or losses: compare 100 - error, or -loss.")
+]
 Group = Annotated[
     list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values, and over all of them.")
 ]
@@ -115,6 +131,7 @@ def rauc(
     epochs: Epochs = EpochOption.AS_WRITTEN,
     run: Run = None,
     steps_per_epoch: StepsPerEpoch = None,
+    lower_is_better: LowerIsBetter = False,
     group: Group = None,
     score_column: ScoreColumn = None,
     epoch_column: EpochColumn = None,
@@ -168,15 +185,15 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
     baseline, target = given["baseline"], given["target"]
     ends = given["end"] or []
     windows = windows_given(given["start"] or [-math.inf] * bool(ends), ends)
-    as_they_are = ("run", "steps_per_epoch", "score_column", "epoch_column", "method_column", "seed_column")
     table = read_curves(
-        [source_of(text) for text in given["log"]],
+        sources_of(given["log"]),
         methods={*baseline, *target} if target else None,
+        wanted=baseline,
         groups=given["group"] or (),
         axis_column=None if axis is Axis.EPOCH else axis.value,
         unit=given["unit"].value,
         epochs=given["epochs"].value,
-        **{name: given[name] for name in as_they_are},
+        **{name: given[name] for name in AS_GIVEN},
     )
     if axis is not Axis.EPOCH:
         table = on_axis(table, axis.value, costs(given["per_epoch"] or []))
@@ -205,11 +222,15 @@ def noise_of(given: Mapping[str, Any]) -> float:
     return 0.0 if given["unit"] is UnitOption.RAW else float(given["noise"])
 
 
-def source_of(text: str) -> Any:
-    """A log as the command line names it."""
-    from mto_analysis.rauc.curves import Source
+def sources_of(texts: list[str]) -> list[Any]:
+    """Logs as the command line names them; a TOML file is a list of logs."""
+    from mto_analysis.rauc.curves import Source, listed_sources
 
-    return Source.parse(text)
+    return [
+        source
+        for text in texts
+        for source in (listed_sources(Path(text)) if text.endswith(".toml") else [Source.parse(text)])
+    ]
 
 
 def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, float]]:

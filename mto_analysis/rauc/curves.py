@@ -5,23 +5,25 @@ What is done to the rows of one file is in :mod:`mto_analysis.rauc.logs.tidying`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points
-from mto_analysis.rauc.logs import Finding, Log, read_log
+from mto_analysis.rauc.logs import Finding, Log, Request, choose, extract, open_log
+from mto_analysis.rauc.logs.counting import Counted, EpochCount, count_alike
 from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
 from mto_analysis.rauc.logs.tidying import Unit, tidy
 
-__all__ = ["CurveTable", "Source", "on_axis", "read_curves"]
-
-EpochCount = Literal["as-written", "completed"]
+__all__ = ["CurveTable", "Source", "listed_sources", "on_axis", "read_curves"]
 
 #: File names that say nothing about the method; the folder's name does.
 _NAMELESS = ("log", "log_rank0", "summary", "metrics", "trainer_state", "scalars", "events")
@@ -29,25 +31,79 @@ _NAMELESS = ("log", "log_rank0", "summary", "metrics", "trainer_state", "scalars
 
 @dataclass(frozen=True)
 class Source:
-    """A log and, where the file does not say so itself, whose it is: ``FILE``, ``NAME=FILE`` or ``NAME@SEED=FILE``."""
+    """A log, and where the file does not say so itself, whose it is and how to read it.
+
+    Attributes:
+        path: The file, or the folder of a run.
+        method: The method's name.
+        seed: The run's seed.
+        score: Name of the score, for this log alone.
+        epoch: Name of the epoch.
+        run: Which run of a file that holds several: its place from 1 (-1 is the last) or its name.
+        unit: ``percent``, ``fraction`` or ``raw``.
+        steps_per_epoch: What to divide steps by.
+        first_epoch: The number of the first epoch, 0 or 1, if neither the format nor the file tells.
+    """
 
     path: Path
     method: str | None = None
     seed: str | None = None
+    score: str | None = None
+    epoch: str | None = None
+    run: str | None = None
+    unit: Unit | None = None
+    steps_per_epoch: float | None = None
+    first_epoch: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read the command line's form; a file that exists under the whole text is that file.
+        """Read the command line's form, ``[NAME[@SEED]=]FILE[[option=value,...]]``; an existing file is that file.
+
+        Raises:
+            DataError: If an option is unknown or its value is none.
 
         Example:
-            >>> Source.parse("MAE@2=runs/log.txt")
-            Source(path=PosixPath('runs/log.txt'), method='MAE', seed='2')
+            >>> Source.parse("MAE@2=runs/log.txt[score=test_acc1,unit=percent]").score
+            'test_acc1'
+            >>> Source.parse("MAE@2=runs/log.txt").seed
+            '2'
         """
-        name, equals, path = text.partition("=")
-        if not equals or not name or Path(text).exists():
+        if Path(text).exists():
             return cls(Path(text))
+        bare, options = text, {}
+        if found := re.fullmatch(r"(.+?)\[([a-z-]+=.*)\]", text, re.DOTALL):
+            bare = found[1]
+            pairs = (part.partition("=") for part in re.split(r",(?=[a-z-]+=)", found[2]))
+            options = {key: value for key, _, value in pairs}
+        name, equals, path = bare.partition("=")
+        if not equals or not name or Path(bare).exists():
+            return cls.of({"file": bare, **options}, text)
         method, at, seed = name.rpartition("@")
-        return cls(Path(path), method, seed) if at and method else cls(Path(path), name)
+        named = {"method": method, "seed": seed} if at and method else {"method": name}
+        return cls.of({"file": path, **named, **options}, text)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], where: str) -> Source:
+        """A log from its options by name, as a TOML list has them.
+
+        Raises:
+            DataError: If an option is unknown, its value is none, or there is no file.
+        """
+        convert: dict[str, Callable[[Any], Any]] = {
+            "file": Path, "method": str, "seed": str, "score": str, "epoch": str, "run": str, "unit": _unit,
+            "steps-per-epoch": _positive, "first-epoch": _first_epoch,
+        }  # fmt: skip
+        values = {}
+        for key, value in options.items():
+            if key not in convert:
+                raise DataError(f"{where}: a log has no option {key!r}; it has {', '.join(convert)}")
+            try:
+                values[{"file": "path"}.get(key, key.replace("-", "_"))] = convert[key](value)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{where}: {key} = {value!r}: {error}") from None
+        if "path" not in values:
+            raise DataError(f"{where}: a log needs a file")
+        return cls(**values)
 
     def name(self, wanted: Collection[str] = ()) -> str:
         """The method's name: the given one, else the file's (or its folder's, where files are all called log.txt)."""
@@ -60,6 +116,44 @@ class Source:
         if stem in wanted or stem.split(".")[0] not in _NAMELESS:
             return stem
         return self.path.resolve().parent.name or stem
+
+
+def _unit(text: str) -> str:
+    if text not in ("percent", "fraction", "raw"):
+        raise ValueError("must be percent, fraction or raw")
+    return text
+
+
+def _positive(text: Any) -> float:
+    number = float(text)
+    if not 0 < number < np.inf:
+        raise ValueError("must be a positive number")
+    return number
+
+
+def _first_epoch(text: Any) -> int:
+    if str(text) not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return int(text)
+
+
+def listed_sources(path: Path) -> list[Source]:
+    """The logs of a TOML list: tables ``[[log]]`` with ``file``, ``method``, ``seed`` and the options of a log.
+
+    Files are relative to the list.
+
+    Raises:
+        DataError: If it is no such list.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: the list of logs cannot be read ({error})") from error
+    entries = content.pop("log", None)
+    if content or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{path}: a list of logs holds tables [[log]] and nothing else")
+    sources = [Source.of(entry, f"{path}: log {at}") for at, entry in enumerate(entries, 1)]
+    return [replace(source, path=path.parent / source.path) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -115,12 +209,14 @@ def read_curves(
     sources: Iterable[Source | str | Path],
     *,
     methods: Collection[str] | None = None,
+    wanted: Collection[str] = (),
     groups: Sequence[str] = (),
     axis_column: str | None = None,
     unit: Unit = "auto",
     epochs: EpochCount = "as-written",
-    run: int | None = None,
+    run: int | str | None = None,
     steps_per_epoch: float | None = None,
+    lower_is_better: bool = False,
     score_column: str | None = None,
     epoch_column: str | None = None,
     method_column: str | None = None,
@@ -131,122 +227,207 @@ def read_curves(
     Args:
         sources: Files, or :class:`Source` where a file doesn't say whose it is.
         methods: Keep and check only these.
+        wanted: Further methods that are known to be compared: columns of these names hold their scores.
         groups: Columns that separate curves of one method, such as ``backbone``.
         axis_column: A column to carry along as another axis (``images``, ``hours``).
         unit: ``auto`` decides per file; ``raw`` takes scores that are no accuracy.
-        epochs: ``completed`` adds 1 where a trainer calls its first epoch 0.
-        run: Which run to take from a file that holds several, from 1; -1 is the last.
+        epochs: ``completed`` adds 1 where a log calls its first epoch 0.
+        run: Which run to take from a file that holds several, from 1; -1 is the last; or its name.
         steps_per_epoch: Divide by this where a file counts steps.
+        lower_is_better: Scores are errors or losses: they are turned round, to ``100 - error`` and ``-loss``.
         score_column: Name of the score, if unusual; likewise the other three.
         epoch_column: Name of the epoch.
         method_column: Name of the method column.
         seed_column: Name of the seed column.
 
     Raises:
-        DataError: If a file cannot be read, mixes units or runs, or files count epochs differently.
+        DataError: If a file cannot be read, mixes units or runs, leaves open what its score is, or files have
+            different scores or count epochs differently.
     """
     parsed = [source if isinstance(source, Source) else Source(Path(source)) for source in sources]
-    frames: list[pd.DataFrame] = []
-    findings: list[Finding] = []
-    counted: dict[bool | None, Log] = {}
-    fractions: list[bool] = []
-    provenance: list[Provenance] = []
-    for source in parsed:
-        log = read_log(
-            source.path,
-            score_column=score_column,
-            epoch_column=epoch_column,
-            method_column=method_column,
-            seed_column=seed_column,
-            keep=(*groups, *([axis_column] if axis_column else [])),
-        )
-        rows = _named(log, source, methods)
+    documents = [open_log(source.path, {*(methods or ()), *wanted}) for source in parsed]
+    requests = [Request(source.score or score_column, lower_is_better, source.score is not None) for source in parsed]
+    chosen, findings = choose(documents, requests)
+    curves: list[_Curves] = []
+    for source, document, series in zip(parsed, documents, chosen, strict=True):
+        log = extract(
+            document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
+            seed_column=seed_column, groups=tuple(groups), axis_column=axis_column,
+        )  # fmt: skip
+        which = source.run or run
+        rows = _named(log, source, methods, None if which is None or _as_number(which) is not None else str(which))
         if rows.empty:
             continue
-        if steps_per_epoch is not None:
-            rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), steps_per_epoch))
-        frame, found, fraction = tidy(log, rows, groups=groups, unit=unit, run=run)
-        if log.epochs_completed is False and epochs == "completed":
-            frame["epoch"] += 1
-        frames.append(frame)
-        findings += [*log.findings, *found]
-        counted.setdefault(log.epochs_completed, log)
-        fractions.append(fraction)
-        provenance.append(_provenance(log, frame, "raw" if unit == "raw" else "fraction" if fraction else "percent"))
-    if not frames:
+        said: Unit = source.unit or unit
+        said, found = _unit_of(log, said, lower_is_better)
+        per_epoch = source.steps_per_epoch or steps_per_epoch
+        if log.axis != "steps":
+            if source.steps_per_epoch is not None:
+                raise DataError(f"{log.file}: steps-per-epoch is for logs that count steps; this one counts {log.axis}")
+            per_epoch = None
+        if per_epoch is not None:
+            rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), per_epoch))
+        frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=_as_number(which))
+        if not frame.duplicated(["method", "seed", *groups]).any():
+            raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs")
+        if lower_is_better:
+            frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
+        findings += [*log.findings, *found, *more]
+        curves.append(_Curves(log, source, frame, said, fraction, per_epoch))
+    if not curves:
         there = ", ".join(source.name() for source in parsed)
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
-    if epochs == "as-written" and len(counted) > 1 and False in counted:
-        zero, other = counted[False], next(log for key, log in counted.items() if key is not False)
-        if True in counted:
-            raise DataError(
-                f"{zero.file} calls the first epoch 0 ({zero.form}) and {other.file} calls it 1 ({other.form});"
-                " pass --epochs completed to count both alike"
-            )
-        findings.append(Finding(zero.file, None, f"counts epochs from 0; {other.file} is taken to do so too"))
-    frame = pd.concat(frames, ignore_index=True)
+    _refuse_different_units(curves)
+    _refuse_different_axes(curves)
+    origin, found = count_alike([each.counted() for each in curves], epochs)
+    findings += found
+    provenance = tuple(each.provenance(lower_is_better) for each in curves)
+    frame = pd.concat([each.frame for each in curves], ignore_index=True)
     _refuse_one_run_from_two_files(frame, groups)
     return CurveTable(
         frame.drop(columns="file"),
         tuple(findings),
-        origin=-1.0 if epochs == "as-written" and False in counted else 0.0,
-        fraction=all(fractions),
+        origin=origin,
+        fraction=all(each.fraction for each in curves),
         axis=axis_label(provenance),
         groups=tuple(groups),
-        provenance=tuple(provenance),
+        provenance=provenance,
     )
 
 
-def _provenance(log: Log, frame: pd.DataFrame, unit: str) -> Provenance:
-    """What was read from one log."""
-    first, last = (
-        (float(row["epoch"]), float(row["score"]))
-        for row in (frame.iloc[frame["epoch"].argmin()], frame.iloc[frame["epoch"].argmax()])
-    )
-    return Provenance(
-        file=log.file, format=log.form, column=log.column, kind="accuracy", metric="top-1 accuracy",
-        split=None, weights="model", unit=unit, negated=False,
-        axis=log.axis, axis_column=log.axis_column, steps_per_epoch=None,
-        first_epoch=None if log.epochs_completed is None else int(log.epochs_completed),
-        methods=tuple(map(str, frame["method"].unique())), runs=frame.groupby(["method", "seed"]).ngroups,
-        points=len(frame), first=first, last=last, sha256=log.sha256,
-    )  # fmt: skip
+@dataclass
+class _Curves:
+    """The curves of one log while logs become one table."""
+
+    log: Log
+    source: Source
+    frame: pd.DataFrame
+    unit: Unit
+    fraction: bool
+    steps_per_epoch: float | None
+
+    @property
+    def counts_epochs(self) -> bool:
+        return self.log.axis == "epochs" or self.steps_per_epoch is not None
+
+    def counted(self) -> Counted:
+        """What there is to know of how it counts epochs."""
+        first = self.source.first_epoch
+        if first is None:
+            first = 1 if self.steps_per_epoch is not None else self.log.document.format.first_epoch
+        return Counted(self.log.file, self.log.form, self.frame, first, self.counts_epochs)
+
+    def provenance(self, negated: bool) -> Provenance:
+        """What was read from it."""
+        frame, series = self.frame, self.log.series
+        first, last = (
+            (float(row["epoch"]), float(row["score"]))
+            for row in (frame.iloc[frame["epoch"].argmin()], frame.iloc[frame["epoch"].argmax()])
+        )
+        counted = self.counted()
+        return Provenance(
+            file=self.log.file, format=self.log.form, column=series.name, kind=series.metric.kind,
+            metric=series.metric.words(series.name), split=series.metric.split, weights=series.metric.weights,
+            unit="raw" if self.unit == "raw" else "fraction" if self.fraction else "percent", negated=negated,
+            axis=self.log.axis, axis_column=self.log.axis_column, steps_per_epoch=self.steps_per_epoch,
+            first_epoch=counted.evident() if counted.counts_epochs else None,
+            methods=tuple(map(str, frame["method"].unique())),
+            runs=len(frame.drop_duplicates([each for each in frame if each not in ("epoch", "score")])),
+            points=len(frame), first=first, last=last, sha256=self.log.document.sha256,
+        )  # fmt: skip
 
 
-def _named(log: Log, source: Source, methods: Collection[str] | None) -> pd.DataFrame:
-    """Rows with a method and a seed each, of the wanted methods only."""
+def _as_number(run: int | str | None) -> int | None:
+    """A run's place; None where it is a name."""
+    return int(run) if run is not None and re.fullmatch(r"[-+]?\d{1,9}", str(run)) else None
+
+
+def _unit_of(log: Log, unit: Unit, lower: bool) -> tuple[Unit, list[Finding]]:
+    """The unit to read a series in, and a word where it is odd.
+
+    Raises:
+        DataError: If nothing tells what the scores are, or they point the wrong way.
+    """
+    series = log.series
+    kind = series.metric.kind
+    if lower and kind == "accuracy":
+        raise DataError(
+            f"{log.file}: {series.name!r} is an accuracy, of which higher is better; drop --lower-is-better"
+        )
+    if kind in ("error", "loss") and not lower:
+        if unit != "raw":
+            raise DataError(
+                f"{log.file}: {series.name!r} is no accuracy but {'an error' if kind == 'error' else 'a loss'}:"
+                " say --lower-is-better (or --unit raw to take it as it stands)"
+            )
+        return unit, [Finding(log.file, None, f"{series.name!r} is taken as it stands; of a {kind} lower is better")]
+    if unit == "auto" and (kind == "other" or (kind == "score" and lower)):
+        raise DataError(
+            f"{log.file}: nothing tells what {series.name!r} is; say --unit percent, fraction or raw"
+            " (or for this log alone --log 'NAME=FILE[unit=...]')"
+        )
+    return ("raw" if kind == "loss" else unit), []
+
+
+def _refuse_different_units(curves: Sequence[_Curves]) -> None:
+    """Scores in percent and raw ones have no common scale."""
+    for other in curves[1:]:
+        if (other.unit == "raw") != (curves[0].unit == "raw"):
+            raise DataError(
+                f"{curves[0].log.file} is read in {curves[0].unit.replace('auto', 'percent')} and {other.log.file} in"
+                f" {other.unit.replace('auto', 'percent')}; give both the same with --unit"
+            )
+
+
+def _refuse_different_axes(curves: Sequence[_Curves]) -> None:
+    """Steps and epochs have no common scale."""
+
+    def said(each: _Curves) -> str:
+        return "epochs" if each.counts_epochs else each.log.axis if each.log.axis != "other" else each.log.axis_column
+
+    for other in curves[1:]:
+        if said(other) != said(curves[0]):
+            raise DataError(
+                f"{curves[0].log.file} counts {said(curves[0])} and {other.log.file} counts {said(other)};"
+                " --steps-per-epoch turns steps into epochs (1 where each step is an epoch)"
+            )
+
+
+def _named(log: Log, source: Source, methods: Collection[str] | None, run: str | None) -> pd.DataFrame:
+    """Rows with a method and a seed each, of the wanted methods (and the named run) only."""
     rows = log.rows
+    if run is not None:
+        if "method" not in rows or run not in rows["method"].cat.categories:
+            there = ", ".join(rows["method"].cat.categories) if "method" in rows else "no names of runs"
+            raise DataError(f"{log.file}: there is no run {run!r}; it has {there}")
+        rows = rows[rows["method"] == run]
     if "method" not in rows:
-        rows = rows.assign(method=source.name(methods or ()))
-    else:
-        text = rows["method"].fillna("").astype(str).str.strip()
-        if source.method is not None:
-            several = [name for name in text.unique() if name]
-            if len(several) > 1:
-                raise DataError(
-                    f"{log.file}: holds {len(several)} methods ({', '.join(several[:4])});"
-                    f" {source.method}=FILE names a file with one, give the file alone"
-                )
-            text = text.where(text == "", source.method)
-        rows = rows.assign(method=text)
+        rows = rows.assign(method=pd.Categorical([source.name(methods or ())]).repeat(len(rows)))
+    elif source.method is not None:
+        several = [name for name in rows["method"].cat.remove_unused_categories().cat.categories if name]
+        if len(several) > 1:
+            raise DataError(
+                f"{log.file}: holds {len(several)} methods ({', '.join(several)}); {source.method}=FILE names a file"
+                f" with one: give the file alone, or choose with '{source.method}=FILE[run=...]'"
+            )
+        rows = rows.assign(method=pd.Categorical([source.method]).repeat(len(rows)))
     if methods is not None:
         rows = rows[rows["method"].isin(list(methods))]
     if source.seed is not None:
-        return rows.assign(seed=source.seed)
+        return rows.assign(seed=pd.Categorical([source.seed]).repeat(len(rows)))
     if "seed" not in rows:
         # A run without a seed pairs with nothing: its file is its label.
-        return rows.assign(seed=str(source.path))
-    if pd.api.types.is_float_dtype(rows["seed"]) and (rows["seed"] % 1 == 0).all():
-        return rows.assign(seed=rows["seed"].astype(int).astype(str))
-    return rows.assign(seed=rows["seed"].fillna("").astype(str))
+        return rows.assign(seed=pd.Categorical([str(source.path)]).repeat(len(rows)))
+    return rows
 
 
-def _epochs_of_steps(steps: np.ndarray, per_epoch: float) -> np.ndarray:
+def _epochs_of_steps(steps: NDArray[np.float64], per_epoch: float) -> NDArray[np.float64]:
     """Finished epochs from steps, whether the last step of an epoch is written as n or as n - 1."""
-    if not per_epoch > 0:
+    if not 0 < per_epoch < np.inf:
         raise DataError(f"--steps-per-epoch must be positive, got {per_epoch:g}")
     shifted = steps + 1
-    return np.asarray((shifted if not (shifted % per_epoch).any() else steps) / per_epoch, dtype=np.float64)
+    from_zero = not (shifted % per_epoch).any() and ((steps % per_epoch).any() or (steps == 0).any())
+    return np.asarray((shifted if from_zero else steps) / per_epoch, dtype=np.float64)
 
 
 def _refuse_one_run_from_two_files(frame: pd.DataFrame, groups: Sequence[str]) -> None:

@@ -1,24 +1,22 @@
-"""TensorBoard event files, read without TensorBoard: records of a length, a checksum and a small protobuf message.
-
-Only scalars are wanted, so three message types and four fields of the public protobuf definitions are enough; a
-reader that needs nothing installed is also the one that starts fast.
-"""
+"""TensorBoard event files, through tensorboard's own loader."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from mto_analysis.errors import DataError
-from mto_analysis.rauc.logs.records import Finding, Log, choose_score, plain_name
+from mto_analysis.rauc.logs.formats import BY_NAME
+from mto_analysis.rauc.logs.provenance import AxisKind
+from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns
 
 __all__ = ["is_events", "read_events"]
 
 _FRAME = struct.Struct("<QI")  # length of the record, checksum of the length; another checksum follows the record
-_LONGEST = 1 << 30
 
 
 def is_events(head: bytes) -> bool:
@@ -26,130 +24,75 @@ def is_events(head: bytes) -> bool:
     return b"brain.Event:" in head[:64]
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
-    """Field number, wire type and content of every field in a protobuf message."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(message, at)
-            yield key >> 3, kind, value
-            continue
-        if kind == 2:
-            size, at = _varint(message, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(message):
-            raise IndexError("field beyond its message")
-        yield key >> 3, kind, message[at : at + size]
-        at += size
-
-
-def _tensor(message: bytes) -> float | None:
-    """A scalar tensor's value: packed float_val, double_val, or raw content of either type."""
-    dtype = 1
-    for field, kind, value in _fields(message):
-        if field == 1 and isinstance(value, int):
-            dtype = value
-        elif isinstance(value, bytes) and (field in (5, 6) or (field == 4 and dtype in (1, 2))) and kind in (1, 2, 5):
-            if len(value) == 4:
-                return float(struct.unpack("<f", value)[0])
-            if len(value) == 8:
-                return float(struct.unpack("<d", value)[0])
-    return None
-
-
-def _scalars(message: bytes) -> Iterator[tuple[int, str, float]]:
-    """Step, tag and value of every scalar in one event."""
-    step = 0
-    summaries = []
-    for field, _, value in _fields(message):
-        if field == 2 and isinstance(value, int):
-            step = value
-        elif field == 5 and isinstance(value, bytes):
-            summaries.append(value)
-    for summary in summaries:
-        for field, _, entry in _fields(summary):
-            if field != 1 or not isinstance(entry, bytes):
-                continue
-            tag, scalar = "", None
-            for part, kind, value in _fields(entry):
-                if part == 1 and isinstance(value, bytes):
-                    tag = value.decode(errors="replace")
-                elif part == 2 and kind == 5 and isinstance(value, bytes):
-                    scalar = float(struct.unpack("<f", value)[0])
-                elif part == 8 and isinstance(value, bytes):
-                    scalar = _tensor(value)
-            if scalar is not None:
-                yield step, tag, scalar
-
-
-def _records(data: bytes) -> Iterator[bytes | None]:
-    """Whole records in order; None at the end if the last one is cut."""
-    at = 0
+def _whole_records(data: bytes) -> tuple[int, bool]:
+    """How many whole records there are, and whether a part of another one follows."""
+    at = count = 0
     while at + _FRAME.size <= len(data):
         length, _ = _FRAME.unpack_from(data, at)
-        begin = at + _FRAME.size
-        at = begin + length + 4
-        if length > _LONGEST or at > len(data):
-            yield None
-            return
-        yield data[begin : begin + length]
-    if at != len(data):
-        yield None
+        at += _FRAME.size + length + 4
+        if at > len(data):
+            return count, True
+        count += 1
+    return count, at != len(data)
 
 
-def read_events(path: Path, tag: str | None) -> Log:
-    """Scalars of the accuracy tag over ``step``, from one event file or all of a folder in order of their names.
+def read_events(name: str, files: Sequence[Path]) -> Document:
+    """Scalars of all tags over ``step``, from the event files of one run in order of their names.
 
     Values are 32-bit, so 82.314 comes back as 82.31400299; they are rounded to the seven digits that they hold.
 
     Raises:
-        DataError: If there is no event file, no accuracy tag, or a record is damaged.
+        DataError: If tensorboard is not installed, or a record is damaged.
     """
-    files = sorted(path.glob("*tfevents*")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path}: the folder holds no TensorBoard event file; name the log itself")
-    found: list[tuple[int, str, float, int]] = []
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+        from tensorboard.util.tensor_util import make_ndarray
+    except ImportError:
+        raise DataError(
+            f"{name}: TensorBoard event files need the package tensorboard (pip install 'mto-analysis[tensorboard]')"
+        ) from None
+    records: list[dict[str, float]] = []
+    lines: list[int] = []
     findings = []
     place = 0
     for file in files:
+        whole, cut = _whole_records(file.read_bytes())
+        begun = place
         try:
-            for record in _records(file.read_bytes()):
+            for event in EventFileLoader(str(file)).Load():
                 place += 1
-                if record is None:
-                    findings.append(Finding(str(file), place, "the last record is cut"))
-                    break
-                found.extend((*scalar, place) for scalar in _scalars(record))
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        except (ValueError, IndexError, struct.error) as error:
-            raise DataError(f"{file}:{place}: record {place} is damaged ({error})") from error
-    name = str(path)
-    chosen = choose_score(list(dict.fromkeys(tag for _, tag, _, _ in found)), tag, name)
-    rows = [(float(step), float(f"{value:.7g}"), place) for step, tag, value, place in found if tag == chosen]
-    known = chosen.startswith("perf/") and plain_name(chosen) == "test_acc1"
-    return Log(
-        name,
-        "TensorBoard events",
-        pd.DataFrame(rows, columns=["epoch", "score", "line"]),
-        epochs_completed=False if known else None,
-        percent=True if known else None,
-        findings=tuple(findings),
-        column=chosen,
-        axis="epochs" if known else "steps",
-        axis_column="step",
-    )
+                for value in event.summary.value:
+                    scalar = _scalar(value, make_ndarray)
+                    if scalar is not None:
+                        records.append({"step": event.step, value.tag: scalar})
+                        lines.append(place)
+        except Exception as error:  # protobuf's errors have no common class that is importable without it
+            raise DataError(f"{file}:{place + 1}: record {place + 1} is damaged ({error})") from error
+        # The loader takes a damaged record for the end of the file and says nothing.
+        if place - begun < whole:
+            raise DataError(f"{file}:{place + 1}: record {place - begun + 1} is damaged (its checksum is wrong)")
+        if cut:
+            findings.append(Finding(str(file), place + 1, "the last record is cut"))
+    axes: tuple[tuple[str, AxisKind], ...] = (("step", "steps"),)
+    if any("perf/test_acc1" in record for record in records):
+        # MAE and its relatives write perf/* over epochs and all other tags over something else.
+        records = [
+            {"epoch": record["step"], **record} if any(tag.startswith("perf/") for tag in record) else record
+            for record in records
+        ]
+        axes = (("epoch", "epochs"), *axes)
+    columns = RecordColumns(records, np.array(lines, dtype=np.int64))
+    return Document(name, BY_NAME["TensorBoard events"], columns, axes, findings=tuple(findings))
+
+
+def _scalar(value: Any, array_of: Any) -> float | None:
+    """The scalar of a summary, which the loader has turned into a tensor; None if it is something else."""
+    if not value.HasField("tensor"):
+        return None
+    try:
+        array = array_of(value.tensor)
+    except (TypeError, ValueError):
+        return None
+    if array.size != 1 or array.dtype.kind not in "fiu":
+        return None
+    return float(f"{float(array.reshape(-1)[0]):.7g}")

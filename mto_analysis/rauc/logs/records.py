@@ -1,42 +1,27 @@
-"""What a log reader returns: rows as written, each with its line, and what was noticed on the way."""
+"""What readers return: a file's columns with the line of each row; and what is made of them: one series of scores."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mto_analysis.errors import DataError
+from mto_analysis.rauc.logs.formats import Format
+from mto_analysis.rauc.logs.names import Metric
 from mto_analysis.rauc.logs.provenance import AxisKind
 
-__all__ = ["SCORE_NAMES", "Finding", "Log", "choose_score", "grouped", "plain_name"]
+__all__ = ["Columns", "Document", "Finding", "FrameColumns", "Log", "RecordColumns", "Series", "grouped", "number_of"]
 
-#: Names of a top-1 accuracy (or another score per epoch), the most telling first, in the spelling of `plain_name`.
-SCORE_NAMES = (
-    "score",
-    "test_acc1",
-    "eval_top1",
-    "val_top1",
-    "val_acc1",
-    "test_top1",
-    "eval_accuracy",
-    "val_accuracy",
-    "test_accuracy",
-    "eval_acc",
-    "val_acc",
-    "test_acc",
-    "accuracy_top1",
-    "accuracy_top_1",
-    "linear_top1",
-    "top1",
-    "acc1",
-    "top1_acc",
-    "accuracy",
-    "acc",
-    "miou",
-)
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+_WRITTEN_NAN = ("nan", "-nan", "+nan", "null", "none", "na", "n/a")
 
 
 @dataclass(frozen=True)
@@ -52,73 +37,201 @@ class Finding:
         return f"{self.file}{'' if self.line is None else f':{self.line}'}: {self.text}"
 
 
+def grouped(file: str, lines: Iterable[int], text: str, *, most: int = 3) -> list[Finding]:
+    """One finding per line for the first few, then one for the rest, so that a bad file doesn't flood the screen."""
+    where = sorted(lines)
+    found = [Finding(file, int(line), text) for line in where[:most]]
+    if len(where) > most:
+        found.append(Finding(file, int(where[most]), f"{text} (and {len(where) - most - 1} more such lines)"))
+    return found
+
+
+def number_of(value: Any) -> float:
+    """A number, or a number in quotes; NaN for anything else, true and false included."""
+    if isinstance(value, bool) or value is None:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+class Columns(Protocol):
+    """A file as columns by name; ``lines`` are the rows' places in it."""
+
+    names: list[str]
+    lines: NDArray[np.int64]
+
+    def numbers(self, name: str) -> tuple[Floats, Flags]:
+        """Values, NaN where there is no number; and where there is a value at all (a written NaN is one)."""
+
+    def labels(self, name: str) -> pd.Categorical:
+        """Values as text, empty where there is none."""
+
+
+class RecordColumns:
+    """Columns of objects, as JSON has them: keys may differ from row to row."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], lines: NDArray[np.int64]) -> None:
+        self.records, self.lines = records, lines
+        forms = dict.fromkeys(map(tuple, records))  # most rows have the same keys
+        self.names = list(dict.fromkeys(key for form in forms for key in form))
+
+    def numbers(self, name: str) -> tuple[Floats, Flags]:
+        """See :class:`Columns`; ``null`` counts as no value."""
+        found = [record.get(name) for record in self.records]
+        kinds = set(map(type, found))
+        if kinds == {float}:
+            return np.array(found, dtype=np.float64), np.ones(len(found), dtype=np.bool_)
+        present = np.array([value is not None for value in found], dtype=np.bool_)
+        if kinds <= {int, float, type(None)}:
+            try:
+                return np.array(found, dtype=np.float64), present
+            except OverflowError:
+                pass
+        return np.array([number_of(value) for value in found], dtype=np.float64), present
+
+    def labels(self, name: str) -> pd.Categorical:
+        """See :class:`Columns`."""
+        return _labels(pd.Series([record.get(name) for record in self.records], dtype=object).map(_hashable))
+
+
+class FrameColumns:
+    """Columns of a table; in a column of numbers every other text is an error, with its line."""
+
+    def __init__(self, file: str, frame: pd.DataFrame, lines: NDArray[np.int64] | None = None) -> None:
+        self.file, self.frame = file, frame
+        self.lines = np.arange(2, len(frame) + 2) if lines is None else lines
+        self.names = [str(name) for name in frame]
+
+    def numbers(self, name: str) -> tuple[Floats, Flags]:
+        """See :class:`Columns`; a repeated header has no value.
+
+        Raises:
+            DataError: If a cell is no number.
+        """
+        column = self.frame[name]
+        if column.dtype.kind in "if":
+            values = column.to_numpy(dtype=np.float64)
+            return values, ~np.isnan(values)
+        text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+        values = np.array(pd.to_numeric(text.where(text != "", None), errors="coerce"), dtype=np.float64)
+        lost = np.flatnonzero(np.isnan(values))
+        present = np.ones(len(values), dtype=np.bool_)
+        for at in lost:
+            cell = text.iloc[at]
+            if cell in ("", name):
+                present[at] = False
+            elif cell.lower() not in _WRITTEN_NAN:
+                values[at] = number_of(cell)
+                if math.isnan(values[at]):
+                    shown = cell if len(cell) <= 60 else f"{cell[:57]}..."
+                    raise DataError(f"{self.file}:{self.lines[at]}: {shown!r} in column {name!r} is not a number")
+        return values, present
+
+    def labels(self, name: str) -> pd.Categorical:
+        """See :class:`Columns`; whole numbers are written without a decimal point."""
+        column = self.frame[name]
+        if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+            column = column.astype("Int64")
+        return _labels(column)
+
+
+def _labels(column: pd.Series) -> pd.Categorical:
+    """Stripped texts; a million rows have few of them, so each is made once."""
+    codes, values = pd.factorize(column, use_na_sentinel=True)
+    texts = ["", *(str(value).strip() for value in values)]
+    numbers, distinct = pd.factorize(np.array(texts, dtype=object))
+    return pd.Categorical.from_codes(numbers[codes + 1], categories=pd.Index(distinct))
+
+
+def _hashable(value: Any) -> Any:
+    return str(value) if isinstance(value, (list, dict)) else value
+
+
 @dataclass(frozen=True)
-class Log:
-    """One file's scores as written.
+class Document:
+    """One file, decoded: columns, and what its format says about them.
 
     Attributes:
         file: Its name for messages.
-        form: Which trainer's form it has.
-        rows: ``epoch score line`` in file order (blank scores left out), and ``method``, ``seed``, ``run`` and
-            grouping columns where the file has them. ``run`` tells apart runs that one file holds.
-        epochs_completed: True if epoch 1 is the state after one epoch, False if that is called 0, None if unknown.
-        percent: True if this writer always writes 0 to 100; None if the values must tell.
+        format: Which format it has.
+        columns: Its content.
+        axes: Columns that rows may be placed on, the preferred one first.
+        method: Column of the method, if there is one.
+        seed: Column of the seed, if there is one.
+        mode: Column that says of which split or weights a row is.
+        aliases: Further names of one run's values of a column: name to column and method.
+        scores: If given, the only columns that may be scores.
+        losses: Columns where NaN tells of a dead epoch, whatever the accuracy beside it.
+        progress: A number per row that grows whenever there was training since the row before.
         findings: What was skipped or looked odd.
-        column: The score's column, key or tag.
-        axis: What the rows are placed on, and
-        axis_column: its column.
         sha256: Hash of the file.
     """
 
     file: str
-    form: str
-    rows: pd.DataFrame
-    epochs_completed: bool | None = None
-    percent: bool | None = None
+    format: Format
+    columns: Columns
+    axes: tuple[tuple[str, AxisKind], ...] = ()
+    method: str | None = None
+    seed: str | None = None
+    mode: str | None = None
+    aliases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    scores: tuple[str, ...] | None = None
+    losses: tuple[str, ...] = ()
+    progress: NDArray[np.int64] | None = None
     findings: tuple[Finding, ...] = ()
-    column: str = "score"
-    axis: AxisKind = "epochs"
-    axis_column: str = "epoch"
     sha256: str = ""
 
 
-def plain_name(name: str) -> str:
-    """A metric's name without the writer's spelling: ``perf/test_acc1`` and ``val-acc1_epoch`` lose what varies.
+@dataclass(frozen=True)
+class Series:
+    """A candidate for the score: a column, or its rows of one mode or one run.
 
-    Example:
-        >>> plain_name("perf/test_acc1"), plain_name("Val/Acc")
-        ('test_acc1', 'val_acc')
+    Attributes:
+        name: What it is called in messages, and what options may call it.
+        column: Its column.
+        metric: What the name says about it.
+        mode: Value of the document's mode column, if the rows of one value are meant.
+        method: The run that is meant, if the file names it in the column.
     """
-    return re.sub(r"[/\-. ]", "_", name.strip().lower()).removeprefix("perf_").removesuffix("_epoch")
+
+    name: str
+    column: str
+    metric: Metric
+    mode: str | None = None
+    method: str | None = None
 
 
-def choose_score(names: Sequence[str], wanted: str | None, file: str) -> str:
-    """The name under which a file keeps its score.
+@dataclass(frozen=True)
+class Log:
+    """One series of a document.
 
-    Raises:
-        DataError: If ``wanted`` is not there, or nothing looks like an accuracy.
+    Attributes:
+        document: Where it is from.
+        series: Which it is.
+        rows: ``epoch score line row`` in file order, and ``method``, ``seed``, ``run`` and grouping columns where
+            the file has them. ``run`` tells apart runs that one file holds, ``row`` is the document's row.
+        axis: What ``epoch`` counts, and
+        axis_column: its column.
+        findings: What was skipped or looked odd.
     """
-    if wanted is not None:
-        if wanted not in names:
-            raise DataError(f"{file}: there is no column {wanted!r}; it has {_listed(names)}")
-        return wanted
-    plain = {plain_name(name): name for name in reversed(names)}
-    for candidate in SCORE_NAMES:
-        if candidate in plain:
-            return plain[candidate]
-    raise DataError(
-        f"{file}: no accuracy found (a pre-training log?); name its column with --score-column, it has {_listed(names)}"
-    )
 
+    document: Document
+    series: Series
+    rows: pd.DataFrame
+    axis: AxisKind
+    axis_column: str
+    findings: tuple[Finding, ...] = ()
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self.document.file
 
-
-def grouped(file: str, lines: Iterable[int], text: str, *, most: int = 3) -> list[Finding]:
-    """One finding per line for the first few, then one for the rest, so that a bad file doesn't flood the screen."""
-    where = sorted(lines)
-    found = [Finding(file, line, text) for line in where[:most]]
-    if len(where) > most:
-        found.append(Finding(file, where[most], f"{text} (and {len(where) - most - 1} more such lines)"))
-    return found
+    @property
+    def form(self) -> str:
+        """Name of the format."""
+        return self.document.format.name

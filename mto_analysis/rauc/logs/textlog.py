@@ -1,58 +1,157 @@
-"""Text logs of SimMIM and Swin: the accuracy line carries no epoch, the line before it does."""
+"""Text logs: an accuracy's line carries no epoch, or names it in brackets; and MLflow's files of one metric."""
 
 from __future__ import annotations
 
 import re
 
+import numpy as np
 import pandas as pd
 
 from mto_analysis.errors import DataError
-from mto_analysis.rauc.logs.records import Log, grouped
+from mto_analysis.rauc.logs.formats import BY_NAME
+from mto_analysis.rauc.logs.provenance import AxisKind
+from mto_analysis.rauc.logs.records import Document, FrameColumns, grouped
 
-__all__ = ["read_text_log"]
+__all__ = [
+    "is_metric_file",
+    "is_open_mmlab_text",
+    "is_text_log",
+    "read_metric_file",
+    "read_open_mmlab_text",
+    "read_text_log",
+]
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_EPOCH = re.compile(r"EPOCH (\d+) training takes|Epoch: \[(\d+)\] Total time")
-_ACCURACY = re.compile(r"\* Acc@1 (\S+)")
+_EPOCH = re.compile(r"EPOCH (\d+) training takes|Epoch:? ?\[(\d+)\] Total time|Epoch:? ?\[(\d+)\]\[ *\d+/\d+\]")
+_ACCURACY = re.compile(r"\* +(Acc|Prec)@1:? +(\S+)")
+_OF_EMA = re.compile(r"\bema\b", re.IGNORECASE)
+_OF_TRAINING = re.compile(r"\b(Train(ing)?|TRAIN)\b")
+_VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) ?\[(\d+)\](?:\[ *(\d+)(?:/ *(\d+))?\])?(.*)")
+_PAIR = re.compile(r"([A-Za-z][\w/.@-]*): ([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(?=[\s,]|$)")
+_BESIDE = ("eta", "time", "data_time", "memory")
+_METRIC_LINE = re.compile(rb"\d{12,14} \S+(?: \d+)?")
 
 
-def read_text_log(name: str, data: bytes) -> Log:
+def is_text_log(data: bytes) -> bool:
+    """Whether there are accuracy lines, or lines of finished epochs, as PyTorch's examples and SimMIM write them."""
+    return re.search(rb"EPOCH \d+ training takes|\* +(?:Acc|Prec)@1:? ", data) is not None
+
+
+def is_open_mmlab_text(data: bytes) -> bool:
+    """Whether there are validation lines of OpenMMLab's loggers."""
+    return re.search(rb"(?:Epoch|Iter)\(val\) ?\[\d+\]", data) is not None
+
+
+def is_metric_file(data: bytes) -> bool:
+    """Whether every line is time in ms, value and step."""
+    lines = data.strip().split(b"\n")
+    return all(_METRIC_LINE.fullmatch(line.strip()) for line in lines[:50])
+
+
+def read_text_log(name: str, data: bytes) -> Document:
     """Accuracy lines, each with the epoch that finished last before it.
 
-    A resumed run evaluates the loaded weights before it trains on; that line repeats an epoch and is left out.
+    A resumed run evaluates the loaded weights before it trains on; that line repeats an epoch and is left out. An
+    accuracy without training since the one before it is of the EMA weights, if the lines say so, or a repetition.
 
     Raises:
         DataError: If no accuracy belongs to an epoch.
     """
     epoch: int | None = None
-    loaded = False
-    rows: list[tuple[int, float, int]] = []
+    loaded = ema = False
+    trained = 0
+    rows: list[tuple[int, float, int, int, bool]] = []
     homeless: list[int] = []
+    spelt = "Acc@1"
     for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
         line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
         if "Resuming from" in line:
             loaded = True
         elif "Start training" in line:
             loaded = False
-        elif finished := _EPOCH.search(line):
-            epoch, loaded = int(finished[1] or finished[2]), False
         elif accuracy := _ACCURACY.search(line):
+            if _OF_TRAINING.search(line[: accuracy.start()]):
+                continue
             if epoch is None or loaded:
                 homeless.append(number)
                 continue
             try:
-                rows.append((epoch, float(accuracy[1]), number))
+                spelt = f"{accuracy[1]}@1"
+                rows.append(
+                    (epoch, float(accuracy[2].rstrip(",;%")), number, trained, ema or bool(_OF_EMA.search(line)))
+                )
             except ValueError:
-                raise DataError(f"{name}:{number}: {accuracy[1]!r} is not an accuracy") from None
+                raise DataError(f"{name}:{number}: {accuracy[2][:60]!r} is not an accuracy") from None
+        elif finished := _EPOCH.search(line):
+            if not re.search(r"\b(Test|Val|Eval)\w*:", line[: finished.start()]):
+                epoch, loaded, ema = int(finished[1] or finished[2] or finished[3]), False, False
+                trained += 1
+        elif rows and "EMA" in line and re.search("accuracy", line, re.IGNORECASE) and rows[-1][0] == epoch:
+            rows[-1] = (*rows[-1][:4], True)
+        elif _OF_EMA.search(line) and re.search(r"\b(test|val|eval)", line, re.IGNORECASE):
+            ema = True
     if not rows:
         raise DataError(f"{name}: no accuracy line (* Acc@1 ...) follows a finished epoch")
-    return Log(
-        name,
-        "SimMIM text",
-        pd.DataFrame(rows, columns=["epoch", "score", "line"]).astype({"epoch": float}),
-        epochs_completed=False,
-        percent=True,
+    frame = pd.DataFrame(rows, columns=["epoch", spelt, "line", "trained", "EMA"])
+    frame[f"EMA {spelt}"] = frame[spelt].where(frame["EMA"])
+    frame[spelt] = frame[spelt].mask(frame["EMA"])
+    scores = [each for each in (spelt, f"EMA {spelt}") if frame[each].notna().any()]
+    columns = FrameColumns(name, frame[["epoch", *scores]], frame["line"].to_numpy())
+    return Document(
+        name, BY_NAME["text"], columns, axes=(("epoch", "epochs"),), progress=frame["trained"].to_numpy(),
         findings=tuple(grouped(name, homeless, "skipped: an accuracy before training started or went on")),
-        column="Acc@1",
-        axis_column="EPOCH",
-    )
+    )  # fmt: skip
+
+
+def read_open_mmlab_text(name: str, data: bytes) -> Document:
+    """Validation lines with their metrics; the first bracket is the epoch, or the iteration of ``Iter(val)``.
+
+    Raises:
+        DataError: If no validation line has a metric.
+    """
+    rows, lines = [], []
+    words = set()
+    iteration = 0
+    for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
+        line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
+        if training := re.search(r"Iter\(train\) ?\[ *(\d+)/\d+\]", line):
+            iteration = int(training[1])
+        found = _VALIDATION.search(line)
+        if found is None:
+            continue
+        values = {key: float(value) for key, value in _PAIR.findall(found[5]) if key not in _BESIDE}
+        if values:
+            words.add(found[1])
+            # mmengine's bracket of Iter(val) is a validation batch: the iteration is in the training line before it.
+            place = iteration if found[1] == "Iter" and iteration else int(found[2])
+            rows.append({"place": place, **values})
+            lines.append(number)
+    if not rows:
+        raise DataError(f"{name}: no validation line has a metric")
+    if len(words) > 1:
+        raise DataError(f"{name}: validation lines count epochs and iterations; give the JSON log of the run")
+    kind: AxisKind = "epochs" if words == {"Epoch"} else "steps"
+    frame = pd.DataFrame(rows).rename(columns={"place": kind[:-1]})
+    columns = FrameColumns(name, frame, np.array(lines))
+    return Document(name, BY_NAME["OpenMMLab text"], columns, axes=((kind[:-1], kind),))
+
+
+def read_metric_file(name: str, data: bytes) -> Document:
+    """One metric of an MLflow run, called like its file.
+
+    Raises:
+        DataError: If a line is broken.
+    """
+    rows = []
+    for number, line in enumerate(data.decode(errors="replace").strip().split("\n"), 1):
+        parts = line.split()
+        try:
+            rows.append((float(parts[1]), float(parts[2]) if len(parts) > 2 else float("nan")))
+        except (ValueError, IndexError):
+            raise DataError(f"{name}:{number}: a line must be time, value and step, got {line[:60]!r}") from None
+    score = name.replace("\\", "/").rpartition("/")[2]
+    frame = pd.DataFrame(rows, columns=[score, "step"])
+    if frame["step"].isna().all():
+        raise DataError(f"{name}: its lines have no step")
+    columns = FrameColumns(name, frame, np.arange(1, len(frame) + 1))
+    return Document(name, BY_NAME["MLflow metric"], columns, axes=(("step", "steps"),), scores=(score,))

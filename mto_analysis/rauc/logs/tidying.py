@@ -1,21 +1,26 @@
 """One file's rows as curves: one run, one score per epoch, one unit; every change is named by file and line.
 
-The rules are those of a careful reader: the last score of an epoch counts (a resumed run writes it again), a file that
-starts over holds two runs and is refused until one is chosen, a missing epoch stays missing, and 0-1 or 0-100 is
-decided per file.
+The rules are those of a careful reader: the last score of an epoch counts where it was trained again (a resumed run),
+the first where it was only evaluated again, a file that starts over holds two runs and is refused until one is chosen,
+a missing epoch stays missing, and 0-1 or 0-100 is decided per file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import LARGEST_NUMBER
+from mto_analysis.rauc.logs.extracting import progress_of
 from mto_analysis.rauc.logs.records import Finding, Log, grouped
+
+Places = NDArray[np.integer[Any]]
 
 __all__ = ["Unit", "tidy"]
 
@@ -49,7 +54,9 @@ def tidy(
             at = int(np.argmax(huge))
             raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
     keys = ["method", "seed", *groups]
-    code = rows.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
+    code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup().to_numpy()
+    rows, code, found = _without_later_evaluations(log, rows, code)
+    findings += found
     rows, code = _chosen_run(log.file, rows, code, run)
     rows, code, found = _last_of_each_epoch(log.file, rows, code)
     findings += found
@@ -60,12 +67,84 @@ def tidy(
         raise DataError(f"{log.file}: no score is finite")
     rows, found, fraction = _in_percent(log, rows, code, unit)
     findings += found + _gaps(log.file, rows, code)
-    extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "run")]
+    extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
     frame = rows[["method", "epoch", "score", "seed", *groups, *extra]].copy()
-    for column in groups:
-        frame[column] = frame[column].fillna("").astype(str)
+    for column in keys:
+        frame[column] = frame[column].astype(object)
     frame["file"] = log.file
     return frame.reset_index(drop=True), findings, fraction
+
+
+def _without_later_evaluations(
+    log: Log, rows: pd.DataFrame, code: Places
+) -> tuple[pd.DataFrame, Places, list[Finding]]:
+    """Without scores of an epoch that was evaluated again without training in between: the first counts.
+
+    Whether there was training is told by the log's steps, or by its values of training. Where it has neither, a repeat
+    counts as trained if the curve goes on beyond its last epoch (a resumed run), else as an evaluation at the end.
+    """
+    order = np.argsort(code, kind="stable")
+    curve, epoch = code[order], rows["epoch"].to_numpy()[order]
+    if not ((np.diff(epoch) <= 0) & (np.diff(curve) == 0)).any():
+        return rows, code, []
+    again = _earlier_place(curve, epoch)
+    repeats = np.flatnonzero(again >= 0)
+    progress = progress_of(log.document)
+    if progress is not None:
+        done = progress[rows["row"].to_numpy()][order]
+        later = repeats[done[repeats] == done[again[repeats]]]
+    else:
+        later = repeats[~_goes_on(curve, epoch)[repeats]]
+    if log.document.progress is None:
+        _refuse_second_run(log.file, rows, order, curve, epoch, later)
+        # A curve that goes back to its first epoch holds another run, which is looked at next.
+        begins, length = np.searchsorted(curve, curve[later]), np.bincount(curve)[curve[later]]
+        restarted = curve[later[(epoch[later] == epoch[begins]) & (length > 2)]]
+        later = later[~np.isin(curve[later], restarted)]
+    if not later.size:
+        return rows, code, []
+    lines = rows["line"].to_numpy()[order]
+    changed = later[rows["score"].to_numpy()[order][later] != rows["score"].to_numpy()[order][again[later]]]
+    text = "evaluated again without training in between: the first score of the epoch counts"
+    keep = np.sort(np.delete(order, later))
+    return rows.iloc[keep], code[keep], grouped(log.file, lines[changed if changed.size else later[:0]], text)
+
+
+def _refuse_second_run(
+    file: str,
+    rows: pd.DataFrame,
+    order: Places,
+    curve: Places,
+    epoch: NDArray[np.float64],
+    later: Places,
+) -> None:
+    """Most epochs with a second score are no later evaluations, but another run or a column that is not read."""
+    for one in np.unique(curve[later]):
+        repeated, total = np.unique(epoch[later[curve[later] == one]]), np.unique(epoch[curve == one])
+        if repeated.size > 1 and 2 * repeated.size > total.size and repeated[0] != epoch[np.argmax(curve == one)]:
+            at = order[later[curve[later] == one][0]]
+            raise DataError(
+                f"{file}:{rows['line'].iloc[at]}: {rows['method'].iloc[at]!r} has a second score for epoch"
+                f" {rows['epoch'].iloc[at]:g} and others;"
+                " a seed or a grouping column is missing (--seed-column, --group)"
+            )
+
+
+def _earlier_place(curve: Places, epoch: NDArray[np.float64]) -> Places:
+    """For each point of sorted curves the place of the last one before it with the same epoch, or -1."""
+    order = np.lexsort((epoch, curve))  # stable: points of one epoch stay in the order of the file
+    same = (np.diff(curve[order]) == 0) & (np.diff(epoch[order]) == 0)
+    earlier = np.full(len(epoch), -1, dtype=np.intp)
+    earlier[order[1:][same]] = order[:-1][same]
+    return earlier
+
+
+def _goes_on(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """For each point whether a later one of its curve is beyond all epochs before it."""
+    epochs = pd.Series(epoch)
+    before = epochs.groupby(curve).cummax().groupby(curve).shift(fill_value=-np.inf).to_numpy()
+    after = epochs[::-1].groupby(curve[::-1]).cummax()[::-1].to_numpy()
+    return np.asarray(after > before)
 
 
 def _chosen_run(file: str, rows: pd.DataFrame, code: np.ndarray, run: int | None) -> tuple[pd.DataFrame, np.ndarray]:
@@ -140,7 +219,8 @@ def _in_percent(log: Log, rows: pd.DataFrame, code: np.ndarray, unit: Unit) -> t
     fraction = unit == "fraction"
     highest = pd.Series(score).groupby(code).max()
     small = highest <= 1
-    if unit == "auto" and log.percent:
+    written = log.document.format.percent
+    if unit == "auto" and written and re.fullmatch(written, log.series.column):
         if small.all() and score.size > 1:
             findings.append(Finding(log.file, None, "no score exceeds 1; read as percent, as this trainer writes it"))
     elif unit == "auto":

@@ -1,0 +1,222 @@
+"""JSON: an object in each line, or one document with a list of objects (a history) or an object of lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mto_analysis.errors import DataError
+from mto_analysis.rauc.logs.formats import BY_NAME
+from mto_analysis.rauc.logs.names import MODE_COLUMNS, metric_of
+from mto_analysis.rauc.logs.provenance import AxisKind
+from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped
+from mto_analysis.rauc.logs.tables import axes_of
+
+__all__ = ["is_json", "read_json"]
+
+_LOSSES = ("train_loss", "test_loss")
+
+
+def is_json(head: bytes) -> bool:
+    """Whether a line near the top begins a JSON object or list (a scheduler's message may come first)."""
+    first = head.lstrip()[:1]
+    if first == b"[":  # also how lines of text logs begin: [2022-05-01 10:00:00] ...
+        return head.lstrip()[1:].lstrip()[:1] == b"{" or _parse(head.lstrip().split(b"\n", 1)[0]) is not None
+    if first == b"{":
+        return True
+    return any(isinstance(_parse(line), dict) for line in head.split(b"\n")[:50] if line.lstrip()[:1] == b"{")
+
+
+def _parse(text: bytes | str) -> Any:
+    """The value, or None where it is not JSON. Python's parser takes the bare NaN that trainers write."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(name: str, data: bytes) -> Document:
+    """Objects of JSON lines or of one document.
+
+    Raises:
+        DataError: If it is broken, or holds no curve.
+    """
+    lines = _objects(data)
+    if len(lines) > 1 or data.lstrip()[:1] not in (b"{", b"["):
+        return _lines(name, data, lines)
+    try:
+        document = json.loads(data)
+    except json.JSONDecodeError as error:
+        if lines:
+            return _lines(name, data, lines)
+        raise DataError(f"{name}:{error.lineno}: the JSON document is broken ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: the JSON document is broken ({str(error)[:100]})") from error
+    return _document(name, document)
+
+
+def _objects(data: bytes) -> list[Any]:
+    """The value of each line, None where a line is no JSON object; nothing for a document over several lines."""
+    body = data.rstrip(b"\n ")
+    count = body.count(b"\n") + 1
+    text = body.decode(errors="replace")
+    if count > 1 and body.count(b"}\n{") == count - 1:
+        # One call for the whole file takes two thirds of the time; it reads the same lines, or is not used.
+        joined = text.replace("}\n{", "},\n{")
+        found = _parse(f"[{joined}]")
+        if isinstance(found, list) and len(found) == count and all(type(each) is dict for each in found):
+            return found
+    found = [_parse(line) if line.lstrip()[:1] == "{" else None for line in text.split("\n")]
+    found = [each if isinstance(each, dict) else None for each in found]
+    return found if any(each is not None for each in found) else []
+
+
+def _lines(name: str, data: bytes, found: Sequence[Any]) -> Document:
+    """JSON lines: what is no object is named; the last line of a killed run is cut."""
+    records = [record for record in found if record is not None]
+    foreign = [number for number, record in enumerate(found, 1) if record is None]
+    lines = np.delete(np.arange(1, len(found) + 1), np.array(foreign, dtype=np.int64) - 1)
+    cut = bool(foreign) and foreign[-1] == len(found) and not data.endswith(b"\n")
+    findings = grouped(name, foreign[:-1] if cut else foreign, "skipped: not a JSON object")
+    if cut:
+        findings.append(Finding(name, len(found), "skipped: the last line is cut"))
+    if data.count(b"{") > len(found):
+        records = [_flat(record) for record in records]
+    columns = RecordColumns(records, lines)
+    if len(records) == 1:
+        _refuse_one_evaluation(name, records[0])
+    names = set(columns.names)
+    mode = next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
+    axes = axes_of(columns.names)
+    form = "JSON lines"
+    if "accuracy/top1" in names or "accuracy_top-1" in names or ("env_info" in names and mode):
+        form = "OpenMMLab JSON lines"
+        axes = _open_mmlab_axes(columns, axes)
+    elif {"test_acc1", "train_loss"} <= names:
+        form = "MAE JSON lines"
+    return Document(
+        name,
+        BY_NAME[form],
+        columns,
+        axes,
+        *_named(columns),
+        mode=mode,
+        findings=tuple(findings),
+        losses=tuple(key for key in _LOSSES if key in names) if b"NaN" in data else (),
+    )
+
+
+def _flat(record: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    """Objects within objects as keys with slashes."""
+    flat: dict[str, Any] = {}
+    stack = [(head, record)]
+    while stack:
+        above, inner = stack.pop()
+        for key, value in inner.items():
+            if isinstance(value, dict):
+                stack.append((f"{above}{key}/", value))
+            else:
+                flat[f"{above}{key}"] = value
+    return flat
+
+
+def _named(columns: RecordColumns) -> tuple[str | None, str | None]:
+    """Keys of method and seed; an object that only describes the run may have the key of a column."""
+    return tuple(key if key in columns.names else None for key in ("method", "seed"))  # type: ignore[return-value]
+
+
+def _open_mmlab_axes(columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]]) -> tuple[tuple[str, AxisKind], ...]:
+    """What a validation line counts: finished epochs or iterations, as the training line before it shows.
+
+    In mmengine ``step`` of a validation line is one or the other; in mmcls 0.x ``iter`` of a validation line is the
+    number of validation batches, unless training goes by iterations.
+    """
+    score = next((key for key in columns.names if metric_of(key).is_top1), None)
+    if score is None:
+        return tuple(axes)
+    _, scored = columns.numbers(score)
+    if "step" in columns.names:
+        step, _ = columns.numbers("step")
+        for key in ("iter", "step"):
+            if key in columns.names:
+                before, there = columns.numbers(key)
+                training = np.flatnonzero(there & ~scored)
+                at = np.flatnonzero(scored)
+                previous = np.searchsorted(training, at) - 1
+                if len(at) and (previous >= 0).all() and (before[training[previous]] == step[at]).all():
+                    return (("step", "steps"), *axes)
+        return (("step", "epochs" if "epoch" in columns.names else "steps"), *axes)
+    if {"iter", "epoch"} <= set(columns.names):
+        counts, _ = columns.numbers("iter")
+        epochs, _ = columns.numbers("epoch")
+        rising = (np.diff(counts[scored]) > 0).all() and len(np.unique(counts[scored])) > 1
+        if rising and not (np.diff(epochs[scored]) > 0).all():
+            return (("iter", "steps"), *axes)
+    return tuple(axes)
+
+
+def _refuse_one_evaluation(name: str, record: Mapping[str, Any]) -> None:
+    scalars = [key for key, value in record.items() if isinstance(value, (int, float))]
+    if scalars and not any(isinstance(value, (list, dict)) for value in record.values()):
+        raise DataError(f"{name}: one evaluation, no curve; give the log of the whole run (such as trainer_state.json)")
+
+
+def _document(name: str, document: Any) -> Document:
+    """One JSON value as rows."""
+    if isinstance(document, dict):
+        if "log_history" in document:
+            history = document["log_history"]
+            if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+                raise DataError(f"{name}: log_history is not a list of entries")
+            return _rows(name, history, "transformers trainer state")
+        _refuse_one_evaluation(name, document)
+        if document and all(isinstance(value, dict) and key.strip().isdigit() for key, value in document.items()):
+            return _rows(name, [{"epoch": int(key), **value} for key, value in document.items()], "JSON array")
+        tables = [value for value in document.values() if _is_table(value)]
+        if len(tables) == 1:
+            return _rows(name, tables[0], "JSON array")
+        if len(tables) > 1:
+            held = ", ".join(key for key, value in document.items() if _is_table(value))
+            raise DataError(f"{name}: the document holds several lists ({held}); save the one that is meant")
+        return _lists(name, _flat(document))
+    if _is_table(document):
+        return _rows(name, document, "JSON array")
+    raise DataError(f"{name}: the JSON document holds no list of objects and no object of lists")
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _rows(name: str, records: Sequence[Mapping[str, Any]], form: str) -> Document:
+    """A list of objects; a row's line is its place in the list, counted from 1."""
+    records = [_flat(record) for record in records]
+    columns = RecordColumns(records, np.arange(1, len(records) + 1))
+    mode = next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
+    return Document(name, BY_NAME[form], columns, axes_of(columns.names), *_named(columns), mode=mode)
+
+
+def _lists(name: str, document: Mapping[str, Any]) -> Document:
+    """An object of lists: the place in a list is the epoch, unless one of them is."""
+    # pandas writes a column as an object from row to value.
+    lists = {key.removeprefix("history/"): value for key, value in document.items() if isinstance(value, list)}
+    if not lists:
+        raise DataError(f"{name}: the JSON document holds no list of objects and no object of lists")
+    lengths = {key: len(value) for key, value in lists.items()}
+    longest = max(lengths.values())
+    short = [key for key, length in lengths.items() if length != longest]
+    if short:
+        raise DataError(
+            f"{name}: its lists have different lengths ({short[0]}: {lengths[short[0]]}, others {longest}),"
+            " so places in them are no epochs"
+        )
+    axes = axes_of(list(lists))
+    if not axes:
+        lists, axes = {**lists, "epoch": list(range(1, longest + 1))}, (("epoch", "epochs"),)
+    records = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    columns = RecordColumns(records, np.arange(1, longest + 1))
+    form = "Keras history" if not axes_of(list(document)) and "epoch" not in document else "JSON array"
+    return Document(name, BY_NAME[form], columns, axes, *_named(columns))
