@@ -99,7 +99,7 @@ def test_dry_run__tells_and_writes_nothing(tmp_path):
         (["--set", "depth=3"], 2, "no setting is called 'depth'"),
         (["--set", "epochs=many"], 2, "epochs must be a whole number"),
         (["--set", "mto.eps=1"], 2, "needs --mto"),
-        (["--mto", "--set", "mto.sparse=1"], 2, "no setting is called mto.sparse"),
+        (["--mto", "--set", "mto.sparse=1"], 2, "no setting is called 'mto.sparse'"),
         (["--mto", "--set", "mto.layers=0,9"], 2, "layers must be 0 to 2"),
         (["--accumulation", "3"], 2, "effective batch of 64"),
         (["--every", "2"], 2, "--eval-test"),

@@ -294,7 +294,7 @@ def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protoco
         (["--train", "nowhere"], 4, "no images at nowhere"),
         (["--ckpt", "nowhere.pth"], 3, "nowhere.pth"),
         (["--device", "cuda:77"], 2, "cannot be used"),
-        (["--temperature", "0"], 2, "temperature must be positive"),
+        (["--temperature", "0"], 2, "temperature must be above 0"),
     ],
 )
 def test_evaluate__says_what_is_wrong_in_one_line(tmp_path, sources, arguments, code, message) -> None:

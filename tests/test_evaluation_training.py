@@ -328,7 +328,7 @@ def test_settings__are_those_of_the_paper() -> None:
 def test_settings__are_read_from_text() -> None:
     changed = settings().with_options({"epochs": "7", "betas": "0.9,0.95", "auto_augment": "none"})
     assert (changed.epochs, changed.betas, changed.auto_augment) == (7, (0.9, 0.95), None)
-    with pytest.raises(ValueError, match="no setting 'epoch'"):
+    with pytest.raises(ValueError, match="no setting is called 'epoch'"):
         settings().with_options({"epoch": "7"})
     with pytest.raises(ValueError, match="epochs must be a whole number"):
         settings().with_options({"epochs": "many"})
@@ -343,7 +343,7 @@ def test_settings__are_read_from_text() -> None:
         ({"layer_decay": 0.0}, "layer_decay must lie"),
         ({"drop_path": 1.0}, "drop_path must lie"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale must rise"),
-        ({"base_lr": 0.0}, "base_lr must be positive"),
+        ({"base_lr": 0.0}, "base_lr must be above 0"),
     ],
 )
 def test_settings__check_their_values(changes, message) -> None:

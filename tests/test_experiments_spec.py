@@ -9,7 +9,6 @@ from experiment_cases import TINY, write_experiment
 
 from mto_analysis.errors import DataNotFoundError, ExperimentError
 from mto_analysis.experiments import ExperimentRuns, experiment_names, load_experiment
-from mto_analysis.experiments.runs import shortened
 from mto_analysis.experiments.spec import Images
 from mto_analysis.mto import MTOConfig
 
@@ -61,29 +60,37 @@ def test_load_experiment__set_reaches_every_table_and_all_recipes(tiny: Path) ->
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ("seeds = [0, 1]", "", "seeds: is missing"),
+        ("seeds = [0, 1]", "", "lacks seeds"),
         ("seeds = [0, 1]", 'seeds = ["a"]', "seeds must be a whole number, got 'a'"),
         ("seeds = [0, 1]", "seeds = []", "seeds: an experiment needs at least one"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: must differ"),
-        ("seeds = [0, 1]", "seed = [0, 1]", "seeds: is missing"),
-        ("log_every = 1", "log_evry = 1", "log_evry: no such key; known are name, summary, seeds"),
+        ("seeds = [0, 1]", "seed = [0, 1]", "no setting is called 'seed'; known are summary"),
+        ("log_every = 1", "log_evry = 1", "no setting is called 'log_evry'; known are summary"),
         ("log_every = 1", 'precision = "fp8"', "precision must be one of no, bf16, fp16, got 'fp8'"),
-        ("log_every = 1", "windows = [[0.5, 0.2]]", "windows: each must begin before it ends"),
-        ("log_every = 1", "windows = [[0.0, 2.0]]", "windows: shares must lie between 0 and 1"),
+        ("log_every = 1", "windows = [[0.5, 0.2]]", "windows must rise, got (0.5, 0.2)"),
+        ("log_every = 1", "windows = [[0.0, 2.0]]", "windows must lie in [0, 1], got 2.0"),
         ("log_every = 1", 'compare = [["MAE", "SimMIM"]]', "compare: no method is called 'SimMIM'; there are MAE, MAE"),
-        ('mto = "chosen"', 'mto = "best"', "arms.MTO.mto.preset: must be default or paper"),
-        ('mto = "chosen"', "mto = { sparsity_wait = 1 }", "arms.MTO.mto.sparsity_wait: no such key; known are preset"),
-        ('mto = "chosen"', "mto = { sparsity_weight = -1 }", "arms.MTO.mto: sparsity_weight must"),
+        ('mto = "chosen"', 'mto = "best"', "arms.MTO.mto.preset must be one of default, paper, got 'best'"),
+        (
+            'mto = "chosen"',
+            "mto = { sparsity_wait = 1 }",
+            "'arms.MTO.mto.sparsity_wait'; known are arms.MTO.mto.preset",
+        ),
+        (
+            'mto = "chosen"',
+            "mto = { sparsity_weight = -1 }",
+            "arms.MTO.mto.sparsity_weight must be at least 0, got",
+        ),
         ('mto = "chosen"', "", 'choose: no arm has mto = "chosen"'),
         ('name = "small"', 'name = "no MTO"', "choose.candidates: the baseline's name is taken"),
         ("seeds = [100]", "seeds = [1]", "choose.seeds: must be other seeds than the experiment's"),
-        ("share = 0.5", "share = 0", "choose.share: must be above 0"),
+        ("share = 0.5", "share = 0", "choose.share must lie in (0, 1], got 0.0"),
         ("share = 0.5", 'by = "best"', "choose.by must be one of final, mean, got 'best'"),
         ('protocol = "knn"', 'protocol = "guess"', "evaluation.protocol must be one of knn, linear, linear_cached"),
-        ("neighbours = 3", "neighbors = 3", "evaluation.neighbors: no such key; known are protocol, points, pooling"),
-        ("points = 2", "points = 0", "evaluation.points: must be at least 1"),
+        ("neighbours = 3", "neighbors = 3", "no setting is called 'evaluation.neighbors'; known are evaluation.points"),
+        ("points = 2", "points = 0", "evaluation.points must be at least 1, got 0"),
         ('recipe = "mae_cifar10"', 'recipe = "mea"', "recipes.MAE: no recipe is called 'mea'"),
-        ("patch_size = 8", "patch = 8", "recipes.MAE: mae_cifar10: no setting is called 'patch'"),
+        ("patch_size = 8", "patch = 8", "recipes.MAE: set: no setting is called 'patch'"),
         ("[[arms]]", "[arms]", "is not TOML"),
     ],
 )
@@ -166,7 +173,7 @@ def test_short_forms__beside_the_figures_ask_what_the_long_ones_ask(short: str, 
 
 def test_shortened__keeps_the_shape_of_the_schedule(tiny: Path) -> None:
     recipe = load_experiment(tiny, {"epochs": "20"}).variants[0].recipe
-    short = shortened(recipe, 0.5)
+    short = recipe.shortened(0.5)
     assert (short.epochs, short.warmup_epochs) == (10, recipe.warmup_epochs / 2)
 
 

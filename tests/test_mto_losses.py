@@ -235,18 +235,18 @@ def test_config__warmup_rises_to_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity_weight": -1}, "sparsity_weight must be finite"),
+        ({"sparsity_weight": -1}, "sparsity_weight must be at least 0, got -1"),
         ({"embedding_weight": math.nan}, "embedding_weight must be finite"),
         ({"ranking_weight": math.inf}, "ranking_weight must be finite"),
         ({"sparsity_reduction": "max"}, "sparsity_reduction must be"),
         ({"ranking_direction": "up"}, "ranking_direction must be"),
         ({"similarity": "l2"}, "similarity must be"),
-        ({"eps": 0}, "eps must be positive"),
-        ({"eps": math.inf}, "eps must be positive"),
-        ({"warmup_steps": -1}, "warmup_steps not negative"),
+        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"eps": math.inf}, "eps must be finite"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"layers": (1,)}, "layers must be at least two"),
-        ({"layers": (2, 1)}, "layers must be at least two"),
-        ({"layers": (-1, 2)}, "layers must be at least two"),
+        ({"layers": (2, 1)}, "layers must rise"),
+        ({"layers": (-1, 2)}, "layers must be at least 0, got -1"),
     ],
 )
 def test_config__names_the_bad_value(settings, message):

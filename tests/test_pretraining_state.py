@@ -123,7 +123,7 @@ def test_settings__are_checked():
 def test_mto_config__begins_at_a_preset_and_refuses_unknown_names():
     assert mto_config({"eps": "0.5"}, MTOConfig(ranking_weight=3)) == MTOConfig(ranking_weight=3, eps=0.5)
     assert mto_config({"preset": "paper"}) == MTOConfig.paper()
-    with pytest.raises(ValueError, match=r"mto\.weight; known are mto\.preset, mto\.sparsity_weight"):
+    with pytest.raises(ValueError, match=r"'mto\.weight'; known are mto\.preset, mto\.sparsity_weight"):
         mto_config({"weight": "1"})
 
 

@@ -182,16 +182,13 @@ def linear(
     With --cached, --set takes penalty, tolerance and iterations.
     """
     if cached:
-        from mto_analysis.runtime.settings import parse_value
+        from mto_analysis.runtime.settings import Options, Reader, field_types
+        from mto_analysis.training.evaluation import Evaluation
 
-        types: dict[str, type] = {"penalty": float, "tolerance": float, "iterations": int}
-        options = settings_of(setting or [])
-        odd = [name for name in options if name not in types]
-        if odd:
-            raise ValueError(f"with --cached there is no setting {odd[0]!r}; there are {', '.join(types)}")
-        return on_features(
-            context, "linear_cached", {name: parse_value(name, types[name], text) for name, text in options.items()}
-        )
+        reader = Reader("--cached", {}, Options(settings_of(setting or [])))
+        own = reader.given({name: field_types(Evaluation)[name] for name in ("penalty", "tolerance", "iterations")})
+        reader.end()
+        return on_features(context, "linear_cached", own)
     from mto_analysis.training.evaluation.classifier_settings import linear_settings
 
     return trained(context, "linear_mae", linear_settings)

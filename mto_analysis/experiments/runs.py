@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from mto_analysis.training.state import run_differences
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve", "shortened"]
+__all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class ExperimentRuns:
         plain = [("", baseline.name, None)] if baseline is not None else []
         for seed in choice.seeds:
             for variant in self.experiment.variants:
-                recipe = shortened(variant.recipe, choice.share)
+                recipe = variant.recipe.shortened(choice.share)
                 for ending, name, mto in (*plain, *candidates):
                     method = variant.label + ending
                     settings = self._settings(recipe, seed, mto)
@@ -215,21 +215,6 @@ def best_candidate(table: pd.DataFrame, variant: str, choice: Choice) -> str:
     if groups.ngroups < len(names) or int(groups.size().min()) < len(choice.seeds):
         raise DataError(f"the choice for {variant} is not finished: run the experiment again")
     return str(groups.mean().idxmax())
-
-
-def shortened(recipe: Recipe, share: float) -> Recipe:
-    """A recipe whose run, with all that happens at some epoch of it, takes a share of the time."""
-
-    def epochs(values: Sequence[int]) -> tuple[int, ...]:
-        return tuple(round(share * value) for value in values)
-
-    return replace(
-        recipe,
-        epochs=max(1, round(share * recipe.epochs)),
-        warmup_epochs=share * recipe.warmup_epochs,
-        milestones=tuple(sorted({max(1, each) for each in epochs(recipe.milestones)})),
-        momentum_epochs=epochs(recipe.momentum_epochs),
-    )
 
 
 def read_curve(run: Run) -> pd.DataFrame:

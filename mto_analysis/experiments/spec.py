@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from importlib import resources
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mto_analysis.errors import DataNotFoundError, ExperimentError, MTOAnalysisError
 from mto_analysis.mto import MTOConfig
-from mto_analysis.runtime.settings import field_types, typed_value
-from mto_analysis.runtime.tables import Overrides, TableReader
+from mto_analysis.runtime.settings import (
+    Count,
+    Fraction,
+    Natural,
+    Options,
+    Reader,
+    Rising,
+    Settings,
+    Share,
+    bundled_names,
+    field_types,
+    open_settings,
+)
 from mto_analysis.training.evaluation import Evaluation
 from mto_analysis.training.recipes import Recipe, load_recipe
+from mto_analysis.training.settings import read_mto
 
 __all__ = ["Arm", "Candidate", "Choice", "Experiment", "Images", "Variant", "experiment_names", "load_experiment"]
 
@@ -66,7 +76,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Settings):
     """How the settings of the chosen arms are found: on other seeds, in shorter runs.
 
     Args:
@@ -78,7 +88,7 @@ class Choice:
 
     candidates: tuple[Candidate, ...]
     seeds: tuple[int, ...]
-    share: float = 0.5
+    share: Share = 0.5
     by: Literal["final", "mean"] = "final"
 
 
@@ -113,7 +123,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Settings):
     """A whole experiment.
 
     Args:
@@ -142,24 +152,24 @@ class Experiment:
     seeds: tuple[int, ...]
     images: Images
     evaluation: Evaluation
-    points: int = 10
-    windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    points: Count = 10
+    windows: tuple[Annotated[tuple[Fraction, Fraction], Rising()], ...] = ((0.0, 1.0),)
     choice: Choice | None = None
     compare: tuple[tuple[str, str], ...] = ()
     precision: Precision = "no"
     device: str = "auto"
     deterministic: bool = False
-    num_workers: int = 0
-    log_every: int = 20
+    num_workers: Natural = 0
+    log_every: Count = 20
 
     def __post_init__(self) -> None:
-        """Check what belongs together; the message names the key."""
+        """Check what belongs together, too; the message names the key."""
+        super().__post_init__()
         seeds = self.choice.seeds if self.choice else ()
-        share = self.choice.share if self.choice else 1.0
         candidates = [each.name for each in self.choice.candidates] if self.choice else []
         arms, labels = [each.name for each in self.arms], [each.label for each in self.variants]
-        ends = [share for window in self.windows for share in window]
-        for rule, broken in (
+        strangers = [method for pair in self.compare for method in pair if method not in self.methods]
+        self._refuse(
             ("recipes: an experiment needs at least one", not self.variants),
             ("recipes: labels must differ", len(set(labels)) < len(labels)),
             ("arms: an experiment needs at least one", not self.arms),
@@ -179,20 +189,11 @@ class Experiment:
             ),
             ("choose.seeds: at least one is needed", bool(candidates) and not seeds),
             ("choose.seeds: must be other seeds than the experiment's", bool(set(seeds) & set(self.seeds))),
-            ("choose.share: must be above 0 and at most 1", not 0 < share <= 1),
-            ("evaluation.points: must be at least 1", self.points < 1),
-            ("log_every: must be at least 1", self.log_every < 1),
-            ("windows: shares must lie between 0 and 1", not all(0 <= share <= 1 for share in ends)),
-            ("windows: each must begin before it ends", not all(start < end for start, end in self.windows)),
-        ):
-            if broken:
-                raise ExperimentError(f"{self.name}: {rule}")
-        for pair in self.compare:
-            for method in pair:
-                if method not in self.methods:
-                    raise ExperimentError(
-                        f"{self.name}: compare: no method is called {method!r}; there are {', '.join(self.methods)}"
-                    )
+            (
+                f"compare: no method is called {next(iter(strangers), None)!r}; there are {', '.join(self.methods)}",
+                bool(strangers),
+            ),
+        )
 
     @property
     def _chosen(self) -> bool:
@@ -236,8 +237,7 @@ def experiment_names() -> tuple[str, ...]:
         >>> "mae_cifar10" in experiment_names()
         True
     """
-    folder = resources.files("mto_analysis") / "assets" / "experiments"
-    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+    return bundled_names("experiments")
 
 
 def load_experiment(name_or_path: str | Path, options: Mapping[str, str] | None = None) -> Experiment:
@@ -255,139 +255,60 @@ def load_experiment(name_or_path: str | Path, options: Mapping[str, str] | None 
         >>> load_experiment("mae_cifar10", {"seeds": "0,1"}).methods
         ('MAE', 'MAE + MTO')
     """
-    text = str(name_or_path)
-    if text in experiment_names():
-        content = (resources.files("mto_analysis") / "assets" / "experiments" / f"{text}.toml").read_text("utf-8")
-        return _read(content, text, None, options or {})
-    path = Path(text).expanduser()
-    if not path.is_file():
-        known = ", ".join(experiment_names())
-        raise ExperimentError(f"no experiment is called {text!r}, nor is it a file; known are {known}")
-    try:
-        return _read(path.read_text("utf-8"), str(path), path.parent, options or {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"{path} cannot be read: {error}") from error
-
-
-def _read(content: str, source: str, folder: Path | None, options: Mapping[str, str]) -> Experiment:
-    try:
-        values = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        raise ExperimentError(f"{source} is not TOML: {error}") from error
-    overrides = Overrides(options)
-    top = TableReader(source, "", values, overrides)
-    name = top.take("name", str, Path(source).stem)
-    summary = top.take("summary", str, "")
-    seeds = top.take("seeds", tuple[int, ...])
-    images = _fields(top.table("data"), Images())
+    given = Options(options or {}, shared=True)  # with the recipes
+    top, folder = open_settings("experiments", name_or_path, given, error=ExperimentError)
     evaluation, points = _evaluation(top.table("evaluation"))
-    arms = tuple(_arm(each) for each in top.tables("arms"))
-    choice = _choice(top.table("choose")) if "choose" in top else None
-    windows = tuple(typed_value("windows", tuple[float, float], each) for each in _array(top, "windows", [[0.0, 1.0]]))
-    compare = tuple(typed_value("compare", tuple[str, str], each) for each in _array(top, "compare", []))
-    keys = ("precision", "device", "deterministic", "num_workers", "log_every")
-    declared = field_types(Experiment)
-    defaults = {each.name: each.default for each in fields(Experiment)}
-    machine = {key: top.take(key, declared[key], defaults[key]) for key in keys}
-    readers = top.tables("recipes")
-    top.end(f"name, summary, seeds, data, recipes, arms, evaluation, choose, windows, compare, {', '.join(keys)}")
+    values: dict[str, Any] = {
+        "summary": top.take("summary", str, ""),
+        "images": top.table("data").read(Images),
+        "evaluation": evaluation,
+        "points": points,
+        "arms": tuple(_arm(each) for each in top.tables("arms")),
+        "choice": _choice(top.table("choose")) if "choose" in top else None,
+        "variants": (),
+    }
+    values |= top.given({name: kind for name, kind in field_types(Experiment).items() if name not in values})
+    recipes = top.tables("recipes")
+    top.end()
     # What no table asked for is for the recipes; they name a key that they do not know.
-    variants = tuple(_variant(each, folder, overrides) for each in readers)
-    try:
-        return Experiment(
-            name=name,
-            summary=summary,
-            variants=variants,
-            arms=arms,
-            seeds=seeds,
-            images=images,
-            evaluation=evaluation,
-            points=points,
-            windows=windows,
-            choice=choice,
-            compare=compare,
-            **machine,
-        )
-    except ExperimentError as error:
-        raise ExperimentError(f"{source}: {error}") from error
+    values["variants"] = tuple(_variant(each, folder) for each in recipes)
+    experiment: Experiment = top.read(Experiment, **values)
+    return experiment
 
 
-def _array(reader: TableReader, key: str, default: list[Any]) -> list[Any]:
-    found = reader.raw(key, default)
-    if not isinstance(found, list):
-        raise reader.error(key, f"must be an array of pairs, got {found!r}")
-    return found
-
-
-def _fields(reader: TableReader, start: Any, known: tuple[str, ...] = (), also: str = "") -> Any:
-    """A dataclass with the fields that the table names."""
-    declared = field_types(type(start))
-    names = known or tuple(each.name for each in fields(start))
-    changes = {key: reader.take(key, declared[key], getattr(start, key)) for key in names}
-    reader.end(f"{also}{', '.join(names)}")
-    try:
-        return replace(start, **changes)
-    except ValueError as error:
-        raise reader.error("", str(error)) from error
-
-
-def _variant(reader: TableReader, folder: Path | None, overrides: Overrides) -> Variant:
+def _variant(reader: Reader, folder: Path | None) -> Variant:
     source = reader.take("recipe", str)
-    beside = folder / source if folder is not None else None
     label = reader.take("label", str, source)
     changes = reader.raw("set", {})
-    reader.end("recipe, label, set")
+    reader.end()
     if not isinstance(changes, Mapping):
-        raise reader.error("set", "must be a table of settings of the recipe")
-    texts = {key: _text(value) for key, value in changes.items()}
+        raise reader.error("set must be a table of settings of the recipe")
+    beside = folder / source if folder is not None else None
     try:
         recipe = load_recipe(beside if beside is not None and beside.is_file() else source)
-        return Variant(label, recipe.with_options({**texts, **overrides.left}))
+        return Variant(label, recipe.with_options(changes, "set").with_options(reader.options.left))
     except MTOAnalysisError as error:
-        raise reader.error("", str(error)) from error
+        raise reader.error(str(error)) from error
 
 
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _arm(reader: TableReader) -> Arm:
+def _arm(reader: Reader) -> Arm:
     name = reader.take("name", str)
     mto = reader.raw("mto")
-    reader.end("name, mto")
-    if mto in (None, False, "none"):
-        return Arm(name)
-    if mto == "chosen":
-        return Arm(name, chosen=True)
-    values = {"preset": mto} if isinstance(mto, str) else mto
-    return Arm(name, mto=_mto(TableReader(reader.source, f"{reader.path}.mto", values, reader.overrides)))
+    if mto in (None, False, "none", "chosen"):
+        reader.end()
+        return Arm(name, chosen=mto == "chosen")
+    arm = Arm(name, mto=read_mto(reader.inner({"preset": mto} if isinstance(mto, str) else mto, "mto")))
+    reader.end()
+    return arm
 
 
-def _mto(reader: TableReader) -> MTOConfig:
-    """Settings of MTO: the preset ``default`` or ``paper``, and what is changed in it."""
-    preset = reader.take("preset", str, "default")
-    if preset not in ("default", "paper"):
-        raise reader.error("preset", f'must be default or paper, or the arm\'s mto = "chosen"; got {preset!r}')
-    config: MTOConfig = _fields(reader, MTOConfig() if preset == "default" else MTOConfig.paper(), also="preset, ")
-    return config
-
-
-def _evaluation(reader: TableReader) -> tuple[Evaluation, int]:
-    points = reader.take("points", int, 10)
+def _evaluation(reader: Reader) -> tuple[Evaluation, int]:
+    points = reader.take("points", Count, 10)
     protocol = reader.take("protocol", Literal["knn", "linear", "linear_cached"], "linear")
-    filled_in = ("protocol", "train", "test", "every")  # these are not read here, or for each run
-    known = tuple(each.name for each in fields(Evaluation) if each.name not in filled_in)
-    chosen: Evaluation = _fields(reader, Evaluation(protocol, "", ""), known, "protocol, points, ")
-    return chosen, points
+    # Images and epochs are filled in for each run.
+    return reader.read(Evaluation, protocol=protocol, train="", test="", every=10), points
 
 
-def _choice(reader: TableReader) -> Choice:
-    candidates = []
-    for each in reader.tables("candidates"):
-        name = each.take("name", str)
-        candidates.append(Candidate(name, _mto(each)))
-    seeds = reader.take("seeds", tuple[int, ...])
-    share = reader.take("share", float, 0.5)
-    by = reader.take("by", Literal["final", "mean"], "final")
-    reader.end("seeds, share, by, candidates")
-    return Choice(tuple(candidates), seeds, share, by)
+def _choice(reader: Reader) -> Choice:
+    candidates = tuple(Candidate(each.take("name", str), read_mto(each)) for each in reader.tables("candidates"))
+    return reader.read(Choice, candidates=candidates)

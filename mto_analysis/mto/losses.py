@@ -11,13 +11,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.affinity.entropies import masked_rows_entropy, token_products, visible_rows_entropy
+from mto_analysis.runtime.settings import Natural, NonNegative, Positive, Rising, Settings
 
 __all__ = [
     "LayerProducts",
@@ -159,7 +160,7 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
 
 
 @dataclass(frozen=True)
-class MTOConfig:
+class MTOConfig(Settings):
     """Settings of masked token optimisation.
 
     The defaults keep every term of the order of 1: L_spa as a mean over rows, a larger epsilon, small weights. Of six
@@ -182,30 +183,21 @@ class MTOConfig:
         ValueError: If a value is out of range.
     """
 
-    sparsity_weight: float = 0.01
-    embedding_weight: float = 0.01
-    ranking_weight: float = 0.01
+    sparsity_weight: NonNegative = 0.01
+    embedding_weight: NonNegative = 0.01
+    ranking_weight: NonNegative = 0.01
     sparsity_reduction: Literal["sum", "mean"] = "mean"
     include_self: bool = True
     ranking_direction: Literal["descending", "as_printed"] = "descending"
-    eps: float = 0.1
+    eps: Positive = 0.1
     similarity: Similarity = "dot"
-    layers: tuple[int, ...] | None = None
-    warmup_steps: int = 0
+    layers: Annotated[tuple[Natural, ...], Rising()] | None = None
+    warmup_steps: Natural = 0
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("sparsity_weight", "embedding_weight", "ranking_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for name in ("sparsity_reduction", "ranking_direction", "similarity"):
-            _check_choice(name, getattr(self, name))
-        if not 0 < self.eps < float("inf") or self.warmup_steps < 0:
-            raise ValueError(f"eps must be positive and warmup_steps not negative, got {self.eps}, {self.warmup_steps}")
-        if self.layers is not None:
-            depths = list(self.layers)
-            if len(depths) < 2 or depths != sorted(set(depths)) or depths[0] < 0:
-                raise ValueError(f"layers must be at least two ascending layer depths, got {self.layers}")
+        """Check what belongs together, too."""
+        super().__post_init__()
+        self._refuse(("layers must be at least two ascending layer depths", len(self.layers or (0, 1)) < 2))
 
     @classmethod
     def paper(cls) -> MTOConfig:

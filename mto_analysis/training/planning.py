@@ -216,7 +216,7 @@ def _scaling(recipe: Recipe) -> str:
 def _schedule_rows(recipe: Recipe, steps: int) -> Iterator[tuple[str, str, str]]:
     total = recipe.epochs * steps
     marks = {0.0, recipe.warmup_epochs, recipe.epochs / 4, recipe.epochs / 2, 3 * recipe.epochs / 4, recipe.epochs}
-    for epoch in sorted(marks | set(map(float, recipe.milestones))):
+    for epoch in sorted(marks | set(map(float, recipe.turns))):
         step = min(total - 1, round(epoch * steps))
         rate = learning_rate(recipe, step, steps, recipe.batch_size)
         yield f"learning rate, epoch {epoch:g}", f"{rate:.4g}", f"step {step + 1}"

@@ -15,7 +15,7 @@ from mto_analysis.images import TrainBatch
 from mto_analysis.masks import mask_keys
 
 if TYPE_CHECKING:
-    from mto_analysis.training.recipes import Recipe
+    from mto_analysis.training.methods.recipe import Recipe
 
 __all__ = ["noise_batch", "seeded_globally", "step_randomness"]
 
@@ -61,4 +61,4 @@ def noise_batch(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
     names = tuple(map(str, range(count)))
     grid = (side // recipe.patch_size,) * 2
     mask = recipe.mask_rule.draw(mask_keys(names), grid, recipe.patch_size).to(device)
-    return TrainBatch(names, images, images if recipe.second_view else None, mask)
+    return TrainBatch(names, images, images if recipe.augmentation().second_view else None, mask)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
 
 from mto_analysis.mto import MTOConfig
-from mto_analysis.runtime.settings import field_types, parse_value
+from mto_analysis.runtime.settings import Count, Natural, Options, Reader, Settings, Within
+from mto_analysis.training.evaluation.protocols import Evaluation
 
-if TYPE_CHECKING:
-    from mto_analysis.training.evaluation import Evaluation
-
-__all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config"]
+__all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config", "read_mto"]
 
 Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """All that a run depends on beside its recipe and its images.
 
     Args:
@@ -47,18 +45,18 @@ class RunSettings:
     seed: int = 0
     mto: MTOConfig | None = None
     precision: Precision = "no"
-    accumulation: int = 1
+    accumulation: Count = 1
     compile: bool = False
     gradient_checkpointing: bool = False
-    ema: float | None = None
+    ema: Annotated[float, Within("(0, 1)")] | None = None
     fsdp: bool = False
     deterministic: bool = False
-    num_workers: int = 0
+    num_workers: Natural = 0
     in_memory: bool | None = None
-    save_every: int = 1
-    save_steps: int | None = None
-    keep_every: int | None = None
-    log_every: int = 20
+    save_every: Count = 1
+    save_steps: Count | None = None
+    keep_every: Count | None = None
+    log_every: Count = 20
     device: str = "auto"
     evaluation: Evaluation | None = None
     evaluate_start: bool = False
@@ -66,22 +64,9 @@ class RunSettings:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
-        for name in ("accumulation", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("save_steps", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must lie between 0 and 1, got {self.ema}")
-        if self.ema is not None and self.fsdp:
-            raise ValueError("ema needs whole weights in every process: leave ema or fsdp out")
+        """Check what belongs together, too."""
+        super().__post_init__()
+        self._refuse(("ema needs whole weights in every process: leave ema or fsdp out", bool(self.ema and self.fsdp)))
 
     def facts(self) -> dict[str, Any]:
         """The settings as plain values, for ``run.json``."""
@@ -90,20 +75,10 @@ class RunSettings:
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> RunSettings:
         """The settings that a ``run.json`` holds; what it does not name is at its default."""
-        from mto_analysis.training.evaluation import Evaluation
-
-        values = {each.name: facts[each.name] for each in fields(cls) if each.name in facts}
-        if values.get("mto") is not None:
-            stored = dict(values["mto"])
-            if stored.get("layers") is not None:
-                stored["layers"] = tuple(stored["layers"])
-            values["mto"] = MTOConfig(**stored)
-        if values.get("evaluation") is not None:
-            values["evaluation"] = Evaluation(**values["evaluation"])
-        return cls(**values)
+        return Reader("run.json", facts).read(cls)
 
 
-def mto_config(options: Mapping[str, str], base: MTOConfig | None = None) -> MTOConfig:
+def mto_config(options: Mapping[str, Any], base: MTOConfig | None = None) -> MTOConfig:
     """Settings of MTO with some changed, as ``--set mto.KEY=value`` gives them.
 
     Args:
@@ -117,17 +92,23 @@ def mto_config(options: Mapping[str, str], base: MTOConfig | None = None) -> MTO
         >>> mto_config({"preset": "paper", "ranking_weight": "0"}).eps
         1e-06
     """
-    options = dict(options)
-    preset = options.pop("preset", None)
-    if preset not in (None, "default", "paper"):
-        raise ValueError(f"mto.preset must be default or paper, got {preset!r}")
+    given = Options({f"mto.{name}": value for name, value in options.items()})
+    return read_mto(Reader("--set", {}, given, path="mto"), base)
+
+
+def read_mto(reader: Reader, base: MTOConfig | None = None) -> MTOConfig:
+    """Settings of MTO from a table: a preset, and what is changed in it.
+
+    Args:
+        reader: Of the table.
+        base: Where to begin without a preset.
+
+    Raises:
+        ValueError: If there is no such setting, or a value is wrong.
+    """
+    preset = reader.take("preset", Literal["default", "paper"], None)
     start = MTOConfig.paper() if preset == "paper" else MTOConfig() if preset or base is None else base
-    declared = field_types(MTOConfig)
-    for key in options:
-        if key not in declared:
-            known = ", ".join(f"mto.{name}" for name in ("preset", *declared))
-            raise ValueError(f"no setting is called mto.{key}; known are {known}")
-    return replace(start, **{key: parse_value(f"mto.{key}", declared[key], text) for key, text in options.items()})
+    return reader.read(MTOConfig, start)
 
 
 class StepRecord(NamedTuple):

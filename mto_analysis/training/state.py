@@ -198,11 +198,13 @@ def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """What makes two runs different ones, in words.
 
     What a recipe only says of itself does not: a setting that is given again, or in another order, is the same run.
+    Neither does a setting that its method does not have.
     """
+    known = set(now.get("recipe") or ()) - {"summary", "sources"}
 
     def without_words(identity: Mapping[str, Any]) -> dict[str, Any]:
         recipe = identity.get("recipe") or {}
-        return {**identity, "recipe": {name: recipe[name] for name in recipe if name not in ("summary", "sources")}}
+        return {**identity, "recipe": {name: recipe[name] for name in recipe if name in known}}
 
     return differences(without_words(stored), without_words(now))
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Annotated, Any, Literal
 
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.runtime.settings import field_types, parse_value
+from mto_analysis.runtime.settings import (
+    Below1,
+    Count,
+    Fraction,
+    NonNegative,
+    Options,
+    Positive,
+    Reader,
+    Rising,
+    Settings,
+    Share,
+)
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, is_small
 from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
@@ -16,7 +27,7 @@ __all__ = ["ClassifierSettings", "finetune_settings", "linear_settings"]
 
 
 @dataclass(frozen=True)
-class ClassifierSettings:
+class ClassifierSettings(Settings):
     """Everything a training of a classifier depends on but the model, the images and the seed.
 
     Args:
@@ -48,59 +59,36 @@ class ClassifierSettings:
         source: Where these values come from.
     """
 
-    protocol: str
+    protocol: Literal["linear_mae", "finetune"]
     pooling: Pooling
-    epochs: int
-    batch_size: int
-    base_lr: float
-    lr_batch: int = 256
-    min_lr: float = 0.0
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.9
-    layer_decay: float = 1.0
-    drop_path: float = 0.0
-    clip_grad: float | None = None
-    layer: int | None = None
+    epochs: Count
+    batch_size: Count
+    base_lr: Positive
+    lr_batch: Count = 256
+    min_lr: NonNegative = 0.0
+    warmup_epochs: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    momentum: Below1 = 0.9
+    layer_decay: Share = 1.0
+    drop_path: Below1 = 0.0
+    clip_grad: Positive | None = None
+    layer: Count | None = None
     norm: Norm | None = None
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_pct: float = 1.0
-    flip: float = 0.5
+    crop_scale: Annotated[tuple[Share, Share], Rising()] = (0.08, 1.0)
+    crop_pct: Share = 1.0
+    flip: Fraction = 0.5
     auto_augment: str | None = None
-    erasing: float = 0.0
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    erasing: Fraction = 0.0
+    smoothing: Below1 = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        if self.protocol not in ("linear_mae", "finetune"):
-            raise ValueError(f"protocol must be linear_mae or finetune, got {self.protocol!r}")
-        for name, kind in (("pooling", Pooling), ("norm", Norm)):
-            if (value := getattr(self, name)) is not None and value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        if min(self.epochs, self.batch_size, self.lr_batch) < 1:
-            raise ValueError("epochs, batch_size and lr_batch must be at least 1")
-        if not self.base_lr > 0 or min(self.min_lr, self.weight_decay, self.mixup, self.cutmix) < 0:
-            raise ValueError("base_lr must be positive, min_lr, weight_decay, mixup and cutmix not negative")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs must lie between 0 and {self.epochs} epochs, got {self.warmup_epochs}")
-        for name in ("momentum", "drop_path", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("flip", "erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad must be positive, got {self.clip_grad}")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must rise within (0, 1], got {self.crop_scale}")
+        """Check what belongs together, too."""
+        super().__post_init__()
+        self._refuse(("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs))
 
     @property
     def learning_rate(self) -> float:
@@ -118,18 +106,14 @@ class ClassifierSettings:
         return feature_of(model, self.pooling, layer, self.norm or ("fresh" if fresh else "encoder"))
 
     def with_options(self, options: Mapping[str, str]) -> ClassifierSettings:
-        """These settings with some given as text, as ``--set`` has them.
+        """These settings with some given as text, as ``--set`` has them; ``source`` says which.
 
         Raises:
             ValueError: If there is no such setting, or the text is not of its type.
         """
-        types = {name: kind for name, kind in field_types(type(self)).items() if name not in ("protocol", "source")}
-        changes: dict[str, Any] = {}
-        for name, text in options.items():
-            if name not in types:
-                raise ValueError(f"there is no setting {name!r}; there are {', '.join(types)}")
-            changes[name] = parse_value(name, types[name], text)
-        return replace(self, **changes)
+        reader = Reader("--set", {}, Options(options))
+        source = f"{self.source}; for this run: {', '.join(options)}" if options else self.source
+        return reader.read(ClassifierSettings, self, protocol=self.protocol, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for ``run.json``."""

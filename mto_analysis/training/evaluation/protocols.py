@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.interface import height_and_width
+from mto_analysis.runtime.settings import Count, Positive, Settings, Share
 from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
 
@@ -104,7 +105,7 @@ def crop_pct_of(model: MaskedImageModel) -> float:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Settings):
     """A protocol on features of a frozen encoder, cheap enough to be repeated along a run.
 
     Args:
@@ -141,48 +142,28 @@ class Evaluation:
     protocol: Protocol | Literal["linear"]
     train: str | Path
     test: str | Path
-    every: int = 10
+    every: Count = 10
     pooling: Pooling | None = None
-    layer: int | None = None
+    layer: Count | None = None
     norm: Norm | None = None
-    crop_pct: float | None = None
-    neighbours: int = 20
-    temperature: float = 0.07
-    penalty: float = 1e-5
-    tolerance: float = 1e-8
-    iterations: int = 100
-    limit: int | None = None
-    test_limit: int | None = None
+    crop_pct: Share | None = None
+    neighbours: Count = 20
+    temperature: Positive = 0.07
+    penalty: Positive = 1e-5
+    tolerance: Positive = 1e-8
+    iterations: Count = 100
+    limit: Count | None = None
+    test_limit: Count | None = None
     precision: Precision = "float32"
-    batch_size: int = 256
+    batch_size: Count = 256
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Bring the values to one form, and check them."""
         if self.protocol == "linear":
             object.__setattr__(self, "protocol", "linear_cached")
-        if self.protocol not in ("knn", "linear_cached"):
-            raise ValueError(f"protocol must be knn or linear along a run, got {self.protocol!r}")
         for name in ("train", "test"):
             object.__setattr__(self, name, str(getattr(self, name)))
-        for name, kind in (("pooling", Pooling), ("norm", Norm), ("precision", Precision)):
-            if (value := getattr(self, name)) not in (None, *get_args(kind)):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        counts = (
-            self.every,
-            self.layer,
-            self.neighbours,
-            self.iterations,
-            self.batch_size,
-            self.limit,
-            self.test_limit,
-        )
-        if any(count is not None and count < 1 for count in counts):
-            raise ValueError("every, layer, neighbours, iterations, batch_size and limits must be at least 1")
-        for name in ("temperature", "penalty", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+        super().__post_init__()
 
     def settings(self) -> dict[str, Any]:
         """What a score depends on, for ``run.json``: a curve must not mix two settings."""

@@ -13,8 +13,8 @@ from mto_analysis.training.methods.bootmae import BootMAEMethod
 from mto_analysis.training.methods.conmim import ConMIMMethod
 from mto_analysis.training.methods.mae import MAEMethod
 from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.recipe import Recipe
 from mto_analysis.training.methods.simmim import SimMIMMethod
-from mto_analysis.training.recipes import Recipe
 
 __all__ = ["METHODS", "Method", "build_method", "build_student", "learning_rate", "method_of"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,17 +12,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mto_analysis.checkpoints.publishing import published_state
-from mto_analysis.models import BootMAE
+from mto_analysis.models import BootMAE, BootMAEConfig
 from mto_analysis.models.targets import patch_loss, target_patches
 from mto_analysis.models.vit import patchify
+from mto_analysis.runtime.settings import Fraction
 from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.recipe import PixelRecipe
 from mto_analysis.training.momentum import follow, slow_copy
-from mto_analysis.training.recipes import Recipe
 
-__all__ = ["BootMAEMethod", "neighbour_weights"]
+__all__ = ["BootMAEMethod", "BootMAERecipe", "neighbour_weights"]
 
 # Of the original's layer norm on features.
 _FEATURE_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootMAERecipe(PixelRecipe):
+    """Pre-training by BootMAE.
+
+    Args:
+        momentum: Of the momentum teacher, at each of ``momentum_epochs``.
+        momentum_epochs: Epochs between which the momentum is linear.
+        feature_weight: Of the feature loss.
+        feature_ramp: Fraction of the run over which that weight rises.
+        neighbour_weight: Whether a masked patch counts more, the more of its neighbours are masked.
+    """
+
+    config = BootMAEConfig
+    momentum: tuple[Fraction, ...]
+    momentum_epochs: tuple[int, ...]
+    feature_weight: float = 1.0
+    feature_ramp: Fraction = 0.25
+    neighbour_weight: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what belongs together, too."""
+        super().__post_init__()
+        unequal = len(self.momentum) != len(self.momentum_epochs)
+        self._refuse(("momentum needs one value for each of momentum_epochs", unequal or not self.momentum))
+
+    def model_config(self) -> BootMAEConfig:
+        """With features as wide as its own encoder."""
+        config: BootMAEConfig = super().model_config()
+        return replace(config, feature_dim=config.dim)
+
+    def shortened(self, share: float) -> BootMAERecipe:
+        """With the momentum's epochs at the same shares of the run."""
+        epochs = tuple(round(share * each) for each in self.momentum_epochs)
+        return replace(super().shortened(share), momentum_epochs=epochs)
 
 
 class BootMAEMethod(Method):
@@ -42,6 +80,7 @@ class BootMAEMethod(Method):
         ``run_pretraining.py``.
     """
 
+    settings_class = BootMAERecipe
     model = BootMAE
     family = "bootmae"
     style = "decoder"
@@ -55,9 +94,10 @@ class BootMAEMethod(Method):
         "warmup_epochs": 20,
     }
     student: BootMAE
+    recipe: BootMAERecipe
     feature_weight: Tensor
 
-    def __init__(self, student: BootMAE, recipe: Recipe) -> None:
+    def __init__(self, student: BootMAE, recipe: BootMAERecipe) -> None:
         super().__init__(student, recipe)
         self.teacher = slow_copy(student)
         # A tensor, so that compiled code is not made again when it changes.
@@ -75,7 +115,7 @@ class BootMAEMethod(Method):
         with torch.no_grad():
             target = self.teacher.whole_features(images).float()
         weight = neighbour_weights(mask, self.student.info.grid) if self.recipe.neighbour_weight else None
-        goal = target_patches(images.float(), patch_size, self.recipe.pixel_target)
+        goal = target_patches(images.float(), patch_size, self.recipe.target)
         pixel_loss = patch_loss(patchify(pixels.float(), patch_size), goal, mask, weight=weight)
         feature_loss = patch_loss(_normalized(features.float()), _normalized(target), mask, weight=weight)
         return {"pixels": pixel_loss.mean(), "features": self.feature_weight * feature_loss.mean()}

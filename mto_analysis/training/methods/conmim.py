@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mto_analysis.checkpoints.publishing import published_state
-from mto_analysis.models import ConMIM
+from mto_analysis.images import CONMIM_TEACHER, Augmentation
+from mto_analysis.models import ConMIM, ConMIMConfig
+from mto_analysis.runtime.settings import Fraction, Positive
 from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.recipe import Recipe
 from mto_analysis.training.momentum import follow, rising_momentum, slow_copy
-from mto_analysis.training.recipes import Recipe
 
-__all__ = ["ConMIMMethod", "contrastive_loss"]
+__all__ = ["ConMIMMethod", "ConMIMRecipe", "contrastive_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConMIMRecipe(Recipe):
+    """Pre-training by ConMIM.
+
+    Args:
+        momentum: Of the momentum teacher: the value from which a cosine rises to 1.
+        temperature: Of the contrastive loss.
+        second_view: Whether the teacher sees the same crop with other colours.
+    """
+
+    config = ConMIMConfig
+    target: Literal["features"]
+    momentum: tuple[Fraction]
+    temperature: Positive = 0.1
+    second_view: bool = False
+
+    def augmentation(self) -> Augmentation:
+        """With the colours of the second view."""
+        return replace(super().augmentation(), second_view=CONMIM_TEACHER if self.second_view else None)
 
 
 class ConMIMMethod(Method):
@@ -30,6 +54,7 @@ class ConMIMMethod(Method):
         ``engine_for_pretraining.py``.
     """
 
+    settings_class = ConMIMRecipe
     model = ConMIM
     family = "conmim"
     style = "inpainting"
@@ -45,8 +70,9 @@ class ConMIMMethod(Method):
         "warmup_epochs": 20,
     }
     student: ConMIM
+    recipe: ConMIMRecipe
 
-    def __init__(self, student: ConMIM, recipe: Recipe) -> None:
+    def __init__(self, student: ConMIM, recipe: ConMIMRecipe) -> None:
         super().__init__(student, recipe)
         self.teacher = slow_copy(student)
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mto_analysis.models import MAE
+from mto_analysis.models import MAE, MAEConfig
 from mto_analysis.models.targets import patch_loss, target_patches
 from mto_analysis.training.methods.method import Method, warmup_then_cosine
-from mto_analysis.training.recipes import Recipe
+from mto_analysis.training.methods.recipe import PixelRecipe
 
-__all__ = ["MAEMethod"]
+__all__ = ["MAEMethod", "MAERecipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAERecipe(PixelRecipe):
+    """Pre-training by MAE."""
+
+    config = MAEConfig
 
 
 class MAEMethod(Method):
@@ -25,6 +33,7 @@ class MAEMethod(Method):
         He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
     """
 
+    settings_class = MAERecipe
     model = MAE
     family = "mae"
     style = "decoder"
@@ -41,15 +50,16 @@ class MAEMethod(Method):
     }
     wide_finetuning: ClassVar[Mapping[str, Any]] = {"epochs": 50, "drop_path": 0.2}
     student: MAE
+    recipe: MAERecipe
 
     @staticmethod
-    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+    def learning_rate(recipe: Any, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
         """A half cosine after the warm-up, both by the fraction of an epoch."""
         warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
         return warmup_then_cosine(step, total, warmup=warmup, peak=peak, start=start, end=end)
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""
-        goal = target_patches(images.float(), self.recipe.patch_size, self.recipe.pixel_target)
+        goal = target_patches(images.float(), self.recipe.patch_size, self.recipe.target)
         prediction = self.student.predict_patches(images, mask)
         return {"pixels": patch_loss(prediction.float(), goal, mask).mean()}

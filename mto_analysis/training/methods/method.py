@@ -15,9 +15,9 @@ from mto_analysis.checkpoints.publishing import published_facts, published_state
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.images import TrainBatch
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.training.methods.recipe import Recipe
 from mto_analysis.training.objective import Objective
 from mto_analysis.training.randomness import noise_batch
-from mto_analysis.training.recipes import Recipe
 from mto_analysis.training.sharding import is_sharded
 
 __all__ = ["Method", "Norm", "Pooling", "half_cosine", "parameter_groups", "peak_learning_rate", "warmup_then_cosine"]
@@ -35,6 +35,8 @@ class Method(Objective):
         recipe: Settings.
     """
 
+    #: The class of its recipes, with its own settings.
+    settings_class: ClassVar[type[Recipe]]
     #: The model class of the student, and its name as a family.
     model: ClassVar[type[MaskedImageModel]]
     family: ClassVar[str]
@@ -87,7 +89,7 @@ class Method(Objective):
         return depth
 
     @staticmethod
-    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+    def learning_rate(recipe: Any, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
         """The original's rate of an optimizer step; by default that of the BEiT code base (BootMAE, ConMIM).
 
         The last warm-up step already has the peak, and the cosine starts after it.

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
-from mto_analysis.models import SimMIM
+from mto_analysis.models import SimMIM, SimMIMConfig
 from mto_analysis.models.targets import reconstruction_loss
+from mto_analysis.runtime.settings import Rising
 from mto_analysis.training.methods.method import Method, half_cosine
-from mto_analysis.training.recipes import Recipe
+from mto_analysis.training.methods.recipe import PixelRecipe
 
-__all__ = ["SimMIMMethod"]
+__all__ = ["SimMIMMethod", "SimMIMRecipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIMRecipe(PixelRecipe):
+    """Pre-training by SimMIM.
+
+    Args:
+        milestones: Epochs at which a multi-step schedule decays.
+        decay_factor: What it multiplies the rate by.
+    """
+
+    config = SimMIMConfig
+    milestones: Annotated[tuple[int, ...], Rising()] = ()
+    decay_factor: float = 0.1
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The milestones."""
+        return self.milestones
+
+    def shortened(self, share: float) -> SimMIMRecipe:
+        """With milestones at the same shares of the run."""
+        milestones = {max(1, round(share * each)) for each in self.milestones}
+        return replace(super().shortened(share), milestones=tuple(sorted(milestones)))
 
 
 class SimMIMMethod(Method):
@@ -26,6 +52,7 @@ class SimMIMMethod(Method):
         Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (CVPR 2022); microsoft/SimMIM.
     """
 
+    settings_class = SimMIMRecipe
     model = SimMIM
     family = "simmim_vit"
     style = "inpainting"
@@ -41,9 +68,10 @@ class SimMIMMethod(Method):
         "clip_grad": 5.0,
     }
     student: SimMIM
+    recipe: SimMIMRecipe
 
     @staticmethod
-    def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
+    def learning_rate(recipe: Any, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
         """A cosine that counts from the start of the run (so the peak is never quite reached), or milestones.
 
         Every step has the rate meant for the one before, as the original sets it after the update.
@@ -52,12 +80,13 @@ class SimMIMMethod(Method):
         if step < warmup:
             return start + (peak - start) * step / warmup
         if recipe.schedule == "multistep":
-            return peak * recipe.decay_factor ** bisect_right(recipe.milestones, step / steps_per_epoch)
+            decays = bisect_right(recipe.milestones, step / steps_per_epoch)
+            return float(peak * recipe.decay_factor**decays)
         return half_cosine(peak, end, step / (recipe.epochs * steps_per_epoch))
 
     def forward(self, images: Tensor, mask: Tensor, second_images: Tensor | None = None) -> dict[str, Tensor]:
         """One term, ``pixels``."""
         prediction = self.student.predict_pixels(images, mask).float()
-        patch_size, target = self.recipe.patch_size, self.recipe.pixel_target
+        patch_size, target = self.recipe.patch_size, self.recipe.target
         loss = reconstruction_loss(prediction, images.float(), mask, patch_size, target=target, criterion="l1")
         return {"pixels": loss.mean()}

@@ -1,0 +1,230 @@
+"""A recipe: all that a pre-training run depends on but its data, machine and seed; methods add their own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from mto_analysis.errors import RecipeError
+from mto_analysis.masks import MaskRule
+from mto_analysis.runtime.settings import (
+    Below1,
+    Count,
+    Fraction,
+    NonNegative,
+    Options,
+    Positive,
+    Reader,
+    Rising,
+    Settings,
+    Share,
+    field_types,
+)
+
+if TYPE_CHECKING:
+    from mto_analysis.images import Augmentation
+
+__all__ = ["PixelRecipe", "Recipe"]
+
+R = TypeVar("R", bound="Recipe")
+
+#: What ``--set`` may not touch: these name the recipe or say where it comes from.
+_FIXED = ("name", "method", "summary", "sources", "model")
+#: Of the architecture, but given by the recipe itself.
+_GIVEN = ("image_size", "patch_size", "feature_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """One method's pre-training, flat and typed.
+
+    Args:
+        name: Its own.
+        method: Which method's model, loss, optimizer groups and schedule.
+        summary: What it is, in a sentence.
+        model: Fields of the architecture's config but image and patch size.
+        image_size: Side of the input image in pixels.
+        patch_size: Side of a patch in pixels.
+        mask_kind: As in :class:`~mto_analysis.masks.MaskRule`.
+        mask_ratio: Fraction of patches (units, for ``block``) to mask.
+        mask_unit: Side of the square that is masked at once, in pixels.
+        target: What is predicted, as in :class:`~mto_analysis.models.ModelInfo`.
+        crop_scale: Area of the random crop, as a fraction of the image.
+        crop_ratio: Its aspect ratio.
+        padding: Instead of resized crops: shifts by up to this many pixels over a reflected border.
+        flip: Probability of a horizontal flip.
+        interpolation: Of the resized crop.
+        mean: Channel means of pixels scaled to 0..1.
+        std: Channel standard deviations of pixels scaled to 0..1.
+        epochs: Length of the run.
+        batch_size: Effective: over all processes and accumulated micro-batches.
+        base_lr: Learning rate for ``lr_batch`` images at a time.
+        lr_batch: The peak rate is ``base_lr * batch / lr_batch``; without it, ``base_lr``.
+        min_lr: Where the cosine ends.
+        warmup_lr: Where the warm-up starts.
+        scale_all_lr: Whether ``min_lr`` and ``warmup_lr`` grow with the batch as well (SimMIM).
+        warmup_epochs: Length of the linear warm-up.
+        schedule: ``cosine`` or ``multistep``.
+        weight_decay: Of weights; biases and norms have none.
+        betas: Of AdamW.
+        clip_grad: Largest norm of the gradient, or no clipping.
+        drop_path: Largest rate of dropped branches, growing linearly with the block (SimMIM).
+        sources: Where values come from: a source and the fields it gives.
+    """
+
+    #: The architecture's config.
+    config: ClassVar[type]
+
+    name: str
+    method: str
+    summary: str
+    model: Mapping[str, Any]
+    image_size: Count
+    patch_size: Count
+    mask_kind: Literal["random", "block", "blockwise", "topped_up"]
+    mask_ratio: float
+    mask_unit: int
+    target: Literal["pixels", "normalized_pixels", "normalized_channels", "features"]
+    epochs: Count
+    batch_size: Count
+    base_lr: Positive
+    warmup_epochs: NonNegative
+    weight_decay: NonNegative
+    betas: tuple[Below1, Below1]
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+    crop_scale: Annotated[tuple[Share, Share], Rising()] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    padding: int | None = None
+    flip: Fraction = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    lr_batch: Count | None = None
+    min_lr: NonNegative = 0.0
+    warmup_lr: NonNegative = 0.0
+    scale_all_lr: bool = False
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    clip_grad: Positive | None = None
+    drop_path: Below1 = 0.0
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together, too."""
+        super().__post_init__()
+        known = {*field_types(type(self)), *(f"model.{each}" for each in self.model)}
+        unknown = {each for names in self.sources.values() for each in names} - known
+        depths = [int(size) for name, size in self.model.items() if name.endswith("depth")]
+        self._refuse(
+            ("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs),
+            ("a multistep schedule needs milestones", (self.schedule == "multistep") != bool(self.turns)),
+            ("the model must have at least one block in each stack", min(depths, default=1) < 1),
+            (f"sources name unknown fields {', '.join(sorted(unknown))}", bool(unknown)),
+        )
+        self.mask_rule  # noqa: B018 - checks its own values
+        self.model_config()
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Epochs at which the learning rate drops."""
+        return ()
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        """How its masks are drawn."""
+        return MaskRule(self.mask_kind, self.mask_ratio, self.mask_unit)
+
+    def model_config(self) -> Any:
+        """The architecture's config."""
+        return self.config(**self.model, image_size=self.image_size, patch_size=self.patch_size)
+
+    @classmethod
+    def model_types(cls) -> Mapping[str, Any]:
+        """Fields of the architecture that the table ``model`` may set, with their types."""
+        return {name: kind for name, kind in field_types(cls.config).items() if name not in _GIVEN}
+
+    def augmentation(self) -> Augmentation:
+        """How its images are cropped, flipped and normalised."""
+        from mto_analysis.images import Augmentation
+
+        return Augmentation(
+            image_size=self.image_size,
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            flip=self.flip,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            padding=self.padding,
+        )
+
+    def with_options(self: R, options: Mapping[str, Any], where: str = "--set") -> R:
+        """The same recipe with some settings changed.
+
+        Args:
+            options: Text, as ``--set`` gives it, or values of their type, by the name of a field, or of a field of the
+                architecture as ``model.depth``.
+            where: What messages call their origin.
+
+        Raises:
+            RecipeError: If there is no such setting, or the text is not of its type.
+        """
+        reader = Reader(self.name, {}, Options(options, where), error=RecipeError)
+        model = {**self.model, **reader.table("model").given(self.model_types())}
+        sources = {
+            source: tuple(name for name in names if name not in options) for source, names in self.sources.items()
+        }
+        if options:
+            sources["set for this run"] = (*sources.get("set for this run", ()), *options)
+        sources = {source: names for source, names in sources.items() if names}
+        fixed = {name: getattr(self, name) for name in _FIXED}
+        return reader.read(type(self), self, **{**fixed, "model": model, "sources": sources})
+
+    def shortened(self: R, share: float) -> R:
+        """A recipe whose run, with all that happens at some epoch of it, takes a share of the time."""
+        epochs = max(1, round(share * self.epochs))
+        return replace(self, epochs=epochs, warmup_epochs=share * self.warmup_epochs)
+
+    def settings(self) -> dict[str, Any]:
+        """What may differ between two recipes of its method, by name; fields of the architecture as ``model.depth``."""
+        own = {name: getattr(self, name) for name in field_types(type(self)) if name not in _FIXED}
+        return {**own, **{f"model.{name}": value for name, value in self.model.items()}}
+
+    def source_of(self, setting: str) -> str:
+        """Where the value of a field, or of ``model.depth``, comes from."""
+        for name in (setting, "model") if setting.startswith("model.") else (setting,):
+            for source, names in self.sources.items():
+                if name in names:
+                    return source
+        return "default"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON; :func:`load_recipe` reads them back from a TOML file."""
+        return asdict(replace(self, model=dict(self.model), sources=dict(self.sources)))
+
+    def to_toml(self) -> str:
+        """As a TOML file that :func:`load_recipe` reads."""
+        values = self.to_dict()
+        model, sources = values.pop("model"), values.pop("sources")
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+        lines += ["", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items() if value is not None)]
+        lines += ["", "[sources]", *(f"{_toml(source)} = {_toml(names)}" for source, names in sources.items())]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRecipe(Recipe):
+    """Recipe of a method that predicts pixels."""
+
+    target: Literal["pixels", "normalized_pixels", "normalized_channels"]
+
+
+def _toml(value: Any) -> str:
+    """A plain value in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    return repr(value)
