@@ -1,18 +1,31 @@
-"""How often do intervals for RAUC hold the true value? Simulated runs, whose true RAUC is known.
+"""How often do intervals hold the true value? Simulated runs, whose RAUC, gap, lead and saved share are known.
 
 A run's curve is the method's true curve plus its luck: a shift of the whole run (half of it shared by the two methods'
-runs of one seed), a slow drift along the epochs, and evaluation noise. Usage: ``python benchmarks/rauc_coverage.py``.
+runs of one seed), a slow drift along the epochs, and evaluation noise. Over tasks, each task has its own true curves
+and the runs of different tasks are independent. Usage: ``python benchmarks/rauc_coverage.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mto_analysis.rauc.intervals import Interval, bca_paired, bca_unpaired, fieller, paired_moments, unpaired_moments
+from mto_analysis.rauc.aggregates import iqm, mean_of_tasks, stratified_bootstrap
+from mto_analysis.rauc.areas import Points, epochs_to_score, share_saved
+from mto_analysis.rauc.intervals import (
+    Interval,
+    bca_paired,
+    bca_unpaired,
+    difference_interval,
+    fieller,
+    paired_moments,
+    saved_interval,
+    unpaired_moments,
+)
 
 Vector = NDArray[np.float64]
 
@@ -89,29 +102,64 @@ def by_seeds_of_each_epoch(baseline: Vector, target: Vector, generator: np.rando
     return percentiles((trapezoid(two) - level) / (trapezoid(one) - level))
 
 
-METHODS: dict[str, tuple[Callable[[Vector, Vector, np.random.Generator], Interval], bool]] = {
-    "Fieller, paired": (by_fieller, True),
-    "Fieller, unpaired": (by_unpaired_fieller, False),
-    "BCa over whole runs, paired": (by_bca, True),
-    "BCa over whole runs, unpaired": (by_unpaired_bca, False),
-    "bootstrap per epoch": (by_epochs, True),
-    "bootstrap of seeds, per epoch": (by_seeds_of_each_epoch, True),
+def of_gap(paired: bool) -> Callable[[Vector, Vector, np.random.Generator], Interval]:
+    return lambda one, two, _: difference_interval(two[:, -1], one[:, -1], paired=paired)
+
+
+def of_lead(paired: bool) -> Callable[[Vector, Vector, np.random.Generator], Interval]:
+    return lambda one, two, _: difference_interval(trapezoid(two) / WIDTH, trapezoid(one) / WIDTH, paired=paired)
+
+
+def of_saving(paired: bool) -> Callable[[Vector, Vector, np.random.Generator], Interval]:
+    return lambda one, two, _: saved_interval(EPOCHS, two, one[:, -1], end=EPOCHS[-1], paired=paired)
+
+
+def true_rauc(one: Vector, two: Vector) -> float:
+    level = one[0] * WIDTH
+    return float((trapezoid(two) - level) / (trapezoid(one) - level))
+
+
+def true_saving(one: Vector, two: Vector) -> float:
+    reached = epochs_to_score(Points(EPOCHS, two), float(one[-1]))
+    assert reached is not None
+    return share_saved(reached, float(EPOCHS[-1]))
+
+
+TRUTHS: dict[str, Callable[[Vector, Vector], float]] = {
+    "RAUC": true_rauc,
+    "gap": lambda one, two: float(two[-1] - one[-1]),
+    "lead": lambda one, two: float((trapezoid(two) - trapezoid(one)) / WIDTH),
+    "saved": true_saving,
 }
+METHODS: dict[str, tuple[Callable[[Vector, Vector, np.random.Generator], Interval], str, bool]] = {
+    "RAUC: Fieller, paired": (by_fieller, "RAUC", True),
+    "RAUC: Fieller, unpaired": (by_unpaired_fieller, "RAUC", False),
+    "RAUC: BCa over whole runs, paired": (by_bca, "RAUC", True),
+    "RAUC: BCa over whole runs, unpaired": (by_unpaired_bca, "RAUC", False),
+    "RAUC: bootstrap per epoch": (by_epochs, "RAUC", True),
+    "RAUC: bootstrap of seeds, per epoch": (by_seeds_of_each_epoch, "RAUC", True),
+    "final gap: Student, paired": (of_gap(True), "gap", True),
+    "final gap: Welch, unpaired": (of_gap(False), "gap", False),
+    "mean lead: Student, paired": (of_lead(True), "lead", True),
+    "mean lead: Welch, unpaired": (of_lead(False), "lead", False),
+    "share saved: t tests, paired": (of_saving(True), "saved", True),
+    "share saved: t tests, unpaired": (of_saving(False), "saved", False),
+}
+#: Tasks of the last lines, and what each adds to all scores.
+TASKS = (0.0, 0.4, 0.8, 3.0)
 
 
 def holds(interval: Interval, truth: float) -> bool:
-    low, high = interval.low, interval.high
-    if low is None or high is None:
-        return interval.kind == "everything"
-    return low <= truth <= high if interval.kind == "bounded" else not low < truth < high
+    low = -np.inf if interval.low is None else interval.low
+    high = np.inf if interval.high is None else interval.high
+    return low <= truth <= high if interval.kind != "outside" else not low < truth < high
 
 
 def coverage(method: str, seeds: int, repeats: int, generator: np.random.Generator) -> tuple[float, float, float]:
-    """Share of intervals that hold the truth, share without bounds, median width of the others."""
-    make, paired = METHODS[method]
+    """Share of intervals that hold the truth, share without two bounds, median width of the others."""
+    make, quantity, paired = METHODS[method]
     one, two = true_curves()
-    level = one[0] * WIDTH
-    truth = float((trapezoid(two) - level) / (trapezoid(one) - level))
+    truth = TRUTHS[quantity](one, two)
     hit, unbounded, widths = 0, 0, []
     for _ in range(repeats):
         shared = luck(generator, seeds) if paired else 0.0
@@ -127,18 +175,41 @@ def coverage(method: str, seeds: int, repeats: int, generator: np.random.Generat
     return hit / repeats, unbounded / repeats, float(np.median(widths)) if widths else float("nan")
 
 
+def coverage_over_tasks(
+    statistic: Callable[[Sequence[Vector]], Vector], seeds: int, repeats: int, generator: np.random.Generator
+) -> tuple[float, float, float]:
+    """The same for the final score of one method over all tasks, by the stratified bootstrap."""
+    _, two = true_curves()
+
+    def finals(runs: int) -> list[Vector]:
+        return [two[-1] + shift + luck(generator, runs)[:, -1] for shift in TASKS]
+
+    truth, hit, widths = float(statistic(finals(200_000))), 0, []
+    for _ in range(repeats):
+        ends = stratified_bootstrap(statistic, [finals(seeds)], resamples=999, seed=int(generator.integers(2**31)))
+        low, high = (float(end) for end in ends)
+        hit += low <= truth <= high
+        widths.append(high - low)
+    return hit / repeats, 0.0, float(np.median(widths))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="Intervals whose names begin so.")
     options = parser.parse_args()
     print(f"coverage of nominal 95 % intervals, {options.repeats} simulated experiments each")
-    print(f"{'interval':<30}{'seeds':>6}{'covers':>9}{'unbounded':>11}{'median width':>14}")
-    for method in METHODS:
-        for seeds in (3, 5, 10):
-            share, unbounded, width = coverage(method, seeds, options.repeats, np.random.default_rng(options.seed))
+    print(f"{'interval':<40}{'seeds':>6}{'covers':>9}{'unbounded':>11}{'median width':>14}")
+    jobs = {name: partial(coverage, name) for name in METHODS} | {
+        f"{len(TASKS)} tasks: bootstrap of the {name}": partial(coverage_over_tasks, statistic)
+        for name, statistic in (("mean", mean_of_tasks), ("IQM", iqm))
+    }
+    for name, job in jobs.items():
+        for seeds in (3, 5, 10) if name.startswith(options.only) else ():
+            share, unbounded, width = job(seeds, options.repeats, np.random.default_rng(options.seed))
             cells = f"{100 * share:>7.1f} %{100 * unbounded:>9.1f} %{width:>14.3f}" if share == share else "     none"
-            print(f"{method:<30}{seeds:>6}{cells}", flush=True)
+            print(f"{name:<40}{seeds:>6}{cells}", flush=True)
 
 
 if __name__ == "__main__":

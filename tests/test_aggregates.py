@@ -17,7 +17,7 @@ from mto_analysis.rauc.aggregates import (
     stratified_bootstrap,
 )
 from mto_analysis.rauc.comparison import compare_methods
-from mto_analysis.rauc.curves import read_curves
+from mto_analysis.rauc.curves import CurveTable, read_curves
 
 RLIABLE = json.loads((Path(__file__).parent / "golden" / "rliable.json").read_text())
 X, Y, FRAMES = (np.array(RLIABLE[name]) for name in ("x", "y", "frames"))
@@ -167,6 +167,16 @@ def test_aggregate__takes_the_tasks_that_all_methods_have(tmp_path):
     (found,) = aggregate(table, compare_methods(table, PAIRS, [(0, 100)]))
     assert found.tasks == ("food", "cars", "dtd")
     assert "left out: pets" in found.notes[0]
+    assert found.notes[1:] == ("a task has 3 runs: the bootstrap's intervals over tasks are too narrow",)
+
+
+def test_aggregate__tasks_with_different_numbers_of_runs_are_named(tmp_path):
+    table = write_log(tmp_path / "log.csv", seeds=6)
+    kept = table.frame[(table.frame["task"] != "cars") | (table.frame["seed"] != "5")]
+    table = CurveTable(kept, groups=table.groups)
+    (found,) = aggregate(table, compare_methods(table, PAIRS, [(0, 100)]))
+    assert found.notes == ("tasks have 5 to 6 runs: the IQM and profiles count every run once",)
+    assert estimate(found, "final score", "IQM", "MTO")["runs"] == 23
 
 
 def test_aggregate__needs_two_tasks_and_goes_over_windows(tmp_path):

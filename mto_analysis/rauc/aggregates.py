@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mto_analysis.rauc.areas import Points, area, score_at
 from mto_analysis.rauc.comparison import Comparison, thinned
 from mto_analysis.rauc.curves import CurveTable
+from mto_analysis.rauc.intervals import FEWEST_RUNS_TO_RESAMPLE
 
 __all__ = [
     "IMPROVEMENT",
@@ -310,9 +311,12 @@ def _notes_on_runs(scores: pd.DataFrame) -> list[str]:
     if fewest == 1:
         one = counts[counts["runs"] == 1].iloc[0]
         return [f"{one['method']} has one run on {one['task']}: no intervals over tasks"]
+    notes = []
+    if fewest < FEWEST_RUNS_TO_RESAMPLE:
+        notes.append(f"a task has {fewest} runs: the bootstrap's intervals over tasks are too narrow")
     if fewest < most:
-        return [f"tasks have {fewest} to {most} runs: the IQM and profiles count every run once"]
-    return []
+        notes.append(f"tasks have {fewest} to {most} runs: the IQM and profiles count every run once")
+    return notes
 
 
 def _as_they_are(tasks: Tasks) -> Tasks:
