@@ -140,6 +140,135 @@ def mae_weights(*, predicted: int = 3 * PATCH * PATCH) -> Weights:
     return draw.weights
 
 
+def without_class_token(weights: Weights) -> Weights:
+    """The same with positions of patches alone."""
+    for name in ("pos_embed", "decoder_pos_embed"):
+        weights[name] = weights[name][:, 1:].contiguous()
+    del weights["cls_token"]
+    return weights
+
+
+def mae_decoder(draw: Draw, encoded: int, places: int, values: int) -> None:
+    """MAE's decoder, without a class token."""
+    draw.linear("decoder_embed", encoded, DECODER)
+    draw.put("mask_token", 1, 1, DECODER)
+    draw.put("decoder_pos_embed", 1, places, DECODER)
+    for number in range(2):
+        draw.block(f"decoder_blocks.{number}", DECODER, DECODER_MLP, fused=True)
+    draw.norm("decoder_norm", DECODER)
+    draw.linear("decoder_pred", DECODER, values)
+
+
+def ijepa_weights() -> Weights:
+    mae = without_class_token(mae_weights(predicted=DIM))
+    rules = (
+        (r"^decoder_(embed|pos_embed|blocks|norm)", r"predictor.predictor_\1"),
+        (r"^decoder_pred", "predictor.predictor_proj"),
+        (r"^mask_token", "predictor.mask_token"),
+        (r"^(?!predictor)", "encoder."),
+    )
+    return rename(mae, *rules)
+
+
+def hivit_weights(*, hierarchical: bool = True) -> Weights:
+    draw = Draw()
+    width, number = DIM // 4, 0
+    draw.put("patch_embed.proj.weight", width, 3, 2, 2)
+    draw.put("patch_embed.proj.bias", width)
+    draw.norm("patch_embed.norm", width)
+    draw.put("absolute_pos_embed", 1, GRID * GRID, DIM)
+    for depth in (2, 1):
+        for number in range(number, number + depth):  # noqa: B020 - goes on counting
+            draw.norm(f"blocks.{number}.norm2", width)
+            draw.mlp(f"blocks.{number}.mlp", width, 3 * width)
+        draw.norm(f"blocks.{number + 1}.norm", 4 * width)
+        draw.linear(f"blocks.{number + 1}.reduction", 4 * width, 2 * width, bias=False)
+        width, number = 2 * width, number + 2
+    for number in range(number, number + DEPTH):  # noqa: B020
+        draw.block(f"blocks.{number}", DIM, MLP, fused=True)
+    encoded = 7 * DIM if hierarchical else DIM
+    draw.norm("norm", encoded)
+    mae_decoder(draw, encoded, GRID * GRID, 3 * 8 * 8)
+    return draw.weights
+
+
+def mcmae_weights() -> Weights:
+    draw = Draw()
+    widths = (3, 8, 12, DIM)
+    for stage, stride in enumerate((4, 2, 2), start=1):
+        draw.put(f"patch_embed{stage}.proj.weight", widths[stage], widths[stage - 1], stride, stride)
+        draw.put(f"patch_embed{stage}.proj.bias", widths[stage])
+        draw.norm(f"patch_embed{stage}.norm", widths[stage])
+    for stage, dim in ((1, 8), (2, 12)):
+        for number in range(2):
+            name = f"blocks{stage}.{number}"
+            draw.norm(f"{name}.norm1", dim)
+            draw.norm(f"{name}.norm2", dim)
+            for part, out, into, side in (
+                ("conv1", dim, dim, 1), ("conv2", dim, dim, 1), ("attn", dim, 1, 5), ("mlp.fc1", 20, dim, 1),
+                ("mlp.fc2", dim, 20, 1),
+            ):  # fmt: skip
+                draw.put(f"{name}.{part}.weight", out, into, side, side)
+                draw.put(f"{name}.{part}.bias", out)
+        side = 8 >> stage
+        draw.put(f"stage{stage}_output_decode.weight", DIM, dim, side, side)
+        draw.put(f"stage{stage}_output_decode.bias", DIM)
+    draw.linear("patch_embed4", DIM, DIM)
+    draw.put("pos_embed", 1, 16, DIM)
+    for number in range(DEPTH):
+        draw.block(f"blocks3.{number}", DIM, MLP, fused=True)
+    draw.norm("norm", DIM)
+    mae_decoder(draw, DIM, 16, 3 * 16 * 16)
+    return draw.weights
+
+
+def greenmim_weights() -> Weights:
+    swin = swin_weights(grids=(16, 8, 4), window=4, depths=(2, 2, 1), heads=(1, 2, 2))
+    swin = {name: tensor for name, tensor in swin.items() if name != "mask_token" and not name.startswith("decoder.")}
+    draw = Draw(2)
+    mae_decoder(draw, swin["norm.weight"].shape[0], 16, 3 * 16 * 16)
+    return {f"encoder.{name}": tensor for name, tensor in swin.items()} | draw.weights
+
+
+def eva02_weights(*, separate: bool) -> Weights:
+    """Small models pack query, key, value and gate, value; larger ones have a matrix for each, and one more norm."""
+    draw = Draw()
+    draw.embedding(DIM, positions=True)
+    draw.put("mask_token", 1, 1, DIM)
+    for number in range(DEPTH):
+        name = f"blocks.{number}"
+        draw.norm(f"{name}.norm1", DIM)
+        draw.norm(f"{name}.norm2", DIM)
+        for part in ("q_proj", "k_proj", "v_proj") if separate else ("qkv",):
+            draw.linear(f"{name}.attn.{part}", DIM, DIM if separate else 3 * DIM, bias=False)
+        draw.put(f"{name}.attn.q_bias", DIM)
+        draw.put(f"{name}.attn.v_bias", DIM)
+        draw.linear(f"{name}.attn.proj", DIM, DIM)
+        for part in ("w1", "w2") if separate else ("w12",):
+            draw.linear(f"{name}.mlp.{part}", DIM, MLP if separate else 2 * MLP)
+        if separate:
+            draw.norm(f"{name}.mlp.ffn_ln", MLP)
+        draw.linear(f"{name}.mlp.w3", MLP, DIM)
+    draw.norm("norm", DIM)
+    return draw.weights
+
+
+def with_rotations(weights: Weights) -> Weights:
+    """The buffers of rotary positions, once for the model and once for each block, and the head."""
+    frequency = 10000.0 ** (-torch.arange(0, DIM // HEADS // 2, 2) / (DIM // HEADS // 2))
+    angle = (torch.arange(GRID)[:, None] * frequency).repeat_interleave(2, dim=1)
+    angle = torch.cat([angle[:, None].expand(-1, GRID, -1), angle[None].expand(GRID, -1, -1)], dim=2).flatten(0, 1)
+    stored = {"rope.freqs_cos": angle.cos(), "rope.freqs_sin": angle.sin()}
+    of_blocks = {f"blocks.{number}.attn.{name}": tensor for number in range(DEPTH) for name, tensor in stored.items()}
+    return weights | stored | of_blocks | {"lm_head.weight": torch.ones(8, DIM), "lm_head.bias": torch.ones(8)}
+
+
+def deepspeed(folder: Path, tensors: Weights) -> Path:
+    path = folder / "mp_rank_00_model_states.pt"
+    torch.save({"module": tensors, "epoch": 240, "args": argparse.Namespace(input_size=PATCH * GRID)}, path)
+    return path
+
+
 def mff_weights() -> Weights:
     draw = Draw(3)
     draw.put("proj_weights", DEPTH, 1, 1, 1)
@@ -625,6 +754,18 @@ def flat(folder: Path, tensors: Weights) -> Path:
     return path
 
 
+def ijepa_file(folder: Path, tensors: Weights) -> Path:
+    """As facebookresearch/ijepa saves: each part by itself, with the prefix of distributed training."""
+    path = folder / "jepa-latest.pth.tar"
+    root: dict[str, Any] = {"opt": optimizer_of({}), "scaler": None, "epoch": 300, "loss": 0.1, "world_size": 16}
+    for part in ("encoder", "predictor"):
+        of_part = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+        root[part] = {name.replace(f"{part}.", "module.", 1): tensor for name, tensor in of_part.items()}
+    root["target_encoder"] = {name: tensor + 1 for name, tensor in root["encoder"].items()}
+    torch.save(root, path)
+    return path
+
+
 # All of them
 
 SHARED = partial(beit_weights, shared=True)
@@ -744,6 +885,80 @@ def _published() -> Iterator[Published]:
         {"decoder": MAE_TOKENS},
         MAE_HEADS,
         "blocks.0.mlp.fc2.weight",
+    )
+    yield Published(
+        "facebookresearch/mae, no class token",
+        "mae",
+        lambda: without_class_token(mae_weights()),
+        dict,
+        mae_trainer,
+        {"decoder": MAE_TOKENS},
+        MAE_HEADS,
+        "blocks.0.mlp.fc2.weight",
+    )
+    yield Published(
+        "I-JEPA",
+        "ijepa",
+        ijepa_weights,
+        dict,
+        ijepa_file,
+        {"decoder": partial(reference.ijepa_tokens, heads=2)},
+        {"num_heads": 2},
+        "encoder.blocks.0.mlp.fc2.weight",
+        "predictor.mask_token",
+    )
+    for name, weights in (("", hivit_weights), (", one level", partial(hivit_weights, hierarchical=False))):
+        yield Published(
+            f"HiViT MAE{name}",
+            "hivit",
+            weights,
+            dict,
+            mae_trainer,
+            {"decoder": partial(reference.hivit_tokens, heads=HEADS, decoder_heads=DECODER_HEADS)},
+            MAE_HEADS,
+            "blocks.0.mlp.fc2.weight",
+        )
+    yield Published(
+        "MCMAE / ConvMAE",
+        "mcmae",
+        mcmae_weights,
+        dict,
+        mae_trainer,
+        {"decoder": partial(reference.mcmae_tokens, heads=HEADS, decoder_heads=DECODER_HEADS)},
+        MAE_HEADS,
+        "blocks3.0.mlp.fc2.weight",
+    )
+    yield Published(
+        "GreenMIM",
+        "greenmim",
+        greenmim_weights,
+        dict,
+        mae_trainer,
+        {"decoder": partial(reference.greenmim_tokens, window=4, decoder_heads=DECODER_HEADS)},
+        {"decoder_num_heads": DECODER_HEADS},
+        "encoder.layers.0.blocks.0.mlp.fc2.weight",
+    )
+    for size, separate in (("tiny and small", False), ("base and large", True)):
+        yield Published(
+            f"EVA-02, {size}",
+            "eva02",
+            partial(eva02_weights, separate=separate),
+            with_rotations,
+            deepspeed,
+            {"encoder": partial(reference.eva02_tokens, heads=HEADS)},
+            {},
+            "blocks.0.mlp.w3.weight",
+        )
+    yield Published(
+        "iBOT Swin",
+        "ibot_swin",
+        lambda: {name: each for name, each in SWIN().items() if not name.startswith("decoder.")},
+        ibot,
+        ibot_file,
+        {"encoder": partial(reference.swin_tokens, window=4, eps=1e-6, outer_eps=1e-6)},
+        {},
+        "backbone.layers.0.blocks.0.mlp.fc2.weight",
+        "module.backbone.masked_embed",
     )
     yield Published(
         "MAE-Lite",

@@ -107,6 +107,46 @@ def beit_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, eps: float 
     return tokens
 
 
+def eva02_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int) -> list[Tensor]:
+    """Rotations written out pair by pair of channels; the class token is not turned."""
+    x = torch.where(mask[:, None], w["mask_token"][0], patches(image, w))
+    x = torch.cat([w["cls_token"][0], x]) + w["pos_embed"][0]
+    grid, width = math.isqrt(len(mask)), x.shape[1] // heads
+    place = torch.arange(len(mask), dtype=torch.float64)
+    pairs = width // 4  # of each axis
+    frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angle = torch.cat([(place // grid)[:, None] * frequency, (place % grid)[:, None] * frequency], dim=1)
+
+    def turned(y: Tensor) -> Tensor:
+        parts = y[1:].reshape(len(mask), heads, width // 2, 2)
+        sine, cosine = angle.sin()[:, None], angle.cos()[:, None]
+        first, second = parts[..., 0], parts[..., 1]
+        rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        return torch.cat([y[:1], rotated.reshape(len(mask), -1)])
+
+    tokens = [x[1:]]
+    for number in range(count(w, "blocks.")):
+        name = f"blocks.{number}"
+        y = norm(x, w, f"{name}.norm1", 1e-6)
+        if f"{name}.attn.q_proj.weight" in w:
+            q, k, v = (y @ w[f"{name}.attn.{part}_proj.weight"].T for part in "qkv")
+            q, v = q + w[f"{name}.attn.q_bias"], v + w[f"{name}.attn.v_bias"]
+        else:
+            q, k, v = qkv(y, w, f"{name}.attn")
+        x = x + linear(attend(turned(q), turned(k), v, heads), w, f"{name}.attn.proj")
+        y = norm(x, w, f"{name}.norm2", 1e-6)
+        if f"{name}.mlp.w12.weight" in w:
+            gate, value = linear(y, w, f"{name}.mlp.w12").chunk(2, dim=1)
+        else:
+            gate, value = linear(y, w, f"{name}.mlp.w1"), linear(y, w, f"{name}.mlp.w2")
+        y = gate / (1 + (-gate).exp()) * value
+        if f"{name}.mlp.ffn_ln.weight" in w:
+            y = norm(y, w, f"{name}.mlp.ffn_ln", 1e-6)
+        x = x + linear(y, w, f"{name}.mlp.w3")
+        tokens.append(x[1:])
+    return tokens
+
+
 def window_pairs(grid: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
     """For all pairs of tokens of a map: what to add to logits, and row and column offset inside the window.
 
@@ -128,10 +168,12 @@ def window_pairs(grid: int, window: int, shift: int) -> tuple[Tensor, Tensor, Te
     return added, dy, dx
 
 
-def swin_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, eps: float = 1e-5) -> list[Tensor]:
+def swin_tokens(
+    w: Weights, image: Tensor, mask: Tensor, window: int, eps: float = 1e-5, outer_eps: float = 1e-5
+) -> list[Tensor]:
     """SimMIM's Swin and SwinV2, without the prefix ``encoder.``."""
     x = patches(image, w)
-    x = norm(x, w, "patch_embed.norm", 1e-5)
+    x = norm(x, w, "patch_embed.norm", outer_eps)
     x = torch.where(mask[:, None], w["mask_token"][0], x)
     if "absolute_pos_embed" in w:
         x = x + w["absolute_pos_embed"][0]
@@ -157,9 +199,9 @@ def swin_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, eps: float
             x = torch.cat(four, dim=-1).flatten(0, 1)
             name = f"layers.{stage}.downsample"
             if len(w[f"{name}.norm.weight"]) == x.shape[1]:
-                x = linear(norm(x, w, f"{name}.norm", 1e-5), w, f"{name}.reduction")
+                x = linear(norm(x, w, f"{name}.norm", outer_eps), w, f"{name}.reduction")
             else:
-                x = norm(linear(x, w, f"{name}.reduction"), w, f"{name}.norm", 1e-5)
+                x = norm(linear(x, w, f"{name}.reduction"), w, f"{name}.norm", outer_eps)
     return tokens
 
 
@@ -188,8 +230,11 @@ def swin_v2_block(x: Tensor, w: Weights, name: str, row: Tensor, added: Tensor, 
 
 def mae_encode(w: Weights, image: Tensor, mask: Tensor, heads: int, eps: float) -> list[Tensor]:
     """Class and visible tokens before the first and after every block of an encoder that sees nothing else."""
-    x = patches(image, w) + w["pos_embed"][0, 1:]
-    x = torch.cat([w["cls_token"][0] + w["pos_embed"][0, :1], x[~mask]])
+    if "cls_token" in w:
+        x = patches(image, w) + w["pos_embed"][0, 1:]
+        x = torch.cat([w["cls_token"][0] + w["pos_embed"][0, :1], x[~mask]])
+    else:
+        x = (patches(image, w) + w["pos_embed"][0])[~mask]
     outputs = [x]
     for number in range(count(w, "blocks.")):
         x = block(x, w, f"blocks.{number}", heads, eps)
@@ -199,20 +244,151 @@ def mae_encode(w: Weights, image: Tensor, mask: Tensor, heads: int, eps: float) 
 
 def mae_input(w: Weights, encoded: Tensor, mask: Tensor, eps: float) -> Tensor:
     x = linear(norm(encoded, w, "norm", eps), w, "decoder_embed")
+    prefix = len(x) - int((~mask).sum())
     full = w["mask_token"][0].expand(len(mask), -1).clone()
-    full[~mask] = x[1:]
-    return torch.cat([x[:1], full]) + w["decoder_pos_embed"][0]
+    full[~mask] = x[prefix:]
+    return torch.cat([x[:prefix], full]) + w["decoder_pos_embed"][0]
 
 
 def mae_tokens(
     w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int, eps: float = 1e-6
 ) -> list[Tensor]:
-    x = mae_input(w, mae_encode(w, image, mask, heads, eps)[-1], mask, eps)
-    tokens = [x[1:]]
+    return mae_decode(w, mae_encode(w, image, mask, heads, eps)[-1], mask, decoder_heads, eps)
+
+
+def mae_decode(w: Weights, encoded: Tensor, mask: Tensor, heads: int, eps: float = 1e-6) -> list[Tensor]:
+    """From class and visible tokens, if there is a class token, before the encoder's norm."""
+    x = mae_input(w, encoded, mask, eps)
+    prefix = len(x) - len(mask)
+    tokens = [x[prefix:]]
     for number in range(count(w, "decoder_blocks.")):
-        x = block(x, w, f"decoder_blocks.{number}", decoder_heads, eps)
-        tokens.append(x[1:])
+        x = block(x, w, f"decoder_blocks.{number}", heads, eps)
+        tokens.append(x[prefix:])
     return tokens
+
+
+def ijepa_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int) -> list[Tensor]:
+    """Encoder of the context, then the predictor over context tokens followed by those to predict."""
+    x = (patches(image, w, "encoder.patch_embed.proj") + w["encoder.pos_embed"][0])[~mask]
+    for number in range(count(w, "encoder.blocks.")):
+        x = block(x, w, f"encoder.blocks.{number}", heads, 1e-6)
+    places = w["predictor.predictor_pos_embed"][0]
+    x = linear(norm(x, w, "encoder.norm", 1e-6), w, "predictor.predictor_embed") + places[~mask]
+    x = torch.cat([x, w["predictor.mask_token"][0] + places[mask]])
+    seen = int((~mask).sum())
+    tokens = []
+    for number in range(count(w, "predictor.predictor_blocks.") + 1):
+        if number:
+            x = block(x, w, f"predictor.predictor_blocks.{number - 1}", heads, 1e-6)
+        placed = torch.empty_like(x)
+        placed[~mask], placed[mask] = x[:seen], x[seen:]
+        tokens.append(placed)
+    return tokens
+
+
+def hivit_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int) -> list[Tensor]:
+    """One visible patch after the other through the blocks without attention; then all of them."""
+    kernel = w["patch_embed.proj.weight"].shape[-1]
+    side = 4 * kernel
+    columns = image.shape[2] // side
+    merges = [int(match[1]) for name in w if (match := re.match(r"blocks\.(\d+)\.reduction\.weight", name))]
+    last, finer = [], []
+    for place in (~mask).nonzero().flatten().tolist():
+        top, left = side * (place // columns), side * (place % columns)
+        x = norm(patches(image[:, top : top + side, left : left + side], w), w, "patch_embed.norm", 1e-6)
+        kept = []
+        for number in range(max(merges) + 1):
+            name = f"blocks.{number}"
+            if number in merges:
+                kept.append(x.flatten())
+                grid = x.reshape(math.isqrt(len(x)), math.isqrt(len(x)), -1)
+                four = [grid[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+                x = linear(norm(torch.cat(four, dim=-1).flatten(0, 1), w, f"{name}.norm", 1e-6), w, f"{name}.reduction")
+            else:
+                x = x + mlp(norm(x, w, f"{name}.norm2", 1e-6), w, f"{name}.mlp")
+        last.append(x[0])
+        finer.append(torch.cat(kept))
+    x = torch.stack(last) + w["absolute_pos_embed"][0][~mask]
+    for number in range(max(merges) + 1, count(w, "blocks.")):
+        x = block(x, w, f"blocks.{number}", heads, 1e-6)
+    if w["decoder_embed.weight"].shape[1] > x.shape[1]:
+        x = torch.cat([torch.stack(finer), x], dim=1)
+    return mae_decode(w, x, mask, decoder_heads)
+
+
+def mcmae_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_heads: int) -> list[Tensor]:
+    """Convolutions written out over padded maps, in which masked places are zero."""
+
+    def over_channels(x: Tensor, name: str) -> Tensor:
+        return norm(x.permute(1, 2, 0), w, name, 1e-5).permute(2, 0, 1)
+
+    def pointwise(x: Tensor, name: str) -> Tensor:
+        return torch.einsum("oi,ihw->ohw", w[f"{name}.weight"][:, :, 0, 0], x) + w[f"{name}.bias"][:, None, None]
+
+    def embed(x: Tensor, name: str) -> Tensor:
+        rows = x.shape[1] // w[f"{name}.proj.weight"].shape[2]
+        tokens = norm(patches(x, w, f"{name}.proj"), w, f"{name}.norm", 1e-5)
+        return gelu(tokens).T.reshape(tokens.shape[1], rows, -1)
+
+    def depthwise(x: Tensor, name: str) -> Tensor:
+        padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
+        y = w[f"{name}.bias"][:, None, None].expand_as(x).clone()
+        for row in range(5):
+            for column in range(5):
+                weight = w[f"{name}.weight"][:, 0, row, column, None, None]
+                y += weight * padded[:, row : row + x.shape[1], column : column + x.shape[2]]
+        return y
+
+    grid = math.isqrt(len(mask))
+    x, added = image, torch.zeros(1, dtype=torch.float64)
+    for stage in (1, 2):
+        x = embed(x, f"patch_embed{stage}")
+        factor = x.shape[1] // grid
+        seen = (~mask).reshape(grid, grid).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+        for number in range(count(w, f"blocks{stage}.")):
+            name = f"blocks{stage}.{number}"
+            y = pointwise(over_channels(x, f"{name}.norm1"), f"{name}.conv1") * seen
+            x = x + pointwise(depthwise(y, f"{name}.attn"), f"{name}.conv2")
+            y = gelu(pointwise(over_channels(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+            x = x + pointwise(y, f"{name}.mlp.fc2")
+        added = added + patches(x, w, f"stage{stage}_output_decode")
+    x = linear(embed(x, "patch_embed3").flatten(1).T, w, "patch_embed4") + w["pos_embed"][0]
+    x = x[~mask]
+    for number in range(count(w, "blocks3.")):
+        x = block(x, w, f"blocks3.{number}", heads, 1e-6)
+    return mae_decode(w, x + added[~mask], mask, decoder_heads)
+
+
+def greenmim_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, decoder_heads: int) -> list[Tensor]:
+    """Swin on visible tokens alone: pairs of tokens of one window attend, whatever lies between them."""
+    w = {name.removeprefix("encoder."): tensor for name, tensor in w.items()}
+    x = norm(patches(image, w), w, "patch_embed.norm", 1e-6)
+    stages, side = count(w, "layers."), math.isqrt(len(mask))
+    for stage in range(stages):
+        factor = 2 ** (stages - 1 - stage)
+        grid = side * factor
+        seen = (~mask).reshape(side, side).repeat_interleave(factor, 0).repeat_interleave(factor, 1).flatten()
+        for number in range(count(w, f"layers.{stage}.blocks.")):
+            name = f"layers.{stage}.blocks.{number}"
+            width = min(window, grid)
+            shift = window // 2 if number % 2 and grid > window else 0
+            table = w[f"{name}.attn.relative_position_bias_table"]
+            place = torch.arange(grid * grid)[seen]
+            row, column = place // grid, place % grid
+            # Windows that start before the map: a shift to the other edge, where nothing may attend, comes to the same.
+            own = (row + (width - shift) % width) // width * 2 * grid + (column + (width - shift) % width) // width
+            together = own[:, None] == own
+            dy, dx = row[:, None] - row, column[:, None] - column
+            index = ((dy + width - 1) * (2 * width - 1) + dx + width - 1).where(together, torch.zeros_like(dy))
+            bias = table[index].permute(2, 0, 1).masked_fill(~together, -math.inf)
+            x = x.clone()
+            x[seen] = block(x[seen], w, name, table.shape[1], 1e-6, bias)
+        if stage + 1 < stages:
+            image_like = x.reshape(grid, grid, -1)
+            four = [image_like[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+            x = norm(torch.cat(four, dim=-1).flatten(0, 1), w, f"layers.{stage}.downsample.norm", 1e-6)
+            x = linear(x, w, f"layers.{stage}.downsample.reduction")
+    return mae_decode(w, x[~mask], mask, decoder_heads)
 
 
 def bootmae_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, stack: str, eps: float = 1e-6) -> list[Tensor]:

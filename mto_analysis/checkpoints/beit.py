@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+
+import torch
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict
 from mto_analysis.checkpoints.inpainting import (
@@ -16,14 +18,19 @@ from mto_analysis.checkpoints.inpainting import (
     rename_beit,
 )
 from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, size, within
+from mto_analysis.checkpoints.positions import Grid
 from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
+from mto_analysis.models import EVA02, EVA02Config
+from mto_analysis.models.eva02 import rotary_table
 
-__all__ = ["HF_BLOCK_NAMES", "convert_beit", "convert_beit_v2", "convert_conmim", "convert_hf_beit"]
+__all__ = ["HF_BLOCK_NAMES", "convert_beit", "convert_beit_v2", "convert_conmim", "convert_eva02", "convert_hf_beit"]
 
 _BEIT_MASKED = 75
 _EVA_WIDTH, _EVA_HEADS = 1408, 16
 _EVA_MASKED, _EVA_PATCHES = 105, 256
+_EVA02_HEADS = {192: 3, 384: 6, **ENCODER_HEADS}
 _DATA2VEC_MASKED = 120
 _CONMIM_RATIO = 0.75
 
@@ -134,3 +141,48 @@ def _encoder(raw: RawCheckpoint, given: Given) -> Encoder:
         image_size=size(arguments(raw), "input_size"),
         published={**ENCODER_HEADS, _EVA_WIDTH: _EVA_HEADS},
     )
+
+
+def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
+    """Pre-training files of EVA-02, of all sizes: query, key and value in one matrix or three, gate and value too.
+
+    Source:
+        baaivision/EVA, ``EVA-02/asuka/modeling_pretrain.py``, ``rope.py``.
+    """
+    state = StateDict(dict(raw.tensors))
+    state.drop(r"lm_head\..*", r"blocks\.\d+\.attn\.rope\..*")
+    stored = {
+        name: state.take(f"rope.freqs_{name}") for name in ("cos", "sin") if f"rope.freqs_{name}" in state.tensors
+    }
+    state.rename(
+        (r"\.attn\.([qkv])_proj\.", r".attn.\1."),
+        (r"\.mlp\.w12\.", ".mlp.fc1."),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
+    )
+    state.fuse_qkv()
+    if given.image_size is not None:
+        raise CheckpointError("rotary positions are not resized; leave --image-size out")
+    # Rotations are as wide as a head.
+    width = stored["cos"].shape[-1] if "cos" in stored and stored["cos"].ndim == 2 else 0
+    dim = state.shape("cls_token", 3)[2]
+    encoder = read_encoder(
+        state,
+        given,
+        stated=dim // width if width and dim % width == 0 else None,
+        mlp_dim=state.shape("blocks.0.mlp.fc2.weight", 2)[1],
+        published=_EVA02_HEADS,
+        image_size=size(arguments(raw), "input_size"),
+    )
+    grid = Grid.of(encoder.model.image_size, encoder.model.patch_size).sides
+    mlp_norm = "blocks.0.mlp.norm.weight" in state.tensors
+    model = EVA02Config(**asdict(encoder.model), mlp_norm=mlp_norm, rotary_grid=grid)
+    computed = dict(zip(("sin", "cos"), rotary_table(grid, model.dim // model.num_heads, grid), strict=True))
+    for name, table in stored.items():
+        if table.shape != computed[name].shape or not torch.allclose(table.float(), computed[name], atol=1e-3):
+            raise CheckpointError(f"rope.freqs_{name} holds other rotations than {grid[0]} x {grid[1]} patches have")
+    encoder = encoder.published(blockwise_rule(_EVA_MASKED, "EVA-02", model, of=_EVA_PATCHES), CLIP)
+    conversion = encoder.trained_with(arguments(raw), own=CLIP).conversion("eva02")
+    return replace(conversion, make=EVA02, config=model)

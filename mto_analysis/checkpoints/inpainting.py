@@ -116,6 +116,7 @@ def read_encoder(
     published: Mapping[int, int] = ENCODER_HEADS,
     eps: float = 1e-6,
     overshoot: float = 0.0,
+    mlp_dim: int | None = None,
 ) -> Encoder:
     """The encoder, its architecture from shapes under our names.
 
@@ -127,6 +128,7 @@ def read_encoder(
         published: Given by width.
         eps: Of the layer norms.
         overshoot: Of resized positions.
+        mlp_dim: Width of the hidden layers, where no ``fc1`` tells.
 
     Raises:
         CheckpointError: If shapes fit no model, or nothing tells the image size.
@@ -155,7 +157,7 @@ def read_encoder(
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
         num_heads=given.choose("num_heads", dim, stated=stated, published=published),
-        mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
+        mlp_dim=mlp_dim or state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         position_bias=bias,
         absolute_positions="pos_embed" in state.tensors,

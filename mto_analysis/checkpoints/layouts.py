@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_hf_beit
+from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_eva02, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Given
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
-from mto_analysis.checkpoints.ibot import convert_ibot
+from mto_analysis.checkpoints.hierarchical import convert_greenmim, convert_hivit, convert_ijepa, convert_mcmae
+from mto_analysis.checkpoints.ibot import convert_ibot, convert_ibot_swin
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite, convert_split_mae
 from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
 from mto_analysis.checkpoints.native import convert_native
@@ -80,6 +81,14 @@ class Layout:
 def _masked(names: Names, mask_token: str) -> bool:
     """Whether it is a pre-training file: one that lost its mask token still has the head, and is refused by name."""
     return names.has(mask_token) or names.has("decoder.0.weight") or names.has("lm_head.weight")
+
+
+def _masked_embed(names: Names) -> bool:
+    return names.has("masked_embed") or names.has("backbone.masked_embed")
+
+
+def _is_swin(names: Names) -> bool:
+    return names.starts("backbone.layers.0.blocks.") or names.starts("layers.0.blocks.")
 
 
 #: First match wins: later rules rely on earlier ones having taken their files.
@@ -172,7 +181,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("Hiera MAE", lambda n: n.has("multi_scale_fusion_heads.0.weight"), convert_hiera),
     Layout(
         "MCMAE / ConvMAE",
-        lambda n: n.starts("blocks3.0.") and n.has("mask_token"),
+        lambda n: n.starts("blocks3.0.") and (n.has("mask_token") or n.starts("decoder_blocks.0.")),
+        convert_mcmae,
     ),
     Layout("MILAN", lambda n: n.has("decoder_blocks.0.attn.kv.weight"), convert_milan),
     Layout(
@@ -186,11 +196,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "HiViT MAE",
         lambda n: n.has("absolute_pos_embed") and n.starts("decoder_blocks.0.", "blocks.0."),
+        convert_hivit,
     ),
-    Layout(
-        "GreenMIM",
-        lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight"),
-    ),
+    Layout("GreenMIM", lambda n: n.starts("encoder.layers.0.") and n.has("decoder_embed.weight"), convert_greenmim),
     Layout("MixMIM", lambda n: n.starts("layers.0.blocks.0.", "decoder_blocks.0."), reason=_MIXES),
     # Its names are MAE's; a distilled model lies beside its teacher. Only its trainer writes start_epoch.
     Layout(
@@ -202,6 +210,11 @@ LAYOUTS: tuple[Layout, ...] = (
         convert_mae_lite,
     ),
     Layout(
+        "SatMAE of channel groups",
+        lambda n: n.has("channel_embed", "decoder_channel_embed"),
+        reason="it masks a place in some groups of channels and not in others",
+    ),
+    Layout(
         "MAE of two modules",
         lambda n: (
             n.has("decoder.decoder_blocks.0.attn.qkv.weight", "decoder.mask_token")
@@ -211,24 +224,23 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "facebookresearch/mae",
-        lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "cls_token"),
+        lambda n: n.has("decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "pos_embed"),
         convert_mae,
     ),
-    Layout(
-        "iBOT",
-        lambda n: (n.has("masked_embed") or n.has("backbone.masked_embed")) and not n.starts("backbone.layers."),
-        convert_ibot,
-    ),
+    Layout("iBOT", lambda n: _masked_embed(n) and not _is_swin(n), convert_ibot),
+    Layout("iBOT Swin", lambda n: _masked_embed(n) and _is_swin(n), convert_ibot_swin),
     Layout(
         "I-JEPA",
-        lambda n: n.has("predictor_pos_embed", "mask_token"),
+        lambda n: n.has("predictor.predictor_pos_embed", "predictor.mask_token", "encoder.pos_embed"),
+        convert_ijepa,
     ),
     Layout("PySlowFast MaskFeat", lambda n: n.has("mask_token") and n.starts("pred_head."), convert_slowfast_maskfeat),
     Layout("ConMIM", lambda n: n.has("projectors.0.weight", "blocks.0.attn.q_bias"), convert_conmim),
     Layout("BEiT v2", lambda n: n.starts("cls_pt_layers.0.", "blocks.0."), convert_beit_v2),
     Layout(
         "EVA-02",
-        lambda n: n.has("mask_token", "blocks.0.attn.q_proj.weight", "blocks.0.mlp.w1.weight"),
+        lambda n: n.has("blocks.0.mlp.w3.weight", "blocks.0.attn.q_bias") and _masked(n, "mask_token"),
+        convert_eva02,
     ),
     Layout(
         "BEiT / data2vec vision / EVA",

@@ -103,42 +103,63 @@ def mae_model(
     *,
     published: Mapping[int, int] = ENCODER_HEADS,
     decoder_published: Mapping[int, int] = MAE_DECODER_HEADS,
+    make: type[MAE] = MAE,
+    architecture: type[MAEConfig] = MAEConfig,
+    unit: int | None = None,
+    **own: Any,
 ) -> Conversion:
-    """An :class:`MAE`, its architecture from shapes under our names.
+    """An :class:`MAE`, or a family with its decoder, its architecture from shapes under our names.
 
     Args:
         state: Tensors under the model's names.
-        given: Given by the user.
-        settings: May hold head counts, ``image_size``, ``mask_ratio``, ``norm_pix_loss``,
-            ``criterion``, ``layer_norm_eps``.
-        published: Given of the encoder by width.
-        decoder_published: Given of the decoder by width.
+        given: By the user.
+        settings: May hold head counts, ``image_size``, ``mask_ratio``, ``norm_pix_loss``, ``criterion``,
+            ``layer_norm_eps``.
+        published: Heads of the encoder by width.
+        decoder_published: Heads of the decoder by width.
+        make: The model.
+        architecture: Its config.
+        unit: Side in pixels of a token of the decoder, where the encoder's have another one.
+        own: Fields of the config that are read in another way, or that MAE's does not have.
     """
-    dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
+    if not {"dim", "channels", "patch_size"} <= own.keys():
+        own = (
+            dict(zip(("dim", "channels", "patch_size"), state.shape("patch_embed.proj.weight", 4), strict=False)) | own
+        )
+    dim, patch_size = own["dim"], unit or own["patch_size"]
     decoder_dim = state.shape("mask_token", 3)[2]
     predicted = state.shape("decoder_pred.weight", 2)[0]
-    stated_size = size(settings, "image_size", "img_size", "input_size")
-    grid = fit_positions(state, given, "pos_embed", "decoder_pos_embed", patch_size=patch_size, stated=stated_size)
-    model = MAEConfig(
-        image_size=grid.image_size,
+    class_token = "cls_token" in state.tensors
+    grid = fit_positions(
+        state,
+        given,
+        *(name for name in ("pos_embed", "decoder_pos_embed") if name in state.tensors),
         patch_size=patch_size,
-        channels=channels,
-        dim=dim,
-        depth=block_numbers(state.tensors, "blocks."),
-        num_heads=given.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=published),
-        mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
-        decoder_dim=decoder_dim,
-        decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
-        decoder_num_heads=given.choose(
-            "decoder_num_heads",
-            decoder_dim,
-            stated=whole(settings, "decoder_num_heads"),
-            published=decoder_published,
-        ),
-        decoder_mlp_dim=state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
-        feature_dim=None if predicted == patch_size**2 * channels else predicted,
-        eps=within(settings, "layer_norm_eps", 1e-6),
+        prefix_tokens=int(class_token),
+        stated=size(settings, "image_size", "img_size", "input_size"),
     )
+    read = {
+        "image_size": grid.image_size,
+        "decoder_dim": decoder_dim,
+        "decoder_depth": block_numbers(state.tensors, "decoder_blocks."),
+        "decoder_mlp_dim": state.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
+        "feature_dim": None if predicted == patch_size**2 * own["channels"] else predicted,
+        "eps": within(settings, "layer_norm_eps", 1e-6),
+        "class_token": class_token,
+    }
+    if "depth" not in own:
+        read |= {
+            "depth": block_numbers(state.tensors, "blocks."),
+            "mlp_dim": state.shape("blocks.0.mlp.fc1.weight", 2)[0],
+        }
+    heads = {
+        "num_heads": (own.get("num_heads"), dim, published),
+        "decoder_num_heads": (None, decoder_dim, decoder_published),
+    }
+    for option, (stored, width, known) in heads.items():
+        stated_heads = stored or whole(settings, option)
+        read[option] = given.choose(option, width, stated=stated_heads, published=known)
+    model = architecture(**{**read, **own})
     stated_ratio = ratio(settings)
     target: Literal["pixels", "normalized_pixels", "features"] | None = None
     if model.feature_dim is not None:
@@ -146,14 +167,14 @@ def mae_model(
     elif isinstance(settings.get("norm_pix_loss"), bool):
         target = "normalized_pixels" if settings["norm_pix_loss"] else "pixels"
     info = ModelInfo(
-        family="mae",
+        family=make.__name__.lower(),
         style="decoder",
         image_size=model.image_size,
         patch_size=patch_size,
         mask_rule=MaskRule("random", stated_ratio or _PUBLISHED_RATIO, patch_size),
         target=target,
         criterion=None if target == "features" else settings.get("criterion") or "l2",
-        mask_rule_source="file" if stated_ratio else "published MAE",
+        mask_rule_source="file" if stated_ratio else f"published {make.__name__}",
         assumptions=grid.notes,
     )
-    return Conversion(MAE, model, info, state)
+    return Conversion(make, model, info, state)

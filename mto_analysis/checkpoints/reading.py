@@ -261,6 +261,8 @@ def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor],
         raise CheckpointError(f"{path} holds a {type(root).__name__}, not a dict of tensors")
     if all(isinstance(value, Tensor) for value in root.values()):
         return _named(root, path), {}
+    if (parts := _separate_parts(root, ema=ema)) is not None:
+        return parts
     for key in (*(_EMA_KEYS if ema else ()), *_ROOT_KEYS):
         inner = root.get(key)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
@@ -269,6 +271,25 @@ def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor],
             return _named(inner, path), extras | ({_IS_EMA: True} if key in _EMA_KEYS else {})
     entries = ", ".join(ascii(name)[:40] for name in list(root)[:8] if isinstance(name, (str, int)))
     raise CheckpointError(f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {entries}")
+
+
+def _separate_parts(root: dict[Any, Any], *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The parts of I-JEPA, which its trainer saves one by one: encoder, its moving average, and predictor."""
+    chosen = {"encoder": "target_encoder" if ema else "encoder", "predictor": "predictor"}
+    parts = {part: root.get(key) for part, key in chosen.items()}
+    if not all(
+        isinstance(part, dict) and any(isinstance(each, Tensor) for each in part.values()) for part in parts.values()
+    ):
+        return None
+    tensors = {
+        f"{part}.{str(name).removeprefix('module.')}": tensor
+        for part, content in parts.items()
+        for name, tensor in (content or {}).items()
+    }
+    around = {
+        name: value for name, value in root.items() if name not in ("encoder", "predictor", "target_encoder", "opt")
+    }
+    return tensors, _plain(around, itertools.count()) | ({_IS_EMA: True} if ema else {})
 
 
 def _named(tensors: dict[Any, Any], path: Path) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ def convert_windows(
     target: PixelTarget = "pixels",
     criterion: Literal["l1", "l2"] = "l1",
     eps: float = 1e-5,
+    outer_eps: float = 1e-5,
 ) -> Conversion:
     """A :class:`SimMIMSwin` from tensors under our names.
 
@@ -64,6 +65,7 @@ def convert_windows(
         criterion: Error of its loss.
         rule: Mask rule that a config states, and where it comes from.
         eps: Of the layer norms.
+        outer_eps: Of those of patches and merges.
 
     Raises:
         CheckpointError: If shapes fit no model.
@@ -112,6 +114,7 @@ def convert_windows(
             absolute_positions="pos_embed" in state.tensors,
             decoder="decoder.weight" in state.tensors,
             eps=eps,
+            outer_eps=outer_eps,
             pretrained_windows=tuple(pretrained) if any(pretrained) else (),
         )
     except ValueError as error:

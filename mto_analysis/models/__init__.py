@@ -3,10 +3,14 @@
 from mto_analysis.models.bootmae import BootMAE, BootMAEConfig
 from mto_analysis.models.cae import CAE, CAEConfig
 from mto_analysis.models.conmim import ConMIM, ConMIMConfig
+from mto_analysis.models.eva02 import EVA02, EVA02Config
+from mto_analysis.models.greenmim import GreenMIM, GreenMIMConfig
 from mto_analysis.models.hiera import Hiera, HieraConfig
+from mto_analysis.models.hivit import HiViT, HiViTConfig
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import MaskedImageModel, ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
+from mto_analysis.models.mcmae import MCMAE, MCMAEConfig
 from mto_analysis.models.mff import MFF, MFFConfig
 from mto_analysis.models.milan import MILAN
 from mto_analysis.models.simmim import SimMIM, SimMIMConfig
@@ -15,7 +19,9 @@ from mto_analysis.taps.tokens import LayerTokens
 
 __all__ = [
     "CAE",
+    "EVA02",
     "MAE",
+    "MCMAE",
     "MFF",
     "MILAN",
     "BootMAE",
@@ -23,12 +29,18 @@ __all__ = [
     "CAEConfig",
     "ConMIM",
     "ConMIMConfig",
+    "EVA02Config",
+    "GreenMIM",
+    "GreenMIMConfig",
+    "HiViT",
+    "HiViTConfig",
     "Hiera",
     "HieraConfig",
     "InpaintingConfig",
     "InpaintingViT",
     "LayerTokens",
     "MAEConfig",
+    "MCMAEConfig",
     "MFFConfig",
     "MaskedImageModel",
     "ModelInfo",

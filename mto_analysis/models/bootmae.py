@@ -90,9 +90,7 @@ class BootMAE(PositionedEncoder):
 
     def _encode(self, images: Tensor, visible: VisiblePatches) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's output after its norm, and its tokens after the first and after the last block."""
-        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        first = x
+        x = first = self._embed(images, visible)
         for depth, block in enumerate(self.blocks):
             x = block(x, attn_mask=visible.attn_mask)
             if depth == 0:

@@ -61,7 +61,7 @@ class CAE(PositionedEncoder):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("regressor",)
-    stack_prefix_tokens: ClassVar[int] = 0
+    stack_prefix_tokens: int = 0
 
     def __init__(self, config: CAEConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
@@ -84,8 +84,7 @@ class CAE(PositionedEncoder):
 
     def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
         visible = VisiblePatches(mask)
-        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        x = self._embed(images, visible)
         for block in self.blocks:
             x = block(x, attn_mask=visible.attn_mask)
         x = visible.put_back(self.decoder_embed(self.norm(x))[:, 1:], self.mask_token)

@@ -1,4 +1,4 @@
-"""The encoder of the decoder-style families: a plain ViT with absolute positions and a class token."""
+"""The encoder of the decoder-style families: a plain ViT with absolute positions, on all or on visible patches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.stacked import StackedModel
+from mto_analysis.models.vit import VisiblePatches
 from mto_analysis.taps.tokens import run_blocks
 
 __all__ = ["PositionedEncoder"]
@@ -20,7 +21,7 @@ class PositionedEncoder(StackedModel):
     """
 
     patch_embed: nn.Module
-    cls_token: nn.Parameter
+    cls_token: nn.Parameter | None
     pos_embed: nn.Parameter
     blocks: nn.ModuleList
     norm: nn.Module
@@ -29,10 +30,18 @@ class PositionedEncoder(StackedModel):
         """The encoder's blocks."""
         return tuple(self.blocks)
 
+    def _embed(self, images: Tensor, visible: VisiblePatches | None = None) -> Tensor:
+        """Class token, if any, and visible patches, or all, with their positions."""
+        prefix = 0 if self.cls_token is None else 1
+        x: Tensor = self.patch_embed(images) + self.pos_embed[:, prefix:]
+        if visible is not None:
+            x = visible.take(x)
+        if self.cls_token is None:
+            return x
+        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+
     def _whole(self, images: Tensor) -> Iterator[Tensor]:
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        return run_blocks(x, self.blocks)
+        return run_blocks(self._embed(images), self.blocks)
 
     def _final_norm(self) -> nn.Module:
         return self.norm

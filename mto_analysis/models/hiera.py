@@ -93,7 +93,7 @@ class Hiera(StackedModel):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("decoder",)
-    stack_prefix_tokens: ClassVar[int] = 0
+    stack_prefix_tokens: int = 0
 
     def __init__(self, config: HieraConfig, info: ModelInfo) -> None:
         super().__init__(config, info)

@@ -66,8 +66,12 @@ class InpaintingViT(StackedModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches + 1, c.dim)) if c.absolute_positions else None
         tables = {"shared": 1, "per_block": c.depth, None: 0}[c.position_bias]
         self.position_biases = nn.ModuleList(RelativePositionBias(info.grid, c.num_heads) for _ in range(tables))
-        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
+        self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(c.dim, eps=c.eps) if c.final_norm else nn.Identity()
+
+    def _make_blocks(self) -> nn.ModuleList:
+        c = self.config
+        return transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps, layer_scale=c.layer_scale)
 
     def _hidden(self, images: Tensor, mask: Tensor | None, stack: str = "encoder") -> Iterator[Tensor]:
         """Class and patch tokens at every layer depth: ``batch 1+num_patches dim``; nothing masked without a mask."""

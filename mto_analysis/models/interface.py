@@ -123,7 +123,7 @@ class MaskedImageModel(nn.Module, ABC):
     stacks: ClassVar[tuple[str, ...]]
 
     #: Tokens that the encoder puts before those of patches: 1 for a class token.
-    encoder_prefix_tokens: ClassVar[int] = 1
+    encoder_prefix_tokens: int = 1
 
     def __init__(self, config: Any, info: ModelInfo) -> None:
         super().__init__()

@@ -21,7 +21,8 @@ __all__ = ["MAE", "MAEConfig"]
 class MAEConfig:
     """Architecture of an :class:`MAE`; widths of the published ViT-B by default.
 
-    ``feature_dim`` is the width of what the decoder predicts where that is features instead of pixels.
+    ``feature_dim`` is the width of what the decoder predicts where that is features instead of pixels; ``class_token``
+    is whether one is in both stacks.
     """
 
     image_size: ImageSize = 224
@@ -37,6 +38,7 @@ class MAEConfig:
     decoder_mlp_dim: int = 2048
     feature_dim: int | None = None
     eps: float = 1e-6
+    class_token: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -51,6 +53,8 @@ class MAEConfig:
 class MAE(PositionedEncoder):
     """Masked autoencoder. Layer 0 is the decoder's input after its position embedding.
 
+    Families with the same decoder and another encoder replace :meth:`_build_encoder` and :meth:`_encoded`.
+
     Source:
         He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); facebookresearch/mae.
     """
@@ -60,29 +64,41 @@ class MAE(PositionedEncoder):
     def __init__(self, config: MAEConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
         c = config
-        grid = info.grid
-        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
-        self.pos_embed = nn.Parameter(sincos_table(grid, c.dim), requires_grad=False)
-        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
-        self.norm = nn.LayerNorm(c.dim, eps=c.eps)
-        self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
+        self.encoder_prefix_tokens = self.stack_prefix_tokens = int(c.class_token)
+        encoded_dim = self._build_encoder()
+        self.decoder_embed = nn.Linear(encoded_dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_table(grid, c.decoder_dim), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(self._position_table(c.decoder_dim), requires_grad=False)
         self.decoder_blocks = transformer_blocks(
             c.decoder_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_mlp_dim, eps=c.eps
         )
         self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=c.eps)
-        self.decoder_pred = nn.Linear(c.decoder_dim, c.feature_dim or c.patch_size**2 * c.channels)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.feature_dim or info.patch_size**2 * c.channels)
+
+    def _build_encoder(self) -> int:
+        """Make the encoder's modules; the width of what it gives to the decoder."""
+        c = self.config
+        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim)) if c.class_token else None
+        self.pos_embed = nn.Parameter(self._position_table(c.dim), requires_grad=False)
+        self.blocks = transformer_blocks(c.dim, c.depth, c.num_heads, c.mlp_dim, eps=c.eps)
+        self.norm = nn.LayerNorm(c.dim, eps=c.eps)
+        return int(c.dim)
+
+    def _position_table(self, dim: int) -> Tensor:
+        return sincos_table(self.info.grid, dim)[:, 1 - self.stack_prefix_tokens :]
+
+    def _encoded(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        """Class token, if any, and visible patches as the encoder gives them: ``batch num_tokens encoded_dim``."""
+        return self.norm(self._encode(self._embed(images, visible), visible.attn_mask))  # type: ignore[no-any-return]
 
     def _decoder_input(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Class and patch tokens as the first decoder block receives them: ``batch 1+num_patches decoder_dim``."""
-        visible = VisiblePatches(mask)
-        x = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        x = self.decoder_embed(self.norm(self._encode(x, visible.attn_mask)))
-        tokens = visible.put_back(x[:, 1:], self.mask_token)
-        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+        """Class and patch tokens as the first decoder block receives them: ``batch num_tokens decoder_dim``."""
+        prefix = self.stack_prefix_tokens
+        visible = VisiblePatches(mask, prefix)
+        x = self.decoder_embed(self._encoded(images, visible))
+        tokens = visible.put_back(x[:, prefix:], self.mask_token)
+        return torch.cat([x[:, :prefix], tokens], dim=1) + self.decoder_pos_embed
 
     def _encode(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         for block in self.blocks:
@@ -94,7 +110,7 @@ class MAE(PositionedEncoder):
 
     def position_embedding(self, stack: str) -> Tensor:
         """The decoder's sin-cos table."""
-        return self.decoder_pos_embed[:, 1:]
+        return self.decoder_pos_embed[:, self.stack_prefix_tokens :]
 
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
         """The decoder's blocks."""
@@ -109,9 +125,9 @@ class MAE(PositionedEncoder):
             returns: batch num_patches values (row, column, channel; or features)
         """
         x = last_depth(self._hidden(images, mask, "decoder"))
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # type: ignore[no-any-return]
+        return self.decoder_pred(self.decoder_norm(x))[:, self.stack_prefix_tokens :]  # type: ignore[no-any-return]
 
     def _reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         if self.config.feature_dim is not None:
             raise ValueError(f"this {self.info.family} model predicts features, not pixels: nothing to reconstruct")
-        return unpatchify(self.predict_patches(images, mask), self.config.patch_size, self.info.grid)
+        return unpatchify(self.predict_patches(images, mask), self.info.patch_size, self.info.grid)

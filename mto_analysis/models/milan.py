@@ -36,7 +36,7 @@ class MILAN(MAE):
         )
 
     def _hidden(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[Tensor]:
-        masked = nn.functional.pad(mask, (1, 0)).unsqueeze(-1)  # the class token is never masked
+        masked = nn.functional.pad(mask, (self.stack_prefix_tokens, 0)).unsqueeze(-1)  # the class token never is
         blocks = (partial(_update_masked, block, masked) for block in self.decoder_blocks)
         return run_blocks(self._decoder_input(images, mask), blocks)
 

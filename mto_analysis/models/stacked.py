@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ class StackedModel(MaskedImageModel):
     """A family implements :meth:`stack_blocks` and :meth:`_hidden`; depths and tokens of patches follow."""
 
     #: Tokens that a stack with masked tokens puts before those of patches.
-    stack_prefix_tokens: ClassVar[int] = 1
+    stack_prefix_tokens: int = 1
 
     @abstractmethod
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:

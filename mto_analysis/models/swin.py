@@ -27,7 +27,7 @@ class SwinConfig:
     ``dim``, ``mlp_dim`` are those of the first stage and double at each merge. A window that is no smaller than a
     stage's grid shrinks to the grid and is not shifted there. ``decoder`` is whether the head that predicts pixels is
     there. ``pretrained_windows`` are the windows by which version 2 scales offsets in each stage, 0 for its own.
-    ``eps`` is that of the blocks and the final norm; norms of patches and merges have 1e-5, in every origin.
+    ``eps`` is that of the blocks and the final norm, ``outer_eps`` that of the norms of patches and merges.
     """
 
     image_size: ImageSize = 192
@@ -44,6 +44,7 @@ class SwinConfig:
     decoder: bool = True
     eps: float = 1e-5
     pretrained_windows: tuple[int, ...] = ()
+    outer_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         """Check the values; lists, as JSON has them, become tuples."""
@@ -93,14 +94,15 @@ class SimMIMSwin(StackedModel):
     """
 
     stacks: ClassVar[tuple[str, ...]] = ("encoder",)
-    encoder_prefix_tokens: ClassVar[int] = 0
-    stack_prefix_tokens: ClassVar[int] = 0
+    encoder_prefix_tokens: int = 0
+    stack_prefix_tokens: int = 0
 
     def __init__(self, config: SwinConfig, info: ModelInfo) -> None:
         super().__init__(config, info)
         c = config
+        norm = partial(nn.LayerNorm, eps=c.outer_eps)
         self.patch_embed = PatchEmbed(
-            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=nn.LayerNorm if c.patch_norm else None
+            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=norm if c.patch_norm else None
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.dim)) if c.absolute_positions else None
@@ -112,7 +114,7 @@ class SimMIMSwin(StackedModel):
                 block = partial(block, pretrained=c.pretrained_windows[stage])
             self.stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(c.depths[stage])))
             if stage + 1 < len(c.depths):
-                self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1))
+                self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1, eps=c.outer_eps))
         self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
         self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
 

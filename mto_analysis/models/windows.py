@@ -66,11 +66,12 @@ class WindowBlock(nn.Module):
             self.block = CosineBlock(dim, num_heads, mlp_dim, eps=eps)
             self.position_bias = LogPositionBias(self.window, num_heads, pretrained)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """One block.
 
         Shapes:
             x: batch num_patches dim
+            hidden: batch num_patches (True = not attended to)
             returns: batch num_patches dim
         """
         batch, num_patches, dim = x.shape
@@ -78,11 +79,18 @@ class WindowBlock(nn.Module):
         bias = self.position_bias()
         if self.apart is not None:
             bias = (bias + self.apart.to(bias.dtype)).repeat(batch, 1, 1, 1)
-        x = x.reshape(batch, *self.grid, dim).roll((-self.shift, -self.shift), (1, 2))
-        windows = window_partition(x, side).flatten(1, 2)
+        windows = self._windows(x)
+        if hidden is not None:
+            keys = self._windows(hidden.unsqueeze(2).to(x.dtype)).squeeze(2)
+            bias = bias + _APART * keys[:, None, None]
         windows = self.block(windows, attn_mask=bias)
-        x = window_reverse(windows.unflatten(1, side), side, *self.grid)
+        x = window_reverse(windows.reshape(-1, *side, dim), side, *self.grid)
         return x.roll((self.shift, self.shift), (1, 2)).reshape(batch, num_patches, dim)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Shifted windows ``windows window_tokens dim`` of tokens ``batch num_patches dim``."""
+        x = x.reshape(len(x), *self.grid, -1).roll((-self.shift, -self.shift), (1, 2))
+        return window_partition(x, (self.window, self.window)).flatten(1, 2)
 
 
 def shift_mask(grid: tuple[int, int], window: int, shift: int) -> Tensor:
@@ -112,11 +120,11 @@ class PatchMerging(nn.Module):
     Channels run over the tokens at (row, column) (0, 0), (1, 0), (0, 1), (1, 1), as in the original.
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int], *, norm_first: bool) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], *, norm_first: bool, eps: float = 1e-5) -> None:
         super().__init__()
         self.grid = grid
         self.norm_first = norm_first
-        self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim)
+        self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim, eps=eps)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

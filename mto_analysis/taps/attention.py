@@ -26,14 +26,15 @@ def tap_attention(blocks: Sequence[nn.Module], listener: AttentionListener) -> I
         bias: as the block passes it to its attention, or ``None``
 
     Args:
-        blocks: In order; those without timm's ``attn.qkv`` are left out.
+        blocks: In order; those without timm's ``attn.qkv``, or with rotary positions, are left out.
         listener: Called in the forward of each block.
     """
     handles: list[RemovableHandle] = []
     try:
         for number, block in enumerate(blocks, start=1):
             attention = getattr(block, "attn", None)
-            if isinstance(attention, nn.Module) and all(hasattr(attention, name) for name in _NEEDED):
+            known = all(hasattr(attention, name) for name in _NEEDED) and not hasattr(attention, "rotate_half")
+            if isinstance(attention, nn.Module) and known:
                 handles += _tap(attention, number, listener)
         yield
     finally:
