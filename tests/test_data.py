@@ -96,16 +96,16 @@ def test_open_images__says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 broken")
     (tmp_path / "table.csv").write_text("a,b\n")
-    pq.write_table(pa.table({"photo": [b"x"]}), tmp_path / "column.parquet")
+    pq.write_table(pa.table({"photo": [1], "text": ["x"]}), tmp_path / "column.parquet")
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "rows.parquet")
     for name, message in {
-        "empty": r"empty holds no images \(\.bmp",
+        "empty": r"empty holds no images \(\.avif, \.bmp",
         "empty.txt": "lists no images",
         "twice.txt": "lists an image twice",
         "binary.txt": "is not a text file",
         "broken.parquet": "is not a readable Parquet file",
         "table.csv": "is neither a folder, a list",
-        "column.parquet": "has no column `image`, only photo",
+        "column.parquet": r"no column of image bytes, and none is `image`: photo \(int64\), text",
         "rows.parquet": "holds no rows",
     }.items():
         with pytest.raises(DataError, match=message) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -112,6 +113,95 @@ def test_open_images__does_not_guess_between_kinds(tmp_path: Path) -> None:
     assert len(open_images(tmp_path / "data").names) == 1
 
 
+# What lies beside the images.
+
+
+def test_open_images__skips_and_counts_what_is_no_data(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "dog/2.png")
+    plain = open_images(tmp_path)
+    assert plain.skipped == {}
+    write(tmp_path, ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png", "cat/.cache/1.png", "cat/._1.png", "dog/.x.jpg")
+    for name in ("Thumbs.db", "cat/notes.txt", "dog/more.txt", "README"):
+        (tmp_path / name).write_text("")
+    images = open_images(tmp_path)
+    assert (images.names, images.labels, images.class_names) == (plain.names, plain.labels, plain.class_names)
+    assert images.skipped == {
+        "hidden or system folders": 3,
+        "hidden or system files": 3,
+        ".txt files": 2,
+        "files without a suffix": 1,
+    }
+    assert choose_images(images, ["dog/2.png"]).skipped == images.skipped
+
+
+def test_open_images__follows_links_to_parents_and_neighbours_once(tmp_path: Path) -> None:
+    write(tmp_path / "all", "some/cat/1.png", "other/dog/2.png")
+    some = tmp_path / "all" / "some"
+    (some / "again").symlink_to(some / "cat")
+    (some / "up").symlink_to(tmp_path / "all")
+    (some / "far").symlink_to(tmp_path / "all" / "other" / "dog")
+    (some / "farther").symlink_to(tmp_path / "all" / "other")
+    images = open_images(some)
+    assert images.names == ["cat/1.png", "far/2.png"]
+    assert images.skipped == {"linked folders that are read already": 3}
+
+
+def test_open_images__names_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, "cat/1.png", "locked/2.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"locked cannot be read \(Permission denied\); make it readable"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPEG", "avif", "jp2", "pgm", "pnm", "webp"])
+def test_open_images__reads_every_suffix_of_images(suffix: str, tmp_path: Path) -> None:
+    kinds = {"jfif": "jpeg", "jpe": "jpeg", "jp2": "jpeg2000", "pgm": "ppm", "pnm": "ppm"}
+    (tmp_path / f"a.{suffix}").write_bytes(encoded(100, kinds.get(suffix, suffix.lower())))
+    images = open_images(tmp_path)
+    assert abs(value_of(images, 0) - 100) <= 3
+    assert images.skipped == {}
+
+
+def test_open_images__reads_lists_with_a_mark_and_names_that_start_with_a_hash(tmp_path: Path) -> None:
+    write(tmp_path, "#1.png", "2.png")
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf# a comment\n#1.png\n2.png\n")
+    assert open_images(tmp_path / "l.txt").names == ["#1.png", "2.png"]
+    for again in ("./2.png", "x/../2.png", str(tmp_path / "2.png")):
+        (tmp_path / "l.txt").write_text(f"2.png\n{again}\n")
+        with pytest.raises(DataError, match="lists an image twice"):
+            open_images(tmp_path / "l.txt")
+
+
+def test_open_images__escapes_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(7))
+    (tmp_path / "l.txt").write_bytes(b"caf\xe9.png\n")
+    for source in (tmp_path, tmp_path / "l.txt"):
+        images = open_images(source)
+        assert images.names == ["caf\\xe9.png"]
+        assert value_of(images, 0) == 7
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_open_images__refuses_archives_that_are_cut(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "tar":
+        write_tar(path, {f"cat/{row}.png": encoded(row) for row in range(40)})
+    else:
+        write_parquet(path, list(range(40)))
+    whole = path.read_bytes()
+    for share in (0.3, 0.5, 0.8):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(DataError, match=r"a\.(tar|parquet)"):
+            open_images(path)
+
+
 # Parquet and saved datasets.
 
 
@@ -139,6 +229,26 @@ def test_open_images__takes_labels_and_class_names_from_parquet(tmp_path: Path) 
     assert open_images(write_parquet(tmp_path / "q.parquet", [1])).labels is None
     hidden = open_images(write_parquet(tmp_path / "r.parquet", [1, 2], [-1, -1]))  # as hidden test labels are written
     assert hidden.labels is None
+
+
+@pytest.mark.parametrize("metadata", ["null", "[1]", '{"info": null}', '{"info": {"features": [1]}}', "not JSON"])
+def test_open_images__reads_parquet_with_odd_metadata(metadata: str, tmp_path: Path) -> None:
+    table = pq.read_table(write_parquet(tmp_path / "p.parquet", [5, 6], [1, 0]))
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "p.parquet")
+    images = open_images(tmp_path / "p.parquet")
+    assert (images.labels, list(images.class_names), value_of(images, 1)) == ([1, 0], [], 6)
+
+
+def test_open_images__takes_another_column_of_images_and_words_as_labels(tmp_path: Path) -> None:
+    table = pq.read_table(write_parquet(tmp_path / "p.parquet", [5, 6, 7], [1, 0, 1]))
+    table = table.rename_columns(["img", "label"]).set_column(1, "label", pa.array(["dog", "cat", "dog"]))
+    pq.write_table(table, tmp_path / "p.parquet")
+    images = open_images(tmp_path / "p.parquet")
+    assert [value_of(images, row) for row in range(3)] == [5, 6, 7]
+    assert (images.labels, list(images.class_names)) == ([1, 0, 1], ["cat", "dog"])
+    pq.write_table(table.append_column("mask", table.column("img")), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"several columns of image bytes, and none is `image`: img \(struct"):
+        open_images(tmp_path / "p.parquet")
 
 
 def test_open_images__reads_a_folder_of_parquet_shards(tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from mto_analysis import DataError, MaskRule, mask_keys, open_images
-from mto_analysis.images import Augmentation, BrokenImage, TrainBatch, TrainingData, choose_images, steps_in_epoch
+from mto_analysis.images import (
+    Augmentation,
+    BrokenImage,
+    Images,
+    TrainBatch,
+    TrainingData,
+    choose_images,
+    steps_in_epoch,
+)
 from mto_analysis.images.augmentation import method_augmentation
 
 RULE = MaskRule("random", 0.75, 4)
@@ -139,8 +147,8 @@ def test_micro_batches__read_only_what_is_not_skipped(large: Path) -> None:
     images = open_images(large)
     read: list[int] = []
 
-    class Watched:
-        names, labels, class_names, open = images.names, images.labels, images.class_names, images.open
+    class Watched(Images):
+        names = images.names
 
         def read(self, index: int) -> bytes:
             read.append(index)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mto_analyze import measuring
 from mto_analyze.console import note
 from mto_analyze.inspect import in_words
-from mto_analyze.options import Checkpoint, DecoderHeads, Heads, Offline, Overwrite
+from mto_analyze.options import Checkpoint, DecoderHeads, Ema, Heads, ImageSize, Mean, Offline, Overwrite, Std
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import registry
@@ -90,10 +91,15 @@ def verify(
 
 @checkpoints.command()
 def convert(
+    context: typer.Context,
     source: Checkpoint,
     out: Annotated[Path, typer.Argument(help="File to write, *.safetensors.")],
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    ema: Ema = False,
     offline: Offline = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -104,8 +110,8 @@ def convert(
 
     from mto_analysis.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 
-    opened = open_checkpoint(source, offline=offline)
-    model = load_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    opened = open_checkpoint(source, ema=ema, offline=offline)
+    model = load_checkpoint(opened, **measuring.loading(context.params))
     folder.path.mkdir(parents=True, exist_ok=True)
     origin = {"converted_from": source, "layout": model.info.layout, "sha256": opened.sha256}
     save_checkpoint(model, out, notes=origin)

@@ -5,23 +5,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mto_analyze.options import Checkpoint, DecoderHeads, Heads, Offline
+from mto_analyze import measuring
+from mto_analyze.options import Checkpoint, DecoderHeads, Ema, Heads, ImageSize, Mean, Offline, Std
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import CheckpointReport
 
 
 def inspect(
+    context: typer.Context,
     ckpt: Checkpoint,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    ema: Ema = False,
     offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint holds, without loading its weights. Exit code 3 if it cannot be measured."""
     from mto_analysis.checkpoints import inspect_checkpoint
 
-    report = inspect_checkpoint(ckpt, num_heads=num_heads, decoder_num_heads=decoder_num_heads, offline=offline)
+    report = inspect_checkpoint(ckpt, **measuring.loading(context.params))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else in_words(report))
 
 
@@ -36,11 +42,12 @@ def in_words(report: "CheckpointReport") -> str:
         "architecture": config,
         "parameters": f"{report.parameters / 1e6:.1f} M ({', '.join(report.dtypes)} in the file)",
         "masked tokens": f"{info.style}-style, in {stacks}",
-        "image": f"{info.pixels}, patches of {info.patch_size} px, {info.num_patches} patches",
+        "image": f"{info.pixels}, patches of {info.patch_size} px, {info.num_patches} patches, "
+        f"{info.channels} channel{'s' * (info.channels > 1)}",
         "masks": f"{info.mask_rule} ({info.mask_rule_source})",
         "caveat": info.caveat or "none",
         "assumed": "; ".join(info.assumptions) or "nothing",
-        "normalization": f"mean {info.mean}, std {info.std}",
+        "normalization": f"mean {info.mean}, std {info.std} ({info.statistics_source})",
         "target": (info.target or "not in the file").replace("_", " "),
         "epoch": "not in the file" if report.epoch is None else str(report.epoch),
         "left out": ", ".join(report.dropped) or "nothing",

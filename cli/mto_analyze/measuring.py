@@ -18,13 +18,18 @@ _SETTINGS = (
     *("limit", "mask_ratio", "mask_unit", "match_visible", "masks_per_image", "seed", "batch_size", "num_workers"),
     "strict",
 )
-_LOADING = ("num_heads", "decoder_num_heads", "offline")
+_LOADING = ("num_heads", "decoder_num_heads", "image_size", "mean", "std", "ema", "offline")
 
 
 def listener(given: Mapping[str, Any]) -> Listener:
     """Notes and progress on stderr, unless quiet; warnings always."""
     quiet = given["quiet"]
     return Listener(partial(note, quiet=quiet), note, partial(progress, quiet=quiet))
+
+
+def loading(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`~mto_analysis.checkpoints.load_checkpoint` among the options of a command."""
+    return {name: given[name] for name in _LOADING if name in given}
 
 
 def request(
@@ -54,7 +59,7 @@ def request(
     told = listener(given)
     if given["images"] is None:
         told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
-    images = open_images(given["images"] or DEMO_IMAGES)
+    images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
     settings = {name: given[name] for name in _SETTINGS if name in given}
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
     settings["dtype"] = getattr(torch, given.get("dtype", "float32"))
@@ -63,7 +68,7 @@ def request(
         choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,
         Settings(**{**settings, "device": pick_device(given["device"]), **changes}),
         given["label"] or (),
-        LoadOptions(**{name: given[name] for name in _LOADING}),
+        LoadOptions(**loading(given)),
         told,
         processes or Processes(),
     )

@@ -8,20 +8,25 @@ import typer
 
 from mto_analyze import measuring
 from mto_analyze.options import (
+    AutoDecoderHeads,
+    AutoHeads,
     Checkpoints,
-    DecoderHeads,
     DeviceName,
-    Heads,
+    Ema,
     Images,
+    ImageSize,
     Labels,
     MaskRatio,
     Masks,
     MaskUnit,
+    Mean,
     Offline,
     Out,
     Overwrite,
     Quiet,
     Seed,
+    Std,
+    ValueRange,
 )
 
 FILES = ("reconstructions.png", "reconstructions.pdf", "reconstructions.csv", "run.json")
@@ -31,6 +36,7 @@ def reconstruct(
     context: typer.Context,
     ckpt: Checkpoints,
     images: Images = None,
+    value_range: ValueRange = None,
     label: Labels = None,
     chosen: Annotated[
         list[str] | None,
@@ -42,8 +48,12 @@ def reconstruct(
     masks: Masks = None,
     seed: Seed = 0,
     device: DeviceName = "auto",
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
+    num_heads: AutoHeads = None,
+    decoder_num_heads: AutoDecoderHeads = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    ema: Ema = False,
     offline: Offline = False,
     out: Out = Path("reconstructions"),
     overwrite: Overwrite = False,

@@ -8,21 +8,26 @@ import typer
 from mto_analyze import measuring
 from mto_analyze.console import note
 from mto_analyze.options import (
+    AutoDecoderHeads,
+    AutoHeads,
     BatchSize,
     Checkpoints,
-    DecoderHeads,
     DeviceName,
-    Heads,
+    Ema,
     Images,
+    ImageSize,
     Labels,
     Limit,
     MaskRatio,
     Masks,
     MaskUnit,
+    Mean,
     Offline,
     Overwrite,
     Quiet,
     Seed,
+    Std,
+    ValueRange,
 )
 
 
@@ -30,6 +35,7 @@ def report(
     context: typer.Context,
     ckpt: Checkpoints,
     images: Images = None,
+    value_range: ValueRange = None,
     label: Labels = None,
     limit: Limit = None,
     chosen: Annotated[
@@ -44,8 +50,12 @@ def report(
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: DeviceName = "auto",
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
+    num_heads: AutoHeads = None,
+    decoder_num_heads: AutoDecoderHeads = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    ema: Ema = False,
     offline: Offline = False,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     overwrite: Overwrite = False,

@@ -2,7 +2,8 @@
 
 from mto_analysis.images.augmentation import CONMIM_TEACHER, Augmentation, Photometric
 from mto_analysis.images.batches import BrokenImage, ImageBatch, image_batches, preprocessing
-from mto_analysis.images.sources import Images, choose_images, open_images
+from mto_analysis.images.interface import Images, choose_images
+from mto_analysis.images.sources import open_images
 from mto_analysis.images.training import EpochData, TrainBatch, TrainingData, steps_in_epoch
 
 __all__ = [

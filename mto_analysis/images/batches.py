@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError
+from mto_analysis.images.interface import Images
 from mto_analysis.images.reading import reason_of
-from mto_analysis.images.sources import Images
 from mto_analysis.models import ModelInfo
+from mto_analysis.models.interface import height_and_width
 
 __all__ = ["BrokenImage", "ImageBatch", "image_batches", "preprocessing"]
 
@@ -36,34 +38,59 @@ class BrokenImage(NamedTuple):
     reason: str
 
 
-def preprocessing(info: ModelInfo) -> Callable[[Image.Image], Tensor]:
-    """What a model expects: shorter side resized (bicubic), centre crop, channels normalised.
+def preprocessing(info: ModelInfo) -> Callable[[Image.Image | Tensor], Tensor]:
+    """What a model expects: resized to cover its input (bicubic), centre crop, channels normalised.
+
+    Eight-bit images are resized in eight bits, by PIL; others, of any number of channels, as they are.
 
     Shapes:
-        returns: image -> channels image_size image_size
+        returns: image, or channels height width -> channels height width (of the model)
     """
     from timm.data import create_transform  # type: ignore[attr-defined]
 
+    size = height_and_width(info.image_size)
     transform: Callable[[Image.Image], Tensor] = create_transform(
-        info.image_size, is_training=False, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=1.0
+        size, is_training=False, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=1.0
     )
-    return transform
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (info.mean, info.std))
+    return lambda image: (_cover(image, size) - mean) / std if isinstance(image, Tensor) else transform(image)
 
 
-class _Prepared(Dataset[tuple[str, Tensor | str]]):
-    """Images after preprocessing; a broken one gives its reason instead of a tensor."""
+def _cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize so that an image covers a size, then cut out its centre.
 
-    def __init__(self, images: Images, rows: Sequence[int], transform: Callable[[Image.Image], Tensor]) -> None:
-        self._images, self._rows, self._transform = images, rows, transform
+    Shapes:
+        pixels: channels height width
+    """
+    scale = max(side / own for side, own in zip(size, pixels.shape[1:], strict=True))
+    covering = [max(side, int(own * scale)) for side, own in zip(size, pixels.shape[1:], strict=True)]
+    if covering != list(pixels.shape[1:]):
+        resized = interpolate(pixels[None], covering, mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized[0]
+    top, left = ((own - side) // 2 for own, side in zip(covering, size, strict=True))
+    return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+_Item = tuple[str, Tensor | str | DataError]
+
+
+class _Prepared(Dataset[_Item]):
+    """Images after preprocessing; a broken one gives its reason instead of a tensor, and an error is handed over."""
+
+    def __init__(self, images: Images, rows: Sequence[int], info: ModelInfo) -> None:
+        self._images, self._rows, self._channels = images, rows, info.channels
+        self._transform = preprocessing(info)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, item: int) -> tuple[str, Tensor | str]:
+    def __getitem__(self, item: int) -> _Item:
         row = self._rows[item]
         name = self._images.names[row]
         try:
-            return name, self._transform(self._images.open(row))
+            return name, self._transform(self._images.samples(row, self._channels))
+        except DataError as error:  # would come out of a worker with its whole traceback
+            return name, error
         except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
             return name, reason_of(error)
 
@@ -89,7 +116,8 @@ def image_batches(
 
     Raises:
         ValueError: If a number is not positive.
-        DataError: If an image is broken and ``on_broken`` is not given.
+        DataError: If an image is broken and ``on_broken`` is not given, has not the channels of the model, or values
+            whose range nobody states.
     """
     if batch_size < 1 or (limit is not None and limit < 1) or num_workers < 0:
         raise ValueError(
@@ -98,8 +126,8 @@ def image_batches(
     total = len(images.names)
     count = min(limit or total, total)
     rows = [index * total // count for index in range(count)]
-    loader: DataLoader[tuple[str, Tensor | str]] = DataLoader(
-        _Prepared(images, rows, preprocessing(info)),
+    loader: DataLoader[_Item] = DataLoader(
+        _Prepared(images, rows, info),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
@@ -108,6 +136,8 @@ def image_batches(
     for items in loader:
         good: list[tuple[str, Tensor]] = []
         for name, content in items:
+            if isinstance(content, DataError):
+                raise content
             if isinstance(content, Tensor):
                 good.append((name, content))
             elif on_broken is None:

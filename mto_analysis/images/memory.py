@@ -12,10 +12,9 @@ from torch import Tensor
 
 from mto_analysis.errors import DataError
 from mto_analysis.images.augmentation import Augmentation, Geometry, fit_to_square
-from mto_analysis.images.decoding import decode_pixels
-from mto_analysis.images.reading import read_content, reason_of
+from mto_analysis.images.interface import Images
+from mto_analysis.images.reading import read_content, read_pixels, reason_of
 from mto_analysis.images.sampling import ImageSampler, Rows
-from mto_analysis.images.sources import Images
 
 __all__ = ["HeldImages", "decode_all", "fits_memory"]
 
@@ -55,7 +54,7 @@ def decode_all(
     broken: list[tuple[int, str]] = []
     for row in range(total):
         try:
-            one = decode_pixels(read_content(images, row))
+            one = read_pixels(images, row)
         except DataError:
             raise
         except Exception as error:  # decoders fail in many ways

@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mto_analysis.errors import DataError
-from mto_analysis.images.decoding import decode_image
+from mto_analysis.images.interface import Images
 
 __all__ = ["open_parquet"]
 
 
-class _ParquetImages:
+class _ParquetImages(Images):
     """Image cells, bytes or a struct with ``bytes`` and ``path``, in groups of rows; one group at a time is in memory.
 
     Args:
         names: One per row.
         groups: File and number of each group of rows, in order.
         starts: First row of each group.
+        column: That holds the images.
         labels: One class number per row, or None.
         class_names: Of the class numbers.
     """
@@ -33,11 +32,12 @@ class _ParquetImages:
         names: Sequence[str],
         groups: Sequence[tuple[Path, int]],
         starts: Sequence[int],
+        column: str,
         labels: Sequence[int] | None,
         class_names: Sequence[str],
     ) -> None:
         self.names, self.labels, self.class_names = names, labels, class_names
-        self._groups, self._starts = groups, starts
+        self._groups, self._starts, self._column = groups, starts, column
         self._files: dict[Path, Any] = {}
         self._group: tuple[int, Any] | None = None
         self._process = os.getpid()
@@ -47,7 +47,7 @@ class _ParquetImages:
 
         # A file stays open, and a group is read on demand, however large the file.
         file = self._files.get(path) or self._files.setdefault(path, pq.ParquetFile(path))
-        return file.read_row_group(group, columns=["image"], use_threads=False).column(0)
+        return file.read_row_group(group, columns=[self._column], use_threads=False).column(0)
 
     def read(self, index: int) -> bytes:
         if self._process != os.getpid():  # a forked worker process must not share its parent's open files
@@ -65,18 +65,41 @@ class _ParquetImages:
             raise ValueError("the row holds no image bytes")
         return cell
 
-    def open(self, index: int) -> Image.Image:
-        return decode_image(self.read(index))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None, "_files": {}}  # worker processes read for themselves
 
 
-def _class_names(features: Any) -> list[str]:
-    """Names of a ClassLabel column in the description that the ``datasets`` library writes."""
-    label = features.get("label") if isinstance(features, dict) else None
-    names = label.get("names") if isinstance(label, dict) else None
-    return [str(name) for name in names] if isinstance(names, list) else []
+def _class_names(schema: Any) -> list[str]:
+    """Names of a ClassLabel column in the description that the ``datasets`` library writes; others' may be anything."""
+    try:
+        described: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError:
+        return []
+    for name in ("info", "features", "label", "names"):
+        described = described.get(name) if isinstance(described, dict) else None
+    return [str(name) for name in described] if isinstance(described, list) else []
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    """The column ``image``, or the only one that could hold images.
+
+    Raises:
+        DataError: If there is none, or several.
+    """
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return any(each.name in ("bytes", "path") for each in kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    columns = [each.name for each in schema if holds_bytes(each.type)]
+    if "image" in columns or len(columns) == 1:
+        return "image" if "image" in columns else str(columns[0])
+    held = ", ".join(f"{each.name} ({each.type})" for each in schema)
+    raise DataError(
+        f"{path} has {'several columns' if columns else 'no column'} of image bytes, and none is `image`: {held}"
+    )
 
 
 def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
@@ -85,29 +108,27 @@ def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
     Names are the row, and with several shards the shard and the row (``train-00000-of-00002:17``).
 
     Raises:
-        DataError: If a file cannot be read or has no column ``image``.
+        DataError: If a file cannot be read or has no column of images.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names: list[str] = []
-    labels: list[int | None] = []
+    labels: list[int | str | None] = []
     groups: list[tuple[Path, int]] = []
     starts: list[int] = []
     class_names: list[str] = []
+    columns: dict[str, Path] = {}
     for path in paths:
         try:
-            file = pq.ParquetFile(path)
-            if "image" not in file.schema_arrow.names:
-                raise DataError(f"{path} has no column `image`, only {', '.join(file.schema_arrow.names)}")
-            described = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            class_names = class_names or _class_names(described.get("info", {}).get("features"))
-            rows = file.metadata.num_rows
-            if "label" in file.schema_arrow.names and pa.types.is_integer(file.schema_arrow.field("label").type):
-                labels += file.read(columns=["label"]).column(0).to_pylist()
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            file.close()
-        except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+            with pq.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                columns.setdefault(_image_column(schema, path), path)
+                class_names = class_names or _class_names(schema)
+                if "label" in schema.names:
+                    labels += file.read(columns=["label"]).column(0).to_pylist()
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
         prefix = "" if len(paths) == 1 else path.relative_to(source).with_suffix("").as_posix() + ":"
         first = len(names)
@@ -115,13 +136,23 @@ def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
             starts.append(first)
             groups.append((path, group))
             first += size
-        names += [f"{prefix}{row}" for row in range(rows)]
+        names += [f"{prefix}{row}" for row in range(sum(sizes))]
     if not names:
         raise DataError(f"{source} holds no rows")
-    return _ParquetImages(names, groups, starts, _complete(labels, len(names)), class_names)
+    if len(columns) > 1:
+        held = " and ".join(f"`{column}` ({path.name})" for column, path in columns.items())
+        raise DataError(f"{source} has images in columns of different names: {held}")
+    return _ParquetImages(names, groups, starts, next(iter(columns)), *_classes(labels, len(names), class_names))
 
 
-def _complete(labels: Sequence[int | None], count: int) -> list[int] | None:
-    """Labels if every row has one (the ``datasets`` library writes -1 for a hidden test label)."""
-    known = [label for label in labels if label is not None and label >= 0]
-    return known if len(known) == count else None
+def _classes(
+    labels: Sequence[int | str | None], count: int, class_names: Sequence[str]
+) -> tuple[list[int] | None, Sequence[str]]:
+    """Class numbers and names, if every row has a label: a number (-1 stands for a hidden one), or a word."""
+    words = [label for label in labels if isinstance(label, str)]
+    if len(words) == count:
+        class_names = sorted(set(words))
+        number = {name: row for row, name in enumerate(class_names)}
+        return [number[word] for word in words], class_names
+    known = [label for label in labels if isinstance(label, int) and label >= 0]
+    return (known if len(known) == count else None), class_names

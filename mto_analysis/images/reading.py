@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
-from mto_analysis.errors import DataError
-from mto_analysis.images.sources import Images
+from torch import Tensor
 
-__all__ = ["read_content", "reason_of"]
+from mto_analysis.errors import DataError
+from mto_analysis.images.decoding import decode_pixels
+from mto_analysis.images.interface import Images, naming
+
+__all__ = ["read_content", "read_pixels", "reason_of"]
 
 
 def reason_of(error: Exception) -> str:
@@ -31,3 +34,13 @@ def read_content(images: Images, row: int) -> bytes:
         raise DataError(
             f"image {images.names[row]} cannot be read any more ({reason_of(error)}); restore it, then resume"
         ) from error
+
+
+def read_pixels(images: Images, row: int) -> Tensor:
+    """One image in eight-bit RGB, ``channels height width``.
+
+    Raises:
+        DataError: If it is gone, cannot be read, or has values whose range nobody states.
+    """
+    with naming(images, row):
+        return decode_pixels(read_content(images, row), images.value_range)

@@ -1,55 +1,40 @@
 """Where images come from: a folder, a list file, a Parquet file, tar shards; with their labels.
 
-An image's name is its path relative to the folder or list, or its row in a file; masks and augmentation hang on it.
+An image's name is its path relative to the folder or list, or its row in a file; masks and augmentation depend on it.
+What lies beside the images is skipped and counted, never taken for data.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
-
-from PIL import Image
+from typing import NoReturn
 
 from mto_analysis.errors import DataError, DataNotFoundError
-from mto_analysis.images.decoding import decode_image
+from mto_analysis.images.decoding import ValueRange
+from mto_analysis.images.interface import Images
 
-__all__ = ["SUFFIXES", "Images", "choose_images", "open_images"]
+__all__ = ["SUFFIXES", "open_images"]
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = tuple(
+    f".{each}"
+    for each in (
+        *("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "npy", "pbm", "pgm", "png", "pnm", "ppm"),
+        *("tif", "tiff", "webp"),
+    )
+)
 # A folder whose sub-folders all have these names holds splits, not classes. Each line: names of one split.
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
 
-
-class Images(Protocol):
-    """Named images that can be opened one by one."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """One name per image, unique."""
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        """One class number per image, or None where the source has no classes."""
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """The name of each class number; empty where the source gives none."""
-
-    def read(self, index: int) -> bytes:
-        """The encoded image file.
-
-        Raises:
-            OSError: If the file is gone or cannot be read.
-            ValueError: If the row holds no image.
-        """
-
-    def open(self, index: int) -> Image.Image:
-        """Decode one image; raises whatever the decoder raises."""
+# Folders that file managers, archivers and file systems leave beside data; so are all whose names start with a dot.
+_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
+_SYSTEM_FILES = frozenset(("Thumbs.db", "desktop.ini"))
 
 
-class _FileImages:
+class _FileImages(Images):
     """Files named relative to a folder; a list of a million paths would take a gigabyte, names take a tenth."""
 
     def __init__(
@@ -58,32 +43,28 @@ class _FileImages:
         names: Sequence[str],
         labels: Sequence[int] | None = None,
         class_names: Sequence[str] = (),
+        skipped: Mapping[str, int] | None = None,
     ) -> None:
-        self.names, self.labels, self.class_names = names, labels, class_names
         self._folder = folder
+        self.names = [printable(name) for name in names]
+        self._odd = {row: name for row, name in enumerate(names) if name != self.names[row]}
+        self.labels, self.class_names, self.skipped = labels, class_names, skipped or {}
 
     def read(self, index: int) -> bytes:
-        return (self._folder / self.names[index]).read_bytes()
-
-    def open(self, index: int) -> Image.Image:
-        return decode_image(self.read(index))
+        return (self._folder / self._odd.get(index, self.names[index])).read_bytes()
 
 
-class _ChosenImages:
-    def __init__(self, images: Images, rows: Sequence[int]) -> None:
-        self.names = [images.names[row] for row in rows]
-        self.labels = None if images.labels is None else [images.labels[row] for row in rows]
-        self.class_names = images.class_names
-        self._images, self._rows = images, rows
+def printable(name: str) -> str:
+    r"""A file name as text that can be written: bytes that are not UTF-8 are escaped.
 
-    def read(self, index: int) -> bytes:
-        return self._images.read(self._rows[index])
-
-    def open(self, index: int) -> Image.Image:
-        return self._images.open(self._rows[index])
+    Example:
+        >>> print(printable(os.fsdecode(b"caf\xe9.png")))
+        caf\xe9.png
+    """
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def open_images(source: str | Path, *, split: str | None = None) -> Images:
+def open_images(source: str | Path, *, split: str | None = None, value_range: ValueRange | None = None) -> Images:
     """Find the images of a source, with labels where it has classes.
 
     ============================  ==================================================================================
@@ -91,23 +72,31 @@ def open_images(source: str | Path, *, split: str | None = None) -> Images:
     ============================  ==================================================================================
     folder (nested)               the sub-folder, in the order of names; ``DIR/train/CLASS`` and ``DIR/val/CLASS`` too
     list, one path a line         a whole number after a tab or the last space of every line, if every line has one
-    Parquet file or folder of     column ``label``; class names from the schema of the ``datasets`` library
-    such shards
-    dataset saved to disk by      column ``label``
-    the ``datasets`` library
+    Parquet file or folder of     column ``label``: numbers, or words; class names from the schema of the ``datasets``
+    such shards                   library, or the words
     tar file, folder of such      the folder inside the tar, or the tar's name; of WebDataset shards the ``.cls`` files
     ============================  ==================================================================================
 
     Args:
         source: A folder; a ``.txt`` or ``.lst`` file with paths relative to itself; a ``.parquet`` file with a column
-            ``image`` (struct with ``bytes``, or bytes); a ``.tar`` file; or one image.
+            of images (struct with ``bytes``, or bytes); a ``.tar`` file; or one image. Hidden and system folders, and
+            files that are no images, are counted in ``skipped``.
         split: ``train``, ``val`` or ``test`` of a source that holds several; by default all that is there.
+        value_range: Values of black and white; needed for images that are not of eight bits and do not state them
+            (TIFF, NumPy).
 
     Raises:
         DataNotFoundError: If there is no such file, folder or split.
         DataError: If it holds no images, or is of no known kind.
     """
-    path = Path(source).expanduser()
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise ValueError(f"value_range must rise from black to white, got {value_range[0]:g} and {value_range[1]:g}")
+    images = _open(Path(source).expanduser(), split)
+    images.value_range = value_range
+    return images
+
+
+def _open(path: Path, split: str | None) -> Images:
     if path.is_dir():
         return _open_folder(path, split)
     if not path.is_file():
@@ -140,50 +129,83 @@ def _open_folder(path: Path, split: str | None) -> Images:
             return _open_folder(inside[0], None)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         raise DataError(f"{path} is a dataset that `save_to_disk` wrote; export it with `to_parquet` and give the file")
-    names, shards, tars = _walk(path)
-    if sum(map(bool, (names, shards, tars))) > 1:
-        kinds = (("images", names), ("Parquet files", shards), ("tar files", tars))
-        held = " and ".join(f"{kind} ({found[0]})" for kind, found in kinds if found)
+    found, skipped = _walk(path)
+    if len(found) > 1:
+        held = " and ".join(f"{kind} ({files[0]})" for kind, files in found.items())
         raise DataError(f"{path} holds {held}; give the folder or file of one kind")
+    shards, tars = found.get("Parquet files"), found.get("tar files")
     if shards:
         from mto_analysis.images.parquet import open_parquet
 
-        return open_parquet(_shards_of_split(path, [path / shard for shard in shards], split), path)
+        images: Images = open_parquet(_shards_of_split(path, [path / shard for shard in shards], split), path)
+        images.skipped = skipped
+        return images
     if split is not None:
         raise DataNotFoundError(f"{path} has no split {split!r}; it needs a sub-folder {split} or files {split}-*")
     if tars:
         from mto_analysis.images.tars import open_tars
 
-        return open_tars(path)
+        images = open_tars(path)
+        images.skipped = skipped
+        return images
+    names = next(iter(found.values()), [])
     if not names:
-        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+        beside = f", only {', '.join(skipped)}" if skipped else ""
+        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}){beside}")
     labels, class_names = _folder_labels(names)
-    return _FileImages(path, names, labels, class_names)
+    return _FileImages(path, names, labels, class_names, skipped)
 
 
-def _walk(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """Images, Parquet files and (at the top) tar files below a folder, sorted; linked folders are followed once."""
-    names: list[str] = []
-    shards: list[str] = []
-    tars: list[str] = []
-    seen = {path.resolve()}
-    for folder, folders, files in os.walk(path, followlinks=True):
-        inside = Path(folder).relative_to(path).as_posix()
-        prefix = "" if inside == "." else f"{inside}/"
-        for name in [one for one in folders if Path(folder, one).is_symlink()]:
-            target = Path(folder, name).resolve()
-            if target in seen or path.resolve().is_relative_to(target):
-                folders.remove(name)
-            seen.add(target)
-        for file in files:
-            suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 (a Path for each of a million files is slow)
-            if suffix in SUFFIXES:
-                names.append(prefix + file)
-            elif suffix == ".parquet":
-                shards.append(prefix + file)
-            elif suffix == ".tar" and not prefix:
-                tars.append(file)
-    return sorted(names), sorted(shards), sorted(tars)
+def _walk(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Files below a folder by kind, sorted, and what was skipped.
+
+    Linked folders are followed once, after all folders that lie there themselves, and only where they lead to others.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in ("images", "NumPy arrays", "Parquet files", "tar files")}
+    skipped: Counter[str] = Counter()
+    seen: set[Path] = set()
+    links = [path]
+    while links:
+        start = links.pop(0)
+        parent = start != path and path.resolve().is_relative_to(start.resolve())
+        for folder, folders, files in os.walk(start, onerror=_unreadable):
+            here = Path(folder)
+            if parent or here.resolve() in seen:
+                skipped["linked folders that are read already"] += 1
+                folders.clear()
+                continue
+            seen.add(here.resolve())
+            hidden = [name for name in folders if name.startswith(".") or name in _SYSTEM_FOLDERS]
+            skipped["hidden or system folders"] += len(hidden)
+            linked = [name for name in folders if name not in hidden and (here / name).is_symlink()]
+            links += [here / name for name in sorted(linked)]
+            folders[:] = [name for name in folders if name not in hidden and name not in linked]
+            inside = here.relative_to(path).as_posix()
+            _sort_files("" if inside == "." else f"{inside}/", files, found, skipped)
+    sorted_names = {kind: sorted(names) for kind, names in found.items() if names}
+    return sorted_names, {kind: count for kind, count in skipped.items() if count}
+
+
+def _sort_files(prefix: str, files: Iterable[str], found: dict[str, list[str]], skipped: Counter[str]) -> None:
+    """Put the files of a folder where they belong."""
+    for file in files:
+        suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 (a Path for each of a million files is slow)
+        if file.startswith(".") or file in _SYSTEM_FILES:
+            skipped["hidden or system files"] += 1
+        elif suffix == ".npy":
+            found["NumPy arrays"].append(prefix + file)
+        elif suffix in SUFFIXES:
+            found["images"].append(prefix + file)
+        elif suffix == ".parquet":
+            found["Parquet files"].append(prefix + file)
+        elif suffix == ".tar" and not prefix:
+            found["tar files"].append(file)
+        else:
+            skipped[f"{suffix} files" if suffix else "files without a suffix"] += 1
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable or move it away") from error
 
 
 def _shards_of_split(path: Path, shards: Sequence[Path], split: str | None) -> list[Path]:
@@ -211,30 +233,20 @@ def _folder_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
 
 def _open_list(path: Path) -> Images:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))  # names of files need not be UTF-8
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not a text file: {error}") from error
-    names = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if "\0" in text:
+        raise DataError(f"{path} is not a text file (UTF-8)")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line for line in lines if not line.startswith("#") or (path.parent / line).is_file()]
     if not names:
         raise DataError(f"{path} lists no images")
     labels = None
     pairs = [name.replace("\t", " ").rpartition(" ") for name in names]
     if all(left.strip() and right.isdecimal() for left, _, right in pairs):
         names, labels = [left.strip() for left, _, _ in pairs], [int(right) for _, _, right in pairs]
-    if len(set(names)) != len(names):
-        raise DataError(f"{path} lists an image twice; masks hang on names")
+    twice = Counter(os.path.normpath(path.parent / name) for name in names).most_common(1)[0]
+    if twice[1] > 1:
+        raise DataError(f"{path} lists an image twice ({twice[0]}); masks depend on names")
     return _FileImages(path.parent, names, labels)
-
-
-def choose_images(images: Images, names: Sequence[str]) -> Images:
-    """The named images alone, in the order asked for; their masks are the same, as masks hang on names.
-
-    Raises:
-        DataError: If there is no image of a name.
-    """
-    row_of = {name: row for row, name in enumerate(images.names)}
-    missing = [name for name in names if name not in row_of]
-    if missing:
-        known = ", ".join(list(row_of)[:3])
-        raise DataError(f"there is no image {', '.join(missing)}; there are {len(row_of)}: {known}, ...")
-    return _ChosenImages(images, [row_of[name] for name in names])

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from mto_analysis.errors import DataError
-from mto_analysis.images.decoding import decode_image
+from mto_analysis.images.interface import Images
 
 __all__ = ["open_tars"]
+
+
+_END = bytes(1024)  # the two blocks of zeros that end an archive
 
 
 class _Place(NamedTuple):
@@ -22,7 +23,7 @@ class _Place(NamedTuple):
     length: int
 
 
-class _TarImages:
+class _TarImages(Images):
     def __init__(
         self,
         names: Sequence[str],
@@ -43,9 +44,6 @@ class _TarImages:
         if len(content) != length:
             raise OSError(f"{path} ends before the image does")
         return content
-
-    def open(self, index: int) -> Image.Image:
-        return decode_image(self.read(index))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # worker processes open for themselves
@@ -70,6 +68,7 @@ def open_tars(path: Path) -> _TarImages:
         # timm's index file is not used: it would be written beside the data.
         reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)  # type: ignore[no-untyped-call]
         shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        _check_ends(shards)
         numbers = _webdataset_labels(shards)
     except DataError:
         raise
@@ -99,6 +98,15 @@ def open_tars(path: Path) -> _TarImages:
     elif len(class_names) < 2:
         labels, class_names = None, []
     return _TarImages(names, [place for _, place, _ in found], labels, class_names)
+
+
+def _check_ends(shards: Sequence[Path]) -> None:
+    """Refuse archives that were cut: between two members nothing but the missing end mark shows it."""
+    for shard in shards:
+        with shard.open("rb") as file:
+            file.seek(-min(len(_END), shard.stat().st_size), os.SEEK_END)
+            if file.read() != _END:
+                raise DataError(f"{shard} has no end mark, so it was cut short; copy or download it again")
 
 
 def _stem(name: str) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.augmentation import Augmentation
 from mto_analysis.images.batches import BrokenImage
+from mto_analysis.images.interface import Images
 from mto_analysis.images.memory import HeldImages, decode_all, fits_memory
 from mto_analysis.images.sampling import ImageSampler, Rows
-from mto_analysis.images.sources import Images
 from mto_analysis.images.workers import BatchPlan, CroppedBatch, CroppedBatches
 from mto_analysis.masks import MaskRule
 

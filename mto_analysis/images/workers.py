@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mto_analysis.errors import DataError
-from mto_analysis.images.decoding import decode_pixels
-from mto_analysis.images.reading import read_content, reason_of
+from mto_analysis.images.interface import Images
+from mto_analysis.images.reading import read_pixels, reason_of
 from mto_analysis.images.sampling import ImageSampler, Rows
-from mto_analysis.images.sources import Images
 
 __all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]
 
@@ -82,7 +81,7 @@ class _Cropping(Dataset[CroppedBatch]):
         """Put an image's crop, or that of its replacement, into ``target``; returns the row that it is of."""
         for candidate in self._sampler.candidates(row, epoch):
             try:
-                one = decode_pixels(read_content(self._images, candidate))
+                one = read_pixels(self._images, candidate)
             except DataError:
                 raise
             except Exception as error:  # decoders fail in many ways, and one bad file must not end a run

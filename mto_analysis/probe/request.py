@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info, load_checkpoint, open_checkpoint
-from mto_analysis.errors import HeadCountError
+from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, choose_images, image_batches
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MaskedImageModel
@@ -153,6 +154,7 @@ class Request:
             CheckpointError: If a checkpoint cannot be used.
             DataError: If an image is broken under ``strict``.
         """
+        self._describe_images()
         for source, raw, label in zip(self.sources, self._opened, self.labels, strict=True):
             model = self._load(raw).to(self.settings.device, self.settings.dtype)
             masks, words, rule = self._masks(model)
@@ -171,6 +173,17 @@ class Request:
             }
             yield LoadedModel(label, model, masks, loss, facts)
 
+    def _describe_images(self) -> None:
+        """Say what was skipped beside the images, and which of their values are black and white."""
+        if self.images.skipped:
+            skipped = "skipped " + ", ".join(f"{count} {kind}" for kind, count in self.images.skipped.items())
+            if self.settings.strict:
+                raise DataError(f"{skipped} beside the images; move them away, or measure without --strict")
+            self.listener.note(skipped)
+        with contextlib.suppress(Exception):  # a broken image is dealt with when it is decoded
+            if words := self.images.range_in_words(self.settings.rows(self.images)[0]):
+                self.listener.note(f"image {self.images.names[0]}: {words}")
+
     def _masks(self, model: MaskedImageModel) -> tuple[MaskSource, str, MaskRule | None]:
         """Where masks come from, in words, and their rule."""
         info, settings = model.info, self.settings
@@ -186,6 +199,10 @@ class Request:
     def _describe(self, label: str, model: MaskedImageModel, masks: str) -> None:
         info = model.info
         self.listener.note(f"{label}: {info.family} ({info.layout}), {info.pixels}; masks: {masks}")
+        if info.channels == 1:
+            self.listener.note(f"{label}: has one channel; colour images are turned grey (ITU-R 601)")
+        if info.statistics_source != "published":
+            self.listener.note(f"{label}: mean {info.mean}, std {info.std} ({info.statistics_source})")
         if info.caveat:
             self.listener.note(f"{label}: {info.caveat}")
         for assumption in info.assumptions:

@@ -1,0 +1,94 @@
+"""What every source of images gives: names, labels, encoded files, and their decoding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from PIL import Image
+from torch import Tensor
+
+from mto_analysis.errors import DataError
+from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
+
+__all__ = ["Images", "choose_images", "naming"]
+
+
+class Images(ABC):
+    """Named images that can be opened one by one."""
+
+    #: One name per image, unique.
+    names: Sequence[str]
+    #: One class number per image, or None where the source has no classes.
+    labels: Sequence[int] | None = None
+    #: The name of each class number; empty where the source gives none.
+    class_names: Sequence[str] = ()
+    #: Values of black and white as the user states them, for images that are not of eight bits.
+    value_range: ValueRange | None = None
+    #: What was skipped while looking for images: how many of which kind.
+    skipped: Mapping[str, int] = {}
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded image file.
+
+        Raises:
+            OSError: If the file is gone or cannot be read.
+            ValueError: If the row holds no image.
+        """
+
+    def open(self, index: int) -> Image.Image:
+        """One image in eight-bit RGB; raises whatever the decoder raises.
+
+        Raises:
+            DataError: If nobody states the range of its values.
+        """
+        with naming(self, index):
+            return decode_image(self.read(index), self.value_range)
+
+    def samples(self, index: int, channels: int) -> Image.Image | Tensor:
+        """One image for a model, see :func:`~mto_analysis.images.decoding.decode_samples`."""
+        with naming(self, index):
+            return decode_samples(self.read(index), channels, self.value_range)
+
+    def range_in_words(self, index: int) -> str:
+        """Which values of an image are black and white, where it is not of eight bits; else nothing."""
+        return range_in_words(self.read(index), self.value_range)
+
+
+@contextmanager
+def naming(images: Images, index: int) -> Iterator[None]:
+    """An error that is no broken image names the image."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        raise DataError(
+            message if message.startswith("image ") else f"image {images.names[index]} {message}"
+        ) from error
+
+
+class _ChosenImages(Images):
+    def __init__(self, images: Images, rows: Sequence[int]) -> None:
+        self.names = [images.names[row] for row in rows]
+        self.labels = None if images.labels is None else [images.labels[row] for row in rows]
+        self.class_names, self.value_range, self.skipped = images.class_names, images.value_range, images.skipped
+        self._images, self._rows = images, rows
+
+    def read(self, index: int) -> bytes:
+        return self._images.read(self._rows[index])
+
+
+def choose_images(images: Images, names: Sequence[str]) -> Images:
+    """The named images alone, in the order asked for; their masks are the same, as masks hang on names.
+
+    Raises:
+        DataError: If there is no image of a name.
+    """
+    row_of = {name: row for row, name in enumerate(images.names)}
+    missing = [name for name in names if name not in row_of]
+    if missing:
+        known = ", ".join(list(row_of)[:3])
+        raise DataError(f"there is no image {', '.join(missing)}; there are {len(row_of)}: {known}, ...")
+    return _ChosenImages(images, [row_of[name] for name in names])
