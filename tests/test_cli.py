@@ -281,6 +281,12 @@ def option_strict(path, images, ckpt):
     assert result.exit_code == 4
     assert "image broken.png cannot be read" in result.stderr.splitlines()[-1]
     assert not (path / "strict").exists()
+    (images / "broken.png").rename(images / "._broken.png")
+    result = ok(*arguments, "--out", path / "hidden")
+    assert "skipped 1 hidden or system files" in result.stderr
+    assert json.loads((path / "hidden/run.json").read_text())["skipped"] == {"hidden or system files": 1}
+    line = fails(4, *arguments, "--out", path / "strict", "--strict", "--quiet")
+    assert "skipped 1 hidden or system files beside the images; move them away" in line
 
 
 def option_quiet(path, images, ckpt):
@@ -338,6 +344,57 @@ def option_save_masks(path, images, ckpt):
     assert "masks-" not in " ".join(contents(path / "second"))
 
 
+def option_image_size(path, images, ckpt):
+    for size, grid in ((32, 64), ("16x32", 32)):
+        arguments = ("--ckpt", ckpt, "--images", images, "--image-size", size)
+        result = ok("heterogeneity", *arguments, "--out", path / str(size))
+        assert "assumed that" in result.stderr
+        assert "resized" in result.stderr
+        assert (csv(path / str(size))["num_visible"] == grid / 4).all()
+        for command in ("reconstruct", "affinity"):
+            ok(command, *arguments, "--out", path / f"{command}{size}")
+        ok("report", *arguments, "--out", path / f"{size}.html")
+    result = run("heterogeneity", "--ckpt", ckpt, "--images", images, "--image-size", "4x4x4", "--out", path / "x")
+    assert result.exit_code == 2
+    assert "'4x4x4' is neither a side in pixels nor HEIGHTxWIDTH" in result.stderr
+
+
+def option_mean(path, images, ckpt):
+    arguments = ("heterogeneity", "--ckpt", ckpt, "--images", images, "--out")
+    ok(*arguments, path / "own")
+    result = ok(*arguments, path / "given", "--mean", "0.5,0.5,0.5", "--std", ".5,.5,.5")
+    assert "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5) (given)" in result.stderr
+    assert csv(path / "own")["heterogeneity"].tolist() != csv(path / "given")["heterogeneity"].tolist()
+    assert "mean (given) has 2 values, the model 3 channels" in fails(
+        3, *arguments, path / "x", "--mean", ".5,.5", "-q"
+    )
+    assert "is not a list of numbers" in run(*arguments, path / "x", "--std", "none").stderr
+
+
+def option_ema(path, images, ckpt):
+    assert "holds no moving average" in fails(
+        3, "heterogeneity", "--ckpt", MAE_FILE, "--images", images, "--ema", "--out", path, "-q"
+    )
+
+
+def option_value_range(path, images, ckpt):
+    for row, file in enumerate(sorted(images.rglob("*.*"))):
+        pixels = np.asarray(Image.open(file).convert("L"))
+        (images.parent / "real").mkdir(exist_ok=True)
+        (images.parent / "eight").mkdir(exist_ok=True)
+        Image.fromarray((pixels / 255).astype(np.float32)).save(images.parent / "real" / f"{row}.tif")
+        Image.fromarray(pixels).save(images.parent / "eight" / f"{row}.tif")  # masks depend on names
+    arguments = ("--ckpt", ckpt, "--images", images.parent / "real")
+    for command in ("heterogeneity", "affinity", "reconstruct", "report"):
+        line = fails(4, command, *arguments, "--out", path / "x", "-q")
+        assert "image 0.tif is TIFF of float32 with values from" in line
+    result = ok("heterogeneity", *arguments, "--value-range", 0, 1, "--out", path / "real")
+    assert "image 0.tif: TIFF of float32, black at 0, white at 1 (as given)" in result.stderr
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images.parent / "eight", "--out", path / "eight")
+    real, eight = (csv(path / name)["heterogeneity"] for name in ("real", "eight"))
+    np.testing.assert_allclose(real, eight, atol=2e-3)
+
+
 HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
     "limit": option_limit,
     "mask_ratio": option_mask_ratio,
@@ -356,11 +413,16 @@ HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
     "overwrite": option_overwrite,
     "num_heads": option_num_heads,
     "decoder_num_heads": option_num_heads,
+    "image_size": option_image_size,
+    "mean": option_mean,
+    "std": option_mean,
+    "ema": option_ema,
+    "value_range": option_value_range,
 }
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("option", [name for name in HETEROGENEITY_OPTIONS if name != "decoder_num_heads"])
+@pytest.mark.parametrize("option", [name for name in HETEROGENEITY_OPTIONS if name not in ("decoder_num_heads", "std")])
 def test_heterogeneity__hears_each_option(option: str, checkpoints, image_folder: Path, out: Path) -> None:
     HETEROGENEITY_OPTIONS[option](out, image_folder, checkpoints["mae"])
 
@@ -378,7 +440,8 @@ def test_commands__have_no_untested_option() -> None:
         "difference",
     }  # in test_studies_*
     assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
-    assert options["inspect"] == {"ckpt", "num_heads", "decoder_num_heads", "offline", "as_json"}
+    loading = {"num_heads", "decoder_num_heads", "image_size", "mean", "std", "ema", "offline"}
+    assert options["inspect"] == {"ckpt", "as_json", *loading}
     assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
     assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}
     # A command that comes later brings its own test module.

@@ -122,7 +122,7 @@ def heterogeneity(
     study, outputs = measured(request, parts)
     if not processes.main:
         return
-    measuring.write(given, files, outputs, models=study.models, skipped=study.broken, processes=processes.count)
+    measuring.write(given, files, outputs, models=study.models, skipped=request.skipped, processes=processes.count)
     if controls:
         from mto_analysis.probe.controls import control_sentences
 

@@ -76,5 +76,5 @@ def reconstruct(
     table = study.table()
     figure = partial(draw_reconstructions, study.reconstructions)
     outputs = {"reconstructions": figure, "reconstructions.csv": table}
-    measuring.write(context.params, FILES, outputs, models=study.models)
+    measuring.write(context.params, FILES, outputs, models=study.models, skipped=request.skipped)
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -229,6 +229,11 @@ class Request:
         """Images that could not be decoded, by name, with the reason."""
         return {}
 
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """For ``run.json``: what was skipped beside the images, by kind, and broken images, by name."""
+        return {**self.images.skipped, **self.broken}
+
     def note_broken(self, image: BrokenImage) -> None:
         """Say once that an image is broken, though every model meets it again."""
         if image.name not in self.broken:
