@@ -371,9 +371,9 @@ def option_mean(path, images, ckpt):
     assert "is not a list of numbers" in run(*arguments, path / "x", "--std", "none").stderr
 
 
-def option_ema(path, images, ckpt):
+def option_weights(path, images, ckpt):
     assert "holds no moving average" in fails(
-        3, "heterogeneity", "--ckpt", MAE_FILE, "--images", images, "--ema", "--out", path, "-q"
+        3, "heterogeneity", "--ckpt", MAE_FILE, "--images", images, "--weights", "model_ema", "--out", path, "-q"
     )
 
 
@@ -416,7 +416,7 @@ HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
     "image_size": option_image_size,
     "mean": option_mean,
     "std": option_mean,
-    "ema": option_ema,
+    "weights": option_weights,
     "value_range": option_value_range,
 }
 
@@ -440,7 +440,7 @@ def test_commands__have_no_untested_option() -> None:
         "difference",
     }  # in test_studies_*
     assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
-    loading = {"num_heads", "decoder_num_heads", "image_size", "mean", "std", "ema", "offline"}
+    loading = {"num_heads", "decoder_num_heads", "image_size", "mean", "std", "weights", "offline"}
     assert options["inspect"] == {"ckpt", "as_json", *loading}
     assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
     assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}

@@ -17,7 +17,6 @@ from mto_analyze.options import (
     BatchSize,
     Checkpoints,
     DeviceName,
-    Ema,
     Images,
     ImageSize,
     Labels,
@@ -34,6 +33,8 @@ from mto_analyze.options import (
     Std,
     Strict,
     ValueRange,
+    Weights,
+    WeightsOption,
     Workers,
 )
 
@@ -92,7 +93,7 @@ def affinity(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     strict: Strict = False,
     out: Out = Path("affinity"),

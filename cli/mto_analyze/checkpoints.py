@@ -9,7 +9,18 @@ import typer
 from mto_analyze import measuring
 from mto_analyze.console import note
 from mto_analyze.inspect import in_words
-from mto_analyze.options import Checkpoint, DecoderHeads, Ema, Heads, ImageSize, Mean, Offline, Overwrite, Std
+from mto_analyze.options import (
+    Checkpoint,
+    DecoderHeads,
+    Heads,
+    ImageSize,
+    Mean,
+    Offline,
+    Overwrite,
+    Std,
+    Weights,
+    WeightsOption,
+)
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import registry
@@ -99,7 +110,7 @@ def convert(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -110,7 +121,7 @@ def convert(
 
     from mto_analysis.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 
-    opened = open_checkpoint(source, ema=ema, offline=offline)
+    opened = open_checkpoint(source, weights=weights.value, offline=offline)
     model = load_checkpoint(opened, **measuring.loading(context.params))
     folder.path.mkdir(parents=True, exist_ok=True)
     origin = {"converted_from": source, "layout": model.info.layout, "sha256": opened.sha256}

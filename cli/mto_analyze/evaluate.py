@@ -14,7 +14,7 @@ import typer
 
 from mto_analysis.runtime.processes import Processes, this_process
 from mto_analyze.console import launchable, note, progress, settings_of
-from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet
+from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet, WeightsOption
 
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
@@ -67,13 +67,6 @@ class NormOption(StrEnum):
     encoder = "encoder"
     fresh = "fresh"
     none = "none"
-
-
-class WeightsOption(StrEnum):
-    """Which weights of a checkpoint."""
-
-    model = "model"
-    model_ema = "model_ema"
 
 
 class Precision(StrEnum):

@@ -18,7 +18,6 @@ from mto_analyze.options import (
     Checkpoints,
     DeviceName,
     Dtype,
-    Ema,
     Images,
     ImageSize,
     Labels,
@@ -36,6 +35,8 @@ from mto_analyze.options import (
     Std,
     Strict,
     ValueRange,
+    Weights,
+    WeightsOption,
     Workers,
 )
 
@@ -97,7 +98,7 @@ def heterogeneity(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     strict: Strict = False,
     out: Out = Path("heterogeneity"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import Checkpoint, DecoderHeads, Ema, Heads, ImageSize, Mean, Offline, Std
+from mto_analyze.options import Checkpoint, DecoderHeads, Heads, ImageSize, Mean, Offline, Std, Weights, WeightsOption
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import CheckpointReport
@@ -20,7 +20,7 @@ def inspect(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

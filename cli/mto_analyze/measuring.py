@@ -18,7 +18,7 @@ _SETTINGS = (
     *("limit", "mask_ratio", "mask_unit", "match_visible", "masks_per_image", "seed", "batch_size", "num_workers"),
     "strict",
 )
-_LOADING = ("num_heads", "decoder_num_heads", "image_size", "mean", "std", "ema", "offline")
+_LOADING = ("num_heads", "decoder_num_heads", "image_size", "mean", "std", "weights", "offline")
 
 
 def listener(given: Mapping[str, Any]) -> Listener:

@@ -7,6 +7,13 @@ from typing import Annotated, Any
 import typer
 
 
+class WeightsOption(StrEnum):
+    """Which of the weights of a file."""
+
+    model = "model"
+    model_ema = "model_ema"
+
+
 def head_count(text: str) -> int | str:
     """A number of heads, or ``auto``."""
     if text != "auto" and (not text.isdecimal() or int(text) < 1):
@@ -60,7 +67,9 @@ Mean = Annotated[
     Any, typer.Option(parser=numbers, metavar="M,M,M", help="Of each channel of pixels in 0..1, instead of the file's.")
 ]
 Std = Annotated[Any, typer.Option(parser=numbers, metavar="S,S,S", help="Standard deviations, as --mean.")]
-Ema = Annotated[bool, typer.Option("--ema", help="Read the moving average of the weights, where the file has one.")]
+Weights = Annotated[
+    WeightsOption, typer.Option(help="model_ema: the momentum teacher or moving average, where the file holds one.")
+]
 ValueRange = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Values of black and white, of images that are not in 8 bits (TIFF, .npy)."),

@@ -12,7 +12,6 @@ from mto_analyze.options import (
     AutoHeads,
     Checkpoints,
     DeviceName,
-    Ema,
     Images,
     ImageSize,
     Labels,
@@ -27,6 +26,8 @@ from mto_analyze.options import (
     Seed,
     Std,
     ValueRange,
+    Weights,
+    WeightsOption,
 )
 
 FILES = ("reconstructions.png", "reconstructions.pdf", "reconstructions.csv", "run.json")
@@ -53,7 +54,7 @@ def reconstruct(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     out: Out = Path("reconstructions"),
     overwrite: Overwrite = False,

@@ -13,7 +13,6 @@ from mto_analyze.options import (
     BatchSize,
     Checkpoints,
     DeviceName,
-    Ema,
     Images,
     ImageSize,
     Labels,
@@ -28,6 +27,8 @@ from mto_analyze.options import (
     Seed,
     Std,
     ValueRange,
+    Weights,
+    WeightsOption,
 )
 
 
@@ -55,7 +56,7 @@ def report(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    ema: Ema = False,
+    weights: Weights = WeightsOption.model,
     offline: Offline = False,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     overwrite: Overwrite = False,
