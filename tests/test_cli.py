@@ -702,7 +702,7 @@ def test_inspect__says_what_a_file_is() -> None:
     assert "num_heads 3" in rows["architecture"]
     assert "dim 48" in rows["architecture"]
     assert rows["masked tokens"] == "inpainting-style, in encoder (layer depths 0 to 4)"
-    assert rows["image"] == "64 px, patches of 8 px, 64 patches"
+    assert rows["image"] == "64 px, patches of 8 px, 64 patches, 3 channels"
     assert rows["masks"] == "0.6 of units of 16 px (file)"
     assert rows["target"] == "pixels"
     assert "relative_position_index" in rows["left out"]
