@@ -56,8 +56,8 @@ def load_checkpoint(
     """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
 
     Reads MAE, SimMIM (ViT, Swin, SwinV2), BootMAE, BEiT, BEiT v2, data2vec vision, ConMIM, CAE, MILAN, Hiera, HiViT,
-    MCMAE, GreenMIM, MAE-Lite, I-JEPA, iBOT (ViT, Swin), EVA and EVA-02 as their authors saved them; Hugging Face folders
-    of ViTMAE, BEiT, Swin, SwinV2 and Hiera; MAE, MFF, SimMIM Swin, BEiT, BEiT v2, MaskFeat, MILAN and CAE of
+    MCMAE, GreenMIM, MAE-Lite, I-JEPA, iBOT (ViT, Swin), EVA and EVA-02 as their authors saved them; folders of Hugging
+    Face of ViTMAE, BEiT, Swin, SwinV2 and Hiera; MAE, MFF, SimMIM Swin, BEiT, BEiT v2, MaskFeat, MILAN and CAE of
     mmpretrain; SimMIM ViT of OpenMixup; MaskFeat of PySlowFast; Prithvi of one frame; and our own layout.
 
     Args:

@@ -53,7 +53,7 @@ class Given:
             option: ``num_heads`` or ``decoder_num_heads``.
             width: Channels that the heads share.
             stated: What the file itself says.
-            published: Given by width of the family's published files.
+            published: Heads by width of the family's published files.
             fitting: Numbers that fit the file's shapes, where not all that divide the width do.
 
         Raises:

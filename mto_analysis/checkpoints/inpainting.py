@@ -125,7 +125,7 @@ def read_encoder(
         given: Given by the user.
         stated: Number of heads that a config states, where no table does.
         image_size: That a config states.
-        published: Given by width.
+        published: Heads by width.
         eps: Of the layer norms.
         overshoot: Of resized positions.
         mlp_dim: Width of the hidden layers, where no ``fc1`` tells.

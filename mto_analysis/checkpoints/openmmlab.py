@@ -88,7 +88,7 @@ def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
 
 
 def mm_heads(raw: RawCheckpoint) -> int | None:
-    """Given of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
+    """Heads of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
     return whole(section(openmmlab_config(raw), "backbone", "arch"), "num_heads")
 
 
