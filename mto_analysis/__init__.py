@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
     from mto_analysis.models.targets import reconstruction_loss
     from mto_analysis.probe import ProbeResult
+    from mto_analysis.probe.measuring import measure
     from mto_analysis.probe.own_loss import own_loss
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_checkpoint",
     "load_masks",
     "mask_keys",
+    "measure",
     "open_images",
     "own_loss",
     "random_mask",
@@ -69,6 +71,7 @@ _MODULES = {
     "models": ("LayerTokens", "MaskedImageModel", "ModelInfo"),
     "probe": ("ProbeResult",),
     "models.targets": ("reconstruction_loss",),
+    "probe.measuring": ("measure",),
     "probe.own_loss": ("own_loss",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

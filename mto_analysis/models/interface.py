@@ -228,6 +228,10 @@ class MaskedImageModel(nn.Module, ABC):
         """
         return ()
 
+    def stacks_for(self, images: Tensor, mask: Tensor) -> Sequence[str]:
+        """The stacks that hold masked tokens for these images and masks: all, but for models whose stacks are found."""
+        return self.stacks
+
     @abstractmethod
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack, its number of blocks."""

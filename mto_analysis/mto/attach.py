@@ -165,11 +165,6 @@ class MTO(Attached[_Losses]):
         weighted = [each.loss for each in terms.values()]
         return weighted[0] if len(weighted) == 1 else torch.stack(weighted).mean()
 
-    def forget(self) -> None:
-        """Forget the forwards since the last :meth:`loss`, where no loss is wanted of them."""
-        for stack in self._stacks:
-            stack.drop()
-
     def state_dict(self) -> dict[str, Any]:
         """The step and the configuration; nothing of the model."""
         return {"step": self.step, "config": asdict(self.config)}

@@ -95,9 +95,13 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Measured values per (stack, layer depth, image, mask); parts measured apart can be merged."""
+    """Measured values per (stack, layer depth, image, mask); parts measured apart can be merged.
+
+    ``notes`` say what was found of a live model, and where its masks come from.
+    """
 
     chunks: tuple[_Chunk, ...]
+    notes: tuple[str, ...] = ()
 
     def merge(self, *others: ProbeResult) -> ProbeResult:
         """This result and others as one.
@@ -105,7 +109,8 @@ class ProbeResult:
         Raises:
             ValueError: If two parts hold the same image and mask of a stack.
         """
-        merged = ProbeResult(self.chunks + tuple(chunk for other in others for chunk in other.chunks))
+        chunks = self.chunks + tuple(chunk for other in others for chunk in other.chunks)
+        merged = ProbeResult(chunks, tuple(dict.fromkeys((*self.notes, *(n for other in others for n in other.notes)))))
         keys = [(chunk.stack, chunk.k, image) for chunk in merged.chunks for image in chunk.images]
         if len(set(keys)) != len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
@@ -184,17 +189,23 @@ def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequenc
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients and full float32 products inside; all as it was afterwards, also after an error."""
+def undisturbed(model: torch.nn.Module, *, train_mode: bool = False) -> Iterator[None]:
+    """Eval mode, no gradients and full float32 products inside; all as it was afterwards, also after an error.
+
+    In training mode, for models that mask only there, buffers are restored too.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if train_mode else []
     try:
-        model.eval()
+        model.train(train_mode)
         like = next(model.parameters(), None)
         with full_float32("cpu" if like is None else like.device), torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
 
 
 def probe(
@@ -206,6 +217,7 @@ def probe(
     stacks: Sequence[str] | None = None,
     measures: Mapping[str, Measure] = MEASURES,
     layer_measures: Sequence[LayerMeasure] = (),
+    train_mode: bool = False,
 ) -> ProbeResult:
     """Measure every layer depth of a model over images, streamed: one depth of one batch is held at a time.
 
@@ -220,6 +232,7 @@ def probe(
         stacks: Stacks to measure; by default all that hold masked tokens.
         measures: Numbers to compute from the tokens of each depth.
         layer_measures: Functions of stack and layer that give several numbers, and may keep more for themselves.
+        train_mode: Run the model in training mode, for one that masks only there.
 
     Raises:
         ValueError: If there is no image, or a stack is unknown.
@@ -236,18 +249,17 @@ def probe(
     if masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
     masks = masks or masks_from_rule(model.info)
-    chosen = tuple(stacks) if stacks is not None else tuple(model.stacks)
     like = next(model.parameters())
     chunks = []
     scratch = Scratch()
-    with undisturbed(model):
+    with undisturbed(model, train_mode=train_mode):
         for batch in batches:
             images = batch.images.to(like.device, like.dtype)
             for k in range(masks_per_image):
                 mask = masks(batch.names, k).to(like.device)
                 chunks += [
                     _measure(model, images, mask, stack, batch.names, k, measures, layer_measures, scratch)
-                    for stack in chosen
+                    for stack in (model.stacks_for(images, mask) if stacks is None else stacks)
                 ]
     if not chunks:
         raise DataError("there is no image to measure")

@@ -15,10 +15,13 @@ from mto_analysis.errors import StackError
 from mto_analysis.taps.search import hinted_prefix, path_of
 from mto_analysis.taps.stacks import StackSpec, find_rows, rounded_rows, with_position
 
-__all__ = ["Forward", "Stack"]
+__all__ = ["REQUESTED", "Forward", "Stack"]
 
 #: More prefix tokens than any published model has; beyond, the size of a forward does not fit.
 _MOST_PREFIX = 64
+
+#: Name of a mask that we ask a model for, among the arguments of its call.
+REQUESTED = "requested mask"
 
 # Arguments whose name says that they tell masked patches from visible ones, and those that say something else.
 _MASK_NAME = re.compile(r"mask|visible|keep", re.IGNORECASE)
@@ -92,6 +95,11 @@ class Forward:
         else:
             self.stack.may_assume = False
         return right
+
+    @property
+    def leaves_images_out(self) -> bool:
+        """Whether an image has no masked or no visible patch, so that nothing can be measured of it."""
+        return self._images is not None
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Tokens of a layer depth."""
@@ -299,11 +307,7 @@ class Stack(Generic[_Any]):
                 "not class or register tokens; pass prefix_tokens=..."
             )
         layout = self.layout
-        if layout is None or layout.argument is None:
-            return mask
-        exact = found if layout.in_place else mask
-        same = torch.equal(exact & expected, expected) if layout.in_place else torch.equal(found, expected)
-        if not same:
+        if layout is not None and layout.argument is not None and not torch.equal(found, expected):
             raise self._disagree(layout.argument, expected, found)
         return mask
 
@@ -339,10 +343,17 @@ class Stack(Generic[_Any]):
                 raise self._error(f"this forward got no argument {self.spec.argument!r}; {_saw(arguments)}")
             expected = found
         elif layout.in_place:
-            masked = masked & expected  # a blank patch may equal a mask token of zeros
+            # A blank patch may equal a mask token of zeros; what equals any other is masked.
+            possible = expected | ~self._is_zero()
+            masked, found = masked & possible, found & possible
         prefix = places[:, : layout.prefix].ge(0).any().expand(found.shape)
         full = masked if masked.shape == found.shape else found
         return masked, torch.stack([full, found, expected, prefix]), expected
+
+    def _is_zero(self) -> Tensor:
+        """Whether a mask token is all zeros: a bool of no dimensions, on its device."""
+        zeros = [~token.any() for token in self._mask_tokens()]
+        return torch.stack(zeros).any() if zeros else torch.tensor(False)
 
     def _in_patch_order(self, places: Tensor, layout: _Layout) -> Tensor:
         """Which patches are masked, by the positions of masked tokens, or where these have none by their order."""
@@ -450,7 +461,10 @@ class Stack(Generic[_Any]):
             )
         for name, mask in told.items():
             if mask.shape[1] == patches:
-                if (fit := self._fit(layout, places, name, mask)) is not None:
+                # What we ask for is the model's mask only where it got it as it is: noise, say, may give another.
+                others = [_as_mask(value, len(places)) for key, value in arguments.items() if key != REQUESTED]
+                passed = name != REQUESTED or any(each is not None and _same(each, mask) for each in others)
+                if (fit := self._fit(layout, places, name, mask, passed=passed)) is not None:
                     layout = fit
                     break
                 if name == self.spec.argument or mask.any(dim=1).all():
@@ -466,18 +480,19 @@ class Stack(Generic[_Any]):
             self._refuse_zeros()
         return layout
 
-    def _fit(self, layout: _Layout, places: Tensor, name: str, mask: Tensor) -> _Layout | None:
+    def _fit(self, layout: _Layout, places: Tensor, name: str, mask: Tensor, *, passed: bool) -> _Layout | None:
         """The layout with an argument that tells the same mask, inverted or not."""
         found = self._in_patch_order(places, layout)
         slots = places[:, layout.prefix :] >= 0
-        given = self.spec.argument is not None or callable(self.spec.mask)
+        given = self.spec.argument is not None or callable(self.spec.mask) or name == REQUESTED
         for inverted in (self.spec.inverted,) if given else (False, True):
             expected = ~mask if inverted else mask
             fits = replace(layout, argument=name, inverted=inverted)
             in_place = slots.shape == found.shape and torch.equal(slots, found)
             if torch.equal(found, expected):
                 return replace(fits, in_place=in_place)
-            if in_place and not bool((expected & ~found).any()) and bool(expected.any()):
+            blank = in_place and passed and bool(self._is_zero()) and bool(expected.any())
+            if blank and not bool((expected & ~found).any()):
                 return fits  # blank patches that equal the mask token
             if self._positions == 1 and torch.equal(slots.sum(dim=1), expected.sum(dim=1)):
                 return layout  # in another order, and nothing tells which
@@ -495,6 +510,9 @@ class Stack(Generic[_Any]):
             if name not in arguments or (mask := _as_mask(arguments[name], batch)) is None:
                 raise self._error(f"no call has an argument {name!r} with a mask of {batch} images; {_saw(arguments)}")
             return {name: mask.to(tokens.device)}
+        if REQUESTED in arguments:  # the model's own arguments may hold it in another form
+            mask = _as_mask(arguments[REQUESTED], batch)
+            return {} if mask is None else {REQUESTED: mask.to(tokens.device)}
         found = {}
         for name, value in arguments.items():
             if not _MASK_NAME.search(name) or _OTHER_NAME.search(name):
@@ -534,8 +552,7 @@ class Stack(Generic[_Any]):
         )
 
     def _refuse_zeros(self) -> None:
-        tokens = self._mask_tokens()
-        if tokens and not any(bool(token.any()) for token in tokens):
+        if bool(self._is_zero()):
             raise self._error(
                 "its mask token is all zeros, so that blank patches equal it, and no argument holds the mask; "
                 "pass mask='argument:NAME' or a function that returns the mask, or initialise the mask token"
@@ -608,6 +625,10 @@ def _as_mask(value: Tensor, batch: int) -> Tensor | None:
     if value.ndim < 2 or len(value) != batch:
         return None
     return value.detach().flatten(1).bool()
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    return mask.shape == other.shape and torch.equal(mask.to(other.device), other)
 
 
 def _spread(tokens: Tensor, mask: Tensor) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
-from mto_analysis.taps.forward import Forward, Stack
+from mto_analysis.taps.forward import REQUESTED, Forward, Stack
 from mto_analysis.taps.search import holders_of, path_of
 from mto_analysis.taps.stacks import StackSpec, first_tensor
 
@@ -36,7 +36,11 @@ class Attached(Generic[_Any]):
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[StackSpec], forward: Callable[..., _Any], **more: Any) -> None:
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ValueError(f"stacks must have different names, got {', '.join(spec.name for spec in specs)}")
         self.step = 0
+        self._model = weakref.ref(model)
+        self.requested: Tensor | None = None  # a mask that the caller asks the model for
         self._stacks: list[Stack[_Any]] = [Stack(model, spec, forward, **more) for spec in specs]
         self._given_up: set[int] = set()  # candidates for stacks that another one turned out to be
         self._failures: dict[int, StackError] = {}  # by stack; -1 for what concerns none
@@ -112,6 +116,16 @@ class Attached(Generic[_Any]):
         """The mask of the last forward with masked tokens, by stack: ``batch num_patches``, True = masked."""
         return {stack.spec.name: stack.last_mask for stack in self._stacks if stack.last_mask is not None}
 
+    @property
+    def followed(self) -> dict[str, StackSpec]:
+        """Stacks by name: those that masked tokens entered, or all candidates while none did."""
+        known = {stack.spec.name: stack.spec for stack in self._stacks if stack.layout is not None}
+        return known or {stack.spec.name: stack.spec for stack in self._stacks}
+
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether this is attached to a model itself, not to one that it is a copy of."""
+        return self._model() is model
+
     def describe(self) -> str:
         """What was found: for each stack its mask token, blocks, prefix tokens, patches, and how its mask is known."""
         lines = []
@@ -126,6 +140,12 @@ class Attached(Generic[_Any]):
                 line += f"{layout.prefix} prefix tokens, {layout.num_patches} patches; mask known by {told}"
             lines.append(line)
         return "\n".join(lines)
+
+    def forget(self) -> None:
+        """Forget the forwards so far, and what went wrong in them."""
+        self._failures.clear()
+        for stack in self._stacks:
+            stack.drop()
 
     def _due(self) -> bool:
         return True
@@ -211,6 +231,8 @@ class Attached(Generic[_Any]):
             stack.running = None
             if self._records(module) and self._due():
                 arguments = {name: value for each in self._arguments.values() for name, value in each.items()}
+                if self.requested is not None:
+                    arguments[REQUESTED] = self.requested
                 tokens, grid = first_tensor(values)
                 stack.orient(tokens, arguments)
                 stack.start(stack.batch_first(tokens), grid, arguments)

@@ -74,15 +74,13 @@ def find_stacks(model: nn.Module) -> list[StackSpec]:
         )
     _refuse_copies(model, tokens)
     kinds = len({path for path, *_ in found})
-    return [
-        StackSpec(
-            _stack_name(path, lists_path, kinds > 1),
-            blocks,
-            several,
-            masked_row=_masked_row(model, path, several, lists_path),
-        )
-        for path, lists_path, several, blocks in found
-    ]
+    specs: dict[str, StackSpec] = {}
+    for path, lists_path, several, blocks in found:
+        name = _stack_name(path, lists_path, kinds > 1)
+        if name in specs:
+            name = f"{name} {lists_path}" if f"{name} {lists_path}" not in specs else f"{name} {lists_path} {path}"
+        specs[name] = StackSpec(name, blocks, several, masked_row=_masked_row(model, path, several, lists_path))
+    return list(specs.values())
 
 
 def _mask_tokens(model: nn.Module) -> dict[str, list[nn.Parameter]]:

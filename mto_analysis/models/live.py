@@ -1,0 +1,330 @@
+"""Any torch model behind the interface of ours: its own forward runs, and taps read its tokens."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mto_analysis.errors import StackError
+from mto_analysis.masks import MaskRule, check_mask
+from mto_analysis.models.interface import MaskedImageModel, ModelInfo
+from mto_analysis.taps.forward import Forward
+from mto_analysis.taps.hooks import Attached
+from mto_analysis.taps.search import find_stacks, unwrap
+from mto_analysis.taps.stacks import StackSpec
+from mto_analysis.taps.tokens import LayerTokens
+
+__all__ = ["Call", "LiveModel", "inferred_grid"]
+
+#: Calls a model on images with a mask ``batch num_patches``, or ``None`` for the model's own.
+Call = Callable[[nn.Module, Tensor, Tensor | None], Any]
+
+
+class _Kept(Forward):
+    """The tokens of all layer depths of one forward."""
+
+    def __init__(self, *seen: Any) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        super().__init__(*seen)
+
+    def take(self, depth: int, tokens: Tensor) -> None:
+        """Keep the tokens of patches."""
+        patches = tokens[:, self.prefix :]
+        self.layers[depth] = patches, self.mask_for(patches.shape[1])[0]
+
+
+class _Reader(Attached[_Kept]):
+    """Reads every forward, in evaluation mode too."""
+
+    def _records(self, module: nn.Module) -> bool:
+        return True
+
+    def read(self) -> dict[str, _Kept]:
+        """The forwards since the last call, one per stack.
+
+        Raises:
+            StackError: If a check failed, or a stack ran several times.
+        """
+        try:
+            self._raise_failure()
+            for stack in self._stacks:
+                if len(stack.forwards) > 1:
+                    raise StackError(
+                        f"{stack.where}: it ran {len(stack.forwards)} times in one call of the model; "
+                        "pass call=... that runs it once"
+                    )
+            return {stack.spec.name: stack.forwards[0] for stack in self._stacks if stack.forwards}
+        finally:
+            for stack in self._stacks:
+                stack.drop()
+
+    def order_is_known(self, stack: str) -> bool:
+        """Whether the tokens of a stack are known to be in the order of patches."""
+        layouts = [each.layout for each in self._stacks if each.spec.name == stack and each.layout is not None]
+        return all(layout.in_place for layout in layouts)
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """What is known of a live model, for ``run.json``."""
+
+    model: str
+    stacks: str
+
+
+class LiveModel(MaskedImageModel):
+    """Any model with a learned mask token as one of ours: its forward runs, and its tokens are read by hooks.
+
+    One forward gives the tokens of all layer depths and stacks; those of one batch are held at a time.
+
+    Args:
+        model: An instance, wrapped in DistributedDataParallel or torch.compile or not (then what is inside runs).
+        info: How to feed it; where it is not given, images of any size are passed on as they are.
+        stacks: Where masked tokens live; found by structure by default.
+        call: Runs the model on images and a mask; by default by an argument of a known name.
+
+    Raises:
+        ValueError: If no structure fits, or nothing tells how to pass a mask.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: ModelInfo | None = None,
+        *,
+        stacks: Sequence[StackSpec] | None = None,
+        call: Call | None = None,
+    ) -> None:
+        inner = unwrap(model)
+        rule = MaskRule("random", 0.6, 1)
+        known = info is not None
+        info = info or ModelInfo(type(inner).__name__, "inpainting", 1, 1, rule, layout="live model")
+        super().__init__(LiveConfig(type(inner).__name__, ""), info)
+        self.model = inner
+        self._known_info = known
+        self._specs = tuple(stacks) if stacks is not None else None
+        self._call = call
+        self._reader: _Reader | None = None
+        self._read: tuple[Tensor | None, dict[str, _Kept]] = None, {}
+        self._attach()
+
+    # ---- the interface
+
+    @property
+    def stacks(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the stacks that masked tokens entered, or may enter where nothing ran yet."""
+        return tuple(self._attach().followed)
+
+    def stacks_for(self, images: Tensor, mask: Tensor) -> Sequence[str]:
+        """The stacks that masked tokens enter in a forward with these images, which is then held."""
+        self._see(images, mask)
+        return tuple(self._read[1])
+
+    def depth(self, stack: str) -> int:
+        """The last layer depth of a stack."""
+        return self._attach().followed[stack].depth
+
+    def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
+        """The blocks of a stack, none where it is given by taps."""
+        return self._attach().followed[stack].blocks
+
+    def layer_tokens(self, images: Tensor, mask: Tensor, stack: str | None = None) -> Iterator[LayerTokens]:
+        """Patch tokens of a stack at every layer depth, all from one forward of the model."""
+        self._see(images, mask)
+        return self._layer_tokens(images, mask, self._choose(stack))
+
+    def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
+        if stack not in self._read[1]:
+            raise StackError(f"no masked token entered the stack {stack} in this forward")
+        layers = self._read[1].pop(stack).layers
+        missing = [depth for depth in range(self.depth(stack) + 1) if depth not in layers]
+        if missing:
+            raise StackError(f"layer depths {missing} of {stack} did not run; pass stacks=... with blocks that do")
+        for depth in sorted(layers):
+            yield LayerTokens(depth, *layers.pop(depth))
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Not possible: how the model's output becomes pixels is not known."""
+        raise ValueError(f"how {self.info.family} turns its output into pixels is not known, so nothing is predicted")
+
+    _reconstruct = reconstruct
+
+    # ---- running it
+
+    def own_mask(self, images: Tensor) -> Tensor:
+        """Run the model with masks that it samples itself; the mask of its first stack, whose tokens are then held.
+
+        Shapes:
+            images: batch channels height width
+            returns: batch num_patches
+
+        Raises:
+            StackError: If no token is masked.
+        """
+        read = self._forward(images, None)
+        first = next(iter(read.values()))
+        mask = first.layers[0][1]
+        self._read = mask, read
+        return mask
+
+    @property
+    def description(self) -> str:
+        """What was found: stacks, prefix tokens, and how masks are known."""
+        return self._attach().describe()
+
+    def order_is_known(self, stack: str) -> bool:
+        """Whether the tokens of a stack are in the order of patches, so that maps of them can be drawn."""
+        return self._attach().order_is_known(stack)
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        if self._reader is not None:
+            self._reader.detach()
+        self._reader, self._read = None, (None, {})
+
+    def _attach(self) -> _Reader:
+        # A copy of this model has a copy of the inner one, to which nothing is attached.
+        if self._reader is None or not self._reader.is_on(self.model):
+            specs = find_stacks(self.model) if self._specs is None else self._specs
+            self._reader = _Reader(self.model, specs, _Kept)
+        return self._reader
+
+    def _see(self, images: Tensor, mask: Tensor) -> None:
+        """Run the model, unless the forward that is held is of this mask."""
+        check_mask(mask, self.info.num_patches if self._known_info else None)
+        if len(mask) != len(images):
+            raise ValueError(f"images and mask must have the same batch, got {len(images)} and {len(mask)}")
+        if self._read[0] is mask:
+            return
+        read = self._forward(images, mask)
+        for name, found in self._attach().last_masks.items():
+            if (
+                name in read
+                and found.shape == mask.shape
+                and self.order_is_known(name)
+                and not torch.equal(found, mask)
+            ):
+                other = " but all others" if torch.equal(found, ~mask) else ""
+                raise StackError(
+                    f"{name}: the model does not mask the patches that it is asked to mask{other}; pass call=..."
+                )
+        self._read = mask, read
+
+    def _forward(self, images: Tensor, mask: Tensor | None) -> dict[str, _Kept]:
+        reader = self._attach()
+        reader.requested = mask
+        try:
+            with torch.compiler.set_stance("force_eager"):  # hooks that come after compilation would not run
+                if self._call is not None:
+                    self._call(self.model, images, mask)
+                else:
+                    self._infer_and_call(images, mask)
+        finally:
+            reader.requested = None
+        try:
+            read = reader.read()
+        except StackError as error:
+            if self.model.training or reader.last_masks:
+                raise
+            hint = "it ran in eval mode: a model that masks only in training needs train_mode=True"
+            raise StackError(f"{error}; {hint}") from error
+        if not read:
+            mode = (
+                "" if self.model.training else " in eval mode; if it masks only in training mode pass train_mode=True"
+            )
+            raise StackError(
+                f"{self.info.family}: no masked token was seen{mode}. Looked for: {reader.describe()}; pass stacks=... "
+                "or call=..."
+            )
+        for name, forward in read.items():
+            if len(forward.layers[0][0]) != len(images) or forward.leaves_images_out:
+                raise StackError(
+                    f"{name}: of {len(images)} images, {forward.num_images} have masked and visible patches"
+                )
+        return read
+
+    def _infer_and_call(self, images: Tensor, mask: Tensor | None) -> None:
+        if mask is None:
+            try:
+                self.model(images)
+            except TypeError as error:
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot be called with images alone, so it samples no masks itself "
+                    f"({error}); pass mask=... or call=lambda model, images, mask: ..."
+                ) from error
+            return
+        failures = []
+        for call in inferred_calls(self.model, self._grid_of(mask)):
+            try:
+                call(self.model, images, mask)
+            except (ValueError, RuntimeError, TypeError, IndexError) as error:
+                failures.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                self._attach().forget()
+            else:
+                return
+        raise ValueError(
+            f"{type(self.model).__name__} cannot be called with images {list(images.shape)} and a mask "
+            f"{list(mask.shape)}: {' / '.join(failures)}; pass call=lambda model, images, mask: ..."
+        )
+
+    def _grid_of(self, mask: Tensor) -> tuple[int, ...] | None:
+        if self._known_info:
+            return self.info.grid
+        side = math.isqrt(mask.shape[1])
+        return inferred_grid(self.model) or ((side, side) if side * side == mask.shape[1] else None)
+
+
+def inferred_calls(model: nn.Module, grid: tuple[int, ...] | None) -> list[Call]:
+    """Ways to call a model with a mask, by the names of its arguments.
+
+    ``bool_masked_pos`` and ``mask`` get the mask, ``batch num_patches`` or on the grid; ``noise`` (ViTMAE) gets noise
+    that sorts visible patches to the front.
+
+    Raises:
+        ValueError: If it has none of these arguments.
+    """
+    names = inspect.signature(model.forward).parameters
+
+    def keyword(name: str, form: Callable[[Tensor], Tensor]) -> Call:
+        return lambda model, images, mask: model(images, **{name: None if mask is None else form(mask)})
+
+    def on_grid(mask: Tensor) -> Tensor:
+        assert grid is not None
+        return mask.reshape(len(mask), *grid)
+
+    def noise(mask: Tensor) -> Tensor:
+        return mask.float() + torch.linspace(0, 0.5, mask.shape[1], device=mask.device)
+
+    for name in ("bool_masked_pos", "mask", "masks"):
+        if name in names:
+            flat, square = keyword(name, lambda mask: mask), keyword(name, on_grid)
+            long = keyword(name, lambda mask: on_grid(mask).long())
+            return [flat] if grid is None else [flat, square, long]
+    if "noise" in names:
+        return [keyword("noise", noise)]
+    raise ValueError(
+        f"{type(model).__name__}.forward({', '.join(names)}) has no argument bool_masked_pos, mask or noise to pass a "
+        "mask by; pass call=lambda model, images, mask: ..., or mask=None for the model's own masks"
+    )
+
+
+def inferred_grid(model: nn.Module) -> tuple[int, ...] | None:
+    """Rows and columns of patches, with frames in front for video, where the model tells; else ``None``."""
+    config = getattr(model, "config", None)
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is not None and patch is not None:
+        sides, cells = ((each, each) if isinstance(each, int) else tuple(each) for each in (image, patch))
+        grid = tuple(side // cell for side, cell in zip(sides[-2:], cells[-2:], strict=True))
+        frames, tube = getattr(config, "num_frames", None), getattr(config, "tubelet_size", None)
+        return (frames // tube, *grid) if isinstance(frames, int) and isinstance(tube, int) else grid
+    for module in model.modules():
+        said = getattr(module, "grid_size", None)
+        if isinstance(said, (tuple, list)) and all(isinstance(each, int) for each in said):
+            return tuple(said)
+    return None

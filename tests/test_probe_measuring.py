@@ -1,0 +1,243 @@
+"""Any live model is measured as the plain way does, or refused with what to pass; it is left as it was found."""
+
+import copy
+
+import pytest
+import torch
+from model_kinds import DIM, NUM, Backbone, DecoderNames, Grid, Inpainting, VisibleArgument, features, random_mask
+from test_mto_attach import build, keep_tokens, traces
+from torch import nn
+from training_models import CASES, draw_mask, make_images
+from watched_models import batch_of, small_mae, small_simmim
+
+from mto_analysis import ImageBatch, MaskRule, heterogeneity, measure
+from mto_analysis.errors import StackError
+from mto_analysis.models.live import LiveModel
+from mto_analysis.mto import StackSpec
+from mto_analysis.probe import masks_from_rule, probe
+
+RAGGED = random_mask(3, (5, 9, 12))
+
+
+def plain(model, blocks, run, prefix, mask):
+    """H of each layer depth and image."""
+    kept, handles = keep_tokens([list(blocks)])
+    model.eval()
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    mask = mask() if callable(mask) else mask
+    return torch.stack([heterogeneity(kept[0, depth][:, prefix:], mask) for depth in range(len(kept))])
+
+
+def values_of(result, stack=None):
+    frame = result.to_frame()
+    frame = frame if stack is None else frame[frame["stack"] == stack]
+    table = frame.pivot(index="layer_depth", columns="image", values="heterogeneity")
+    return torch.tensor(table.to_numpy(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("order", ["places", "visible first"])
+def test_measure__equals_the_plain_way(order):
+    for model, blocks, prefix in (
+        (Inpainting(cls=1, registers=2), "blocks", 3),
+        (Inpainting(position="none"), "blocks", 0),
+        (DecoderNames(order), "decoder_blocks", 1),
+        (Backbone(4), "vit.blocks", 5),
+    ):
+        model.train()(features(3), RAGGED)
+        before = traces(model), {name: value.clone() for name, value in model.state_dict().items()}
+        torch.manual_seed(7)  # its class token is random
+        result = measure(model, features(3), RAGGED)
+        assert traces(model) == before[0]
+        assert all(module.training for module in model.modules())
+        true = (lambda m=model: m.true_mask) if isinstance(model, DecoderNames) else RAGGED
+        run = lambda m=model: m(features(3), RAGGED)  # noqa: E731
+        torch.manual_seed(7)
+        expected = plain(model, model.get_submodule(blocks), run, prefix, true)
+        torch.testing.assert_close(values_of(result), expected, rtol=1e-5, atol=1e-6)
+        assert result.to_frame()["image"].unique().tolist() == ["0", "1", "2"]
+        note = "in token order" in " ".join(result.notes)
+        assert note == (order == "visible first" and isinstance(model, DecoderNames))
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[1][name])
+
+
+@pytest.mark.parametrize("name", ["simmim vit", "simmim swin", "conmim"])
+def test_measure__infers_how_a_mask_is_passed(name):
+    case = CASES[name]
+    model = build(case)
+    mask = draw_mask(0, masked=(2, 3, 2), grid=8, unit=4) if "swin" in name else draw_mask(0, masked=(12, 5, 9))
+    if "swin" in name:
+        mask = draw_mask(0, masked=(2, 2, 2), grid=8, unit=4)
+    result = measure(model, make_images(), mask)
+    kept, handles = keep_tokens(case.stacks(model))
+    model.eval()
+    with torch.no_grad():
+        if name == "conmim":
+            model(make_images(), bool_masked_pos=mask)
+        else:
+            side = int(mask.shape[1] ** 0.5)
+            model(make_images(), mask.view(3, side, side).long())
+    for handle in handles:
+        handle.remove()
+    first = heterogeneity(kept[0, 0][:, case.prefix :], mask)
+    torch.testing.assert_close(values_of(result)[0], first, rtol=1e-5, atol=1e-6)
+
+
+def test_measure__the_models_own_masks_are_seeded_and_said():
+    model = build(CASES["mae"])
+    state = torch.get_rng_state()
+    first, again, other = (measure(model, make_images(), seed=seed, masks_per_image=2) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.to_frame().equals(again.to_frame())
+    assert not first.to_frame().equals(other.to_frame())
+    assert first.notes[0] == "masks: the model's own, seed 0"
+    assert first.summary()["num_masks"].eq(2).all()
+    with pytest.raises(ValueError, match=r"no argument bool_masked_pos, mask or noise.*call=lambda"):
+        measure(model, make_images(), draw_mask())
+    with pytest.raises(ValueError, match=r"cannot be called with images alone.*pass mask="):
+        measure(Inpainting(), features(3))
+
+
+def test_measure__masks_by_rule_file_and_function():
+    model, rule = Inpainting(), MaskRule("random", 0.5, 1)
+    with pytest.raises(ValueError, match=r"does not tell its grid.*grid=\(rows, columns\)"):
+        measure(model, features(3), rule)
+    result = measure(model, features(3), rule, grid=(2, 8), seed=3)
+    assert result.to_frame()["num_masked"].eq(8).all()
+    assert measure(model, features(3), rule, grid=(2, 2, 4)).to_frame()["num_masked"].eq(8).all()
+    with pytest.raises(ValueError, match="kind block is for images"):
+        measure(model, features(3), MaskRule("block", 0.5, 2), grid=(2, 2, 4))
+    same = measure(model, features(3), lambda names, k: RAGGED)
+    assert same.to_frame().equals(measure(model, features(3), RAGGED).to_frame())
+    with pytest.raises(ValueError, match="mask is a tensor, which is for a single batch"):
+        measure(model, [features(3), features(3)], RAGGED)
+
+
+def test_measure__batches_of_many_kinds():
+    model, images = Inpainting(), features(3)
+    expected = values_of(measure(model, images, RAGGED))
+    named = ImageBatch(("a", "b", "c"), images)
+    for batch in (images, (images, torch.zeros(3)), [images], {"pixel_values": images}, named):
+        result = measure(model, [batch], RAGGED)
+        torch.testing.assert_close(values_of(result), expected, rtol=0, atol=0)
+        assert result.to_frame()["image"].unique().tolist() == (["a", "b", "c"] if batch is named else ["0", "1", "2"])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(features(5)), batch_size=2)
+    frame = measure(model, loader, MaskRule("random", 0.5, 1), grid=(4, 4)).to_frame()
+    assert frame["image"].unique().tolist() == ["0", "1", "2", "3", "4"]
+    with pytest.raises(ValueError, match="a batch must be images"):
+        measure(model, [{"label": images}], RAGGED)
+
+
+@pytest.mark.parametrize("build_ours", [small_mae, small_simmim])
+def test_measure__ours_equal_probe_and_their_own_forward(build_ours):
+    model = build_ours()
+    batch = batch_of(model)
+    expected = probe(model, [batch], masks_from_rule(model.info, seed=2)).to_frame()
+    assert measure(model, [batch], seed=2).to_frame().equals(expected)
+    mask = model.info.mask_rule
+    live = measure(model, [batch], mask, seed=2, call=lambda m, images, mask: m(images, mask)).to_frame()
+    torch.testing.assert_close(
+        torch.tensor(live["heterogeneity"].to_numpy()), torch.tensor(expected["heterogeneity"].to_numpy())
+    )
+
+
+def test_measure__a_call_that_masks_others_is_refused():
+    model = VisibleArgument()
+    right = measure(model, features(3), RAGGED, call=lambda m, images, mask: m(images, ~mask))
+    expected = plain(model, model.blocks, lambda: model(features(3), ~RAGGED), 0, RAGGED)
+    torch.testing.assert_close(values_of(right), expected, rtol=1e-5, atol=1e-6)
+    for wrong in (lambda m, images, mask: m(images, mask), lambda m, images, mask: m(images, mask.roll(1, dims=1))):
+        with pytest.raises(StackError, match="requested mask"):
+            measure(model, features(3), RAGGED, call=wrong)
+    twice = lambda m, images, mask: (m(images, ~mask), m(images, ~mask))  # noqa: E731
+    with pytest.raises(StackError, match="ran 2 times in one call"):
+        measure(model, features(3), RAGGED, call=twice)
+
+
+class MasksInTraining(Inpainting):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(NUM), nn.Dropout(0.5)
+
+    def forward(self, x, mask=None):
+        if not self.training:
+            mask = torch.zeros_like(RAGGED)
+        return self.drop(self.norm(super().forward(x, mask)))
+
+
+def test_measure__training_mode_only_if_asked_for():
+    model = MasksInTraining().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StackError, match="train_mode=True"):
+        measure(model, features(3), RAGGED)
+    state = torch.get_rng_state()
+    first = measure(model, features(3), RAGGED, train_mode=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.to_frame().equals(measure(model, features(3), RAGGED, train_mode=True).to_frame())
+    assert not any(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("way", ["compiled", "in place", "block by block"])
+def test_measure__compiled_models_through_what_is_inside(way):
+    torch._dynamo.reset()
+    plain_model = Inpainting()
+    model = copy.deepcopy(plain_model).eval()
+    if way == "block by block":
+        for block in model.blocks:
+            block.compile(backend="eager")
+    compiled = torch.compile(model, backend="eager") if way == "compiled" else model
+    if way == "in place":
+        model.compile(backend="eager")
+    with torch.no_grad():
+        compiled(features(3), RAGGED)  # compiled before it is measured
+    expected = values_of(measure(plain_model, features(3), RAGGED))
+    torch.testing.assert_close(values_of(measure(compiled, features(3), RAGGED)), expected, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_measure__grids_that_are_no_square():
+    model = Grid(merges=True)
+    mask = random_mask(3, (3, 5), num=8).view(3, 2, 4).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    images = torch.randn(3, 4, 8, DIM)
+    frame = measure(model, images, mask, call=lambda m, images, mask: m(images, mask.view(3, 4, 8))).to_frame()
+    assert frame.groupby("layer_depth")["num_masked"].sum().tolist() == [44, 44, 11]
+    scattered = random_mask(3, (12,), num=32)
+    with pytest.raises(StackError, match="cuts through merged tokens"):
+        measure(model, images, scattered, call=lambda m, images, mask: m(images, mask.view(3, 4, 8)))
+
+
+def test_measure__images_with_one_kind_of_patches_are_refused():
+    mask = RAGGED.clone()
+    mask[1] = False
+    with pytest.raises(StackError, match="of 3 images, 2 have masked and visible patches"):
+        measure(Inpainting(), features(3), call=lambda m, images, _: m(images, mask))
+
+
+def test_measure__stacks_and_measures_of_the_caller():
+    model = Inpainting(name="hole")
+    with pytest.raises(ValueError, match=r"no mask token; block lists: blocks \(3\)"):
+        measure(model, features(3), RAGGED)
+    spec = StackSpec("trunk", model.blocks, model.hole, position=model.pos_embed)
+    norm = {"norm": lambda tokens, split: tokens.norm(dim=-1).mean(dim=1)}
+    frame = measure(model, features(3), RAGGED, stacks=[spec], measures=norm).to_frame()
+    assert frame["stack"].unique().tolist() == ["trunk"]
+    assert frame.columns[-1] == "norm"
+
+
+def test_live_model__is_one_of_ours_and_can_be_copied():
+    live = LiveModel(Inpainting(cls=1).eval())
+    twin = copy.deepcopy(live)
+    for each in (live, twin):
+        with torch.no_grad():
+            layers = list(each.layer_tokens(features(3), RAGGED))
+        assert [layer.depth for layer in layers] == [0, 1, 2, 3]
+        assert all(torch.equal(layer.mask, RAGGED) and layer.tokens.shape == (3, NUM, DIM) for layer in layers)
+        assert each.stacks == ("encoder",)
+        assert len(each.stack_blocks("encoder")) == each.depth("encoder") == 3
+    with pytest.raises(ValueError, match="nothing is predicted"):
+        live.reconstruct(features(3), RAGGED)
