@@ -98,8 +98,8 @@ def test_encode__checks_the_size_of_images(tiny_mae, generator) -> None:
         ("bootmae", "decoder", 12, ("patches", 10, "fresh"), "model"),
         ("bootmae", "decoder", 24, ("patches", 18, "fresh"), "model"),
         ("bootmae", "decoder", 6, ("patches", 5, "fresh"), "model"),
-        ("conmim", "inpainting", 12, ("concat", 12, "none"), "model_ema"),
-        ("beit", "inpainting", 12, ("concat", 12, "none"), "model"),
+        ("conmim", "inpainting", 12, ("concat", 12, "off"), "model_ema"),
+        ("beit", "inpainting", 12, ("concat", 12, "off"), "model"),
     ],
 )
 def test_feature__is_what_the_authors_probe(family, style, depth, feature, weights) -> None:
@@ -107,7 +107,7 @@ def test_feature__is_what_the_authors_probe(family, style, depth, feature, weigh
     model.info = replace(model.info, family=family, style=style)
     assert feature_of(model) == feature
     assert weights_of(model) == weights
-    assert feature_of(model, "class", 1, "none") == ("class", 1, "none")
+    assert feature_of(model, "class", 1, "off") == ("class", 1, "off")
 
 
 def test_feature__of_swin_is_the_mean_of_patches() -> None:
@@ -129,7 +129,7 @@ def test_feature_vectors__are_pooled_after_a_block_by_hand(generator) -> None:
         fresh = (mean - mean.mean(dim=1, keepdim=True)) / (mean.var(dim=1, unbiased=False, keepdim=True) + 1e-6).sqrt()
         for feature, expected in {
             Feature("patches", 2, "fresh"): fresh,
-            Feature("concat", 2, "none"): torch.cat([x[:, 0], mean], dim=1),
+            Feature("concat", 2, "off"): torch.cat([x[:, 0], mean], dim=1),
             Feature("class", 2, "encoder"): model.norm(x)[:, 0],
         }.items():
             torch.testing.assert_close(feature_vectors(model, images, feature), expected)
@@ -348,7 +348,7 @@ def test_evaluator__gives_the_same_for_any_number_of_workers(sources, tiny_mae) 
 
 
 def test_evaluator__reads_the_chosen_feature_and_says_so(sources, tiny_simmim) -> None:
-    chosen = {"pooling": "concat", "layer": 2, "norm": "none"}
+    chosen = {"pooling": "concat", "layer": 2, "norm": "off"}
     evaluator = Evaluator(Evaluation("linear", *map(str, sources), **chosen, penalty=1e-2))
     result = evaluator.evaluate(tiny_simmim)
     assert result.feature == Feature(**chosen)

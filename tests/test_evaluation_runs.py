@@ -224,8 +224,8 @@ def test_evaluate__says_what_it_reads_of_which_weights(conmim, tmp_path, sources
     assert result.exit_code == 0, result.output
     names = ["pooling", "layer", "norm", "weights"]
     table, chance = (pd.read_csv(tmp_path / "out" / name) for name in ("curves.csv", "random.csv"))
-    assert table.loc[0, names].tolist() == ["concat", 2, "none", "model_ema"]
-    assert chance.loc[0, names].tolist() == ["concat", 2, "none", "random"]
+    assert table.loc[0, names].tolist() == ["concat", 2, "off", "model_ema"]
+    assert chance.loc[0, names].tolist() == ["concat", 2, "off", "random"]
     assert "model_ema" in result.output
     other = invoke(
         "linear", "--cached", "--ckpt", run, *sources, "--out", tmp_path / "out", *options, "--weights", "model"

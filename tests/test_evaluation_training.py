@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from labelled_images import write_parquet
+from PIL import Image
 from pretraining_cases import Stopped, rows, same, stop_after
 from test_parity import load
 from tiny_models import make_mae, make_simmim, make_two_stacks, some_images
@@ -24,8 +25,13 @@ from mto_analysis.training import RunSettings
 from mto_analysis.training.evaluation.augmented import AugmentedData
 from mto_analysis.training.evaluation.classifier import build_classifier, build_optimizer, layer_of
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings, finetune_settings, linear_settings
-from mto_analysis.training.evaluation.classifier_training import ClassifierObjective, classifier_score, train_classifier
-from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analysis.training.evaluation.classifier_training import (
+    ClassifierObjective,
+    TestAccuracy,
+    classifier_score,
+    train_classifier,
+)
+from mto_analysis.training.evaluation.features import LabelledImages, normalized
 from mto_analysis.training.evaluation.protocols import feature_of
 from mto_analysis.training.methods import METHODS, method_of
 
@@ -92,6 +98,69 @@ def test_layers__of_a_position_bias_are_those_of_its_block() -> None:
     images = some_images(torch.Generator().manual_seed(0), 2)
     with torch.no_grad():
         torch.testing.assert_close(classifier.eval().encoder.encode(images), frozen.eval().encoder.encode(images))
+
+
+GROUPS = {
+    "mae": (
+        {"encoder.patch_embed.proj.weight", "head.1.weight"},
+        {"encoder.cls_token", "encoder.pos_embed"},
+        set(),
+    ),
+    "simmim": (
+        {"encoder.patch_embed.proj.weight", "encoder.position_biases.1.relative_position_bias_table", "head.1.weight"},
+        {"encoder.cls_token"},
+        set(),
+    ),
+    "bootmae": (
+        {"encoder.patch_embed.proj.weight", "head.1.weight"},
+        {"encoder.cls_token"},
+        {"encoder.pos_embed"},
+    ),
+    "conmim": (
+        {"encoder.patch_embed.proj.weight", "encoder.position_biases.1.relative_position_bias_table", "head.1.weight"},
+        {"encoder.cls_token"},
+        set(),
+    ),
+    "simmim_swin": (
+        {"encoder.patch_embed.proj.weight", "encoder.merges.0.reduction.weight", "head.1.weight"},
+        {"encoder.stages.0.1.position_bias.relative_position_bias_table"},
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_groups__are_those_of_each_original(family: str) -> None:
+    """Matrices of blocks decay, what has one axis does not, in all of them; the rest is listed for each."""
+    decayed, undecayed, frozen = GROUPS[family]
+    model = {"mae": make_mae, "simmim": make_simmim}.get(family, lambda: load(family)[0])()
+    chosen = finetune_settings(model)
+    classifier = build_classifier(model, chosen, 3)
+    groups = build_optimizer(classifier, chosen).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    parameters = dict(classifier.named_parameters())
+    assert {name for name in frozen if parameters[name].requires_grad} == set()
+    assert {name: decays[id(parameters[name])] for name in decayed | undecayed} == {
+        **dict.fromkeys(decayed, 0.05),
+        **dict.fromkeys(undecayed, 0.0),
+    }
+    tables = {name for name in parameters if name.endswith("relative_position_bias_table")}
+    for name, parameter in parameters.items():
+        if id(parameter) in decays and name not in decayed | undecayed | tables:
+            assert decays[id(parameter)] == (0.0 if parameter.ndim == 1 else 0.05), name
+    assert len({decays[id(parameters[name])] for name in tables}) == bool(tables)
+
+
+def test_undecayed__of_swin_v2_are_its_network_of_positions_and_its_scale() -> None:
+    model, _, _ = load("simmim_swin")
+    model = type(model)(replace(model.config, version=2), model.info)
+    chosen = finetune_settings(model)
+    classifier = build_classifier(model, chosen, 3)
+    groups = build_optimizer(classifier, chosen).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    found = {n: decays[id(p)] for n, p in classifier.named_parameters() if "position_bias" in n or "logit_scale" in n}
+    assert set(found.values()) == {0.0}
+    assert any("mlp" in name for name in found)
 
 
 def test_layers__of_swin_put_merges_with_the_block_before() -> None:
@@ -166,6 +235,73 @@ def test_learning_rate__warms_up_and_falls_along_a_cosine() -> None:
     assert rate(6.0) == pytest.approx(0.34)
     assert rate(11.0) == pytest.approx(0.04)
     assert rate(3.5) == pytest.approx(0.04 + 0.6 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("schedule", ["simmim", "bootmae", "conmim"])
+def test_learning_rate__of_fine_tuning_is_that_of_the_method(schedule: str) -> None:
+    """SimMIM's cosine counts from the start of the run and lags by a step; BEiT's warm-up ends at the peak."""
+    chosen = settings(epochs=10, warmup_epochs=2.0, base_lr=1.0, batch_size=256, min_lr=0.1, warmup_lr=0.01)
+    chosen = replace(chosen, schedule=schedule)
+    objective = ClassifierObjective(build_classifier(make_mae(), chosen, 3), chosen)
+    steps, warmup, total = 4, 8, 40
+    for step in range(total):
+        if schedule == "simmim":
+            done = max(step - 1, 0)
+            cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * done / total)) / 2
+            expected = 0.01 + 0.99 * done / warmup if done < warmup else cosine
+        else:
+            cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            expected = float(np.linspace(0.01, 1.0, warmup)[step]) if step < warmup else cosine
+        assert objective.rate(step, steps) == pytest.approx(expected), step
+
+
+def test_train_classifier__scores_the_moving_average(labelled, tmp_path) -> None:
+    """Weights average as ema = 0.9 * ema + 0.1 * weights, begun at those after the second step."""
+    chosen = settings(ema=0.9, drop_path=0.0, epochs=2, base_lr=0.5)
+    averages: list[Any] = []
+
+    class Recording(TestAccuracy):
+        def score(self, trained: Any) -> Any:
+            found = super().score(trained)
+            averages.append((trained.ema.module, found["score"]))
+            return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mto_analysis.training.evaluation.classifier_training.TestAccuracy", Recording)
+        *_, last = train(make_mae(), labelled, chosen, tmp_path)
+    average, score = averages[-1]
+    assert last.score == score
+    saved = state_of(tmp_path)
+    assert saved["classifier_average"].keys() == saved["classifier"].keys()
+    assert not same(saved["classifier_average"], saved["classifier"])
+    images = torch.cat([batch for _, batch in labelled[1].batches(average.encoder.info)])
+    with torch.no_grad():
+        right = average(normalized(images, average.encoder.info)).argmax(dim=1) == labelled[1].labels
+    assert last.score == pytest.approx(100 * right.double().mean().item())
+
+
+def test_train_classifier__clips_each_micro_batch_as_simmim_does(labelled, tmp_path) -> None:
+    """What was clipped and the next micro-batch's gradient are clipped together; gradients themselves are the same."""
+    chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, erasing=0.0, warmup_epochs=0.0, epochs=1, batch_size=24)
+    sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def recorded(parameters: Any, most: float) -> Any:
+        before = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        norm = clip(parameters, most)
+        sums.append((before, torch.cat([parameter.grad.flatten() for parameter in parameters])))
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.utils.clip_grad_norm_", recorded)
+        for name, each in (("each", True), ("once", False)):
+            again = replace(chosen, clip_grad=1e-3, clip_micro_batches=each)
+            list(train(make_mae(), labelled, again, tmp_path / name, micro_batch=8))
+    (first, one), (second, two), (third, _), (whole, _) = sums
+    torch.testing.assert_close(first + (second - one) + (third - two), whole, rtol=1e-4, atol=1e-6)
+    for before, after in sums:
+        torch.testing.assert_close(after, before * (1e-3 / before.norm()), rtol=1e-3, atol=1e-8)
+    assert not same(state_of(tmp_path / "each")["classifier"], state_of(tmp_path / "once")["classifier"])
 
 
 @pytest.mark.parametrize("protocol", ["linear_mae", "finetune"])
@@ -315,6 +451,48 @@ def test_augmentation__bears_every_strength_of_posterize(labelled) -> None:
             assert batch.images.isfinite().all()
 
 
+@pytest.mark.parametrize(("clamped", "area", "full"), [(True, 0.5186, 0.2628), (False, 0.4301, 0.005)])
+def test_crops__of_the_linear_probe_are_maes(labelled, clamped: bool, area: float, full: float) -> None:
+    """Areas of crops of 500 x 375 px, and the share that is as high as the image, by their distributions."""
+    rng = np.random.default_rng(0)
+    wanted = rng.uniform(0.08, 1, 200_000) * 500 * 375
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), 200_000))
+    height, width = np.rint(np.sqrt(wanted / ratio)), np.rint(np.sqrt(wanted * ratio))
+    fits = (height <= 375) & (width <= 500)
+    height, width = (np.minimum(height, 375), np.minimum(width, 500)) if clamped else (height[fits], width[fits])
+    assert (height * width).mean() / (500 * 375) == pytest.approx(area, abs=0.004)
+    assert (height == 375).mean() == pytest.approx(full, abs=0.004)
+    chosen = settings("linear_mae", clamp_crop=clamped)
+    first = AugmentedData(labelled[0], make_mae().info, chosen, 3)._transform.transforms[0]
+    image = Image.new("RGB", (500, 375))
+    torch.manual_seed(0)
+    random.seed(0)
+    crops = np.array([first.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(6000)])
+    top, left, height, width = crops.T
+    assert ((top + height <= 375) & (left + width <= 500) & (top >= 0) & (left >= 0)).all()
+    assert (height * width).mean() / (500 * 375) == pytest.approx(area, abs=0.015)
+    assert (height == 375).mean() == pytest.approx(full, abs=0.02)
+
+
+def test_crops__follow_the_method_and_the_size() -> None:
+    large = {"image_size": 128, "patch_size": 16}
+    assert linear_settings(make_mae(**large)).clamp_crop
+    assert linear_settings(make_mae()).clamp_crop
+    assert not finetune_settings(make_mae(**large)).clamp_crop
+    assert linear_settings(make_mae(**large)).crop_pct == finetune_settings(make_simmim(**large)).crop_pct == 0.875
+    assert linear_settings(make_mae()).crop_pct == 1
+
+
+def test_settings__of_wide_encoders_are_published_too() -> None:
+    wide = {"image_size": 128, "patch_size": 16, "dim": 1024, "num_heads": 16, "depth": 1}
+    model = make_mae(**wide)
+    assert linear_settings(model).epochs == finetune_settings(model).epochs == 50
+    model.info = replace(model.info, family="bootmae")
+    probe = linear_settings(model)
+    assert (probe.epochs, probe.base_lr, probe.norm) == (50, 0.07, "fresh")
+    assert (finetune_settings(model).ema, finetune_settings(model).freeze_positions) == (0.9998, True)
+
+
 def test_settings__are_those_of_the_paper() -> None:
     large = {"image_size": 128, "patch_size": 16}
     mae, simmim = finetune_settings(make_mae(**large)), finetune_settings(make_simmim(**large))
@@ -323,6 +501,8 @@ def test_settings__are_those_of_the_paper() -> None:
     probe = linear_settings(make_mae(**large))
     assert (probe.learning_rate, probe.epochs, probe.warmup_epochs, probe.weight_decay) == (6.4, 90, 10, 0)
     assert finetune_settings(make_mae()).batch_size == 256  # 16 px: for small images
+    assert (simmim.schedule, simmim.warmup_lr, simmim.clip_micro_batches) == ("simmim", 1e-6, True)
+    assert (mae.schedule, mae.clip_micro_batches, mae.ema, mae.freeze_positions) == ("mae", False, None, False)
 
 
 def test_settings__are_read_from_text() -> None:

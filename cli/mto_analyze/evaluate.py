@@ -66,7 +66,7 @@ class NormOption(StrEnum):
 
     encoder = "encoder"
     fresh = "fresh"
-    none = "none"
+    off = "off"
 
 
 class Precision(StrEnum):

@@ -53,6 +53,8 @@ class Objective(nn.Module, ABC):
     masked: ClassVar[bool] = True
     #: Whether an image's loss depends on those beside it (batch norms): then micro-batches do not average exactly.
     depends_on_batch: ClassVar[bool] = False
+    #: Whether gradients are clipped after each accumulated micro-batch, over all processes, or once a step.
+    clips_micro_batches: bool = False
     #: What is trained, saved and probed, and what ``attach_mto`` is attached to.
     student: Any
 

@@ -58,12 +58,15 @@ class Stepper(Assembly):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
-                with self._synchronised(last), self._watched(watch and last, step, measured):
+                clip = self.method.clips_micro_batches and not last
+                with self._synchronised(last or clip), self._watched(watch and last, step, measured):
                     if self.mto is not None:
                         self.mto.step = step  # its warm-up counts optimizer steps
                     terms = self.losses(batch)
                     loss = torch.stack([term.float() for term in terms.values()]).sum()
                     self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+                if clip:
+                    self._clip(wanted=False)
                 for name, term in terms.items():
                     part = term.detach().double() / count if device.type != "mps" else term.detach() / count
                     sums[name] = sums[name] + part if name in sums else part

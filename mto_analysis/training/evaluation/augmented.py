@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
 
 from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData
@@ -121,6 +123,11 @@ def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image
         re_prob=settings.erasing,
         re_mode="pixel",
     )
+    if settings.clamp_crop:
+        replaced = transform.transforms[0]
+        transform.transforms[0] = _ClampedCrop(
+            info.image_size, settings.crop_scale, interpolation=replaced.interpolation
+        )
     for each in transform.transforms:
         for change in getattr(each, "ops", ()):
             if "Posterize" in getattr(change, "name", ""):
@@ -132,6 +139,26 @@ def _a_bit_at_least(level_of: Callable[..., tuple[int, ...]], *arguments: Any) -
     """At its strongest, timm's posterize keeps no bit: older Pillow made the image black, newer ones refuse."""
     bits, *rest = level_of(*arguments)
     return (max(bits, 1), *rest)
+
+
+class _ClampedCrop(RandomResizedCrop):  # type: ignore[misc]
+    """MAE's random crop: one sample of area and ratio, whose sides are cut to those of the image where they are longer.
+
+    torchvision samples again instead, so its crops are smaller, and hardly ever the whole image.
+
+    Source:
+        facebookresearch/mae ``util/crop.py``, which follows TensorFlow's.
+    """
+
+    @staticmethod
+    def get_params(img: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+        """Top, left, height and width."""
+        area, log_ratio = torch.rand(2).tolist()
+        area = (scale[0] + (scale[1] - scale[0]) * area) * img.height * img.width
+        root = math.exp(0.5 * (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * log_ratio))
+        height, width = min(round(area**0.5 / root), img.height), min(round(area**0.5 * root), img.width)
+        top, left = (int(torch.randint(room + 1, ())) for room in (img.height - height, img.width - width))
+        return top, left, height, width
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):

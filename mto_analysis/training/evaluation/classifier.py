@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         self.crop_pct = settings.crop_pct
         feature = settings.feature(model)
         trained_norm = not self.frozen and feature.norm == "fresh"
-        self.feature = feature._replace(norm="none") if trained_norm else feature
+        self.feature = feature._replace(norm="off") if trained_norm else feature
         shape = (1, model.info.channels, *height_and_width(model.info.image_size))
         like = next(model.parameters())
         with torch.no_grad():
@@ -85,7 +85,7 @@ def build_classifier(
 ) -> Classifier:
     """A classifier on a copy of a model, with drop path, in which nothing learns that no logit depends on.
 
-    A position bias that all blocks share becomes one per block, and MAE's sin-cos table learns, as in the originals.
+    A position bias that all blocks share becomes one per block, and a sin-cos table learns unless it is to be frozen.
 
     Raises:
         DataError: If the model has no encoder that sees whole images.
@@ -108,7 +108,7 @@ def build_classifier(
                         setattr(module, name, DropPath(rate) if rate else nn.Identity())
         for name, parameter in model.named_parameters():
             if name == "pos_embed":
-                parameter.requires_grad = True
+                parameter.requires_grad = not settings.freeze_positions
     model.eval()  # drop path would draw random numbers below
     classifier = Classifier(model, settings, num_classes, seed)
     _freeze_unused(classifier)
@@ -175,10 +175,9 @@ def build_optimizer(classifier: Classifier, settings: ClassifierSettings) -> tor
             groups.setdefault(vector, group)["params"].append(parameter)
         return Lars(list(groups.values()), lr=settings.learning_rate, momentum=settings.momentum)
     depth = len(classifier.encoder.encoder_blocks())
-    undecayed = ("cls_token", "pos_embed", "relative_position_bias_table")
     for name, parameter in named:
         layer = layer_of(classifier, name)
-        plain = parameter.ndim == 1 or name.endswith((".bias", *undecayed))
+        plain = parameter.ndim == 1 or name.endswith(".bias") or any(part in name for part in settings.undecayed)
         scale = settings.layer_decay ** (depth + 1 - layer)
         group = {"params": [], "lr_scale": scale, "weight_decay": 0.0 if plain else settings.weight_decay}
         groups.setdefault((layer, plain), group)["params"].append(parameter)

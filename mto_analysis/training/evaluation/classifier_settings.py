@@ -18,6 +18,7 @@ from mto_analysis.runtime.settings import (
     Rising,
     Settings,
     Share,
+    Within,
 )
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, is_small
 from mto_analysis.training.methods import method_of
@@ -41,14 +42,22 @@ class ClassifierSettings(Settings):
         base_lr: Learning rate for ``lr_batch`` images at a time; the rate is ``base_lr * batch_size / lr_batch``.
         lr_batch: See ``base_lr``.
         min_lr: Where the cosine ends.
-        warmup_epochs: Of the linear warm-up from zero.
-        weight_decay: Of weights; biases, norms, class token and position embedding have none.
+        warmup_lr: Where the warm-up starts.
+        warmup_epochs: Of the linear warm-up.
+        schedule: The method whose :meth:`~mto_analysis.training.methods.Method.learning_rate` it follows.
+        weight_decay: Of weights; biases and whatever has one axis have none.
+        undecayed: Parts of the names of other parameters without.
         betas: Of AdamW.
         momentum: Of LARS.
         layer_decay: Learning rate of a layer over that of the next one.
         drop_path: Largest rate of dropped branches, growing linearly with the block.
         clip_grad: Largest norm of the gradient, or no clipping.
+        clip_micro_batches: Clip the sum after each accumulated micro-batch instead of once a step.
+        ema: Decay of a moving average of the weights, whose accuracy is then the score; or none.
+        freeze_positions: Whether an absolute position embedding stays as it is.
         crop_scale: Area of the random crop, as a fraction of the image.
+        clamp_crop: Cut the sides of a random crop to those of the image, as MAE's probe does; by default a crop that
+            does not fit is sampled again, as torchvision does.
         crop_pct: Side of the test images' centre crop over their resized shorter side.
         flip: Chance of a mirror image.
         auto_augment: Policy in timm's notation, or none.
@@ -66,16 +75,23 @@ class ClassifierSettings(Settings):
     base_lr: Positive
     lr_batch: Count = 256
     min_lr: NonNegative = 0.0
+    warmup_lr: NonNegative = 0.0
     warmup_epochs: NonNegative = 0.0
+    schedule: Literal["mae", "simmim", "bootmae", "conmim"] = "mae"
     weight_decay: NonNegative = 0.0
+    undecayed: tuple[str, ...] = ("cls_token", "pos_embed")
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     momentum: Below1 = 0.9
     layer_decay: Share = 1.0
     drop_path: Below1 = 0.0
     clip_grad: Positive | None = None
+    clip_micro_batches: bool = False
+    ema: Annotated[float, Within("(0, 1)")] | None = None
+    freeze_positions: bool = False
     layer: Count | None = None
     norm: Norm | None = None
     crop_scale: Annotated[tuple[Share, Share], Rising()] = (0.08, 1.0)
+    clamp_crop: bool = False
     crop_pct: Share = 1.0
     flip: Fraction = 0.5
     auto_augment: str | None = None
@@ -127,19 +143,24 @@ def linear_settings(model: MaskedImageModel) -> ClassifierSettings:
         He et al. (CVPR 2022), appendix A.1; facebookresearch/mae ``FINETUNE.md``, ``main_linprobe.py``. For small
         images a batch of 16384 leaves three steps an epoch of CIFAR-10, so it is 1024, and crops are milder.
     """
+    wide = method_of(model).wide_probing if _is_wide(model) else {}
     published = ClassifierSettings(
         protocol="linear_mae",
         **feature_of(model)._asdict(),
         crop_pct=crop_pct_of(model),
-        epochs=90,
-        batch_size=16384,
-        base_lr=0.1,
         warmup_epochs=10,
-        source="facebookresearch/mae FINETUNE.md",
+        batch_size=16384,
+        clamp_crop=True,
+        **{"epochs": 90, "base_lr": 0.1, "source": "facebookresearch/mae FINETUNE.md", **wide},
     )
     if not is_small(model):
         return published
     return replace(published, batch_size=1024, crop_scale=(0.2, 1.0), source=f"{published.source}, for small images")
+
+
+def _is_wide(model: MaskedImageModel) -> bool:
+    """Whether it is a ViT-L or larger."""
+    return getattr(model.config, "dim", 768) >= 1024
 
 
 #: Common to all four methods' fine-tuning scripts.
@@ -173,9 +194,10 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
     """
     method = method_of(model)
     values = dict(method.finetuning)
-    if getattr(model.config, "dim", 768) >= 1024:
+    if _is_wide(model):
         values |= method.wide_finetuning
     if is_small(model):
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
-        values |= {"crop_scale": (0.5, 1.0), "source": f"{_PAPER}, for small images"}
-    return ClassifierSettings(**{"source": _PAPER, "crop_pct": crop_pct_of(model), **_REGULARISED, **values})
+        values |= {"crop_scale": (0.5, 1.0), "ema": None, "source": f"{_PAPER}, for small images"}
+    values |= {"undecayed": method.undecayed(model), "crop_pct": crop_pct_of(model)}
+    return ClassifierSettings(**{"source": _PAPER, **_REGULARISED, **values})

@@ -22,7 +22,7 @@ from mto_analysis.training.evaluation.classifier import Classifier, build_classi
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, normalized
 from mto_analysis.training.loop import open_group, train
-from mto_analysis.training.methods.method import warmup_then_cosine
+from mto_analysis.training.methods import METHODS
 from mto_analysis.training.objective import Objective
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
@@ -46,6 +46,7 @@ class ClassifierObjective(Objective):
     def __init__(self, student: Classifier, settings: ClassifierSettings) -> None:
         super().__init__(student, settings, settings.protocol)
         self.chosen = settings
+        self.clips_micro_batches = settings.clip_micro_batches
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """One term, ``cross_entropy``; probabilities, as mixup gives them, are smoothed already.
@@ -64,15 +65,10 @@ class ClassifierObjective(Objective):
         return build_optimizer(self.student, self.chosen)
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Linear warm-up from zero, then half a cosine to ``min_lr``, by the fraction of an epoch.
-
-        Source:
-            facebookresearch/mae ``util/lr_sched.py``.
-        """
-        chosen, epoch = self.chosen, step // steps_per_epoch + step % steps_per_epoch / steps_per_epoch
-        return warmup_then_cosine(
-            epoch, chosen.epochs, warmup=chosen.warmup_epochs, peak=chosen.learning_rate, end=chosen.min_lr
-        )
+        """A linear warm-up, then half a cosine, in the way of the method that ``schedule`` names."""
+        chosen = self.chosen
+        rate_of = METHODS[chosen.schedule].learning_rate
+        return rate_of(chosen, step, steps_per_epoch, chosen.learning_rate, chosen.warmup_lr, chosen.min_lr)
 
     def noise(self, count: int, device: torch.device) -> LabelledBatch:
         """Noise, all of the first class."""
@@ -112,8 +108,10 @@ class TestAccuracy(Scorer):
         self._test, self.every = test, every
 
     def score(self, trained: Assembly) -> Mapping[str, float | None]:
-        """The accuracy of the classifier."""
+        """The accuracy of the classifier, or of its moving average where there is one."""
         classifier, group, labels = trained.method.student, trained.group, self._test.labels
+        if trained.ema is not None:
+            classifier = trained.ema.module
         for buffer in classifier.buffers():  # statistics of a batch norm are each process's own
             group.spread(buffer)
         size, info, num_classes = self._test.batch_size, classifier.encoder.info, classifier.num_classes
@@ -176,7 +174,7 @@ def train_classifier(
     num_classes = check_classes(train_images, test_images)
     batch_size = settings.batch_size
     accumulation = accumulation_for(batch_size, processes=group.count, micro_batch=micro_batch)
-    run = replace(run, accumulation=accumulation)
+    run = replace(run, accumulation=accumulation, ema=settings.ema)
     micro_batch = micro_batch_size(batch_size, processes=group.count, accumulation=accumulation)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
         raise ValueError(f"mixup and cutmix pair the images of a micro-batch, which must be even, got {micro_batch}")

@@ -28,7 +28,7 @@ class Feature(NamedTuple):
         pooling: The ``class`` token, the mean of the ``patches``, or ``concat``, one beside the other.
         layer: The block, counted from 1.
         norm: ``encoder``: the encoder's final norm, of every token; ``fresh``: layer normalization of the pooled vector
-            without weights, as of a norm that was never trained; ``none``.
+            without weights, as of a norm that was never trained; ``off``: nothing.
     """
 
     pooling: Pooling
@@ -47,7 +47,7 @@ def feature_of(
     MAE and relatives     class token                      last                            encoder's
     SimMIM                mean of patches                  last                            encoder's
     BootMAE               mean of patches                  10 of 12, 18 of 24, else 5/6    fresh
-    ConMIM, BEiT, others  class token and mean of patches  last (BEiT reports the best)    none
+    ConMIM, BEiT, others  class token and mean of patches  last (BEiT reports the best)    off
     ====================  ===============================  ==============================  =========
 
     Args:

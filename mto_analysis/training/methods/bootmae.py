@@ -92,7 +92,11 @@ class BootMAEMethod(Method):
         "lr_batch": 1024,
         "layer_decay": 0.75,
         "warmup_epochs": 20,
+        "schedule": "bootmae",
+        "freeze_positions": True,
+        "ema": 0.9998,
     }
+    wide_probing: ClassVar[Mapping[str, Any]] = {"epochs": 50, "base_lr": 0.07}
     student: BootMAE
     recipe: BootMAERecipe
     feature_weight: Tensor

@@ -60,7 +60,7 @@ class ConMIMMethod(Method):
     style = "inpainting"
     depends_on_batch = True
     probe_pooling = "concat"
-    probe_norm = "none"
+    probe_norm = "off"
     probe_weights = "model_ema"
     finetuning: ClassVar[Mapping[str, Any]] = {
         "batch_size": 1024,
@@ -68,6 +68,7 @@ class ConMIMMethod(Method):
         "lr_batch": 1024,
         "layer_decay": 0.65,
         "warmup_epochs": 20,
+        "schedule": "conmim",
     }
     student: ConMIM
     recipe: ConMIMRecipe

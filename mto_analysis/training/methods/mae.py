@@ -47,8 +47,10 @@ class MAEMethod(Method):
         "base_lr": 1e-3,
         "layer_decay": 0.75,
         "warmup_epochs": 5,
+        "schedule": "mae",
     }
     wide_finetuning: ClassVar[Mapping[str, Any]] = {"epochs": 50, "drop_path": 0.2}
+    wide_probing: ClassVar[Mapping[str, Any]] = {"epochs": 50}
     student: MAE
     recipe: MAERecipe
 

@@ -20,11 +20,19 @@ from mto_analysis.training.objective import Objective
 from mto_analysis.training.randomness import noise_batch
 from mto_analysis.training.sharding import is_sharded
 
-__all__ = ["Method", "Norm", "Pooling", "half_cosine", "parameter_groups", "peak_learning_rate", "warmup_then_cosine"]
+__all__ = [
+    "Method",
+    "Norm",
+    "Pooling",
+    "half_cosine",
+    "parameter_groups",
+    "peak_learning_rate",
+    "warmup_then_cosine",
+]
 
 #: See :class:`mto_analysis.training.evaluation.protocols.Feature`.
 Pooling = Literal["class", "patches", "concat"]
-Norm = Literal["encoder", "fresh", "none"]
+Norm = Literal["encoder", "fresh", "off"]
 
 
 class Method(Objective):
@@ -59,9 +67,10 @@ class Method(Objective):
     #: Side in pixels from which on its authors do not crop test images, or ``None`` if they always do.
     uncropped_from: ClassVar[int | None] = 384
     #: Its own values of :class:`~mto_analysis.training.evaluation.classifier_settings.ClassifierSettings` when it is
-    #: fine-tuned, and what differs for encoders of 1024 channels or more.
+    #: fine-tuned, and what differs in fine-tuning and in the linear probe for encoders of 1024 channels or more.
     finetuning: ClassVar[Mapping[str, Any]]
     wide_finetuning: ClassVar[Mapping[str, Any]] = {}
+    wide_probing: ClassVar[Mapping[str, Any]] = {}
     student: MaskedImageModel
 
     def __init__(self, student: MaskedImageModel, recipe: Recipe) -> None:
@@ -80,6 +89,14 @@ class Method(Objective):
         """
 
     @staticmethod
+    def undecayed(model: MaskedImageModel) -> tuple[str, ...]:
+        """Parts of the names of parameters without weight decay in fine-tuning, besides biases and what has one axis.
+
+        Tables of relative positions in a ViT are not among them, so they decay.
+        """
+        return ("cls_token", "pos_embed")
+
+    @staticmethod
     def probe_layer(depth: int) -> int:
         """The block, counted from 1, whose tokens its authors probe.
 
@@ -92,10 +109,10 @@ class Method(Objective):
     def learning_rate(recipe: Any, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
         """The original's rate of an optimizer step; by default that of the BEiT code base (BootMAE, ConMIM).
 
-        The last warm-up step already has the peak, and the cosine starts after it.
+        The last warm-up step already has the peak, and the cosine starts after it. Fine-tuning has the same schedule.
 
         Args:
-            recipe: Settings.
+            recipe: Settings, of pre-training or of a classifier.
             step: Optimizer steps done before this one.
             steps_per_epoch: Optimizer steps of an epoch.
             peak: Rate after the warm-up.

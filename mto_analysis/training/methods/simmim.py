@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
-from mto_analysis.models import SimMIM, SimMIMConfig
+from mto_analysis.models import MaskedImageModel, SimMIM, SimMIMConfig, SimMIMSwin
 from mto_analysis.models.targets import reconstruction_loss
 from mto_analysis.runtime.settings import Rising
 from mto_analysis.training.methods.method import Method, half_cosine
@@ -66,9 +66,20 @@ class SimMIMMethod(Method):
         "layer_decay": 0.9,
         "warmup_epochs": 10,
         "clip_grad": 5.0,
+        "clip_micro_batches": True,
+        "schedule": "simmim",
+        "warmup_lr": 1e-6,
     }
     student: SimMIM
     recipe: SimMIMRecipe
+
+    @staticmethod
+    def undecayed(model: MaskedImageModel) -> tuple[str, ...]:
+        """In Swin also what relative positions are made of: tables, or a network and the scale of attention."""
+        inherited = Method.undecayed(model)
+        if not isinstance(model, SimMIMSwin):
+            return inherited
+        return (*inherited, "relative_position_bias_table", "position_bias.mlp", "logit_scale")
 
     @staticmethod
     def learning_rate(recipe: Any, step: int, steps_per_epoch: int, peak: float, start: float, end: float) -> float:
