@@ -163,11 +163,12 @@ def test_torchrun__runs_every_command_as_one_process_does(command: list[object],
     assert not own_lines(many)
     expected, found = numbers(tmp_path / "one"), numbers(tmp_path / "many")
     assert expected.keys() == found.keys()
+    trained = set(command) & {"linear", "finetune", "pretrain"} and "--cached" not in command
     for name, table in expected.items():
-        watched = [column for column in table if not column.startswith("heterogeneity_")]  # of one process's images
-        if command[0] == "pretrain":
-            table, found[name] = table[watched], found[name][watched]
-        pd.testing.assert_frame_equal(found[name], table, rtol=1e-3)
+        if trained:  # batch norms and H see one process's images
+            kept = [column for column in table if column in ("method", "seed", "kind", "epoch", "step", "loss", "lr")]
+            table, found[name] = table[kept], found[name][kept]
+        pd.testing.assert_frame_equal(found[name], table, rtol=1e-2 if trained else 1e-9)
 
 
 @pytest.mark.parametrize(("sabotage", "who"), [("raise", 0), ("raise", 1), ("kill", 1)])
@@ -177,7 +178,7 @@ def test_torchrun__ends_with_the_reason_of_the_process_that_fails_first(
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     failed = torchrun(2, *command, "--out", tmp_path / "out", path=tmp_path, SABOTAGED=str(who), SABOTAGE=sabotage)
     assert failed.returncode != 0
-    assert "Traceback" not in failed.stderr.split("torch.distributed.elastic")[0]
+    assert "Traceback" not in failed.stderr.partition("failed (exitcode")[0]  # what follows is the launcher's own
     if sabotage == "kill":  # the launcher names the process; another one may notice its end before it is ended too
         assert "Signal 9 (SIGKILL)" in failed.stderr
         assert all("another process ended without a word" in line for line in own_lines(failed))
