@@ -16,7 +16,9 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "RecipeError",
+    "RunInUseError",
     "StackError",
+    "explained",
 ]
 
 
@@ -24,6 +26,11 @@ class MTOAnalysisError(Exception):
     """Base of all errors a user can fix; ``exit_code`` is what ``mto-analyze`` ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *, advice: str = "") -> None:
+        super().__init__(f"{message}; {advice}" if advice else message)
+        #: What happened, without ``advice``: how to go on, which depends on who calls.
+        self.message = message
 
 
 class OutputExistsError(MTOAnalysisError):
@@ -34,6 +41,12 @@ class OutputExistsError(MTOAnalysisError):
 
 class OutputError(MTOAnalysisError, OSError):
     """A file cannot be written: the disk is full or the folder is not writable (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunInUseError(MTOAnalysisError):
+    """Another process works on the run in this folder (exit code 2)."""
 
     exit_code = 2
 
@@ -95,3 +108,22 @@ class StackError(MTOAnalysisError, RuntimeError):
     """Masked tokens of a live model cannot be found, or do not agree with the mask that it was given (exit code 3)."""
 
     exit_code = 3
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """A fixable error in one line, with its exit code; ``None`` for a mistake in the program.
+
+    Example:
+        >>> explained(DataError("no image")), explained(ValueError("k is 0")), explained(KeyError("k"))
+        (('no image', 4), ('k is 0', 2), None)
+    """
+    message, code = str(error), 2
+    if isinstance(error, MTOAnalysisError):
+        code = error.exit_code
+    elif isinstance(error, OSError):
+        message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
+        message = "out of memory"
+    elif not isinstance(error, ValueError):
+        return None
+    return " ".join(message.split()), code

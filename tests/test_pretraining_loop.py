@@ -8,7 +8,7 @@ from pretraining_cases import Stopped, contents, rows, run, same, small_recipe, 
 
 from mto_analysis import load_checkpoint
 from mto_analysis.demo import DEMO_IMAGES
-from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError
+from mto_analysis.errors import CheckpointError, DataError, NumericalError, OutputExistsError, RunInUseError
 from mto_analysis.mto import MTOConfig
 from mto_analysis.rauc.logs import read_log
 from mto_analysis.training import RunSettings, pretrain
@@ -238,3 +238,34 @@ def test_record__comes_when_the_epoch_is_on_disk(tmp_path):
     for record in pretrain(small_recipe(), some_images(), tmp_path / "run", RunSettings(device="cpu")):
         assert contents(tmp_path / "run" / "last.pth")["resume"]["step"] == record.step
         assert rows(tmp_path / "run" / "metrics.csv")[-1]["step"] == str(record.step)
+
+
+def test_resume__a_complete_run_stays_complete_without_its_last_checkpoint(tmp_path):
+    run(tmp_path)
+    (tmp_path / "last.pth").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    notes = []
+    assert run(tmp_path, resume=True, on_note=notes.append) == []
+    assert notes == [f"{tmp_path} is complete (2 epochs): nothing to do"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resume__a_run_that_lost_its_last_checkpoint_does_not_begin_anew(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, small_recipe(epochs="4"), on_step=stop_after(11))
+    (tmp_path / "last.pth").unlink()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(CheckpointError, match=r"last.pth is gone after 2 epochs; restore it, or begin anew"):
+        run(tmp_path, small_recipe(epochs="4"), resume=True)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_run__is_refused_while_another_process_works_on_it(tmp_path):
+    epochs = pretrain(small_recipe(), some_images(), tmp_path, RunSettings(device="cpu", log_every=2))
+    next(epochs)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(RunInUseError, match="is in use by another process"):
+        run(tmp_path, resume=True)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert [record.epoch for record in epochs] == [2]
+    assert not (tmp_path / ".lock").exists()

@@ -1,6 +1,8 @@
 """The folder of a run, and checkpoints that are written whole or not at all."""
 
 import io
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from pretraining_cases import contents, run, small_recipe
 
-from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
+from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError, RunInUseError
 from mto_analysis.mto import MTOConfig
 from mto_analysis.runtime.outputs import atomic_file
 from mto_analysis.training import RunFolder, RunSettings, mto_config
@@ -131,3 +133,32 @@ def test_folder__names_its_files(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.kept(10) == Path(tmp_path) / "checkpoint-0010.pth"
     assert not folder.holds_run()
+
+
+def test_locked__keeps_others_out_and_leaves_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "deep" / "run")
+    with folder.locked():
+        assert folder.in_use()
+        with pytest.raises(RunInUseError, match="is in use by another process"), RunFolder(folder.path).locked():
+            raise AssertionError("never here")
+        assert folder.in_use()
+    assert not folder.in_use()
+    assert not folder.path.exists()
+
+
+def test_locked__a_worker_process_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
+    words = (
+        "import os, sys, time; from mto_analysis.training.state import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n"
+        "    if not os.fork(): time.sleep(30)\n"
+        "    os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", words, str(tmp_path / "run")], check=True, timeout=60)
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_locked__a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"), RunFolder(tmp_path / "file" / "run").locked():
+        raise AssertionError("never here")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from mto_analysis.errors import MTOAnalysisError
+from mto_analysis.errors import explained
 from mto_analysis.runtime.processes import failing_together, is_connected, this_process
 
 if TYPE_CHECKING:
@@ -108,25 +108,16 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
 
 def explain(error: BaseException) -> tuple[str, int] | None:
     """A fixable error as one line and an exit code; ``None`` for a mistake in the program."""
-    message, code = str(error), USAGE
-    if isinstance(error, MTOAnalysisError):
-        code = error.exit_code
-    elif isinstance(error, KeyboardInterrupt):
-        message, code = f"interrupted; {message or 'nothing half-written was left behind'}", INTERRUPTED
-    elif isinstance(error, ValueError):  # an argument out of range
-        pass
-    elif isinstance(error, OSError):
-        message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
-    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
-        message = "out of memory; use a smaller --batch-size"
-    else:
-        # A usage error: typer brings its own click, whose exceptions have no public name but this method.
-        format_message = getattr(error, "format_message", None)
-        if format_message is None:
-            return None
-        path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
-        message = f"{format_message().rstrip('.')}; see `{path} --help`"
-    return " ".join(message.split()), code
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {str(error) or 'nothing half-written was left behind'}", INTERRUPTED
+    if (found := explained(error)) is not None:
+        return found if found[0] != "out of memory" else ("out of memory; use a smaller --batch-size", found[1])
+    # A usage error: typer brings its own click, whose exceptions have no public name but this method.
+    format_message = getattr(error, "format_message", None)
+    if format_message is None:
+        return None
+    path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
+    return " ".join(f"{format_message().rstrip('.')}; see `{path} --help`".split()), USAGE
 
 
 def as_text(table: pd.DataFrame) -> str:

@@ -31,9 +31,8 @@ def read_content(images: Images, row: int) -> bytes:
     try:
         return images.read(row)
     except OSError as error:
-        raise DataError(
-            f"image {images.names[row]} cannot be read any more ({reason_of(error)}); restore it, then resume"
-        ) from error
+        words = f"image {images.names[row]} cannot be read any more ({reason_of(error)})"
+        raise DataError(words, advice="restore it, then resume") from error
 
 
 def read_pixels(images: Images, row: int) -> Tensor:

@@ -15,12 +15,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mto_analysis.errors import OutputExistsError
+from mto_analysis.errors import OutputError, OutputExistsError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["OutputFolder", "atomic_file", "chosen_labels", "file_word", "labels_of", "run_facts", "write_atomically"]
+__all__ = [
+    "OutputFolder",
+    "atomic_file",
+    "check_writable",
+    "chosen_labels",
+    "file_word",
+    "labels_of",
+    "run_facts",
+    "write_atomically",
+]
 
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
@@ -61,6 +70,26 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Whether a folder can be written, found out by writing; folders that it lacks are made and removed again.
+
+    Raises:
+        OutputError: If it cannot.
+    """
+    lacking = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        words = f"{error.filename or folder} cannot be written ({error.strerror})"
+        raise OutputError(words, advice="choose another --out") from error
+    finally:
+        for each in lacking:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
 class OutputFolder:
     """A folder of results whose file names are known before the work starts.
 
@@ -71,6 +100,7 @@ class OutputFolder:
 
     Raises:
         OutputExistsError: If one of the files exists and ``overwrite`` is false, or ``path`` is not a folder.
+        OutputError: If the folder cannot be written.
     """
 
     def __init__(self, path: str | Path, names: Iterable[str], *, overwrite: bool = False) -> None:
@@ -78,6 +108,7 @@ class OutputFolder:
         self.names = tuple(names)
         if self.path.exists() and not self.path.is_dir():
             raise OutputExistsError(f"{self.path} is a file, and results need a folder; choose another --out")
+        check_writable(self.path)
         there = [name for name in self.names if (self.path / name).exists()]
         if there and not overwrite:
             raise OutputExistsError(

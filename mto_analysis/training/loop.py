@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from mto_analysis.errors import DataError
@@ -16,7 +17,7 @@ from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.shares import micro_batch_size
-from mto_analysis.training.state import RunFolder, differences, run_layout
+from mto_analysis.training.state import ADVICE, RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
 
 __all__ = ["open_group", "train"]
@@ -66,35 +67,38 @@ def train(
     micro_batch = micro_batch_size(chosen.batch_size, processes=group.count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(data), chosen.batch_size)
     layout = run_layout(settings, group)
-    folder.check(identity, resume=resume, overwrite=overwrite)
-    resume = resume and folder.holds_run()
-    group.wait()  # nobody writes before all have looked
-    state = folder.read_last() if resume else None
-    if resume and (changed := differences(folder.stored_facts().get("layout", {}), layout)):
-        note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
-    if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
-        note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
-        stored = folder.stored_facts()
-        if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
-            folder.write_facts({**stored, "state": "complete"})
-        return
+    with folder.locked() if group.main else nullcontext():
+        folder.check(identity, resume=resume, overwrite=overwrite)
+        resume = resume and folder.holds_run()
+        group.wait()  # nobody writes before all have looked
+        state = folder.read_last() if resume else None
+        if resume and (changed := differences(folder.stored_facts().get("layout", {}), layout)):
+            note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
+        if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
+            note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
+            stored = folder.stored_facts()
+            if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
+                folder.write_facts({**stored, "state": "complete"})
+            return
 
-    scores = scorer()
-    data.prepare()
-    stepper = Stepper(build(), settings, group, steps, micro_batch)
-    facts = run_facts({}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source)
-    recorder = Recorder(folder, stepper, scores, facts)
-    if state is not None:
-        recorder.restore(state)
-        note(f"resuming after step {recorder.step} (epoch {recorder.epochs:.2f})")
-    elif resume:
-        note(f"{folder.path} holds no checkpoint yet: starting from the beginning")
-    # Only now, when all that can fail at once has not, is anything written.
-    try:
-        recorder.begin(resume=resume)
-        yield from _epochs(data, stepper, recorder, micro_batch, on_step)
-    finally:
-        recorder.close()
+        scores = scorer()
+        data.prepare()
+        stepper = Stepper(build(), settings, group, steps, micro_batch)
+        facts = run_facts(
+            {}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source
+        )
+        recorder = Recorder(folder, stepper, scores, facts)
+        if state is not None:
+            recorder.restore(state)
+            note(f"resuming after step {recorder.step} (epoch {recorder.epochs:.2f})")
+        elif resume:
+            note(f"{folder.path} holds no checkpoint yet: starting from the beginning")
+        # Only now, when all that can fail at once has not, is anything written.
+        try:
+            recorder.begin(resume=resume)
+            yield from _epochs(data, stepper, recorder, micro_batch, on_step)
+        finally:
+            recorder.close()
 
 
 def _epochs(
@@ -144,10 +148,8 @@ def _batches(data: EpochData, stepper: Stepper, recorder: Recorder, epoch: int, 
     except OSError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{error.filename or 'the images'} cannot be read any more ({error.strerror or error}); "
-            f"fix it and go on with --resume: {recorder.last_good()}"
-        ) from error
+        words = f"{error.filename or 'the images'} cannot be read any more ({error.strerror or error})"
+        raise DataError(words, advice=f"{ADVICE}: {recorder.last_good()}") from error
 
 
 class _Timed:

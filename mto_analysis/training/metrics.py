@@ -141,7 +141,9 @@ class Table:
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)
-            raise OutputError(f"{self.path} cannot be written ({error.strerror}); go on with --resume") from error
+            raise OutputError(
+                f"{self.path} cannot be written ({error.strerror})", advice="go on with --resume"
+            ) from error
 
 
 def _cell(value: Any) -> str:

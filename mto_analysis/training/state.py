@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
-from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
-from mto_analysis.runtime.outputs import atomic_file, write_atomically
+from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError, RunInUseError
+from mto_analysis.runtime.outputs import atomic_file, check_writable, write_atomically
 
 if TYPE_CHECKING:
     from mto_analysis.runtime.processes import Processes
     from mto_analysis.training.settings import RunSettings
 
 __all__ = [
+    "ADVICE",
     "RANDOMNESS",
     "RunFolder",
     "check_randomness",
@@ -29,6 +33,9 @@ __all__ = [
     "run_layout",
     "write_checkpoint",
 ]
+
+#: What to do after a failure; an experiment is taken up by its own command instead.
+ADVICE = "fix it and go on with --resume"
 
 #: Part of every identity, raised whenever a release samples other random numbers: a run that went on across such a
 #: change would be neither the old run nor the new one. 2: colour augmentation by torchvision.
@@ -59,8 +66,62 @@ class RunFolder:
         return self.final if complete and self.final is not None else self.path / f"checkpoint-{epoch:04d}.pth"
 
     def finished(self) -> bool:
-        """Whether the final file has taken the place of ``last.pth``."""
-        return self.final is not None and self.final.exists() and not self.last.exists()
+        """Whether the run is complete, as ``run.json`` says, or the final file in the place of ``last.pth``.
+
+        ``last.pth`` is not needed: it may have been deleted to save space.
+        """
+        if self.final is not None and self.final.exists() and not self.last.exists():
+            return True
+        return self.facts.exists() and self.stored_facts().get("state") == "complete"
+
+    def num_epochs(self) -> int:
+        """Epochs that ``metrics.csv`` has rows of."""
+        if not self.metrics.exists():
+            return 0
+        with self.metrics.open(newline="", encoding="utf-8") as file:
+            return sum(row.get("kind") == "epoch" for row in csv.DictReader(file))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which is made if need be.
+
+        The lock ends with this process, however it ends, and worker processes do not inherit it.
+
+        Raises:
+            OutputExistsError: If ``path`` is a file.
+            OutputError: If the folder cannot be written.
+            RunInUseError: If another process holds the lock.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file, and a run needs a folder; choose another --out")
+        before = self.path.exists()
+        check_writable(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunInUseError(
+                f"{self.path} is in use by another process; wait until it ends, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is held; others find that it is gone
+            if not before:
+                with suppress(OSError):  # the run is in it
+                    self.path.rmdir()
+            lock.release()
+
+    def in_use(self) -> bool:
+        """Whether another process works on the run."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def holds_run(self) -> bool:
         """Whether a run began here."""
@@ -86,12 +147,11 @@ class RunFolder:
         """Whether a run may begin or go on here; nothing is changed.
 
         Raises:
-            OutputExistsError: If there is a run and neither ``resume`` nor ``overwrite``, if files of no run would be
-                replaced, or if ``path`` is a file.
-            CheckpointError: If the run to resume is another one; the message says what differs.
+            OutputExistsError: If there is a run and neither ``resume`` nor ``overwrite``, or if files of no run would
+                be replaced.
+            CheckpointError: If the run to resume is another one, the message says what differs; or if ``last.pth`` is
+                gone before the run was complete.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExistsError(f"{self.path} is a file, and a run needs a folder; choose another --out")
         if not self.holds_run():
             if (foreign := [each.name for each in self._files() if each.exists()]) and not overwrite:
                 raise OutputExistsError(
@@ -106,6 +166,15 @@ class RunFolder:
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, choose another --out or pass "
                     "--overwrite"
+                )
+            # Without a checkpoint one epoch at most has a row: its checkpoint is written after it.
+            if (
+                not self.finished()
+                and not self.last.exists()
+                and (epochs := self.num_epochs()) > stored.get("settings", {}).get("save_every", 1)
+            ):
+                raise CheckpointError(
+                    f"{self.last} is gone after {epochs} epochs; restore it, or begin anew with --overwrite"
                 )
         elif not overwrite:
             raise OutputExistsError(
@@ -275,10 +344,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         reason = error if isinstance(error, OSError) else guarded.error if guarded is not None else None
         if reason is None:
             raise
-        raise OutputError(
-            f"{path} cannot be written ({reason.strerror or reason}); what was there before is whole: "
-            "fix it and go on with --resume"
-        ) from error
+        words = f"{path} cannot be written ({reason.strerror or reason}); what was there before is whole"
+        raise OutputError(words, advice=ADVICE) from error
 
 
 class _Guarded:
