@@ -252,6 +252,7 @@ def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None
     assert "6 of 6 checkpoints are in" in again.output
     # Scores of toys are all alike, so that a gain is written in.
     gains = table.assign(score=10.0 * table["epoch"] + (table["method"] == "base+MTO") * table["epoch"])
+    gains.loc[gains["method"] == "base+MTO", "weights"] = "model_ema"  # a row is a score, whichever weights it is of
     gains.to_csv(out / "curves.csv", index=False)
     ratio = CliRunner().invoke(app, ["rauc", "--log", str(out / "curves.csv"), "--baseline", "base", "--json"])
     assert ratio.exit_code == 0, ratio.output

@@ -117,7 +117,10 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
         return _board_export(name, known)
     if not any(axis_of(column) for column in columns) and sum(bool(_WIDE.fullmatch(each)) for each in columns) > 1:
         return _wide_epochs(name, known)
-    document = Document(name, BY_NAME[_format(plain)], known, **roles_of(name, known))  # type: ignore[arg-type]
+    kind, roles = _format(plain), roles_of(name, known)
+    if kind == "mto-analyze curves":  # ours: each row is one score, whichever weights it is of, and top5 goes with it
+        roles |= {"mode": None, "scores": tuple(each for each in columns if each.lower() == "score")}
+    document = Document(name, BY_NAME[kind], known, **roles)  # type: ignore[arg-type]
     if document.axes and any(each in columns for each in wanted):
         return _wide_methods(document, wanted)
     return document
