@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mto_cost import Training, mae, simmim
+from mto_cost import HOOKS, Training, mae, simmim
 from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit, entropies, heterogeneity
@@ -155,15 +155,14 @@ def watched(clock: Clock, mto: MTO) -> Iterator[list[tuple[Any, Any]]]:
 
         return call
 
-    names = ("_model_starts", "_model_ends", "_block_starts", "_block_ends", "loss")
-    for name in names:
+    for name in HOOKS:
         setattr(mto, name, timed(getattr(mto, name)))
     for each, original in zip(classes, originals, strict=True):
         each.backward = staticmethod(timed(original))  # type: ignore[method-assign]
     try:
         yield spans
     finally:
-        for name in names:
+        for name in HOOKS:
             delattr(mto, name)
         for each, original in zip(classes, originals, strict=True):
             each.backward = staticmethod(original)  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,10 @@ class Attached(Generic[_Any]):
         self._stack_handles = [self._follow(at, stack) for at, stack in enumerate(self._stacks)]
 
     def _on(self, module: nn.Module, when: str, tell: Callable[..., None], stack: int = -1, **options: Any) -> Any:
-        hook = _Hook(self, module, tell, stack)
-        if when == "pre":
+        hook = _Hook(self, module, tell, stack, always=options.get("always_call", False))
+        if module._compiled_call_impl is not None:
+            handle: Any = _AroundCompiled.of(module).register(when, hook)
+        elif when == "pre":
             handle = module.register_forward_pre_hook(hook, **options)
         else:
             handle = module.register_forward_hook(hook, **options)
@@ -305,10 +307,13 @@ def warn_of(message: str) -> None:
 class _Hook:
     """A hook that keeps neither the handle nor the model alive, and that copies and pickles of a model do not have."""
 
-    def __init__(self, attached: Attached[Any], module: nn.Module, tell: Callable[..., None], stack: int) -> None:
+    def __init__(
+        self, attached: Attached[Any], module: nn.Module, tell: Callable[..., None], stack: int, *, always: bool
+    ) -> None:
         self._handle, self._owner = weakref.ref(attached), weakref.ref(module)
         self._tell = tell  # gets the handle at each call, as it must not keep it
         self._stack = stack
+        self.always = always  # also after an error of the module
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, called: nn.Module, *arguments: Any) -> None:
@@ -323,6 +328,63 @@ class _Hook:
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """In a copy of the model the hook is empty."""
         return _empty_hook, ()
+
+
+class _AroundCompiled:
+    """Stands in for the compiled call of a module (``module.compile()``): hooks run before and after, uncompiled.
+
+    Hooks registered on the module itself would be compiled with it, and break its graph.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._compiled = module, module._compiled_call_impl
+        self._hooks: dict[str, list[_Hook]] = {"pre": [], "post": []}
+        module._compiled_call_impl = self
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _AroundCompiled:
+        """That of a module, made where there is none."""
+        found = module._compiled_call_impl
+        return found if isinstance(found, cls) else cls(module)
+
+    def register(self, when: str, hook: _Hook) -> _Registered:
+        """Add a hook; what is returned removes it."""
+        self._hooks[when].append(hook)
+        return _Registered(self, when, hook)
+
+    def remove(self, when: str, hook: _Hook) -> None:
+        """Remove a hook, and with the last one all of this."""
+        if hook in self._hooks[when]:
+            self._hooks[when].remove(hook)
+        if not any(self._hooks.values()) and self._module._compiled_call_impl is self:
+            self._module._compiled_call_impl = self._compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled module between its hooks."""
+        assert self._compiled is not None
+        for hook in tuple(self._hooks["pre"]):
+            hook(self._module, args, kwargs)
+        ended = [hook for hook in self._hooks["post"] if hook.always]
+        output = None
+        try:
+            output = self._compiled(*args, **kwargs)
+            ended = self._hooks["post"]
+        finally:
+            for hook in tuple(ended):
+                hook(self._module, args, kwargs, output)
+        return output
+
+
+class _Registered(NamedTuple):
+    """A hook of a compiled module."""
+
+    around: _AroundCompiled
+    when: str
+    hook: _Hook
+
+    def remove(self) -> None:
+        """Take it away."""
+        self.around.remove(self.when, self.hook)
 
 
 def _empty_hook() -> Callable[..., None]:
