@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.experiments.results import Results
 from mto_analysis.experiments.spec import Experiment
 from mto_analysis.mto import MTOConfig
 from mto_analysis.rauc.comparison import Comparison
 from mto_analysis.rauc.intervals import Interval, mean_interval
+from mto_analysis.runtime.render import render
 
 __all__ = ["config_words", "summary_page", "verdict"]
 
@@ -238,5 +240,4 @@ def _choice(experiment: Experiment, results: Results) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     head, *body = rows
-    lines = [head, tuple("---" for _ in head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return render(pd.DataFrame(body, columns=list(head)), "markdown")

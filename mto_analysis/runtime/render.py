@@ -1,25 +1,28 @@
-"""A table as text for a terminal, CSV, Markdown or LaTeX; numbers arrive as the words they are to be printed as."""
+"""A table as text for a terminal, CSV, Markdown or LaTeX, by tabulate and pandas."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 __all__ = ["render"]
 
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$",
-}  # fmt: skip
-
 
 def render(table: pd.DataFrame, kind: str, *, title: str = "", notes: Sequence[str] = ()) -> str:
-    r"""Write a table; title and notes go along except in CSV, which holds nothing but the table.
+    r"""A table as text; columns of numbers are aligned right.
+
+    Args:
+        table: Cells are written as they are, floats with six significant digits, missing ones empty.
+        kind: ``text``, ``csv``, ``markdown`` or ``latex`` (which needs the package booktabs).
+        title: Above the table, or in its caption; not in CSV, which holds nothing but the table.
+        notes: Below the table, or in its caption; not in CSV.
+
+    Raises:
+        ValueError: If ``kind`` is no form.
 
     Example:
         >>> table = pd.DataFrame({"method": ["MAE", "MTO"], "rauc": [1, 1.3]})
@@ -28,20 +31,40 @@ def render(table: pd.DataFrame, kind: str, *, title: str = "", notes: Sequence[s
         MAE        1
         MTO      1.3
         >>> print(render(table, "markdown"))
-        | method | rauc |
-        | :-- | --: |
-        | MAE | 1 |
-        | MTO | 1.3 |
+        | method   |   rauc |
+        |:---------|-------:|
+        | MAE      |      1 |
+        | MTO      |    1.3 |
         >>> render(table, "csv")
         'method,rauc\nMAE,1\nMTO,1.3'
     """
-    rows = [[_word(cell) for cell in row] for row in table.itertuples(index=False, name=None)]
-    header = [str(column) for column in table.columns]
-    right = [all(_is_number(row[at]) for row in rows) for at in range(len(header))]
-    write: dict[str, Callable[..., str]] = {"text": _text, "csv": _csv, "markdown": _markdown, "latex": _latex}
-    if kind not in write:
-        raise ValueError(f"kind must be one of {', '.join(write)}, got {kind!r}")
-    return write[kind](header, rows, right, title, notes)
+    words = table.map(_word)
+    names = [str(name) for name in words.columns]
+    right = [bool(words.iloc[:, at].map(_is_number).all()) for at in range(len(names))]
+    if kind == "csv":
+        return str(words.to_csv(index=False, lineterminator="\n")).rstrip("\n")
+    if kind == "text":
+        # As a first row, because tabulate makes columns wider than their headers.
+        lines = [line.rstrip() for line in _tabulate([names, *words.to_numpy()], right, "plain").splitlines()]
+        return "\n".join([*([title] if title else []), *lines, *(f"  {note}" for note in notes)])
+    if kind == "markdown":
+        escaped = words.map(lambda word: word.replace("|", "\\|"))
+        above, below = [f"**{title}**", ""] if title else [], ["", *(f"- {note}" for note in notes)] if notes else []
+        return "\n".join([*above, _tabulate(escaped.to_numpy(), right, "pipe", headers=names), *below])
+    if kind == "latex":
+        style = words.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+        form = "".join("r" if at_right else "l" for at_right in right)
+        caption = re.sub(r"([&%$#_{}])", r"\\\1", " ".join([f"{title}." if title else "", *notes]).strip())
+        options: dict[str, Any] = {"hrules": True, "column_format": form, "position_float": "centering"}
+        return f"% needs \\usepackage{{booktabs}}\n{style.to_latex(caption=caption or None, **options)}".rstrip("\n")
+    raise ValueError(f"kind must be one of text, csv, markdown, latex, got {kind!r}")
+
+
+def _tabulate(rows: Any, right: Sequence[bool], form: str, *, headers: Sequence[str] = ()) -> str:
+    from tabulate import tabulate
+
+    align = ["right" if at_right else "left" for at_right in right]
+    return str(tabulate(rows, headers=headers, tablefmt=form, colalign=align, disable_numparse=True))
 
 
 def _word(cell: Any) -> str:
@@ -57,52 +80,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _text(header: list[str], rows: list[list[str]], right: list[bool], title: str, notes: Sequence[str]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [title] if title else []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if at_right else cell.ljust(width)
-            for cell, width, at_right in zip(row, widths, right, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, *(f"  {note}" for note in notes)])
-
-
-def _csv(header: list[str], rows: list[list[str]], right: list[bool], title: str, notes: Sequence[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue().rstrip("\n")
-
-
-def _markdown(header: list[str], rows: list[list[str]], right: list[bool], title: str, notes: Sequence[str]) -> str:
-    lines = [f"**{title}**", ""] if title else []
-    rule = ["--:" if at_right else ":--" for at_right in right]
-    for row in (header, rule, *rows):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)])
-
-
-def _latex(header: list[str], rows: list[list[str]], right: list[bool], title: str, notes: Sequence[str]) -> str:
-    def line(row: list[str]) -> str:
-        return "    " + " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
-
-    caption = " ".join([f"{title}." if title else "", *notes])
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering",
-            *([rf"  \caption{{{''.join(_LATEX.get(sign, sign) for sign in caption)}}}"] if caption.strip() else []),
-            rf"  \begin{{tabular}}{{{''.join('r' if at_right else 'l' for at_right in right)}}}",
-            r"    \toprule",
-            line(header),
-            r"    \midrule",
-            *map(line, rows),
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-        ]
-    )
