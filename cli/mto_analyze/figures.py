@@ -14,7 +14,9 @@ def figures(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Which, see --list; by default all.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for PNG, PDF, CSV and captions.md.")] = Path("figures"),
+    out: Annotated[Path, typer.Option(help="Folder for PNG, PDF, tables (.md, .tex), CSV, captions.md.")] = Path(
+        "figures"
+    ),
     ckpt: Annotated[
         list[str] | None, typer.Option(help=f"{SOURCE}; repeat to compare. By default the bundled small models.")
     ] = None,
@@ -41,7 +43,7 @@ def figures(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw the paper's figures and tables: PNG, PDF and the CSV each was drawn from."""
+    """Draw the paper's figures (PNG, PDF) and write its tables (Markdown, LaTeX), each with a CSV of its values."""
     from mto_analysis.figures.paper import FIGURES, Inputs, draw_paper
 
     if listing:

@@ -1,4 +1,4 @@
-"""The gallery of figures: what ``figures/captions.md`` says, with each figure above its caption."""
+"""The gallery of figures and tables: what ``figures/captions.md`` says, with each one above its caption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def gallery() -> str:
-    """A section per caption: the figures of that name, the caption, the files."""
+    """A section per caption: the figures or the table of that name, the caption, the files."""
     captions = dict(each.split("\n", 1) for each in CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:])
     return "\n".join(_section(name, caption, others=captions.keys() - {name}) for name, caption in captions.items())
 
@@ -39,4 +39,8 @@ def _section(name: str, caption: str, others: Collection[str]) -> str:
     for each in drawn:
         links = [f"[{kind}](figures/{each}.{kind})" for kind in ("pdf", "csv") if (FOLDER / f"{each}.{kind}").is_file()]
         lines += [f"![{each}](figures/{each}.png)", "", f"`{each}`: {', '.join(links)}", ""]
+    if (table := FOLDER / f"{name}.md").is_file():
+        rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        links = [f"[{kind}](figures/{name}.{kind})" for kind in ("tex", "csv")]
+        lines += [*rows, "", f"`{name}`: {', '.join(links)}", ""]
     return "\n".join([*lines, text[len(found[0]) :].lstrip(". ") if found else text, ""])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mto_analysis.figures.paper.inputs import Drawn, Inputs, map_stems
+from mto_analysis.figures.paper.inputs import TABLE_FORMS, Drawn, Inputs, map_stems
 
 if TYPE_CHECKING:
     from mto_analysis.figures.paper.workbench import Workbench
@@ -29,7 +29,7 @@ class PaperFigure:
         name: Of its script and files.
         title: Number in the paper, and what it shows.
         origin: Where its numbers are from.
-        stems: Names of its images and of its tables, known before the work starts.
+        stems: Names of its images and of its tables, known before the work starts; a table has no image.
         slow: More than some seconds with the bundled models.
         takes_experiment: Whether an experiment's folder can be drawn.
     """
@@ -45,7 +45,8 @@ class PaperFigure:
         """Names of the files it becomes."""
         figures, tables = self.stems(self, inputs)
         images = [f"{stem}.{kind}" for stem in figures for kind in ("png", "pdf")]
-        return [*images, *(f"{stem}.csv" for stem in tables), f"{figures[0]}.json"]
+        texts = [] if figures else [f"{stem}.{kind}" for stem in tables for kind in TABLE_FORMS]
+        return [*images, *texts, *(f"{stem}.csv" for stem in tables), f"{(figures or tables)[0]}.json"]
 
     def draw(self, bench: Workbench) -> Drawn:
         """Measure what has to be measured, and draw."""
@@ -85,6 +86,10 @@ def _with_experiment(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ..
     return (name,), (name, f"{name}-rauc") if figure.name == "fig4" else (name,)
 
 
+def _table_stems(figure: PaperFigure, inputs: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (), _with_experiment(figure, inputs)[1]
+
+
 def _tables() -> list[PaperFigure]:
     titles = {
         "1": "Table 1: RAUC in two windows",
@@ -102,7 +107,7 @@ def _tables() -> list[PaperFigure]:
             name.replace("supp", "supp-table") if name.startswith("supp") else f"table{name}",
             title,
             "published",
-            _with_experiment,
+            _table_stems,
             takes_experiment=name == "3",
         )
         for name, title in titles.items()

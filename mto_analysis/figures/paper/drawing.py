@@ -35,7 +35,7 @@ def draw_paper(
 
     Args:
         names: Of :data:`~mto_analysis.figures.paper.catalogue.FIGURES`; none for all that fit the inputs.
-        out: Folder for PNG, PDF, CSV, ``NAME.json`` and ``captions.md``.
+        out: Folder for PNG and PDF (tables: Markdown and LaTeX), CSV, ``NAME.json`` and ``captions.md``.
         inputs: What stands in place of the bundled models, images and results.
         overwrite: Replace files that exist.
         arguments: For ``NAME.json``.
@@ -80,8 +80,9 @@ def write_drawn(
         for stem, each in drawn.figures.items()
         for kind in ("png", "pdf")
     ]
+    paths += [folder.write_bytes(name, text.encode()) for name, text in drawn.texts.items()]
     paths += [folder.write_table(f"{stem}.csv", table) for stem, table in drawn.tables.items()]
-    stem = next(iter(drawn.figures))
+    stem = next(iter(drawn.figures or drawn.tables))
     paths.append(folder.write_json(f"{stem}.json", run_facts(arguments or {}, **drawn.facts)))
     captions = folder.path / CAPTIONS
     try:

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 
 from mto_analysis.errors import DataError, DataNotFoundError
-from mto_analysis.figures.paper.inputs import Drawn
+from mto_analysis.figures.paper.inputs import Drawn, table_texts
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.means_over_seeds import draw_runs
 from mto_analysis.figures.plots.style import TEXT_WIDTH
-from mto_analysis.figures.plots.tables import draw_table
 from mto_analysis.rauc import Points
 from mto_analysis.rauc.comparison import Comparison, common_window, compare_methods, mean_curve
 from mto_analysis.rauc.curves import CurveTable, read_curves
@@ -141,28 +140,24 @@ def ablation_table(name: str, folder: Path) -> Drawn:
             row |= {"difference": gain["score"], "difference_low": gain["low"], "difference_high": gain["high"]}
         rows.append(row)
     frame = pd.DataFrame(rows)
-    shown = frame[list(_LOSSES)].replace("x", "\N{CHECK MARK}")
-    shown["printed"] = frame["printed"]
-    shown["measured"] = [f"{score:.2f}" for score in frame["score"]]
+    shown = frame[[*_LOSSES, "printed"]].assign(measured=[f"{score:.2f}" for score in frame["score"]])
     shown["against none"] = [
         _signed(*ends) for ends in frame[["difference", "difference_low", "difference_high"]].itertuples(index=False)
     ]
     seeds = " or ".join(map(str, sorted(set(frame["num_seeds"]))))
     words = f"n = {seeds} seeds; in brackets Student's 95 % interval of the mean difference of the same seed"
     stem = f"{name}-measured"
-    figure = draw_table(
+    texts = table_texts(
+        stem,
         shown,
         title=f"Table 3, measured at a small size: {baselines[0]}",
         notes=(f"Measured: final accuracy in percent, {words}.", "Printed: SimMIM ViT-B at 400 epochs on ImageNet."),
-        heads={"L_spa": r"$L_{\mathrm{spa}}$", "L_e": "$L_e$", "L_r": "$L_r$"},
-        computed=("measured", "against none"),
-        width=TEXT_WIDTH,
     )
     caption = (
         "Measured here, at a small size, beside the paper's numbers, which are of another model, data set and measure:"
         f" accuracy at the end of pre-training with each combination of losses, and without any; {words}."
     )
-    return Drawn({stem: figure}, {stem: frame}, caption, {"experiment": str(folder)})
+    return Drawn({}, {stem: frame}, caption, {"experiment": str(folder)}, texts)
 
 
 def _ends(runs: Mapping[str, Points]) -> dict[str, float]:
@@ -180,8 +175,7 @@ def _losses_of(arm: str, folder: Path) -> tuple[bool, ...]:
 def _signed(difference: float, low: float, high: float) -> str:
     if difference != difference:
         return ""
-    text = f"{difference:+.2f}" + ("" if low != low else f" [{low:+.2f}, {high:+.2f}]")
-    return text.replace("-", "\N{MINUS SIGN}")
+    return f"{difference:+.2f}" + ("" if low != low else f" [{low:+.2f}, {high:+.2f}]")
 
 
 def _curves(folder: Path) -> CurveTable:

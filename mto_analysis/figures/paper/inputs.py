@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.errors import DataNotFoundError
 from mto_analysis.runtime.outputs import chosen_labels, file_word
+from mto_analysis.runtime.render import render
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Drawn", "Inputs", "map_stems"]
+__all__ = ["TABLE_FORMS", "Drawn", "Inputs", "map_stems", "table_texts"]
+
+#: Forms of a table beside its CSV, by the endings of their files.
+TABLE_FORMS: Mapping[str, str] = {"md": "markdown", "tex": "latex"}
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,31 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure as it is written: images, the tables they were drawn from, and what a reader is told.
+    """A figure or table as it is written: images or texts, the values behind them, and what a reader is told.
 
     Attributes:
         figures: By the stem of their files.
         tables: By the stem of their files.
         caption: One paragraph: what is shown, with n and intervals.
         facts: For the JSON file: checkpoints with their hashes, masks, own losses.
+        texts: Tables to read, by the names of their files.
     """
 
     figures: Mapping[str, Figure]
     tables: Mapping[str, pd.DataFrame]
     caption: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def map_stems(name: str, inputs: Inputs) -> tuple[str, ...]:
     """Files of a figure of one model each: the first model's has the figure's name, the others carry their own."""
     models = inputs.names or ("SimMIM", "MAE")
     return (name, *(f"{name}-{file_word(model).lower()}" for model in models[1:]))
+
+
+def table_texts(stem: str, table: pd.DataFrame, *, title: str, notes: Sequence[str]) -> dict[str, str]:
+    """A table in the forms in which tables are written beside their CSV, by the names of the files."""
+    return {
+        f"{stem}.{suffix}": render(table, form, title=title, notes=notes) + "\n" for suffix, form in TABLE_FORMS.items()
+    }
