@@ -48,6 +48,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from last.pth; oth
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
 ]
+Init = Annotated[
+    str | None, typer.Option(help="Begin with the weights of this checkpoint, of the recipe's architecture.")
+]
 Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation, masks, drop path.")]
 Precision = Annotated[NumberFormat | None, typer.Option(help="Of the forward pass.")]
 Accumulation = Annotated[int | None, typer.Option(min=1, help="Micro-batches for one step.")]
@@ -92,6 +95,7 @@ def pretrain(
     set_: Set = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    init: Init = None,
     seed: Seed = None,
     precision: Precision = None,
     accumulation: Accumulation = None,

@@ -31,7 +31,7 @@ def open_group(settings: RunSettings) -> Processes:
 
 
 def train(
-    build: Callable[[], Objective],
+    build: Callable[[bool], Objective],
     chosen: Settings,
     data: EpochData,
     scorer: Callable[[], Scorer],
@@ -49,7 +49,7 @@ def train(
     """Carry out a run of any kind; as :func:`~mto_analysis.training.pretrain` but for what is listed here.
 
     Args:
-        build: Makes what is trained.
+        build: Makes what is trained; told whether the run begins with it, or with a checkpoint of its own.
         chosen: Its settings.
         data: Its images.
         scorer: Makes what scores it along the run.
@@ -83,7 +83,7 @@ def train(
 
         scores = scorer()
         data.prepare()
-        stepper = Stepper(build(), settings, group, steps, micro_batch)
+        stepper = Stepper(build(state is None), settings, group, steps, micro_batch)
         facts = run_facts(
             {}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mto_analysis.images import steps_in_epoch
 from mto_analysis.runtime.processes import Processes, this_process
+from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.methods import build_method, learning_rate
 from mto_analysis.training.methods.method import peak_learning_rate
 from mto_analysis.training.shares import micro_batch_size
@@ -70,7 +71,8 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
     count = processes or here.count
     micro = micro_batch_size(recipe.batch_size, processes=count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(images.names), recipe.batch_size)
-    method = build_method(recipe, seed=settings.seed)
+    start = None if settings.init is None else InitialWeights(settings.init)
+    method = build_method(recipe, seed=settings.seed, start=start)
     stepper = Stepper(method, replace(settings, accumulation=1), here, steps, micro)
     measured = _measure(stepper, settings, here, micro)
     total = steps * recipe.epochs
@@ -92,6 +94,7 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
         ("peak learning rate", f"{peak_learning_rate(recipe, recipe.batch_size):.6g}", _scaling(recipe)),
         *_schedule_rows(recipe, steps),
         ("", "", ""),
+        *(("initial weights", "", line) for line in (start.notes if start is not None else ())),
         *_group_rows(stepper),
         ("precision", {"no": "float32"}.get(settings.precision, settings.precision), f"on {here.device}"),
         ("masked token optimisation", "on" if settings.mto else "off", str(settings.mto or "")),

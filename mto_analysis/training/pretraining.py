@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from mto_analysis.images import TrainingData
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.loop import open_group, train
-from mto_analysis.training.methods import build_method
+from mto_analysis.training.methods import Method, build_method
 from mto_analysis.training.scoring import EvaluationScorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.state import RunFolder, run_identity
@@ -57,7 +58,8 @@ def pretrain(
 
     Raises:
         OutputExistsError: If the folder holds a run and neither ``resume`` nor ``overwrite`` is given.
-        CheckpointError: If the run to resume is another one, or its checkpoint is damaged.
+        CheckpointError: If the run to resume is another one, its checkpoint is damaged, or weights to begin with do not
+            fit the recipe.
         DataError: If images are too few, broken or gone.
         NumericalError: If a loss is not finite; ``last.pth`` is from before.
         ValueError: If the batch cannot be shared out, or a setting does not fit the machine.
@@ -76,9 +78,18 @@ def pretrain(
         in_memory=settings.in_memory,
         strict=strict,
     )
+
+    def build(begins: bool) -> Method:
+        start = InitialWeights(settings.init) if begins and settings.init is not None else None
+        method = build_method(recipe, seed=settings.seed, start=start)
+        if start is not None and on_note is not None and group.main:
+            for line in start.notes:
+                on_note(line)
+        return method
+
     own = {"recipe": recipe.to_dict(), "evaluation": settings.evaluation.settings() if settings.evaluation else None}
     yield from train(
-        lambda: build_method(recipe, seed=settings.seed),
+        build,
         recipe,
         data,
         lambda: EvaluationScorer(settings, group, evaluate),

@@ -21,6 +21,7 @@ class RunSettings(Settings):
 
     Args:
         seed: Of weights, order, augmentation, masks and drop path.
+        init: A checkpoint of the recipe's architecture whose weights the run begins with, or none.
         mto: Masked token optimisation, or none.
         precision: Of the forward: ``no`` (float32), ``bf16``, or ``fp16`` with loss scaling.
         accumulation: Micro-batches whose gradients are summed for one optimizer step.
@@ -43,6 +44,7 @@ class RunSettings(Settings):
     """
 
     seed: int = 0
+    init: str | None = None
     mto: MTOConfig | None = None
     precision: Precision = "no"
     accumulation: Count = 1

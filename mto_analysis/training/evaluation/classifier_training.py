@@ -189,7 +189,7 @@ def train_classifier(
     )
     names = [train_images.images.names[row] for row in train_images.rows]
     yield from train(
-        lambda: ClassifierObjective(build_classifier(model, settings, num_classes, seed=run.seed), settings),
+        lambda begins: ClassifierObjective(build_classifier(model, settings, num_classes, seed=run.seed), settings),
         settings,
         data,
         lambda: TestAccuracy(test_images, test_every),

@@ -9,6 +9,7 @@ import torch
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.adapting import fix_key_biases, set_drop_path
 from mto_analysis.models.initialization import initialize
+from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.methods.bootmae import BootMAEMethod
 from mto_analysis.training.methods.conmim import ConMIMMethod
 from mto_analysis.training.methods.mae import MAEMethod
@@ -38,12 +39,16 @@ def method_of(model: MaskedImageModel) -> type[Method]:
     return ConMIMMethod if model.info.style == "inpainting" else MAEMethod
 
 
-def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:
+def build_student(recipe: Recipe, *, seed: int, start: InitialWeights | None = None) -> MaskedImageModel:
     """The model of a recipe with the weights that its method starts from, ready to be trained.
 
     Args:
         recipe: Settings.
         seed: Of the weights; the global random state stays as it is.
+        start: Weights to begin with instead, as far as there are any.
+
+    Raises:
+        CheckpointError: If these are of another architecture.
     """
     method = METHODS[recipe.method]
     info = ModelInfo(
@@ -61,6 +66,8 @@ def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:
     with torch.random.fork_rng(devices=[]):  # PyTorch's layers sample weights when they are made
         model = method.model(recipe.model_config(), info)
     initialize(model, seed)
+    if start is not None:
+        start.give_to(model)
     if method.fixed_key_biases:
         fix_key_biases(model)
     if recipe.drop_path:
@@ -68,12 +75,16 @@ def build_student(recipe: Recipe, *, seed: int) -> MaskedImageModel:
     return model
 
 
-def build_method(recipe: Recipe, *, seed: int) -> Method:
+def build_method(recipe: Recipe, *, seed: int, start: InitialWeights | None = None) -> Method:
     """The method of a recipe, on the CPU, in training mode, before its first step.
 
     Args:
         recipe: Settings.
         seed: Of the weights; the global random state stays as it is.
+        start: Weights to begin with instead, as far as there are any.
+
+    Raises:
+        CheckpointError: If these are of another architecture.
 
     Example:
         >>> from mto_analysis.training import load_recipe
@@ -82,7 +93,7 @@ def build_method(recipe: Recipe, *, seed: int) -> Method:
         >>> list(method(images, torch.arange(64)[None] >= 16))
         ['pixels']
     """
-    return METHODS[recipe.method](build_student(recipe, seed=seed), recipe).train()
+    return METHODS[recipe.method](build_student(recipe, seed=seed, start=start), recipe).train()
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, global_batch: int) -> float:
