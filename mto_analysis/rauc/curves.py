@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import union_categoricals
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points
@@ -268,12 +269,13 @@ def read_curves(
         if per_epoch is not None:
             rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), per_epoch))
         frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=_as_number(which))
-        if not frame.duplicated(["method", "seed", *groups]).any():
+        runs = frame.groupby(["method", "seed", *groups], sort=False, observed=True).ngroups
+        if runs == len(frame):
             raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs")
         if lower_is_better:
             frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
         findings += [*log.findings, *found, *more]
-        curves.append(_Curves(log, source, frame, said, fraction, per_epoch))
+        curves.append(_Curves(log, source, frame, runs, said, fraction, per_epoch))
     if not curves:
         there = ", ".join(source.name() for source in parsed)
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
@@ -282,10 +284,9 @@ def read_curves(
     origin, found = count_alike([each.counted() for each in curves], epochs)
     findings += found
     provenance = tuple(each.provenance(lower_is_better) for each in curves)
-    frame = pd.concat([each.frame for each in curves], ignore_index=True)
-    _refuse_one_run_from_two_files(frame, groups)
+    _refuse_one_run_from_two_files(curves, groups)
     return CurveTable(
-        frame.drop(columns="file"),
+        _joined([each.frame for each in curves], ["method", "seed", *groups]),
         tuple(findings),
         origin=origin,
         fraction=all(each.fraction for each in curves),
@@ -302,6 +303,7 @@ class _Curves:
     log: Log
     source: Source
     frame: pd.DataFrame
+    runs: int
     unit: Unit
     fraction: bool
     steps_per_epoch: float | None
@@ -332,7 +334,7 @@ class _Curves:
             axis=self.log.axis, axis_column=self.log.axis_column, steps_per_epoch=self.steps_per_epoch,
             first_epoch=counted.evident() if counted.counts_epochs else None,
             methods=tuple(map(str, frame["method"].unique())),
-            runs=len(frame.drop_duplicates([each for each in frame if each not in ("epoch", "score")])),
+            runs=self.runs,
             points=len(frame), first=first, last=last, sha256=self.log.document.sha256,
         )  # fmt: skip
 
@@ -430,14 +432,25 @@ def _epochs_of_steps(steps: NDArray[np.float64], per_epoch: float) -> NDArray[np
     return np.asarray((shifted if from_zero else steps) / per_epoch, dtype=np.float64)
 
 
-def _refuse_one_run_from_two_files(frame: pd.DataFrame, groups: Sequence[str]) -> None:
+def _joined(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame:
+    """One table of all; names stay categories, of which a million rows take little time."""
+    if len(frames) == 1:
+        return frames[0]
+    names = {key: union_categoricals([pd.Categorical(frame[key]) for frame in frames]) for key in keys}
+    rest = [frame.drop(columns=[*keys]) for frame in frames]
+    return pd.concat(rest, ignore_index=True).assign(**names)[[*frames[0]]]
+
+
+def _refuse_one_run_from_two_files(curves: Sequence[_Curves], groups: Sequence[str]) -> None:
     """Two files for one method and seed are two runs, or one counted twice."""
-    files = frame.groupby(["method", "seed", *groups], sort=False)["file"].agg(["min", "max"])
-    twice = files[files["min"] != files["max"]]
-    if not twice.empty:
-        method, seed = twice.index[0][:2]
-        low, high = twice.iloc[0]
-        raise DataError(f"{high}: {method!r} seed {seed!r} is also in {low}; name seeds with NAME@SEED=FILE")
+    seen: dict[tuple[str, ...], str] = {}
+    for each in curves:
+        for key in each.frame.groupby(["method", "seed", *groups], sort=False, observed=True).groups:
+            if key in seen and seen[key] != each.log.file:
+                method, seed = key[:2]
+                low, high = sorted([seen[key], each.log.file])
+                raise DataError(f"{high}: {method!r} seed {seed!r} is also in {low}; name seeds with NAME@SEED=FILE")
+            seen[key] = each.log.file
 
 
 def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float | None = None) -> CurveTable:
@@ -459,7 +472,7 @@ def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float
             raise DataError(f"the {axis} of an epoch of {lacking[0]!r} are not given; say --per-epoch NAME=VALUE")
         if any(not 0 < rate < np.inf for rate in rates.values()):
             raise DataError(f"the {axis} of an epoch must be positive numbers, got {dict(rates)}")
-        place = (frame["epoch"] - table.origin) * frame["method"].map(rates)
+        place = (frame["epoch"] - table.origin) * frame["method"].map(rates).astype(float)
     elif axis in frame:
         place = pd.to_numeric(frame[axis], errors="coerce").astype(float)
         if not np.isfinite(place).all():

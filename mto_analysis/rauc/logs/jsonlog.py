@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,18 @@ def is_json(head: bytes) -> bool:
     if first == b"{":
         return True
     return any(isinstance(_parse(line), dict) for line in head.split(b"\n")[:50] if line.lstrip()[:1] == b"{")
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Objects that are all kept need no search for those that are not: it takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _parse(text: bytes | str) -> Any:
@@ -66,8 +80,9 @@ def _objects(data: bytes) -> list[Any]:
     if count > 1 and body.count(b"}\n{") == count - 1:
         # One call for the whole file takes two thirds of the time; it reads the same lines, or is not used.
         joined = text.replace("}\n{", "},\n{")
-        found = _parse(f"[{joined}]")
-        if isinstance(found, list) and len(found) == count and all(type(each) is dict for each in found):
+        with _without_collector():
+            found = _parse(f"[{joined}]")
+        if isinstance(found, list) and len(found) == count and set(map(type, found)) == {dict}:
             return found
     found = [_parse(line) if line.lstrip()[:1] == "{" else None for line in text.split("\n")]
     found = [each if isinstance(each, dict) else None for each in found]
@@ -76,8 +91,8 @@ def _objects(data: bytes) -> list[Any]:
 
 def _lines(name: str, data: bytes, found: Sequence[Any]) -> Document:
     """JSON lines: what is no object is named; the last line of a killed run is cut."""
-    records = [record for record in found if record is not None]
     foreign = [number for number, record in enumerate(found, 1) if record is None]
+    records = [record for record in found if record is not None] if foreign else found
     lines = np.delete(np.arange(1, len(found) + 1), np.array(foreign, dtype=np.int64) - 1)
     cut = bool(foreign) and foreign[-1] == len(found) and not data.endswith(b"\n")
     findings = grouped(name, foreign[:-1] if cut else foreign, "skipped: not a JSON object")

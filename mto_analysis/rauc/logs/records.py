@@ -76,11 +76,17 @@ class RecordColumns:
 
     def __init__(self, records: Sequence[Mapping[str, Any]], lines: NDArray[np.int64]) -> None:
         self.records, self.lines = records, lines
+        self._numbers: dict[str, tuple[Floats, Flags]] = {}
         forms = dict.fromkeys(map(tuple, records))  # most rows have the same keys
         self.names = list(dict.fromkeys(key for form in forms for key in form))
 
     def numbers(self, name: str) -> tuple[Floats, Flags]:
         """See :class:`Columns`; ``null`` counts as no value."""
+        if name not in self._numbers:
+            self._numbers[name] = self._read(name)
+        return self._numbers[name]
+
+    def _read(self, name: str) -> tuple[Floats, Flags]:
         found = [record.get(name) for record in self.records]
         kinds = set(map(type, found))
         if kinds == {float}:

@@ -69,9 +69,6 @@ def tidy(
     findings += found + _gaps(log.file, rows, code)
     extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
     frame = rows[["method", "epoch", "score", "seed", *groups, *extra]].copy()
-    for column in keys:
-        frame[column] = frame[column].astype(object)
-    frame["file"] = log.file
     return frame.reset_index(drop=True), findings, fraction
 
 
