@@ -352,7 +352,8 @@ def crossings(baseline: Any, target: Any, start: float, end: float, *, interpola
     epochs, lead = epochs[lead != 0], lead[lead != 0]  # touching without passing is no change of hands
     at = np.flatnonzero(np.sign(lead[1:]) != np.sign(lead[:-1]))
     share = lead[at] / (lead[at] - lead[at + 1])
-    return [float(x) for x in epochs[at] + share * (epochs[at + 1] - epochs[at])]
+    places: list[float] = (epochs[at] + share * (epochs[at + 1] - epochs[at])).tolist()
+    return places
 
 
 def _step_areas(curve: Points, reference: float) -> tuple[float, float]:

@@ -445,7 +445,8 @@ def _refuse_one_run_from_two_files(curves: Sequence[_Curves], groups: Sequence[s
     """Two files for one method and seed are two runs, or one counted twice."""
     seen: dict[tuple[str, ...], str] = {}
     for each in curves:
-        for key in each.frame.groupby(["method", "seed", *groups], sort=False, observed=True).groups:
+        for row in each.frame[["method", "seed", *groups]].drop_duplicates().itertuples(index=False):
+            key = tuple(map(str, row))
             if key in seen and seen[key] != each.log.file:
                 method, seed = key[:2]
                 low, high = sorted([seen[key], each.log.file])

@@ -76,7 +76,8 @@ def extract(
         if name is not None and name in columns.names:
             labels = columns.labels(name)[rows]
             # A description line may have the key of a column (mmcls writes "seed" there) that no score has.
-            if any(labels.remove_unused_categories().categories != ""):
+            counts = np.bincount(labels.codes, minlength=len(labels.categories))
+            if any(count and each for count, each in zip(counts, labels.categories, strict=True)):
                 frame[role] = labels
     if axis_column is not None and axis_column in columns.names:
         frame[axis_column] = columns.numbers(axis_column)[0][rows]

@@ -69,6 +69,8 @@ def _decode(path: Path, raw: bytes, wanted: Collection[str]) -> Document:
     head = data[:_HEAD]
     if jsonlog.is_json(head):
         return jsonlog.read_json(name, data)
+    if tables.is_table(head):
+        return tables.read_table(name, data, wanted)
     if textlog.is_text_log(data):
         return textlog.read_text_log(name, data)
     if textlog.is_open_mmlab_text(data):

@@ -109,6 +109,7 @@ class FrameColumns:
 
     def __init__(self, file: str, frame: pd.DataFrame, lines: NDArray[np.int64] | None = None) -> None:
         self.file, self.frame = file, frame
+        self._labels: dict[str, pd.Categorical] = {}
         self.lines = np.arange(2, len(frame) + 2) if lines is None else lines
         self.names = [str(name) for name in frame]
 
@@ -139,10 +140,13 @@ class FrameColumns:
 
     def labels(self, name: str) -> pd.Categorical:
         """See :class:`Columns`; whole numbers are written without a decimal point."""
+        if name in self._labels:
+            return self._labels[name]
         column = self.frame[name]
         if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
             column = column.astype("Int64")
-        return _labels(column)
+        self._labels[name] = _labels(column)
+        return self._labels[name]
 
 
 def _labels(column: pd.Series) -> pd.Categorical:

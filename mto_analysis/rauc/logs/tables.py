@@ -18,7 +18,7 @@ from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns
 
-__all__ = ["axes_of", "is_run_table", "read_table", "roles_of"]
+__all__ = ["axes_of", "is_run_table", "is_table", "read_table", "roles_of"]
 
 _EXTREMES = ("__MIN", "__MAX")
 _WIDE = re.compile(r"(?:(epochs?|ep|steps?|iter)[ _@:-]*)?(\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -32,7 +32,7 @@ _BESIDE = {"lr", "time", "seconds", "seed", "memory", "mem", "eta", "norm", "wd"
 
 def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     """Column names, the delimiter, and the number of the header's line."""
-    lines = data[: 1 << 20].split(b"\n")
+    lines = data[: 1 << 16].split(b"\n") if b"\n" in data[: 1 << 16] else data.split(b"\n", 2)
     at = next((place for place, line in enumerate(lines) if line.strip(b" \t,;") and not line.startswith(b"sep=")), 0)
     first = lines[at].decode(errors="replace")
     second = lines[at + 1].decode(errors="replace") if at + 1 < len(lines) else ""
@@ -54,6 +54,13 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     while len(columns) > 1 and not columns[-1]:
         columns.pop()  # a delimiter at the end of the line; its cells must be empty, which reading checks
     return columns, delimiter, at + 1
+
+
+def is_table(head: bytes) -> bool:
+    """Whether the first line names an axis among the columns, and the next line has as many fields."""
+    first, _, rest = head.lstrip().partition(b"\n")
+    names = re.split(r"[,;\t|]", first.decode(errors="replace").replace('"', ""))
+    return len(names) > 1 and any(map(axis_of, names)) and first.count(b",") <= rest.partition(b"\n")[0].count(b",")
 
 
 def _cells(name: str, data: bytes, columns: Sequence[str], delimiter: str, header: int) -> pd.DataFrame:

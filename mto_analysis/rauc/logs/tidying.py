@@ -41,7 +41,7 @@ def tidy(
         raise DataError(f"{log.file}: there is no column {missing[0]!r} to group by")
     unknown = ~np.isfinite(rows["epoch"].to_numpy())
     findings += grouped(log.file, rows.loc[unknown, "line"], "skipped: the epoch is not a number")
-    rows = rows[~unknown]
+    rows = rows[~unknown] if unknown.any() else rows
     negative = rows["epoch"].to_numpy() < 0
     if negative.any():
         line = rows["line"].iloc[int(np.argmax(negative))]
@@ -55,21 +55,29 @@ def tidy(
             raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
     keys = ["method", "seed", *groups]
     code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup().to_numpy()
-    rows, code, found = _without_later_evaluations(log, rows, code)
-    findings += found
-    rows, code = _chosen_run(log.file, rows, code, run)
-    rows, code, found = _last_of_each_epoch(log.file, rows, code)
-    findings += found
+    if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
+        rows, code, found = _without_later_evaluations(log, rows, code)
+        findings += found
+        rows, code = _chosen_run(log.file, rows, code, run)
+        rows, code, found = _last_of_each_epoch(log.file, rows, code)
+        findings += found
     lost = ~np.isfinite(rows["score"].to_numpy())
     findings += grouped(log.file, rows.loc[lost, "line"], "left out: this epoch's score or loss is not finite")
-    rows, code = rows[~lost], code[~lost]
+    if lost.any():
+        rows, code = rows[~lost], code[~lost]
     if rows.empty:
         raise DataError(f"{log.file}: no score is finite")
     rows, found, fraction = _in_percent(log, rows, code, unit)
     findings += found + _gaps(log.file, rows, code)
     extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
-    frame = rows[["method", "epoch", "score", "seed", *groups, *extra]].copy()
+    frame = rows[["method", "epoch", "score", "seed", *groups, *extra]]
     return frame.reset_index(drop=True), findings, fraction
+
+
+def _in_order(code: Places, epoch: NDArray[np.float64]) -> bool:
+    """Whether the curves follow each other, each with rising epochs: then there is nothing to repair."""
+    step = np.diff(code)
+    return bool(((step == 1) | ((step == 0) & (np.diff(epoch) > 0))).all())
 
 
 def _without_later_evaluations(
@@ -239,6 +247,8 @@ def _in_percent(log: Log, rows: pd.DataFrame, code: np.ndarray, unit: Unit) -> t
     if fraction:
         findings.append(Finding(log.file, None, "scores from 0 to 1, shown in percent"))
         return rows.assign(score=score * 100), findings, True
+    if not (score <= 1).any():
+        return rows, findings, False
     middle = pd.Series(score).groupby(code).transform("median").to_numpy()
     odd = (score <= 1) & (middle > 5) & np.r_[False, code[1:] == code[:-1]]
     findings += grouped(
@@ -253,7 +263,7 @@ def _gaps(file: str, rows: pd.DataFrame, code: np.ndarray) -> list[Finding]:
     found = []
     for part in np.split(np.arange(code.size), np.flatnonzero(np.diff(code)) + 1):
         steps = np.diff(epoch[part])
-        if steps.size < 3:
+        if steps.size < 3 or steps.max() == steps.min():
             continue
         values, counts = np.unique(steps, return_counts=True)
         usual = values[np.argmax(counts)]
