@@ -89,8 +89,10 @@ class Provenance:
         (x0, y0), (x1, y1) = self.first, self.last
         curves = f"{self.points} points" + (f" of {self.runs} runs" if self.runs > 1 else "")
         weights = ", EMA weights" if self.weights == "EMA" else ""
+        unit = "fraction, shown in percent" if self.unit == "fraction" else self.unit
+        turned = ", lower is better" if self.negated else ""
         return (
-            f"{self.file}: {self.format}, {self.column!r} ({of}{weights}, {self.unit}) over {self.axis}{counted}"
+            f"{self.file}: {self.format}, {self.column!r} ({of}{weights}, {unit}{turned}) over {self.axis}{counted}"
             f" ({self.axis_column!r}), {curves}, {x0:g}: {y0:g} to {x1:g}: {y1:g}"
         )
 
