@@ -19,7 +19,8 @@ def page() -> str:
     """The page as it should be: what is written by hand stays, what comes from the table is made anew."""
     head = "| format | written by | recognized by | first epoch |\n|---|---|---|---|"
     rows = [
-        f"| [{one.name}](#{_anchor(one.name)}) | {one.written_by} | {one.told_by} | {_counting(one)} |" for one in FORMATS
+        f"| [{one.name}](#{_anchor(one.name)}) | {one.written_by} | {one.told_by} | {_counting(one)} |"
+        for one in FORMATS
     ]
     by_hand = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     return by_hand + MARK + "\n".join(["", head, *rows, "", *map(_section, FORMATS)])
@@ -42,7 +43,9 @@ def _section(one: Format) -> str:
         shown = [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 4]} ..." for line in text[:4]]
         lines += ["```text", *shown, *(["..."] if len(text) > 4 else []), "```", ""]
     (report,) = read_curves([path]).provenance
-    return "\n".join([*lines, "reads as", "", "```text", *_wrapped(str(report).removeprefix(f"{EXAMPLES}/")), "```", ""])
+    return "\n".join(
+        [*lines, "reads as", "", "```text", *_wrapped(str(report).removeprefix(f"{EXAMPLES}/")), "```", ""]
+    )
 
 
 def _wrapped(text: str) -> list[str]:

@@ -1,13 +1,17 @@
+import gzip
 import json
+import runpy
 import struct
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mto_analysis.errors import DataError
-from mto_analysis.rauc.curves import read_curves
-from mto_analysis.rauc.logs import read_log
+from mto_analysis.rauc.curves import Source, read_curves
+from mto_analysis.rauc.logs import FORMATS, read_log
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -166,3 +170,292 @@ def test_read_log__a_scalar_in_a_string_is_a_number(tmp_path):
     lines = [{"epoch": 1, "accuracy": "61.5"}, {"epoch": 2, "accuracy": True}, {"epoch": 3, "accuracy": 63}]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, lines)))
     assert np.isnan(read_log(tmp_path / "a.json").rows["score"]).tolist() == [False, True, False]
+
+
+# Every format of the table is read from its example as the page says.
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_formats__each_example_is_recognized(form):
+    (read,) = read_curves([LOGS / form.example]).provenance
+    assert read.format == form.name
+    assert read.points > 2
+    assert len(read.sha256) == 64
+    if form.first_epoch is not None and read.axis == "epochs":
+        assert read.first_epoch == form.first_epoch
+
+
+def test_formats__the_page_is_the_one_of_the_table():
+    script = runpy.run_path(str(LOGS.parents[1] / "docs" / "logs.py"))
+    text = script["page"]()
+    assert (LOGS.parents[1] / "docs" / "logs.md").read_text(encoding="utf-8") == text, "run python docs/logs.py"
+
+
+ACCURACIES = [61.2, 68.4, 71.9, 73.5, 74.1, 74.3]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "axis", "places"),
+    [
+        ("plain_lines.jsonl", "val/acc1", "epochs", range(1, 7)),
+        ("run-mae-tag-val_acc1.csv", "val_acc1", "steps", range(1251, 7507, 1251)),
+        ("wandb_history.csv", "val/acc", "epochs", range(6)),
+        ("keras_training.csv", "val_accuracy", "epochs", range(6)),
+        ("keras_history.json", "val_accuracy", "epochs", range(1, 7)),
+        ("array.json", "val_top1", "epochs", range(1, 7)),
+        ("mmpretrain.log", "accuracy/top1", "epochs", range(1, 7)),
+        ("ultralytics_results.csv", "metrics/accuracy_top1", "epochs", range(1, 7)),
+        ("fastai_history.csv", "accuracy", "epochs", range(6)),
+        ("mlflow/val_acc1", "val_acc1", "steps", range(6)),
+    ],
+)
+def test_read_log__every_example_gives_its_six_accuracies(name, column, axis, places):
+    table = read_curves([LOGS / name])
+    assert table.frame["score"].round(6).tolist() == ACCURACIES
+    assert table.frame["epoch"].tolist() == list(places)
+    (read,) = table.provenance
+    assert (read.column, read.axis, read.last[1]) == (column, axis, pytest.approx(74.3))
+    assert table.axis == axis[:-1]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+TABLE = "epoch,val_acc\n1,60.5\n2,61.5\n3,62\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TABLE.replace("\n", "\r\n"),
+        TABLE.replace("\n", "\r"),
+        "\ufeff" + TABLE,
+        TABLE.encode("utf-16"),
+        TABLE.encode("utf-16-le"),
+        gzip.compress(TABLE.encode()),
+        gzip.compress(TABLE.encode()[:20]) + gzip.compress(TABLE.encode()[20:]),
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", ";").replace(".", ","),
+        TABLE.replace(",", "\t").replace(".", ","),
+        TABLE.replace(",", " , "),
+        '"epoch","val_acc"\n"1","60.5"\n"2","61.5"\n"3","62"\n',
+        "sep=;\n" + TABLE.replace(",", ";"),
+        "\n\n" + TABLE,
+        TABLE.replace("\n", ",\n"),
+    ],
+)
+def test_read_log__takes_every_spelling_of_a_table(tmp_path, content):
+    table = read_curves([write(tmp_path, "a.csv", content)])
+    assert table.frame["score"].tolist() == [60.5, 61.5, 62.0]
+
+
+def test_read_log__takes_a_spreadsheet(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (("epoch", "val_acc"), (1, 60.5), (2, 61.5)):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    assert read_curves([tmp_path / "a.xlsx"]).frame["score"].tolist() == [60.5, 61.5]
+    book.create_sheet("more").append(("epoch", "val_acc"))
+    book.save(tmp_path / "b.xlsx")
+    with pytest.raises(DataError, match="2 sheets hold something"):
+        read_curves([tmp_path / "b.xlsx"])
+
+
+@pytest.mark.parametrize("module", ["openpyxl", "tensorboard.backend.event_processing.event_file_loader"])
+def test_read_log__names_the_package_that_is_missing(tmp_path, monkeypatch, module):
+    path = LOGS / "tensorboard_sample"
+    if module == "openpyxl":
+        path = tmp_path / "a.xlsx"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("xl/workbook.xml", "")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=r"pip install 'mto-analysis\[(spreadsheets|tensorboard)\]'"):
+        read_log(path)
+
+
+def test_read_log__takes_the_only_log_of_a_run_folder(tmp_path):
+    lines = (LOGS / "mmpretrain_scalars.json").read_bytes()
+    write(tmp_path, "20230101/vis_data/scalars.json", lines)
+    write(tmp_path, "20230101/vis_data/20230101.log.json", lines)  # the same lines again
+    write(tmp_path, "config.csv", "name,value\nlr,1\n")
+    assert read_log(tmp_path).form == "OpenMMLab JSON lines"
+    write(tmp_path, "log.txt", '{"epoch": 0, "test_acc1": 3}\n{"epoch": 1, "test_acc1": 4}\n')
+    with pytest.raises(DataError, match=r"holds 2 logs; name one: .*log.txt.*scalars.json|holds 2 logs"):
+        read_log(tmp_path)
+
+
+def test_read_log__prefers_the_state_of_the_last_checkpoint(tmp_path):
+    history = [{"epoch": float(e), "eval_accuracy": e / 10, "step": e} for e in (1, 2, 3)]
+    for count in (2, 3):
+        write(tmp_path, f"checkpoint-{count}/trainer_state.json", json.dumps({"log_history": history[:count]}))
+    assert len(read_log(tmp_path).rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "column"),
+    [
+        ("epoch,acc,valid_acc\n0,90,40\n1,91,45\n", "valid_acc"),
+        ("epoch,acc,validation/accuracy\n0,90,40\n1,91,45\n", "validation/accuracy"),
+        ("epoch,train_acc,acc\n0,90,40\n1,91,45\n", "acc"),
+        ("epoch,val_acc_top5,val_acc_top1\n0,90,40\n1,91,45\n", "val_acc_top1"),
+        ("epoch,eval_prec5,eval_prec1\n0,90,40\n1,91,45\n", "eval_prec1"),
+        ("epoch,best_val_acc,val_acc\n0,90,40\n1,91,45\n", "val_acc"),
+        ("epoch,ema_test_acc1,test_acc1\n0,90,40\n1,91,45\n", "test_acc1"),
+        ("epoch,val_acc_step,val_acc_epoch\n0,90,40\n1,91,45\n", "val_acc_epoch"),
+        ("epoch,test_acc,val_acc\n0,,40\n1,90,45\n", "val_acc"),
+        ("epoch,phase,acc\n0,train,90\n0,val,40\n1,train,91\n1,val,45\n", "val/acc"),
+        ("epoch,weights,val_acc\n0,ema,90\n0,model,40\n1,ema,91\n1,model,45\n", "model/val_acc"),
+    ],
+)
+def test_choose__takes_validation_before_training(tmp_path, content, column):
+    table = read_curves([write(tmp_path, "a.csv", content)])
+    assert table.frame["score"].tolist() == [40.0, 45.0]
+    assert table.provenance[0].column == column
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("val_acc,test_acc", "it has 'val_acc', 'test_acc', and nothing tells which is meant"),
+        ("knn_top1,linear_top1", "it has 'knn_top1', 'linear_top1', and nothing tells"),
+        ("train_acc,val_loss", r"the only accuracy, train_acc, looks like that of training images, while val_loss"),
+        ("accuracy,val_loss", r"the only accuracy, accuracy, looks like that of training images"),
+        ("score,train_acc", "it has 'score' and 'train_acc'"),
+        ("val_error,lr", "take it with --score-column 'val_error' --lower-is-better"),
+        ("gain,lr", "no accuracy found"),
+    ],
+)
+def test_choose__asks_where_names_do_not_tell(tmp_path, columns, message):
+    path = write(tmp_path, "a.csv", f"epoch,{columns}\n0,40,50\n1,45,51\n")
+    with pytest.raises(DataError, match=message):
+        read_curves([path])
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("val_loss", "no accuracy but a loss: say --lower-is-better"),
+        ("val_err1", "no accuracy but an error: say --lower-is-better"),
+        ("gain", "nothing tells what 'gain' is; say --unit percent, fraction or raw"),
+    ],
+)
+def test_read_curves__asks_what_a_named_column_is(tmp_path, column, message):
+    path = write(tmp_path, "a.csv", f"epoch,{column}\n0,4\n1,3\n")
+    with pytest.raises(DataError, match=message):
+        read_curves([path], score_column=column)
+    assert read_curves([path], score_column=column, unit="raw").frame["score"].tolist() == [4.0, 3.0]
+
+
+def test_read_curves__turns_errors_and_losses_round(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,val_loss,val_err1,val_acc\n0,2.5,40,60\n1,2,30,70\n")
+    errors = read_curves([path], lower_is_better=True)
+    assert (errors.provenance[0].column, errors.frame["score"].tolist()) == ("val_err1", [60.0, 70.0])
+    assert errors.score_label == "100 \N{MINUS SIGN} top-1 error (%)"
+    assert errors.as_score(40) == 60
+    losses = read_curves([path], lower_is_better=True, score_column="val_loss")
+    assert (losses.frame["score"].tolist(), losses.score_label) == ([-2.5, -2.0], "\N{MINUS SIGN}val_loss")
+    with pytest.raises(DataError, match="'val_acc' is an accuracy, of which higher is better"):
+        read_curves([path], lower_is_better=True, score_column="val_acc")
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("val_acc1", "test_acc1"), ("val_acc", "acc"), ("test_acc1", "ema_test_acc1"), ("val_acc", "val_knn_acc")],
+)
+def test_choose__refuses_different_metrics_in_one_comparison(tmp_path, one, two):
+    a = write(tmp_path, "a.txt", f'{{"epoch": 0, "{one}": 3}}\n{{"epoch": 1, "{one}": 4}}\n')
+    b = write(tmp_path, "b.txt", f'{{"epoch": 0, "{two}": 3}}\n{{"epoch": 1, "{two}": 4}}\n')
+    with pytest.raises(DataError, match="these are different metrics, or nothing tells that they are the same"):
+        read_curves([a, b])
+    asked = [Source.parse(f"A={a}[score={one}]"), Source.parse(f"B={b}[score={two}]")]
+    assert [read.column for read in read_curves(asked).provenance] == [one, two]
+
+
+def test_read_curves__a_list_of_columns_is_never_cut(tmp_path):
+    columns = [f"column{place}" for place in range(40)]
+    path = write(tmp_path, "a.csv", f"epoch,{','.join(columns)}\n0{',1' * 40}\n1{',2' * 40}\n")
+    with pytest.raises(DataError, match="column39"):
+        read_curves([path])
+
+
+CHART = '"Step","a - val/acc","a - val/acc__MIN","a - val/acc","a - val/acc__MIN","b - x - val/acc","b - x - val/acc__MIN"\n'
+
+
+def test_read_log__runs_of_one_name_in_a_chart_are_seeds(tmp_path):
+    path = write(tmp_path, "a.csv", CHART + '"1","60","60","61","61","62","62"\n"2","70","70","71","71","72","72"\n')
+    table = read_curves([path])
+    assert table.methods == ["a", "b - x"]
+    assert {seed: run.scores.tolist() for seed, run in table.runs("a").items()} == {
+        "1": [60.0, 70.0],
+        "2": [61.0, 71.0],
+    }
+    assert any("runs of one name are taken as its seeds" in str(one) for one in table.findings)
+    (read,) = table.provenance
+    assert (read.axis, read.runs, table.axis) == ("steps", 3, "step")
+
+
+def test_read_log__a_mean_of_runs_in_a_chart_is_named(tmp_path):
+    text = '"Step","g - val/acc","g - val/acc__MIN","g - val/acc__MAX"\n1,60,59,61\n2,70,69,71\n'
+    assert any(
+        "is a mean of several runs" in str(one) for one in read_curves([write(tmp_path, "a.csv", text)]).findings
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Name,State,epoch,val_acc\na,finished,80,61\nb,finished,90,62\n",
+        "run,epoch,val_acc\na,80,61\nb,90,62\nc,100,63\n",
+        '"Name","Runtime","val/acc","_step"\n"a","10","61","5"\n"b","11","62","6"\n',
+    ],
+)
+def test_read_log__a_table_of_runs_is_no_curve(tmp_path, text):
+    with pytest.raises(DataError, match="table of runs"):
+        read_curves([write(tmp_path, "a.csv", text)])
+
+
+def test_read_log__methods_as_columns(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,MAE,MTO,lr\n1,50,51,0.1\n2,60,62,0.1\n")
+    table = read_curves([path], wanted=["MAE"])
+    assert table.methods == ["MAE", "MTO"]
+    assert any("not read as methods: lr" in str(one) for one in table.findings)
+
+
+def test_read_log__iterations_of_open_mmlab_are_steps(tmp_path):
+    lines = [
+        {"loss": 1.0, "step": 100, "iter": 100}, {"accuracy/top1": 50.0, "step": 100},
+        {"loss": 0.5, "step": 200, "iter": 200}, {"accuracy/top1": 60.0, "step": 200},
+    ]  # fmt: skip
+    path = write(tmp_path, "scalars.json", "\n".join(map(json.dumps, lines)))
+    assert read_curves([path]).provenance[0].axis == "steps"
+    old = [
+        {"mode": "val", "epoch": 1, "iter": 4000, "accuracy_top-1": 50.0, "lr": 1},
+        {"mode": "val", "epoch": 1, "iter": 8000, "accuracy_top-1": 60.0, "lr": 1},
+    ]
+    read = read_curves([write(tmp_path, "old.log.json", "\n".join(map(json.dumps, old)))])
+    assert read.frame["epoch"].tolist() == [4000.0, 8000.0]
+
+
+def test_read_log__several_evaluations_in_an_epoch_are_placed_on_steps(tmp_path):
+    path = write(tmp_path, "metrics.csv", "epoch,step,val_acc\n0,50,0.2\n0,99,0.3\n1,149,0.4\n1,199,0.5\n")
+    table = read_curves([path])
+    assert (table.axis, table.frame["epoch"].tolist()) == ("step", [50.0, 99.0, 149.0, 199.0])
+    assert any("several evaluations in an epoch" in str(one) for one in table.findings)
+
+
+def test_read_log__accuracy_lines_of_the_moving_average_are_another_series(tmp_path):
+    text = "".join(
+        f"Epoch: [{e}] Total time: 0:10:00\n* Acc@1 {50 + e} Acc@5 80\n"
+        f"* Acc@1 {60 + e} Acc@5 90\nAccuracy of the model EMA on 50000 test images: {60 + e}%\n"
+        for e in range(3)
+    )
+    path = write(tmp_path, "a.txt", text)
+    table = read_curves([path])
+    assert table.frame["score"].tolist() == [50.0, 51.0, 52.0]
+    assert any("EMA Acc@1 (EMA weights) is not read" in str(one) for one in table.findings)
+    assert read_curves([path], score_column="EMA Acc@1").frame["score"].tolist() == [60.0, 61.0, 62.0]

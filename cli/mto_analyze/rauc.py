@@ -159,13 +159,13 @@ def rauc(
         typer.echo(json.dumps(content, indent=2))
     else:
         typer.echo(as_text(comparisons, tasks, form, table.axis))
-        for one in table.provenance:
-            note(f"read {one}", quiet=quiet)
+        for one in table.provenance:  # a part of the text, beside which other formats stay readable by machines
+            typer.echo(f"read {one}", err=form is not Format.TEXT) if not quiet else None
         own = [one.notes for one in comparisons] + [one.notes for one in tasks]
         for text in dict.fromkeys([*found, *(text for notes in own for text in notes)]):
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
-        write(folder, table, comparisons, tasks, content, noise_of(given))
+        write(folder, table, comparisons, tasks, content, noise_of(given, table))
         folder.write_json("run.json", run_facts(given, logs=logs, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
@@ -198,9 +198,6 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
     if axis is not Axis.EPOCH:
         table = on_axis(table, axis.value, costs(given["per_epoch"] or []))
     pairs = pairs_of(baseline, target or [name for name in table.methods if name not in baseline])
-    # A reference beside scores that are all from 0 to 1 is meant in their unit.
-    if reference is not None and table.fraction and abs(reference) <= 1:
-        reference *= 100
     if not windows or windows[0][0] == -math.inf:
         first, last = common_window(table, dict.fromkeys(name for pair in pairs for name in pair))
         windows = [(first, end) for _, end in windows] or [(first, last)]
@@ -208,18 +205,18 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
         table,
         pairs,
         windows,
-        reference=reference,
+        reference=None if reference is None else table.as_score(reference),
         interpolate=given["interpolate"],
         confidence=confidence,
         pairing=given["pairing"].value,
-        noise=noise_of(given),
+        noise=noise_of(given, table),
     )
     return table, comparisons, aggregate(table, comparisons)
 
 
-def noise_of(given: Mapping[str, Any]) -> float:
+def noise_of(given: Mapping[str, Any], table: CurveTable) -> float:
     """A mean gain that counts as none: points of accuracy, which raw scores are not."""
-    return 0.0 if given["unit"] is UnitOption.RAW else float(given["noise"])
+    return 0.0 if any(one.unit == "raw" for one in table.provenance) else float(given["noise"])
 
 
 def sources_of(texts: list[str]) -> list[Any]:

@@ -183,6 +183,17 @@ class CurveTable:
         """The label of the score axis, from what was read."""
         return score_label(self.provenance)
 
+    def as_score(self, value: float) -> float:
+        """A score as the logs write it, on the curves' scale: in percent, and turned round where lower is better.
+
+        Beside scores that are all from 0 to 1 a value of that size is meant in their unit.
+        """
+        negated = any(one.negated for one in self.provenance)
+        raw = any(one.unit == "raw" for one in self.provenance)
+        if self.fraction and abs(value) <= 1:
+            value *= 100
+        return (0.0 if raw else 100.0) - value if negated else value
+
     @property
     def methods(self) -> list[str]:
         """Names in the order in which the files have them."""

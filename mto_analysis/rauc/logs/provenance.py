@@ -82,9 +82,8 @@ class Provenance:
 
     def __str__(self) -> str:
         """One line for a terminal."""
-        of = " of ".join(
-            part for part in (self.metric, {"val": "validation"}.get(self.split or "", self.split)) if part
-        )
+        what = self.metric if self.kind in ("accuracy", "error") and self.metric != self.column else self.kind
+        of = " of ".join(part for part in (what, {"val": "validation"}.get(self.split or "", self.split)) if part)
         counted = "" if self.first_epoch is None or self.axis != "epochs" else f" from {self.first_epoch}"
         (x0, y0), (x1, y1) = self.first, self.last
         curves = f"{self.points} points" + (f" of {self.runs} runs" if self.runs > 1 else "")
@@ -94,6 +93,7 @@ class Provenance:
         return (
             f"{self.file}: {self.format}, {self.column!r} ({of}{weights}, {unit}{turned}) over {self.axis}{counted}"
             f" ({self.axis_column!r}), {curves}, {x0:g}: {y0:g} to {x1:g}: {y1:g}"
+            f", sha256 {self.sha256[:12]}"
         )
 
 
