@@ -383,7 +383,8 @@ def test_read_curves__a_list_of_columns_is_never_cut(tmp_path):
         read_curves([path])
 
 
-CHART = '"Step","a - val/acc","a - val/acc__MIN","a - val/acc","a - val/acc__MIN","b - x - val/acc","b - x - val/acc__MIN"\n'
+CHART_COLUMNS = [f"{run} - val/acc{end}" for run in ("a", "a", "b - x") for end in ("", "__MIN")]
+CHART = ",".join(f'"{column}"' for column in ["Step", *CHART_COLUMNS]) + "\n"
 
 
 def test_read_log__runs_of_one_name_in_a_chart_are_seeds(tmp_path):
