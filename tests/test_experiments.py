@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pandas as pd
@@ -16,13 +19,15 @@ import pytest
 from experiment_cases import TINY, write_experiment
 from typer.testing import CliRunner
 
-from mto_analysis.experiments import ExperimentRuns, RunFailedError, do_runs, load_experiment
+from mto_analysis.errors import OutputError
+from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running
 from mto_analysis.experiments.results import collect
-from mto_analysis.experiments.running import _hear, _Worker
+from mto_analysis.experiments.running import Engine
 from mto_analysis.experiments.runs import read_curve
 from mto_analysis.experiments.summary import verdict
-from mto_analysis.experiments.worker import Report
+from mto_analysis.experiments.worker import Outcome, Resources, _failure, perform
 from mto_analysis.rauc import rauc
+from mto_analysis.training import RunFolder
 from mto_analyze import app
 
 #: Columns that depend on how fast the machine is.
@@ -149,49 +154,183 @@ def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None
     assert "run the same command again" in line
 
 
+class Killing:
+    """Kills processes of runs when they have begun."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __call__(self, run: Run, resources: Resources, begun=None) -> Outcome:
+        def kill(process) -> bool:
+            assert begun is None or begun(process)
+            if self.times:
+                self.times -= 1
+                process.kill()
+            return True
+
+        return perform(run, resources, kill)
+
+
+@pytest.fixture
+def tiny_runs(tmp_path: Path) -> ExperimentRuns:
+    experiment = load_experiment(write_experiment(tmp_path))
+    return ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out")
+
+
 @pytest.mark.slow
-def test_do_runs__a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_experiment(tmp_path)
-    experiment = load_experiment(file)
-    runs = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out")
+def test_do_runs__starts_a_run_again_whose_process_dies(
+    tiny_runs: ExperimentRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny_runs.all[:1]
+    monkeypatch.setattr(running, "perform", Killing(3))
+    with pytest.raises(RunFailedError, match=r"^choosing: MAE, seed 100: its process died \(exit code -9; often"):
+        do_runs(tiny_runs, num_images=64, part=first)
+    monkeypatch.setattr(running, "perform", Killing(2))
+    do_runs(tiny_runs, num_images=64, part=first)
+    assert first[0].finished()
 
-    def kill(progress) -> None:
-        if progress.state == "going":
-            import multiprocessing
 
-            for child in multiprocessing.active_children():
-                child.kill()
+class Pretended(Engine):
+    """Ends every run at once; those whose name holds a word fail."""
 
-    with pytest.raises(RunFailedError, match=r"choosing: MAE, seed 100: its process died"):
-        do_runs(runs, num_images=64, tell=kill)
+    def __init__(self, failing: str, tmp_path: Path) -> None:
+        self.failing, self.done, self._folder = failing, [], tmp_path
+
+    def submit(self, run: Run) -> Future[Outcome]:
+        ended: Future[Outcome] = Future()
+        failed = self.failing in run.name
+        if not failed:
+            self.done.append(run.name)
+            run.folder.mkdir(parents=True)
+            identity = {"recipe": run.recipe.to_dict(), "seed": run.seed}
+            RunFolder(run.folder).write_facts({"state": "complete", "identity": identity})
+        ended.set_result(Outcome(("a note",), "the disk is full", 4) if failed else Outcome())
+        return ended
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_keep_going__does_the_others_and_reports_at_the_end(tiny_runs: ExperimentRuns, tmp_path: Path) -> None:
+    engine = Pretended("choosing: MAE + large", tmp_path)
+    words = (
+        "choosing: MAE + large, seed 100: the disk is full; not begun, as their settings could not be chosen: "
+        "MAE + MTO, seed 0, MAE + MTO, seed 1; fix it and run the same command again"
+    )
+    told = []
+    with pytest.raises(RunFailedError) as failed:
+        do_runs(tiny_runs, num_images=64, engine=engine, keep_going=True, tell=told.append)
+    assert (str(failed.value), failed.value.exit_code) == (words, 4)
+    assert engine.done == ["choosing: MAE, seed 100", "choosing: MAE + small, seed 100", "MAE, seed 0", "MAE, seed 1"]
+    assert [each.state for each in told] == ["done", "done", "note", "failed", "done", "done"]
+    with pytest.raises(RunFailedError, match=r"^choosing: MAE \+ large, seed 100: the disk is full; fix it and run"):
+        do_runs(tiny_runs, num_images=64, engine=Pretended("large", tmp_path))
+
+
+def test_list__numbers_all_runs_and_says_how_far_they_are(done: Path, tmp_path: Path) -> None:
+    arguments = [done / "tiny.toml", "--data", done, "--list", "--out"]
+    fresh = run(*arguments, tmp_path / "out").stdout.splitlines()
+    assert [line.split()[0] for line in fresh] == [str(number) for number in range(1, 8)]
+    assert re.fullmatch(r"  1  choosing: MAE, seed 100 +not begun", fresh[0])
+    assert fresh[4].endswith("waits for runs 1, 2, 3")
+    assert not (tmp_path / "out").exists()
+    finished = run(*arguments, done / "out").stdout.splitlines()
+    assert all(line.endswith("finished") for line in finished)
+    assert [line[:36] for line in finished] == [line[:36] for line in fresh]
+
+
+def test_only__does_one_run_and_a_finished_one_is_no_error(done: Path, tmp_path: Path) -> None:
+    arguments = [done / "tiny.toml", "--data", done, "--out"]
+    again = run(*arguments, done / "out", "--only", 5)
+    assert again.exit_code == 0, again.stderr
+    for number, words in ((0, "--only"), (8, "runs are numbered from 1 to 7, got 8"), (5, "waits for runs 1, 2, 3")):
+        refused = run(*arguments, tmp_path / "out", "--only", number)
+        assert refused.exit_code == 2
+        assert words in refused.stderr.splitlines()[-1]
+    both = run(*arguments, tmp_path / "out", "--only", 1, "--shard", "1/2")
+    assert "give one of them" in both.stderr
+    for shard in ("3/2", "0/2", "half"):
+        assert run(*arguments, tmp_path / "out", "--shard", shard).exit_code == 2
+    assert "add --engine ray" in run(*arguments, tmp_path / "out", "--gpus", 0.5).stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [False, True])
+def test_shards__equal_the_whole(done: Path, tmp_path: Path, together: bool) -> None:
+    started = []
+    for shard in ("1/2", "2/2"):
+        started.append(start(done, tmp_path / "out", "--shard", shard))
+        if not together:
+            started[-1].communicate(timeout=300)
+    for process in started:
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    assert_equal_tables(tmp_path / "out", done / "out")
+
+
+@pytest.mark.slow
+def test_kills__twenty_at_random_moments_give_equal_tables(done: Path, tmp_path: Path) -> None:
+    chance = random.Random(1)
+    killed = 0
+    while killed < 20:
+        process = start(done, tmp_path / "out", "--jobs", "2")
+        try:
+            process.communicate(timeout=chance.uniform(3, 14))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()  # the children must see to it themselves
+            process.communicate(timeout=60)
+            killed += 1
+    process = start(done, tmp_path / "out", "--jobs", "2")
+    _, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
+    assert killed
+    assert_equal_tables(tmp_path / "out", done / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_ray__two_nodes_of_which_one_is_killed_give_equal_tables(done: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")]), "OMP_NUM_THREADS": "1"}
+    program = Path(__file__).with_name("ray_cluster.py")
+    command = [sys.executable, program, done / "tiny.toml", done, tmp_path / "out"]
+    ended = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr
+    assert "killed the node of one of" in ended.stdout
+    assert_equal_tables(tmp_path / "out", done / "out")
+
+
+def start(done: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """The experiment as a process of its own."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mto_analyze", "experiment", done / "tiny.toml", "--data", done, "--out", out]
+    return subprocess.Popen([*map(str, command), *options], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def assert_equal_tables(out: Path, expected: Path) -> None:
+    for name in ("curves.csv", "heterogeneity.csv", "choice.csv", "terms.csv"):
+        pd.testing.assert_frame_equal(without_timing(out / name), without_timing(expected / name), check_exact=True)
+    names, wanted = ({path.name for path in folder.iterdir()} for folder in (out, expected))
+    assert names == wanted
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("error", "words"),
     [
-        "last.pth cannot be written (No space left on device): fix it and go on with --resume",
-        "metrics.csv cannot be written (No space left on device); go on with --resume",
-        "image 7.png cannot be read any more (gone); restore it, then resume",
+        (
+            OutputError("last.pth cannot be written", advice="fix it and go on with --resume"),
+            "last.pth cannot be written",
+        ),
+        (MemoryError(), "out of memory; use fewer --jobs or a smaller batch_size"),
+        (ValueError("k is 0"), "k is 0"),
     ],
 )
-def test_failure__gives_the_advice_of_an_experiment_only(tmp_path: Path, words: str) -> None:
-    experiment = load_experiment(write_experiment(tmp_path))
-    run = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out").all[0]
-
-    class Connection:
-        def recv(self) -> Report:
-            return Report("failed", words=words, exit_code=4)
-
-    with pytest.raises(RunFailedError, match=r"\); fix it and run the same command again$") as failed:
-        _hear(_Worker(None, Connection(), run), None, 64, print)
-    assert "resume" not in str(failed.value)
-
-
-def test_report__crosses_a_pipe() -> None:
-    import pickle
-
-    report = Report("progress", 3, 1, 50.0)
-    assert pickle.loads(pickle.dumps(report)) == report
+def test_failure__gives_the_advice_of_an_experiment_only(error: Exception, words: str) -> None:
+    assert _failure(error)["failure"] == words
+    assert _failure(KeyError("x"))["exit_code"] is None
 
 
 def without_timing(path: Path) -> pd.DataFrame:

@@ -6,8 +6,9 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ from mto_analyze.console import note, settings_of
 from mto_analyze.options import Quiet
 
 if TYPE_CHECKING:
-    from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results
+    from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
+    from mto_analysis.experiments.running import Engine
     from mto_analysis.runtime.outputs import OutputFolder
 
 FIGURES = ("curves", "rauc", "time", "heterogeneity")
@@ -27,25 +29,61 @@ FILES = (
 )
 
 
+class EngineName(StrEnum):
+    """Where runs are done."""
+
+    local = "local"
+    ray = "ray"
+
+
+File = Annotated[str, typer.Argument(help="Experiment file (TOML), or the name of one that comes with the tool.")]
+Out = Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on where it stopped.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of the images: train.parquet and test.parquet, if not set otherwise.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at once on a machine, each in a process of its own.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: a key of the file (seeds, ...), or of all recipes (epochs, ...)."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and estimated time.")]
+List = Annotated[bool, typer.Option("--list", help="Print all runs by number, with how far they are.")]
+Only = Annotated[int | None, typer.Option(min=1, help="Do the run with this number of --list; of use to schedulers.")]
+Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, and what its runs wait for.")]
+KeepGoing = Annotated[bool, typer.Option("--keep-going", help="When a run fails do the others; report at the end.")]
+Retries = Annotated[int, typer.Option(min=0, help="Start a run so often again whose process or node dies.")]
+EngineOption = Annotated[EngineName, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")]
+Address = Annotated[str | None, typer.Option(help="Of the Ray cluster; by default RAY_ADDRESS, or one is started.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPUs of each run; by default a machine's / --jobs.")]
+Gpus = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of each run on Ray, also fractions; by default a node's / --jobs.")
+]
+
+
 def experiment(
-    file: Annotated[str, typer.Argument(help="Experiment file (TOML), or the name of one that comes with the tool.")],
-    out: Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on where it stopped.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the images: train.parquet and test.parquet, if not set otherwise.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process of its own.")] = 1,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: a key of the file (seeds, ...), or of all recipes (epochs, ...)."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and estimated time.")] = False,
+    file: File,
+    out: Out,
+    data: Data = None,
+    jobs: Jobs = 1,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    list_: List = False,
+    only: Only = None,
+    shard: Shard = None,
+    keep_going: KeepGoing = False,
+    retries: Retries = 2,
+    engine: EngineOption = EngineName.local,
+    address: Address = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a whole experiment: every arm with every seed, evaluated along the way, then RAUC, figures and a page.
 
     Stopped or killed, it goes on from the last epoch of every run when the same command is given again. Writes
     summary.md, curves.csv, rauc.csv, heterogeneity.csv, terms.csv, choice.csv, run.json and the figures curves, rauc,
-    time and heterogeneity to --out; runs are in its folders runs and choose.
+    time and heterogeneity to --out; runs are in its folders runs and choose. With --only or --shard these files are
+    written once all runs are finished.
     """
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
     from mto_analysis.images import open_images
@@ -53,18 +91,55 @@ def experiment(
 
     chosen = load_experiment(file, settings_of(set_ or []))
     images = chosen.images.resolved(data)
-    runs = ExperimentRuns(chosen, images, out)
-    folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
+    runs = ExperimentRuns(chosen, images, out.absolute())
     runs.check()
+    if list_:
+        typer.echo(runs.listing())
+        return
+    part = _part(runs, only, shard)
+    folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
     count = len(open_images(images.train).names)
     if dry_run:
         typer.echo(_plan(runs, jobs, count))
         return
     began = time.time()
     with _board(runs, count, quiet) as tell:
-        do_runs(runs, jobs=jobs, num_images=count, tell=tell)
+        work = _engine(engine, address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
+        do_runs(runs, num_images=count, engine=work, part=part, keep_going=keep_going, tell=tell)
+    if left := [run for run in runs.all if not run.finished()]:
+        note(f"{len(left)} of {len(runs.all)} runs are still to be done: tables and figures follow", quiet=quiet)
+        return
     _write(folder, chosen, runs, jobs=jobs, count=count, began=began)
     note(f"wrote {', '.join(name for name in FILES if (out / name).exists())} to {out}", quiet=quiet)
+
+
+def _part(runs: ExperimentRuns, only: int | None, shard: str | None) -> Sequence[Run] | None:
+    """The runs of ``--only`` or ``--shard``."""
+    if only is not None and shard is not None:
+        raise ValueError("--only and --shard both choose runs: give one of them")
+    if only is not None:
+        return runs.only(only)
+    if shard is None:
+        return None
+    index, slash, count = shard.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard takes I/N, for instance 1/4, got {shard!r}")
+    return runs.shard(int(index), int(count))
+
+
+def _engine(
+    name: EngineName, address: str | None, *, jobs: int, threads: int | None, gpus: float | None, retries: int
+) -> Engine:
+    if name is EngineName.ray:
+        from mto_analysis.experiments.cluster import RayEngine
+
+        return RayEngine(address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
+    from mto_analysis.experiments import LocalEngine
+
+    for option, value in (("--address", address), ("--gpus", gpus)):
+        if value is not None:
+            raise ValueError(f"{option} is of a cluster: add --engine ray")
+    return LocalEngine(jobs, threads=threads, retries=retries)
 
 
 def _write(
@@ -80,11 +155,11 @@ def _write(
     folder.write_table("terms.csv", results.terms)
     if len(results.choice):
         folder.write_table("choice.csv", results.choice)
-    _draw(folder, results)
     page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_images=count)
     folder.write_bytes("summary.md", page.encode())
     facts = {"experiment": chosen.facts(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
     folder.write_json("run.json", run_facts({"data": vars(runs.images)}, **facts))
+    _draw(folder, results)  # last: what was measured is on disk
     typer.echo(page)
 
 
@@ -172,6 +247,8 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
         if progress.state == "note" and (progress.run.folder, progress.words) not in said:
             said.add((progress.run.folder, progress.words))
             note(f"{progress.run.name}: {progress.words}", quiet=quiet)
+        if progress.state == "failed":
+            note(f"{progress.run.name} failed: {progress.words}", quiet=quiet)
         if progress.state == "done":
             score = _last_score(progress)
             note(f"[{len(finished)}/{total}] {progress.run.name}: {score}", quiet=quiet)
@@ -192,7 +269,7 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
         def show(progress: Progress) -> None:
             run = progress.run
             line(progress)
-            if progress.state == "begun":
+            if progress.state == "going" and run.folder not in tasks:
                 tasks[run.folder] = bars.add_task(run.name, total=progress.total_steps, words="")
             if progress.state in ("found", "going", "done"):
                 steps[run.folder] = progress.step
@@ -200,7 +277,7 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
                 words += f", {progress.score:.1f} %" if progress.score is not None else ""
                 if run.folder in tasks:
                     bars.update(tasks[run.folder], completed=progress.step, words=words)
-            if progress.state == "done" and run.folder in tasks:
+            if progress.state in ("done", "failed") and run.folder in tasks:
                 bars.remove_task(tasks.pop(run.folder))
             bars.update(whole, completed=sum(steps.values()), words=f"{len(finished)}/{total}")
 

@@ -1,7 +1,7 @@
 """Experiments: a declarative file of methods, with and without MTO, and seeds, run and compared."""
 
 from mto_analysis.experiments.results import Results, collect
-from mto_analysis.experiments.running import Progress, RunFailedError, do_runs
+from mto_analysis.experiments.running import LocalEngine, Progress, RunFailedError, do_runs
 from mto_analysis.experiments.runs import ExperimentRuns, Run
 from mto_analysis.experiments.spec import Arm, Candidate, Choice, Experiment, Variant, experiment_names, load_experiment
 from mto_analysis.experiments.summary import summary_page
@@ -12,6 +12,7 @@ __all__ = [
     "Choice",
     "Experiment",
     "ExperimentRuns",
+    "LocalEngine",
     "Progress",
     "Results",
     "Run",

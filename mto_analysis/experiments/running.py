@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol
 
 from mto_analysis.errors import MTOAnalysisError
-from mto_analysis.experiments.runs import ExperimentRuns, Run
-from mto_analysis.experiments.worker import Report, work
+from mto_analysis.experiments.runs import ExperimentRuns, Run, read_progress
+from mto_analysis.experiments.worker import Outcome, Resources, perform
 
-__all__ = ["Progress", "RunFailedError", "do_runs", "threads_for"]
+__all__ = ["Engine", "LocalEngine", "Progress", "RunFailedError", "do_runs", "threads_for", "total_steps"]
 
-# What the engine tells those who started it by itself; an experiment is taken up by its own command.
-_ENGINE_ADVICE = re.compile(r"[;:] (?:(?:fix it and )?go on with --resume|restore it, then resume)")
+# Seconds between two looks at how far runs are.
+_LOOK_EVERY = 0.5
 
 
 class RunFailedError(MTOAnalysisError):
@@ -30,9 +31,9 @@ class RunFailedError(MTOAnalysisError):
 
 
 class Progress(NamedTuple):
-    """How far a run is, told whenever it reports.
+    """How far a run is.
 
-    ``state`` is ``found`` (it was finished before), ``begun``, ``going``, ``note`` or ``done``.
+    ``state`` is ``found`` (it was finished before), ``going``, ``note``, ``failed`` or ``done``.
     """
 
     run: Run
@@ -44,98 +45,72 @@ class Progress(NamedTuple):
     words: str = ""
 
 
-@dataclass
-class _Worker:
-    """A process, and the run it does."""
+class Engine(AbstractContextManager["Engine"], Protocol):
+    """Does runs when it gets to them; at its end none goes on."""
 
-    process: Any
-    connection: Connection
-    run: Run | None = None
-    reports: int = field(default=0)
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Do a run."""
 
 
-def threads_for(jobs: int) -> int:
+class LocalEngine(Engine):
+    """Threads of this process, each of which waits for one subprocess.
+
+    Args:
+        jobs: Runs at once.
+        threads: Of each run on the CPU; by default the cores are shared out.
+        retries: How often a run is started again whose process dies.
+    """
+
+    def __init__(self, jobs: int = 1, *, threads: int | None = None, retries: int = 2) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}")
+        self._resources = Resources(threads or threads_for(jobs), retries=retries)
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="run")
+        self._places: SimpleQueue[int] = SimpleQueue()
+        for place in range(jobs):
+            self._places.put(place)
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._ended, self._lock = False, threading.Lock()
+
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Do a run as soon as a thread is free."""
+        return self._pool.submit(self._perform, run)
+
+    def _perform(self, run: Run) -> Outcome:
+        place = self._places.get()
+        try:
+            return perform(run, self._resources._replace(device=_device(place)), self._begun)
+        finally:
+            self._places.put(place)
+
+    def _begun(self, process: subprocess.Popen[bytes]) -> bool:
+        with self._lock:
+            self._processes = {each for each in self._processes if each.poll() is None} | {process}
+            return not self._ended
+
+    def __exit__(self, *_: object) -> None:
+        """End what goes on: up to its last checkpoint it is on disk."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def threads_for(jobs: int, cores: int | None = None) -> int:
     """Threads of each of some processes, so that together they fill the cores; or what ``OMP_NUM_THREADS`` says."""
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, cores // jobs)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, (cores or here) // jobs)
 
 
-def do_runs(
-    runs: ExperimentRuns,
-    *,
-    jobs: int = 1,
-    num_images: int,
-    tell: Callable[[Progress], None] = lambda progress: None,
-) -> None:
-    """Do all runs that are not finished.
+def _device(place: int) -> str | None:
+    """The GPU of a thread, where there are several."""
+    import torch
 
-    The first failure ends all: what they have done is on disk, and the next call goes on from there.
-
-    Args:
-        runs: Of the experiment.
-        jobs: Runs at once.
-        num_images: That are trained on, for the number of steps.
-        tell: Takes progress.
-
-    Raises:
-        RunFailedError: If a run fails, or its process dies.
-    """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
-    queue = _Queue(runs)
-    for run in runs.all:
-        if run.finished():
-            steps = total_steps(run, num_images)
-            queue.found(run)
-            tell(Progress(run, "found", steps, steps, run.recipe.epochs))
-    if not queue.waiting:
-        return
-    count = min(jobs, len(queue.waiting))
-    with _workers(count, deterministic=runs.experiment.deterministic) as workers:
-        while True:
-            for worker in workers:
-                if worker.run is None and (ready := queue.next()) is not None:
-                    ready.check()
-                    worker.run = ready
-                    worker.connection.send(ready)
-                    tell(Progress(ready, "begun", 0, total_steps(ready, num_images)))
-            busy = {worker.connection: worker for worker in workers if worker.run is not None}
-            if not busy:
-                return
-            for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                _hear(worker, queue, num_images, tell)
-
-
-def _hear(worker: _Worker, queue: _Queue, num_images: int, tell: Callable[[Progress], None]) -> None:
-    run = worker.run
-    if run is None:
-        return
-    try:
-        report: Report = worker.connection.recv()
-    except (EOFError, OSError) as error:
-        worker.process.join(5)
-        raise RunFailedError(
-            f"{run.name}: its process died (exit code {worker.process.exitcode}; often memory is short: use fewer "
-            "--jobs); run the same command again to go on",
-            1,
-        ) from error
-    total = total_steps(run, num_images)
-    if report.kind == "failed":
-        if report.exit_code is None:
-            raise RuntimeError(f"{run.name} failed:\n{report.words}")
-        words = _ENGINE_ADVICE.sub("", report.words)
-        raise RunFailedError(f"{run.name}: {words}; fix it and run the same command again", report.exit_code)
-    if report.kind == "note":
-        tell(Progress(run, "note", 0, total, words=report.words))
-    elif report.kind == "done":
-        worker.run = None
-        queue.done(run)
-        tell(Progress(run, "done", total, total, run.recipe.epochs))
-    else:
-        tell(Progress(run, "going", report.step, total, report.epoch, report.score))
+    count = torch.cuda.device_count()
+    return f"cuda:{place % count}" if count > 1 else None
 
 
 def total_steps(run: Run, num_images: int) -> int:
@@ -143,82 +118,125 @@ def total_steps(run: Run, num_images: int) -> int:
     return run.recipe.epochs * (num_images // run.recipe.batch_size)
 
 
-class _Queue:
-    """Runs in order; those whose settings are still to be chosen wait for the choice of their variant."""
+def do_runs(
+    runs: ExperimentRuns,
+    *,
+    num_images: int,
+    engine: Engine | None = None,
+    part: Sequence[Run] | None = None,
+    keep_going: bool = False,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Do all runs that are not finished, or a part of them.
 
-    def __init__(self, runs: ExperimentRuns) -> None:
-        self._runs = runs
-        self.waiting = list(runs.all)
-        self._undecided = {run.folder: run.variant for run in runs.choosing}
+    The first failure ends all: what they have done is on disk, and the next call goes on from there. Of a part, runs
+    that choose settings may be shared with processes that do other parts: those that another process is doing are
+    waited for, and those that nobody does are done here.
 
-    def found(self, run: Run) -> None:
-        """A run that was finished before."""
-        self.waiting.remove(run)
-        self.done(run)
+    Args:
+        runs: Of the experiment.
+        num_images: That are trained on, for the number of steps.
+        engine: Does them; by default one at a time.
+        part: Only these, and those that they wait for.
+        keep_going: Do the other runs when one fails, and report at the end.
+        tell: Takes progress.
 
-    def done(self, run: Run) -> None:
-        """A run that has just finished."""
-        self._undecided.pop(run.folder, None)
-
-    def next(self) -> Run | None:
-        """The next run that can begin."""
-        open_variants = set(self._undecided.values())
-        for number, run in enumerate(self.waiting):
-            if not run.waits or run.variant not in open_variants:
-                del self.waiting[number]
-                return self._runs.resolve(run)
-        return None
-
-
-@contextmanager
-def _workers(count: int, *, deterministic: bool) -> Iterator[list[_Worker]]:
-    """Processes, none of which outlives the block."""
-    context = multiprocessing.get_context("spawn")
-    threads = threads_for(count)
-    workers: list[_Worker] = []
-    try:
-        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        # Threads that wait by spinning take the cores from other runs: ten times as slow on a busy machine.
-        variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-        if deterministic:  # or cuBLAS refuses to be
-            variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        with _environment(**variables):
-            for number in range(count):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=work, args=(theirs, threads, _device(number)), name=f"run {number}")
-                process.start()
-                theirs.close()
-                workers.append(_Worker(process, mine))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.connection.close()
-            if worker.run is not None:
-                worker.process.terminate()
-        for worker in workers:
-            worker.process.join(10)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+    Raises:
+        RunFailedError: If a run fails, or its process dies again and again.
+    """
+    with engine or LocalEngine() as begun:
+        _Doing(runs, begun, num_images, tell, shared=part is not None, keep_going=keep_going).do(part or runs.all)
 
 
-def _device(number: int) -> str | None:
-    """The GPU of a worker, where there are several."""
-    import torch
+class _Doing:
+    def __init__(
+        self,
+        runs: ExperimentRuns,
+        engine: Engine,
+        num_images: int,
+        tell: Callable[[Progress], None],
+        *,
+        shared: bool,
+        keep_going: bool,
+    ) -> None:
+        self._runs, self._engine, self._num_images, self._tell = runs, engine, num_images, tell
+        self._shared, self._keep_going = shared, keep_going
+        self._left: list[Run] = []
+        self._going: dict[Future[Outcome], Run] = {}
+        self._failed: list[tuple[str, int]] = []
+        self._seen: dict[str, int] = {}
 
-    count = torch.cuda.device_count()
-    return f"cuda:{number % count}" if count > 1 else None
+    def do(self, part: Sequence[Run]) -> None:
+        needed = [each for each in self._runs.choosing if any(each in self._runs.needed(run) for run in part)]
+        self._left = list({run.folder: run for run in (*needed, *part)}.values())
+        self._drop_finished()
+        while self._left or self._going:
+            self._submit()
+            if not self._going:
+                if not any(each.stage == "choose" for each in self._left):
+                    break  # what they wait for has failed
+                time.sleep(_LOOK_EVERY)  # another process is at it
+                self._drop_finished()
+                continue
+            done, _ = wait(self._going, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._end(self._going.pop(future), future.result())
+            for run in self._going.values():
+                self._look(run)
+        self._report()
 
+    def _drop_finished(self) -> None:
+        for run in [each for each in self._left if each.finished()]:
+            self._left.remove(run)
+            self._say(run, "found", self._steps(run), run.recipe.epochs)
 
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    def _submit(self) -> None:
+        for run in [each for each in self._left if self._runs.ready(each)]:
+            if not (self._waited_for(run) and run.in_use()):
+                self._left.remove(run)
+                ready = self._runs.resolve(run)
+                ready.check()
+                self._going[self._engine.submit(ready)] = ready
+
+    def _waited_for(self, run: Run) -> bool:
+        """Whether other processes may do it as well."""
+        return self._shared and run.stage == "choose"
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        for words in outcome.notes:
+            self._tell(Progress(run, "note", words=words))
+        if not outcome.failure:
+            self._say(run, "done", self._steps(run), run.recipe.epochs)
+        elif outcome.in_use and self._waited_for(run):
+            self._left.append(run)
+        elif outcome.exit_code is None:
+            raise RuntimeError(f"{run.name} failed:\n{outcome.failure}")
+        else:
+            self._failed.append((f"{run.name}: {outcome.failure}", outcome.exit_code))
+            if not self._keep_going:
+                self._report()
+            self._tell(Progress(run, "failed", words=outcome.failure))
+
+    def _report(self) -> None:
+        if not self._failed:
+            return
+        failures = [words for words, _ in self._failed]
+        if len(failures) > 1:
+            failures.insert(0, f"{len(failures)} runs failed")
+        if self._keep_going and self._left:
+            names = ", ".join(run.name for run in self._left)
+            failures.append(f"not begun, as their settings could not be chosen: {names}")
+        raise RunFailedError(f"{'; '.join(failures)}; fix it and run the same command again", self._failed[0][1])
+
+    def _look(self, run: Run) -> None:
+        """Tell how far a run is, if that is news."""
+        progress = read_progress(run)
+        if progress is not None and self._seen.get(run.name) != progress.step:
+            self._seen[run.name] = progress.step
+            self._tell(Progress(run, "going", progress.step, self._steps(run), progress.epoch, progress.score))
+
+    def _say(self, run: Run, state: str, step: int, epoch: int) -> None:
+        self._tell(Progress(run, state, step, self._steps(run), epoch))
+
+    def _steps(self, run: Run) -> int:
+        return total_steps(run, self._num_images)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mto_analysis.errors import DataError, ExperimentError
 from mto_analysis.experiments.spec import Arm, Choice, Experiment, Images, Variant
@@ -55,8 +57,11 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the engine says so."""
-        folder = RunFolder(self.folder)
-        return folder.facts.exists() and folder.stored_facts().get("state") == "complete"
+        return RunFolder(self.folder).finished()
+
+    def in_use(self) -> bool:
+        """Whether a process works on it."""
+        return RunFolder(self.folder).in_use()
 
     def check(self) -> None:
         """Whether what its folder holds, if anything, is this run.
@@ -171,6 +176,56 @@ class ExperimentRuns:
         names = (variant.label, arm.name, method)
         return Run("main", *names, seed, variant.recipe, settings, arm.chosen, self.images.train, folder)
 
+    def needed(self, run: Run) -> tuple[Run, ...]:
+        """The runs that choose the settings of one that waits."""
+        return tuple(each for each in self.choosing if run.waits and each.variant == run.variant)
+
+    def ready(self, run: Run) -> bool:
+        """Whether a run can begin."""
+        return all(each.finished() for each in self.needed(run))
+
+    def only(self, number: int) -> tuple[Run, ...]:
+        """One run by its number, from 1 on.
+
+        Raises:
+            ExperimentError: If there is no such run, or it waits for others.
+        """
+        if not 1 <= number <= len(self.all):
+            raise ExperimentError(f"runs are numbered from 1 to {len(self.all)}, got {number}; see --list")
+        run = self.all[number - 1]
+        if not self.ready(run):
+            raise ExperimentError(f"run {number} ({run.name}) {self._awaited(run)}: do these first")
+        return (run,)
+
+    def shard(self, index: int, count: int) -> tuple[Run, ...]:
+        """Every ``count``-th run, from the ``index``-th on (from 1).
+
+        Raises:
+            ValueError: If there is no such shard.
+        """
+        if not 1 <= index <= count:
+            raise ValueError(f"a shard is I/N with I from 1 to N, got {index}/{count}")
+        return self.all[index - 1 :: count]
+
+    def listing(self) -> str:
+        """All runs by number, with how far they are."""
+        names = [run.name for run in self.all]
+        width = max(map(len, names))
+        return "\n".join(f"{n:>3}  {run.name:<{width}}  {self._state(run)}" for n, run in enumerate(self.all, start=1))
+
+    def _state(self, run: Run) -> str:
+        if run.finished():
+            return "finished"
+        progress, epochs = read_progress(run), run.recipe.epochs
+        done = "not begun" if progress is None else f"epoch {progress.epoch} of {epochs}"
+        if run.in_use():
+            return f"running, {done}"
+        return done if self.ready(run) else self._awaited(run)
+
+    def _awaited(self, run: Run) -> str:
+        numbers = [n for n, each in enumerate(self.choosing, start=1) if each in self.needed(run)]
+        return f"waits for runs {', '.join(map(str, numbers))}"
+
     def chosen_table(self) -> pd.DataFrame:
         """Scores of all candidates and of the baseline so far: ``variant candidate seed final mean``."""
         import pandas as pd
@@ -215,6 +270,29 @@ def best_candidate(table: pd.DataFrame, variant: str, choice: Choice) -> str:
     if groups.ngroups < len(names) or int(groups.size().min()) < len(choice.seeds):
         raise DataError(f"the choice for {variant} is not finished: run the experiment again")
     return str(groups.mean().idxmax())
+
+
+class RunProgress(NamedTuple):
+    """How far a run is: whole epochs, and the last score."""
+
+    step: int
+    epoch: int
+    score: float | None
+
+
+def read_progress(run: Run) -> RunProgress | None:
+    """What the engine wrote last; ``None`` before the first row.
+
+    Read from the run's folder, so it does not matter where the run is done.
+    """
+    try:
+        with RunFolder(run.folder).metrics.open(newline="", encoding="utf-8") as file:
+            last = deque(csv.DictReader(file), maxlen=1)
+        step, epoch = int(last[0]["step"]), int(float(last[0]["epoch"]))
+    except (OSError, IndexError, KeyError, TypeError, ValueError):  # not there yet, or a row is being written
+        return None
+    curve = read_curve(run)
+    return RunProgress(step, epoch, None if curve.empty else float(curve["score"].iloc[-1]))
 
 
 def read_curve(run: Run) -> pd.DataFrame:

@@ -1,133 +1,174 @@
-"""A process that does one run after the other; it imports, and reads the images, once."""
+"""One run in a process of its own: it comes in on stdin, and what a user should know goes out as lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mto_analysis.errors import MTOAnalysisError
+from mto_analysis.errors import MTOAnalysisError, RunInUseError, explained
+from mto_analysis.training import RunFolder
 
 if TYPE_CHECKING:
     from mto_analysis.experiments.runs import Run
-    from mto_analysis.images import Images
-    from mto_analysis.training.evaluation import Evaluator
 
-__all__ = ["Report", "work"]
+__all__ = ["Outcome", "Resources", "main", "perform"]
 
-# Seconds between two reports of progress; with each the process also learns whether its parent is still there.
-_REPORT_EVERY = 0.5
+_PROGRAM = "from mto_analysis.experiments.worker import main; main()"
 
 
-class Report(NamedTuple):
-    """What a worker says: ``progress``, ``note``, ``done`` or ``failed``.
+class Resources(NamedTuple):
+    """What a run gets.
 
-    ``exit_code`` is ``None`` where the failure is a mistake in the program; ``words`` is then its traceback.
+    Attributes:
+        threads: On the CPU.
+        device: Instead of the run's own, where several GPUs are shared out.
+        retries: How often it is started again when its process dies.
+        patience: Seconds that it waits for another process on the same run: one that is being ended, on a machine that
+            was lost.
     """
 
-    kind: str
-    step: int = 0
-    epoch: int = 0
-    score: float | None = None
-    words: str = ""
-    exit_code: int | None = None
+    threads: int = 1
+    device: str | None = None
+    retries: int = 2
+    patience: float = 10.0
 
 
-def work(connection: Connection, threads: int, device: str | None) -> None:
-    """Do the runs that come through the connection until it closes.
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        notes: What a user should know.
+        failure: Why it failed; empty where it did not.
+        exit_code: Of the failure; ``None`` where it is a mistake in the program, and ``failure`` its traceback.
+        in_use: Whether it was refused, as another process works on it.
+    """
+
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+    exit_code: int | None = 0
+    in_use: bool = False
+
+
+def perform(run: Run, resources: Resources, begun: Callable[[subprocess.Popen[bytes]], bool] | None = None) -> Outcome:
+    """Do a run in a process of its own, and start that again if it dies: it goes on from what is on disk.
 
     Args:
-        connection: Runs come in, reports go out.
-        threads: Of this process on the CPU.
-        device: Instead of the run's own, where several GPUs are shared out.
+        run: Ready to begin.
+        resources: For it.
+        begun: Takes the process; false ends it, and no other is started.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+    notes: list[str] = []
+    until = time.monotonic() + resources.patience
+    for _ in range(resources.retries + 1):
+        while RunFolder(run.folder).in_use() and time.monotonic() < until:
+            time.sleep(0.2)
+        with tempfile.TemporaryFile() as errors, _started(run, resources, errors) as process:
+            wanted = begun is None or begun(process)
+            if wanted and (outcome := _heard(process, notes)) is not None:
+                return outcome
+            if not wanted:
+                process.kill()
+            code = process.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        if not wanted:
+            break
+    words = "; ".join(["often memory is short: use fewer --jobs", *said])
+    return Outcome(tuple(notes), f"its process died (exit code {code}; {words})", 1)
+
+
+def _started(run: Run, resources: Resources, errors: Any) -> subprocess.Popen[bytes]:
+    threads = str(resources.threads)
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    # Threads that wait by spinning take the cores from other runs: ten times as slow on a busy machine.
+    variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    variables["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env={**os.environ, **variables},
+    )
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):  # it died at once, which is found out below
+            pickle.dump((run, resources), process.stdin)
+            process.stdin.flush()  # and stays open: its end tells the process that this one is gone
+    return process
+
+
+def _heard(process: subprocess.Popen[bytes], notes: list[str]) -> Outcome | None:
+    """What the process says until it ends; ``None`` if it ends without its last word."""
+    for line in process.stdout or ():
+        told = json.loads(line)
+        if "note" not in told:
+            return Outcome(tuple(notes), **told)
+        if told["note"] not in notes:
+            notes.append(told["note"])
+    return None
+
+
+def main() -> None:
+    """Do the run that comes in on stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, and ends it
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no report
+
+    def report(**told: Any) -> None:
+        with suppress(BrokenPipeError):
+            print(json.dumps(told), file=reports, flush=True)
+
+    run, resources = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.showwarning = lambda message, *rest: report(note=str(message))
+    try:
+        _train(run, resources, lambda words: report(note=words))
+    except Exception as error:
+        report(**_failure(error))
+    else:
+        report(failure="")
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # returns when the other end is closed
+    os._exit(1)  # everything up to the last checkpoint is on disk
+
+
+def _train(run: Run, resources: Resources, note: Callable[[str], None]) -> None:
+    from dataclasses import replace
+
     import torch
 
-    torch.set_num_threads(threads)
-    warnings.showwarning = lambda message, *rest: connection.send(Report("note", words=str(message)))
-    worker = _Worker(connection, device)
-    while True:
-        try:
-            run = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            worker.do(run)
-            connection.send(Report("done"))
-        except (BrokenPipeError, ConnectionError):
-            os._exit(1)  # the parent is gone: everything up to the last epoch is on disk
-        except Exception as error:
-            connection.send(_failure(error))
+    from mto_analysis.images import open_images
+    from mto_analysis.training import pretrain
+
+    torch.set_num_threads(resources.threads)
+    settings = run.settings if resources.device is None else replace(run.settings, device=resources.device)
+    images = open_images(run.source)
+    for _ in pretrain(run.recipe, images, run.folder, settings, resume=True, on_note=note, source=run.source):
+        pass
 
 
-def _failure(error: Exception) -> Report:
+def _failure(error: Exception) -> dict[str, Any]:
+    found = explained(error)
+    if found is None:
+        return {"failure": traceback.format_exc(), "exit_code": None}
+    words, code = found
     if isinstance(error, MTOAnalysisError):
-        return Report("failed", words=str(error), exit_code=error.exit_code)
-    if isinstance(error, ValueError):
-        return Report("failed", words=str(error), exit_code=2)
-    if isinstance(error, OSError):
-        return Report("failed", words=f"{error.strerror or error}: {error.filename or ''}", exit_code=2)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower()):
-        return Report("failed", words="out of memory; use fewer --jobs or a smaller batch_size", exit_code=2)
-    return Report("failed", words=traceback.format_exc())
-
-
-class _Worker:
-    def __init__(self, connection: Connection, device: str | None) -> None:
-        self._connection, self._device = connection, device
-        self._images: dict[str, Images] = {}
-        self._evaluators: dict[Any, Evaluator] = {}
-        self._said = 0.0
-
-    def do(self, run: Run) -> None:
-        from dataclasses import replace
-
-        from mto_analysis.training import StepRecord, pretrain
-
-        settings = run.settings if self._device is None else replace(run.settings, device=self._device)
-        source = run.source
-        score: float | None = None
-
-        def on_step(record: StepRecord) -> None:
-            now = time.monotonic()
-            if now - self._said >= _REPORT_EVERY:
-                self._said = now
-                self._connection.send(Report("progress", record.step, record.epoch, score))
-
-        for record in pretrain(
-            run.recipe,
-            self._opened(source),
-            run.folder,
-            settings,
-            resume=True,
-            evaluate=self._evaluator(run).score,
-            on_step=on_step,
-            on_note=lambda words: self._connection.send(Report("note", words=words)),
-            source=source,
-        ):
-            score = record.score if record.score is not None else score
-            self._connection.send(Report("progress", record.step, record.epoch, score))
-
-    def _opened(self, source: str) -> Images:
-        if source not in self._images:
-            from mto_analysis.images import open_images
-
-            self._images[source] = open_images(source)
-        return self._images[source]
-
-    def _evaluator(self, run: Run) -> Evaluator:
-        """Decoded images are kept; of two runs with the same evaluation the second finds them there."""
-        from mto_analysis.training.evaluation import Evaluator
-
-        evaluation = run.settings.evaluation
-        if evaluation is None:
-            raise ValueError(f"{run.name} has no evaluation")
-        key = tuple(sorted((name, str(value)) for name, value in evaluation.settings().items()))
-        if key not in self._evaluators:
-            self._evaluators[key] = Evaluator(evaluation, num_workers=run.settings.num_workers)
-        return self._evaluators[key]
+        words = error.message
+    elif words == "out of memory":
+        words += "; use fewer --jobs or a smaller batch_size"
+    return {"failure": words, "exit_code": code, "in_use": isinstance(error, RunInUseError)}

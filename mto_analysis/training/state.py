@@ -99,7 +99,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # another process may be looking whether it is free
         except Timeout:
             raise RunInUseError(
                 f"{self.path} is in use by another process; wait until it ends, or choose another --out"

@@ -1,0 +1,88 @@
+"""The runs of an experiment on a Ray cluster, each a task with its CPUs and its part of a GPU."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from mto_analysis.experiments.running import Engine, threads_for
+from mto_analysis.experiments.runs import Run
+from mto_analysis.experiments.worker import Outcome, Resources, perform
+
+__all__ = ["RayEngine"]
+
+# Seconds until another node's process on the same run is gone, when the node itself was lost.
+_PATIENCE = 120.0
+
+
+class RayEngine(Engine):
+    """A Ray cluster whose nodes see the same folders.
+
+    A run whose node dies is done again on another one, where it goes on from its last checkpoint.
+
+    Args:
+        address: Of the cluster, as ``ray.init`` takes it; by default ``RAY_ADDRESS``, or one is started here.
+        jobs: Runs at once on a node, which share its cores and GPUs.
+        threads: CPUs of each run; by default the cores of the smallest node are shared out.
+        gpus: GPUs of each run, also fractions; by default those of the smallest node with any are shared out.
+        retries: How often a run is done again whose node or process dies.
+
+    Raises:
+        ValueError: If Ray is not installed or the cluster cannot be reached.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        jobs: int = 1,
+        threads: int | None = None,
+        gpus: float | None = None,
+        retries: int = 2,
+    ) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ValueError("the engine ray needs the package ray: pip install 'mto-analysis[cluster]'") from None
+        self._ray: Any = ray
+        self._began = not self._ray.is_initialized()
+        if self._began:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+            try:
+                self._ray.init(address=address, **options)
+            except ConnectionError as error:
+                raise ValueError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
+        nodes = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
+        cores = min((int(each["CPU"]) for each in nodes if each.get("CPU")), default=1)
+        least = min((each["GPU"] for each in nodes if each.get("GPU")), default=0.0)
+        threads = threads or threads_for(jobs, cores)
+        self._resources = Resources(threads, retries=retries, patience=_PATIENCE)
+        options = {"num_cpus": threads, "num_gpus": min(1.0, least / jobs) if gpus is None else gpus}
+        self._task = self._ray.remote(max_retries=retries, **options)(perform)
+        self._cpu_task = self._ray.remote(max_retries=retries, num_cpus=threads)(perform)
+        self._references: list[Any] = []
+
+    def submit(self, run: Run) -> Future[Outcome]:
+        """Do a run as soon as a node has room for it."""
+        task = self._cpu_task if run.settings.device == "cpu" else self._task
+        reference = task.remote(run, self._resources)
+        self._references.append(reference)
+        ended: Future[Outcome] = Future()
+        reference.future().add_done_callback(lambda told: ended.set_result(self._outcome(told)))
+        return ended
+
+    def _outcome(self, told: Future[Outcome]) -> Outcome:
+        try:
+            return told.result()
+        except self._ray.exceptions.RayError as error:
+            words = str(error).strip().splitlines()[0]
+            return Outcome(failure=f"its node or process died again and again ({words})", exit_code=1)
+
+    def __exit__(self, *_: object) -> None:
+        """End what goes on: up to its last checkpoint it is on disk."""
+        for reference in self._references:  # of no effect on those that have ended
+            self._ray.cancel(reference, force=True)
+        if self._began:
+            self._ray.shutdown()
