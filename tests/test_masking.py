@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mto_analysis import DataError, MaskRule, block_mask, blockwise_mask, load_masks, mask_keys, random_mask, save_masks
-from mto_analysis.masks import MaskKey, check_mask, mask_from_noise, topped_up_mask
-from mto_analysis.masks.rules import _blockwise
+from mto_analysis.masks import MaskKey, _blockwise, check_mask, mask_from_noise, topped_up_mask
 
 IMAGES = [f"folder/{number}.jpg" for number in range(40)]
 

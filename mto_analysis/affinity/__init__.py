@@ -1,24 +1,10 @@
 """Eq. (2), affinity matrices and their quadrants: tensors in, tensors out."""
 
-from mto_analysis.affinity.matrix import (
-    Quadrants,
-    affinity_matrix,
-    entropy_from_sums,
-    heterogeneity,
-    quadrant_mass,
-    row_entropy,
-    split_quadrants,
-)
-from mto_analysis.affinity.split import TokenSplit, masked_first_order
+from mto_analysis.affinity import matrix, split
+from mto_analysis.affinity.matrix import *
+from mto_analysis.affinity.split import *
 
-__all__ = [
-    "Quadrants",
-    "TokenSplit",
-    "affinity_matrix",
-    "entropy_from_sums",
-    "heterogeneity",
-    "masked_first_order",
-    "quadrant_mass",
-    "row_entropy",
-    "split_quadrants",
-]
+#: Those of the modules: each name is listed once, where it is defined.
+__all__: list[str] = []
+__all__ += matrix.__all__
+__all__ += split.__all__

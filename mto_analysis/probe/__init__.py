@@ -1,25 +1,8 @@
 """One pass of a model over images: the tokens of every layer depth reduced to a few numbers per image."""
 
-from mto_analysis.probe.engine import (
-    LayerMeasure,
-    MaskSource,
-    Measure,
-    ProbeResult,
-    masks_from_file,
-    masks_from_rule,
-    mean_and_interval,
-    probe,
-    undisturbed,
-)
+from mto_analysis.probe import engine
+from mto_analysis.probe.engine import *
 
-__all__ = [
-    "LayerMeasure",
-    "MaskSource",
-    "Measure",
-    "ProbeResult",
-    "masks_from_file",
-    "masks_from_rule",
-    "mean_and_interval",
-    "probe",
-    "undisturbed",
-]
+#: Those of the modules: each name is listed once, where it is defined.
+__all__: list[str] = []
+__all__ += engine.__all__

@@ -1,39 +1,8 @@
 """From accuracy logs to RAUC, Eq. (6), with intervals."""
 
-from mto_analysis.rauc.areas import (
-    LARGEST_NUMBER,
-    LARGEST_RATIO,
-    Points,
-    Ratio,
-    area,
-    area_difference,
-    crossings,
-    curve_points,
-    epochs_to_score,
-    final_gap,
-    monotone_bounds,
-    ratio_of_areas,
-    rauc,
-    reference_for,
-    score_at,
-    share_saved,
-)
+from mto_analysis.rauc import areas
+from mto_analysis.rauc.areas import *
 
-__all__ = [
-    "LARGEST_NUMBER",
-    "LARGEST_RATIO",
-    "Points",
-    "Ratio",
-    "area",
-    "area_difference",
-    "crossings",
-    "curve_points",
-    "epochs_to_score",
-    "final_gap",
-    "monotone_bounds",
-    "ratio_of_areas",
-    "rauc",
-    "reference_for",
-    "score_at",
-    "share_saved",
-]
+#: Those of the modules: each name is listed once, where it is defined.
+__all__: list[str] = []
+__all__ += areas.__all__
