@@ -12,10 +12,10 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import launchable
 from mto_analyze.options import (
+    AnyCheckpoints,
     AutoDecoderHeads,
     AutoHeads,
     BatchSize,
-    Checkpoints,
     DeviceName,
     Images,
     ImageSize,
@@ -25,6 +25,7 @@ from mto_analyze.options import (
     Masks,
     MaskUnit,
     Mean,
+    Models,
     Offline,
     Out,
     Overwrite,
@@ -33,8 +34,7 @@ from mto_analyze.options import (
     Std,
     Strict,
     ValueRange,
-    Weights,
-    WeightsOption,
+    WeightsOrFile,
     Workers,
 )
 
@@ -73,7 +73,8 @@ ScaleOption = Annotated[
 @launchable
 def affinity(
     context: typer.Context,
-    ckpt: Checkpoints,
+    ckpt: AnyCheckpoints = None,
+    model: Models = None,
     images: Images = None,
     value_range: ValueRange = None,
     kind: Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")] = Kind.softmax,
@@ -93,7 +94,7 @@ def affinity(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    weights: Weights = WeightsOption.model,
+    weights: WeightsOrFile = "model",
     offline: Offline = False,
     strict: Strict = False,
     out: Out = Path("affinity"),
@@ -109,7 +110,7 @@ def affinity(
 
     if chosen and limit:
         raise ValueError("--image names the images, so leave --limit out")
-    given = {**context.params, "label": chosen_labels(ckpt, label)}
+    given = {**context.params, "label": chosen_labels(measuring.sources(context.params), label)}
     stems = figure_stems(given["label"], chosen or [""])
     files = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
     processes = this_process()

@@ -12,10 +12,10 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
+    AnyCheckpoints,
     AutoDecoderHeads,
     AutoHeads,
     BatchSize,
-    Checkpoints,
     DeviceName,
     Dtype,
     Images,
@@ -26,6 +26,7 @@ from mto_analyze.options import (
     Masks,
     MaskUnit,
     Mean,
+    Models,
     Offline,
     Out,
     Overwrite,
@@ -35,8 +36,7 @@ from mto_analyze.options import (
     Std,
     Strict,
     ValueRange,
-    Weights,
-    WeightsOption,
+    WeightsOrFile,
     Workers,
 )
 
@@ -72,7 +72,8 @@ Difference = Annotated[
 @launchable
 def heterogeneity(
     context: typer.Context,
-    ckpt: Checkpoints,
+    ckpt: AnyCheckpoints = None,
+    model: Models = None,
     images: Images = None,
     value_range: ValueRange = None,
     label: Labels = None,
@@ -98,7 +99,7 @@ def heterogeneity(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    weights: Weights = WeightsOption.model,
+    weights: WeightsOrFile = "model",
     offline: Offline = False,
     strict: Strict = False,
     out: Out = Path("heterogeneity"),
@@ -114,7 +115,7 @@ def heterogeneity(
     from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder, chosen_labels
 
-    given = {**context.params, "label": chosen_labels(ckpt, label)}
+    given = {**context.params, "label": chosen_labels(measuring.sources(context.params), label)}
     parts = parts_of(given)
     files = file_names([*(name for part in parts for name in part.names), "run.json"])
     processes = this_process()

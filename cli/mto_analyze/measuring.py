@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.runtime.listener import Listener
@@ -29,7 +30,26 @@ def listener(given: Mapping[str, Any]) -> Listener:
 
 def loading(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`~mto_analysis.checkpoints.load_checkpoint` among the options of a command."""
-    return {name: given[name] for name in _LOADING if name in given}
+    found = {name: given[name] for name in _LOADING if name in given}
+    return found | {"weights": "model"} if given.get("model") else found
+
+
+def sources(given: Mapping[str, Any]) -> list[str]:
+    """What to measure: checkpoints, and models that functions of the user make, with the file of their weights.
+
+    Raises:
+        ValueError: If there is neither, or a file of weights is for several models or for none.
+    """
+    from mto_analysis.probe.live_source import LiveSource
+
+    models, weights = given.get("model") or (), str(given.get("weights", "model"))
+    file = None if weights in ("model", "model_ema") else Path(weights)
+    if file is not None and len(models) != 1:
+        raise ValueError(f"--weights must be model or model_ema, or with one --model its file, got {weights}")
+    found = [*(given["ckpt"] or ()), *(LiveSource(model, file) for model in models)]
+    if not found:
+        raise ValueError("give --ckpt FILE, or --model package.module:factory")
+    return found
 
 
 def request(
@@ -64,7 +84,7 @@ def request(
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
     settings["dtype"] = getattr(torch, given.get("dtype", "float32"))
     return Request(
-        given["ckpt"],
+        sources(given),
         choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,
         Settings(**{**settings, "device": pick_device(given["device"]), **changes}),
         given["label"] or (),

@@ -40,6 +40,13 @@ def numbers(text: str) -> tuple[float, ...]:
 SOURCE = "File or Hugging Face folder, id of the registry, hf://owner/name[@revision], or URL"
 
 Checkpoints = Annotated[list[str], typer.Option("--ckpt", help=f"{SOURCE}; repeat to compare.")]
+AnyCheckpoints = Annotated[list[str] | None, typer.Option("--ckpt", help=f"{SOURCE}; repeat to compare.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", metavar="package.module:factory", help="Model that a function of yours makes: its code runs."
+    ),
+]
 Checkpoint = Annotated[str, typer.Argument(help=f"{SOURCE}.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Heads = Annotated[
@@ -69,6 +76,14 @@ Mean = Annotated[
 Std = Annotated[Any, typer.Option(parser=numbers, metavar="S,S,S", help="Standard deviations, as --mean.")]
 Weights = Annotated[
     WeightsOption, typer.Option(help="model_ema: the momentum teacher or moving average, where the file holds one.")
+]
+WeightsOrFile = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="model|model_ema|FILE",
+        help="model_ema: the moving average that a file holds beside the model. With --model: the file of its weights.",
+    ),
 ]
 ValueRange = Annotated[
     tuple[float, float] | None,

@@ -8,10 +8,10 @@ import typer
 from mto_analyze import measuring
 from mto_analyze.console import note
 from mto_analyze.options import (
+    AnyCheckpoints,
     AutoDecoderHeads,
     AutoHeads,
     BatchSize,
-    Checkpoints,
     DeviceName,
     Images,
     ImageSize,
@@ -21,20 +21,21 @@ from mto_analyze.options import (
     Masks,
     MaskUnit,
     Mean,
+    Models,
     Offline,
     Overwrite,
     Quiet,
     Seed,
     Std,
     ValueRange,
-    Weights,
-    WeightsOption,
+    WeightsOrFile,
 )
 
 
 def report(
     context: typer.Context,
-    ckpt: Checkpoints,
+    ckpt: AnyCheckpoints = None,
+    model: Models = None,
     images: Images = None,
     value_range: ValueRange = None,
     label: Labels = None,
@@ -56,7 +57,7 @@ def report(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    weights: Weights = WeightsOption.model,
+    weights: WeightsOrFile = "model",
     offline: Offline = False,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     overwrite: Overwrite = False,

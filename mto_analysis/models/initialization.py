@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.interface import MaskedImageModel
+from mto_analysis.models.live import LiveModel
 
 __all__ = ["initialization_of", "initialize", "mask_token_names", "random_weights", "with_mask_token"]
 
@@ -22,6 +23,8 @@ _BEIT_CODE = ("simmim_vit", "conmim", "beit")
 def initialization_of(model: MaskedImageModel) -> str:
     """In words, how :func:`random_weights` draws the weights of a model's family."""
     family = model.info.family
+    if isinstance(model, LiveModel):
+        return "its factory starts them"
     if family == "mae":
         return "MAE's: xavier-uniform linear layers and patch embedding, tokens normal with deviation 0.02"
     if family == "bootmae":
@@ -39,6 +42,8 @@ def random_weights(model: MaskedImageModel, seed: int) -> MaskedImageModel:
         model: The architecture.
         seed: As for :func:`initialize`.
     """
+    if isinstance(model, LiveModel):
+        return model.with_new_weights(seed)
     fresh = copy.deepcopy(model)
     initialize(fresh, seed)
     return fresh

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
 from mto_analysis.masks import MaskRule, check_mask
-from mto_analysis.models.interface import MaskedImageModel, ModelInfo
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, MaskedImageModel, ModelInfo
 from mto_analysis.taps.forward import Forward
 from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["Call", "LiveModel", "inferred_grid"]
+__all__ = ["Call", "LiveModel", "inferred_grid", "inferred_info"]
 
 #: Calls a model on images with a mask ``batch num_patches``, or ``None`` for the model's own.
 Call = Callable[[nn.Module, Tensor, Tensor | None], Any]
@@ -88,6 +88,7 @@ class LiveModel(MaskedImageModel):
         info: How to feed it; where it is not given, images of any size are passed on as they are.
         stacks: Where masked tokens live; found by structure by default.
         call: Runs the model on images and a mask; by default by an argument of a known name.
+        factory: Makes such a model with new weights, for controls that need it.
 
     Raises:
         ValueError: If no structure fits, or nothing tells how to pass a mask.
@@ -100,6 +101,7 @@ class LiveModel(MaskedImageModel):
         *,
         stacks: Sequence[StackSpec] | None = None,
         call: Call | None = None,
+        factory: Callable[[], nn.Module] | None = None,
     ) -> None:
         inner = unwrap(model)
         rule = MaskRule("random", 0.6, 1)
@@ -109,7 +111,7 @@ class LiveModel(MaskedImageModel):
         self.model = inner
         self._known_info = known
         self._specs = tuple(stacks) if stacks is not None else None
-        self._call = call
+        self._call, self._factory = call, factory
         self._reader: _Reader | None = None
         self._read: tuple[Tensor | None, dict[str, _Kept]] = None, {}
         self._attach()
@@ -154,6 +156,21 @@ class LiveModel(MaskedImageModel):
         raise ValueError(f"how {self.info.family} turns its output into pixels is not known, so nothing is predicted")
 
     _reconstruct = reconstruct
+
+    def with_new_weights(self, seed: int) -> LiveModel:
+        """The same architecture with weights as its factory starts them.
+
+        Raises:
+            ValueError: Without a factory.
+        """
+        if self._factory is None:
+            raise ValueError(f"new weights of {self.info.family} need factory=..., which makes such a model")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            fresh = self._factory()
+        like = next(self.model.parameters())
+        fresh = fresh.to(like.device, like.dtype).train(self.training)
+        return LiveModel(fresh, self.info, stacks=self._specs, call=self._call, factory=self._factory)
 
     # ---- running it
 
@@ -328,3 +345,42 @@ def inferred_grid(model: nn.Module) -> tuple[int, ...] | None:
         if isinstance(said, (tuple, list)) and all(isinstance(each, int) for each in said):
             return tuple(said)
     return None
+
+
+def inferred_info(model: nn.Module) -> ModelInfo:
+    """How to feed a live model: its own ``info``, or what its configuration or patch embedding says.
+
+    Raises:
+        ValueError: If neither says the size of images and patches.
+    """
+    if isinstance(said := getattr(model, "info", None), ModelInfo):
+        return said
+    places = [getattr(model, "config", None), *(getattr(part, "patch_embed", None) for part in model.modules())]
+    for place in places:
+        image = getattr(place, "image_size", None) or getattr(place, "img_size", None)
+        patch = getattr(place, "patch_size", None)
+        if image is None or patch is None:
+            continue
+        height, width = (image, image) if isinstance(image, int) else tuple(image)[-2:]
+        side = patch if isinstance(patch, int) else tuple(patch)[-1]
+        channels = getattr(place, "num_channels", None) or getattr(place, "in_chans", None) or 3
+        return ModelInfo(
+            type(model).__name__,
+            "inpainting",
+            (height, width),
+            side,
+            MaskRule("random", 0.6, side),
+            IMAGENET_MEAN if channels == 3 else (0.5,) * channels,
+            IMAGENET_STD if channels == 3 else (0.5,) * channels,
+            layout="live model",
+            mask_rule_source="assumed",
+            channels=channels,
+            statistics_source="assumed",
+            assumptions=(
+                "masks are random patches and images are normalized as for ImageNet, as the model says neither",
+            ),
+        )
+    raise ValueError(
+        f"{type(model).__name__} says neither the size of its images nor that of its patches; give it an attribute "
+        "info = mto_analysis.ModelInfo(family, style, image_size, patch_size, mask_rule, ...)"
+    )

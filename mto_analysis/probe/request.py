@@ -16,8 +16,9 @@ from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info
 from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, choose_images, image_batches
 from mto_analysis.masks import MaskRule
-from mto_analysis.models import MaskedImageModel
+from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe.engine import MaskSource, masks_from_file, masks_from_rule, undisturbed
+from mto_analysis.probe.live_source import LiveSource
 from mto_analysis.probe.own_loss import OwnLoss, own_loss
 from mto_analysis.probe.pairing import common_num_visible, rule_leaving
 from mto_analysis.runtime.listener import Listener
@@ -93,7 +94,8 @@ class Request:
     """What to measure: every study takes one, and nothing that it names is resolved or opened twice.
 
     Args:
-        sources: Checkpoints, one after the other in memory: paths, registry ids, ``hf://owner/name``, URLs.
+        sources: Checkpoints, one after the other in memory: paths, registry ids, ``hf://owner/name``, URLs; or
+            :class:`~mto_analysis.probe.live_source.LiveSource`, models of the user's own code.
         images: From :func:`~mto_analysis.images.open_images`.
         settings: How to measure.
         labels: Names of the models, one per checkpoint; by default from the paths.
@@ -118,20 +120,33 @@ class Request:
         object.__setattr__(self, "labels", chosen_labels(self.sources, self.labels))
 
     @cached_property
-    def _opened(self) -> list[RawCheckpoint]:
+    def _opened(self) -> list[RawCheckpoint | None]:
         """All checkpoints, before an hour is spent on one; their weights stay on the disk until they are loaded."""
-        weights, offline = self.loading.weights, self.loading.offline
-        return [open_checkpoint(source, mmap=True, weights=weights, offline=offline) for source in self.sources]
+        options: dict[str, Any] = {"mmap": True, "weights": self.loading.weights, "offline": self.loading.offline}
+        return [
+            source.open() if isinstance(source, LiveSource) else open_checkpoint(source, **options)
+            for source in self.sources
+        ]
 
     @cached_property
     def _num_visible(self) -> int | None:
         """How many patches all models leave visible, where that was asked for."""
         if not self.settings.match_visible:
             return None
-        return common_num_visible([checkpoint_info(raw, self.loading.image_size) for raw in self._opened])
+        opened = zip(self.sources, self._opened, strict=True)
+        return common_num_visible([self._info(source, raw) for source, raw in opened])
 
-    def _load(self, raw: RawCheckpoint) -> MaskedImageModel:
+    def _info(self, source: str | Path, raw: RawCheckpoint | None) -> ModelInfo:
+        if raw is None or isinstance(source, LiveSource):
+            return self._load(source, raw).info
+        return checkpoint_info(raw, self.loading.image_size)
+
+    def _load(self, source: str | Path, raw: RawCheckpoint | None) -> MaskedImageModel:
         """Load a checkpoint; head counts given for several are for those that need them."""
+        if isinstance(source, LiveSource):
+            self.listener.note(f"{source}: its module is imported, so its code runs")
+            return source.load(raw)
+        assert raw is not None
         chosen = self.loading.keywords()
         if len(self.sources) == 1:
             return load_checkpoint(raw, **chosen)
@@ -156,7 +171,7 @@ class Request:
         """
         self._describe_images()
         for source, raw, label in zip(self.sources, self._opened, self.labels, strict=True):
-            model = self._load(raw).to(self.settings.device, self.settings.dtype)
+            model = self._load(source, raw).to(self.settings.device, self.settings.dtype)
             masks, words, rule = self._masks(model)
             self._describe(label, model, words)
             rows = self.settings.rows(self.images)[:_CHECKED_IMAGES] if checked is None else checked
@@ -164,7 +179,7 @@ class Request:
             facts = {
                 "model": label,
                 "source": str(source),
-                "sha256": raw.sha256,
+                "sha256": raw.sha256 if raw is not None else None,
                 "info": asdict(model.info),
                 "config": asdict(model.config),
                 "mask_rule": asdict(rule) if rule else None,

@@ -1,0 +1,86 @@
+"""A model that a function of the user's own code makes, in place of a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from mto_analysis.checkpoints import RawCheckpoint, open_checkpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.masks import mask_keys
+from mto_analysis.models.live import LiveModel, inferred_info
+from mto_analysis.probe.engine import undisturbed
+
+__all__ = ["LiveSource"]
+
+
+class LiveSource(str):
+    """``package.module:factory``, a function without arguments that returns a model, and the file of its weights.
+
+    The module is imported and so its code runs. The file is read as any checkpoint, which runs nothing.
+    """
+
+    __slots__ = ("weights",)
+
+    weights: Path | None
+
+    def __new__(cls, factory: str, weights: Path | None = None) -> Self:
+        """Check the form of the name.
+
+        Raises:
+            ValueError: If it is not ``package.module:factory``.
+        """
+        module, _, name = factory.partition(":")
+        if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"a live model is given as package.module:factory, got {factory!r}")
+        self = super().__new__(cls, factory)
+        self.weights = weights
+        return self
+
+    def open(self) -> RawCheckpoint | None:
+        """The file of its weights, if there is one."""
+        return None if self.weights is None else open_checkpoint(self.weights)
+
+    def make(self) -> nn.Module:
+        """Call the factory.
+
+        Raises:
+            CheckpointError: If it cannot be imported, or does not make a model.
+        """
+        module, _, name = self.partition(":")
+        try:
+            if (here := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, here)  # as python -m does
+            made = getattr(import_module(module), name)()
+        except Exception as error:
+            raise CheckpointError(f"{self} makes no model ({type(error).__name__}: {error})") from error
+        if not isinstance(made, nn.Module):
+            raise CheckpointError(f"{self} gives a {type(made).__name__}, which is no torch.nn.Module")
+        return made
+
+    def load(self, raw: RawCheckpoint | None) -> LiveModel:
+        """The model with its weights, in eval mode, its stacks found and verified on two images of noise.
+
+        Raises:
+            CheckpointError: If the weights are not those of the model.
+            StackError: If masked tokens are not found, or not where they are asked for.
+        """
+        model = self.make()
+        if raw is not None:
+            try:
+                model.load_state_dict(raw.tensors)
+            except RuntimeError as error:
+                first = " ".join(str(error).split())
+                raise CheckpointError(f"{raw.path} does not hold the weights of {self}: {first[:300]}") from error
+        live = LiveModel(model.eval(), inferred_info(model), factory=self.make)
+        info = live.info
+        height, width = (side * info.patch_size for side in info.grid)
+        with undisturbed(live), torch.random.fork_rng():
+            images = torch.randn(2, info.channels, height, width)
+            live.stacks_for(images, info.mask_rule.draw(mask_keys(["0", "1"]), info.grid, info.patch_size))
+        return live
