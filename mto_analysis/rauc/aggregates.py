@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -153,32 +153,6 @@ def stratified_bootstrap(
 
 
 @dataclass(frozen=True)
-class Aggregates:
-    """All methods of one window over the tasks that all of them have.
-
-    Attributes:
-        start: E1.
-        end: E2.
-        tasks: Their names.
-        scores: ``method task seed final_score area``, one row per run: the numbers that all others come from.
-        estimates: ``measure statistic method baseline value low high confidence tasks runs``. A method's final score
-            has no baseline; an end is empty where there is no interval, and infinite where it has no end.
-        profiles: ``measure method baseline threshold share low high``.
-        efficiency: ``method place score low high``, the IQM at each place on the axis.
-        notes: What a reader should know.
-    """
-
-    start: float
-    end: float
-    tasks: tuple[str, ...]
-    scores: pd.DataFrame
-    estimates: pd.DataFrame
-    profiles: pd.DataFrame
-    efficiency: pd.DataFrame
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Measured:
     """One method by one measure: ``values`` makes the scores of its runs, by task, from samples that are resampled."""
 
@@ -191,6 +165,62 @@ class _Measured:
     def then(self, reduce: Callable[[Tasks], Vector]) -> Callable[..., Vector]:
         """A statistic of the samples: one of the scores."""
         return lambda *samples: reduce(self.values(*samples))
+
+
+@dataclass(frozen=True)
+class _Resampling:
+    """Intervals of one confidence, or none where a task has one run."""
+
+    confidence: float
+    possible: bool
+
+    def ends(
+        self, statistic: Callable[..., Vector], samples: Sequence[Tasks], resamples: int = _RESAMPLES
+    ) -> dict[str, Vector]:
+        """Columns ``low`` and ``high`` of a statistic."""
+        if not self.possible:
+            return dict.fromkeys(("low", "high"), np.full_like(statistic(*samples), np.nan))
+        ends = stratified_bootstrap(statistic, samples, confidence=self.confidence, resamples=resamples)
+        return dict(zip(("low", "high"), ends, strict=True))
+
+
+@dataclass(frozen=True)
+class Aggregates:
+    """All methods of one window over the tasks that all of them have.
+
+    Attributes:
+        start: E1.
+        end: E2.
+        tasks: Their names.
+        scores: ``method task seed final_score area``, one row per run: the numbers that all others come from.
+        estimates: ``measure statistic method baseline value low high confidence tasks runs``. A method's final score
+            has no baseline; an end is empty where there is no interval, and infinite where it has no end.
+        measured: Each method by each measure, for the profiles.
+        curves: Runs by method and task, for the sample efficiency.
+        resampling: How intervals are made.
+        notes: What a reader should know.
+    """
+
+    start: float
+    end: float
+    tasks: tuple[str, ...]
+    scores: pd.DataFrame
+    estimates: pd.DataFrame
+    measured: Sequence[_Measured]
+    curves: Mapping[str, Sequence[Mapping[str, Points]]]
+    resampling: _Resampling
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def profiles(self) -> pd.DataFrame:
+        """Performance profiles: ``measure method baseline threshold share low high``."""
+        parts = [_profile(one, self.measured, self.resampling) for one in self.measured]
+        return pd.concat(parts, ignore_index=True)
+
+    @cached_property
+    def efficiency(self) -> pd.DataFrame:
+        """Sample-efficiency curves: ``method place score low high``, the IQM at each place on the axis."""
+        return _efficiency(self.curves, self.resampling)
 
 
 def aggregate(table: CurveTable, comparisons: Sequence[Comparison]) -> list[Aggregates]:
@@ -255,8 +285,9 @@ def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tup
         estimates=estimates.assign(
             confidence=confidence, tasks=len(groups), runs=estimates["method"].map(scores["method"].value_counts())
         ),
-        profiles=pd.concat([_profile(one, measured, resampling) for one in measured], ignore_index=True),
-        efficiency=_efficiency(curves, resampling),
+        measured=measured,
+        curves=curves,
+        resampling=resampling,
         notes=tuple(notes),
     )
 
@@ -335,23 +366,6 @@ def _relative(tasks: Tasks, baselines: Tasks) -> Tasks:
 
 def _of_baseline(baselines: Tasks) -> Tasks:
     return _relative([baseline for baseline, _ in baselines], baselines)
-
-
-@dataclass(frozen=True)
-class _Resampling:
-    """Intervals of one confidence, or none where a task has one run."""
-
-    confidence: float
-    possible: bool
-
-    def ends(
-        self, statistic: Callable[..., Vector], samples: Sequence[Tasks], resamples: int = _RESAMPLES
-    ) -> dict[str, Vector]:
-        """Columns ``low`` and ``high`` of a statistic."""
-        if not self.possible:
-            return dict.fromkeys(("low", "high"), np.full_like(statistic(*samples), np.nan))
-        ends = stratified_bootstrap(statistic, samples, confidence=self.confidence, resamples=resamples)
-        return dict(zip(("low", "high"), ends, strict=True))
 
 
 def _estimates(measured: Sequence[_Measured], wins: Sequence[_Measured], resampling: _Resampling) -> pd.DataFrame:

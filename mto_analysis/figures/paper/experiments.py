@@ -34,7 +34,8 @@ def accuracy_curves(name: str, folder: Path) -> Drawn:
     """Accuracy over epochs, a panel per baseline and its method with MTO, with RAUC and its interval."""
     table = _curves(folder)
     pairs = _pairs(table)
-    comparisons = compare_methods(table, pairs, [_window(folder, table, pairs)])
+    # Runs of one seed of an experiment share weights, order, augmentation and masks.
+    comparisons = compare_methods(table, pairs, [_window(folder, table, pairs)], pairing="seed")
     parts = []
     remarks: dict[str, str] = {}
     several = len({comparison.baseline for comparison in comparisons}) < len(pairs)
