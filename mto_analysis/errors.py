@@ -124,6 +124,13 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
         message = "out of memory"
+    elif isinstance(error, RuntimeError) and message.startswith("DataLoader"):
+        # torch raises it from a signal handler, wherever the program is.
+        reason = message.splitlines()[0]
+        code = DataError.exit_code
+        message = f"a process that decodes images ended ({reason}); often memory is short: use fewer workers"
+        if "timed out" in reason:
+            message = f"processes that decode images hang ({reason}); use --num-workers 0"
     elif not isinstance(error, ValueError):
         return None
     return " ".join(message.split()), code

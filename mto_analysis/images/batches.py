@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError
 from mto_analysis.images.interface import Images
+from mto_analysis.images.loading import Loader
 from mto_analysis.images.reading import reason_of
 from mto_analysis.models import ModelInfo
 from mto_analysis.models.interface import height_and_width
@@ -126,13 +127,7 @@ def image_batches(
     total = len(images.names)
     count = min(limit or total, total)
     rows = [index * total // count for index in range(count)]
-    loader: DataLoader[_Item] = DataLoader(
-        _Prepared(images, rows, info),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # or it would draw its seed from the global generator
-    )
+    loader = Loader(_Prepared(images, rows, info), batch_size=batch_size, num_workers=num_workers, collate=list)
     for items in loader:
         good: list[tuple[str, Tensor]] = []
         for name, content in items:

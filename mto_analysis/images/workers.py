@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from mto_analysis.errors import DataError
 from mto_analysis.images.interface import Images
+from mto_analysis.images.loading import Loader
 from mto_analysis.images.reading import read_pixels, reason_of
 from mto_analysis.images.sampling import ImageSampler, Rows
 
@@ -123,18 +124,15 @@ class CroppedBatches:
 
     def __init__(self, images: Images, sampler: ImageSampler, *, num_workers: int, pin: bool) -> None:
         self._cropping, self._plans = _Cropping(images, sampler), _Plans()
-        self._loader: DataLoader[CroppedBatch] | None = None
-        if num_workers > 0:
-            self._loader = DataLoader(
-                self._cropping,
-                batch_size=None,
-                sampler=self._plans,
-                num_workers=num_workers,
-                collate_fn=_unchanged,
-                pin_memory=pin,
-                persistent_workers=True,
-                generator=torch.Generator(),  # or it would draw its seed from the global generator
-            )
+        self._loader = Loader(
+            self._cropping,
+            batch_size=None,
+            sampler=self._plans,
+            num_workers=num_workers,
+            collate=_unchanged,
+            pin_memory=pin,
+            persistent_workers=num_workers > 0,
+        )
 
     def run(self, plans: Sequence[BatchPlan]) -> Iterator[CroppedBatch]:
         """Carry out plans, in order; broken images are in the batches.
@@ -143,21 +141,10 @@ class CroppedBatches:
             DataError: If an image cannot be read, or a worker process ended.
         """
         self._plans.plans = plans
-        batches = iter(self._loader) if self._loader is not None else (self._cropping[plan] for plan in plans)
-        try:
-            for batch in batches:
-                if batch.failure is not None:
-                    raise DataError(batch.failure)
-                yield batch
-        except (RuntimeError, EOFError, OSError) as error:
-            # A batch of a process that ended cannot be fetched any more, which shows before the loader notices the end.
-            if self._loader is None or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
-                raise
-            lines = f"{type(error).__name__}: {error}".strip().splitlines()
-            reason = lines[-1] if "Caught" in lines[0] else lines[0]  # the last line of a worker's traceback
-            raise DataError(
-                f"a process that decodes images ended ({reason}); often memory is short: use fewer workers"
-            ) from error
+        for batch in self._loader:
+            if batch.failure is not None:
+                raise DataError(batch.failure)
+            yield batch
 
 
 def _unchanged(batch: Any) -> Any:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
 from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData
+from mto_analysis.images.loading import Loader
 from mto_analysis.images.sampling import Rows
 from mto_analysis.images.workers import BatchPlan
 from mto_analysis.models import ModelInfo
@@ -93,11 +94,10 @@ class AugmentedData(EpochData):
     def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[LabelledBatch]:
         if not plans:
             return
-        loader: DataLoader[Any] = DataLoader(
+        loader = Loader(
             _Augmented(self._images, self._transform, self._seed, plans[0].epoch),
             batch_sampler=[plan.rows.tolist() for plan in plans],
             num_workers=self._workers,
-            generator=torch.Generator(),  # or it would take its seed from the global generator
         )
         for plan, batch in zip(plans, loader, strict=True):
             images, targets = (each.to(self._device, non_blocking=True) for each in batch)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import Images, open_images
+from mto_analysis.images.loading import Loader
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.probe import undisturbed
@@ -102,11 +103,10 @@ class LabelledImages:
             return
         size = self.batch_size
         keep = len(self.rows) * info.channels * math.prod(height_and_width(info.image_size)) <= _MOST_KEPT
-        loader: DataLoader[Any] = DataLoader(
+        loader = Loader(
             _Bytes(self.images, self.rows, eight_bits(info, crop_pct)),
             batch_sampler=[list(range(n * size, min((n + 1) * size, len(self.rows)))) for n in numbers],
             num_workers=self._num_workers,
-            generator=torch.Generator(),  # or it would draw its seed from the global generator
         )
         for number, images in zip(numbers, loader, strict=True):
             if keep:

@@ -1,0 +1,120 @@
+"""torch's DataLoader, of whose worker processes none can hang a command or end it with a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mto_analysis.errors import DataError, explained
+
+__all__ = ["Loader"]
+
+# Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
+_TIMEOUT = 300
+
+
+class Loader:
+    """Batches of a dataset, made in worker processes; iterated again, it begins again.
+
+    Tensors come through shared memory while there is room, and through pipes when it is full: a container with 64 MB of
+    it is slower, and gives the same batches.
+
+    Args:
+        dataset: Picklable.
+        num_workers: Processes; 0 works in this one.
+        collate: Makes a batch of a list of items.
+        options: Of :class:`torch.utils.data.DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        num_workers: int,
+        collate: Callable[[Any], Any] = default_collate,
+        **options: Any,
+    ) -> None:
+        if num_workers:
+            collate, options = _Sharing(collate), {"timeout": _TIMEOUT, **options}
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=collate,
+            generator=torch.Generator(),  # or it would take its seed from the global generator
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over batches.
+
+        Raises:
+            DataError: If an image cannot be read, or a worker process ends or hangs.
+        """
+        try:
+            for batch in self._loader:
+                yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))
+        except (RuntimeError, EOFError, OSError, DataError) as error:
+            words = _words(error)
+            if not self._loader.num_workers or words is None:
+                raise
+            raise DataError(words) from error
+
+
+class _Piped(NamedTuple):
+    """A tensor for which shared memory had no room."""
+
+    values: npt.NDArray[Any]
+
+
+class _Sharing:
+    """Collates, and moves tensors into shared memory at once.
+
+    torch would do it later, in a thread that loses the batch when there is no room, and the command waits for ever.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        return _mapped(self._collate(items), Tensor, _shared)
+
+
+def _shared(tensor: Tensor) -> Tensor | _Piped:
+    try:
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError:  # "unable to allocate shared memory"
+        return _Piped(np.asarray(tensor))
+    return tensor
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A nested value with all parts of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(each, kind, change) for each in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(each, kind, change) for each in value)
+    return value
+
+
+def _words(error: Exception) -> str | None:
+    """What happened in a worker process, or to it; ``None`` where the error is of no worker."""
+    lines = str(error).strip().splitlines() or [""]
+    if lines[0].startswith("Caught"):  # with the worker's whole traceback, whose last line is the error
+        known = isinstance(error, (DataError, OSError))
+        return lines[-1].partition(": ")[2] if known else None
+    if isinstance(error, RuntimeError):
+        found = explained(error)
+        return None if found is None else found[0]
+    if isinstance(error, DataError):
+        return None
+    # A batch of a process that ended cannot be fetched any more, which shows before the loader notices the end.
+    ended = explained(RuntimeError(f"DataLoader worker: {type(error).__name__}: {lines[0]}"))
+    return None if ended is None else ended[0]

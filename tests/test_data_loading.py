@@ -1,0 +1,118 @@
+"""Batches from worker processes that die, hang, fail, or have no shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mto_analysis.errors import DataError, explained
+from mto_analysis.images import loading
+from mto_analysis.images.loading import Loader
+
+
+class Item(NamedTuple):
+    name: str
+    values: Tensor
+
+
+class Numbers(Dataset[Item]):
+    """Items; the one with number ``at`` does something else."""
+
+    def __init__(self, what: str = "", at: int = 5) -> None:
+        self.what, self.at = what, at
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, item: int) -> Item:
+        if item == self.at:
+            if self.what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.what == "hang":
+                time.sleep(3600)
+            if self.what == "fail":
+                raise DataError("image 5.png cannot be read (it is empty)")
+            if self.what == "mistake":
+                raise KeyError("x")
+        return Item(str(item), torch.full((3,), float(item)))
+
+
+def read(loader: Loader) -> list[tuple[tuple[str, ...], list[list[float]]]]:
+    return [(tuple(batch.name), batch.values.tolist()) for batch in loader]
+
+
+def test_loader__gives_the_same_batches_with_workers_and_without() -> None:
+    expected = read(Loader(Numbers(), num_workers=0, batch_size=3))
+    assert len(expected) == 3
+    assert read(Loader(Numbers(), num_workers=2, batch_size=3)) == expected
+
+
+def refuse(tensor: Tensor) -> Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_loader__without_shared_memory_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read(Loader(Numbers(), num_workers=0, batch_size=3))
+    monkeypatch.setattr(Tensor, "share_memory_", refuse)
+    assert read(Loader(Numbers(), num_workers=1, batch_size=3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("die", r"^a process that decodes images ended \(.*\); often memory is short: use fewer workers$"),
+        ("hang", r"^processes that decode images hang \(DataLoader timed out after 2 seconds\); use --num-workers 0$"),
+        ("fail", r"^image 5.png cannot be read \(it is empty\)$"),
+    ],
+)
+def test_loader__says_in_one_line_what_happened_to_a_worker(
+    what: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_TIMEOUT", 2 if what == "hang" else 60)
+    with pytest.raises((DataError, RuntimeError)) as failed:  # torch's signal handler raises wherever the program is
+        read(Loader(Numbers(what), num_workers=1, batch_size=2))
+    found = explained(failed.value)
+    assert found is not None
+    assert found[1] == DataError.exit_code
+    assert re.search(words, found[0])
+
+
+def test_loader__does_not_hide_mistakes() -> None:
+    with pytest.raises(KeyError):
+        read(Loader(Numbers("mistake"), num_workers=1, batch_size=2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root to mount a small /dev/shm")
+@pytest.mark.parametrize("command", ["heterogeneity", "knn", "finetune", "pretrain"])
+def test_commands__end_with_too_little_shared_memory(command: str, checkpoints, tmp_path: Path) -> None:
+    from labelled_images import write_parquet
+    from pretraining_cases import SMALL_MAE
+
+    images = write_parquet(tmp_path / "images.parquet", 256, side=32)
+    both = ["--ckpt", checkpoints["mae"], "--train", images, "--test", images]
+    arguments = {
+        "heterogeneity": ["heterogeneity", "--ckpt", checkpoints["mae"], "--images", images, "--batch-size", 64],
+        "knn": ["evaluate", "knn", "-k", 3, *both],
+        "finetune": ["evaluate", "finetune", *both, "--set", "epochs=1", "--set", "warmup_epochs=0"],
+        "pretrain": ["pretrain", "--recipe", "mae_cifar10", "--data", images, "--not-in-memory"],
+    }[command]
+    if command == "pretrain":
+        arguments += [word for key, value in SMALL_MAE.items() for word in ("--set", f"{key}={value}")]
+    words = [sys.executable, "-m", "mto_analyze", *arguments, "--num-workers", 1, "--out", tmp_path / "out"]
+    script = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"'
+    isolated = ["unshare", "-m", "bash", "-c", script, "bash", *map(str, words)]
+    done = subprocess.run(isolated, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
