@@ -17,8 +17,11 @@ def page() -> str:
     """The page as it should be: what is written by hand stays, what comes from the registry is made anew."""
     rows = list_checkpoints()
     masked, loading = sum(row.has_mask_token for row in rows), [row for row in rows if row.loads]
-    tried = sum(row.evidence == "parity" for row in loading)
-    counts = f"{len(rows)} files: {masked} with a mask token, of which {len(loading)} load, {tried} tried for parity."
+    original, slow = (sum(row.evidence.startswith(word) for row in loading) for word in ("original", "slow"))
+    counts = (
+        f"{len(rows)} files: {masked} with a mask token, of which {len(loading)} load: the layouts of {original} were "
+        f"compared with original code, of {slow} with a slow reference."
+    )
     sections = (_section(family, list(group)) for family, group in groupby(_by_family(rows), lambda row: row.family))
     by_hand = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     return by_hand + MARK + "\n".join(["", counts, "", *sections])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_files import PUBLISHED
 from typer.testing import CliRunner
 
 from mto_analysis import load_checkpoint
@@ -53,22 +54,33 @@ def test_rows__claim_no_more_than_was_tried() -> None:
         if row.loads:
             assert row.has_mask_token
             assert row.layout in read
-            assert row.evidence in ("parity", "key layout only")
+            assert row.evidence.startswith(("original code: ", "slow reference", "key names only"))
         else:
             assert row.evidence == ""
     assert not find_checkpoint("mae_vit_base_encoder").loads
     assert not find_checkpoint("conmim_vit_base_800e_ft").loads
     assert not find_checkpoint("simmim_swinv2_giant_22k_125k").loads
-    assert find_checkpoint("mae_vit_base_full").evidence == "parity"
+    assert find_checkpoint("mae_vit_base_full").evidence == "original code: facebookresearch/mae efb2a80"
+    assert find_checkpoint("ibot_vits_16").evidence == "original code: bytedance/ibot da316d82 (compared once)"
+    assert find_checkpoint("hivit_mae_base_1600e").evidence == "slow reference"
 
 
-def test_layouts__every_one_that_is_named_exists() -> None:
-    assert set(registry._LAYOUT_OF.values()) <= {layout.name for layout in LAYOUTS}
-
-
-def test_layouts__every_family_is_one_of_the_registry() -> None:
-    assert set(registry._LAYOUT_OF) <= {row.family for row in ROWS}
-    assert set(registry._LAYOUT_OF) >= registry._PARITY
+def test_claims__name_layouts_families_and_files_that_exist() -> None:
+    claims, layouts = registry._claims(), {layout.name: layout for layout in LAYOUTS}
+    assert {claim.layout for claim in claims.values()} <= set(layouts)
+    assert set(claims) <= {row.family for row in ROWS}
+    references = {published.name.split(",")[0] for published in PUBLISHED}
+    for claim in claims.values():
+        assert claim.basis in ("original code", "slow reference", "")
+        assert bool(claim.original) == (claim.basis == "original code")
+        if claim.basis:
+            assert layouts[claim.layout].convert
+        if claim.basis == "slow reference":
+            assert any(name in claim.layout for name in references), claim
+        if claim.golden.startswith("originals/"):
+            about = json.loads((ROOT / "tests" / "golden" / claim.golden / "meta.json").read_text())
+            assert set(claim.original.split()) <= set(about["original"].split())
+        assert not claim.golden or (ROOT / "tests" / "golden" / claim.golden).is_dir()
 
 
 def test_find_checkpoint__guesses() -> None:

@@ -1,6 +1,7 @@
 """Every public checkpoint of masked image modelling that we know of, as data: where it is, what it holds.
 
-The rows are ``assets/registry.csv``. Whether a file loads is not written there but asked of the layouts.
+The rows are ``assets/registry.csv``. Whether a file loads is not written there but asked of the layouts; what reading
+them was tried on is in ``assets/claims.csv``.
 """
 
 from __future__ import annotations
@@ -18,56 +19,39 @@ from mto_analysis.errors import CheckpointNotFoundError
 __all__ = ["Checkpoint", "find_checkpoint", "find_published", "find_source", "list_checkpoints"]
 
 _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
-
-#: Which of :data:`~mto_analysis.checkpoints.layouts.LAYOUTS` the files of a family have.
-_LAYOUT_OF = {
-    "beit": "BEiT / data2vec vision / EVA",
-    "beitv2": "BEiT v2",
-    "bootmae": "BootMAE",
-    "cae": "CAE",
-    "conmim": "ConMIM",
-    "crossmae": "CrossMAE",
-    "data2vec_vision": "BEiT / data2vec vision / EVA",
-    "dinov2": "DINOv2",
-    "eva02": "EVA-02",
-    "greenmim": "GreenMIM",
-    "hf_beit": "Hugging Face BEiT",
-    "hf_hiera_mae": "Hugging Face Hiera MAE",
-    "hf_swin_mim": "Hugging Face Swin for masked image modelling",
-    "hf_vit_mae": "Hugging Face ViTMAE",
-    "hiera_mae": "Hiera MAE",
-    "hivit_mae": "HiViT MAE",
-    "ibot": "iBOT",
-    "ijepa": "I-JEPA",
-    "mae": "facebookresearch/mae",
-    "mae_lite": "MAE-Lite",
-    "mae_pytorch": "MAE-pytorch",
-    "milan": "MILAN",
-    "mixmim": "MixMIM",
-    "mmpretrain_beit": "mmpretrain BEiT",
-    "mmpretrain_beitv2": "mmpretrain BEiT v2",
-    "mmpretrain_cae": "mmpretrain CAE",
-    "mmpretrain_mae": "mmpretrain MAE",
-    "mmpretrain_maskfeat": "mmpretrain MaskFeat",
-    "mmpretrain_mff": "mmpretrain MFF",
-    "mmpretrain_milan": "mmpretrain MILAN",
-    "mmpretrain_mixmim": "mmpretrain MixMIM",
-    "mmpretrain_simmim": "mmpretrain SimMIM Swin",
-    "openmixup_a2mim": "OpenMixup A2MIM",
-    "openmixup_simmim": "OpenMixup SimMIM ViT",
-    "simmim_swin": "SimMIM Swin",
-    "simmim_swinv2": "SimMIM SwinV2",
-    "simmim_vit": "microsoft/SimMIM ViT",
-}
-
-#: Families for which the tests hold tokens of the original code in this very layout.
-_PARITY = {"bootmae", "conmim", "hf_beit", "hf_vit_mae", "mae", "simmim_swin", "simmim_vit"}
+_CLAIMS = Path(__file__).parents[1] / "assets/claims.csv"
 
 _STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the claim rests on that files of a family are read right.
+
+    Args:
+        family: Of the registry.
+        layout: Name of their layout.
+        basis: ``original code`` (tokens of every layer equal those of the original code), ``slow reference`` (those of
+            a second implementation, written in the tests from the original's rules), or nothing: only names fit.
+        original: The original code and its commit or version.
+        golden: Where the tests hold its tokens; else they were compared once.
+    """
+
+    family: str
+    layout: str
+    basis: str
+    original: str
+    golden: str
+
+    def __str__(self) -> str:
+        """In words, as printed beside each file."""
+        if self.basis == "original code":
+            return f"original code: {self.original}{'' if self.golden else ' (compared once)'}"
+        return self.basis or "key names only"
 
 
 @dataclass(frozen=True)
@@ -127,7 +111,8 @@ class Checkpoint:
     @property
     def layout(self) -> str | None:
         """Name of the layout the file should have."""
-        return _LAYOUT_OF.get(self.family)
+        claim = _claims().get(self.family)
+        return claim.layout if claim else None
 
     @property
     def loads(self) -> bool:
@@ -137,10 +122,8 @@ class Checkpoint:
 
     @property
     def evidence(self) -> str:
-        """What reading its layout was tried on: ``parity`` with the original code, or the ``key layout only``."""
-        if not self.loads:
-            return ""
-        return "parity" if self.family in _PARITY else "key layout only"
+        """What reading its layout was tried on, if it loads; see :class:`Claim`."""
+        return str(_claims()[self.family]) if self.loads else ""
 
     @property
     def by_hand(self) -> bool:
@@ -210,6 +193,12 @@ def find_published(source: str, path: Path) -> Checkpoint | None:
 def _like(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+@cache
+def _claims() -> dict[str, Claim]:
+    with _CLAIMS.open(encoding="utf-8", newline="") as file:
+        return {values["family"]: Claim(**values) for values in csv.DictReader(file)}
 
 
 @cache
