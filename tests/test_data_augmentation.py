@@ -321,12 +321,14 @@ def test_method_augmentation__has_the_originals_values() -> None:
     ("options", "message"),
     [
         ({"image_size": 0}, "image_size must be at least 1"),
-        ({"scale": (0.0, 1.0)}, "scale must rise"),
-        ({"scale": (0.8, 0.2)}, "scale must rise"),
-        ({"ratio": (2.0, 1.0)}, "ratio must be positive and rise"),
-        ({"flip": 1.5}, "flip must lie between"),
-        ({"interpolation": "nearest"}, "interpolation must be bicubic or bilinear"),
-        ({"std": (1.0, 0.0, 1.0)}, "std positive"),
+        ({"scale": (0.0, 1.0)}, r"scale must lie in \(0, 1\], got 0.0"),
+        ({"scale": (0.8, 0.2)}, r"scale must not fall, got \(0.8, 0.2\)"),
+        ({"ratio": (2.0, 1.0)}, "ratio must not fall"),
+        ({"flip": 1.5}, r"flip must lie in \[0, 1\]"),
+        ({"interpolation": "nearest"}, "interpolation must be one of bicubic, bilinear, got 'nearest'"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be above 0, got 0.0"),
+        ({"std": (1.0, 1.0)}, "std must have as many values as mean"),
+        ({"mean": (0.5,), "std": (0.5,), "second_view": CONMIM_TEACHER}, "3 channels, not 1"),
         ({"padding": 16}, "padding must lie between"),
     ],
 )
@@ -338,9 +340,9 @@ def test_augmentation__refuses_values_that_make_no_sense(options: dict, message:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"brightness": 1.5}, "brightness must lie between 0 and 1"),
-        ({"hue": 0.6}, "hue must lie between 0 and 0.5"),
-        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be positive and rise"),
+        ({"brightness": 1.5}, r"brightness must lie in \[0, 1\]"),
+        ({"hue": 0.6}, r"hue must lie in \[0, 0.5\]"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be above 0, got 0.0"),
     ],
 )
 def test_photometric__refuses_values_that_make_no_sense(options: dict, message: str) -> None:

@@ -522,7 +522,7 @@ def test_settings__are_read_from_text() -> None:
         ({"warmup_epochs": 4.0}, "warmup_epochs must lie"),
         ({"layer_decay": 0.0}, "layer_decay must lie"),
         ({"drop_path": 1.0}, "drop_path must lie"),
-        ({"crop_scale": (0.5, 0.2)}, "crop_scale must rise"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale must not fall"),
         ({"base_lr": 0.0}, "base_lr must be above 0"),
     ],
 )

@@ -13,7 +13,7 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import launchable, note, settings_of
-from mto_analyze.options import Overwrite, Quiet, Strict
+from mto_analyze.options import Overwrite, Quiet, Strict, ValueRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -105,6 +105,7 @@ def pretrain(
     fsdp: Fsdp = None,
     deterministic: Deterministic = None,
     num_workers: NumWorkers = None,
+    value_range: ValueRange = None,
     in_memory: InMemory = None,
     strict: Strict = False,
     device: Device = None,
@@ -145,7 +146,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
 
     out = values["out"]
     chosen, source, settings = _choose(values)
-    images = open_images(source)
+    images = open_images(source, value_range=settings.value_range)
     with _interrupted(out), _bar(quiet) as on_step:
         if dry_run:
             planned = plan(chosen, images, settings).as_text()

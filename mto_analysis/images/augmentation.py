@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch import Tensor
 from mto_analysis.images.photometric import CONMIM_TEACHER, Photometric
 from mto_analysis.images.resampling import Interpolation, crop_matrices, resample, shift_matrices
 from mto_analysis.runtime.randomness import Keys, keyed_uniform
+from mto_analysis.runtime.settings import Count, Fraction, Natural, Positive, Rising, Settings, Share
 
 __all__ = ["CONMIM_TEACHER", "Augmentation", "Geometry", "Photometric", "method_augmentation"]
 
@@ -43,7 +44,7 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Settings):
     """Random resized crop (or shift), flip and colour changes of a training image.
 
     Args:
@@ -52,40 +53,41 @@ class Augmentation:
         ratio: Smallest and largest ratio of the crop's width to its height, drawn evenly in its logarithm.
         flip: Chance of a mirror image.
         interpolation: Kernel of the resize; where it makes smaller, antialiased as PIL's.
-        mean: Of the channels 0..1, taken off.
+        mean: Of each channel 0..1, taken off; as many as images have channels.
         std: Of the channels, divided by.
         padding: If given, there is no crop: images are shifted by up to so many pixels, with reflected borders.
         color_jitter: Colour changes of the images, or None.
         second_view: If given, each image comes a second time, with the same geometry and these colour changes.
     """
 
-    image_size: int
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    image_size: Count
+    scale: Annotated[tuple[Share, Share], Rising(strict=False)] = (0.2, 1.0)
+    ratio: Annotated[tuple[Positive, Positive], Rising(strict=False)] = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
     interpolation: Interpolation = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    padding: int | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    padding: Natural | None = None
     color_jitter: Photometric | None = None
     second_view: Photometric | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be positive and rise, got {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip must lie between 0 and 1, got {self.flip}")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std need 3 values and std positive ones, got {self.mean} and {self.std}")
-        if self.padding is not None and not 0 <= self.padding < self.image_size:
-            raise ValueError(f"padding must lie between 0 and image_size - 1, got {self.padding}")
+        """Check what belongs together, too."""
+        super().__post_init__()
+        colours = self.color_jitter is not None or self.second_view is not None
+        self._refuse(
+            (f"std must have as many values as mean, got {self.mean} and {self.std}", len(self.mean) != len(self.std)),
+            (
+                f"padding must lie between 0 and image_size - 1, got {self.padding}",
+                (self.padding or 0) >= self.image_size,
+            ),
+            (f"colours can be changed of images with 3 channels, not {self.channels}", colours and self.channels != 3),
+        )
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean)
 
     def sample(self, keys: Keys, heights: Whole, widths: Whole, *, seed: int, epoch: int) -> Geometry:
         """Draw the geometry of images of these sizes.
@@ -160,15 +162,15 @@ class Augmentation:
         """Cut, resize and mirror one image of any size.
 
         Shapes:
-            pixels: channels height width (uint8)
-            returns: channels image_size image_size (uint8)
+            pixels: channels height width (uint8 or float32, 0..255)
+            returns: channels image_size image_size (the same)
         """
         top, left, height, width, flip = (values[0].item() for values in geometry)
         if self.padding is not None:
             pixels = fit_to_square(pixels, self.image_size)
             rows = shift_matrices(torch.tensor([top]), None, self.image_size)
             columns = shift_matrices(torch.tensor([left]), torch.tensor([flip]), self.image_size)
-            return resample(pixels.transpose(0, 1).unsqueeze(0).contiguous(), rows, columns)[0].to(torch.uint8)
+            return resample(pixels.transpose(0, 1).unsqueeze(0).contiguous(), rows, columns)[0].to(pixels.dtype)
         crop = pixels[:, top : top + height, left : left + width]
         result = _resized(crop, (self.image_size, self.image_size), self.interpolation)
         return result.flip(-1) if flip else result
@@ -190,16 +192,16 @@ class Augmentation:
         return self._normalised(images), second
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean = torch.tensor([255 * value for value in self.mean], device=images.device).view(1, 3, 1, 1)
-        factor = torch.tensor([1 / (255 * value) for value in self.std], device=images.device).view(1, 3, 1, 1)
+        mean = torch.tensor([255 * value for value in self.mean], device=images.device).view(1, -1, 1, 1)
+        factor = torch.tensor([1 / (255 * value) for value in self.std], device=images.device).view(1, -1, 1, 1)
         return images.sub_(mean).mul_(factor)
 
 
 def _resized(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """Eight-bit antialiased resize of one image.
+    """Antialiased resize of one image, in eight bits where it has them.
 
     Shapes:
-        pixels: channels height width (uint8)
+        pixels: channels height width (uint8 or float32)
     """
     return torch.nn.functional.interpolate(
         pixels.unsqueeze(0), size=size, mode=interpolation, align_corners=False, antialias=True
@@ -210,8 +212,8 @@ def fit_to_square(pixels: Tensor, size: int) -> Tensor:
     """Shorter side resized to ``size`` (bicubic), centre crop.
 
     Shapes:
-        pixels: channels height width (uint8)
-        returns: channels size size (uint8)
+        pixels: channels height width (uint8 or float32)
+        returns: channels size size (the same)
     """
     height, width = pixels.shape[1:]
     if (height, width) == (size, size):

@@ -227,17 +227,21 @@ def _fast_decoder() -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def decode_pixels(content: bytes, value_range: ValueRange | None = None) -> Tensor:
-    """Decode to eight-bit RGB, JPEG files with torchvision's decoder (about twice as fast as PIL's).
+def decode_pixels(content: bytes, channels: int = 3, value_range: ValueRange | None = None) -> Tensor:
+    """Decode for training, JPEG files with torchvision's decoder (about twice as fast as PIL's).
 
-    Pixels lie in memory as channels-last, which the resizing that follows is fastest on.
+    Pixels of eight bits lie in memory as channels-last, which the resizing that follows is fastest on.
 
     Shapes:
-        returns: channels height width (uint8)
+        returns: channels height width (uint8; of images that are not in eight bits float32, 0 is black, 255 white)
     """
-    if content[:3] == _JPEG_START and value_range is None and (decode := _fast_decoder()) is not None:
+    fast = content[:3] == _JPEG_START and value_range is None and channels == 3
+    if fast and (decode := _fast_decoder()) is not None:
         with Image.open(io.BytesIO(content)) as image:  # reads the header alone, and refuses what claims gigapixels
             plain = image.mode in ("L", "RGB")  # CMYK needs PIL's rules
         if plain:
             return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    return torch.from_numpy(np.array(decode_image(content, value_range))).permute(2, 0, 1)
+    found = decode_samples(content, channels, value_range)
+    if isinstance(found, Tensor):
+        return found * 255
+    return torch.from_numpy(np.atleast_3d(np.array(found))).permute(2, 0, 1)

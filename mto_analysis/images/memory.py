@@ -22,15 +22,16 @@ LARGEST = 2 * 1024**3  # bytes of all images together
 _LOOKED_AT = 64
 
 
-def fits_memory(images: Images, image_size: int) -> bool:
+def fits_memory(images: Images, image_size: int, channels: int) -> bool:
     """Whether the first readable image is no larger than ``image_size`` and all of its size would fit 2 GiB."""
     for row in range(min(len(images.names), _LOOKED_AT)):
         try:
             with Image.open(io.BytesIO(read_content(images, row))) as image:
                 width, height = image.size
+                depth = 4 if image.mode.startswith(("I", "F")) else 1  # bytes of a value
         except (OSError, ValueError):  # broken ones are dealt with when they are decoded
             continue
-        return max(width, height) <= image_size and len(images.names) * 3 * width * height <= LARGEST
+        return max(width, height) <= image_size and len(images.names) * channels * depth * width * height <= LARGEST
     return False
 
 
@@ -44,7 +45,7 @@ def decode_all(
     """Decode every image once; a broken one leaves its row black.
 
     Shapes:
-        returns: images height channels width (uint8), or the name of the first image of another size
+        returns: images height channels width (uint8, or float32), or the name of the first image of another size
 
     Raises:
         DataError: If an image cannot be read or none can be decoded.
@@ -54,7 +55,7 @@ def decode_all(
     broken: list[tuple[int, str]] = []
     for row in range(total):
         try:
-            one = read_pixels(images, row)
+            one = read_pixels(images, row, augmentation.channels)
         except DataError:
             raise
         except Exception as error:  # decoders fail in many ways
@@ -63,9 +64,11 @@ def decode_all(
         if augmentation.padding is not None:
             one = fit_to_square(one, augmentation.image_size)
         if pixels is None:
-            pixels = torch.zeros(total, one.shape[1], 3, one.shape[2], dtype=torch.uint8)
+            pixels = torch.zeros(total, one.shape[1], one.shape[0], one.shape[2], dtype=one.dtype)
         if one.shape[1:] != (pixels.shape[1], pixels.shape[3]):
             return images.names[row]
+        if one.is_floating_point() and not pixels.is_floating_point():
+            pixels = pixels.float()
         pixels[row] = one.transpose(0, 1)
         if on_progress is not None and (row % 1000 == 999 or row == total - 1):
             on_progress(row + 1, total)
@@ -80,7 +83,7 @@ class HeldImages:
     """Decoded images on the device.
 
     Args:
-        pixels: All of them, ``images height channels width`` (uint8).
+        pixels: All of them, ``images height channels width`` (0..255).
         sampler: Samples what is random about each image.
         broken: Rows that hold no image.
         device: Where to hold them.

@@ -6,12 +6,14 @@ The strengths are functions of (seed, epoch, image); torchvision applies them, t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from mto_analysis.runtime.randomness import Keys, keyed_uniform
+from mto_analysis.runtime.settings import Fraction, Positive, Rising, Settings, Within
 
 __all__ = ["CONMIM_TEACHER", "Photometric"]
 
@@ -26,7 +28,7 @@ _NUMBERS = 16  # random numbers per image, whatever is switched on, so that sett
 
 
 @dataclass(frozen=True)
-class Photometric:
+class Photometric(Settings):
     """Random colour changes, in this order: jitter, grey, blur, solarisation.
 
     Args:
@@ -41,25 +43,15 @@ class Photometric:
         solarize: Chance that tones from the middle up are inverted.
     """
 
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    jitter: float = 1.0
-    grey: float = 0.0
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("brightness", "contrast", "saturation", "jitter", "grey", "blur", "solarize"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue must lie between 0 and 0.5, got {self.hue}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma must be positive and rise, got {self.blur_sigma}")
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    hue: Annotated[float, Within("[0, 0.5]")] = 0.0
+    jitter: Fraction = 1.0
+    grey: Fraction = 0.0
+    blur: Fraction = 0.0
+    blur_sigma: Annotated[tuple[Positive, Positive], Rising(strict=False)] = (0.1, 2.0)
+    solarize: Fraction = 0.0
 
     def apply(self, images: Tensor, keys: Keys, *, seed: int, epoch: int, purpose: str) -> Tensor:
         """Change each image by its own key; the input is left alone.

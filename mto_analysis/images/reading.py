@@ -35,11 +35,11 @@ def read_content(images: Images, row: int) -> bytes:
         raise DataError(words, advice="restore it, then resume") from error
 
 
-def read_pixels(images: Images, row: int) -> Tensor:
-    """One image in eight-bit RGB, ``channels height width``.
+def read_pixels(images: Images, row: int, channels: int) -> Tensor:
+    """One image for training, see :func:`~mto_analysis.images.decoding.decode_pixels`.
 
     Raises:
         DataError: If it is gone, cannot be read, or has values whose range nobody states.
     """
     with naming(images, row):
-        return decode_pixels(read_content(images, row), images.value_range)
+        return decode_pixels(read_content(images, row), channels, images.value_range)

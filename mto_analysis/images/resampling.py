@@ -83,23 +83,28 @@ def shift_matrices(shift: Tensor, flip: Tensor | None, size: int) -> Tensor:
 
 
 def resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a matrix to the columns and one to the rows of each image; values become whole numbers 0..255 after each.
+    """Apply a matrix to the columns and one to the rows of each image; bytes are whole numbers 0..255 after each.
 
     Shapes:
-        pixels: batch height channels width (0..255)
+        pixels: batch height channels width (uint8 or float32, 0..255)
         rows: batch new_height height
         columns: batch new_width width
-        returns: batch channels new_height new_width (float32, whole numbers)
+        returns: batch channels new_height new_width (float32; of bytes whole numbers)
     """
     batch, height, channels, width = pixels.shape
+    whole = _same if pixels.is_floating_point() else _whole
     # A GPU may shorten the factors of a float32 product (TF32), which would break the exact sums; not so in float64.
     dtype = torch.float64 if pixels.device.type == "cuda" else torch.float32
     with torch.autocast(pixels.device.type, enabled=False):
         across = pixels.to(dtype).view(batch, height * channels, width) @ columns.to(dtype).transpose(1, 2)
-        across = _whole(across).view(batch, height, channels * columns.shape[1])
-        down = _whole(rows.to(dtype) @ across)
+        across = whole(across).view(batch, height, channels * columns.shape[1])
+        down = whole(rows.to(dtype) @ across)
     down = down.view(batch, rows.shape[1], channels, columns.shape[1])
     return down.transpose(1, 2).to(torch.float32).contiguous()
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def _whole(values: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class TrainingData(EpochData):
     def _held(self) -> HeldImages | None:
         augmentation, wanted = self._sampler.augmentation, self._in_memory
         if wanted is None:
-            wanted = fits_memory(self._images, augmentation.image_size)
+            wanted = fits_memory(self._images, augmentation.image_size, augmentation.channels)
         if not wanted:
             return None
         broken: dict[int, str] = {}

@@ -33,7 +33,7 @@ class CroppedBatch(NamedTuple):
 
     Shapes:
         rows: batch (those of replacements where images were broken)
-        pixels: batch channels image_size image_size (uint8)
+        pixels: batch channels image_size image_size (uint8; float32 where an image is not in eight bits)
         mask: batch num_patches
     """
 
@@ -58,31 +58,29 @@ class _Cropping(Dataset[CroppedBatch]):
         self._images, self._sampler = images, sampler
 
     def __getitem__(self, plan: BatchPlan) -> CroppedBatch:
-        size = self._sampler.augmentation.image_size
-        pixels = torch.empty(len(plan.rows), 3, size, size, dtype=torch.uint8)
+        size, channels = self._sampler.augmentation.image_size, self._sampler.augmentation.channels
+        pixels = [torch.empty(channels, size, size, dtype=torch.uint8)] * len(plan.rows)
         rows, numbers = plan.rows.copy(), self._sampler.numbers(plan.rows, plan.epoch)
         broken: list[tuple[int, str]] = []
         failure = None
         try:
             for place, row in enumerate(plan.rows.tolist()):
-                rows[place] = self._fill(pixels[place], row, plan.epoch, numbers[place : place + 1], broken)
+                one = numbers[place : place + 1]
+                rows[place], pixels[place] = self._cropped(row, plan.epoch, one, broken)
         except DataError as error:  # would come out of a worker with its whole traceback
             failure = str(error)
         mask = self._sampler.masks(rows, plan.epoch)
-        return CroppedBatch(plan.epoch, torch.from_numpy(rows), pixels, mask, broken, failure)
+        if any(each.is_floating_point() for each in pixels):
+            pixels = [each.float() for each in pixels]
+        return CroppedBatch(plan.epoch, torch.from_numpy(rows), torch.stack(pixels), mask, broken, failure)
 
-    def _fill(
-        self,
-        target: Tensor,
-        row: int,
-        epoch: int,
-        numbers: npt.NDArray[np.float64],
-        broken: list[tuple[int, str]],
-    ) -> int:
-        """Put an image's crop, or that of its replacement, into ``target``; returns the row that it is of."""
+    def _cropped(
+        self, row: int, epoch: int, numbers: npt.NDArray[np.float64], broken: list[tuple[int, str]]
+    ) -> tuple[int, Tensor]:
+        """An image's crop, or that of its replacement, and the row that it is of."""
         for candidate in self._sampler.candidates(row, epoch):
             try:
-                one = read_pixels(self._images, candidate)
+                one = read_pixels(self._images, candidate, self._sampler.augmentation.channels)
             except DataError:
                 raise
             except Exception as error:  # decoders fail in many ways, and one bad file must not end a run
@@ -91,8 +89,7 @@ class _Cropping(Dataset[CroppedBatch]):
             if candidate != row:
                 numbers = self._sampler.numbers(np.array([candidate], dtype=np.int64), epoch)
             geometry = self._sampler.geometry(numbers, (one.shape[1], one.shape[2]))
-            target.copy_(self._sampler.augmentation.apply_to_image(one, geometry))
-            return candidate
+            return candidate, self._sampler.augmentation.apply_to_image(one, geometry)
         raise DataError(f"there is no image in place of {self._images.names[row]}")
 
 

@@ -66,15 +66,17 @@ class Within:
 
 @dataclass(frozen=True)
 class Rising:
-    """Values of a sequence, each of which must be above the one before."""
+    """Values of a sequence, each of which must be above the one before, or if not ``strict`` at least not below it."""
+
+    strict: bool = True
 
     def __contains__(self, values: Collection[Any]) -> bool:
         """Whether a sequence rises."""
-        return list(values) == sorted(set(values))
+        return list(values) == sorted(set(values) if self.strict else values)
 
     def __str__(self) -> str:
         """The rule in words."""
-        return "must rise"
+        return "must rise" if self.strict else "must not fall"
 
 
 Count = Annotated[int, Within("[1, inf)")]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mto_analysis.mto import MTOConfig
-from mto_analysis.runtime.settings import Count, Natural, Options, Reader, Settings, Within
+from mto_analysis.runtime.settings import Count, Natural, Options, Reader, Rising, Settings, Within
 from mto_analysis.training.evaluation.protocols import Evaluation
 
 __all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config", "read_mto"]
@@ -31,6 +31,7 @@ class RunSettings(Settings):
         fsdp: Shard weights, gradients and optimizer state over the processes.
         deterministic: Use deterministic kernels on a GPU, so that resume is exact there too; slower.
         num_workers: Processes that decode images.
+        value_range: Values of black and white, of images that are not in eight bits and do not state them.
         in_memory: Hold decoded images in memory; by default where they are small.
         save_every: Epochs between writes of ``last.pth``.
         save_steps: Optimizer steps between further writes of ``last.pth``, for long epochs.
@@ -54,6 +55,7 @@ class RunSettings(Settings):
     fsdp: bool = False
     deterministic: bool = False
     num_workers: Natural = 0
+    value_range: Annotated[tuple[float, float], Rising()] | None = None
     in_memory: bool | None = None
     save_every: Count = 1
     save_steps: Count | None = None

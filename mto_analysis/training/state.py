@@ -257,7 +257,7 @@ def run_identity(settings: RunSettings, names: Sequence[str], **own: Any) -> dic
     facts = settings.facts()
     return {
         "randomness": RANDOMNESS,
-        **{name: facts[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp")},
+        **{name: facts[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp", "value_range")},
         "images": {"count": len(names), "names": digest},
         **own,
     }

@@ -21,7 +21,7 @@ from mto_analysis.images.workers import BatchPlan
 from mto_analysis.models import ModelInfo
 from mto_analysis.runtime.randomness import keyed_permutation, name_keys
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
-from mto_analysis.training.evaluation.features import LabelledImages
+from mto_analysis.training.evaluation.features import LabelledImages, check_colours
 from mto_analysis.training.randomness import seeded_globally
 
 __all__ = ["AugmentedData", "LabelledBatch"]
@@ -110,6 +110,7 @@ class AugmentedData(EpochData):
 def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image.Image], Tensor]:
     from timm.data import create_transform  # type: ignore[attr-defined]
 
+    check_colours(info)
     transform = create_transform(
         info.image_size,
         is_training=True,

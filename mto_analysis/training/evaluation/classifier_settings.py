@@ -90,7 +90,7 @@ class ClassifierSettings(Settings):
     freeze_positions: bool = False
     layer: Count | None = None
     norm: Norm | None = None
-    crop_scale: Annotated[tuple[Share, Share], Rising()] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[Share, Share], Rising(strict=False)] = (0.08, 1.0)
     clamp_crop: bool = False
     crop_pct: Share = 1.0
     flip: Fraction = 0.5

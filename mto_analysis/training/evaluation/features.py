@@ -26,6 +26,7 @@ __all__ = [
     "Features",
     "LabelledImages",
     "check_classes",
+    "check_colours",
     "extract_features",
     "feature_vectors",
     "normalized",
@@ -114,13 +115,27 @@ class LabelledImages:
             yield number, images
 
 
+def check_colours(info: ModelInfo) -> None:
+    """Labelled images are read in colour.
+
+    Raises:
+        DataError: If the model expects another number of channels.
+    """
+    if info.channels != 3:
+        raise DataError(f"labelled images are read with 3 channels, and the model has {info.channels}: it has no score")
+
+
 def eight_bits(info: ModelInfo, crop_pct: float) -> Callable[[Image.Image], Tensor]:
     """Test images as bytes: the shorter side resized (bicubic), then a centre crop; only the normalization is left.
 
     Args:
         info: Has the side of the crop.
         crop_pct: That side over the resized shorter one, rounded down to pixels; 1 for as much as possible.
+
+    Raises:
+        DataError: If the model's images are not in colour.
     """
+    check_colours(info)
     from timm.data import create_transform  # type: ignore[attr-defined]
 
     transform: Callable[[Image.Image], Tensor] = create_transform(

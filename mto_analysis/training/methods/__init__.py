@@ -59,6 +59,7 @@ def build_student(recipe: Recipe, *, seed: int, start: InitialWeights | None = N
         mask_rule=recipe.mask_rule,
         mean=recipe.mean,
         std=recipe.std,
+        channels=len(recipe.mean),
         target=recipe.target,
         criterion=method.criterion,
         mask_rule_source=f"recipe {recipe.name}",

@@ -12,6 +12,7 @@ from mto_analysis.runtime.settings import (
     Below1,
     Count,
     Fraction,
+    Natural,
     NonNegative,
     Options,
     Positive,
@@ -32,7 +33,7 @@ R = TypeVar("R", bound="Recipe")
 #: What ``--set`` may not touch: these name the recipe or say where it comes from.
 _FIXED = ("name", "method", "summary", "sources", "model")
 #: Of the architecture, but given by the recipe itself.
-_GIVEN = ("image_size", "patch_size", "feature_dim")
+_GIVEN = ("image_size", "patch_size", "channels", "feature_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Recipe(Settings):
         padding: Instead of resized crops: shifts by up to this many pixels over a reflected border.
         flip: Probability of a horizontal flip.
         interpolation: Of the resized crop.
-        mean: Channel means of pixels scaled to 0..1.
+        mean: Channel means of pixels scaled to 0..1; as many as images have channels.
         std: Channel standard deviations of pixels scaled to 0..1.
         epochs: Length of the run.
         batch_size: Effective: over all processes and accumulated micro-batches.
@@ -92,11 +93,11 @@ class Recipe(Settings):
     warmup_epochs: NonNegative
     weight_decay: NonNegative
     betas: tuple[Below1, Below1]
-    mean: tuple[float, float, float]
-    std: tuple[Positive, Positive, Positive]
-    crop_scale: Annotated[tuple[Share, Share], Rising()] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    padding: int | None = None
+    mean: tuple[float, ...]
+    std: tuple[Positive, ...]
+    crop_scale: Annotated[tuple[Share, Share], Rising(strict=False)] = (0.2, 1.0)
+    crop_ratio: Annotated[tuple[Positive, Positive], Rising(strict=False)] = (0.75, 4 / 3)
+    padding: Natural | None = None
     flip: Fraction = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     lr_batch: Count | None = None
@@ -116,6 +117,7 @@ class Recipe(Settings):
         depths = [int(size) for name, size in self.model.items() if name.endswith("depth")]
         self._refuse(
             ("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs),
+            ("mean and std need a value for each channel of the images", not len(self.mean) == len(self.std) > 0),
             ("a multistep schedule needs milestones", (self.schedule == "multistep") != bool(self.turns)),
             ("the model must have at least one block in each stack", min(depths, default=1) < 1),
             (f"sources name unknown fields {', '.join(sorted(unknown))}", bool(unknown)),
@@ -135,7 +137,8 @@ class Recipe(Settings):
 
     def model_config(self) -> Any:
         """The architecture's config."""
-        return self.config(**self.model, image_size=self.image_size, patch_size=self.patch_size)
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": len(self.mean)}
+        return self.config(**self.model, **sizes)
 
     @classmethod
     def model_types(cls) -> Mapping[str, Any]:
