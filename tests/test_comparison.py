@@ -76,7 +76,7 @@ def test_compare__runs_that_start_from_the_same_score_pair_by_themselves():
     assert (result.paired, result.pairing) == (True, "by seed (runs of a seed start from the same score)")
     assert result.interval == compare(one, two, 0, 400, pairing="seed").interval
     assert not compare(one, from_one_start(MTO, starts[::-1]), 0, 400).paired
-    at_chance = [10.0] * 5
+    at_chance = [10.0, 10.0, 10.0, 11.0, 10.0]
     assert not compare(from_one_start(MAE, at_chance), from_one_start(MTO, at_chance), 0, 400).paired
 
 

@@ -295,14 +295,14 @@ def _paired_runs(
 
 
 def _share_their_start(one: Mapping[str, Points], two: Mapping[str, Points]) -> bool:
-    """Whether the runs of each seed start from one score, and those of different seeds from different ones.
+    """Whether the runs of each seed start from one score, and no two seeds from the same.
 
     Runs from equal initial weights are equally good before training, to the last digit. Chance level or a common
-    checkpoint gives all seeds the same score, which says nothing about a pair.
+    checkpoint gives several seeds the same score, which says nothing about a pair.
     """
-    starts = {seed: (run.epochs[0], run.scores[0]) for seed, run in one.items()}
-    same = all(starts[seed] == (run.epochs[0], run.scores[0]) for seed, run in two.items())
-    return same and len(set(starts.values())) > 1
+    starts = {seed: run.scores[0] for seed, run in one.items()}
+    same = all(starts[seed] == run.scores[0] for seed, run in two.items())
+    return same and len(set(starts.values())) == len(starts) > 1
 
 
 def _scores(runs: Mapping[str, Points], epochs: Vector) -> Vector:

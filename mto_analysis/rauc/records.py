@@ -133,7 +133,7 @@ def table1(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 def details(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFrame:
     """What stands beside each ratio: a column per comparison, a row per quantity."""
-    unit = {"epoch": "epochs"}.get(axis, axis)
+    unit = {"epoch": "epochs", "step": "steps"}.get(axis, axis)
     columns = {}
     for one in comparisons:
         per_cent = f"{100 * one.interval.confidence:g} %"

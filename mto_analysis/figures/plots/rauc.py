@@ -38,7 +38,7 @@ def plot_rauc(
     *,
     ax: Axes | None = None,
     axis: str = "epoch",
-    score: str = "top-1 accuracy (%)",
+    score: str = "score",
 ) -> Axes:
     """Two learning curves, the areas that RAUC divides, and where the target reaches the baseline's final score.
 
