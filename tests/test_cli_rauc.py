@@ -320,6 +320,18 @@ def spoilt(draw):
     return b"\n".join(lines)
 
 
+def kept_scores(content, name):
+    """The score of each epoch: of the last training of it, that is of a run that goes on beyond its last epoch."""
+    rows = [line.split(",") for line in content.split("\n")[1:]]
+    points = [(float(epoch), float(score)) for method, epoch, score in rows if method == name]
+    kept = {}
+    for at, (epoch, score) in enumerate(points):
+        goes_on = max(later for later, _ in points[at:]) > max((before for before, _ in points[:at]), default=-1)
+        if epoch not in kept or goes_on:
+            kept[epoch] = score
+    return kept
+
+
 def check_hostile(folder, content, end):
     path = folder / "log.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -333,6 +345,9 @@ def check_hostile(folder, content, end):
         assert result.stderr.count("\n") == 1
         return
     record = json.loads(result.stdout, parse_constant=pytest.fail)[0]  # no bare NaN or Infinity
+    for read in record["logs"]:  # every number comes from a column that is named
+        assert read["column"].split("/")[-1].encode() in path.read_bytes()
+        assert read["points"] >= 2
     assert 0 <= record["reference"] <= 100
     assert 0 <= record["final_baseline"] <= 100
     assert abs(record["mean_lead"]) <= 100
@@ -345,16 +360,31 @@ def check_hostile(folder, content, end):
     if names == ("a", "a"):
         assert record["rauc"] == 1.0
     elif "seed" not in str(content).split("\n")[0]:
-        kept = {}
-        for method, epoch, score in (line.split(",") for line in str(content).split("\n")[1:]):
-            kept.setdefault(method, {})[float(epoch)] = float(score)
+        kept = {name: kept_scores(content, name) for name in ("MAE", "MTO")}
         scale = 100 if max(score for curve in kept.values() for score in curve.values()) <= 1 else 1
         one, two = (([*kept[name]], [scale * score for score in kept[name].values()]) for name in names)
         expected = slow.rauc(one, two, record["start"], record["end"])
         assert record["rauc"] == pytest.approx(expected, rel=1e-6)
 
 
-hostile = given(st.one_of(tables, sensible, spoilt()), st.sampled_from([None, None, 3, 6]))
+#: Bytes that no program wrote, and beginnings of formats followed by anything.
+BEGINNINGS = (
+    *(
+        b"",
+        b"\x1f\x8b\x08",
+        b"PK\x03\x04",
+        b"\xff\xfe",
+        b'{"log_history": [',
+        b"[{",
+        b'{"epoch": [',
+        b"epoch,val_acc\n",
+    ),
+    *(b"* Acc@1 ", b"sep=;\n", b'"Step","a - acc"\n', b"method;1;2\n", b"Epoch(val) [1]", b"1683000000000 1 ", b"#"),
+    *(b"Name,State\n", b"epoch val_acc\n1 2\n"),
+)
+beginnings = st.sampled_from(BEGINNINGS)
+junk = st.tuples(beginnings, st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode))).map(b"".join)
+hostile = given(st.one_of(tables, sensible, spoilt(), junk), st.sampled_from([None, None, 3, 6]))
 calm = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -401,3 +431,228 @@ def test_rauc__several_groups_are_also_compared_over_all_of_them(tmp_path):
         "tasks.pdf", "tasks.png", "tasks_scores.csv", "tasks_estimates.csv", "tasks_profiles.csv",
         "tasks_efficiency.csv",
     }  # fmt: skip
+
+
+def pair_of(folder, name, text_of):
+    """Two logs A and B of one kind, B with more points of accuracy."""
+    for method, more in (("A", 0), ("B", 2)):
+        (folder / f"{method}{name}").write_text(text_of(more))
+    return ("--log", f"A={folder / f'A{name}'}", "--log", f"B={folder / f'B{name}'}", "--baseline", "A")
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def ratio(*arguments):
+    return json.loads(run("rauc", *arguments, "--json").stdout)[0]
+
+
+RISING = [40 + 5 * epoch for epoch in range(6)]
+FASTER = slow.rauc((range(6), RISING), (range(6), [score + 2 for score in RISING]), 0, 5)
+
+
+def test_rauc__validation_is_read_beside_training(tmp_path):
+    logs = pair_of(tmp_path, ".csv", lambda d: "epoch,acc,valid_acc\n" + "".join(
+        f"{e},{90 + e},{score + d}\n" for e, score in enumerate(RISING)
+    ))  # fmt: skip
+    result = ratio(*logs)
+    assert result["rauc"] == pytest.approx(FASTER)
+    assert [(read["column"], read["kind"], read["split"]) for read in result["logs"]] == [
+        ("valid_acc", "accuracy", "val")
+    ] * 2
+
+
+def test_rauc__two_files_are_compared_by_the_metric_that_both_have(tmp_path):
+    rows = [{"epoch": e, "val_acc1": 60 + 2 * e} for e in range(6)]
+    (tmp_path / "a.txt").write_text(json_lines(rows))
+    (tmp_path / "b.txt").write_text(json_lines({**row, "test_acc1": 20 + 5 * row["epoch"]} for row in rows))
+    assert ratio("--log", tmp_path / "a.txt", "--log", tmp_path / "b.txt", "--baseline", "a")["rauc"] == 1.0
+
+
+def test_rauc__two_metrics_of_a_chart_are_never_merged(tmp_path):
+    columns = [f"{run} - {metric}" for run in "ab" for metric in ("train/acc", "val/acc")]
+    rows = [
+        ("50", "20", "", "21", ""),
+        ("100", "", "60", "", "66"),
+        ("150", "30", "", "31", ""),
+        ("200", "", "70", "", "76"),
+    ]
+    path = tmp_path / "c.csv"
+    path.write_text("\n".join(",".join(row) for row in [("Step", *columns), *rows]))
+    assert "'train/acc', 'val/acc', and nothing tells" in run("rauc", "--log", path, "--baseline", "a", code=4).stderr
+    result = ratio("--log", path, "--baseline", "a", "--score-column", "val/acc")
+    assert (result["final_baseline"], result["axis"], result["start"]) == (70.0, "step", 100.0)
+    one = ("--log", f"A={path}[score=a - val/acc]", "--log", f"B={path}[score=b - val/acc]", "--baseline", "A")
+    assert ratio(*one)["rauc"] == result["rauc"]
+
+
+def test_rauc__a_final_test_is_no_epoch(tmp_path):
+    def text(more):
+        lines = [
+            f"EPOCH {e} training takes 0:01:00\n * Acc@1 {s + more:.3f} Acc@5 90.0\n" for e, s in enumerate(RISING)
+        ]
+        return "".join(lines) + "Multiple views test starting!\n * Acc@1 95.000 Acc@5 99.0\n" * bool(more)
+
+    result = ratio(*pair_of(tmp_path, ".txt", text))
+    assert result["rauc"] == pytest.approx(FASTER)
+    assert any("evaluated again without training in between" in note for note in result["notes"])
+
+
+def test_rauc__the_best_model_evaluated_after_training_is_no_epoch(tmp_path):
+    def text(more):
+        history = [
+            {"epoch": float(e), "eval_accuracy": s, "step": 100 * e} for e, s in enumerate([0.5, 0.7, 0.8, 0.7], 1)
+        ]
+        return json.dumps({"log_history": history + [{**history[-1], "eval_accuracy": 0.8}] * bool(more)})
+
+    assert ratio(*pair_of(tmp_path, ".json", text))["rauc"] == 1.0
+
+
+def test_rauc__curves_counted_from_0_and_from_1_are_counted_alike_on_request(tmp_path):
+    logs = pair_of(tmp_path, ".csv", lambda d: "epoch,val_acc\n" + "".join(
+        f"{e + d // 2},{score}\n" for e, score in enumerate(RISING)
+    ))  # fmt: skip
+    assert "pass --epochs completed" in run("rauc", *logs, code=4).stderr
+    result = ratio(*logs, "--epochs", "completed")
+    assert (result["rauc"], result["start"], result["end"]) == (1.0, 1.0, 6.0)
+    assert [read["first_epoch"] for read in result["logs"]] == [0, 1]
+    told = [f"{text}[first-epoch={int(text[0] == 'B')}]" if "=" in text else text for text in logs]
+    assert ratio(*told)["rauc"] == 1.0
+
+
+def test_rauc__steps_become_epochs_only_where_a_log_counts_steps(tmp_path):
+    chart = tmp_path / "a.csv"
+    chart.write_text('"Step","a - val/acc"\n' + "".join(f'"{100 * e}","{55 + 5 * e}"\n' for e in (1, 2, 3)))
+    lines = tmp_path / "b.txt"
+    lines.write_text(json_lines({"epoch": e, "test_acc1": 60 + 5 * e} for e in (1, 2, 3)))
+    logs = ("--log", f"a={chart}", "--log", f"b={lines}", "--baseline", "a")
+    assert "--steps-per-epoch turns steps into epochs" in run("rauc", *logs, code=4).stderr
+    result = ratio(*logs, "--steps-per-epoch", 100)
+    assert (result["start"], result["end"], result["axis"]) == (1.0, 3.0, "epoch")
+
+
+def test_rauc__a_loss_is_read_on_request(tmp_path):
+    logs = pair_of(
+        tmp_path, ".txt", lambda d: json_lines({"train_loss": 1 - 0.1 * e - d / 100, "epoch": e} for e in range(5))
+    )
+    named = (*logs, "--score-column", "train_loss")
+    assert "say --lower-is-better" in run("rauc", *named, code=4).stderr
+    assert ratio(*named, "--unit", "raw")["rauc"] is None
+    better = ratio(*named, "--lower-is-better")
+    assert better["rauc"] == pytest.approx(1.1)
+    assert better["final_baseline"] == pytest.approx(-0.6)
+    assert ratio(*named, "--lower-is-better", "--reference", 1)["rauc"] == pytest.approx(better["rauc"])
+
+
+def test_rauc__one_logs_model_against_anothers_moving_average(tmp_path):
+    for name, column in (("A", "test_acc1"), ("B", "ema_test_acc1")):
+        (tmp_path / f"{name}.txt").write_text(json_lines({"epoch": e, column: 60 + 5 * e} for e in (1, 2, 3)))
+    logs = [f"{name}={tmp_path / name}.txt" for name in "AB"]
+    text = run("rauc", "--log", logs[0], "--log", logs[1], "--baseline", "A", code=4).stderr
+    assert "these are different metrics" in text
+    result = ratio(
+        "--log", f"{logs[0]}[score=test_acc1]", "--log", f"{logs[1]}[score=ema_test_acc1]", "--baseline", "A"
+    )
+    assert (result["rauc"], [read["weights"] for read in result["logs"]]) == (1.0, ["model", "EMA"])
+
+
+def test_rauc__takes_a_list_of_logs(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for name, column in (("A", "acc"), ("B", "ema_acc")):
+        (tmp_path / "runs" / f"{name}.csv").write_text(f"epoch,{column}\n1,50\n2,60\n")
+    listed = tmp_path / "logs.toml"
+    listed.write_text(
+        '[[log]]\nfile = "runs/A.csv"\nmethod = "MAE"\nseed = 0\n\n'
+        '[[log]]\nfile = "runs/B.csv"\nmethod = "MTO"\nseed = 0\nscore = "ema_acc"\n'
+    )
+    result = ratio("--log", listed, "--baseline", "MAE")
+    assert (result["rauc"], result["target"], result["seeds_target"]) == (1.0, "MTO", ["0"])
+    listed.write_text('[[log]]\nfile = "runs/A.csv"\nscores = "acc"\n')
+    assert "log 1: a log has no option 'scores'" in run("rauc", "--log", listed, "--baseline", "MAE", code=4).stderr
+    listed.write_text("[[log]\n")
+    assert "the list of logs cannot be read" in run("rauc", "--log", listed, "--baseline", "MAE", code=4).stderr
+
+
+@pytest.mark.parametrize("option", ["scoer=acc", "unit=points", "steps-per-epoch=0", "first-epoch=2"])
+def test_rauc__an_option_of_a_log_must_be_known(log, option):
+    assert f"{option.partition('=')[0]}" in run("rauc", "--log", f"{log}[{option}]", *PAIR, code=4).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("all_results.json", json.dumps({"eval_accuracy": 0.9, "epoch": 3.0}, indent=2), "one evaluation, no curve"),
+        ("runs.csv", "Name,State,epoch,val_acc\na,finished,80,61\nb,finished,90,62\n", "table of runs"),
+        ("wide.csv", f"epoch,{'x' * 200_000}\n1,2\n", "the header is broken"),
+        ("deep.json", '{"a":' * 100_000, "the JSON document is broken"),
+        ("open.csv", 'epoch,val_acc,note\n1,2,"open\n2,3,\n', "the table is broken"),
+    ],
+)
+def test_rauc__what_holds_no_curve_ends_with_4(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    result = run("rauc", "--log", f"A={tmp_path / name}", "--log", f"B={tmp_path / name}", "--baseline", "A", code=4)
+    assert message in result.stderr
+    assert f"{tmp_path / name}:" in result.stderr
+
+
+def test_rauc__text_and_files_say_what_was_read(log, tmp_path):
+    text = run("rauc", "--log", log, *PAIR, *WINDOW, "--out", tmp_path / "out").stdout
+    assert f"read {log}: table, 'score' (score, percent) over epochs from 1 ('epoch'), 8 points of 2 runs" in text
+    (facts,) = json.loads((tmp_path / "out" / "run.json").read_text())["logs"]
+    assert (facts["column"], facts["points"], len(facts["sha256"])) == ("score", 8, 64)
+    assert "read " not in run("rauc", "--log", log, *PAIR, *WINDOW, "--format", "csv").stdout
+
+
+WORDS = (
+    *("acc", "accuracy", "top1", "acc1", "prec1", "acc5", "loss", "err1", "score", "gain", "lr", "best_acc", "max_acc"),
+    *("knn_acc", "acc_step", "acc_epoch"),
+)
+words = st.sampled_from(WORDS)
+splits = st.sampled_from(("", "train_", "val_", "valid/", "validation/", "test_", "eval_", "ema_", "ema_test_"))
+headers = st.lists(st.builds(str.__add__, splits, words), min_size=1, max_size=5, unique=True)
+writers = st.sampled_from(["csv", "tsv", "semicolons", "lines", "array", "lists"])
+
+
+def log_of(names, kind, epochs=(1, 2, 3)):
+    """A log whose values tell their column: 10 and more for the first, 20 and more for the second ..."""
+    rows = [{"epoch": e, **{name: 10 * at + e + 0.5 for at, name in enumerate(names, 1)}} for e in epochs]
+    if kind == "lines":
+        return json_lines(rows)
+    if kind == "array":
+        return json.dumps(rows)
+    if kind == "lists":
+        return json.dumps({key: [row[key] for row in rows] for key in rows[0]})
+    mark = {"csv": ",", "tsv": "\t", "semicolons": ";"}[kind]
+    text = "\n".join(mark.join(map(str, row)) for row in [rows[0], *(row.values() for row in rows)]) + "\n"
+    return text.replace(".5", ",5") if kind == "semicolons" else text
+
+
+def check_column(folder, names, others, kind):
+    for file, columns in (("a", names), ("b", others)):
+        (folder / file).write_text(log_of(columns, kind))
+    logs = ("--log", f"A={folder / 'a'}", "--log", f"B={folder / 'b'}", "--baseline", "A", "--json")
+    result = CliRunner().invoke(app, ["rauc", *logs])
+    assert result.exit_code in (0, 4), (result.output, result.exception)
+    if result.exit_code == 4:
+        assert result.stderr.count("\n") == 1
+        return
+    for read, columns in zip(json.loads(result.stdout)[0]["logs"], (names, others), strict=True):
+        at = columns.index(read["column"]) + 1
+        assert (read["first"], read["last"]) == ([1.0, 10 * at + 1.5], [3.0, 10 * at + 3.5])
+        assert read["kind"] in ("accuracy", "score")
+        assert read["split"] != "train"
+        assert not any(word in read["column"] for word in ("train", "best", "max", "acc5", "loss", "err", "lr", "gain"))
+
+
+@settings(max_examples=60, **calm)
+@given(headers, headers, writers)
+def test_rauc__takes_no_number_from_a_column_that_it_does_not_name(tmp_path, names, others, kind):
+    check_column(tmp_path, names, others, kind)
+
+
+@pytest.mark.slow
+@settings(max_examples=5_000, **calm)
+@given(headers, headers, writers)
+def test_rauc__takes_no_number_from_a_column_that_it_does_not_name_in_thousands_of_logs(tmp_path, names, others, kind):
+    check_column(tmp_path, names, others, kind)

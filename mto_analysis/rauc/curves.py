@@ -43,7 +43,8 @@ class Source:
         run: Which run of a file that holds several: its place from 1 (-1 is the last) or its name.
         unit: ``percent``, ``fraction`` or ``raw``.
         steps_per_epoch: What to divide steps by.
-        first_epoch: The number of the first epoch, 0 or 1, if neither the format nor the file tells.
+        first_epoch: The number of the first epoch, 0 or 1, if neither the format nor the file tells; all logs of the
+            comparison are then counted as epochs completed.
     """
 
     path: Path
@@ -292,9 +293,11 @@ def read_curves(
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
     _refuse_different_units(curves)
     _refuse_different_axes(curves)
-    origin, found = count_alike([each.counted() for each in curves], epochs)
+    counted = [each.counted() for each in curves]
+    firsts = [each.evident() if each.counts_epochs else None for each in counted]
+    origin, found = count_alike(counted, epochs)
     findings += found
-    provenance = tuple(each.provenance(lower_is_better) for each in curves)
+    provenance = tuple(each.provenance(lower_is_better, first) for each, first in zip(curves, firsts, strict=True))
     _refuse_one_run_from_two_files(curves, groups)
     return CurveTable(
         _joined([each.frame for each in curves], ["method", "seed", *groups]),
@@ -328,22 +331,22 @@ class _Curves:
         first = self.source.first_epoch
         if first is None:
             first = 1 if self.steps_per_epoch is not None else self.log.document.format.first_epoch
-        return Counted(self.log.file, self.log.form, self.frame, first, self.counts_epochs)
+        told = self.source.first_epoch is not None
+        return Counted(self.log.file, self.log.form, self.frame, first, self.counts_epochs, told)
 
-    def provenance(self, negated: bool) -> Provenance:
-        """What was read from it."""
+    def provenance(self, negated: bool, first_epoch: int | None) -> Provenance:
+        """What was read from it, once logs are counted alike."""
         frame, series = self.frame, self.log.series
         first, last = (
             (float(row["epoch"]), float(row["score"]))
             for row in (frame.iloc[frame["epoch"].argmin()], frame.iloc[frame["epoch"].argmax()])
         )
-        counted = self.counted()
         return Provenance(
             file=self.log.file, format=self.log.form, column=series.name, kind=series.metric.kind,
             metric=series.metric.words(series.name), split=series.metric.split, weights=series.metric.weights,
             unit="raw" if self.unit == "raw" else "fraction" if self.fraction else "percent", negated=negated,
             axis=self.log.axis, axis_column=self.log.axis_column, steps_per_epoch=self.steps_per_epoch,
-            first_epoch=counted.evident() if counted.counts_epochs else None,
+            first_epoch=first_epoch,
             methods=tuple(map(str, frame["method"].unique())),
             runs=self.runs,
             points=len(frame), first=first, last=last, sha256=self.log.document.sha256,

@@ -209,7 +209,12 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
     """
     every = [each for each in series_of(document) if each.method is None]
     training = [each.name for each in every if each.metric.split == "train" and each.metric.is_top1]
-    below = [each.name for each in every if each.metric.lower_is_better and each.metric.split != "train"]
+    below = [
+        each.name
+        for kind in ("error", "loss")
+        for each in every
+        if each.metric.kind == kind and each.metric.split != "train"
+    ]
     if request.lower_is_better:
         told = "no error and no loss found; name its column with --score-column"
     elif training:

@@ -27,6 +27,7 @@ class Counted:
         frame: Its curves; ``epoch`` is changed where logs are counted alike.
         first: The number of its first epoch, if its format or an option tells.
         counts_epochs: False where it counts steps or hours.
+        told: Whether an option tells ``first``: then all logs are counted as epochs completed.
     """
 
     file: str
@@ -34,6 +35,7 @@ class Counted:
     frame: pd.DataFrame
     first: int | None
     counts_epochs: bool = True
+    told: bool = False
 
     def evident(self) -> int | None:
         """The number of the first epoch, from the epochs themselves where nothing else tells it."""
@@ -70,7 +72,7 @@ def count_alike(logs: Sequence[Counted], epochs: EpochCount) -> tuple[float, lis
     """
     logs = [log for log in logs if log.counts_epochs]
     zero = [log for log in logs if log.first == 0]
-    if epochs == "completed":
+    if epochs == "completed" or any(log.told for log in logs):
         return 0.0, _completed(logs)
     for at, one in enumerate(logs):
         for two in logs[at + 1 :]:

@@ -190,6 +190,11 @@ def _document(name: str, document: Any) -> Document:
         _refuse_one_evaluation(name, document)
         if document and all(isinstance(value, dict) and key.strip().isdigit() for key, value in document.items()):
             return _rows(name, [{"epoch": int(key), **value} for key, value in document.items()], "JSON array")
+        if document and all(isinstance(value, dict) for value in document.values()):
+            rows = [list(value) for value in document.values()]
+            if all(row == rows[0] and all(key.strip().isdigit() for key in row) for row in rows):
+                # pandas' to_json: an object from row to value for each column
+                return _lists(name, {key: list(value.values()) for key, value in document.items()})
         tables = [value for value in document.values() if _is_table(value)]
         if len(tables) == 1:
             return _rows(name, tables[0], "JSON array")
@@ -216,7 +221,6 @@ def _rows(name: str, records: Sequence[Mapping[str, Any]], form: str) -> Documen
 
 def _lists(name: str, document: Mapping[str, Any]) -> Document:
     """An object of lists: the place in a list is the epoch, unless one of them is."""
-    # pandas writes a column as an object from row to value.
     lists = {key.removeprefix("history/"): value for key, value in document.items() if isinstance(value, list)}
     if not lists:
         raise DataError(f"{name}: the JSON document holds no list of objects and no object of lists")

@@ -59,6 +59,7 @@ class Metric:
         weights: ``model`` or ``EMA``.
         best: Whether it is the best value so far, which is no curve of the epochs.
         batch: Whether it is of one batch.
+        percent: Whether the name says that it is in percent.
         rest: Further words: two metrics that differ in them are two metrics.
     """
 
@@ -68,6 +69,7 @@ class Metric:
     weights: str = "model"
     best: bool = False
     batch: bool = False
+    percent: bool = False
     rest: tuple[str, ...] = field(default=())
 
     @property
@@ -116,7 +118,7 @@ def metric_of(name: str) -> Metric:
 
     Example:
         >>> metric_of("ema_test_acc1")
-        Metric(kind='accuracy', rank=1, split='test', weights='EMA', best=False, batch=False, rest=())
+        Metric(kind='accuracy', rank=1, split='test', weights='EMA', best=False, batch=False, percent=False, rest=())
         >>> metric_of("validation/loss").kind, metric_of("metrics/accuracy_top5").rank
         ('loss', 5)
     """
@@ -158,7 +160,8 @@ def metric_of(name: str) -> Metric:
         if one in kinds:
             kind = one
             break
-    return Metric(kind, rank, split, weights, best, batch, () if kind == "score" else tuple(rest))
+    percent = "%" in name or bool({"percent", "pct"} & set(words))
+    return Metric(kind, rank, split, weights, best, batch, percent, () if kind == "score" else tuple(rest))
 
 
 def axis_of(name: str) -> AxisKind | None:

@@ -184,7 +184,8 @@ def _open_folder(path: Path, wanted: Collection[str]) -> Document:
         except DataError as error:
             reasons.append(str(error))
             continue
-        candidates.setdefault(document.sha256, document)
+        # The same lines again count once, unless the file's name tells what they are.
+        candidates.setdefault(f"{document.sha256} {document.scores}", document)
     from mto_analysis.rauc.logs.choosing import has_curve
 
     useful = [each for each in candidates.values() if has_curve(each)] or list(candidates.values())

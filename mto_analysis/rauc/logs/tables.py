@@ -34,6 +34,8 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     """Column names, the delimiter, and the number of the header's line."""
     lines = data[: 1 << 16].split(b"\n") if b"\n" in data[: 1 << 16] else data.split(b"\n", 2)
     at = next((place for place, line in enumerate(lines) if line.strip(b" \t,;") and not line.startswith(b"sep=")), 0)
+    while lines[at].startswith(b"#") and at + 1 < len(lines) and not _numeric(lines[at + 1]):
+        at += 1  # a comment; a header after # has numbers below it
     first = lines[at].decode(errors="replace")
     second = lines[at + 1].decode(errors="replace") if at + 1 < len(lines) else ""
 
@@ -41,6 +43,12 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
         return first.count(each) > 0, first.count(each) == second.count(each), first.count(each)
 
     delimiter = max(",;\t|", key=agreement)
+    if (
+        not first.count(delimiter)
+        and len(first.split()) == len(second.split()) > 1
+        and any(map(axis_of, first.split()))
+    ):
+        return first.split(), r"\s+", at + 1  # a printed table
     if not first.count(delimiter):
         raise DataError(
             f"{name}:{at + 1}: not a log of a known format (no JSON, no table header, no known text, in UTF-8)"
@@ -56,6 +64,11 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     return columns, delimiter, at + 1
 
 
+def _numeric(line: bytes) -> bool:
+    """Whether a line begins with a number."""
+    return re.match(rb"\s*\"?[-+]?\d", line) is not None
+
+
 def is_table(head: bytes) -> bool:
     """Whether the first line names an axis among the columns, and the next line has as many fields."""
     first, _, rest = head.lstrip().partition(b"\n")
@@ -65,7 +78,7 @@ def is_table(head: bytes) -> bool:
 
 def _cells(name: str, data: bytes, columns: Sequence[str], delimiter: str, header: int) -> pd.DataFrame:
     """The table below its header, columns by place; numbers where a column has nothing else."""
-    fields = re.escape(delimiter.encode())
+    fields = delimiter.encode() if delimiter.startswith("\\") else re.escape(delimiter.encode())
     sample = data[: 1 << 16]
     decimal_comma = (
         delimiter != ","
@@ -116,7 +129,7 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
     repeated = [column for column in columns if column and columns.count(column) > 1]
     if repeated:
         raise DataError(f"{name}:{header}: the column {repeated[0]!r} comes twice; rename one")
-    if is_run_table(columns) and not frame["0"].duplicated().any():
+    if is_run_table(columns, unique=not frame["0"].duplicated().any()):
         raise DataError(f"{name}:{header}: a table of runs, one row per run, is no curve; export a chart or a history")
     frame = frame.set_axis([column or f"column {place}" for place, column in enumerate(columns, 1)], axis=1)
     known = FrameColumns(name, frame, lines)
@@ -133,9 +146,10 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
     return document
 
 
-def is_run_table(columns: Sequence[str]) -> bool:
-    """Whether the columns are those of a table with a row per run."""
-    return columns[0].lower() in _RUN_NAMES and bool(_RUN_FACTS & {column.lower() for column in columns})
+def is_run_table(columns: Sequence[str], *, unique: bool) -> bool:
+    """Whether the columns are those of a table with a row per run; a history may have a runtime in each row."""
+    facts = _RUN_FACTS & {column.lower() for column in columns}
+    return columns[0].lower() in _RUN_NAMES and bool(facts if unique else facts - {"runtime"})
 
 
 def _format(plain: Sequence[str]) -> str:

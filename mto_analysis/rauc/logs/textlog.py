@@ -26,7 +26,7 @@ _EPOCH = re.compile(r"EPOCH (\d+) training takes|Epoch:? ?\[(\d+)\] Total time|E
 _ACCURACY = re.compile(r"\* +(Acc|Prec)@1:? +(\S+)")
 _OF_EMA = re.compile(r"\bema\b", re.IGNORECASE)
 _OF_TRAINING = re.compile(r"\b(Train(ing)?|TRAIN)\b")
-_VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) ?\[(\d+)\](?:\[ *(\d+)(?:/ *(\d+))?\])?(.*)")
+_VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) *\[ *(\d+)(?:/ *\d+)?\](?:\[ *\d+(?:/ *\d+)?\])?(.*)")
 _PAIR = re.compile(r"([A-Za-z][\w/.@-]*): ([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(?=[\s,]|$)")
 _BESIDE = ("eta", "time", "data_time", "memory")
 _TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|\* +(?:Acc|Prec)@1:? ")
@@ -42,7 +42,7 @@ def is_text_log(data: bytes) -> bool:
 
 def is_open_mmlab_text(data: bytes) -> bool:
     """Whether there are validation lines of OpenMMLab's loggers."""
-    return b"(val)" in data and re.search(rb"(?:Epoch|Iter)\(val\) ?\[\d+\]", data) is not None
+    return b"(val)" in data and re.search(rb"(?:Epoch|Iter)\(val\) *\[ *\d+", data) is not None
 
 
 def is_metric_file(data: bytes) -> bool:
@@ -121,7 +121,7 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
         found = _VALIDATION.search(line)
         if found is None:
             continue
-        values = {key: float(value) for key, value in _PAIR.findall(found[5]) if key not in _BESIDE}
+        values = {key: float(value) for key, value in _PAIR.findall(found[3]) if key not in _BESIDE}
         if values:
             words.add(found[1])
             # mmengine's bracket of Iter(val) is a validation batch: the iteration is in the training line before it.

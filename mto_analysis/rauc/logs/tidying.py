@@ -89,7 +89,7 @@ def _without_later_evaluations(
     counts as trained if the curve goes on beyond its last epoch (a resumed run), else as an evaluation at the end.
     """
     order = np.argsort(code, kind="stable")
-    curve, epoch = code[order], rows["epoch"].to_numpy()[order]
+    curve, epoch, score = code[order], rows["epoch"].to_numpy()[order], rows["score"].to_numpy()[order]
     if not ((np.diff(epoch) <= 0) & (np.diff(curve) == 0)).any():
         return rows, code, []
     again = _earlier_place(curve, epoch)
@@ -102,17 +102,18 @@ def _without_later_evaluations(
         later = repeats[~_goes_on(curve, epoch)[repeats]]
     if log.document.progress is None:
         _refuse_second_run(log.file, rows, order, curve, epoch, later)
-        # A curve that goes back to its first epoch holds another run, which is looked at next.
+        # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
         begins, length = np.searchsorted(curve, curve[later]), np.bincount(curve)[curve[later]]
-        restarted = curve[later[(epoch[later] == epoch[begins]) & (length > 2)]]
+        changed = score[later] != score[again[later]]
+        restarted = curve[later[(epoch[later] == epoch[begins]) & (length > 2) & changed]]
         later = later[~np.isin(curve[later], restarted)]
     if not later.size:
         return rows, code, []
     lines = rows["line"].to_numpy()[order]
-    changed = later[rows["score"].to_numpy()[order][later] != rows["score"].to_numpy()[order][again[later]]]
+    changed = later[score[later] != score[again[later]]]
     text = "evaluated again without training in between: the first score of the epoch counts"
     keep = np.sort(np.delete(order, later))
-    return rows.iloc[keep], code[keep], grouped(log.file, lines[changed if changed.size else later[:0]], text)
+    return rows.iloc[keep], code[keep], grouped(log.file, lines[changed], text)
 
 
 def _refuse_second_run(
@@ -225,9 +226,12 @@ def _in_percent(log: Log, rows: pd.DataFrame, code: np.ndarray, unit: Unit) -> t
     highest = pd.Series(score).groupby(code).max()
     small = highest <= 1
     written = log.document.format.percent
-    if unit == "auto" and written and re.fullmatch(written, log.series.column):
+    told = log.series.metric.percent or bool(written and re.fullmatch(written, log.series.column))
+    if unit == "auto" and told:
         if small.all() and score.size > 1:
-            findings.append(Finding(log.file, None, "no score exceeds 1; read as percent, as this trainer writes it"))
+            findings.append(
+                Finding(log.file, None, "no score exceeds 1; read as percent, as the format or the name tells")
+            )
     elif unit == "auto":
         if small.any() and not small.all():
             at = int(np.argmax(code == small.index[small][0]))
