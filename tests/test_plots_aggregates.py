@@ -45,9 +45,10 @@ def test_draw_aggregates__shows_all_estimates_and_curves_of_all_methods(found):
     figure = draw_aggregates(found, axis="epoch", score="top-1 accuracy (%)")
     labels = [ax.get_xlabel() for ax in figure.axes]
     assert labels == [
-        "top-1 accuracy (%) at epoch 100", "RAUC of a run", "probability of improvement",
+        "top-1 accuracy (%) at epoch 100", "RAUC of a run", "probability of improvement over MAE",
         "threshold: top-1 accuracy (%) at epoch 100", "threshold: RAUC of a run", "epoch",
     ]  # fmt: skip
+    assert "95 % stratified bootstrap" in figure.get_suptitle()
     curves = [line for line in figure.axes[5].get_lines() if len(line.get_xdata())]
     assert len(curves) == 2
     mto = found.efficiency[found.efficiency["method"] == "MTO"]

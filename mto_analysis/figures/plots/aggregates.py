@@ -112,13 +112,15 @@ def draw_aggregates(found: Aggregates, *, axis: str, score: str) -> Figure:
         plot_estimates(wins, looks, by="measure", ax=upper[-1])
         upper[-1].axvline(0.5, color="0.3", linewidth=0.8, zorder=0.5)
         upper[-1].set_xlim(-0.03, 1.03)
-        upper[-1].set_xlabel(IMPROVEMENT)
+        over = ", ".join(dict.fromkeys(wins["baseline"]))
+        upper[-1].set_xlabel(f"{IMPROVEMENT} over {over}")
         plot_bands(found.efficiency, looks, x="place", y="score", ax=lower[-1])
         lower[-1].set_xlabel(axis)
         lower[-1].set_ylabel(f"IQM of {score}")
         _legend(figure, methods, looks)
         tasks = f"{len(found.tasks)} tasks ({_listed(found.tasks)}), {axis} {found.start:g} to {found.end:g}"
         intervals = f"bars and bands: {100 * estimates['confidence'].iloc[0]:g} % stratified bootstrap over runs"
+        intervals = intervals if estimates["low"].notna().any() else "one run on a task: no intervals"
         figure.suptitle(f"{tasks}; {intervals}", fontsize=7, color="0.3")
     return figure
 
