@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -187,3 +189,26 @@ def test_on_axis__takes_a_column_or_a_cost_per_epoch(table):
 def test_runs__names_what_is_there(table):
     with pytest.raises(DataError, match="no log has the method 'X'; there are A"):
         table(rows("A,1,50 A,2,60")).runs("X")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"file": "log.txt", "unit": "percents"},
+            "list: unit must be one of percent, fraction, raw or none, got 'percents'",
+        ),
+        ({"file": "log.txt", "units": "raw"}, "list: no setting is called 'units'; known are file, method, seed"),
+        ({"file": "log.txt", "first-epoch": 2}, r"list: first_epoch must lie in \[0, 1\], got 2"),
+        ({"file": "log.txt", "steps-per-epoch": "-1"}, "list: steps_per_epoch must be above 0, got -1.0"),
+        ({"method": "MAE"}, "list: lacks file"),
+    ],
+)
+def test_source__options_are_checked(options, message) -> None:
+    with pytest.raises(DataError, match=message):
+        Source.of(options, "list")
+
+
+def test_source__of_a_list_has_typed_values() -> None:
+    found = Source.of({"file": "log.txt", "seed": 3, "steps-per-epoch": 12, "first-epoch": 1}, "list")
+    assert (found.path, found.seed, found.steps_per_epoch, found.first_epoch) == (Path("log.txt"), "3", 12.0, 1)

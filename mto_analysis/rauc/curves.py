@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from mto_analysis.rauc.logs import Finding, Log, Request, choose, extract, open_
 from mto_analysis.rauc.logs.counting import Counted, EpochCount, count_alike
 from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
 from mto_analysis.rauc.logs.tidying import Unit, tidy
+from mto_analysis.runtime.settings import Options, Positive, Reader, Settings, Within
 
 __all__ = ["CurveTable", "Source", "listed_sources", "on_axis", "read_curves"]
 
@@ -31,7 +32,7 @@ _NAMELESS = ("log", "log_rank0", "summary", "metrics", "trainer_state", "scalars
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Settings):
     """A log, and where the file does not say so itself, whose it is and how to read it.
 
     Attributes:
@@ -53,9 +54,9 @@ class Source:
     score: str | None = None
     epoch: str | None = None
     run: str | None = None
-    unit: Unit | None = None
-    steps_per_epoch: float | None = None
-    first_epoch: int | None = None
+    unit: Literal["percent", "fraction", "raw"] | None = None
+    steps_per_epoch: Positive | None = None
+    first_epoch: Annotated[int, Within("[0, 1]")] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Source:
@@ -91,21 +92,9 @@ class Source:
         Raises:
             DataError: If an option is unknown, its value is none, or there is no file.
         """
-        convert: dict[str, Callable[[Any], Any]] = {
-            "file": Path, "method": str, "seed": str, "score": str, "epoch": str, "run": str, "unit": _unit,
-            "steps-per-epoch": _positive, "first-epoch": _first_epoch,
-        }  # fmt: skip
-        values = {}
-        for key, value in options.items():
-            if key not in convert:
-                raise DataError(f"{where}: a log has no option {key!r}; it has {', '.join(convert)}")
-            try:
-                values[{"file": "path"}.get(key, key.replace("-", "_"))] = convert[key](value)
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{where}: {key} = {value!r}: {error}") from None
-        if "path" not in values:
-            raise DataError(f"{where}: a log needs a file")
-        return cls(**values)
+        given = {key.replace("-", "_"): str(value) for key, value in options.items()}
+        reader = Reader(where, {}, Options(given, where), error=DataError)
+        return reader.read(cls, path=reader.take("file", Path))
 
     def name(self, wanted: Collection[str] = ()) -> str:
         """The method's name: the given one, else the file's (or its folder's, where files are all called log.txt)."""
@@ -118,25 +107,6 @@ class Source:
         if stem in wanted or stem.split(".")[0] not in _NAMELESS:
             return stem
         return self.path.resolve().parent.name or stem
-
-
-def _unit(text: str) -> str:
-    if text not in ("percent", "fraction", "raw"):
-        raise ValueError("must be percent, fraction or raw")
-    return text
-
-
-def _positive(text: Any) -> float:
-    number = float(text)
-    if not 0 < number < np.inf:
-        raise ValueError("must be a positive number")
-    return number
-
-
-def _first_epoch(text: Any) -> int:
-    if str(text) not in ("0", "1"):
-        raise ValueError("must be 0 or 1")
-    return int(text)
 
 
 def listed_sources(path: Path) -> list[Source]:

@@ -340,7 +340,7 @@ def _one(name: str, declared: Any, kind: Any, text: str) -> Any:
     try:
         if kind is bool:
             return _TRUE[text.lower()]
-        if kind in (int, float):
+        if kind in (int, float, Path):
             return kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"{name} must be {_in_words(declared)}, got {text!r}") from None
