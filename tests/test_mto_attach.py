@@ -537,7 +537,7 @@ def test_stack_spec__explicit(way):
         ({"prefix_tokens": -1}, "prefix_tokens of at least 0, or 'auto', got -1"),
         ({"prefix_tokens": "some"}, "or 'auto', got some"),
         ({}, "needs mask_token, masked_row or mask"),
-        ({"mask": "bool_masked_pos"}, "'argument:NAME' or 'argument:~NAME'"),
+        ({"mask": "bool_masked_pos"}, "'argument:NAME', 'argument:~NAME' or 'tokens'"),
         ({"mask": torch.ones, "present": "none"}, "'all' or 'subset'"),
     ],
 )

@@ -161,7 +161,69 @@ def test_prefix__a_wrong_one_is_refused(given, options, match):
         refused(model, lambda: model(features(3), RAGGED), "'mask' has 16; pass prefix_tokens=1", stacks=[spec])
 
 
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_prefix__class_tokens_behind_the_patches_are_refused(position):
+    class Behind(Inpainting):
+        def tokens(self, x, mask):
+            x = torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.positions()
+            return torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
+
+    model, mask = Behind(cls=1, position=position), RAGGED.clone()
+    mask[:, 0] = False  # or a masked token would be seen in the place of the class token
+    match = "are not in front of the patches|masks 5 to 12 of 16 patches"
+    refused(model, lambda: model(features(3), mask), match)
+    refused(model, lambda: model.run(model.tokens(features(3), mask)), "are not in front of the patches")
+
+
 # ---- how the mask is known
+
+
+def test_mask__an_argument_that_is_something_else():
+    class Other(Inpainting):
+        def forward(self, x, mask):
+            return super().forward(x, RAGGED)
+
+    model, other = Other(), RAGGED.roll(1, dims=1)
+    run = lambda: model(features(3), other)  # noqa: E731
+    refused(model, run, "mask='tokens' where 'mask' is something else")
+    spec = StackSpec("encoder", model.blocks, model.mask_token, position=model.pos_embed, mask="tokens")
+    assert_exact(model, model.blocks, run, 0, RAGGED, stacks=[spec])
+
+
+@pytest.mark.parametrize("arguments", [{"key_padding_mask": RAGGED & False}, {"loss_mask": RAGGED.roll(2, dims=1)}])
+def test_mask__arguments_of_other_names_do_not_matter(arguments):
+    class More(Inpainting):
+        def forward(self, x, mask, key_padding_mask=None, loss_mask=None):
+            return super().forward(x, mask)
+
+    model = More()
+    assert_exact(model, model.blocks, lambda: model(features(3), RAGGED, **arguments), 0, RAGGED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_mask__of_numbers_is_compared_too(dtype):
+    class Numbers(Inpainting):
+        def forward(self, x, mask):
+            return super().forward(x, mask.bool())
+
+    model = Numbers()
+    mto = assert_exact(model, model.blocks, lambda: model(features(3), RAGGED.to(dtype)), 0, RAGGED)
+    assert "argument 'mask'" in mto.describe()
+
+
+def test_mask__one_that_cannot_be_verified_is_warned_about():
+    class Drops(Inpainting):
+        def forward(self, x, mask):
+            return self.run(nn.functional.dropout(self.tokens(x, mask), 0.3))
+
+    model = Drops().train()
+    refused(model, lambda: model(features(3), RAGGED), "dropout changed the mask token")
+    mto = attach_mto(model, CONFIG, stacks=[StackSpec("encoder", model.blocks, mask="argument:mask")])
+    expected = plain_way(model.blocks, lambda: model(features(3), RAGGED), 0, RAGGED)
+    with pytest.warns(UserWarning, match="the mask could not be verified"):
+        torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
+    model(features(3), RAGGED)
+    assert mto.loss().isfinite()  # said once
 
 
 def test_mask__an_inverted_argument_is_found_or_refused():

@@ -235,6 +235,7 @@ class Stack(Generic[_Any]):
         self._surely_batch_first = False not in said
         self._transposed = False
         self._positions = 1  # rows of one mask token
+        self.doubts: list[str] = []  # what could not be verified, to be said once
         self.skipped = 0  # forwards of a size that does not fit
         self.unmasked = 0  # forwards in which no token is masked
         self.hint = hinted_prefix(model, [*spec.mask_tokens, *(module for module, _ in spec.points[:1])])
@@ -459,6 +460,7 @@ class Stack(Generic[_Any]):
             raise self._error(
                 "several masked tokens of an image have one position; pass position=... or masked_row=..."
             )
+        self._refuse_shift(layout, places, tokens)
         for name, mask in told.items():
             if mask.shape[1] == patches:
                 # What we ask for is the model's mask only where it got it as it is: noise, say, may give another.
@@ -480,6 +482,24 @@ class Stack(Generic[_Any]):
             self._refuse_zeros()
         return layout
 
+    def _refuse_shift(self, layout: _Layout, places: Tensor, tokens: Tensor) -> None:
+        """Masked tokens in order, but not behind the prefix tokens: there are others after those of patches."""
+        if self._positions == 1 and layout.prefix and len(tokens) > 1:
+            alike = (tokens == tokens[:1]).all(dim=-1).all(dim=0) & (places < 0).all(dim=0)  # as class tokens are
+            if bool(alike[-layout.prefix :].all()) and not bool(alike[: layout.prefix].any()):
+                raise self._error(
+                    f"its last {layout.prefix} tokens are equal in all images, its first are not: class or register "
+                    "tokens are not in front of the patches; pass taps=... or prefix_tokens=..."
+                )
+        if self._positions > 1 and self.spec.present == "all":
+            slots = torch.arange(places.shape[1], device=places.device).expand_as(places)
+            shift = torch.unique((slots - places % self._positions)[places >= 0])
+            if len(shift) == 1 and int(shift) != layout.prefix - layout.offset:
+                raise self._error(
+                    f"masked tokens are {int(shift)} behind their positions, not {layout.prefix - layout.offset}: its "
+                    "class or register tokens are not in front of the patches; pass taps=... or prefix_tokens=..."
+                )
+
     def _fit(self, layout: _Layout, places: Tensor, name: str, mask: Tensor, *, passed: bool) -> _Layout | None:
         """The layout with an argument that tells the same mask, inverted or not."""
         found = self._in_patch_order(places, layout)
@@ -494,6 +514,9 @@ class Stack(Generic[_Any]):
             blank = in_place and passed and bool(self._is_zero()) and bool(expected.any())
             if blank and not bool((expected & ~found).any()):
                 return fits  # blank patches that equal the mask token
+            shifts = range(places.shape[1] - expected.shape[1] + 1)
+            if any(torch.equal(places[:, at : at + expected.shape[1]] >= 0, expected) for at in shifts):
+                return None  # in order, but prefix tokens are not in front
             if self._positions == 1 and torch.equal(slots.sum(dim=1), expected.sum(dim=1)):
                 return layout  # in another order, and nothing tells which
         return None
@@ -513,7 +536,9 @@ class Stack(Generic[_Any]):
         if REQUESTED in arguments:  # the model's own arguments may hold it in another form
             mask = _as_mask(arguments[REQUESTED], batch)
             return {} if mask is None else {REQUESTED: mask.to(tokens.device)}
-        found = {}
+        found: dict[str, Tensor] = {}
+        if self.spec.mask == "tokens":
+            return found
         for name, value in arguments.items():
             if not _MASK_NAME.search(name) or _OTHER_NAME.search(name):
                 continue
@@ -596,10 +621,16 @@ class Stack(Generic[_Any]):
             )
         if self.layout is None:
             self.layout = _Layout(tokens.shape[1], prefix, mask.shape[1])
-            if (spread := _spread(tokens[:, prefix:], mask)) is not None and spread > 0:
-                other = _spread(tokens[:, prefix:], ~mask)
-                hint = "it is inverted: pass 'argument:~NAME'" if other == 0 else "pass mask_token=... to check it"
-                raise self._error(f"tokens that the mask calls masked differ at one position between images; {hint}")
+            if _spread(tokens[:, prefix:], mask) != 0:
+                if _spread(tokens[:, prefix:], ~mask) == 0:
+                    raise self._error(
+                        "tokens that the mask calls visible are equal at one position in all images, those that it "
+                        "calls masked are not: it is inverted: pass 'argument:~NAME' or the opposite mask"
+                    )
+                self.doubts.append(
+                    f"{self.where}: the mask could not be verified, as masked tokens differ at one position between "
+                    "images (dropout?) or no position is masked twice; mask_token=... and position=... would verify it"
+                )
         prefix_masked = torch.zeros_like(mask)
         return mask, torch.stack([mask, mask, mask, prefix_masked]), mask
 
@@ -612,7 +643,8 @@ class Stack(Generic[_Any]):
         inverted = "; it is inverted: pass mask='argument:~...'" if torch.equal(~expected, found) else ""
         return self._error(
             f"the mask in {name!r} masks {_counts(expected)} of {expected.shape[1]} patches, but tokens that equal the "
-            f"mask token are {_counts(found)}, or others{inverted}; pass mask=..., prefix_tokens=... or position=..."
+            f"mask token are {_counts(found)}, or others{inverted}; pass mask=..., prefix_tokens=... or position=... "
+            f"(mask='tokens' where {name!r} is something else)"
         )
 
 

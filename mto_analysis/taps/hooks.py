@@ -182,6 +182,9 @@ class Attached(Generic[_Any]):
             for stack in self._stacks:
                 stack.drop()
             raise failure
+        for stack in self._stacks:
+            while stack.doubts:
+                warnings.warn(stack.doubts.pop(), stacklevel=4)
         if self.skipped and not self._warned_of_size:
             self._warned_of_size = True
             warnings.warn(

@@ -44,7 +44,7 @@ class StackSpec:
             it enters the stack, ``num_positions dim`` or anything that reshapes to it; or several such.
         mask: The mask of the running forward, True = masked: a function that returns it, ``batch num_patches`` in the
             order of the tokens, or an argument of the caller, ``"argument:bool_masked_pos"``, inverted
-            ``"argument:~visible"``.
+            ``"argument:~visible"``; or ``"tokens"`` alone, where an argument that looks like a mask is something else.
         prefix_tokens: Class and register tokens in front of the patch tokens; ``"auto"`` finds their number.
         present: ``"all"`` patches are among the tokens, or a ``"subset"`` of them, in any order (predictors).
 
@@ -79,11 +79,11 @@ class StackSpec:
             raise ValueError(
                 f"stack {self.name} needs prefix_tokens of at least 0, or 'auto', got {self.prefix_tokens}"
             )
-        if self.mask_token is None and self.masked_row is None and self.mask is None:
+        if self.mask_token is None and self.masked_row is None and self.mask in (None, "tokens"):
             raise ValueError(f"stack {self.name} needs mask_token, masked_row or mask")
-        if isinstance(self.mask, str) and not self.argument:
+        if isinstance(self.mask, str) and not self.argument and self.mask != "tokens":
             raise ValueError(
-                f"mask of stack {self.name} must be 'argument:NAME' or 'argument:~NAME', got {self.mask!r}"
+                f"mask of stack {self.name} must be 'argument:NAME', 'argument:~NAME' or 'tokens', got {self.mask!r}"
             )
         if self.present not in ("all", "subset"):
             raise ValueError(f"present of stack {self.name} must be 'all' or 'subset', got {self.present!r}")
