@@ -246,6 +246,10 @@ TABLE = "epoch,val_acc\n1,60.5\n2,61.5\n3,62\n"
         "sep=;\n" + TABLE.replace(",", ";"),
         "\n\n" + TABLE,
         TABLE.replace("\n", ",\n"),
+        TABLE.encode("utf-16-be"),
+        "# a comment, with a comma\n" + TABLE,
+        TABLE.replace(",", "   "),
+        (TABLE.replace("\n", ",\xe9\n").replace("acc,\xe9", "acc,note")).encode("latin-1"),
     ],
 )
 def test_read_log__takes_every_spelling_of_a_table(tmp_path, content):
@@ -460,3 +464,86 @@ def test_read_log__accuracy_lines_of_the_moving_average_are_another_series(tmp_p
     assert table.frame["score"].tolist() == [50.0, 51.0, 52.0]
     assert any("EMA Acc@1 (EMA weights) is not read" in str(one) for one in table.findings)
     assert read_curves([path], score_column="EMA Acc@1").frame["score"].tolist() == [60.0, 61.0, 62.0]
+
+
+SPLITS = (("train", 9), ("val", 0))
+
+
+@pytest.mark.parametrize(
+    ("document", "places"),
+    [
+        ([{"epoch": e, "val": {"acc": a}} for e, a in ((1, 50), (2, 60))], [1, 2]),
+        ({"config": {"lr": 1}, "results": [{"epoch": e, "val_acc": a} for e, a in ((1, 50), (2, 60))]}, [1, 2]),
+        ({"5": {"val_acc": 50}, "10": {"val_acc": 60}}, [5, 10]),
+        ({"epoch": {"0": 3, "1": 4}, "val_acc": {"0": 50, "1": 60}}, [3, 4]),
+        ({"history": {"accuracy": [90, 91], "val_accuracy": [50, 60]}, "params": {"epochs": 2}}, [1, 2]),
+        ({mode: [{"epoch": e, "acc": 50 + e + more} for e in (0, 10)] for mode, more in SPLITS}, [0, 10]),
+    ],
+)  # fmt: skip
+def test_read_log__takes_the_usual_forms_of_a_json_document(tmp_path, document, places):
+    table = read_curves([write(tmp_path, "a.json", json.dumps(document, indent=1))])
+    assert (table.frame["epoch"].tolist(), table.frame["score"].tolist()) == (places, [50.0, 60.0])
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"train_acc": [1, 2], "val_acc": [50, 60, 70]}, "different lengths"),
+        ([50, 60, 70], "no list of objects"),
+        ({"a": [{"x": 1}], "b": [{"x": 1}]}, r"several lists \(a, b\)"),
+        ({"val_acc": 61.5}, "one evaluation, no curve"),
+    ],
+)
+def test_read_log__refuses_a_json_document_without_a_curve(tmp_path, document, message):
+    with pytest.raises(DataError, match=message):
+        read_log(write(tmp_path, "a.json", json.dumps(document)))
+
+
+def test_read_log__a_name_may_say_that_it_is_in_percent(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,Top-1 Accuracy (%)\n1,0.5\n2,0.9\n")
+    assert read_curves([path]).frame["score"].tolist() == [0.5, 0.9]
+
+
+def test_read_log__iterations_of_an_open_mmlab_console_are_steps(tmp_path):
+    text = "".join(
+        f"x - mmengine - INFO - Iter(train) [{1000 * e}/3000]  loss: 2.0\n"
+        f"x - mmengine - INFO - Iter(val) [50/50]    accuracy/top1: {50 + e}.0  time: 0.1\n"
+        for e in (1, 2, 3)
+    )
+    table = read_curves([write(tmp_path, "a.log", text)])
+    assert (table.axis, table.frame["epoch"].tolist()) == ("step", [1000.0, 2000.0, 3000.0])
+
+
+def test_read_log__a_second_block_is_no_later_evaluation(tmp_path):
+    # Two data sets of which no column is read, both at chance in the first epoch.
+    blocks = "".join(f"{e},{s + more * e}\n" for more in (0, 1) for e, s in enumerate((10, 50, 60, 70)))
+    with pytest.raises(DataError, match=r"a.csv:7: 'a' has a second score for epoch 1 and others"):
+        read_curves([write(tmp_path, "a.csv", "epoch,val_acc\n" + blocks)])
+    copies = "epoch,val_acc\n" + "1,50\n2,60\n" * 2
+    assert any("2 rows are copies" in str(one) for one in read_curves([write(tmp_path, "b.csv", copies)]).findings)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "clash"),
+    [
+        (range(0, 10), range(1, 11), True),
+        (range(9, 60, 10), range(10, 61, 10), True),
+        (range(0, 10), range(1, 10), False),  # the same end: epoch 0 is the state before training
+        (range(0, 101, 10), range(10, 101, 10), False),
+        (range(0, 10), range(0, 5), False),
+        (range(5, 20, 2), range(1, 20, 2), False),
+    ],
+)
+def test_read_curves__epochs_that_are_shifted_by_one_are_refused(tmp_path, one, two, clash):
+    paths = [
+        write(tmp_path, f"{name}.csv", "epoch,val_acc\n" + "".join(f"{e},{40 + e / 2}\n" for e in epochs))
+        for name, epochs in (("a", one), ("b", two))
+    ]
+    if clash:
+        with pytest.raises(DataError, match="pass --epochs completed"):
+            read_curves(paths)
+        table = read_curves(paths, epochs="completed")
+        (first,), (second,) = (table.runs(name).values() for name in "ab")
+        assert first.epochs.tolist() == second.epochs.tolist()
+    else:
+        assert read_curves(paths).frame["epoch"].tolist() == [*one, *two]

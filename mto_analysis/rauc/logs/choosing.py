@@ -25,6 +25,10 @@ from mto_analysis.rauc.logs.records import Document, Finding, Series
 __all__ = ["Request", "choose", "has_curve", "rows_of", "series_of"]
 
 
+#: Words of columns that measure no model: val_time is no sign of a validation metric.
+_BESIDE = {"time", "lr", "runtime", "seconds", "second", "speed", "samples", "steps", "mem", "memory", "eta"}
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of one log.
@@ -69,7 +73,7 @@ def series_of(document: Document) -> list[Series]:
 
 def _unmarked_split(metrics: Iterable[Metric]) -> str | None:
     """The split of names without one: beside ``val_loss`` alone it is training, beside ``train_loss`` it is not."""
-    splits = {metric.split for metric in metrics}
+    splits = {metric.split for metric in metrics if not _BESIDE & set(metric.rest)}
     if "train" in splits:
         return "val"
     return "train" if {"val", "test"} & splits else None
@@ -218,7 +222,9 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
     if request.lower_is_better:
         told = "no error and no loss found; name its column with --score-column"
     elif training:
-        unread = [each.name for each in every if each.metric.split in ("val", "test")]
+        unread = [
+            each.name for each in every if each.metric.split in ("val", "test") and not _BESIDE & set(each.metric.rest)
+        ]
         beside = f", while {', '.join(unread)} is of other images" if unread else ""
         told = (
             f"the only accuracy, {', '.join(training)}, looks like that of training images{beside};"

@@ -63,7 +63,9 @@ def extract(
     if document.format.ask and document.method is not None and series.method is None:
         labels = columns.labels(document.method)
         unread = set(labels.categories) - set(labels[rows])
-        findings += [Finding(file, None, f"the run {name!r} has no {series.column!r}") for name in sorted(unread)]
+        findings += [
+            Finding(file, None, f"the run {name!r} has no {series.column!r}") for name in sorted(unread - {""})
+        ]
     for loss in document.losses:
         # Chance accuracy beside a NaN loss is a dead epoch, not a low point of the curve.
         measured, present = columns.numbers(loss)

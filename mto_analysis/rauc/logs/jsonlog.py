@@ -12,7 +12,7 @@ import numpy as np
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
-from mto_analysis.rauc.logs.names import MODE_COLUMNS, metric_of
+from mto_analysis.rauc.logs.names import MODE_COLUMNS, metric_of, mode_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped
 from mto_analysis.rauc.logs.tables import axes_of
@@ -196,6 +196,9 @@ def _document(name: str, document: Any) -> Document:
                 # pandas' to_json: an object from row to value for each column
                 return _lists(name, {key: list(value.values()) for key, value in document.items()})
         tables = [value for value in document.values() if _is_table(value)]
+        if len(tables) > 1 and all(mode_of("mode", key)[0] for key, value in document.items() if _is_table(value)):
+            entries = [{**row, "mode": key} for key, value in document.items() if _is_table(value) for row in value]
+            return _rows(name, entries, "JSON array")
         if len(tables) == 1:
             return _rows(name, tables[0], "JSON array")
         if len(tables) > 1:

@@ -101,8 +101,8 @@ def _unzipped(name: str, raw: bytes) -> bytes:
 def _text(name: str, raw: bytes) -> bytes:
     r"""Text as UTF-8 without a byte order mark, lines ending with ``\n``."""
     mark = next((each for each in _BOMS if raw.startswith(each[0])), None)
-    if mark is None and raw[1:2] == b"\0" and raw[3:4] == b"\0" and raw[:1] != b"\0":
-        mark = (b"", "utf-16-le")
+    if mark is None and raw[:1] != raw[1:2] and b"\0" in raw[:2] and raw[:8].count(b"\0") == 4:
+        mark = (b"", "utf-16-be" if raw[:1] == b"\0" else "utf-16-le")
     if mark is not None and mark[1] != "utf-8":
         try:
             raw = raw.decode(mark[1]).encode()

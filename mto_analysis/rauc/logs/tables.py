@@ -43,12 +43,10 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
         return first.count(each) > 0, first.count(each) == second.count(each), first.count(each)
 
     delimiter = max(",;\t|", key=agreement)
-    if (
-        not first.count(delimiter)
-        and len(first.split()) == len(second.split()) > 1
-        and any(map(axis_of, first.split()))
-    ):
-        return first.split(), r"\s+", at + 1  # a printed table
+    words = first.split()
+    printed = len(words) == len(second.split()) > 1 and any(map(axis_of, words)) and _numeric(second.encode())
+    if printed and not first.count(delimiter):
+        return words, r"\s+", at + 1
     if not first.count(delimiter):
         raise DataError(
             f"{name}:{at + 1}: not a log of a known format (no JSON, no table header, no known text, in UTF-8)"
@@ -95,7 +93,7 @@ def _cells(name: str, data: bytes, columns: Sequence[str], delimiter: str, heade
             return pd.read_csv(
                 io.BytesIO(data), sep=delimiter, header=None, names=names, skiprows=header, index_col=False,
                 keep_default_na=False, na_values=[""], skip_blank_lines=False, dtype=repeating,
-                decimal="," if decimal_comma else ".", skipinitialspace=True,
+                decimal="," if decimal_comma else ".", skipinitialspace=True, encoding_errors="replace",
             )  # fmt: skip
     except pd.errors.ParserWarning:
         raise DataError(

@@ -101,34 +101,36 @@ def _without_later_evaluations(
     else:
         later = repeats[~_goes_on(curve, epoch)[repeats]]
     if log.document.progress is None:
-        _refuse_second_run(log.file, rows, order, curve, epoch, later)
         # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
         begins, length = np.searchsorted(curve, curve[later]), np.bincount(curve)[curve[later]]
         changed = score[later] != score[again[later]]
         restarted = curve[later[(epoch[later] == epoch[begins]) & (length > 2) & changed]]
         later = later[~np.isin(curve[later], restarted)]
+        _refuse_second_run(log.file, rows.iloc[order], curve, epoch, later, later[score[later] != score[again[later]]])
     if not later.size:
         return rows, code, []
     lines = rows["line"].to_numpy()[order]
     changed = later[score[later] != score[again[later]]]
     text = "evaluated again without training in between: the first score of the epoch counts"
+    copies = f"{later.size - changed.size} rows are copies of rows before them: skipped"
+    found = [Finding(log.file, int(lines[later].min()), copies)] if changed.size < later.size else []
     keep = np.sort(np.delete(order, later))
-    return rows.iloc[keep], code[keep], grouped(log.file, lines[changed], text)
+    return rows.iloc[keep], code[keep], [*grouped(log.file, lines[changed], text), *found]
 
 
 def _refuse_second_run(
     file: str,
     rows: pd.DataFrame,
-    order: Places,
     curve: Places,
     epoch: NDArray[np.float64],
     later: Places,
+    changed: Places,
 ) -> None:
     """Most epochs with a second score are no later evaluations, but another run or a column that is not read."""
-    for one in np.unique(curve[later]):
+    for one in np.unique(curve[changed]):
         repeated, total = np.unique(epoch[later[curve[later] == one]]), np.unique(epoch[curve == one])
-        if repeated.size > 1 and 2 * repeated.size > total.size and repeated[0] != epoch[np.argmax(curve == one)]:
-            at = order[later[curve[later] == one][0]]
+        if repeated.size > 1 and 2 * repeated.size > total.size:
+            at = changed[curve[changed] == one][0]
             raise DataError(
                 f"{file}:{rows['line'].iloc[at]}: {rows['method'].iloc[at]!r} has a second score for epoch"
                 f" {rows['epoch'].iloc[at]:g} and others;"
