@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from test_mto_attach import build, keep_tokens, scaled, traces
-from training_models import CASES
+from training_models import CASES, NUM, make_images
 
 from mto_analysis import heterogeneity
 from mto_analysis.affinity import quadrant_mass
@@ -31,7 +31,10 @@ def test_watch__numbers_equal_direct_computation(name):
         patches = tokens[:, case.prefix :].detach()
         cell = side // int(patches.shape[1] ** 0.5)
         on_grid = mask.view(-1, side, side)[:, ::cell, ::cell].flatten(1)
-        expected[f"{names[stack]}heterogeneity_{depth}"] = heterogeneity(patches, on_grid).mean().item()
+        h, bound = heterogeneity(patches, on_grid), (~on_grid).sum(dim=1).log()
+        expected[f"{names[stack]}heterogeneity_{depth}"] = h.mean().item()
+        expected[f"{names[stack]}bound_{depth}"] = bound.mean().item()
+        expected[f"{names[stack]}ratio_{depth}"] = (h / bound).mean().item()
         for quadrant, mass in enumerate(quadrant_mass(patches, on_grid).mean(dim=0).tolist(), start=1):
             expected[f"{names[stack]}quadrant_{quadrant}_mass_{depth}"] = mass
     assert record == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -108,6 +111,30 @@ def test_watch__warns_of_collapse_and_of_what_is_not_finite():
     assert len(watch.records) == 2
 
 
-def test_watch__every_must_be_positive():
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        watch_mto(build(CASES["mae"]), every=0)
+@pytest.mark.parametrize("name", ["every", "keep", "warn_after"])
+def test_watch__numbers_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        watch_mto(build(CASES["mae"]), **{name: 0})
+
+
+def test_watch__keeps_the_last_records_only():
+    case = CASES["simmim vit"]
+    model = build(case)
+    watch = watch_mto(model, every=1, keep=2)
+    for step in range(5):
+        case.run(model, step)
+    assert [record["step"] for record in watch.records] == [3, 4]
+
+
+def test_watch__warns_that_nothing_was_recorded():
+    case = CASES["conmim"]
+    model = build(case)
+    watch = watch_mto(model, every=1, warn_after=3)
+    nothing = torch.zeros(3, NUM, dtype=torch.bool)
+    model(make_images(), bool_masked_pos=nothing)
+    model(make_images(), bool_masked_pos=nothing)
+    with pytest.warns(UserWarning, match="nothing was recorded in 3 training forwards.*encoder.*stacks="):
+        model(make_images(), bool_masked_pos=nothing)
+    model(make_images(), bool_masked_pos=nothing)  # once
+    case.run(model, 0)
+    assert len(watch.records) == 1

@@ -34,7 +34,10 @@ class _Numbers(Forward):
         if patches.shape[1] not in self.splits:
             self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1])[0])
         split = self.splits[patches.shape[1]]
-        self.values[f"heterogeneity_{depth}"] = heterogeneity(patches, split).mean().item()
+        h, bound = heterogeneity(patches, split), (split.num_patches - split.num_masked).log()
+        self.values[f"heterogeneity_{depth}"] = h.mean().item()
+        self.values[f"bound_{depth}"] = bound.mean().item()
+        self.values[f"ratio_{depth}"] = (h / bound.clamp_min(math.log(2))).mean().item()
         for quadrant, mass in enumerate(quadrant_mass(patches, split).mean(dim=0).tolist(), start=1):
             self.values[f"quadrant_{quadrant}_mass_{depth}"] = mass
 
@@ -42,8 +45,10 @@ class _Numbers(Forward):
 class Watch(Attached[_Numbers]):
     """What :func:`watch_mto` gives: numbers of every k-th training forward, without any loss.
 
-    ``records`` holds one dict per watched step: ``step``, ``heterogeneity_0`` ..., ``quadrant_1_mass_0`` ...; with
-    several stacks each key but ``step`` starts with the stack's name. What fails is warned about, once.
+    ``records`` holds one dict per watched step, the last ones: ``step``, ``heterogeneity_0`` ..., its bound
+    log(num_visible) ``bound_0`` ..., H over that bound ``ratio_0`` ..., ``quadrant_1_mass_0`` ...; with several stacks
+    each key but ``step`` starts with the stack's name. What fails is warned about, once, and so is that nothing was
+    recorded.
     """
 
     def __init__(
@@ -52,10 +57,14 @@ class Watch(Attached[_Numbers]):
         specs: Sequence[StackSpec],
         every: int,
         on_record: Callable[[dict[str, float]], None] | None,
+        keep: int,
+        warn_after: int,
     ) -> None:
         self.records: list[dict[str, float]] = []
         self._every = every
         self._on_record = on_record
+        self._keep, self._warn_after = keep, max(warn_after, every)
+        self._forwards = 0  # of the model in training
         self._ended: set[int] = set()
         self._warned_of_failure = False
         super().__init__(model, specs, _Numbers)
@@ -73,9 +82,17 @@ class Watch(Attached[_Numbers]):
             self._step_ends()
 
     def _model_ends(self, *seen: Any) -> None:
+        self._forwards += bool(self._recording)
         super()._model_ends(*seen)
         if self._ended:
             self._step_ends()
+        if self._forwards == self._warn_after and not self.records and not self._warned_of_failure:
+            self._warned_of_failure = True
+            warnings.warn(
+                f"nothing was recorded in {self._forwards} training forwards: no masked token was seen in "
+                f"{', '.join(stack.where for stack in self._stacks)}; pass stacks=[StackSpec(...)]",
+                stacklevel=4,
+            )
 
     def _step_ends(self) -> None:
         self._ended.clear()
@@ -91,6 +108,7 @@ class Watch(Attached[_Numbers]):
             stack.drop()
         if len(record) > 1:
             self.records.append(record)
+            del self.records[: -self._keep]
             if self._on_record is not None:
                 self._on_record(record)
 
@@ -118,6 +136,8 @@ def watch_mto(
     every: int = 100,
     stacks: Sequence[StackSpec] | None = None,
     on_record: Callable[[dict[str, float]], None] | None = None,
+    keep: int = 10_000,
+    warn_after: int = 100,
 ) -> Watch:
     """Watch masked tokens in training without any loss: H and quadrant masses of every layer depth, every k steps.
 
@@ -126,11 +146,14 @@ def watch_mto(
         every: Steps (training forwards) between records; the others cost nothing.
         stacks: Where masked tokens live, for models of another structure.
         on_record: Called with each record, to log it.
+        keep: Records that are held, the last ones.
+        warn_after: Warn if so many training forwards (at least ``every``) recorded nothing.
 
     Raises:
-        ValueError: If no structure fits, or ``every`` is not positive.
+        ValueError: If no structure fits, or a number is not positive.
     """
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
+    for name, number in (("every", every), ("keep", keep), ("warn_after", warn_after)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     inner = unwrap(model)
-    return Watch(inner, stacks or find_stacks(inner), every, on_record)
+    return Watch(inner, stacks or find_stacks(inner), every, on_record, keep, warn_after)
