@@ -269,3 +269,35 @@ def test_run__is_refused_while_another_process_works_on_it(tmp_path):
     assert (tmp_path / "metrics.csv").read_bytes() == before
     assert [record.epoch for record in epochs] == [2]
     assert not (tmp_path / ".lock").exists()
+
+
+def copied_images(folder, replaced=()):
+    """Images as files, some of which hold another image under the same name."""
+    from mto_analysis import open_images
+
+    folder.mkdir(exist_ok=True)
+    source = some_images(200)
+    for number in range(120):
+        content = source.read(number + 60 if number in replaced else number)
+        (folder / f"{number:03d}.png").write_bytes(content)
+    return open_images(folder)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_resume__notices_that_images_were_replaced_under_the_same_names(tmp_path, verify):
+    settings = RunSettings(device="cpu", log_every=2, verify_data=verify)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", settings=settings, images=copied_images(tmp_path / "images"), on_step=stop_after(9))
+    one = copied_images(tmp_path / "images", replaced={42})  # not of the sample
+    others = copied_images(tmp_path / "others", replaced=range(120))
+    with pytest.raises(CheckpointError, match="images have other contents under the same names"):
+        run(tmp_path / "run", settings=settings, images=others, resume=True)
+    if verify:
+        with pytest.raises(CheckpointError, match="images have other contents under the same names"):
+            run(tmp_path / "run", settings=settings, images=one, resume=True)
+        unverified = RunSettings(device="cpu", log_every=2)
+        assert run(tmp_path / "run", settings=unverified, images=one, resume=True)  # of a sample nothing is replaced
+    else:
+        verified = RunSettings(device="cpu", log_every=2, verify_data=True)
+        with pytest.raises(CheckpointError, match="began without --verify-data, so only a sample"):
+            run(tmp_path / "run", settings=verified, images=one, resume=True)

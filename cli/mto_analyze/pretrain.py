@@ -65,6 +65,10 @@ Deterministic = Annotated[
     bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
 ]
 NumWorkers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
+VerifyData = Annotated[
+    bool | None,
+    typer.Option("--verify-data/--no-verify-data", help="Hash all images, so that --resume notices replaced ones."),
+]
 InMemory = Annotated[
     bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
 ]
@@ -106,6 +110,7 @@ def pretrain(
     deterministic: Deterministic = None,
     num_workers: NumWorkers = None,
     value_range: ValueRange = None,
+    verify_data: VerifyData = None,
     in_memory: InMemory = None,
     strict: Strict = False,
     device: Device = None,

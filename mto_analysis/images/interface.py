@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from PIL import Image
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
-__all__ = ["Images", "choose_images", "naming"]
+__all__ = ["Images", "choose_images", "contents_digest", "naming"]
 
 
 class Images(ABC):
@@ -55,6 +56,22 @@ class Images(ABC):
     def range_in_words(self, index: int) -> str:
         """Which values of an image are black and white, where it is not of eight bits; else nothing."""
         return range_in_words(self.read(index), self.value_range)
+
+
+def contents_digest(images: Images, sample: int | None = None) -> str:
+    """Hash of the encoded files of all images, or of a sample spread evenly over them, in order.
+
+    One that cannot be read counts as empty, so that it may be found broken later, where that is said.
+    """
+    total = len(images.names)
+    count = min(sample or total, total)
+    digest = hashlib.blake2b(digest_size=8)
+    for number in range(count):
+        content = b""
+        with suppress(OSError, ValueError):
+            content = images.read(number * total // count)
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def pretrain(
         RunFolder(folder),
         settings,
         group,
-        identity=run_identity(settings, images.names, **own),
+        identity=run_identity(settings, images, **own),
         resume=resume,
         overwrite=overwrite,
         on_step=on_step,

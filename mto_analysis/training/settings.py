@@ -32,6 +32,7 @@ class RunSettings(Settings):
         deterministic: Use deterministic kernels on a GPU, so that resume is exact there too; slower.
         num_workers: Processes that decode images.
         value_range: Values of black and white, of images that are not in eight bits and do not state them.
+        verify_data: Hash all training images, not only a sample, so that a resumed run notices any that was replaced.
         in_memory: Hold decoded images in memory; by default where they are small.
         save_every: Epochs between writes of ``last.pth``.
         save_steps: Optimizer steps between further writes of ``last.pth``, for long epochs.
@@ -55,6 +56,7 @@ class RunSettings(Settings):
     fsdp: bool = False
     deterministic: bool = False
     num_workers: Natural = 0
+    verify_data: bool = False
     value_range: Annotated[tuple[float, float], Rising()] | None = None
     in_memory: bool | None = None
     save_every: Count = 1

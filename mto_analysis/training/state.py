@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError, RunInUseError
+from mto_analysis.images.interface import Images, contents_digest
 from mto_analysis.runtime.outputs import atomic_file, check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ ADVICE = "fix it and go on with --resume"
 #: Part of every identity, raised whenever a release samples other random numbers: a run that went on across such a
 #: change would be neither the old run nor the new one. 2: colour augmentation by torchvision.
 RANDOMNESS = 2
+
+
+# Images whose contents tell whether a folder still holds those that a run began with.
+_SAMPLE = 32
+_REPLACED = "images have other contents under the same names"
 
 
 class RunFolder:
@@ -162,6 +168,11 @@ class RunFolder:
         if resume:
             stored = self.stored_facts()
             check_randomness(self.path, stored["identity"], stored)
+            known = stored["identity"].get("images", {}).get("contents")
+            if identity["images"]["contents"] is not None and known is None:
+                raise CheckpointError(
+                    f"{self.path} began without --verify-data, so only a sample of its images is known; leave it out"
+                )
             if other := run_differences(stored["identity"], identity):
                 raise CheckpointError(
                     f"{self.path} holds another run: {'; '.join(other)}; give the same, choose another --out or pass "
@@ -245,20 +256,26 @@ def check_randomness(path: Path, identity: Mapping[str, Any], facts: Mapping[str
         )
 
 
-def run_identity(settings: RunSettings, names: Sequence[str], **own: Any) -> dict[str, Any]:
+def run_identity(settings: RunSettings, images: Images, **own: Any) -> dict[str, Any]:
     """What makes a run this run, as plain values: with any of it changed it is another one.
 
     Args:
         settings: Of the run.
-        names: Of its training images.
+        images: To train on. Of what they hold a sample is hashed, or all with ``verify_data``.
         own: What else a run of its kind depends on.
     """
+    names = images.names
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
     facts = settings.facts()
     return {
         "randomness": RANDOMNESS,
         **{name: facts[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp", "value_range")},
-        "images": {"count": len(names), "names": digest},
+        "images": {
+            "count": len(names),
+            "names": digest,
+            "sample": contents_digest(images, _SAMPLE),
+            "contents": contents_digest(images) if settings.verify_data else None,
+        },
         **own,
     }
 
@@ -275,7 +292,11 @@ def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         recipe = identity.get("recipe") or {}
         return {**identity, "recipe": {name: recipe[name] for name in recipe if name in known}}
 
-    return differences(without_words(stored), without_words(now))
+    lines = differences(without_words(stored), without_words(now))
+    hashed = all((each.get("images") or {}).get("contents") for each in (stored, now))
+    lines = [line for line in lines if hashed or not line.startswith("images.contents ")]
+    replaced = ("images.sample ", "images.contents ")
+    return list(dict.fromkeys(_REPLACED if line.startswith(replaced) else line for line in lines))
 
 
 def run_layout(settings: RunSettings, group: Processes) -> dict[str, Any]:

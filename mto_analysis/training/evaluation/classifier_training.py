@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mto_analysis.images import choose_images
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.runtime.precision import fast_float32
@@ -187,7 +188,7 @@ def train_classifier(
         num_workers=run.num_workers,
         device=group.device,
     )
-    names = [train_images.images.names[row] for row in train_images.rows]
+    chosen = choose_images(train_images.images, [train_images.images.names[row] for row in train_images.rows])
     yield from train(
         lambda begins: ClassifierObjective(build_classifier(model, settings, num_classes, seed=run.seed), settings),
         settings,
@@ -196,7 +197,7 @@ def train_classifier(
         RunFolder(folder, final="classifier.pth"),
         run,
         group,
-        identity=run_identity(run, names, classifier=settings.to_dict(), weights=_fingerprint(model)),
+        identity=run_identity(run, chosen, classifier=settings.to_dict(), weights=_fingerprint(model)),
         resume=not overwrite,
         overwrite=overwrite,
         on_step=on_step,
