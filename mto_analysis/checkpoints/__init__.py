@@ -240,7 +240,10 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
             known["image_size"] = size
             info = replace(stored_info(section(about, "info")), image_size=size, assumptions=notes)
             conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
-    return replace(conversion, info=replace(conversion.info, layout=layout))
+    info, assumed = conversion.info, conversion.info.assumptions + given.assumed_heads
+    unsettled = given.unsettled_heads or info.unsettled_heads  # also before the file was converted to our own layout
+    info = replace(info, layout=layout, assumptions=assumed, unsettled_heads=unsettled)
+    return replace(conversion, info=info)
 
 
 def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]:
@@ -251,13 +254,16 @@ def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]
             return _convert(raw, given), needed
         except HeadCountError as error:
             needed.append(error.option)
-            given = replace(given, **{error.option: error.stand_in})
+            options: dict[str, Any] = {error.option: error.stand_in}
+            given = replace(given, **options)
 
 
 def _stated_heads(given: Given, stored: Mapping[str, Any]) -> Given:
     """The head counts that a file states, unless the user contradicts them."""
     counts = {option: whole(stored, option) for option in ("num_heads", "decoder_num_heads")}
-    known = {option: given.choose(option, count, stated=count) for option, count in counts.items() if count}
+    known: dict[str, Any] = {
+        option: given.choose(option, count, stated=count) for option, count in counts.items() if count
+    }
     return replace(given, **known)
 
 

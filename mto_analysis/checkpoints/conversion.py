@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
-from mto_analysis.models.interface import ImageSize
+from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
 __all__ = ["Conversion", "Given", "StateDict", "block_numbers", "build", "check_finite"]
 
@@ -37,6 +37,8 @@ class Given:
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     image_size: ImageSize | None = None
+    #: Where each chosen head count comes from: ``file``, ``given`` or ``published``.
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
 
     def choose(
         self,
@@ -74,7 +76,18 @@ class Given:
             )
         if heads < 1 or width % heads:
             raise CheckpointError(f"{option}={heads} does not divide the width {width}")
+        self.origins.setdefault(option, "file" if stated else "given" if given else "published")
         return heads
+
+    @property
+    def assumed_heads(self) -> tuple[str, ...]:
+        """What is assumed of head counts, in words."""
+        return tuple(HEADS_ASSUMED[name] for name, origin in self.origins.items() if origin == "published")
+
+    @property
+    def unsettled_heads(self) -> tuple[str, ...]:
+        """The head counts that the file does not state."""
+        return tuple(name for name, origin in self.origins.items() if origin != "file")
 
 
 @dataclass

@@ -150,7 +150,9 @@ def stored_info(stored: Mapping[str, Any]) -> ModelInfo:
     known = {field.name for field in fields(ModelInfo)}
     values = {name: value for name, value in stored.items() if name in known}
     values["mask_rule"] = MaskRule(**values["mask_rule"])
-    values |= {name: tuple(values[name]) for name in ("mean", "std", "assumptions") if name in values}
+    values |= {
+        name: tuple(values[name]) for name in ("mean", "std", "assumptions", "unsettled_heads") if name in values
+    }
     if isinstance(values.get("image_size"), list):
         values["image_size"] = tuple(values["image_size"])
     return ModelInfo(**values)

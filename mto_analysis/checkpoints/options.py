@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models.interface import ImageSize
@@ -16,8 +16,8 @@ class LoadOptions:
     """The arguments of :func:`~mto_analysis.checkpoints.load_checkpoint`, on their way through a study.
 
     Args:
-        num_heads: As there.
-        decoder_num_heads: As there.
+        num_heads: As there, or ``auto``: the number with the lowest loss on the images of a study.
+        decoder_num_heads: The same for the decoder.
         mean: As there.
         std: As there.
         image_size: As there.
@@ -25,8 +25,8 @@ class LoadOptions:
         offline: As there.
     """
 
-    num_heads: int | None = None
-    decoder_num_heads: int | None = None
+    num_heads: int | Literal["auto"] | None = None
+    decoder_num_heads: int | Literal["auto"] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: ImageSize | None = None

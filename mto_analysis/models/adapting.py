@@ -1,9 +1,8 @@
-"""Changes to a model that is going to be trained, none of which shows in its weights or its config.
-
-Dropped branches, and key biases that stay zero.
-"""
+"""Models adapted without a change of their weights: dropped branches, key biases that stay zero, other head counts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from timm.layers import DropPath  # type: ignore[attr-defined]
@@ -13,7 +12,25 @@ from torch.nn import functional as F
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import MaskedImageModel
 
-__all__ = ["fix_key_biases", "set_drop_path"]
+__all__ = ["fix_key_biases", "set_drop_path", "with_config"]
+
+
+def with_config(model: MaskedImageModel, config: Any) -> MaskedImageModel:
+    """The same weights in an architecture whose shapes are the same, such as one of other numbers of heads.
+
+    Args:
+        model: Stays as it is; the result shares its weights.
+        config: Of the new one.
+
+    Raises:
+        ValueError: If the configuration does not fit itself.
+        RuntimeError: If shapes differ.
+    """
+    with torch.device("meta"):
+        changed = type(model)(config, model.info)
+    changed.load_state_dict(model.state_dict(), strict=True, assign=True)
+    like = next(model.parameters())
+    return changed.to(like.device, like.dtype).eval()
 
 
 def set_drop_path(model: MaskedImageModel, rate: float) -> None:

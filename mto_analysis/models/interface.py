@@ -13,10 +13,24 @@ from torch import Tensor, nn
 from mto_analysis.masks import MaskRule, check_mask
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageSize", "MaskedImageModel", "ModelInfo", "height_and_width"]
+__all__ = [
+    "HEADS_ASSUMED",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "ImageSize",
+    "MaskedImageModel",
+    "ModelInfo",
+    "height_and_width",
+]
 
 #: Side of a square image in pixels, or its height and width.
 ImageSize = int | tuple[int, int]
+
+#: What is assumed of the head counts that a file does not state, as printed.
+HEADS_ASSUMED = {
+    "num_heads": "the encoder has as many heads as published models of its width",
+    "decoder_num_heads": "the decoder has as many heads as published models of its width",
+}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,6 +68,7 @@ class ModelInfo:
         channels: Of the input image.
         statistics_source: Where mean and standard deviation come from, as printed.
         assumptions: What neither the file nor its shapes settle, as printed.
+        unsettled_heads: Numbers of attention heads that the file does not state: ``num_heads``, ``decoder_num_heads``.
     """
 
     family: str
@@ -73,6 +88,7 @@ class ModelInfo:
     channels: int = 3
     statistics_source: str = "published"
     assumptions: tuple[str, ...] = ()
+    unsettled_heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
-__all__ = ["OwnLoss", "own_loss"]
+__all__ = ["OwnLoss", "own_loss", "predicts_pixels", "relative_losses"]
 
 
 class OwnLoss(NamedTuple):
@@ -42,6 +42,11 @@ class OwnLoss(NamedTuple):
         return text + doubt * self.suspicious
 
 
+def predicts_pixels(model: MaskedImageModel) -> bool:
+    """Whether a model has a loss on images."""
+    return model.info.criterion is not None and model.info.target != "features"
+
+
 @torch.no_grad()
 def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss | None:
     """Self-check of a loaded model on a few images; ``None`` for families that predict no pixels.
@@ -50,18 +55,45 @@ def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss |
         images: batch channels height width
         mask: batch num_patches
     """
+    found = []
+    for target, (losses, means) in _losses(model, images, mask).items():
+        judged = model.info.target is None
+        found.append(OwnLoss(losses.mean().item(), means.mean().item(), target, judged, num_images=len(images)))
+    return min(found, key=lambda each: each.loss / each.predict_the_mean, default=None)
+
+
+@torch.no_grad()
+def relative_losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> Tensor:
+    """The loss of each image over the mean loss of predicting the mean.
+
+    Shapes:
+        images: batch channels height width
+        mask: batch num_patches
+        returns: batch
+
+    Raises:
+        ValueError: If the family predicts no pixels.
+    """
+    found = [losses / means.mean() for losses, means in _losses(model, images, mask).values()]
+    if not found:
+        raise ValueError(f"a {model.info.family} model predicts no pixels, so it has no loss on images")
+    return min(found, key=lambda each: each.mean().item())
+
+
+def _losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> dict[Target, tuple[Tensor, Tensor]]:
+    """The losses of each image and those of predicting the mean, for each target that the model may have."""
     info = model.info
-    if info.criterion is None or info.target == "features":
-        return None
+    if info.criterion is None or not predicts_pixels(model):
+        return {}
     prediction = model.reconstruct(images, mask).float()
     images = images.float()
-    targets: tuple[Target, ...] = ("pixels", "normalized_pixels") if info.target is None else (info.target,)
-    found = []
+    stated = None if info.target == "features" else info.target
+    targets: tuple[Target, ...] = ("pixels", "normalized_pixels") if stated is None else (stated,)
+    found: dict[Target, tuple[Tensor, Tensor]] = {}
     for target in targets:
-        losses = [
+        loss, mean = (
             reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion)
             for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
-        ]
-        loss, mean = (each.mean().item() for each in losses)
-        found.append(OwnLoss(loss, mean, target, judged=len(targets) > 1, num_images=len(images)))
-    return min(found, key=lambda each: each.loss / each.predict_the_mean)
+        )
+        found[target] = loss, mean
+    return found

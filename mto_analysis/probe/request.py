@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from mto_analysis.errors import DataError, HeadCountError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, choose_images, image_batches
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.adapting import with_config
+from mto_analysis.models.interface import HEADS_ASSUMED
 from mto_analysis.probe.engine import MaskSource, masks_from_file, masks_from_rule, undisturbed
+from mto_analysis.probe.head_counts import COMPARED_IMAGES, HeadCounts, compare_heads
 from mto_analysis.probe.live_source import LiveSource
 from mto_analysis.probe.own_loss import OwnLoss, own_loss
 from mto_analysis.probe.pairing import common_num_visible, rule_leaving
@@ -142,22 +145,22 @@ class Request:
         return checkpoint_info(raw, self.loading.image_size)
 
     def _load(self, source: str | Path, raw: RawCheckpoint | None) -> MaskedImageModel:
-        """Load a checkpoint; head counts given for several are for those that need them."""
+        """Load a checkpoint; head counts given for several are for those that need them, as is ``auto``."""
         if isinstance(source, LiveSource):
             self.listener.note(f"{source}: its module is imported, so its code runs")
             return source.load(raw)
         assert raw is not None
         chosen = self.loading.keywords()
-        if len(self.sources) == 1:
-            return load_checkpoint(raw, **chosen)
         given = {option: chosen.pop(option) for option in ("num_heads", "decoder_num_heads")}
+        if len(self.sources) == 1:
+            chosen |= {option: count for option, count in given.items() if count != "auto"}
         while True:
             try:
                 return load_checkpoint(raw, **chosen)
             except HeadCountError as error:
                 if given[error.option] is None:
                     raise
-                chosen[error.option] = given[error.option]
+                chosen[error.option] = error.stand_in if given[error.option] == "auto" else given[error.option]
 
     def models(self, checked: Sequence[int] | None = None) -> Iterator[LoadedModel]:
         """Load one checkpoint after the other.
@@ -173,8 +176,10 @@ class Request:
         for source, raw, label in zip(self.sources, self._opened, self.labels, strict=True):
             model = self._load(source, raw).to(self.settings.device, self.settings.dtype)
             masks, words, rule = self._masks(model)
-            self._describe(label, model, words)
             rows = self.settings.rows(self.images)[:_CHECKED_IMAGES] if checked is None else checked
+            if model.info.unsettled_heads:
+                model = self._settle_heads(label, model, masks)
+            self._describe(label, model, words)
             loss = self._check(label, model, masks, rows) if self.processes.main else None
             facts = {
                 "model": label,
@@ -223,15 +228,45 @@ class Request:
         for assumption in info.assumptions:
             self.listener.note(f"{label}: assumed that {assumption}")
 
-    def _check(self, label: str, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> OwnLoss | None:
-        """The model's own loss on a few images, so that a wrong load is seen."""
+    def _settle_heads(self, label: str, model: MaskedImageModel, masks: MaskSource) -> MaskedImageModel:
+        """Choose head counts by the loss where that was asked for, and doubt those that another one beats."""
+        found = HeadCounts()
+        if self.processes.main:
+            rows = self.settings.rows(self.images)
+            count = min(COMPARED_IMAGES, len(rows))
+            batch = self._masked(model, masks, [rows[index * len(rows) // count] for index in range(count)])
+            asked = {option: getattr(self.loading, option) for option in model.info.unsettled_heads}
+            try:
+                found = compare_heads(model, batch, asked)
+            except HeadCountError as error:
+                raise HeadCountError(f"{label}: {error}", error.option) from error
+            for say, words in ((self.listener.note, found.note), (self.listener.warn, found.warning)):
+                if words:
+                    say(f"{label}: {words}")
+        (taken, *_) = self.processes.exchange(found.taken)
+        if not taken:
+            return model
+        changed = with_config(model, replace(model.config, **taken))
+        assumed = {HEADS_ASSUMED[option] for option in taken}
+        others = tuple(each for each in model.info.assumptions if each not in assumed)
+        changed.info = replace(model.info, assumptions=others)
+        return changed
+
+    def _masked(self, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Some images on the model's device, with their masks."""
         batch = next(self.batches(model, rows, batch_size=max(len(rows), 1)), None)
         if batch is None:
             return None
         like = next(model.parameters())
+        return batch.images.to(like.device, like.dtype), masks(batch.names, 0).to(like.device)
+
+    def _check(self, label: str, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> OwnLoss | None:
+        """The model's own loss on a few images, so that a wrong load is seen."""
+        batch = self._masked(model, masks, rows)
+        if batch is None:
+            return None
         with undisturbed(model):
-            mask = masks(batch.names, 0).to(like.device)
-            loss = own_loss(model, batch.images.to(like.device, like.dtype), mask)
+            loss = own_loss(model, *batch)
         if loss is None:
             self.listener.note(f"{label}: predicts no pixels, so its own loss cannot be checked on images")
             return None
