@@ -131,15 +131,16 @@ def _by_steps(
     document: Document, rows: NDArray[np.bool_], axis: str, places: NDArray[np.float64], placed: NDArray[np.bool_]
 ) -> tuple[str, AxisKind, NDArray[np.float64], NDArray[np.bool_], list[Finding]]:
     """Several evaluations in an epoch are at different steps: then the steps are the axis."""
-    same = np.diff(places[rows]) == 0
+    there = places[rows]
+    same = there[1:] == there[:-1]
     if same.any() and document.method is None:
         for column, kind in document.axes:
             if kind == "steps":
-                steps, there = document.columns.numbers(column)
-                moved = np.diff(steps[rows])
-                if there[rows].all() and (moved >= 0).all() and (moved[same] > 0).any():
+                steps, present = document.columns.numbers(column)
+                before, after = steps[rows][:-1], steps[rows][1:]
+                if present[rows].all() and (after >= before).all() and (after > before)[same].any():
                     text = f"several evaluations in an epoch, so {column!r} is the axis"
-                    return column, "steps", steps, there, [Finding(document.file, None, text)]
+                    return column, "steps", steps, present, [Finding(document.file, None, text)]
     return axis, "epochs", places, placed, []
 
 
@@ -162,7 +163,7 @@ def progress_of(document: Document) -> NDArray[np.int64] | None:
     for column, kind in document.axes:
         if kind == "steps":
             steps = pd.Series(document.columns.numbers(column)[0]).ffill().bfill().to_numpy()
-            return np.concatenate([[0], np.cumsum(np.diff(steps) != 0)])
+            return np.concatenate([[0], np.cumsum(steps[1:] != steps[:-1])])
     trained = np.zeros(len(document.columns.lines), dtype=np.bool_)
     found = [each for each in series_of(document) if each.metric.split == "train" and each.metric.kind != "other"]
     for each in found:

@@ -165,10 +165,8 @@ def _open_mmlab_axes(columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]
                     return (("step", "steps"), *axes)
         return (("step", "epochs" if "epoch" in columns.names else "steps"), *axes)
     if {"iter", "epoch"} <= set(columns.names):
-        counts, _ = columns.numbers("iter")
-        epochs, _ = columns.numbers("epoch")
-        rising = (np.diff(counts[scored]) > 0).all() and len(np.unique(counts[scored])) > 1
-        if rising and not (np.diff(epochs[scored]) > 0).all():
+        counts, epochs = (columns.numbers(key)[0][scored] for key in ("iter", "epoch"))
+        if len(counts) > 1 and (counts[1:] > counts[:-1]).all() and not (epochs[1:] > epochs[:-1]).all():
             return (("iter", "steps"), *axes)
     return tuple(axes)
 

@@ -102,9 +102,9 @@ def _without_later_evaluations(
         later = repeats[~_goes_on(curve, epoch)[repeats]]
     if log.document.progress is None:
         # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
-        begins, length = np.searchsorted(curve, curve[later]), np.bincount(curve)[curve[later]]
-        changed = score[later] != score[again[later]]
-        restarted = curve[later[(epoch[later] == epoch[begins]) & (length > 2) & changed]]
+        first, length = pd.Series(epoch).groupby(curve).transform("min").to_numpy(), np.bincount(curve)[curve]
+        again_first = (epoch == first) & (length > 2) & (score != score[again])
+        restarted = curve[later[again_first[later]]]
         later = later[~np.isin(curve[later], restarted)]
         _refuse_second_run(log.file, rows.iloc[order], curve, epoch, later, later[score[later] != score[again[later]]])
     if not later.size:
