@@ -428,7 +428,7 @@ def _joined(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame
 def _refuse_one_run_from_two_files(curves: Sequence[_Curves], groups: Sequence[str]) -> None:
     """Two files for one method and seed are two runs, or one counted twice."""
     seen: dict[tuple[str, ...], str] = {}
-    for each in curves:
+    for each in curves if len(curves) > 1 else ():
         for row in each.frame[["method", "seed", *groups]].drop_duplicates().itertuples(index=False):
             key = tuple(map(str, row))
             if key in seen and seen[key] != each.log.file:

@@ -14,6 +14,7 @@ from mto_analysis.rauc.logs.records import Finding
 
 __all__ = ["Counted", "EpochCount", "count_alike"]
 
+_ENOUGH = 4096
 EpochCount = Literal["as-written", "completed"]
 
 
@@ -52,8 +53,8 @@ def _evident(epochs: np.ndarray) -> int | None:
 
     A log that begins with 0 may also have been evaluated before training; its end tells, beside another log's.
     """
-    places = np.unique(epochs)
-    if places.size < 2:
+    places = np.unique(epochs[:_ENOUGH])  # curves are sorted: the first thousands show the step
+    if places.size < 2 or places[0] != epochs.min():
         return None
     step = float(np.median(np.diff(places)))
     if step == 1:

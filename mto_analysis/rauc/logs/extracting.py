@@ -71,7 +71,8 @@ def extract(
         measured, present = columns.numbers(loss)
         values = np.where(present & np.isnan(measured), math.nan, values)
     frame = pd.DataFrame(
-        {"epoch": places[rows], "score": values[rows], "line": columns.lines[rows], "row": np.flatnonzero(rows)}
+        {"epoch": places[rows], "score": values[rows], "line": columns.lines[rows], "row": np.flatnonzero(rows)},
+        copy=False,
     )
     roles = {
         "method": asked.get(method_column or "", document.method),

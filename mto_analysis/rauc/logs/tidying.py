@@ -54,7 +54,7 @@ def tidy(
             at = int(np.argmax(huge))
             raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
     keys = ["method", "seed", *groups]
-    code = rows.groupby(keys, sort=False, dropna=False, observed=True).ngroup().to_numpy()
+    code = _curve_codes([pd.Categorical(rows[key]) for key in keys])
     if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
         rows, code, found = _without_later_evaluations(log, rows, code)
         findings += found
@@ -72,6 +72,14 @@ def tidy(
     extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
     frame = rows[["method", "epoch", "score", "seed", *groups, *extra]]
     return frame.reset_index(drop=True), findings, fraction
+
+
+def _curve_codes(names: Sequence[pd.Categorical]) -> Places:
+    """Which curve each row is of, numbered as they come."""
+    code = np.zeros(len(names[0]), dtype=np.int64)
+    for each in names:
+        code = code * len(each.categories) + each.codes
+    return pd.factorize(code)[0]
 
 
 def _in_order(code: Places, epoch: NDArray[np.float64]) -> bool:
