@@ -22,7 +22,7 @@ from mto_analysis.rauc.areas import Points
 from mto_analysis.rauc.logs import Finding, Log, Request, choose, extract, open_log
 from mto_analysis.rauc.logs.counting import Counted, EpochCount, count_alike
 from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
-from mto_analysis.rauc.logs.tidying import Unit, tidy
+from mto_analysis.rauc.logs.tidying import Unit, curve_starts, tidy
 from mto_analysis.runtime.settings import Options, Positive, Reader, Settings, Within
 
 __all__ = ["CurveTable", "Source", "listed_sources", "on_axis", "read_curves"]
@@ -251,13 +251,10 @@ def read_curves(
         if per_epoch is not None:
             rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), per_epoch))
         frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=_as_number(which))
-        runs = frame.groupby(["method", "seed", *groups], sort=False, observed=True).ngroups
-        if runs == len(frame):
-            raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs")
         if lower_is_better:
             frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
         findings += [*log.findings, *found, *more]
-        curves.append(_Curves(log, source, frame, runs, said, fraction, per_epoch))
+        curves.append(_Curves(log, source, frame, said, fraction, per_epoch))
     if not curves:
         there = ", ".join(source.name() for source in parsed)
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
@@ -287,7 +284,6 @@ class _Curves:
     log: Log
     source: Source
     frame: pd.DataFrame
-    runs: int
     unit: Unit
     fraction: bool
     steps_per_epoch: float | None
@@ -318,7 +314,7 @@ class _Curves:
             axis=self.log.axis, axis_column=self.log.axis_column, steps_per_epoch=self.steps_per_epoch,
             first_epoch=first_epoch,
             methods=tuple(map(str, frame["method"].unique())),
-            runs=self.runs,
+            runs=len(curve_starts(frame)),
             points=len(frame), first=first, last=last, sha256=self.log.document.sha256,
         )  # fmt: skip
 

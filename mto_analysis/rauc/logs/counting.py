@@ -11,6 +11,7 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.records import Finding
+from mto_analysis.rauc.logs.tidying import curve_starts
 
 __all__ = ["Counted", "EpochCount", "count_alike"]
 
@@ -127,7 +128,11 @@ def _refuse_shift_inside(log: Counted) -> None:
     """Two methods of one table with the same epochs shifted by one."""
     if log.first is not None:
         return
-    spans = log.frame.groupby("method", sort=False)["epoch"].agg(["min", "max"])
+    epochs = log.frame["epoch"].to_numpy()
+    begins = curve_starts(log.frame)
+    ends = np.r_[begins[1:], epochs.size] - 1
+    curves = pd.DataFrame({"method": log.frame["method"].iloc[begins], "min": epochs[begins], "max": epochs[ends]})
+    spans = curves.groupby("method", sort=False, observed=True).agg({"min": "min", "max": "max"})
     zero = spans[spans["min"] == 0]
     shifted = spans[spans["min"] == 1]
     for name, span in shifted.iterrows():

@@ -70,8 +70,9 @@ def extract(
         # Chance accuracy beside a NaN loss is a dead epoch, not a low point of the curve.
         measured, present = columns.numbers(loss)
         values = np.where(present & np.isnan(measured), math.nan, values)
+    taken = slice(None) if rows.all() else rows  # a million rows need not be copied
     frame = pd.DataFrame(
-        {"epoch": places[rows], "score": values[rows], "line": columns.lines[rows], "row": np.flatnonzero(rows)},
+        {"epoch": places[taken], "score": values[taken], "line": columns.lines[taken], "row": np.flatnonzero(rows)},
         copy=False,
     )
     roles = {
@@ -81,16 +82,16 @@ def extract(
     }
     for role, name in roles.items():
         if name is not None and name in columns.names:
-            labels = columns.labels(name)[rows]
+            labels = columns.labels(name)[taken]
             # A description line may have the key of a column (mmcls writes "seed" there) that no score has.
             counts = np.bincount(labels.codes, minlength=len(labels.categories))
             if any(count and each for count, each in zip(counts, labels.categories, strict=True)):
                 frame[role] = labels
     if axis_column is not None and axis_column in columns.names:
-        frame[axis_column] = columns.numbers(axis_column)[0][rows]
+        frame[axis_column] = columns.numbers(axis_column)[0][taken]
     if "n_parameters" in columns.names:
         # It changes when another model writes into the same file; DeepSpeed leaves it out on some lines.
-        frame["run"] = pd.Series(columns.numbers("n_parameters")[0]).ffill().bfill().to_numpy()[rows]
+        frame["run"] = pd.Series(columns.numbers("n_parameters")[0]).ffill().bfill().to_numpy()[taken]
     return Log(document, series, frame, kind, axis, tuple(findings))
 
 

@@ -22,7 +22,7 @@ from mto_analysis.rauc.logs.records import Finding, Log, grouped
 
 Places = NDArray[np.integer[Any]]
 
-__all__ = ["Unit", "tidy"]
+__all__ = ["Unit", "curve_starts", "tidy"]
 
 Unit = Literal["auto", "percent", "fraction", "raw"]
 
@@ -67,11 +67,24 @@ def tidy(
         rows, code = rows[~lost], code[~lost]
     if rows.empty:
         raise DataError(f"{log.file}: no score is finite")
+    if (np.diff(code) != 0).all():
+        raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs")
     rows, found, fraction = _in_percent(log, rows, code, unit)
     findings += found + _gaps(log.file, rows, code)
     extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
     frame = rows[["method", "epoch", "score", "seed", *groups, *extra]]
     return frame.reset_index(drop=True), findings, fraction
+
+
+def curve_starts(frame: pd.DataFrame) -> Places:
+    """Where the curves of a tidy frame begin: where a name changes."""
+    begins = np.zeros(len(frame), dtype=np.bool_)
+    begins[:1] = True
+    for column in frame:
+        if isinstance(frame[column].dtype, pd.CategoricalDtype):
+            codes = frame[column].cat.codes.to_numpy()
+            begins[1:] |= codes[1:] != codes[:-1]
+    return np.flatnonzero(begins)
 
 
 def _curve_codes(names: Sequence[pd.Categorical]) -> Places:
