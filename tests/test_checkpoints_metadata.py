@@ -277,6 +277,36 @@ def test_load_checkpoint__compares_windows_and_shift_masks_with_what_a_config_st
         load_checkpoint(tmp_path / "wrong.pth")
 
 
+def test_load_checkpoint__reads_hieras_own_config_or_says_that_heads_double(tmp_path: Path) -> None:
+    state = open_checkpoint(ORIGINALS / "hiera_rect" / "checkpoint.pth").tensors
+    given = {"decoder_num_heads": 2, "image_size": (64, 96)}
+    torch.save({"model_state": state}, tmp_path / "silent.pth")
+    silent = load_checkpoint(tmp_path / "silent.pth", num_heads=1, **given).info
+    assert "heads double with each stage" in silent.assumptions[0]
+    told = {"num_heads": 1, "input_size": (64, 96), "mask_unit_attn": (True, True, False, False), "head_mul": 2.0}
+    torch.save({"model_state": state, "config": told}, tmp_path / "told.pth")
+    model = load_checkpoint(tmp_path / "told.pth", decoder_num_heads=2)
+    assert (model.config.stage_heads, model.info.assumptions) == ((1, 2, 4, 8), ())
+    torch.save({"model_state": state, "config": told | {"head_mul": 1.0}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"its config has head_mul=1\.0, only 2\.0 is read"):
+        load_checkpoint(tmp_path / "other.pth", decoder_num_heads=2)
+
+
+def test_load_checkpoint__reads_models_of_one_frame(tmp_path: Path) -> None:
+    state = dict(open_checkpoint(MAE).tensors)
+    kernel = state["patch_embed.proj.weight"]
+    expected = load_checkpoint(MAE, **MAE_HEADS).state_dict()
+    for frames in (1, 3):
+        state["patch_embed.proj.weight"] = kernel.unsqueeze(2).repeat(1, 1, frames, 1, 1)
+        torch.save(state, tmp_path / "file.pt")
+        if frames > 1:
+            with pytest.raises(CheckpointError, match="its patches span 3 frames, only models of one are read"):
+                load_checkpoint(tmp_path / "file.pt", **MAE_HEADS)
+        else:
+            loaded = load_checkpoint(tmp_path / "file.pt", **MAE_HEADS).state_dict()
+            assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 # Objects of other software.
 
 

@@ -166,7 +166,7 @@ def test_fit_relative_positions__without_an_index_takes_the_size_or_says_that_it
     assert find(Given()) == ((14, 14), True)  # 27 x 27 offsets are also 9 x 81: a grid of 5 x 41
     assert find(Given(), 56) == ((14, 14), False)
     assert find(Given(image_size=(20, 164))) == ((5, 41), False)
-    with pytest.raises(CheckpointError, match="not for 8 x 8: tables of relative positions are not resized"):
+    with pytest.raises(CheckpointError, match="not for the 8 x 8 patches of the size that --image-size gives: tables"):
         find(Given(image_size=32))
     with pytest.raises(CheckpointError, match="fit no grid of up to 1600 patches"):
         fit_relative_positions(relative((41, 41)), Given(), "table", index="index", patch_size=4)

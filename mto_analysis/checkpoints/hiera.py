@@ -8,7 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.metadata import count, hf_config, numbers, ratio, refuse_other, size, within
+from mto_analysis.checkpoints.metadata import (
+    count,
+    hf_config,
+    numbers,
+    ratio,
+    refuse_other,
+    section,
+    size,
+    whole,
+    within,
+)
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -34,7 +44,17 @@ def convert_hiera(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     state = StateDict(dict(raw.tensors))
     state.rename((r"^patch_embed\.proj\.", "patch_embed."), (r"^multi_scale_fusion_heads\.", "fusion."))
-    return _hiera(state, given, {})
+    settings = raw.config or section(raw.extras, "config")
+    names = {
+        "mask_unit_size": "masked_unit_size",
+        "mask_unit_attn": "masked_unit_attention",
+        "q_stride": "query_stride",
+    }
+    config = {names.get(name, name): value for name, value in settings.items()}
+    refuse_other(config, "its config", head_mul=2.0, dim_mul=2.0, sep_pos_embed=False, no_head_dim_scale=False)
+    if (first := whole(config, "num_heads")) is not None:
+        config["num_heads"] = [first << stage for stage in range(len(config.get("stages") or _LOCAL))]
+    return _hiera(state, given, config)
 
 
 def convert_hf_hiera(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -117,6 +137,9 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
         raise
     except ValueError as error:
         raise CheckpointError(f"the file describes no working Hiera model: {error}") from error
+    notes = grid.notes
+    if stage_heads is None:
+        notes += ("attention heads double with each stage, as in the published models: the file does not say",)
     info = ModelInfo(
         family="hiera",
         style="decoder",
@@ -126,7 +149,7 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
         target="pixels" if config.get("normalize_pixel_loss") is False else "normalized_pixels",
         criterion="l2",
         mask_rule_source="file" if ratio(config) else "published Hiera",
-        assumptions=grid.notes,
+        assumptions=notes,
     )
     return Conversion(Hiera, model, info, state)
 

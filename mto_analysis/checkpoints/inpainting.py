@@ -175,6 +175,9 @@ def num_patches(model: InpaintingConfig) -> int:
 
 def block_rule(ratio: float, published: str, model: InpaintingConfig) -> tuple[MaskRule, str]:
     """Square units of 32 px, and where that comes from; for other sizes than the published one 2 x 2 patches."""
+    height, width = height_and_width(model.image_size)
+    if (height // model.patch_size) % _UNIT_IN_PATCHES or (width // model.patch_size) % _UNIT_IN_PATCHES:
+        return MaskRule("block", ratio, model.patch_size), f"rule: the ratio of the published {published}"
     rule = MaskRule("block", ratio, _UNIT_IN_PATCHES * model.patch_size)
     if (model.image_size, model.patch_size) == (224, 16):
         return rule, f"published {published}"

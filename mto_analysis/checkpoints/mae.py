@@ -18,6 +18,7 @@ from mto_analysis.checkpoints.conversion import (
 from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, size, whole, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
@@ -43,9 +44,6 @@ def convert_split_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """MAE whose encoder and decoder are modules of their own (Prithvi of one frame; lightly's ``backbone.vit``)."""
     state = StateDict(dict(raw.tensors))
     state.rename((r"^(encoder|decoder|backbone\.vit)\.", ""))
-    embedding = state.tensors.get("patch_embed.proj.weight")
-    if embedding is not None and embedding.ndim == 5 and embedding.shape[2] == 1:  # one frame
-        state.tensors["patch_embed.proj.weight"] = embedding[:, :, 0]
     return mae_model(state, given, arguments(raw))
 
 
@@ -122,6 +120,11 @@ def mae_model(
         unit: Side in pixels of a token of the decoder, where the encoder's have another one.
         own: Fields of the config that are read in another way, or that MAE's does not have.
     """
+    embedding = state.tensors.get("patch_embed.proj.weight")
+    if embedding is not None and embedding.ndim == 5:  # of videos or series, as Prithvi's
+        if embedding.shape[2] != 1:
+            raise CheckpointError(f"its patches span {embedding.shape[2]} frames, only models of one are read")
+        state.tensors["patch_embed.proj.weight"] = embedding[:, :, 0]
     if not {"dim", "channels", "patch_size"} <= own.keys():
         own = (
             dict(zip(("dim", "channels", "patch_size"), state.shape("patch_embed.proj.weight", 4), strict=False)) | own

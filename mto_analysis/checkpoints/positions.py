@@ -140,7 +140,7 @@ def fit_relative_positions(
     grids = [each for each in grids if math.prod(each) <= _MOST_PATCHES]
     if not grids:
         raise CheckpointError(f"{origin} has {rows} rows, which fit no grid of up to {_MOST_PATCHES} patches")
-    sizes = [each for each in (_in_patches(stated, patch_size), _in_patches(given.image_size, patch_size)) if each]
+    sizes = {"the file states": stated, "--image-size gives": given.image_size}
     if index in state.tensors:
         stored = state.tensors[index]
         state.drop(re.escape(index))
@@ -148,13 +148,13 @@ def fit_relative_positions(
         grids = [each for each in grids if torch.equal(stored, relative_position_index(each))]
         if not grids:
             raise CheckpointError(f"{origin} and the index stored beside it fit no grid")
-    for size in sizes:
-        if size not in grids:
+    for who, size in sizes.items():
+        if (wanted := _in_patches(size, patch_size)) is not None and wanted not in grids:
             raise CheckpointError(
-                f"{origin} is for {' or '.join(map(_by, grids))} patches, not for {_by(size)}: tables of relative "
-                "positions are not resized; leave --image-size out"
+                f"{origin} is not for the {_by(wanted)} patches of the size that {who}: tables of relative positions "
+                "are not resized"
             )
-        grids = [size]
+        grids = [wanted] if wanted else grids
     sides = next((each for each in grids if each[0] == each[1]), grids[0])
     rivals = [each for each in grids if each != sides and min(each) > 1]
     note = f"the patch grid is square, {_by(sides)}: its table of relative positions does not tell; else {_ADVICE}"
