@@ -272,18 +272,18 @@ def test_shards__equal_the_whole(done: Path, tmp_path: Path, together: bool) -> 
 @pytest.mark.slow
 def test_kills__twenty_at_random_moments_give_equal_tables(done: Path, tmp_path: Path) -> None:
     chance = random.Random(1)
-    kills, number = 0, 0
-    while kills < 20 or number == 0:
+    kills, number, finished = 0, 0, False
+    while kills < 20 or not finished:
         process = start(done, tmp_path / str(number), "--jobs", "2")
         try:
             _, stderr = process.communicate(timeout=chance.uniform(3, 20) if kills < 20 else 600)
             assert process.returncode == 0, stderr
             assert_equal_tables(tmp_path / str(number), done / "out")
-            number += 1  # it was faster than the kills: another one
+            number, finished = number + 1, True  # where it was faster than the kills: another one
         except subprocess.TimeoutExpired:
             process.kill()  # the children must see to it themselves
             process.communicate(timeout=60)
-            kills += 1
+            kills, finished = kills + 1, False
 
 
 @pytest.mark.slow
