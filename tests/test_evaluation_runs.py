@@ -307,3 +307,23 @@ def test_evaluate__says_what_is_wrong_in_one_line(tmp_path, sources, arguments, 
     assert result.exit_code == code, result.output
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_curve__on_a_full_disk_keeps_the_one_that_was_to_be_replaced(tmp_path, monkeypatch):
+    from mto_analysis.runtime import outputs
+
+    score = score_of(50.0)
+    first = CurveFile(tmp_path, {"k": 1})
+    first.add(RunCheckpoint("a.pth", "MAE", 0, 1), score, "knn")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = CurveFile(tmp_path, {"k": 2}, overwrite=True)
+    fsync = outputs.os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outputs.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        second.add(RunCheckpoint("a.pth", "MAE", 0, 1), score, "knn")
+    monkeypatch.setattr(outputs.os, "fsync", fsync)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -42,7 +42,9 @@ def run(*arguments: object):
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished experiment."""
     folder = tmp_path_factory.mktemp("experiment")
-    result = run(write_experiment(folder), "--data", folder, "--out", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as the processes that its tables are compared with
+        result = run(write_experiment(folder), "--data", folder, "--out", folder / "out")
     assert result.exit_code == 0, result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 7
     assert "# tiny" in result.stdout

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mto_analysis.errors import MTOAnalysisError, OutputExistsError
+from mto_analysis.errors import MTOAnalysisError, OutputError, OutputExistsError
 from mto_analysis.figures.plots.style import write_figure
-from mto_analysis.runtime.outputs import OutputFolder, atomic_file, run_facts, write_atomically
+from mto_analysis.runtime.outputs import OutputFolder, atomic_file, check_writable, run_facts, write_atomically
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -178,4 +178,23 @@ def test_atomic_file__a_full_disk_names_the_file_that_did_not_fit(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught, atomic_file(tmp_path / "table.csv"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "table.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_writable__leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "deep" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "out", tmp_path / "file"):
+        with pytest.raises(OutputError, match=r"cannot be written .*; choose another --out"):
+            check_writable(place)
+
+
+def test_check_writable__a_read_only_place_is_an_error(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(30, "Read-only file system", str(tmp_path / "tmp1"))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        OutputFolder(tmp_path / "out", ["a.csv"])
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
-from mto_analysis.runtime.outputs import labels_of, write_atomically
+from mto_analysis.runtime.outputs import atomic_file, check_writable, labels_of, write_atomically
 from mto_analysis.training.evaluation.evaluator import Score
 from mto_analysis.training.evaluation.protocols import weights_of
 
@@ -199,6 +199,7 @@ class CurveFile:
     Raises:
         OutputExistsError: If the folder holds a curve with other settings, a pre-training run, or results of another
             command that would be replaced, or is a file. Nothing is changed before the first row is written.
+        OutputError: If the folder cannot be written.
     """
 
     def __init__(
@@ -208,6 +209,8 @@ class CurveFile:
             raise OutputExistsError(f"{folder} is a file, and results need a folder; choose another --out")
         if (folder / "last.pth").exists():  # its run.json and curves.csv are what the run goes on from
             raise OutputExistsError(f"{folder} holds a run, whose files would be replaced; choose another --out")
+        if writes:
+            check_writable(folder)
         self.path = folder / "curves.csv"
         self.writes = writes
         self._settings = json.loads(json.dumps(dict(settings), default=str))
@@ -245,17 +248,6 @@ class CurveFile:
             return [] if same else there
         return there
 
-    def begin(self) -> None:
-        """Make the folder ready for a new curve, once there is something to write."""
-        if self._began or not self.writes:
-            return
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("curves.csv", "random.csv"):
-            (folder / name).unlink(missing_ok=True)
-        write_atomically(folder / "settings.json", (json.dumps(self._settings, indent=2) + "\n").encode())
-        self._began = True
-
     def holds(self, checkpoint: RunCheckpoint) -> bool:
         """Whether a checkpoint has its row already."""
         return any(_key(row) == checkpoint.key for row in self.rows)
@@ -268,10 +260,22 @@ class CurveFile:
         """
         row = _row(checkpoint, score, protocol)
         self.rows.append(row)
-        self.begin()
         if self.writes:
-            write_atomically(self.path, _as_csv(self.table()))
+            self._write(_as_csv(self.table()))
         return row
+
+    def _write(self, content: bytes) -> None:
+        if self._began:
+            write_atomically(self.path, content)
+            return
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "settings.json") as file:
+            file.write((json.dumps(self._settings, indent=2) + "\n").encode())
+            file.flush()  # before anything is replaced there is room for both
+            write_atomically(self.path, content)
+        (folder / "random.csv").unlink(missing_ok=True)
+        self._began = True
 
     def table(self) -> pd.DataFrame:
         """The rows so far, epochs of a run in order."""
@@ -353,7 +357,6 @@ def score_random(
     Returns:
         Mean accuracy over seeds, by method.
     """
-    curve.begin()
     path = curve.path.parent / "random.csv"
     rows: list[dict[str, Any]] = []
     if path.exists():
