@@ -165,6 +165,11 @@ class MTO(Attached[_Losses]):
         weighted = [each.loss for each in terms.values()]
         return weighted[0] if len(weighted) == 1 else torch.stack(weighted).mean()
 
+    @property
+    def pending(self) -> bool:
+        """Whether a forward with masked tokens was seen since the last :meth:`loss`."""
+        return any(stack.forwards for stack in self._stacks)
+
     def state_dict(self) -> dict[str, Any]:
         """The step and the configuration; nothing of the model."""
         return {"step": self.step, "config": asdict(self.config)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Self
 
 import torch
@@ -52,11 +52,10 @@ class LiveSource(str):
         Raises:
             CheckpointError: If it cannot be imported, or does not make a model.
         """
-        module, _, name = self.partition(":")
         try:
             if (here := str(Path.cwd())) not in sys.path:
                 sys.path.insert(0, here)  # as python -m does
-            made = getattr(import_module(module), name)()
+            made = resolve_name(self)()
         except Exception as error:
             raise CheckpointError(f"{self} makes no model ({type(error).__name__}: {error})") from error
         if not isinstance(made, nn.Module):

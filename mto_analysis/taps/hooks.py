@@ -10,13 +10,14 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mto_analysis.errors import StackError
 from mto_analysis.taps.forward import REQUESTED, Forward, Stack
 from mto_analysis.taps.search import holders_of, path_of
 from mto_analysis.taps.stacks import StackSpec, first_tensor
 
-__all__ = ["COLLAPSED", "Attached", "CollapseWarning", "recomputing", "warn_of"]
+__all__ = ["COLLAPSED", "Attached", "CollapseWarning", "on_output", "recomputing", "warn_of"]
 
 #: In nats: below this H of every layer, its gradients are gone.
 COLLAPSED = 1e-4
@@ -123,6 +124,12 @@ class Attached(Generic[_Any]):
         """Stacks by name: those that masked tokens entered, or all candidates while none did."""
         known = {stack.spec.name: stack.spec for stack in self._stacks if stack.layout is not None}
         return known or {stack.spec.name: stack.spec for stack in self._stacks}
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in a forward, which the next call of ours raises."""
+        self._settle_candidates()
+        return bool(self._failures)
 
     def is_on(self, model: nn.Module) -> bool:
         """Whether this is attached to a model itself, not to one that it is a copy of."""
@@ -300,6 +307,11 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 def recomputing() -> bool:
     """Whether activation checkpointing is running a block again inside the backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def on_output(model: nn.Module, change: Callable[[nn.Module, Any], Any]) -> RemovableHandle:
+    """Change what a model returns: ``change`` gets the model and its output, and gives the new one."""
+    return model.register_forward_hook(lambda module, args, output: change(module, output))
 
 
 def warn_of(message: str) -> None:
