@@ -569,7 +569,7 @@ def test_rauc__takes_a_list_of_logs(tmp_path):
     result = ratio("--log", listed, "--baseline", "MAE")
     assert (result["rauc"], result["target"], result["seeds_target"]) == (1.0, "MTO", ["0"])
     listed.write_text('[[log]]\nfile = "runs/A.csv"\nscores = "acc"\n')
-    assert "log 1: a log has no option 'scores'" in run("rauc", "--log", listed, "--baseline", "MAE", code=4).stderr
+    assert "log 1: no setting is called 'scores'" in run("rauc", "--log", listed, "--baseline", "MAE", code=4).stderr
     listed.write_text("[[log]\n")
     assert "the list of logs cannot be read" in run("rauc", "--log", listed, "--baseline", "MAE", code=4).stderr
 
