@@ -41,7 +41,7 @@ def settings(protocol: str = "finetune", **changes: Any) -> ClassifierSettings:
     if protocol == "finetune":
         chosen |= {"weight_decay": 0.05, "layer_decay": 0.5, "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0}
         chosen |= {"auto_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "smoothing": 0.1}
-    return ClassifierSettings(protocol, **(chosen | changes))
+    return ClassifierSettings(protocol=protocol, **(chosen | changes))
 
 
 @pytest.fixture

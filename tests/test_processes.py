@@ -190,7 +190,7 @@ def test_failing_together__all_end_with_the_reason_of_the_first(who: int, call: 
 
 
 CLASSIFIER = ClassifierSettings(
-    "finetune", pooling="patches", epochs=2, batch_size=8, base_lr=0.05, layer_decay=0.7, erasing=0.5
+    protocol="finetune", pooling="patches", epochs=2, batch_size=8, base_lr=0.05, layer_decay=0.7, erasing=0.5
 )
 
 

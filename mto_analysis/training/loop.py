@@ -12,7 +12,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData, steps_in_epoch
 from mto_analysis.runtime.outputs import run_facts
 from mto_analysis.runtime.processes import Processes, this_process
-from mto_analysis.training.objective import Batch, Objective, Settings
+from mto_analysis.training.objective import Batch, Objective, TrainingSettings
 from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
@@ -32,7 +32,7 @@ def open_group(settings: RunSettings) -> Processes:
 
 def train(
     build: Callable[[bool], Objective],
-    chosen: Settings,
+    chosen: TrainingSettings,
     data: EpochData,
     scorer: Callable[[], Scorer],
     folder: RunFolder,

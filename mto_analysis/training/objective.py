@@ -4,28 +4,63 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Objective", "Settings"]
+from mto_analysis.runtime.settings import Below1, Count, Fraction, NonNegative, Positive, Rising, Settings, Share
+
+__all__ = ["Batch", "Objective", "TrainingSettings"]
 
 
-class Settings(Protocol):
-    """What the engine reads of an objective's settings."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
+    """Settings of every training, of a model or of a classifier.
 
-    @property
-    def epochs(self) -> int:
-        """Length of the run."""
+    Args:
+        epochs: Length of the run.
+        batch_size: Effective: over all processes and accumulated micro-batches.
+        base_lr: Learning rate for ``lr_batch`` images at a time.
+        lr_batch: The peak rate is ``base_lr * batch / lr_batch``; without it, ``base_lr``.
+        min_lr: Where the cosine ends.
+        warmup_lr: Where the warm-up starts.
+        warmup_epochs: Length of the linear warm-up.
+        weight_decay: Of weights; biases and whatever has one axis have none.
+        betas: Of AdamW.
+        clip_grad: Largest norm of the gradient, or no clipping.
+        drop_path: Largest rate of dropped branches, growing linearly with the block.
+        crop_scale: Area of the random crop, as a fraction of the image.
+        flip: Chance of a mirror image.
+    """
 
-    @property
-    def batch_size(self) -> int:
-        """Images of an optimizer step, over all processes and micro-batches."""
+    epochs: Count
+    batch_size: Count
+    base_lr: Positive
+    lr_batch: Count | None = None
+    min_lr: NonNegative = 0.0
+    warmup_lr: NonNegative = 0.0
+    warmup_epochs: NonNegative
+    weight_decay: NonNegative
+    betas: tuple[Below1, Below1]
+    clip_grad: Positive | None = None
+    drop_path: Below1 = 0.0
+    crop_scale: Annotated[tuple[Share, Share], Rising(strict=False)]
+    flip: Fraction = 0.5
 
-    @property
-    def clip_grad(self) -> float | None:
-        """Largest norm of the gradient, or no clipping."""
+    def __post_init__(self) -> None:
+        """Check what belongs together, too."""
+        super().__post_init__()
+        self._refuse(("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs))
+
+    def lr_scale(self, global_batch: int) -> float:
+        """What learning rates are multiplied by for a batch of so many images."""
+        return 1.0 if self.lr_batch is None else global_batch / self.lr_batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
 
 
 class Batch(Protocol):
@@ -58,7 +93,7 @@ class Objective(nn.Module, ABC):
     #: What is trained, saved and probed, and what ``attach_mto`` is attached to.
     student: Any
 
-    def __init__(self, student: nn.Module, settings: Settings, name: str) -> None:
+    def __init__(self, student: nn.Module, settings: TrainingSettings, name: str) -> None:
         super().__init__()
         self.student, self.settings, self.name = student, settings, name
         #: Fraction of the run's optimizer steps that are done.

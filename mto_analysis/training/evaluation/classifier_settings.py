@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mto_analysis.models import MaskedImageModel
@@ -13,23 +13,24 @@ from mto_analysis.runtime.settings import (
     Fraction,
     NonNegative,
     Options,
-    Positive,
     Reader,
     Rising,
-    Settings,
     Share,
     Within,
 )
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, is_small
 from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
+from mto_analysis.training.objective import TrainingSettings
 
 __all__ = ["ClassifierSettings", "finetune_settings", "linear_settings"]
 
 
-@dataclass(frozen=True)
-class ClassifierSettings(Settings):
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(TrainingSettings):
     """Everything a training of a classifier depends on but the model, the images and the seed.
+
+    Beside the settings of every training (:class:`~mto_analysis.training.objective.TrainingSettings`):
 
     Args:
         protocol: ``linear_mae`` (frozen encoder, BatchNorm and a linear layer, LARS) or ``finetune`` (AdamW).
@@ -37,29 +38,16 @@ class ClassifierSettings(Settings):
         layer: The same; by default the last block.
         norm: The same; by default the encoder's, and in fine-tuning on the mean of a ViT's patches a fresh norm that is
             trained.
-        epochs: Length.
-        batch_size: Effective: over all processes and accumulated micro-batches.
-        base_lr: Learning rate for ``lr_batch`` images at a time; the rate is ``base_lr * batch_size / lr_batch``.
-        lr_batch: See ``base_lr``.
-        min_lr: Where the cosine ends.
-        warmup_lr: Where the warm-up starts.
-        warmup_epochs: Of the linear warm-up.
         schedule: The method whose :meth:`~mto_analysis.training.methods.Method.learning_rate` it follows.
-        weight_decay: Of weights; biases and whatever has one axis have none.
         undecayed: Parts of the names of other parameters without.
-        betas: Of AdamW.
         momentum: Of LARS.
         layer_decay: Learning rate of a layer over that of the next one.
-        drop_path: Largest rate of dropped branches, growing linearly with the block.
-        clip_grad: Largest norm of the gradient, or no clipping.
         clip_micro_batches: Clip the sum after each accumulated micro-batch instead of once a step.
         ema: Decay of a moving average of the weights, whose accuracy is then the score; or none.
         freeze_positions: Whether an absolute position embedding stays as it is.
-        crop_scale: Area of the random crop, as a fraction of the image.
         clamp_crop: Cut the sides of a random crop to those of the image, as MAE's probe does; by default a crop that
             does not fit is sampled again, as torchvision does.
         crop_pct: Side of the test images' centre crop over their resized shorter side.
-        flip: Chance of a mirror image.
         auto_augment: Policy in timm's notation, or none.
         erasing: Chance that a rectangle is erased (filled with noise).
         smoothing: Of labels.
@@ -70,12 +58,7 @@ class ClassifierSettings(Settings):
 
     protocol: Literal["linear_mae", "finetune"]
     pooling: Pooling
-    epochs: Count
-    batch_size: Count
-    base_lr: Positive
-    lr_batch: Count = 256
-    min_lr: NonNegative = 0.0
-    warmup_lr: NonNegative = 0.0
+    lr_batch: Count | None = 256
     warmup_epochs: NonNegative = 0.0
     schedule: Literal["mae", "simmim", "bootmae", "conmim"] = "mae"
     weight_decay: NonNegative = 0.0
@@ -83,8 +66,6 @@ class ClassifierSettings(Settings):
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     momentum: Below1 = 0.9
     layer_decay: Share = 1.0
-    drop_path: Below1 = 0.0
-    clip_grad: Positive | None = None
     clip_micro_batches: bool = False
     ema: Annotated[float, Within("(0, 1)")] | None = None
     freeze_positions: bool = False
@@ -93,7 +74,6 @@ class ClassifierSettings(Settings):
     crop_scale: Annotated[tuple[Share, Share], Rising(strict=False)] = (0.08, 1.0)
     clamp_crop: bool = False
     crop_pct: Share = 1.0
-    flip: Fraction = 0.5
     auto_augment: str | None = None
     erasing: Fraction = 0.0
     smoothing: Below1 = 0.0
@@ -101,15 +81,10 @@ class ClassifierSettings(Settings):
     cutmix: NonNegative = 0.0
     source: str = ""
 
-    def __post_init__(self) -> None:
-        """Check what belongs together, too."""
-        super().__post_init__()
-        self._refuse(("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs))
-
     @property
     def learning_rate(self) -> float:
         """The peak rate."""
-        return self.base_lr * self.batch_size / self.lr_batch
+        return self.base_lr * self.lr_scale(self.batch_size)
 
     def feature(self, model: MaskedImageModel) -> Feature:
         """What the classifier reads of a model; in fine-tuning a fresh norm is trained.
@@ -130,10 +105,6 @@ class ClassifierSettings(Settings):
         reader = Reader("--set", {}, Options(options))
         source = f"{self.source}; for this run: {', '.join(options)}" if options else self.source
         return reader.read(ClassifierSettings, self, protocol=self.protocol, source=source)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for ``run.json``."""
-        return asdict(self)
 
 
 def linear_settings(model: MaskedImageModel) -> ClassifierSettings:

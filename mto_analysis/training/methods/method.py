@@ -146,7 +146,7 @@ class Method(Objective):
         if not 0 <= step < total:
             raise ValueError(f"step must lie between 0 and {total - 1}, got {step}")
         peak = peak_learning_rate(recipe, global_batch)
-        scale = _scale(recipe, global_batch) if recipe.scale_all_lr else 1.0
+        scale = recipe.lr_scale(global_batch) if recipe.scale_all_lr else 1.0
         return cls.learning_rate(recipe, step, steps_per_epoch, peak, recipe.warmup_lr * scale, recipe.min_lr * scale)
 
     def noise(self, count: int, device: torch.device) -> TrainBatch:
@@ -206,11 +206,7 @@ def peak_learning_rate(recipe: Recipe, global_batch: int) -> float:
         >>> peak_learning_rate(load_recipe("mae_vit_base"), 4096)  # 1.5e-4 * 4096 / 256
         0.0024
     """
-    return recipe.base_lr * _scale(recipe, global_batch)
-
-
-def _scale(recipe: Recipe, global_batch: int) -> float:
-    return 1.0 if recipe.lr_batch is None else global_batch / recipe.lr_batch
+    return recipe.base_lr * recipe.lr_scale(global_batch)
 
 
 def half_cosine(start: float, end: float, fraction: float) -> float:

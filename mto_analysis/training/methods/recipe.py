@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from mto_analysis.errors import RecipeError
 from mto_analysis.masks import MaskRule
 from mto_analysis.runtime.settings import (
-    Below1,
     Count,
-    Fraction,
     Natural,
-    NonNegative,
     Options,
     Positive,
     Reader,
     Rising,
-    Settings,
     Share,
     field_types,
 )
+from mto_analysis.training.objective import TrainingSettings
 
 if TYPE_CHECKING:
     from mto_analysis.images import Augmentation
@@ -37,8 +34,10 @@ _GIVEN = ("image_size", "patch_size", "channels", "feature_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Settings):
+class Recipe(TrainingSettings):
     """One method's pre-training, flat and typed.
+
+    Beside the settings of every training (:class:`~mto_analysis.training.objective.TrainingSettings`):
 
     Args:
         name: Its own.
@@ -51,26 +50,13 @@ class Recipe(Settings):
         mask_ratio: Fraction of patches (units, for ``block``) to mask.
         mask_unit: Side of the square that is masked at once, in pixels.
         target: What is predicted, as in :class:`~mto_analysis.models.ModelInfo`.
-        crop_scale: Area of the random crop, as a fraction of the image.
         crop_ratio: Its aspect ratio.
         padding: Instead of resized crops: shifts by up to this many pixels over a reflected border.
-        flip: Probability of a horizontal flip.
         interpolation: Of the resized crop.
         mean: Channel means of pixels scaled to 0..1; as many as images have channels.
         std: Channel standard deviations of pixels scaled to 0..1.
-        epochs: Length of the run.
-        batch_size: Effective: over all processes and accumulated micro-batches.
-        base_lr: Learning rate for ``lr_batch`` images at a time.
-        lr_batch: The peak rate is ``base_lr * batch / lr_batch``; without it, ``base_lr``.
-        min_lr: Where the cosine ends.
-        warmup_lr: Where the warm-up starts.
         scale_all_lr: Whether ``min_lr`` and ``warmup_lr`` grow with the batch as well (SimMIM).
-        warmup_epochs: Length of the linear warm-up.
         schedule: ``cosine`` or ``multistep``.
-        weight_decay: Of weights; biases and norms have none.
-        betas: Of AdamW.
-        clip_grad: Largest norm of the gradient, or no clipping.
-        drop_path: Largest rate of dropped branches, growing linearly with the block (SimMIM).
         sources: Where values come from: a source and the fields it gives.
     """
 
@@ -87,26 +73,14 @@ class Recipe(Settings):
     mask_ratio: float
     mask_unit: int
     target: Literal["pixels", "normalized_pixels", "normalized_channels", "features"]
-    epochs: Count
-    batch_size: Count
-    base_lr: Positive
-    warmup_epochs: NonNegative
-    weight_decay: NonNegative
-    betas: tuple[Below1, Below1]
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
     crop_scale: Annotated[tuple[Share, Share], Rising(strict=False)] = (0.2, 1.0)
     crop_ratio: Annotated[tuple[Positive, Positive], Rising(strict=False)] = (0.75, 4 / 3)
     padding: Natural | None = None
-    flip: Fraction = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    lr_batch: Count | None = None
-    min_lr: NonNegative = 0.0
-    warmup_lr: NonNegative = 0.0
     scale_all_lr: bool = False
     schedule: Literal["cosine", "multistep"] = "cosine"
-    clip_grad: Positive | None = None
-    drop_path: Below1 = 0.0
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,7 +90,6 @@ class Recipe(Settings):
         unknown = {each for names in self.sources.values() for each in names} - known
         depths = [int(size) for name, size in self.model.items() if name.endswith("depth")]
         self._refuse(
-            ("warmup_epochs must lie between 0 and epochs", self.warmup_epochs > self.epochs),
             ("mean and std need a value for each channel of the images", not len(self.mean) == len(self.std) > 0),
             ("a multistep schedule needs milestones", (self.schedule == "multistep") != bool(self.turns)),
             ("the model must have at least one block in each stack", min(depths, default=1) < 1),
@@ -200,13 +173,10 @@ class Recipe(Settings):
                     return source
         return "default"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; :func:`load_recipe` reads them back from a TOML file."""
-        return asdict(replace(self, model=dict(self.model), sources=dict(self.sources)))
-
     def to_toml(self) -> str:
         """As a TOML file that :func:`load_recipe` reads."""
         values = self.to_dict()
+        values = {name: values.pop(name) for name in ("name", "method", "summary")} | values
         model, sources = values.pop("model"), values.pop("sources")
         lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
         lines += ["", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items() if value is not None)]
