@@ -146,6 +146,11 @@ class TestCommands:
             (tmp_path / "copy.safetensors.sha256").write_text(f"{recorded}  copy.safetensors\n")
             assert invoke("verify", str(tmp_path / "copy.safetensors")).exit_code == code
 
+    def test_verify__takes_the_image_size_of_a_grid_that_is_not_square(self) -> None:
+        path = str(ROOT / "tests" / "golden" / "originals" / "hiera_rect" / "checkpoint.pth")
+        assert "give --image-size" in invoke("verify", path).stderr
+        assert "64 x 96 px" in invoke("verify", path, "--image-size", "64x96").stdout
+
     def test_verify__a_file_that_is_not_the_published_one(self, tmp_path: Path) -> None:
         (tmp_path / "mae_pretrain_vit_base.pth").write_bytes(Path(DEMO).read_bytes())
         result = invoke("verify", str(tmp_path / "mae_pretrain_vit_base.pth"))

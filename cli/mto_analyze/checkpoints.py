@@ -81,6 +81,7 @@ def verify(
     source: Checkpoint,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
+    image_size: ImageSize = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +91,13 @@ def verify(
     """
     from mto_analysis.checkpoints.verification import verify_checkpoint
 
-    result = verify_checkpoint(source, num_heads=num_heads, decoder_num_heads=decoder_num_heads, offline=offline)
+    result = verify_checkpoint(
+        source,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        image_size=image_size,
+        offline=offline,
+    )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return

@@ -164,7 +164,9 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
     )
     state.fuse_qkv()
     if given.image_size is not None:
-        raise CheckpointError("rotary positions are not resized; leave --image-size out")
+        wanted = Grid.of(given.image_size, state.shape("patch_embed.proj.weight", 4)[2])
+        if wanted.rows * wanted.columns + 1 != state.shape("pos_embed", 3)[1]:
+            raise CheckpointError("rotary positions are not resized; leave --image-size out")
     # Rotations are as wide as a head.
     width = stored["cos"].shape[-1] if "cos" in stored and stored["cos"].ndim == 2 else 0
     dim = state.shape("cls_token", 3)[2]

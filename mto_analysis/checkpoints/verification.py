@@ -11,6 +11,7 @@ from mto_analysis.checkpoints import CheckpointReport, inspect_checkpoint, open_
 from mto_analysis.checkpoints.downloading import recorded_digest
 from mto_analysis.checkpoints.registry import find_published
 from mto_analysis.errors import CheckpointError
+from mto_analysis.models.interface import ImageSize
 
 __all__ = ["Verification", "verify_checkpoint"]
 
@@ -41,6 +42,7 @@ def verify_checkpoint(
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    image_size: ImageSize | None = None,
     offline: bool = False,
 ) -> Verification:
     """Check a checkpoint as far as it can be checked without running it.
@@ -49,6 +51,7 @@ def verify_checkpoint(
         source: As for :func:`~mto_analysis.checkpoints.load_checkpoint`.
         num_heads: As there.
         decoder_num_heads: As there.
+        image_size: As there.
         offline: As there.
 
     Raises:
@@ -61,7 +64,7 @@ def verify_checkpoint(
         'mae'
     """
     opened = open_checkpoint(source, mmap=True, offline=offline)
-    report = inspect_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    report = inspect_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads, image_size=image_size)
     path, sha256 = opened.path, opened.sha256
     entry = find_published(str(source), path)
     compared = []

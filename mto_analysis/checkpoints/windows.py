@@ -92,7 +92,7 @@ def convert_windows(
         size = grid.image_size
         notes += grid.notes
     windows = _windows(size, window, patch_size, num_stages)
-    size = given.image_size or size
+    size = size if given.image_size is None else given.image_size
     if _windows(size, window, patch_size, num_stages) != windows:
         raise CheckpointError(f"images of {size} px have other windows than {windows}; leave --image-size out")
     pretrained = _pretrained_windows(state, windows, pretrained) if version_2 else ()
