@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -650,6 +651,35 @@ def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, image_folder: 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == "mto-analyze: error: No space left on device: heterogeneity.csv"
     assert contents(out) == {}
+
+
+# Other channels than those of a colour image.
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("channels", [1, 2, 13])
+def test_measuring_commands__take_any_number_of_channels(channels: int, tmp_path: Path, image_folder: Path) -> None:
+    from watched_models import small_mae
+
+    model = small_mae()
+    config = replace(model.config, channels=channels)
+    info = replace(model.info, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels)
+    save_checkpoint(type(model)(config, info), tmp_path / "m.safetensors")
+    size = info.image_size
+    (tmp_path / "arrays").mkdir()
+    for name in "ab":
+        values = np.random.default_rng(ord(name)).random((channels, size, size + 8)).astype(np.float32)
+        np.save(tmp_path / f"arrays/{name}.npy", values)
+    text = ok("inspect", tmp_path / "m.safetensors").stdout
+    assert f"{channels} channel" in text
+    arguments = ("--ckpt", tmp_path / "m.safetensors", "--images", tmp_path / "arrays", "--value-range", 0, 1, "--out")
+    for command in ("heterogeneity", "affinity", "reconstruct", "report"):
+        ok(command, *arguments, tmp_path / command)
+    assert (csv(tmp_path / "heterogeneity")["num_images"] == 2).all()
+    if channels > 1:
+        for command in ("heterogeneity", "affinity", "reconstruct", "report"):
+            others = ("--ckpt", tmp_path / "m.safetensors", "--images", image_folder, "--out", tmp_path / "x", "-q")
+            assert f"has 3 channels, the model {channels}; give images of as many" in fails(4, command, *others)
 
 
 # Each checkpoint is resolved and opened once, and read at most twice: for its hash, and to load it.

@@ -59,8 +59,9 @@
   const model = () => models[state.model];
   const shown = () => model().images[state.image];
   const depth = () => shown().depths[state.at];
-  const side = (n) => Math.round(Math.sqrt(n));
-  const place = (patch, n) => `row ${Math.floor(patch / side(n)) + 1}, column ${patch % side(n) + 1}`;
+  /** Columns of a grid of n patches; its rows are n over that. */
+  const columns = (n) => Math.round(Math.sqrt(n * model().aspect));
+  const place = (patch, n) => `row ${Math.floor(patch / columns(n)) + 1}, column ${patch % columns(n) + 1}`;
   const number = (value) => {
     const size = Math.abs(value);
     if (size < 1e-6) return value ? "≈ 0" : "0";
@@ -71,7 +72,7 @@
   function keepPatchMasked(before) {
     const { n, entropy, masked } = prepare(depth());
     if (before && before !== n && state.patch >= 0) {
-      const [from, to] = [side(before), side(n)];
+      const [from, to] = [columns(before), columns(n)];
       const row = Math.floor(Math.floor(state.patch / from) * to / from), column = Math.floor(state.patch % from * to / from);
       state.patch = row * to + column;
     }
@@ -99,9 +100,10 @@
   }
 
   function drawChosen({ n, masked, visible }, shares) {
-    const image = loaded[shown().image], cells = side(n), cell = Math.max(8, Math.round(560 / cells));
+    const image = loaded[shown().image], cells = columns(n), cell = Math.max(8, Math.round(560 / Math.max(cells, n / cells)));
     const canvas = $("image"), context = canvas.getContext("2d");
-    canvas.width = canvas.height = cells * cell;
+    [canvas.width, canvas.height] = [cells * cell, n / cells * cell];
+    canvas.parentElement.style.aspectRatio = model().aspect;
     if (!image.complete || !image.naturalWidth) return image.addEventListener("load", show, { once: true });
     context.imageSmoothingEnabled = image.naturalWidth > 96;
     context.drawImage(greyImage(image), 0, 0, canvas.width, canvas.height);
@@ -224,9 +226,9 @@
   function layPatches() {
     if (gridOf === depth().mask) return;
     gridOf = depth().mask;
-    const cells = side(gridOf.length), grid = $("patches");
-    grid.style.gridTemplate = `repeat(${cells}, 1fr) / repeat(${cells}, 1fr)`;
-    grid.replaceChildren(...Array.from({ length: cells }, (_, row) => {
+    const cells = columns(gridOf.length), rows = gridOf.length / cells, grid = $("patches");
+    grid.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${cells}, 1fr)`;
+    grid.replaceChildren(...Array.from({ length: rows }, (_, row) => {
       const line = document.createElement("div");
       line.setAttribute("role", "row");
       line.append(...Array.from({ length: cells }, (_, column) => {
@@ -301,7 +303,7 @@
     if (cell) choose(Number(cell.dataset.patch));
   });
   $("patches").addEventListener("keydown", (event) => {
-    const n = depth().mask.length, cells = side(n), patch = Number(event.target.dataset.patch), column = patch % cells;
+    const n = depth().mask.length, cells = columns(n), patch = Number(event.target.dataset.patch), column = patch % cells;
     const to = {
       ArrowLeft: column ? patch - 1 : patch, ArrowRight: column < cells - 1 ? patch + 1 : patch,
       ArrowUp: patch - cells, ArrowDown: patch + cells, Home: patch - column, End: patch - column + cells - 1,

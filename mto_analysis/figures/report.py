@@ -209,6 +209,7 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
         {
             "label": f"{each.model}, {each.stack}" if several else each.model,
             "num_depths": each.num_depths,
+            "aspect": each.aspect,
             "left_out": each.left_out,
             "images": [
                 {

@@ -14,7 +14,7 @@ import torch
 from mto_analysis.affinity import TokenSplit, affinity_matrix, heterogeneity, quadrant_mass, row_entropy
 from mto_analysis.errors import NumericalError
 from mto_analysis.probe.engine import undisturbed
-from mto_analysis.probe.reconstruction import to_pixels
+from mto_analysis.probe.reconstruction import in_colour, to_pixels
 from mto_analysis.probe.shown import ShownModel
 
 __all__ = ["MAX_PATCHES", "Explored", "ExploredDepth", "ExploredImage", "PackedProducts", "explore_shown"]
@@ -110,6 +110,7 @@ class Explored:
     stack: str
     family: str
     num_depths: int  #: the last layer depth of the stack
+    aspect: float  #: columns over rows of the grid of patches
     left_out: tuple[int, ...]  #: layer depths with more than :data:`MAX_PATCHES` patches
     images: tuple[ExploredImage, ...]
 
@@ -134,7 +135,9 @@ def explore_shown(shown: ShownModel) -> list[Explored]:
         NumericalError: If a dot product is not finite.
     """
     model, info = shown.model, shown.model.info
-    pixels = (to_pixels(shown.images, info).clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    colours = in_colour(to_pixels(shown.images, info)).clamp(0, 1)
+    pixels = (colours * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    aspect = info.grid[1] / info.grid[0]
     explored = []
     for stack in model.stacks:
         depths: list[list[ExploredDepth]] = [[] for _ in shown.names]
@@ -157,5 +160,5 @@ def explore_shown(shown: ShownModel) -> list[Explored]:
         images = tuple(
             ExploredImage(name, pixels[row].numpy(), tuple(depths[row])) for row, name in enumerate(shown.names)
         )
-        explored.append(Explored(shown.label, stack, info.family, model.depth(stack), tuple(left_out), images))
+        explored.append(Explored(shown.label, stack, info.family, model.depth(stack), aspect, tuple(left_out), images))
     return explored

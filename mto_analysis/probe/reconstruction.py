@@ -26,6 +26,7 @@ __all__ = [
     "Reconstruction",
     "ReconstructionStudy",
     "Views",
+    "in_colour",
     "reconstruct_models",
     "reconstruct_shown",
     "reconstruction_views",
@@ -66,6 +67,20 @@ def to_pixels(images: Tensor, info: ModelInfo) -> Tensor:
     """
     mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (info.mean, info.std))
     return images * std + mean
+
+
+def in_colour(pixels: Tensor) -> Tensor:
+    """Three channels that can be shown: the first three, or, of one or two, the first as grey.
+
+    Shapes:
+        pixels: batch channels height width
+        returns: batch 3 height width
+
+    Example:
+        >>> in_colour(torch.zeros(1, 13, 2, 2)).shape, in_colour(torch.zeros(1, 1, 2, 2)).shape
+        (torch.Size([1, 3, 2, 2]), torch.Size([1, 3, 2, 2]))
+    """
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
 def reconstruction_views(
@@ -113,7 +128,7 @@ class Reconstruction:
     """One image through one model. Losses are the model's own (Eq. 1), over masked patches of this image.
 
     Shapes:
-        original, masked, reconstruction, pasted: height width channels (from 0 to 1)
+        original, masked, reconstruction, pasted: height width 3 (from 0 to 1)
     """
 
     model: str
@@ -127,6 +142,7 @@ class Reconstruction:
     masked: np.ndarray
     reconstruction: np.ndarray
     pasted: np.ndarray
+    num_channels: int = 3  #: of the model's input, of which three are shown
 
 
 @dataclass
@@ -181,7 +197,7 @@ def reconstruct_shown(shown: ShownModel) -> list[Reconstruction]:
         for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
     )
     views = reconstruction_views(prediction, images, mask, info, target=target)
-    arrays = [view.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for view in views]
+    arrays = [in_colour(view).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for view in views]
     counts = mask.sum(dim=1).tolist()
     return [
         Reconstruction(
@@ -192,7 +208,11 @@ def reconstruct_shown(shown: ShownModel) -> list[Reconstruction]:
             losses[row],
             means[row],
             counts[row],
-            *(array[row] for array in arrays),
+            arrays[0][row],
+            arrays[1][row],
+            arrays[2][row],
+            arrays[3][row],
+            info.channels,
         )
         for row, name in enumerate(shown.names)
     ]

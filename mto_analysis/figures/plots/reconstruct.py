@@ -53,6 +53,9 @@ def reconstruction_caption(rows: Sequence[Reconstruction]) -> str:
         "Masked patches are grey. Losses are each model's own, on masked patches, beside that of predicting the mean. "
         "Visible patches are not trained to be predicted."
     )
+    for number in sorted({row.num_channels for row in rows} - {1, 3}):
+        shown = "the first is shown in grey" if number < 3 else "the first three are shown as red, green and blue"
+        text += f" Of {number} channels {shown}."
     normalized = list(dict.fromkeys(row.model for row in rows if row.target.startswith("normalized")))
     if normalized:
         whose = ", ".join(normalized)
