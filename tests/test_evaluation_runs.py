@@ -56,7 +56,7 @@ def invoke(*arguments: Any) -> Any:
 
 
 def score_of(value: float) -> Score:
-    return Score(value, None, Feature("class", 2, "encoder"), 3, 0.1)
+    return Score(value, None, Feature("class", 2, "encoder"), 3, 0.1, 1.0)
 
 
 def test_find_checkpoints__are_in_the_order_of_their_numbers(tmp_path) -> None:
@@ -269,7 +269,13 @@ def test_evaluate_linear__is_quick_on_cached_features(tmp_path, sources) -> None
     assert table["protocol"].tolist() == ["linear_cached"]
     assert table["score"].tolist() == [100]
     assert table["epoch"].isna().all()
-    assert table.loc[0, ["pooling", "layer", "norm", "weights"]].tolist() == ["patches", 2, "encoder", "model"]
+    assert table.loc[0, ["pooling", "layer", "norm", "crop_pct", "weights"]].tolist() == [
+        "patches",
+        2,
+        "encoder",
+        1,
+        "model",
+    ]
     assert 0 < table.loc[0, "iterations"] < 30
     assert not (tmp_path / "out" / "curves.png").exists()
     assert invoke(*arguments, "--set", "epochs=3").exit_code == 2

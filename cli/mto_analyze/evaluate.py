@@ -290,7 +290,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"]):
             pass
         top1, top5, seconds = classifier_score(folder)
-        return Score(top1, top5, settings.feature(model), classes, seconds)
+        return Score(top1, top5, settings.feature(model), classes, seconds, settings.crop_pct)
 
     _score_all(context, protocol, curve, score, here)
 
@@ -360,8 +360,7 @@ def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict
         for kind in ("png", "pdf"):
             write_atomically(curve.path.parent / f"curves.{kind}", figure_bytes(figure, kind))
         names += ["curves.png", "curves.pdf"]
-    shown = table[["method", "epoch", "seed", "score", "top5", "pooling", "layer", "norm", "weights", "iterations"]]
-    shown = shown.dropna(axis="columns", how="all")
+    shown = table.drop(columns=["protocol", "checkpoint", "seconds"]).dropna(axis="columns", how="all")
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
     note(f"wrote {', '.join(names)} to {curve.path.parent}", quiet=context.params["quiet"])
 

@@ -34,7 +34,7 @@ __all__ = [
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
 COLUMNS = (
     *("method", "epoch", "score", "seed", "protocol", "top5"),
-    *("pooling", "layer", "norm", "weights", "iterations", "checkpoint", "seconds"),
+    *("pooling", "layer", "norm", "crop_pct", "weights", "iterations", "checkpoint", "seconds"),
 )
 _OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf")
 _NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
@@ -301,6 +301,7 @@ def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, An
         "protocol": protocol,
         "top5": score.top5,
         **score.feature._asdict(),
+        "crop_pct": score.crop_pct,
         "weights": score.weights,
         "iterations": score.iterations,
         "checkpoint": Path(checkpoint.source).name,

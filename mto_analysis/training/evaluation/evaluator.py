@@ -29,6 +29,7 @@ class Score(NamedTuple):
         feature: What was read of the encoder, as chosen or as the model's family is probed.
         num_classes: Classes in all.
         seconds: For everything.
+        crop_pct: Side of the test images' centre crop over their resized shorter side.
         iterations: Of the solver of ``linear_cached``.
         weights: Which of a checkpoint's weights the model has.
     """
@@ -38,6 +39,7 @@ class Score(NamedTuple):
     feature: Feature
     num_classes: int
     seconds: float
+    crop_pct: float
     iterations: int | None = None
     weights: str = "model"
 
@@ -132,7 +134,7 @@ class Evaluator:
                 )
         top5 = accuracy(scores, test.labels, 5) if self.num_classes > 5 else None
         seconds = time.perf_counter() - start
-        return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, iterations)
+        return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, crop_pct, iterations)
 
     def score(self, model: MaskedImageModel, *, processes: Processes | None = None) -> float:
         """Top-1 accuracy in percent; arguments as for :meth:`evaluate`."""
