@@ -547,3 +547,17 @@ def test_read_curves__epochs_that_are_shifted_by_one_are_refused(tmp_path, one, 
         assert first.epochs.tolist() == second.epochs.tolist()
     else:
         assert read_curves(paths).frame["epoch"].tolist() == [*one, *two]
+
+
+def test_read_curves__steps_per_epoch_that_nobody_counts_are_named(tmp_path):
+    table = read_curves([write(tmp_path, "a.csv", TABLE)], steps_per_epoch=10)
+    assert table.frame["epoch"].tolist() == [1.0, 2.0, 3.0]
+    assert any("no log counts steps" in str(one) for one in table.findings)
+    with pytest.raises(DataError, match="steps-per-epoch is for logs that count steps; this one counts epochs"):
+        read_curves([Source(tmp_path / "a.csv", steps_per_epoch=10.0)])
+
+
+@pytest.mark.parametrize(("path", "message"), [("a\0b", "cannot be read"), ("x" * 5000, "cannot be read")])
+def test_read_log__a_path_that_cannot_be_is_a_data_error(path, message):
+    with pytest.raises(DataError, match=message):
+        read_log(path)

@@ -71,7 +71,7 @@ class Source(Settings):
             >>> Source.parse("MAE@2=runs/log.txt").seed
             '2'
         """
-        if Path(text).exists():
+        if _exists(text):
             return cls(Path(text))
         bare, options = text, {}
         if found := re.fullmatch(r"(.+?)\[([a-z-]+=.*)\]", text, re.DOTALL):
@@ -79,7 +79,7 @@ class Source(Settings):
             pairs = (part.partition("=") for part in re.split(r",(?=[a-z-]+=)", found[2]))
             options = {key: value for key, _, value in pairs}
         name, equals, path = bare.partition("=")
-        if not equals or not name or Path(bare).exists():
+        if not equals or not name or _exists(bare):
             return cls.of({"file": bare, **options}, text)
         method, at, seed = name.rpartition("@")
         named = {"method": method, "seed": seed} if at and method else {"method": name}
@@ -107,6 +107,14 @@ class Source(Settings):
         if stem in wanted or stem.split(".")[0] not in _NAMELESS:
             return stem
         return self.path.resolve().parent.name or stem
+
+
+def _exists(text: str) -> bool:
+    """Whether there is a file of this name; a text that can be no name is none."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def listed_sources(path: Path) -> list[Source]:
@@ -258,6 +266,8 @@ def read_curves(
     if not curves:
         there = ", ".join(source.name() for source in parsed)
         raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
+    if steps_per_epoch is not None and all(each.log.axis != "steps" for each in curves):
+        findings.append(Finding(curves[0].log.file, None, "steps per epoch are not used: no log counts steps"))
     _refuse_different_units(curves)
     _refuse_different_axes(curves)
     counted = [each.counted() for each in curves]

@@ -41,15 +41,16 @@ def open_log(path: str | Path, wanted: Collection[str] = ()) -> Document:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return _open_folder(path, wanted)
-        raw = path.read_bytes()
-        document = _decode(path, raw, wanted)
+        raw = None if path.is_dir() else path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such log") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return replace(document, sha256=hashlib.sha256(raw).hexdigest())
+    except ValueError as error:  # a NUL in a path of a list of logs
+        raise DataError(f"{str(path)!r}: cannot be read ({error})") from error
+    if raw is None:
+        return _open_folder(path, wanted)
+    return replace(_decode(path, raw, wanted), sha256=hashlib.sha256(raw).hexdigest())
 
 
 def _decode(path: Path, raw: bytes, wanted: Collection[str]) -> Document:
