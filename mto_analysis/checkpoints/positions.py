@@ -20,6 +20,7 @@ __all__ = ["Grid", "fit_positions", "fit_relative_positions"]
 
 # Indices grow with the fourth power of the side: a damaged file must not fill the memory.
 _MOST_PATCHES = 40 * 40
+_MOST_COMPARED = 256 * 256
 # Two means of cosines of random vectors lie this many standard deviations apart once in ten million tables.
 _CLEAR = 5.0
 _ADVICE = "give --image-size (HEIGHTxWIDTH in pixels)"
@@ -208,7 +209,7 @@ class _Stored:
         """The grid under which patches above each other have the most similar positions, if one is clearly ahead."""
         places = self.table[0].float()
         count, dim = places.shape
-        if count > _MOST_PATCHES:
+        if count > _MOST_COMPARED:
             return None
         places = F.normalize(places - places.mean(dim=0), dim=1)
         ranked = sorted(

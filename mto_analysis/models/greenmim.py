@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import VisiblePatches
-from mto_analysis.models.windows import PatchMerging, WindowBlock
+from mto_analysis.models.windows import window_stages
 
 __all__ = ["GreenMIM", "GreenMIMConfig"]
 
@@ -56,19 +56,11 @@ class GreenMIM(MAE):
             }
         )
         self.cls_token = None
-        self.stages = nn.ModuleList()
-        self.merges = nn.ModuleList()
-        for stage, (depth, heads) in enumerate(zip(c.depths, c.stage_heads, strict=True)):
-            grid = (height // (c.patch_size << stage), width // (c.patch_size << stage))
-            dim, hidden = c.dim << stage, c.mlp_dim << stage
-            self.stages.append(
-                nn.ModuleList(
-                    WindowBlock(dim, heads, hidden, grid, c.window, shifted=number % 2 == 1, version=1, eps=c.eps)
-                    for number in range(depth)
-                )
-            )
-            if stage + 1 < len(c.depths):
-                self.merges.append(PatchMerging(dim, grid, norm_first=True, eps=c.eps))
+        strides = [c.patch_size << stage for stage in range(len(c.depths))]
+        grids = [(height // stride, width // stride) for stride in strides]
+        self.stages, self.merges = window_stages(
+            grids, c.dim, c.mlp_dim, c.depths, c.stage_heads, c.window, version=1, eps=c.eps, outer_eps=c.eps
+        )
         encoded_dim = int(c.dim) << (len(c.depths) - 1)
         self.norm = nn.LayerNorm(encoded_dim, eps=c.eps)
         return encoded_dim

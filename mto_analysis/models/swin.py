@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mto_analysis.models.interface import ImageSize, ModelInfo, height_and_width
 from mto_analysis.models.stacked import StackedModel
-from mto_analysis.models.windows import PatchMerging, WindowBlock
+from mto_analysis.models.windows import window_stages
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["SimMIMSwin", "SwinConfig"]
@@ -106,15 +106,18 @@ class SimMIMSwin(StackedModel):
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.dim)) if c.absolute_positions else None
-        self.stages = nn.ModuleList()
-        self.merges = nn.ModuleList()
-        for stage, (dim, grid, heads) in enumerate(zip(c.dims, c.grids, c.num_heads, strict=True)):
-            block = partial(WindowBlock, dim, heads, c.mlp_dim * 2**stage, grid, c.window, version=c.version, eps=c.eps)
-            if c.pretrained_windows:
-                block = partial(block, pretrained=c.pretrained_windows[stage])
-            self.stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(c.depths[stage])))
-            if stage + 1 < len(c.depths):
-                self.merges.append(PatchMerging(dim, grid, norm_first=c.version == 1, eps=c.outer_eps))
+        self.stages, self.merges = window_stages(
+            c.grids,
+            c.dim,
+            c.mlp_dim,
+            c.depths,
+            c.num_heads,
+            c.window,
+            version=c.version,
+            eps=c.eps,
+            outer_eps=c.outer_eps,
+            pretrained=c.pretrained_windows,
+        )
         self.norm = nn.LayerNorm(c.dims[-1], eps=c.eps)
         self.decoder = nn.Conv2d(c.dims[-1], c.stride**2 * c.channels, kernel_size=1) if c.decoder else None
 

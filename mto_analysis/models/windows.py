@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from mto_analysis.models.vit import RelativePositionBias, feed_forward, relative_position_index, transformer_blocks
 
-__all__ = ["PatchMerging", "WindowBlock", "window_coordinates"]
+__all__ = ["PatchMerging", "WindowBlock", "window_coordinates", "window_stages"]
 
 # Between regions that the cyclic shift brought together; the original adds it rather than minus infinity.
 _APART = -100.0
@@ -91,6 +93,46 @@ class WindowBlock(nn.Module):
         """Shifted windows ``windows window_tokens dim`` of tokens ``batch num_patches dim``."""
         x = x.reshape(len(x), *self.grid, -1).roll((-self.shift, -self.shift), (1, 2))
         return window_partition(x, (self.window, self.window)).flatten(1, 2)
+
+
+def window_stages(
+    grids: Sequence[tuple[int, int]],
+    dim: int,
+    mlp_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    window: int,
+    *,
+    version: Literal[1, 2],
+    eps: float,
+    outer_eps: float,
+    pretrained: Sequence[int] = (),
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The blocks of each stage, every second one shifted, and the merges between stages.
+
+    Args:
+        grids: Rows and columns of tokens of each stage.
+        dim: Width of the first stage; it doubles with each merge.
+        mlp_dim: Width of the hidden layers of the first stage; it doubles too.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        window: Side of a window.
+        version: As for :class:`WindowBlock`.
+        eps: Of the norms of blocks.
+        outer_eps: Of the norms of merges.
+        pretrained: Version 2: windows of the stages by which offsets are scaled.
+    """
+    stages, merges = nn.ModuleList(), nn.ModuleList()
+    for stage, grid in enumerate(grids):
+        block = partial(
+            WindowBlock, dim << stage, num_heads[stage], mlp_dim << stage, grid, window, version=version, eps=eps
+        )
+        if pretrained:
+            block = partial(block, pretrained=pretrained[stage])
+        stages.append(nn.ModuleList(block(shifted=number % 2 == 1) for number in range(depths[stage])))
+        if stage + 1 < len(grids):
+            merges.append(PatchMerging(dim << stage, grid, norm_first=version == 1, eps=outer_eps))
+    return stages, merges
 
 
 def shift_mask(grid: tuple[int, int], window: int, shift: int) -> Tensor:
