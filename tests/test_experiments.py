@@ -44,7 +44,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the processes that its tables are compared with
-        result = run(write_experiment(folder), "--data", folder, "--out", folder / "out")
+        result = run(write_experiment(folder), "--data", folder, "--out", folder / "out", "--jobs", 2)
     assert result.exit_code == 0, result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 7
     assert "# tiny" in result.stdout
@@ -299,6 +299,42 @@ def test_ray__two_nodes_of_which_one_is_killed_give_equal_tables(done: Path, tmp
     assert ended.returncode == 0, ended.stderr
     assert "killed the node of one of" in ended.stdout
     assert_equal_tables(tmp_path / "out", done / "out")
+
+
+def test_ray__is_named_where_it_is_missing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused = run(done / "tiny.toml", "--data", done, "--out", tmp_path / "out", "--engine", "ray")
+    assert refused.exit_code == 2
+    assert "pip install 'mto-analysis[cluster]'" in refused.stderr
+
+
+class Node:
+    """Says what nodes of a cluster have; nothing is started on it."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": self.resources}]
+
+    def remote(self, **options: object):
+        return lambda call: options
+
+
+def test_ray__shares_out_the_smallest_node_and_refuses_what_no_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mto_analysis.experiments.cluster import RayEngine
+
+    monkeypatch.setitem(sys.modules, "ray", Node(CPU=16.0, GPU=2.0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert RayEngine(jobs=1)._task == {"max_retries": 2, "num_cpus": 2, "num_gpus": 1.0}
+    assert RayEngine(jobs=8, threads=4, retries=0)._task == {"max_retries": 0, "num_cpus": 4, "num_gpus": 0.25}
+    with pytest.raises(ValueError, match="a run needs 32 CPUs, and no node of the cluster has more than 16"):
+        RayEngine(threads=32)
+    with pytest.raises(ValueError, match="a run needs 4 GPUs, and no node of the cluster has more than 2"):
+        RayEngine(gpus=4)
 
 
 def start(done: Path, out: Path, *options: str) -> subprocess.Popen[str]:

@@ -55,11 +55,14 @@ class RayEngine(Engine):
             except ConnectionError as error:
                 raise ValueError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
         nodes = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
-        cores = min((int(each["CPU"]) for each in nodes if each.get("CPU")), default=1)
-        least = min((each["GPU"] for each in nodes if each.get("GPU")), default=0.0)
-        threads = threads or threads_for(jobs, cores)
+        cpus, cards = ([each[kind] for each in nodes if each.get(kind)] or [0.0] for kind in ("CPU", "GPU"))
+        threads = threads or threads_for(jobs, int(min(cpus)))
+        gpus = min(1.0, min(cards) / jobs) if gpus is None else gpus
+        for what, wanted, most in (("CPUs", threads, max(cpus)), ("GPUs", gpus, max(cards))):
+            if wanted > most:  # Ray would wait for such a node for ever
+                raise ValueError(f"a run needs {wanted:g} {what}, and no node of the cluster has more than {most:g}")
         self._resources = Resources(threads, retries=retries, patience=_PATIENCE)
-        options = {"num_cpus": threads, "num_gpus": min(1.0, least / jobs) if gpus is None else gpus}
+        options = {"num_cpus": threads, "num_gpus": gpus}
         self._task = self._ray.remote(max_retries=retries, **options)(perform)
         self._cpu_task = self._ray.remote(max_retries=retries, num_cpus=threads)(perform)
         self._references: list[Any] = []

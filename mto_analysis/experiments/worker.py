@@ -113,6 +113,8 @@ def _started(run: Run, resources: Resources, errors: Any) -> subprocess.Popen[by
 def _heard(process: subprocess.Popen[bytes], notes: list[str]) -> Outcome | None:
     """What the process says until it ends; ``None`` if it ends without its last word."""
     for line in process.stdout or ():
+        if not line.endswith(b"\n"):
+            break  # it was killed while it wrote
         told = json.loads(line)
         if "note" not in told:
             return Outcome(tuple(notes), **told)
