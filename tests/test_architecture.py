@@ -74,7 +74,8 @@ def test_imports__are_not_hidden_in_strings() -> None:
     hidden = [
         module
         for module, path in FILES.items()
-        if module != "mto_analysis"  # whose public names are imported on first use
+        # The root's public names are imported on first use, and a live source imports what the user names.
+        if module not in ("mto_analysis", "mto_analysis.probe.live_source")
         and ("import_module(" in path.read_text(encoding="utf-8") or "__import__(" in path.read_text(encoding="utf-8"))
     ]
     assert not hidden

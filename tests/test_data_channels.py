@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pretraining_cases import contents, run, small_recipe
 
-from mto_analysis import load_checkpoint
+from mto_analysis import load_checkpoint, save_checkpoint
 from mto_analysis.errors import DataError
 from mto_analysis.images import Augmentation, TrainingData, open_images
 from mto_analysis.masks import MaskRule
@@ -102,7 +102,10 @@ def test_pretrain__trains_on_four_channels(tmp_path) -> None:
     assert len(records) == recipe.epochs
     assert contents(tmp_path / "run" / "last.pth")["model"]["patch_embed.proj.weight"].shape[1] == 4
     model = load_checkpoint(tmp_path / "run" / "checkpoint-0002.pth")
-    assert model.info.channels == 4
+    assert (model.info.channels, model.info.mean, model.info.std) == (4, (0.5,) * 4, (0.25,) * 4)
+    assert not model.info.assumptions
+    save_checkpoint(model, tmp_path / "native.safetensors")
+    assert load_checkpoint(tmp_path / "native.safetensors").info.mean == (0.5,) * 4
     assert model(torch.rand(1, 4, 16, 16), torch.arange(16)[None] < 12) is not None
 
 

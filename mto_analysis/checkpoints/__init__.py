@@ -203,9 +203,10 @@ def _with_statistics(
     info, channels = conversion.info, conversion.config.channels
     with _naming(raw, info.layout):
         found = Statistics(info.mean, info.std, info.statistics_source)
-        if "mto_analysis" not in raw.metadata and None in (mean, std):
+        own = "mto_analysis" in raw.metadata or "mto_analysis" in raw.extras  # our files state them
+        if not own and None in (mean, std):
             found = stated_statistics(raw, channels) or found
-        if channels != IMAGE_CHANNELS and found.source == "published":
+        if channels != IMAGE_CHANNELS and found.source == "published" and not own:
             found = unpublished_statistics(channels)
         found = found.overridden(mean, std)
         found.check(channels)
