@@ -415,8 +415,9 @@ def test_rauc__several_groups_are_also_compared_over_all_of_them(tmp_path):
     result = run(*given, "--out", tmp_path / "out").stdout
     assert "Over 3 tasks, epoch 0 to 100" in result
     assert "probability of improvement over MAE" in result
-    *comparisons, found = json.loads(run(*given, "--json").stdout)
+    *comparisons, found = json.loads(run(*given, "--json").stdout, parse_constant=pytest.fail)
     assert [one["kind"] for one in comparisons] == ["comparison"] * 3
+    assert found["estimates"][0]["baseline"] is None
     assert (found["kind"], found["tasks"], found["schema_version"]) == ("aggregate", ["cars", "food", "pets"], 1)
     (mean,) = [
         one

@@ -6,6 +6,7 @@ from scipy import stats
 from mto_analysis.rauc.intervals import (
     bca_paired,
     bca_unpaired,
+    difference_interval,
     fieller,
     mean_interval,
     paired_moments,
@@ -119,3 +120,23 @@ def test_intervals__refuse_what_has_no_spread(call):
 def test_interval__prints_in_words():
     assert str(fieller(paired_moments(Y, X))) == "[1.95, 2.06]"
     assert str(bca_paired(Y[:2], X[:2], np.random.default_rng(0))) == "no interval: 2 pairs, 5 needed"
+
+
+def test_intervals__of_scores_beyond_all_measure_overflow_to_no_number():
+    huge = [1e99, -1e100, 3e98]
+    moments = unpaired_moments(huge, [0.0, 1e-300, 0.0], [0.0, 0.0, 0.0])
+    assert moments.freedom >= 2
+    interval = fieller(moments)
+    assert all(end is None or np.isfinite(end) for end in (interval.low, interval.high))
+    assert difference_interval(huge, [1.0, 2.0, 3.0], paired=False).kind == "bounded"
+
+
+@pytest.mark.parametrize("seeds", [(3, 5), (4, 4)])
+def test_difference_interval__has_welchs_degrees_of_freedom(seeds):
+    rng = np.random.default_rng(3)
+    two, one = rng.normal(5, 2, seeds[0]), rng.normal(4, 0.5, seeds[1])
+    interval = difference_interval(two, one, paired=False, confidence=0.9)
+    expected = stats.ttest_ind(two, one, equal_var=False).confidence_interval(0.9)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    same = difference_interval([2.0, 2.0], [1.0, 1.0, 1.0], paired=False)
+    assert (same.low, same.high) == (1.0, 1.0)

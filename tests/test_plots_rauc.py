@@ -105,6 +105,8 @@ def test_plot_rauc_windows__the_most_uncertain_window_is_the_palest():
     assert ax.collections[0].get_array().count() == 3
     alpha = ax.collections[0].get_alpha()
     assert alpha[1, 1] < alpha[0, 0] < alpha[1, 0] == 1.0
+    without_gain = plot_rauc_windows(one_run.assign(gain=-1.0, rauc=np.nan))
+    assert without_gain.collections[0].get_array().count() == 0
 
 
 def test_plot_rauc_windows__hatches_what_is_undefined():

@@ -281,6 +281,7 @@ def _paired_runs(
         dropped = len(one) + len(two) - 2 * len(shared)
         notes = [f"{dropped} runs without a partner were left out"] if dropped else []
         why = "requested" if pairing == "seed" else "runs of a seed start from the same score"
+        notes += [f"runs are paired by seed, because {why}"] if pairing == "auto" else []
         how = f"{_BY_SEED} ({why})"
         return {seed: one[seed] for seed in shared}, {seed: two[seed] for seed in shared}, how, notes
     if pairing == "none":

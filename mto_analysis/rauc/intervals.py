@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mto_analysis.rauc.areas import Points, epochs_to_score, share_saved
+from mto_analysis.rauc.areas import LARGEST_RATIO, Points, epochs_to_score, share_saved
 from mto_analysis.runtime.statistics import t_quantile
 
 __all__ = [
@@ -187,14 +187,26 @@ def unpaired_moments(target_areas: ArrayLike, baseline_areas: ArrayLike, referen
     numerator, denominator = float(a2.mean() - r.mean()), float((a1 - r).mean())
     cov = np.cov(r, a1 - r) / a1.size
     target = float(a2.var(ddof=1) / a2.size)
-    ratio = numerator / denominator if denominator else 0.0
+    # A ratio beyond all measure, whose square would overflow, is undefined: its degrees of freedom do not matter.
+    ratio = numerator / denominator if abs(denominator) * LARGEST_RATIO**2 > abs(numerator) else 0.0
     baseline = float((r + ratio * (a1 - r)).var(ddof=1) / a1.size)
-    spread = target**2 / (a2.size - 1) + baseline**2 / (a1.size - 1)
-    freedom = (target + baseline) ** 2 / spread if spread > 0 else min(a1.size, a2.size) - 1
+    freedom = float(_welch_freedom(np.array(target), np.array(baseline), a2.size, a1.size))
     return Moments(
         numerator, denominator, target + float(cov[0, 0]), float(cov[1, 1]), -float(cov[0, 1]),
         freedom, min(a1.size, a2.size), "Fieller, unpaired",
     )  # fmt: skip
+
+
+def _welch_freedom(first: Vector, second: Vector, first_runs: int, second_runs: int) -> Vector:
+    """Degrees of freedom after Welch and Satterthwaite, from the variances of two means.
+
+    By their shares, as squares of variances of large scores overflow. Where no run differs from another, which Welch
+    divides 0 by 0 for, those of the smaller side.
+    """
+    both = first + second
+    share = np.divide(first, both, out=np.ones_like(both), where=both > 0)
+    freedom = 1 / (share**2 / (first_runs - 1) + (1 - share) ** 2 / (second_runs - 1))
+    return np.asarray(np.where(both > 0, freedom, min(first_runs, second_runs) - 1))
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
@@ -240,9 +252,7 @@ def difference_band(
     else:
         parts = two.var(axis=0, ddof=1) / len(two), one.var(axis=0, ddof=1) / len(one)
         variance = parts[0] + parts[1]
-        spread = parts[0] ** 2 / (len(two) - 1) + parts[1] ** 2 / (len(one) - 1)
-        fewest = min(len(two), len(one)) - 1  # where no run differs from another, which Welch divides 0 by 0 for
-        freedom = np.divide(variance**2, spread, out=np.full_like(variance, fewest), where=spread > 0)
+        freedom = _welch_freedom(*parts, len(two), len(one))
     half = t_quantile(freedom, confidence) * np.sqrt(variance)
     return middle, middle - half, middle + half
 
@@ -344,8 +354,10 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
     said = f"the baseline's gain cannot be told from zero at {100 * confidence:g} % confidence"
     if a > 0:
         half = math.sqrt(max(root, 0.0))
-        return interval("bounded", (b - half) / a, (b + half) / a, None)
-    if a < 0 and root > 0:
+        low, high = (b - half) / a, (b + half) / a
+        if math.isfinite(low) and math.isfinite(high):  # scores beyond all measure overflow here
+            return interval("bounded", low, high, None)
+    elif a < 0 and root > 0:
         half = math.sqrt(root)
         return interval("outside", (b + half) / a, (b - half) / a, said)
     return interval("everything", None, None, said)

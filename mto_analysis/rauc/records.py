@@ -38,11 +38,15 @@ def as_record(
     record |= {"logs": list(logs), "notes": [*notes, *comparison.notes]}
     for key, value in record.items():
         if isinstance(value, Interval):
-            record[key] = {**vars(value), "text": str(value)}
+            record[key] = _interval_record(value)
     record["lead_changes"] = len(comparison.crossings)
     record["crossings"] = list(comparison.crossings[:_MOST_CROSSINGS])
     record["bounds"] = dict(zip(("low", "high"), comparison.bounds, strict=True))
     return {key: _finite(value) for key, value in record.items()}
+
+
+def _interval_record(interval: Interval) -> dict[str, Any]:
+    return {**{key: _finite(value) for key, value in vars(interval).items()}, "text": str(interval)}
 
 
 def _finite(value: Any) -> Any:
@@ -166,8 +170,8 @@ def aggregate_record(found: Aggregates, axis: str = "epoch") -> dict[str, Any]:
     estimates = []
     for row in found.estimates.to_dict("records"):
         interval = _interval(row)
-        kept = {str(key): value for key, value in row.items() if key not in ("low", "high", "confidence")}
-        estimates.append({**kept, "interval": {**vars(interval), "text": str(interval)}})
+        kept = {str(key): _finite(value) for key, value in row.items() if key not in ("low", "high", "confidence")}
+        estimates.append({**kept, "interval": _interval_record(interval)})
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "aggregate",

@@ -225,7 +225,9 @@ def _precision(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _share(gain: np.ndarray) -> np.ndarray:
     """From 1 for the window with the largest gain down to 0.1, even in the square root."""
-    return np.asarray(np.sqrt(np.clip(np.nan_to_num(gain) / np.nanmax(gain), 0.01, 1)))
+    largest = np.nanmax(gain)
+    share = np.nan_to_num(gain) / largest if largest > 0 else np.zeros_like(gain)
+    return np.asarray(np.sqrt(np.clip(share, 0.01, 1)))
 
 
 def _box(edges: np.ndarray, column: int, row: int, **look: Any) -> Rectangle:
