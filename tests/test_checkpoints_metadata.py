@@ -307,6 +307,31 @@ def test_load_checkpoint__reads_models_of_one_frame(tmp_path: Path) -> None:
             assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_load_checkpoint__takes_rows_and_columns_from_a_config(tmp_path: Path) -> None:
+    stated = json.loads((GOLDEN / "hf_vitmae" / "model" / "config.json").read_text())
+    side = stated["image_size"]
+    info = hf_info(tmp_path / "hf", config={"image_size": [side // 2, 2 * side]})
+    assert (info.image_size, info.assumptions) == ((side // 2, 2 * side), ())
+    assert info.grid[1] == 4 * info.grid[0]
+
+
+def test_load_checkpoint__reads_ijepas_moving_average_on_request(tmp_path: Path) -> None:
+    path = BY_NAME["I-JEPA"].save(tmp_path)
+    own, average = (
+        load_checkpoint(path, num_heads=2, weights=weights).state_dict() for weights in ("model", "model_ema")
+    )
+    for name, tensor in own.items():
+        of_encoder = not name.startswith(("decoder", "mask_token"))
+        torch.testing.assert_close(average[name], tensor + 1 if of_encoder else tensor)
+
+
+def test_load_checkpoint__names_the_mask_token_of_a_layout_that_is_not_read(tmp_path: Path) -> None:
+    state = {name: each for name, each in open_checkpoint(MAE).tensors.items() if "pos_embed" not in name}
+    torch.save({"model": state}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="a layout that is unknown; it holds mask_token: measure the model live"):
+        load_checkpoint(tmp_path / "file.pth", **MAE_HEADS)
+
+
 # Objects of other software.
 
 
