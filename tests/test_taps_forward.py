@@ -161,6 +161,36 @@ def test_prefix__a_wrong_one_is_refused(given, options, match):
         refused(model, lambda: model(features(3), RAGGED), "'mask' has 16; pass prefix_tokens=1", stacks=[spec])
 
 
+class Rectangular(Inpainting):
+    """A grid of 2 x 6 patches."""
+
+    def __init__(self, *, cls, says):
+        super().__init__(cls=cls)
+        self.pos_embed = nn.Parameter(torch.randn(1, 12 + cls, DIM))
+        self.said = nn.Identity()
+        if says:
+            self.said.num_patches = 12
+
+    def tokens(self, x, mask):
+        x = torch.where(mask[..., None], self.mask_token, self.embed(x))
+        if hasattr(self, "cls_token"):
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        return x + self.pos_embed
+
+
+@pytest.mark.parametrize("cls", [0, 1])
+@pytest.mark.parametrize("says", [True, False])
+def test_prefix__of_a_grid_that_is_no_square(cls, says):
+    model, mask = Rectangular(cls=cls, says=says), random_mask(3, (5, 9), num=12)
+    called = lambda: model(features(3, num=12), mask)  # noqa: E731
+    assert_exact(model, model.blocks, called, cls, mask)
+    by_methods = lambda: model.run(model.tokens(features(3, num=12), mask))  # noqa: E731
+    if says:
+        assert_exact(model, model.blocks, by_methods, cls, mask)
+    else:
+        refused(model, by_methods, "nothing tells how many of its 1[23] tokens are class or register tokens")
+
+
 @pytest.mark.parametrize("position", ["learned", "none"])
 def test_prefix__class_tokens_behind_the_patches_are_refused(position):
     class Behind(Inpainting):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
-from mto_analysis.taps.search import hinted_prefix, path_of
+from mto_analysis.taps.search import hinted_patches, hinted_prefix, path_of
 from mto_analysis.taps.stacks import StackSpec, find_rows, rounded_rows, with_position
 
 __all__ = ["REQUESTED", "Forward", "Stack"]
@@ -238,6 +238,7 @@ class Stack(Generic[_Any]):
         self.doubts: list[str] = []  # what could not be verified, to be said once
         self.skipped = 0  # forwards of a size that does not fit
         self.unmasked = 0  # forwards in which no token is masked
+        self._said_patches = hinted_patches(model)
         self.hint = hinted_prefix(model, [*spec.mask_tokens, *(module for module, _ in spec.points[:1])])
         paths = [path_of(model, token).rpartition(".") for token in spec.mask_tokens]
         inside = all(name != "?" for _, _, name in paths)
@@ -566,10 +567,13 @@ class Stack(Generic[_Any]):
             possible = [prefix for prefix in possible if positions - (total - prefix) in {0, 1, prefix}]
             if total - positions > 0 and self.hint is None:
                 possible = [total - positions]
-        squares = [prefix for prefix in possible if _is_square(total - prefix)]
-        for prefix in squares or possible:
-            if squares or prefix == self.hint:
-                return prefix
+        agreed = [prefix for prefix in possible if total - prefix in self._said_patches]
+        if self.hint not in agreed:  # both must agree, or the grid is a square
+            agreed = [prefix for prefix in possible if _is_square(total - prefix)] or agreed
+        if agreed:
+            return agreed[0]
+        if possible == [self.hint]:  # the grid is no square, and only one number agrees with the positions
+            return possible[0]
         missing = "; pass present='subset' where some patches are missing" if total < positions else ""
         raise self._error(
             f"nothing tells how many of its {total} tokens are class or register tokens (its masked rows have "
