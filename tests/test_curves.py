@@ -212,3 +212,18 @@ def test_source__options_are_checked(options, message) -> None:
 def test_source__of_a_list_has_typed_values() -> None:
     found = Source.of({"file": "log.txt", "seed": 3, "steps-per-epoch": 12, "first-epoch": 1}, "list")
     assert (found.path, found.seed, found.steps_per_epoch, found.first_epoch) == (Path("log.txt"), "3", 12.0, 1)
+
+
+def test_read_curves__a_run_that_is_asked_for_must_be_there(tmp_path):
+    (tmp_path / "a.csv").write_text("epoch,val_acc\n1,50\n2,60\n")
+    assert len(read_curves([Source(tmp_path / "a.csv", run="-1")]).frame) == 2
+    assert len(read_curves([tmp_path / "a.csv"], run=2).frame) == 2  # for files that hold several
+    for run in ("2", "0"):
+        with pytest.raises(DataError, match=f"there is no run {run}; runs are counted from 1"):
+            read_curves([Source(tmp_path / "a.csv", run=run)])
+    (tmp_path / "b.csv").write_text(rows("A,1,50 A,2,60 B,1,51 B,2,61 ,1,70 ,2,71"))
+    table = read_curves([Source(tmp_path / "b.csv", "MTO", run="B")])
+    assert (table.methods, table.frame["score"].tolist()) == (["MTO"], [51.0, 61.0])
+    assert any("a row without a method" in str(one) for one in read_curves([tmp_path / "b.csv"]).findings)
+    with pytest.raises(DataError, match="there is no run 'C'; it has A, B"):
+        read_curves([Source(tmp_path / "b.csv", run="C")])

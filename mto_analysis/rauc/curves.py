@@ -22,6 +22,7 @@ from mto_analysis.rauc.areas import Points
 from mto_analysis.rauc.logs import Finding, Log, Request, choose, extract, open_log
 from mto_analysis.rauc.logs.counting import Counted, EpochCount, count_alike
 from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
+from mto_analysis.rauc.logs.records import grouped
 from mto_analysis.rauc.logs.tidying import Unit, curve_starts, tidy
 from mto_analysis.runtime.settings import Options, Positive, Reader, Settings, Within
 
@@ -247,6 +248,10 @@ def read_curves(
         )  # fmt: skip
         which = source.run or run
         rows = _named(log, source, methods, None if which is None or _as_number(which) is not None else str(which))
+        if "" in rows["method"].cat.categories:
+            blank = np.asarray(rows["method"] == "")
+            findings += grouped(log.file, rows["line"][blank], "skipped: a row without a method")
+            rows = rows[~blank]
         if rows.empty:
             continue
         said: Unit = source.unit or unit
@@ -258,7 +263,8 @@ def read_curves(
             per_epoch = None
         if per_epoch is not None:
             rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), per_epoch))
-        frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=_as_number(which))
+        number = _as_number(which)
+        frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=number, must=source.run is not None)
         if lower_is_better:
             frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
         findings += [*log.findings, *found, *more]
@@ -390,7 +396,7 @@ def _named(log: Log, source: Source, methods: Collection[str] | None, run: str |
     rows = log.rows
     if run is not None:
         if "method" not in rows or run not in rows["method"].cat.categories:
-            there = ", ".join(rows["method"].cat.categories) if "method" in rows else "no names of runs"
+            there = ", ".join(filter(None, rows["method"].cat.categories)) if "method" in rows else "no names of runs"
             raise DataError(f"{log.file}: there is no run {run!r}; it has {there}")
         rows = rows[rows["method"] == run]
     if "method" not in rows:

@@ -62,7 +62,7 @@ def series_of(document: Document) -> list[Series]:
         ]
     modes = [str(each) for each in document.columns.labels(document.mode).categories if each]
     meanings = {mode: mode_of(document.mode.lower(), mode) for mode in modes}
-    if len(modes) < 2 and not any(any(meaning) for meaning in meanings.values()):
+    if not any(any(meaning) for meaning in meanings.values()):
         return plain
     return [
         Series(f"{mode}/{name}", name, metric_of(name).of(*meanings[mode]), mode=mode)

@@ -48,8 +48,8 @@ def grouped(file: str, lines: Iterable[int], text: str, *, most: int = 3) -> lis
 
 def number_of(value: Any) -> float:
     """A number, or a number in quotes; NaN for anything else, true and false included."""
-    if isinstance(value, bool) or value is None:
-        return math.nan
+    if isinstance(value, bool) or value is None or (isinstance(value, str) and "_" in value):
+        return math.nan  # Python takes 1_0 for 10, of which no log is known
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -28,9 +28,23 @@ Unit = Literal["auto", "percent", "fraction", "raw"]
 
 
 def tidy(
-    log: Log, rows: pd.DataFrame, *, groups: Sequence[str] = (), unit: Unit = "auto", run: int | None = None
+    log: Log,
+    rows: pd.DataFrame,
+    *,
+    groups: Sequence[str] = (),
+    unit: Unit = "auto",
+    run: int | None = None,
+    must: bool = False,
 ) -> tuple[pd.DataFrame, list[Finding], bool]:
     """One file's rows as sorted curves without repeats, gaps left as gaps; what was changed; whether it was 0 to 1.
+
+    Args:
+        log: The file.
+        rows: Its rows with a method and a seed each.
+        groups: Columns that separate curves of one method.
+        unit: What scores are.
+        run: Which run to take of a file that holds several.
+        must: Whether a file that holds one run must have this one.
 
     Raises:
         DataError: If an epoch is negative, units are mixed or impossible, or a file holds several runs.
@@ -58,7 +72,7 @@ def tidy(
     if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
         rows, code, found = _without_later_evaluations(log, rows, code)
         findings += found
-        rows, code = _chosen_run(log.file, rows, code, run)
+        rows, code = _chosen_run(log.file, rows, code, run, must)
         rows, code, found = _last_of_each_epoch(log.file, rows, code)
         findings += found
     lost = ~np.isfinite(rows["score"].to_numpy())
@@ -176,7 +190,9 @@ def _goes_on(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(after > before)
 
 
-def _chosen_run(file: str, rows: pd.DataFrame, code: np.ndarray, run: int | None) -> tuple[pd.DataFrame, np.ndarray]:
+def _chosen_run(
+    file: str, rows: pd.DataFrame, code: np.ndarray, run: int | None, must: bool
+) -> tuple[pd.DataFrame, np.ndarray]:
     """Rows of one run per curve. A file that falls back to its first epoch, or changes its model, holds several."""
     order = np.argsort(code, kind="stable")
     curve, epoch, score = code[order], rows["epoch"].to_numpy()[order], rows["score"].to_numpy()[order]
@@ -190,6 +206,10 @@ def _chosen_run(file: str, rows: pd.DataFrame, code: np.ndarray, run: int | None
     if "run" in rows:
         model = rows["run"].to_numpy()[order]
         again[1:] |= (curve[1:] == curve[:-1]) & (model[1:] != model[:-1])
+    if run == 0 or (must and not again.any() and run not in (None, 1, -1)):
+        raise DataError(
+            f"{file}: there is no run {run}; runs are counted from 1 (-1 is the last), and it has {1 + again.sum()}"
+        )
     if not again.any():
         return rows, code
     at = int(np.flatnonzero(again)[0])
