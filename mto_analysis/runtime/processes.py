@@ -173,8 +173,10 @@ class Processes:
             return
         from accelerate.state import PartialState  # it reads what the launcher left in the environment
 
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        # What torchrun says already, and MPI by other names.
+        names = {"RANK": self.rank, "WORLD_SIZE": self.count, "LOCAL_RANK": self.local_rank}
+        for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+            os.environ.setdefault(name, str(value))
         cpu = self.device.type != "cuda"
         # Objects travel between CPUs, also where models are on GPUs.
         backend = {} if cpu else {"backend": "cuda:nccl,cpu:gloo"}
