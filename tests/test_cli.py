@@ -721,6 +721,40 @@ def test_measuring_commands__open_each_checkpoint_once(
         assert sorted(mine) == ["_read_safetensors", "checkpoint_sha256", "read_checkpoint", "resolve"]
 
 
+# Terminals.
+
+
+@pytest.mark.parametrize("option", ["--out", "--images", "--ckpt"])
+def test_empty_paths__are_refused_and_not_the_current_folder(option: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ((option, ""), (f"{option}=",)):
+        line = fails(2, "heterogeneity", "--ckpt", MAE_FILE, *given)
+        assert f"Invalid value for {option}: is empty; give a path" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_streams__do_not_cost_results(tmp_path: Path) -> None:
+    columns = "model,stack,layer_depth,heterogeneity,normalized,num_visible,normalized_ci_low,normalized_ci_high"
+    (tmp_path / "h.csv").write_text(f"{columns},ci_low,ci_high\nm,e,0,1,.5,9,.4,.6,.9,1.1\n")
+    command = f"{sys.executable} -m mto_analyze"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
+    script = f"""
+        {command} plot h.csv --out closed 2>&- >&-; echo $?
+        {command} plot h.csv --out piped 2>&1 | true; echo ${{PIPESTATUS[0]}}
+        {command} checkpoints list | true; echo ${{PIPESTATUS[0]}}
+    """
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
+    assert done.stderr == ""
+    closed, piped, listed = done.stdout.split()
+    assert (closed, piped) == ("0", "0")
+    assert listed in ("0", "141")
+    for folder in ("closed", "piped"):
+        assert (tmp_path / folder / "heterogeneity.png").stat().st_size > 0
+        assert (tmp_path / folder / "run.json").exists()
+
+
 # inspect.
 
 

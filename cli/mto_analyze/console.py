@@ -6,7 +6,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -22,6 +23,10 @@ Item = TypeVar("Item")
 
 USAGE = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141
+
+# Options whose empty value would be the current folder.
+_PATHS = ("--out", "--images", "--ckpt", "--masks", "--data", "--train", "--test", "--cache", "--log", "--experiment")
 
 
 class Commands(TyperGroup):
@@ -33,6 +38,8 @@ class Commands(TyperGroup):
         At exit, threads of gloo and pyarrow now and then abort a process that has done all its work, and the launcher
         would call the run failed.
         """
+        # Where a stream is closed the next file would take its place, and be written to by whoever has a word to say.
+        sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115, PTH123
         try:
             return super().main(*args, **kwargs)
         except SystemExit as stop:
@@ -52,6 +59,9 @@ class Commands(TyperGroup):
             with failing_together(explain, _say_error), _early_exit() as exits:
                 return super().invoke(ctx)
             raise exits[0]
+        except BrokenPipeError:  # whoever read what is printed has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
+            raise typer.Exit(CLOSED_PIPE) from None
         except (Exception, KeyboardInterrupt) as error:
             found = explain(error)
             if found is None:
@@ -64,6 +74,10 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; one that knows nothing of launchers would run, and write, once in every process."""
+        for name, value in pairwise(["", *args]):
+            empty = value[:-1] if value.endswith("=") else "" if value else name
+            if empty in _PATHS:
+                raise typer.BadParameter("is empty; give a path (. is the current folder)", param_hint=empty)
         found = super().resolve_command(ctx, args)
         count = this_process().count
         if count > 1 and not _is_launchable(found[1]):
@@ -129,7 +143,8 @@ def as_text(table: pd.DataFrame) -> str:
 def note(message: str, *, quiet: bool = False) -> None:
     """Say something on stderr, unless told to be quiet; of several processes the main one speaks."""
     if not quiet and this_process().main:
-        typer.echo(message, err=True)
+        with suppress(OSError):  # results matter more than words that nobody reads
+            typer.echo(message, err=True)
 
 
 def progress(items: Iterable[Item], total: int | None, label: str, *, quiet: bool = False) -> Iterator[Item]:
