@@ -293,6 +293,12 @@ def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protoco
         assert sorted(path.name for path in folder.iterdir()) == names
         assert json.loads((folder / "settings.json").read_text())["batch_size"] == 12
     assert pd.read_csv(tmp_path / "out" / "curves.csv")["seed"].tolist() == [4, 4]
+    for name in ("curves.csv", "curves.png", "curves.pdf", "run.json"):
+        (tmp_path / "out" / name).unlink()  # as if killed before the first score was in the curve
+    again = invoke(protocol, "--ckpt", run, *sources, "--out", tmp_path / "out", *options)
+    assert again.exit_code == 0, again.output
+    assert "m-seed4-0002 is complete (1 epochs): nothing to do" in again.output
+    assert len(pd.read_csv(tmp_path / "out" / "curves.csv")) == 2
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
             replace(run, seed=checkpoint.seed),
             micro_batch=given["micro_batch"],
             overwrite=given["overwrite"],
+            on_note=partial(note, quiet=given["quiet"]),
         )
         label = f"{checkpoint.method} {'' if checkpoint.epoch is None else checkpoint.epoch}"
         for _ in progress(epochs, settings.epochs, label, quiet=given["quiet"]):
