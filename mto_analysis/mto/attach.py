@@ -19,7 +19,7 @@ from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = ["MTO", "attach_mto"]
+__all__ = ["MTO", "attach_mto", "with_loss"]
 
 # In nats, mean or sum over rows: below this every visible token resembles only itself.
 _DEAD = 1e-4
@@ -293,6 +293,23 @@ def attach_mto(
     """
     inner = unwrap(model)
     return MTO(inner, stacks or find_stacks(inner), config or MTOConfig(), check_every)
+
+
+def with_loss(output: Any, extra: Tensor) -> Any:
+    """What a model or a training step returned, with more loss: a loss, a tuple that starts with one, or a mapping.
+
+    Raises:
+        StackError: If it has none.
+    """
+    if isinstance(output, Tensor) and not output.ndim:
+        return output + extra
+    loss = output.get("loss") if isinstance(output, Mapping) else (output[0] if isinstance(output, tuple) else None)
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise StackError(f"the output ({type(output).__name__}) has no loss to add to; pass labels or targets")
+    if isinstance(output, tuple):
+        return (loss + extra, *output[1:])
+    output["loss"] = loss + extra
+    return output
 
 
 def _detached(config: MTOConfig, check_every: int, step: int) -> MTO:

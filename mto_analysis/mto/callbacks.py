@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
-from mto_analysis.mto.attach import MTO, attach_mto
+from mto_analysis.mto.attach import MTO, attach_mto, with_loss
 from mto_analysis.mto.losses import MTOConfig
-from mto_analysis.mto.watch import Watch
+from mto_analysis.mto.watch import EvaluationWatch
 from mto_analysis.taps.hooks import on_output
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
@@ -22,13 +22,6 @@ except ImportError as error:
     raise ImportError("MTOTrainerCallback needs transformers: pip install mto-analysis[libraries]") from error
 
 __all__ = ["MTOTrainerCallback"]
-
-
-class _Evaluated(Watch):
-    """H of evaluation forwards."""
-
-    def _records(self, module: nn.Module) -> bool:
-        return not module.training
 
 
 class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -50,7 +43,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, config: MTOConfig | None = None, *, stacks: Sequence[StackSpec] | None = None) -> None:
         self.config, self._stacks = config, stacks
         self.mto: MTO | None = None
-        self._evaluated: _Evaluated | None = None
+        self._evaluated: EvaluationWatch | None = None
         self._handle: Any = None
         self._added: list[bool] = []  # whether each loss that was added went through a backward pass
         self._failure: StackError | None = None
@@ -66,7 +59,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.mto = attach_mto(inner, self.config, stacks=self._stacks)
             self._handle = on_output(inner, self._add)
         specs = self._stacks or find_stacks(inner)
-        self._evaluated = _Evaluated(inner, specs, 1, None, keep=1_000_000, warn_after=1_000_000_000)
+        self._evaluated = EvaluationWatch(inner, specs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count in optimizer steps."""
@@ -94,8 +87,8 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if logs is None:
             return
         found: dict[str, float] = {}
-        if any(name.startswith("eval_") for name in logs):
-            found = {f"eval_{name}": value for name, value in self._of_evaluation().items()}
+        if self._evaluated is not None and any(name.startswith("eval_") for name in logs):
+            found = {f"eval_{name}": value for name, value in self._evaluated.take().items()}
         elif self.mto is not None and "loss" in logs:
             found = {f"mto/{name}": value for name, value in self.mto.terms.items()}
         found = _mean_over_processes(found)
@@ -122,7 +115,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             extra = self.mto.loss()
             self.mto.step = step  # optimizer steps are counted, not forwards
             extra.register_hook(self._mark(len(self._added)))  # type: ignore[no-untyped-call]
-            changed = _with_loss(output, extra)
+            changed = with_loss(output, extra)
         except StackError as error:  # nothing of ours may stop the user's forward
             self._failure = self._failure or error
             return output
@@ -136,28 +129,6 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             added[at] = True
 
         return mark
-
-    def _of_evaluation(self) -> dict[str, float]:
-        """Means over the batches of the evaluation that has ended."""
-        assert self._evaluated is not None
-        records, self._evaluated.records = self._evaluated.records, []
-        names = [name for name in (records[0] if records else {}) if name != "step"]
-        return {name: sum(record[name] for record in records) / len(records) for name in names}
-
-
-def _with_loss(output: Any, extra: Tensor) -> Any:
-    """An output whose loss is greater by ours.
-
-    Raises:
-        StackError: If it has none.
-    """
-    loss = output.get("loss") if isinstance(output, Mapping) else (output[0] if isinstance(output, tuple) else None)
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise StackError(f"the model's output ({type(output).__name__}) has no loss to add to; pass labels or targets")
-    if isinstance(output, tuple):
-        return (loss + extra, *output[1:])
-    output["loss"] = loss + extra
-    return output
 
 
 def _mean_over_processes(values: Mapping[str, float]) -> dict[str, float]:

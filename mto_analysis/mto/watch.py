@@ -16,7 +16,7 @@ from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = ["Watch", "watch_mto"]
+__all__ = ["EvaluationWatch", "Watch", "watch_mto"]
 
 
 class _Numbers(Forward):
@@ -128,6 +128,22 @@ class Watch(Attached[_Numbers]):
             warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity of all layers has collapsed to 0")
         start = f"{stack.spec.name}/" if sum(map(self._follows, range(len(self._stacks)))) > 1 else ""
         return {start + key: value for key, value in numbers.items()}
+
+
+class EvaluationWatch(Watch):
+    """H of the forwards in evaluation mode, until it is taken."""
+
+    def __init__(self, model: nn.Module, specs: Sequence[StackSpec]) -> None:
+        super().__init__(model, specs, 1, None, keep=1_000_000, warn_after=1_000_000_000)
+
+    def _records(self, module: nn.Module) -> bool:
+        return not module.training
+
+    def take(self) -> dict[str, float]:
+        """Means over the batches since the last call."""
+        records, self.records = self.records, []
+        names = [name for name in (records[0] if records else {}) if name != "step"]
+        return {name: sum(record[name] for record in records) / len(records) for name in names}
 
 
 def watch_mto(
