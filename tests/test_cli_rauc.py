@@ -484,6 +484,8 @@ def test_rauc__two_metrics_of_a_chart_are_never_merged(tmp_path):
     assert "'train/acc', 'val/acc', and nothing tells" in run("rauc", "--log", path, "--baseline", "a", code=4).stderr
     result = ratio("--log", path, "--baseline", "a", "--score-column", "val/acc")
     assert (result["final_baseline"], result["axis"], result["start"]) == (70.0, "step", 100.0)
+    refused = run("rauc", "--log", path, "--baseline", "a", "--score-column", "a - val/acc", code=4).stderr
+    assert "'a - val/acc' is of one run; --score-column 'val/acc' takes it of all runs" in refused
     one = ("--log", f"A={path}[score=a - val/acc]", "--log", f"B={path}[score=b - val/acc]", "--baseline", "A")
     assert ratio(*one)["rauc"] == result["rauc"]
 

@@ -145,6 +145,11 @@ def _named(document: Document, request: Request) -> Series:
         held = [each for each in found if each.metric.split != "train"]
         if len(found) > 1 and len(held) == 1:
             return held[0]
+        if len(found) == 1 and found[0].method is not None and not request.own:
+            raise DataError(
+                f"{document.file}: {wanted!r} is of one run; --score-column {found[0].column!r} takes it of all runs, and"
+                f" --log 'NAME=FILE[score={wanted}]' of this one"
+            )
         if len(found) == 1:
             return found[0]
         if found:
