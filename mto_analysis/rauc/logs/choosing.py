@@ -147,8 +147,8 @@ def _named(document: Document, request: Request) -> Series:
             return held[0]
         if len(found) == 1 and found[0].method is not None and not request.own:
             raise DataError(
-                f"{document.file}: {wanted!r} is of one run; --score-column {found[0].column!r} takes it of all runs, and"
-                f" --log 'NAME=FILE[score={wanted}]' of this one"
+                f"{document.file}: {wanted!r} is of one run; --score-column {found[0].column!r} takes it of all runs,"
+                f" and --log 'NAME=FILE[score={wanted}]' of this one"
             )
         if len(found) == 1:
             return found[0]
