@@ -24,7 +24,7 @@ _LINK = re.compile(r"(\]\(|src=\")(?!https?:|#)([^)\"\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Figures with the tables and pages they were drawn from, and the pages of the top level."""
-    drawn = sorted(path for kind in ("png", "pdf", "csv") for path in (ROOT / "figures").rglob(f"*.{kind}"))
+    drawn = sorted(path for kind in ("png", "pdf", "csv", "tex") for path in (ROOT / "figures").rglob(f"*.{kind}"))
     for path in [*drawn, *(ROOT / name for name in (*PAGES, *BESIDE))]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
