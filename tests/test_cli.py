@@ -653,6 +653,19 @@ def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, image_folder: 
     assert contents(out) == {}
 
 
+def test_training_commands__say_what_is_skipped(checkpoints, tmp_path: Path) -> None:
+    for row in range(8):
+        write_images(tmp_path / f"images/class{row % 2}", (f"{row}.png",))
+    write_images(tmp_path / "images/.ipynb_checkpoints", ("0.png",))
+    images = tmp_path / "images"
+    knn = ("evaluate", "knn", "--ckpt", checkpoints["mae"], "--train", images, "--test", images, "-k", 1)
+    assert f"{images}: skipped 1 hidden or system folders" in ok(*knn, "--out", tmp_path / "knn").stderr
+    arguments = ("pretrain", "--recipe", "mae_cifar10_tiny", "--data", images, "--dry-run", "--out", tmp_path / "run")
+    assert "skipped 1 hidden or system folders" in ok(*arguments, "--set", "batch_size=8").stderr
+    line = fails(4, *arguments, "--set", "batch_size=8", "--strict", "-q")
+    assert "skipped 1 hidden or system folders beside the images; move them away" in line
+
+
 # Other channels than those of a colour image.
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mto_analysis.training.evaluation import Score
     from mto_analysis.training.evaluation.checkpoint_scores import CurveFile, Encoder, RunCheckpoint
     from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
+    from mto_analysis.training.evaluation.features import LabelledImages
 
 evaluate = typer.Typer(
     no_args_is_help=True,
@@ -234,6 +235,7 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     chosen |= {name: given[name] for name in ("layer", "crop_pct", "limit", "test_limit")}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
+    _say_skipped(evaluator.train, evaluator.test, quiet=given["quiet"])
     told = {**evaluation.settings(), "weights": _text(given["weights"])}
     curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=here.main)
 
@@ -265,6 +267,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     )
     train = LabelledImages(given["train"], limit=given["limit"], num_workers=workers)
     test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
+    _say_skipped(train, test, quiet=given["quiet"])
     classes = check_classes(train, test)
     told = {name: given[name] for name in ("train", "test", "limit", "test_limit")} | {
         "weights": _text(given["weights"])
@@ -294,6 +297,13 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         return Score(top1, top5, settings.feature(model), classes, seconds, settings.crop_pct)
 
     _score_all(context, protocol, curve, score, here)
+
+
+def _say_skipped(*sources: LabelledImages, quiet: bool) -> None:
+    """Which files beside the images are none."""
+    for each in sources:
+        if each.images.skipped:
+            note(f"{each.source}: skipped {each.images.skipped_in_words}", quiet=quiet)
 
 
 def _score_all(

@@ -145,6 +145,7 @@ def pretrain(
 
 def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, quiet: bool) -> None:
     """Train, or say what training would do."""
+    from mto_analysis.errors import DataError
     from mto_analysis.figures.run_folder import draw_run_folder
     from mto_analysis.images import open_images
     from mto_analysis.training import plan, pretrain
@@ -152,6 +153,10 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
     out = values["out"]
     chosen, source, settings = _choose(values)
     images = open_images(source, value_range=settings.value_range)
+    if images.skipped and strict:
+        raise DataError(f"skipped {images.skipped_in_words} beside the images; move them away, or leave --strict out")
+    if images.skipped:
+        note(f"skipped {images.skipped_in_words}", quiet=quiet)
     with _interrupted(out), _bar(quiet) as on_step:
         if dry_run:
             planned = plan(chosen, images, settings).as_text()

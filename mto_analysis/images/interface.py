@@ -30,6 +30,11 @@ class Images(ABC):
     #: What was skipped while looking for images: how many of which kind.
     skipped: Mapping[str, int] = {}
 
+    @property
+    def skipped_in_words(self) -> str:
+        """What was skipped, for the user; empty where nothing was."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.skipped.items())
+
     @abstractmethod
     def read(self, index: int) -> bytes:
         """The encoded image file.

@@ -196,7 +196,7 @@ class Request:
     def _describe_images(self) -> None:
         """Say what was skipped beside the images, and which of their values are black and white."""
         if self.images.skipped:
-            skipped = "skipped " + ", ".join(f"{count} {kind}" for kind, count in self.images.skipped.items())
+            skipped = f"skipped {self.images.skipped_in_words}"
             if self.settings.strict:
                 raise DataError(f"{skipped} beside the images; move them away, or measure without --strict")
             self.listener.note(skipped)
