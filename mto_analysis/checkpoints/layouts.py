@@ -29,6 +29,7 @@ from mto_analysis.checkpoints.openmmlab import (
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, convert_simmim_swin
 from mto_analysis.errors import CheckpointError
+from mto_analysis.runtime.plugins import plugins
 
 __all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
 
@@ -271,6 +272,9 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
                     f"{raw.path} has tensor names of {layout.name}, which is not read{reason}; {_found(raw)}"
                 )
             return layout.name, layout.convert
+    for plugin in plugins("layouts"):  # ours come first, so that no plugin changes what a known file is
+        if plugin.call(lambda: plugin.value.matches(names)):  # noqa: B023 - called at once
+            return plugin.value.name, plugin.value.convert
     raise CheckpointError(f"{raw.path} has a layout that is unknown; {_found(raw)}")
 
 

@@ -48,6 +48,7 @@ from mto_analysis.models import (
     SwinConfig,
 )
 from mto_analysis.runtime.outputs import write_atomically
+from mto_analysis.runtime.plugins import plugins
 
 __all__ = ["convert_native", "save_checkpoint", "stored_info"]
 
@@ -79,6 +80,11 @@ _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {
 }
 
 
+def _families() -> dict[str, tuple[type[MaskedImageModel], type]]:
+    """Model and configuration of each family, those of plugins too, ``name = module:(Model, Config)``."""
+    return {plugin.name: plugin.value for plugin in plugins("families")} | _FAMILIES
+
+
 def save_checkpoint(
     model: MaskedImageModel,
     path: str | Path,
@@ -97,8 +103,8 @@ def save_checkpoint(
     Raises:
         ValueError: If the model is not of one of our families.
     """
-    if model.info.family not in _FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(_FAMILIES)}, got {model.info.family!r}")
+    if model.info.family not in _families():
+        raise ValueError(f"family must be one of {', '.join(_families())}, got {model.info.family!r}")
     about = {
         "version": _VERSION,
         "family": model.info.family,
@@ -116,7 +122,7 @@ def convert_native(raw: RawCheckpoint, given: Given) -> Conversion:
         about = json.loads(raw.metadata["mto_analysis"])
         if about["version"] > _VERSION:
             raise CheckpointError("the file was written by a newer mto-analysis; upgrade to read it")
-        make, settings = _FAMILIES[about["family"]]
+        make, settings = _families()[about["family"]]
         if "projector_dim" in about["config"]:  # a ConMIM as it is trained
             make, settings = ConMIM, ConMIMConfig
         # JSON has lists where a config has tuples.
