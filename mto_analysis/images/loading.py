@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError, explained
 
@@ -17,6 +19,8 @@ __all__ = ["Loader"]
 
 # Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
 _TIMEOUT = 300
+# Seconds for the signal of a process's end, which may come after its connection is lost.
+_SIGNAL_SECONDS = 0.5
 
 
 class Loader:
@@ -28,7 +32,7 @@ class Loader:
     Args:
         dataset: Picklable.
         num_workers: Processes; 0 works in this one.
-        collate: Makes a batch of a list of items.
+        collate: Makes a batch of a list of items; by default their tensors are stacked.
         options: Of :class:`torch.utils.data.DataLoader`.
     """
 
@@ -37,9 +41,10 @@ class Loader:
         dataset: Dataset[Any],
         *,
         num_workers: int,
-        collate: Callable[[Any], Any] = default_collate,
+        collate: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
+        collate = collate or _stacked
         if num_workers:
             collate, options = _Sharing(collate), {"timeout": _TIMEOUT, **options}
         self._loader: DataLoader[Any] = DataLoader(
@@ -63,7 +68,21 @@ class Loader:
             words = _words(error)
             if not self._loader.num_workers or words is None:
                 raise
+            if not str(error).startswith("Caught"):
+                with suppress(RuntimeError):  # torch's signal handler says it too, wherever the program then is
+                    time.sleep(_SIGNAL_SECONDS)
             raise DataError(words) from error
+
+
+def _stacked(items: Sequence[Any]) -> Any:
+    """Tensors and numbers, also in tuples, as batches; torch's own needs shared memory already for this."""
+    first = items[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(items))
+    if isinstance(first, tuple):
+        columns = [_stacked(column) for column in zip(*items, strict=True)]
+        return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)
+    return torch.tensor(items) if isinstance(first, (int, float)) else list(items)
 
 
 class _Piped(NamedTuple):
