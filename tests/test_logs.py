@@ -561,3 +561,17 @@ def test_read_curves__steps_per_epoch_that_nobody_counts_are_named(tmp_path):
 def test_read_log__a_path_that_cannot_be_is_a_data_error(path, message):
     with pytest.raises(DataError, match=message):
         read_log(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Epoch(val) [1][5/5]    accuracy/top1: 1.2.3  time: 0.1\n", r":1: a metric is not a number"),
+        (f"Epoch(val) [{'9' * 5000}][5/5]    accuracy/top1: 1.2\n", "no validation line|not a log"),
+        (f"EPOCH {'9' * 5000} training takes 0:01\n * Acc@1 50.0 Acc@5 90\n", "no accuracy line"),
+        ('{"\\u00b2": {"val_acc": 1}, "\\u00b3": {"val_acc": 2}}', "no list of objects"),
+    ],
+)
+def test_read_log__numbers_that_are_none_are_data_errors(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read_log(write(tmp_path, "a.log", text))

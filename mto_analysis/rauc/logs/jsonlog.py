@@ -186,11 +186,11 @@ def _document(name: str, document: Any) -> Document:
                 raise DataError(f"{name}: log_history is not a list of entries")
             return _rows(name, history, "transformers trainer state")
         _refuse_one_evaluation(name, document)
-        if document and all(isinstance(value, dict) and key.strip().isdigit() for key, value in document.items()):
+        if document and all(isinstance(value, dict) and _is_place(key) for key, value in document.items()):
             return _rows(name, [{"epoch": int(key), **value} for key, value in document.items()], "JSON array")
         if document and all(isinstance(value, dict) for value in document.values()):
             rows = [list(value) for value in document.values()]
-            if all(row == rows[0] and all(key.strip().isdigit() for key in row) for row in rows):
+            if all(row == rows[0] and all(map(_is_place, row)) for row in rows):
                 # pandas' to_json: an object from row to value for each column
                 return _lists(name, {key: list(value.values()) for key, value in document.items()})
         tables = [value for value in document.values() if _is_table(value)]
@@ -206,6 +206,11 @@ def _document(name: str, document: Any) -> Document:
     if _is_table(document):
         return _rows(name, document, "JSON array")
     raise DataError(f"{name}: the JSON document holds no list of objects and no object of lists")
+
+
+def _is_place(key: str) -> bool:
+    """Whether a key is a whole number, as of an epoch or a row."""
+    return key.isascii() and key.isdecimal() and len(key) < 10
 
 
 def _is_table(value: Any) -> bool:

@@ -22,11 +22,13 @@ __all__ = [
 ]
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_EPOCH = re.compile(r"EPOCH (\d+) training takes|Epoch:? ?\[(\d+)\] Total time|Epoch:? ?\[(\d+)\]\[ *\d+/\d+\]")
+_EPOCH = re.compile(
+    r"EPOCH (\d{1,9}) training takes|Epoch:? ?\[(\d{1,9})\] Total time|Epoch:? ?\[(\d{1,9})\]\[ *\d+/\d+\]"
+)
 _ACCURACY = re.compile(r"\* +(Acc|Prec)@1:? +(\S+)")
 _OF_EMA = re.compile(r"\bema\b", re.IGNORECASE)
 _OF_TRAINING = re.compile(r"\b(Train(ing)?|TRAIN)\b")
-_VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) *\[ *(\d+)(?:/ *\d+)?\](?:\[ *\d+(?:/ *\d+)?\])?(.*)")
+_VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) *\[ *(\d{1,9})(?:/ *\d+)?\](?:\[ *\d+(?:/ *\d+)?\])?(.*)")
 _PAIR = re.compile(r"([A-Za-z][\w/.@-]*): ([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(?=[\s,]|$)")
 _BESIDE = ("eta", "time", "data_time", "memory")
 _TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|\* +(?:Acc|Prec)@1:? ")
@@ -116,12 +118,15 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
     iteration = 0
     for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
         line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
-        if training := re.search(r"Iter\(train\) ?\[ *(\d+)/\d+\]", line):
+        if training := re.search(r"Iter\(train\) ?\[ *(\d{1,9})/\d+\]", line):
             iteration = int(training[1])
         found = _VALIDATION.search(line)
         if found is None:
             continue
-        values = {key: float(value) for key, value in _PAIR.findall(found[3]) if key not in _BESIDE}
+        try:
+            values = {key: float(value) for key, value in _PAIR.findall(found[3]) if key not in _BESIDE}
+        except ValueError as error:
+            raise DataError(f"{name}:{number}: a metric is not a number ({str(error)[:80]})") from None
         if values:
             words.add(found[1])
             # mmengine's bracket of Iter(val) is a validation batch: the iteration is in the training line before it.
