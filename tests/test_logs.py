@@ -575,3 +575,9 @@ def test_read_log__a_path_that_cannot_be_is_a_data_error(path, message):
 def test_read_log__numbers_that_are_none_are_data_errors(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         read_log(write(tmp_path, "a.log", text))
+
+
+@pytest.mark.parametrize("text", ["score,100,200\n1,2,3\n", "epoch,A,B,score\n1,2,3,4\n2,3,4,5\n"])
+def test_read_log__a_wide_table_has_no_column_score(tmp_path, text):
+    with pytest.raises(DataError, match="a wide table cannot have a column 'score' too"):
+        read_curves([write(tmp_path, "a.csv", text)], wanted=["A"])

@@ -265,6 +265,7 @@ def _wide_epochs(name: str, columns: FrameColumns) -> Document:
     beside = [each for each in columns.names if each not in places]
     words = {(match[1] or "epoch").lower() for match in places.values()}
     kind = "steps" if words & {"step", "steps", "iter"} else "epochs"
+    _refuse_names(name, columns.names, ("score", "line", kind[:-1]))
     frame = columns.frame.assign(line=columns.lines)
     long = frame.melt(id_vars=[*beside, "line"], value_vars=list(places), var_name=kind[:-1], value_name="score")
     long[kind[:-1]] = long[kind[:-1]].map({each: float(match[2]) for each, match in places.items()})
@@ -281,6 +282,13 @@ def _wide_epochs(name: str, columns: FrameColumns) -> Document:
     )  # fmt: skip
 
 
+def _refuse_names(file: str, names: Sequence[str], taken: Sequence[str]) -> None:
+    """Names that the long table gives to what it makes of a wide one."""
+    clash = [name for name in names if name in taken]
+    if clash:
+        raise DataError(f"{file}: a wide table cannot have a column {clash[0]!r} too; rename it")
+
+
 def _wide_methods(document: Document, wanted: Collection[str]) -> Document:
     """A column per method, as long rows."""
     columns = document.columns
@@ -292,6 +300,7 @@ def _wide_methods(document: Document, wanted: Collection[str]) -> Document:
         each for each in free
         if each in wanted or (metric_of(each).kind == "other" and not _BESIDE & set(each.lower().split("_")))
     ]  # fmt: skip
+    _refuse_names(document.file, columns.names, ("score", "line", "method of column"))
     frame = columns.frame.assign(line=columns.lines)
     kept = [each for each in columns.names if each in roles]
     long = frame.melt(id_vars=[*kept, "line"], value_vars=methods, var_name="method of column", value_name="score")
