@@ -325,7 +325,8 @@ def test_fsdp__trains_with_mto_as_one_process_and_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize("method", ["bootmae", "conmim"])
 def test_fsdp__shares_out_slow_branches_too_and_resumes_exactly(tmp_path, method):
-    options = {"method": method, "recipe": {"epochs": "3"}}
+    # Small steps: the order in which processes add gradients differs, and a contrast multiplies what that rounds.
+    options = {"method": method, "recipe": {"epochs": "3", "base_lr": "1e-4"}}
     finish(launch(tmp_path / "copies", 2, **options))  # batch norms of ConMIM see one process's images: not as one
     finish(launch(tmp_path / "whole", 2, fsdp=True, save_steps=1, **options))
     for first, second in zip(*(rows(tmp_path / name / "metrics.csv") for name in ("copies", "whole")), strict=True):
