@@ -58,6 +58,11 @@ PAIR = ("--baseline", "MAE", "--target", "MTO")
 WINDOW = ("--start", 100, "--end", 400)
 
 
+def test_rauc__help_shows_the_options_of_a_log(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "FILE[score=...,epoch=...,run=...,unit=...]" in run("rauc", "--help").stdout
+
+
 def test_rauc__json_has_the_ratio_and_both_areas(log):
     result = json.loads(run("rauc", "--log", log, *PAIR, *WINDOW, "--json").stdout)[0]
     assert result["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))

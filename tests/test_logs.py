@@ -160,6 +160,74 @@ def test_read_log__a_missing_file_and_an_empty_folder_are_data_errors(tmp_path):
         read_log(tmp_path)
 
 
+ALTERNATING = [
+    (0, "a", 10.0),
+    (0, "b", 10.0),
+    *((e, each, base + e) for e in range(1, 5) for each, base in zip("ab", (40, 50), strict=True)),
+]
+
+
+def test_tidy__two_scores_in_each_epoch_are_two_curves(tmp_path):
+    lines = "".join(f"{epoch},{variant},{score}\n" for epoch, variant, score in ALTERNATING)
+    path = write(tmp_path, "a.csv", f"epoch,variant,val_acc\n{lines}")
+    with pytest.raises(DataError, match="has a second score for epoch 1 and others"):
+        read_curves([path])
+    assert len(read_curves([path], method_column="variant").frame) == 10
+
+
+@pytest.mark.parametrize("last", ["4,400,,90", "4,,,90"])
+def test_tidy__an_evaluation_after_training_is_no_epoch(tmp_path, last):
+    head = "epoch,step,train_loss,val_acc\n"
+    epochs = "".join(f"{e},{100 * e + 99},1,\n{e},{100 * e + 99},,{50 + e}\n" for e in range(4))
+    table = read_curves([write(tmp_path, "a.csv", f"{head}{epochs}{last}\n")])
+    assert table.frame["score"].tolist() == [50.0, 51.0, 52.0, 53.0]
+    assert [str(one).rpartition(": ")[2] for one in table.findings] == ["left out"]
+    longer = read_curves([write(tmp_path, "b.csv", f"{head}{epochs}4,499,,54\n")])  # it trained, and logged no loss
+    assert longer.frame["score"].tolist()[-1] == 54.0
+
+
+def test_read_log__takes_torchvisions_text(tmp_path):
+    lines = (
+        f"Epoch: [{e}] Total time: 0:10:00\nTest:   [  0/1563]  eta: 0:10:00  acc1: 0.0 (0.0)\n"
+        f"Test:  Acc@1 {50 + e}.5 Acc@5 90.0\nTest: EMA Acc@1 {60 + e} Acc@5 95.0\n"
+        for e in range(3)
+    )
+    table = read_curves([write(tmp_path, "a.log", "".join(lines))])
+    assert (table.frame["epoch"].tolist(), table.frame["score"].tolist()) == ([0, 1, 2], [50.5, 51.5, 52.5])
+    assert any("EMA Acc@1 (EMA weights) is not read" in str(one) for one in table.findings)
+
+
+def test_read_log__places_validation_by_iterations_of_mmcls_on_the_training_line_before(tmp_path):
+    lines = (
+        f"x - mmcls - INFO - Iter [{1000 * e}/5000]\tlr: 1.0e-3, loss: 2.0\n"
+        f"x - mmcls - INFO - Iter(val) [49]\taccuracy_top-1: {50 + e}.0, accuracy_top-5: 90.0000\n"
+        for e in (1, 2, 3)
+    )
+    (read,) = read_curves([write(tmp_path, "a.log", "".join(lines))]).provenance
+    assert (read.axis, read.first, read.last) == ("steps", (1000.0, 51.0), (3000.0, 53.0))
+
+
+def test_read_table__a_column_per_method_takes_columns_of_one_metric(tmp_path):
+    rows = "".join(f"{e},{90 + e},{50 + e},{92 + e},{52 + e},0.1,0.2\n" for e in range(3))
+    path = write(tmp_path, "a.csv", f"epoch,MAE_train,MAE_val,MTO_train,MTO_val,MAE_val_std,learning_rate\n{rows}")
+    table = read_curves([path], wanted=["MAE_val"])
+    assert table.methods == ["MAE_val", "MTO_val"]
+    assert "not read as methods: MAE_train, MTO_train, MAE_val_std, learning_rate" in str(table.findings[0])
+    losses = write(tmp_path, "b.csv", "epoch,MAE loss,MTO loss\n0,5,4\n1,4,3\n")
+    with pytest.raises(DataError, match="loss is an error or a loss"):
+        read_curves([losses], wanted=["MAE loss"])
+    table = read_curves([losses], wanted=["MAE loss"], lower_is_better=True)
+    assert (table.methods, table.provenance[0].kind) == (["MAE loss", "MTO loss"], "loss")
+    with pytest.raises(DataError, match="of different metrics: accuracy, loss"):
+        read_curves([write(tmp_path, "c.csv", "epoch,A loss,B acc\n0,5,4\n1,4,3\n")], wanted=["A loss", "B acc"])
+
+
+def test_read_table__epochs_as_columns_may_have_their_unit_after_the_number(tmp_path):
+    path = write(tmp_path, "a.csv", "model,100ep,200 epochs,300ep\nA,50,55,60\nB,52,57,62\n")
+    (run,) = read_curves([path]).runs("B").values()
+    assert run.epochs.tolist() == [100.0, 200.0, 300.0]
+
+
 def test_read_log__takes_semicolons_quotes_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeffmethod;epoch;score\n"MAE; big";1;50\n"MAE; big";2;60\n'.encode())
@@ -314,6 +382,7 @@ def test_read_log__prefers_the_state_of_the_last_checkpoint(tmp_path):
         ("epoch,test_acc,val_acc\n0,,40\n1,90,45\n", "val_acc"),
         ("epoch,phase,acc\n0,train,90\n0,val,40\n1,train,91\n1,val,45\n", "val/acc"),
         ("epoch,weights,val_acc\n0,ema,90\n0,model,40\n1,ema,91\n1,model,45\n", "model/val_acc"),
+        ("epoch,val_top_k_accuracy,val_accuracy\n0,90,40\n1,91,45\n", "val_accuracy"),
     ],
 )
 def test_choose__takes_validation_before_training(tmp_path, content, column):
@@ -332,6 +401,8 @@ def test_choose__takes_validation_before_training(tmp_path, content, column):
         ("score,train_acc", "it has 'score' and 'train_acc'"),
         ("val_error,lr", "take it with --score-column 'val_error' --lower-is-better"),
         ("gain,lr", "no accuracy found"),
+        ("val_top_k_accuracy,val_acc_topk", "no accuracy found"),
+        ("acc,test_acc,train_acc", "it has 'acc', 'test_acc', and nothing tells"),
     ],
 )
 def test_choose__asks_where_names_do_not_tell(tmp_path, columns, message):
@@ -353,6 +424,21 @@ def test_read_curves__asks_what_a_named_column_is(tmp_path, column, message):
     with pytest.raises(DataError, match=message):
         read_curves([path], score_column=column)
     assert read_curves([path], score_column=column, unit="raw").frame["score"].tolist() == [4.0, 3.0]
+
+
+def test_choose__a_loss_beside_its_validation_is_of_training(tmp_path):
+    history = [{"epoch": float(e), "loss": 2.0 / e, "eval_loss": 3.0 / e, "step": e} for e in (1, 2, 4)]
+    path = write(tmp_path, "trainer_state.json", json.dumps({"log_history": [*history, {"train_loss": 1.0}]}))
+    (read,) = read_curves([path], lower_is_better=True).provenance
+    assert (read.column, read.split, read.last) == ("eval_loss", "val", (4.0, -0.75))
+    table = read_curves([path], lower_is_better=True, score_column="loss")
+    assert table.provenance[0].split == "train"
+    assert any("'loss' is of training images; eval_loss is not read" in str(one) for one in table.findings)
+
+
+def test_choose__maes_test_accuracy_is_timms_validation_accuracy():
+    table = read_curves([LOGS / "mae_finetune_log.txt", LOGS / "timm_summary.csv"])
+    assert [one.column for one in table.provenance] == ["test_acc1", "eval_top1"]
 
 
 def test_read_curves__turns_errors_and_losses_round(tmp_path):

@@ -66,7 +66,8 @@ Log = Annotated[
     list[str],
     typer.Option(
         metavar="[NAME[@SEED]=]FILE",
-        help="A log, or a TOML list of logs, with options: FILE[score=...,epoch=...,run=...,unit=...]. Repeatable.",
+        # The backslash keeps the bracket from being a style of the terminal.
+        help=r"A log, or a TOML list of logs, with options: FILE\[score=...,epoch=...,run=...,unit=...]. Repeatable.",
     ),
 ]
 Baseline = Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]

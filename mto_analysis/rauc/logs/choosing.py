@@ -12,7 +12,7 @@ The rules, in this order:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +53,8 @@ def series_of(document: Document) -> list[Series]:
     metrics = {name: metric_of(name) for name in names}
     unmarked = document.format.unmarked or _unmarked_split(metrics.values())
     metrics = {
-        name: each if each.split or each.kind == "score" else each.of(unmarked) for name, each in metrics.items()
+        name: each if each.split or each.kind == "score" else each.of(_split_beside(each, metrics.values()) or unmarked)
+        for name, each in metrics.items()
     }
     plain = [Series(name, name, metrics[name]) for name in names]
     if document.mode is None:
@@ -69,6 +70,12 @@ def series_of(document: Document) -> list[Series]:
         for name in names
         for mode in modes
     ]
+
+
+def _split_beside(metric: Metric, others: Collection[Metric]) -> str | None:
+    """What comes with and without ``val_`` is of training images where it comes without; unless these come too."""
+    splits = {split for split in ("train", "val", "test") if metric.of(split) in others}
+    return "train" if splits and "train" not in splits else None
 
 
 def _unmarked_split(metrics: Iterable[Metric]) -> str | None:
@@ -207,7 +214,7 @@ def _asked(document: Document) -> bool:
 
 def _identity(series: Series) -> tuple[object, ...]:
     metric = series.metric
-    return metric.kind, metric.rank or 1, metric.split, metric.weights, metric.rest
+    return metric.kind, 1 if metric.rank is None else metric.rank, metric.split, metric.weights, metric.rest
 
 
 def _refuse_none(document: Document, request: Request) -> list[Series]:
@@ -322,5 +329,5 @@ def _means_validation(document: Document, series: Series) -> bool:
     if not document.format.test_is_val or series.metric.split != "test":
         return False
     return series.column.rpartition("/")[2].endswith(("test_acc1", "test_acc5")) and not any(
-        each.metric.split == "val" for each in series_of(document)
+        each.metric.split == "val" and each.metric.kind != "other" for each in series_of(document)
     )

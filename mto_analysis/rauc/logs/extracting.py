@@ -14,7 +14,7 @@ from mto_analysis.rauc.logs.names import axis_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, Log, Series, grouped
 
-__all__ = ["extract", "progress_of"]
+__all__ = ["extract", "progress_of", "steps_of", "trained_rows"]
 
 
 def extract(
@@ -162,10 +162,15 @@ def progress_of(document: Document) -> NDArray[np.int64] | None:
     """
     if document.progress is not None:
         return document.progress
-    for column, kind in document.axes:
-        if kind == "steps":
-            steps = pd.Series(document.columns.numbers(column)[0]).ffill().bfill().to_numpy()
-            return np.concatenate([[0], np.cumsum(steps[1:] != steps[:-1])])
+    steps = steps_of(document)
+    if steps is not None:
+        return np.concatenate([[0], np.cumsum(steps[1:] != steps[:-1])])
+    trained = trained_rows(document)
+    return np.cumsum(trained) if trained.any() else None
+
+
+def trained_rows(document: Document) -> NDArray[np.bool_]:
+    """Rows with values of training."""
     trained = np.zeros(len(document.columns.lines), dtype=np.bool_)
     found = [each for each in series_of(document) if each.metric.split == "train" and each.metric.kind != "other"]
     for each in found:
@@ -173,4 +178,12 @@ def progress_of(document: Document) -> NDArray[np.int64] | None:
             trained |= rows_of(document, each)[1]
         except DataError:  # a broken cell of a column that is not read
             continue
-    return np.cumsum(trained) if trained.any() else None
+    return trained
+
+
+def steps_of(document: Document) -> NDArray[np.float64] | None:
+    """The steps of all rows, filled up where a row has none; None if the log has no steps."""
+    for column, kind in document.axes:
+        if kind == "steps":
+            return np.asarray(pd.Series(document.columns.numbers(column)[0]).ffill().bfill().to_numpy())
+    return None

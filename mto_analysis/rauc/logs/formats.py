@@ -62,7 +62,8 @@ FORMATS = (
     ),
     Format(
         "text", "SimMIM, Swin, PyTorch's ImageNet example and its relatives (`log_rank0.txt`, captured consoles)",
-        "lines `* Acc@1 ...` after `EPOCH 3 training takes`, `Epoch: [3] Total time` or `Epoch: [3][10/5004]`",
+        "lines `* Acc@1 ...` or `Test: Acc@1 ...` after `EPOCH 3 training takes`, `Epoch: [3] Total time` or"
+        " `Epoch: [3][10/5004]`",
         "the accuracy lines, each with the epoch that was trained last", first_epoch=0, percent=".*@1", unmarked="val",
         example="simmim_finetune.log",
     ),
@@ -73,6 +74,7 @@ FORMATS = (
     Format(
         "transformers trainer state", "Hugging Face transformers (`trainer_state.json`)",
         "a JSON document with `log_history`", "entries with an accuracy, such as `eval_accuracy`", first_epoch=1,
+        unmarked="train",
         example="hf_trainer_state.json",
     ),
     Format(

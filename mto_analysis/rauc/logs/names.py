@@ -16,6 +16,7 @@ _SPLITS = {
     "test": ("test", "testing", "tst"),
 }
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+_UNKNOWN_RANK = 0
 _AVERAGED = {"ema", "swa", "averaged"}
 _BEST = {"best", "max", "maximum", "min", "minimum", "peak", "highest", "lowest"}
 _BATCH = {"step", "batch", "running", "iter"}
@@ -54,7 +55,8 @@ class Metric:
 
     Attributes:
         kind: ``accuracy``, ``error``, ``loss``, ``score`` or ``other``.
-        rank: k of a top-k accuracy or error, ``None`` where the name has none (then it is top-1).
+        rank: k of a top-k accuracy or error, ``None`` where the name has none (then it is top-1), 0 where it is called
+            top-k without telling k.
         split: ``train``, ``val``, ``test`` or ``None``.
         weights: ``model`` or ``EMA``.
         best: Whether it is the best value so far, which is no curve of the epochs.
@@ -90,7 +92,7 @@ class Metric:
         """The metric for an axis label; where the name is no known one, the name itself."""
         if self.kind not in ("accuracy", "error") or self.rest:
             return "score" if self.kind == "score" else column
-        return (f"top-{self.rank} " if self.rank else "") + self.kind
+        return ("" if self.rank is None else f"top-{self.rank or 'k'} ") + self.kind
 
 
 def words_of(name: str) -> list[str]:
@@ -134,6 +136,10 @@ def metric_of(name: str) -> Metric:
             continue
         after_rank = word in _ACCURACY | _RANKED | _ERROR
         following = words[at + 1] if at + 1 < len(words) else ""
+        if word == "topk" or (word == "k" and at and words[at - 1] == "top"):
+            rank = _UNKNOWN_RANK
+            kinds.add("accuracy")
+            continue
         if word in _SPLIT_OF and split is None:
             split = _SPLIT_OF[word]
         elif word in _AVERAGED:
@@ -151,7 +157,7 @@ def metric_of(name: str) -> Metric:
         elif word in _SCORES and not set(words) & _ACCURACY:
             kinds.add("score" if words == ["score"] else "other")
             rest.append(word)
-        elif word not in _NEUTRAL and not (word == "cross" and following == "entropy"):
+        elif (word, following) not in (("cross", "entropy"), ("top", "k")) and word not in _NEUTRAL:
             rest.append(word)
     if {"squared", "absolute", "reconstruction"} & set(rest) and "error" in kinds:
         kinds = {"loss"}

@@ -14,20 +14,24 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
-from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of
+from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns
 
 __all__ = ["axes_of", "is_run_table", "is_table", "read_table", "roles_of"]
 
 _EXTREMES = ("__MIN", "__MAX")
-_WIDE = re.compile(r"(?:(epochs?|ep|steps?|iter)[ _@:-]*)?(\d+(?:\.\d+)?)", re.IGNORECASE)
+_UNITS = "epochs?|ep|steps?|iters?"
+_WIDE = re.compile(rf"(?:({_UNITS})[ _@:-]*)?(\d+(?:\.\d+)?)(?:[ _-]?({_UNITS}))?", re.IGNORECASE)
 #: Columns that name a run; with another value in each row they make a table of runs.
 _RUN_NAMES = ("name", "run", "run_name", "run_id", "runid", "experiment", "trial", "job")
 #: Columns that only a table of runs has.
 _RUN_FACTS = {"state", "runtime", "created", "user", "tags", "notes", "sweep", "hostname"}
 #: Words of columns that are neither scores nor methods.
-_BESIDE = {"lr", "time", "seconds", "seed", "memory", "mem", "eta", "norm", "wd"}
+_BESIDE = {
+    *("lr", "learning", "time", "seconds", "seed", "memory", "mem", "eta", "norm", "wd", "decay"),
+    *("std", "stdev", "sd", "sem", "stderr", "var", "variance", "ci", "lower", "upper"),
+}
 
 
 def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
@@ -263,8 +267,8 @@ def _wide_epochs(name: str, columns: FrameColumns) -> Document:
     """A row per curve and a column per epoch, as long rows."""
     places = {each: match for each in columns.names if (match := _WIDE.fullmatch(each))}
     beside = [each for each in columns.names if each not in places]
-    words = {(match[1] or "epoch").lower() for match in places.values()}
-    kind = "steps" if words & {"step", "steps", "iter"} else "epochs"
+    words = {(match[1] or match[3] or "epoch").lower() for match in places.values()}
+    kind = "steps" if words & {"step", "steps", "iter", "iters"} else "epochs"
     _refuse_names(name, columns.names, ("score", "line", kind[:-1]))
     frame = columns.frame.assign(line=columns.lines)
     long = frame.melt(id_vars=[*beside, "line"], value_vars=list(places), var_name=kind[:-1], value_name="score")
@@ -290,25 +294,30 @@ def _refuse_names(file: str, names: Sequence[str], taken: Sequence[str]) -> None
 
 
 def _wide_methods(document: Document, wanted: Collection[str]) -> Document:
-    """A column per method, as long rows."""
+    """A column per method, as long rows: the compared ones, and those whose names tell the same metric."""
     columns = document.columns
     assert isinstance(columns, FrameColumns)
     axis = document.axes[0][0]
     roles = {axis, document.method, document.seed, document.mode, *(each for each, _ in document.axes)}
     free = [each for each in columns.names if each not in roles]
+    metrics = {each: replace(metric_of(each), rest=()) for each in free}
+    compared = {metrics[each] for each in free if each in wanted}
     methods = [
-        each for each in free
-        if each in wanted or (metric_of(each).kind == "other" and not _BESIDE & set(each.lower().split("_")))
-    ]  # fmt: skip
-    _refuse_names(document.file, columns.names, ("score", "line", "method of column"))
+        each for each in free if each in wanted or (metrics[each] in compared and not _BESIDE & set(words_of(each)))
+    ]
+    told = sorted({each.kind for each in compared} - {"other", "score"})
+    if len(told) > 1:
+        raise DataError(f"{document.file}: the columns of the methods are of different metrics: {', '.join(told)}")
+    score = told[0] if told else "score"
+    _refuse_names(document.file, columns.names, (score, "line", "method of column"))
     frame = columns.frame.assign(line=columns.lines)
     kept = [each for each in columns.names if each in roles]
-    long = frame.melt(id_vars=[*kept, "line"], value_vars=methods, var_name="method of column", value_name="score")
-    long = long[long["score"].notna()].reset_index(drop=True)
+    long = frame.melt(id_vars=[*kept, "line"], value_vars=methods, var_name="method of column", value_name=score)
+    long = long[long[score].notna()].reset_index(drop=True)
     known = FrameColumns(document.file, long.drop(columns="line"), long["line"].to_numpy())
     unread = [each for each in free if each not in methods]
     findings = (Finding(document.file, 1, f"not read as methods: {', '.join(unread)}"),) if unread else ()
     return replace(
-        document, format=BY_NAME["wide table"], columns=known, method="method of column", scores=("score",),
+        document, format=BY_NAME["wide table"], columns=known, method="method of column", scores=(score,),
         findings=(*document.findings, *findings),
     )  # fmt: skip

@@ -25,13 +25,14 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EPOCH = re.compile(
     r"EPOCH (\d{1,9}) training takes|Epoch:? ?\[(\d{1,9})\] Total time|Epoch:? ?\[(\d{1,9})\]\[ *\d+/\d+\]"
 )
-_ACCURACY = re.compile(r"\* +(Acc|Prec)@1:? +(\S+)")
+_ACCURACY = re.compile(r"(?:\*|\b(?:Test|Val|Eval)\w*:(?: *EMA)?) +(Acc|Prec)@1:? +(\S+)")
 _OF_EMA = re.compile(r"\bema\b", re.IGNORECASE)
 _OF_TRAINING = re.compile(r"\b(Train(ing)?|TRAIN)\b")
 _VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) *\[ *(\d{1,9})(?:/ *\d+)?\](?:\[ *\d+(?:/ *\d+)?\])?(.*)")
+_ITERATION = re.compile(r"\bIter(?:\(train\))? *\[ *(\d{1,9})/\d+\]")
 _PAIR = re.compile(r"([A-Za-z][\w/.@-]*): ([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(?=[\s,]|$)")
 _BESIDE = ("eta", "time", "data_time", "memory")
-_TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|\* +(?:Acc|Prec)@1:? ")
+_TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|(?:\*|:|: *EMA) +(?:Acc|Prec)@1:? ")
 _HEAD = 1 << 14
 _METRIC_LINE = re.compile(rb"\d{12,14} \S+(?: \d+)?")
 
@@ -118,7 +119,7 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
     iteration = 0
     for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
         line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
-        if training := re.search(r"Iter\(train\) ?\[ *(\d{1,9})/\d+\]", line):
+        if training := _ITERATION.search(line):
             iteration = int(training[1])
         found = _VALIDATION.search(line)
         if found is None:
@@ -129,7 +130,7 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
             raise DataError(f"{name}:{number}: a metric is not a number ({str(error)[:80]})") from None
         if values:
             words.add(found[1])
-            # mmengine's bracket of Iter(val) is a validation batch: the iteration is in the training line before it.
+            # The bracket of Iter(val) is a validation batch: the iteration is in the training line before it.
             place = iteration if found[1] == "Iter" and iteration else int(found[2])
             rows.append({"place": place, **values})
             lines.append(number)

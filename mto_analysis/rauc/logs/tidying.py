@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import LARGEST_NUMBER
-from mto_analysis.rauc.logs.extracting import progress_of
+from mto_analysis.rauc.logs.extracting import progress_of, steps_of, trained_rows
 from mto_analysis.rauc.logs.records import Finding, Log, grouped
 
 Places = NDArray[np.integer[Any]]
@@ -67,6 +67,8 @@ def tidy(
         if huge.any():
             at = int(np.argmax(huge))
             raise DataError(f"{log.file}:{rows['line'].iloc[at]}: {column} {rows[column].iloc[at]:g} is no measurement")
+    rows, found = _without_final_test(log, rows)
+    findings += found
     keys = ["method", "seed", *groups]
     code = _curve_codes([pd.Categorical(rows[key]) for key in keys])
     if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
@@ -115,6 +117,29 @@ def _in_order(code: Places, epoch: NDArray[np.float64]) -> bool:
     return bool(((step == 1) | ((step == 0) & (np.diff(epoch) > 0))).all())
 
 
+def _without_final_test(log: Log, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
+    """Without a last score under a number of its own before which the log shows no training, as it does elsewhere.
+
+    ``Trainer.validate()`` after ``fit()`` writes such a row: one epoch and one step after the last of training.
+    """
+    document = log.document
+    if document.method is not None or document.progress is not None or len(rows) < 3:
+        return rows, []
+    places, epoch = rows["row"].to_numpy(), rows["epoch"].to_numpy()
+    if epoch[-1] <= epoch[:-1].max():
+        return rows, []
+    trained = np.diff(np.cumsum(trained_rows(document))[places])
+    if trained[-1] != 0 or not (trained[:-1] > 0).all():
+        return rows, []
+    steps = steps_of(document)
+    if steps is not None:
+        ahead = np.diff(steps[places])
+        if 2 * ahead[-1] >= ahead[:-1].min():
+            return rows, []
+    text = "evaluated after training, without training since the score before: left out"
+    return rows.iloc[:-1], [Finding(log.file, int(rows["line"].iloc[-1]), text)]
+
+
 def _without_later_evaluations(
     log: Log, rows: pd.DataFrame, code: Places
 ) -> tuple[pd.DataFrame, Places, list[Finding]]:
@@ -134,7 +159,7 @@ def _without_later_evaluations(
         done = progress[rows["row"].to_numpy()][order]
         later = repeats[done[repeats] == done[again[repeats]]]
     else:
-        later = repeats[~_goes_on(curve, epoch)[repeats]]
+        later = repeats[~_goes_on(curve, epoch)[repeats] | _mostly_twice(curve, epoch)[repeats]]
     if log.document.progress is None:
         # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
         first, length = pd.Series(epoch).groupby(curve).transform("min").to_numpy(), np.bincount(curve)[curve]
@@ -147,7 +172,8 @@ def _without_later_evaluations(
     lines = rows["line"].to_numpy()[order]
     changed = later[score[later] != score[again[later]]]
     text = "evaluated again without training in between: the first score of the epoch counts"
-    copies = f"{later.size - changed.size} rows are copies of rows before them: skipped"
+    count = later.size - changed.size
+    copies = f"{count} rows are copies of rows before them: skipped" if count > 1 else "a copy of a row before: skipped"
     found = [Finding(log.file, int(lines[later].min()), copies)] if changed.size < later.size else []
     keep = np.sort(np.delete(order, later))
     return rows.iloc[keep], code[keep], [*grouped(log.file, lines[changed], text), *found]
@@ -180,6 +206,16 @@ def _earlier_place(curve: Places, epoch: NDArray[np.float64]) -> Places:
     earlier = np.full(len(epoch), -1, dtype=np.intp)
     earlier[order[1:][same]] = order[:-1][same]
     return earlier
+
+
+def _mostly_twice(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """For each point whether it repeats the epoch right before it, on a curve where most epochs come so.
+
+    A resumed run goes back by some epochs and comes through them again; it does not write each one twice in a row.
+    """
+    same = np.r_[False, (curve[1:] == curve[:-1]) & (epoch[1:] == epoch[:-1])]
+    doubled = pd.Series(epoch).where(same).groupby(curve).transform("nunique").to_numpy()
+    return same & (doubled > 1) & (2 * doubled > pd.Series(epoch).groupby(curve).transform("nunique").to_numpy())
 
 
 def _goes_on(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
