@@ -186,6 +186,14 @@ def test_tidy__an_evaluation_after_training_is_no_epoch(tmp_path, last):
     assert longer.frame["score"].tolist()[-1] == 54.0
 
 
+def test_read_curves__names_the_option_that_settles_different_axes(tmp_path):
+    logs = [write(tmp_path, f"{axis}.csv", f"{axis},val_acc\n1,50\n2,51\n") for axis in ("epoch", "step", "hours")]
+    with pytest.raises(DataError, match=r"counts epochs and .* counts steps; --steps-per-epoch"):
+        read_curves(logs[:2])
+    with pytest.raises(DataError, match=r"counts steps and .* counts hours; name a column that both have"):
+        read_curves(logs[1:])
+
+
 def test_read_log__takes_torchvisions_text(tmp_path):
     lines = (
         f"Epoch: [{e}] Total time: 0:10:00\nTest:   [  0/1563]  eta: 0:10:00  acc1: 0.0 (0.0)\n"

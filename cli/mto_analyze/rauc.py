@@ -244,6 +244,8 @@ def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, f
     for first, last in windows:
         given = first == -math.inf or math.isfinite(first)
         if not (given and math.isfinite(last) and first < last):
+            if first == -math.inf:
+                raise typer.BadParameter(f"must be finite, got {last:g}", param_hint="--end")
             raise typer.BadParameter(f"{first:g} must be below {last:g}, both finite", param_hint="--start, --end")
     return windows
 

@@ -384,10 +384,15 @@ def _refuse_different_axes(curves: Sequence[_Curves]) -> None:
         return "epochs" if each.counts_epochs else each.log.axis if each.log.axis != "other" else each.log.axis_column
 
     for other in curves[1:]:
-        if said(other) != said(curves[0]):
+        kinds = {said(other), said(curves[0])}
+        if len(kinds) > 1:
+            settled = (
+                "--steps-per-epoch turns steps into epochs (1 where each step is an epoch)"
+                if kinds == {"steps", "epochs"}
+                else "name a column that both have with --epoch-column"
+            )
             raise DataError(
-                f"{curves[0].log.file} counts {said(curves[0])} and {other.log.file} counts {said(other)};"
-                " --steps-per-epoch turns steps into epochs (1 where each step is an epoch)"
+                f"{curves[0].log.file} counts {said(curves[0])} and {other.log.file} counts {said(other)}; {settled}"
             )
 
 

@@ -215,7 +215,8 @@ def _mostly_twice(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_
     """
     same = np.r_[False, (curve[1:] == curve[:-1]) & (epoch[1:] == epoch[:-1])]
     doubled = pd.Series(epoch).where(same).groupby(curve).transform("nunique").to_numpy()
-    return same & (doubled > 1) & (2 * doubled > pd.Series(epoch).groupby(curve).transform("nunique").to_numpy())
+    total = pd.Series(epoch).groupby(curve).transform("nunique").to_numpy()
+    return np.asarray(same & (doubled > 1) & (2 * doubled > total))
 
 
 def _goes_on(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -258,7 +259,8 @@ def _chosen_run(
     if run is None:
         raise DataError(
             f"{file}:{line}: {method!r} starts over at epoch {epoch[at]:g}, so the file holds more than one run;"
-            " choose with --run 1, 2, ... or -1 for the last"
+            " choose with --run 1, 2, ... or -1 for the last, or name what tells its curves apart with --seed-column"
+            " or --group"
         )
     total = np.cumsum(again)
     segment = total - np.repeat(total[begins], size)
