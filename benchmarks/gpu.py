@@ -226,7 +226,7 @@ def measure(
 ) -> Iterator[Row]:
     """One model: probes against the bare forward."""
     info = model.info
-    mask = info.mask_rule.draw(mask_keys(batch.names), info.grid, info.patch_size).to(batch.images.device)
+    mask = info.mask_rule.sample(mask_keys(batch.names), info.grid, info.patch_size).to(batch.images.device)
 
     @torch.no_grad()
     def bare() -> None:

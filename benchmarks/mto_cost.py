@@ -75,7 +75,7 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.images = torch.randn(size, 3, 224, 224, device=device)
         info = self.model.info
-        self.mask = info.mask_rule.draw(mask_keys(map(str, range(size))), info.grid, info.patch_size).to(device)
+        self.mask = info.mask_rule.sample(mask_keys(map(str, range(size))), info.grid, info.patch_size).to(device)
         self.device, self.bf16 = device, bf16
 
     def step(self, mto: MTO | None) -> None:

@@ -46,7 +46,7 @@ class Images:
     @staticmethod
     def masks(model: MaskedImageModel, names: list[str], epoch: int = 0) -> torch.Tensor:
         """Masks of named images in an epoch."""
-        return model.info.mask_rule.draw(mask_keys(names, epoch=epoch), model.info.grid, model.info.patch_size)
+        return model.info.mask_rule.sample(mask_keys(names, epoch=epoch), model.info.grid, model.info.patch_size)
 
 
 def own_loss(model: MaskedImageModel, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -371,7 +371,7 @@ def test_load_checkpoint__needs_the_config_of_a_hugging_face_folder(tmp_path: Pa
 
 
 @pytest.mark.parametrize("make", [make_mae, make_simmim, lambda: make_simmim(position_bias="per_block")])
-def test_save_checkpoint__loads_back_bit_equal_with_all_facts(tmp_path: Path, make) -> None:
+def test_save_checkpoint__loads_back_bit_equal_with_all_metadata(tmp_path: Path, make) -> None:
     model = make()
     save_checkpoint(model, tmp_path / "model.safetensors", notes={"trained": "not at all"})
     loaded = load_checkpoint(tmp_path / "model.safetensors")

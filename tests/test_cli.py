@@ -107,7 +107,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # heterogeneity.
 
 
-def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, image_folder: Path, out: Path) -> None:
+def test_heterogeneity__writes_tables_figures_and_metadata(checkpoints, image_folder: Path, out: Path) -> None:
     result = ok("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out)
     assert set(contents(out)) == FILES
     table, per_image = csv(out), csv(out, "heterogeneity_per_image.csv")
@@ -122,12 +122,12 @@ def test_heterogeneity__writes_tables_figures_and_facts(checkpoints, image_folde
         image.load()
         assert len(image.convert("L").getcolors(1 << 20)) > 10  # something is drawn
     assert (out / "heterogeneity.pdf").read_bytes().rstrip().endswith(b"%%EOF")
-    facts = json.loads((out / "run.json").read_text())
-    assert facts["arguments"]["seed"] == 0
-    assert facts["arguments"]["ckpt"] == [str(checkpoints["mae"])]
-    assert facts["models"][0]["model"] == "mae"
-    assert len(facts["models"][0]["sha256"]) == 64
-    assert facts["skipped"] == {}
+    metadata = json.loads((out / "run.json").read_text())
+    assert metadata["arguments"]["seed"] == 0
+    assert metadata["arguments"]["ckpt"] == [str(checkpoints["mae"])]
+    assert metadata["models"][0]["model"] == "mae"
+    assert len(metadata["models"][0]["sha256"]) == 64
+    assert metadata["skipped"] == {}
     # The table on stdout, everything else on stderr.
     lines = result.stdout.splitlines()
     assert lines[0].split()[:4] == ["model", "stack", "layer_depth", "heterogeneity"]
@@ -338,7 +338,7 @@ def option_save_masks(path, images, ckpt):
     masks = load_masks(path / "first/masks-MAE-800-epochs.npz")
     info, names = load_checkpoint(ckpt).info, list(open_images(images).names)
     for k in range(2):
-        drawn = info.mask_rule.draw(mask_keys(names, k=k, seed=3), info.grid, 4)
+        drawn = info.mask_rule.sample(mask_keys(names, k=k, seed=3), info.grid, 4)
         assert torch.equal(torch.stack([masks[name][k] for name in names]), drawn)
     ok(*arguments, "--masks", path / "first/masks-MAE-800-epochs.npz", "--out", path / "second")
     np.testing.assert_allclose(csv(path / "first")["heterogeneity"], csv(path / "second")["heterogeneity"], rtol=1e-5)
@@ -475,7 +475,7 @@ def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, image
     # Drawn by rule, written to a file, read by another laboratory: the same table.
     info = load_checkpoint(checkpoints["simmim"]).info
     names = list(open_images(image_folder).names)
-    drawn = torch.stack([info.mask_rule.draw(mask_keys(names, k=k, seed=9), info.grid, 4) for k in range(2)], dim=1)
+    drawn = torch.stack([info.mask_rule.sample(mask_keys(names, k=k, seed=9), info.grid, 4) for k in range(2)], dim=1)
     save_masks(out.parent / "masks.npz", drawn.numpy(), names)
     assert torch.equal(load_masks(out.parent / "masks.npz")["c.png"], drawn[names.index("c.png")])
     arguments = ("heterogeneity", "--ckpt", checkpoints["simmim"], "--images", image_folder, "--masks-per-image", 2)

@@ -30,9 +30,9 @@ def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
     done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
     assert "epoch 2/2  loss" in done.stderr
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["settings"]["mto"]["ranking_weight"] == 0
-    assert facts["identity"]["seed"] == 3
+    metadata = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert metadata["settings"]["mto"]["ranking_weight"] == 0
+    assert metadata["identity"]["seed"] == 3
     curve = rows(tmp_path / "run" / "curves.csv")
     assert [(row["method"], row["epoch"], row["seed"], row["protocol"]) for row in curve] == [
         ("mae_cifar10+MTO", "1", "3", "knn"),
@@ -192,8 +192,8 @@ def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_
     assert done.exit_code == 0, done.output
     assert "wrote run.png, run.pdf" in done.stderr
     assert [row["epoch"] for row in rows(tmp_path / "run" / "curves.csv")] == ["0", "1"]
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (facts["settings"]["evaluation"]["limit"], facts["settings"]["evaluation"]["test_limit"]) == (32, 16)
+    metadata = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (metadata["settings"]["evaluation"]["limit"], metadata["settings"]["evaluation"]["test_limit"]) == (32, 16)
     (tmp_path / "run" / "run.png").unlink()
     assert invoke("pretrain", "--resume", "--out", tmp_path / "run").exit_code == 0
     assert (tmp_path / "run" / "run.png").is_file()

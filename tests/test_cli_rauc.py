@@ -607,8 +607,8 @@ def test_rauc__what_holds_no_curve_ends_with_4(tmp_path, name, text, message):
 def test_rauc__text_and_files_say_what_was_read(log, tmp_path):
     text = run("rauc", "--log", log, *PAIR, *WINDOW, "--out", tmp_path / "out").stdout
     assert f"read {log}: table, 'score' (score, percent) over epochs from 1 ('epoch'), 8 points of 2 runs" in text
-    (facts,) = json.loads((tmp_path / "out" / "run.json").read_text())["logs"]
-    assert (facts["column"], facts["points"], len(facts["sha256"])) == ("score", 8, 64)
+    (metadata,) = json.loads((tmp_path / "out" / "run.json").read_text())["logs"]
+    assert (metadata["column"], metadata["points"], len(metadata["sha256"])) == ("score", 8, 64)
     assert "read " not in run("rauc", "--log", log, *PAIR, *WINDOW, "--format", "csv").stdout
 
 

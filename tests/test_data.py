@@ -282,5 +282,5 @@ def test_image_batches__refuse_numbers_that_make_no_sense(image_folder: Path, op
 def test_image_batches__fit_the_model(image_folder: Path) -> None:
     model = make_simmim()
     (batch,) = image_batches(open_images(image_folder), model.info)
-    mask = model.info.mask_rule.draw(mask_keys(batch.names), model.info.grid, model.info.patch_size)
+    mask = model.info.mask_rule.sample(mask_keys(batch.names), model.info.grid, model.info.patch_size)
     assert model(batch.images, mask).shape == (6, 3, 16, 16)

@@ -200,7 +200,7 @@ def test_order__visits_places_evenly(small: Path) -> None:
 def test_micro_batches__draw_the_masks_of_their_keys(source: Path, rule: MaskRule) -> None:
     data = TrainingData(open_images(source), Augmentation(16), rule, 4, seed=7)
     for batch in data.micro_batches(5, micro_batch=6):
-        assert torch.equal(batch.mask, rule.draw(mask_keys(batch.names, seed=7, epoch=5), (4, 4), 4))
+        assert torch.equal(batch.mask, rule.sample(mask_keys(batch.names, seed=7, epoch=5), (4, 4), 4))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -285,7 +285,7 @@ def test_micro_batches__replace_broken_images_by_others(broken: Path, num_worker
         assert len(names) == 20  # batches keep their size
         assert not set(BROKEN) & set(names)
         for batch in batches:
-            assert torch.equal(batch.mask, RULE.draw(mask_keys(batch.names, epoch=epoch), (4, 4), 4))
+            assert torch.equal(batch.mask, RULE.sample(mask_keys(batch.names, epoch=epoch), (4, 4), 4))
     assert sorted(image.name for image in found) == sorted(data.broken) == BROKEN  # each once
     assert all("\n" not in reason and reason for reason in data.broken.values())
 

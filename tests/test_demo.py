@@ -82,7 +82,7 @@ def test_demo_masks__are_those_of_the_original_run(method: str, reference) -> No
     assert (found == reference[f"{method.lower()}_mask"]).all()
 
 
-def test_demo_checkpoints__have_the_facts_of_their_training() -> None:
+def test_demo_checkpoints__have_the_metadata_of_their_training() -> None:
     for label, path in DEMO_CHECKPOINTS.items():
         info = load_checkpoint(path).info
         assert (info.image_size, info.patch_size) == (32, 4)
@@ -105,7 +105,7 @@ def test_own_loss__of_the_demo_models_is_near_the_originals(label: str, original
 
 
 def test_measure_demo__self_check_finds_final_models_better(tables: DemoTables) -> None:
-    losses = {facts["model"]: facts["own_loss"] for facts in tables.models}
+    losses = {metadata["model"]: metadata["own_loss"] for metadata in tables.models}
     for model in ("MAE", "SimMIM"):
         assert losses[model]["loss"] < losses[f"{model}, early"]["loss"]
         assert losses[model]["loss"] < 0.9 * losses[model]["predict_the_mean"]
@@ -116,7 +116,7 @@ def test_measure_demo__makes_the_tables_of_both_figures(tables: DemoTables) -> N
     assert tables.fig1b["model"].unique().tolist() == list(FILES)
     figure = draw_heterogeneity(tables.fig1b)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(FILES)
-    assert [facts["model"] for facts in tables.models] == list(FILES)
+    assert [metadata["model"] for metadata in tables.models] == list(FILES)
 
 
 def test_demo_sentences__say_what_was_measured(tables: DemoTables) -> None:

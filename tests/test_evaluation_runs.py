@@ -14,7 +14,7 @@ from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
 from mto_analysis import save_checkpoint
-from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.checkpoints.publishing import published_metadata, published_state
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, OutputExistsError
 from mto_analysis.figures.plots.evaluation import draw_accuracy
 from mto_analysis.training.evaluation.checkpoint_scores import (
@@ -209,7 +209,7 @@ def test_load_encoder__takes_the_trained_weights_of_other_methods(tmp_path) -> N
         block.attn.qkv.bias.data[24:48] = 0
     state = published_state(model)
     average = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    torch.save({"model": state, "model_average": average, **published_facts(model)}, tmp_path / "a.pth")
+    torch.save({"model": state, "model_average": average, **published_metadata(model)}, tmp_path / "a.pth")
     own, kind = bias_of(tmp_path / "a.pth")
     assert kind == "model"
     assert bias_of(tmp_path / "a.pth", "model_ema") == (pytest.approx(own + 1), "model_ema")

@@ -384,14 +384,14 @@ def test_train_classifier__refuses_another_setting_or_model(labelled, tmp_path) 
 
 
 def test_train_classifier__refuses_a_damaged_file_and_one_of_an_older_version(labelled, tmp_path) -> None:
-    chosen, last, facts = settings("linear_mae"), tmp_path / "last.pth", tmp_path / "run.json"
+    chosen, last, metadata = settings("linear_mae"), tmp_path / "last.pth", tmp_path / "run.json"
     next(train(make_mae(), labelled, chosen, tmp_path))
-    stored = json.loads(facts.read_text())
+    stored = json.loads(metadata.read_text())
     older = {name: value for name, value in stored["identity"].items() if name != "randomness"}
-    facts.write_text(json.dumps({**stored, "identity": older, "versions": {"mto-analysis": "0.0.7"}}))
+    metadata.write_text(json.dumps({**stored, "identity": older, "versions": {"mto-analysis": "0.0.7"}}))
     with pytest.raises(CheckpointError, match=r"written by mto-analysis 0\.0\.7, which samples other random numbers"):
         next(train(make_mae(), labelled, chosen, tmp_path))
-    facts.write_text(json.dumps(stored))
+    metadata.write_text(json.dumps(stored))
     torch.save({"rows": []}, last)
     with pytest.raises(CheckpointError, match="no state to resume from"):
         next(train(make_mae(), labelled, chosen, tmp_path))

@@ -75,8 +75,8 @@ def test_experiment__writes_tables_figures_and_a_page(done: Path) -> None:
     terms = pd.read_csv(out / "terms.csv")
     assert terms["mto_sparsity"].notna().tolist() == [False, True, False, True]
     assert terms["loss"].notna().all()
-    facts = json.loads((out / "run.json").read_text())
-    assert facts["chosen"]["MAE"] in ("small", "large")
+    metadata = json.loads((out / "run.json").read_text())
+    assert metadata["chosen"]["MAE"] in ("small", "large")
     page = (out / "summary.md").read_text()
     for heading in ("Scores", "What it shows", "RAUC", "Equal time", "Losses at the end", "The choice", "Files"):
         assert f"\n## {heading}\n" in page
@@ -94,8 +94,8 @@ def test_experiment__the_arm_takes_the_best_candidate(done: Path) -> None:
     assert choice["candidate"].tolist() == ["no MTO", "small", "large"]
     candidates = choice[choice["candidate"] != "no MTO"]
     best = candidates.loc[candidates["final"].idxmax(), "candidate"]
-    facts = json.loads((done / "out/run.json").read_text())
-    assert facts["chosen"] == {"MAE": best}
+    metadata = json.loads((done / "out/run.json").read_text())
+    assert metadata["chosen"] == {"MAE": best}
     stored = json.loads((done / "out/runs/mae-mto-seed1/run.json").read_text())["identity"]["mto"]
     assert stored["sparsity_weight"] == {"small": 0.01, "large": 0.5}[best]
 
@@ -205,7 +205,7 @@ class Pretended(Engine):
             self.done.append(run.name)
             run.folder.mkdir(parents=True)
             identity = {"recipe": run.recipe.to_dict(), "seed": run.seed}
-            RunFolder(run.folder).write_facts({"state": "complete", "identity": identity})
+            RunFolder(run.folder).write_metadata({"state": "complete", "identity": identity})
         ended.set_result(Outcome(("a note",), "the disk is full", 4) if failed else Outcome())
         return ended
 

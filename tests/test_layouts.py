@@ -36,7 +36,7 @@ def test_load_checkpoint__tokens_agree_with_the_reference_on_masks_of_different_
     assert set(model.stacks) == set(published.references)
     batch = 1 if model.info.num_patches > 1000 else 2
     images = torch.randn(batch, 3, *(model.info.image_size,) * 2, generator=torch.Generator().manual_seed(1))
-    mask = model.info.mask_rule.draw(mask_keys(["a", "b"][:batch]), model.info.grid, model.info.patch_size)
+    mask = model.info.mask_rule.sample(mask_keys(["a", "b"][:batch]), model.info.grid, model.info.patch_size)
     if model.info.family == "hiera":
         mask[0] = (torch.arange(36) % 6 < 4) & (torch.arange(36) // 6 < 4)  # 4 of 9 units instead of 6
     elif batch > 1 and model.info.family not in ("simmim_swin", "simmim_swinv2", "ibot_swin"):

@@ -121,7 +121,7 @@ def test_blockwise_mask__may_stop_short_but_never_goes_over() -> None:
 def test_mask_rule_draw__masks_the_published_number_of_patches(
     rule: MaskRule, grid: tuple[int, int], patch_size: int, num_masked: int
 ) -> None:
-    mask = rule.draw(mask_keys(IMAGES[:4]), grid, patch_size)
+    mask = rule.sample(mask_keys(IMAGES[:4]), grid, patch_size)
     assert mask.dtype == torch.bool
     assert mask.shape == (4, grid[0] * grid[1])
     assert mask.sum(dim=1).tolist() == [num_masked] * 4
@@ -144,27 +144,27 @@ def test_block_mask__masks_whole_square_units() -> None:
 )
 class TestKeys:
     def test_draw__does_not_depend_on_the_batch_or_the_order(self, rule: MaskRule) -> None:
-        whole = rule.draw(mask_keys(IMAGES), (8, 8), 4)
-        alone = torch.cat([rule.draw(mask_keys([image]), (8, 8), 4) for image in IMAGES])
-        backwards = rule.draw(mask_keys(IMAGES[::-1]), (8, 8), 4).flip(0)
+        whole = rule.sample(mask_keys(IMAGES), (8, 8), 4)
+        alone = torch.cat([rule.sample(mask_keys([image]), (8, 8), 4) for image in IMAGES])
+        backwards = rule.sample(mask_keys(IMAGES[::-1]), (8, 8), 4).flip(0)
         assert torch.equal(whole, alone)
         assert torch.equal(whole, backwards)
 
     def test_draw__differs_with_each_part_of_the_key(self, rule: MaskRule) -> None:
         keys = [MaskKey(0, 0, "a", 0), MaskKey(1, 0, "a", 0), MaskKey(0, 1, "a", 0), MaskKey(0, 0, "b", 0)]
         keys += [MaskKey(0, 0, "a", 1), MaskKey(1, 1, "a", 1), MaskKey(11, 0, "a", 0), MaskKey(1, 10, "a", 0)]
-        masks = rule.draw(keys, (8, 8), 4)
+        masks = rule.sample(keys, (8, 8), 4)
         assert len({tuple(mask.tolist()) for mask in masks}) == len(keys)
 
     def test_draw__leaves_global_random_numbers_alone(self, rule: MaskRule) -> None:
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-        first = rule.draw(mask_keys(IMAGES[:2]), (8, 8), 4)
+        first = rule.sample(mask_keys(IMAGES[:2]), (8, 8), 4)
         assert random.getstate() == before[0]
         assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
         assert torch.equal(torch.get_rng_state(), before[2])
         random.seed(1)
         torch.manual_seed(1)
-        assert torch.equal(first, rule.draw(mask_keys(IMAGES[:2]), (8, 8), 4))
+        assert torch.equal(first, rule.sample(mask_keys(IMAGES[:2]), (8, 8), 4))
 
 
 PINNED = {
@@ -235,7 +235,7 @@ def test_blockwise_mask__refuses_counts_that_leave_one_kind_out(num_masked: int)
 
 def test_mask_rule_draw__refuses_units_between_patches() -> None:
     with pytest.raises(ValueError, match="a mask unit of 10 px is not a multiple of the patch of 4 px"):
-        MaskRule("block", 0.5, 10).draw(mask_keys("a"), (4, 4), 4)
+        MaskRule("block", 0.5, 10).sample(mask_keys("a"), (4, 4), 4)
 
 
 def test_mask_rule__refuses_unknown_kinds_and_units() -> None:
@@ -279,7 +279,7 @@ def test_mask_rule__says_itself_in_words() -> None:
 
 
 def test_mask_rule_draw__shrinks_beit_rectangles_on_small_grids() -> None:
-    mask = MaskRule("blockwise", 0.4, 4).draw(mask_keys(IMAGES), (8, 8), 4)
+    mask = MaskRule("blockwise", 0.4, 4).sample(mask_keys(IMAGES), (8, 8), 4)
     assert mask.sum(dim=1).float().mean() > 20  # of 25: rectangles of 16 patches would mostly not fit
 
 

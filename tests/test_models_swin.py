@@ -35,7 +35,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def mask() -> Tensor:
-    return MaskRule("block", 0.5, 16).draw(mask_keys(["a", "b"]), (16, 16), 4)
+    return MaskRule("block", 0.5, 16).sample(mask_keys(["a", "b"]), (16, 16), 4)
 
 
 def test_layer_tokens__count_blocks_over_all_stages_with_the_mask_of_each_grid(images: Tensor, mask: Tensor) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from mto_analysis.errors import MTOAnalysisError, OutputError, OutputExistsError
 from mto_analysis.figures.plots.style import write_figure
-from mto_analysis.runtime.outputs import OutputFolder, atomic_file, check_writable, run_facts, write_atomically
+from mto_analysis.runtime.outputs import OutputFolder, atomic_file, check_writable, run_metadata, write_atomically
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -148,9 +148,9 @@ def test_write_figure__writes_png_and_pdf_the_same_each_time(tmp_path: Path) -> 
     assert written[0]["f.pdf"].startswith(b"%PDF")
 
 
-def test_run_facts__can_be_written_and_tell_versions_and_arguments(tmp_path: Path) -> None:
-    facts = run_facts({"out": tmp_path, "limit": None}, models=[{"sha256": "ab"}])
-    path = OutputFolder(tmp_path, ["run.json"]).write_json("run.json", facts)
+def test_run_metadata__can_be_written_and_tell_versions_and_arguments(tmp_path: Path) -> None:
+    metadata = run_metadata({"out": tmp_path, "limit": None}, models=[{"sha256": "ab"}])
+    path = OutputFolder(tmp_path, ["run.json"]).write_json("run.json", metadata)
     read = json.loads(path.read_text())
     assert read["arguments"] == {"out": str(tmp_path), "limit": None}
     assert read["models"] == [{"sha256": "ab"}]

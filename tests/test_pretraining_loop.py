@@ -29,9 +29,9 @@ def test_pretrain__writes_all_files_and_learns(tmp_path):
     assert records[-1].loss < records[0].loss
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"run.json", "recipe.toml", "metrics.csv", "curves.csv", "last.pth", "checkpoint-0004.pth"}
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["state"] == "complete"
-    assert facts["identity"]["images"]["count"] == 64
+    metadata = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert metadata["state"] == "complete"
+    assert metadata["identity"]["images"]["count"] == 64
 
 
 def test_pretrain__checkpoints_load_as_published_ones(tmp_path):
@@ -112,11 +112,11 @@ def test_resume__of_a_complete_run_does_nothing(tmp_path):
 
 def test_resume__of_a_run_killed_after_its_last_checkpoint_marks_it_complete(tmp_path):
     run(tmp_path / "run")
-    facts = tmp_path / "run" / "run.json"
-    finished = json.loads(facts.read_text())
-    facts.write_text(json.dumps({**finished, "state": "running"}))
+    metadata = tmp_path / "run" / "run.json"
+    finished = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**finished, "state": "running"}))
     assert run(tmp_path / "run", resume=True) == []
-    assert json.loads(facts.read_text()) == finished
+    assert json.loads(metadata.read_text()) == finished
 
 
 def test_resume__of_another_run_says_what_differs(tmp_path):
@@ -134,16 +134,16 @@ def test_resume__of_another_run_says_what_differs(tmp_path):
 @pytest.mark.parametrize("written", [None, 1])
 def test_resume__of_an_older_version_names_it(tmp_path, written):
     run(tmp_path / "run")
-    facts = tmp_path / "run" / "run.json"
-    stored = json.loads(facts.read_text())
+    metadata = tmp_path / "run" / "run.json"
+    stored = json.loads(metadata.read_text())
     stored["versions"]["mto-analysis"] = "0.0.7"
     stored["identity"].pop("randomness")
     if written is not None:
         stored["identity"]["randomness"] = written
-    facts.write_text(json.dumps(stored))
+    metadata.write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=r"mto-analysis 0\.0\.7.*other random numbers \(revision 1"):
         run(tmp_path / "run", resume=True)
-    assert json.loads(facts.read_text()) == stored
+    assert json.loads(metadata.read_text()) == stored
 
 
 def test_resume__takes_settings_given_in_another_order(tmp_path):

@@ -96,18 +96,18 @@ def test_folder__must_not_be_a_file(tmp_path):
         run(tmp_path / "file" / "run")
 
 
-def test_folder__with_damaged_facts_is_refused(tmp_path):
+def test_folder__with_damaged_metadata_is_refused(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run.json is damaged"):
         run(tmp_path / "run", resume=True)
 
 
-def test_settings__come_back_from_their_facts():
+def test_settings__come_back_from_their_metadata():
     import json
 
     settings = RunSettings(seed=4, mto=MTOConfig(layers=(0, 2)), precision="bf16", save_steps=7)
-    assert RunSettings.from_facts(json.loads(json.dumps(settings.facts()))) == settings
+    assert RunSettings.from_metadata(json.loads(json.dumps(settings.metadata()))) == settings
 
 
 def test_settings__are_checked():

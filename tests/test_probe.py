@@ -81,7 +81,7 @@ def test_probe__measures_every_stack_on_its_own_grid(two_stacks, generator: torc
         ("feature_decoder", 0): [8],
         ("feature_decoder", 1): [2],
     }
-    mask = rule.draw(mask_keys(NAMES[:3]), (4, 4), 4)
+    mask = rule.sample(mask_keys(NAMES[:3]), (4, 4), 4)
     for stack in two_stacks.stacks:
         for layer in two_stacks.layer_tokens(images, mask, stack):
             rows = frame[(frame["stack"] == stack) & (frame["layer_depth"] == layer.depth)]
@@ -141,7 +141,7 @@ def test_probe__draws_a_images_mask_from_its_name_not_its_place(tiny_model, size
     values = probe(tiny_model, batches(images[order], size, shuffled), watched, masks_per_image=2).to_frame()
     rule = tiny_model.info.mask_rule
     for (name, k), mask in seen.items():
-        assert mask == rule.draw(mask_keys([name], k=k, seed=3), (4, 4), 4)[0].tolist()
+        assert mask == rule.sample(mask_keys([name], k=k, seed=3), (4, 4), 4)[0].tolist()
     assert len({tuple(mask) for mask in seen.values()}) > 5  # SimMIM has 6 of 2 of 4 units
     straight = probe(tiny_model, batches(images, 11), masks_from_rule(tiny_model.info, seed=3), masks_per_image=2)
     key = ["layer_depth", "image", "mask"]

@@ -30,7 +30,7 @@ def compared(path: Path, encoder: object, decoder: object, limit: int = 64):
     model = load_checkpoint(path, **{name: 1 if count == "auto" else count for name, count in counts.items()})
     assert model.info.unsettled_heads == ("num_heads", "decoder_num_heads")
     (batch,) = demo_batches(model.info, limit=limit)
-    mask = model.info.mask_rule.draw(mask_keys(batch.names), model.info.grid, 4)
+    mask = model.info.mask_rule.sample(mask_keys(batch.names), model.info.grid, 4)
     return compare_heads(model, (batch.images, mask), counts)
 
 
@@ -108,8 +108,8 @@ def test_commands__choose_and_doubt_head_counts(command: str, unstated: Path, tm
     chosen = CliRunner().invoke(app, [*arguments, "auto", "--num-heads", "auto", "--out", str(tmp_path / "a")])
     assert chosen.exit_code == 0, chosen.output
     assert "mae: compared head counts: num_heads 4 and decoder_num_heads 4, own loss" in chosen.stderr
-    (facts,) = json.loads((tmp_path / "a/run.json").read_text())["models"]
-    assert (facts["config"]["num_heads"], facts["config"]["decoder_num_heads"]) == (4, 4)
+    (metadata,) = json.loads((tmp_path / "a/run.json").read_text())["models"]
+    assert (metadata["config"]["num_heads"], metadata["config"]["decoder_num_heads"]) == (4, 4)
     wrong = CliRunner().invoke(app, [*arguments, "8", "--num-heads", "4", "-q", "--out", str(tmp_path / "b")])
     assert wrong.exit_code == 0, wrong.output
     assert "mae: own loss is lower with decoder_num_heads 4" in wrong.stderr

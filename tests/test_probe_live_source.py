@@ -73,9 +73,9 @@ def test_command__measures_the_model_with_its_weights(weights, tmp_path):
     assert {"random_weights", "random_token", "zero_token"} < set(controls["control"])
     fresh = controls[controls["control"] == "random_weights"]["normalized"].tolist()
     assert fresh != pytest.approx(table["normalized"].tolist())  # its factory has other weights
-    (facts,) = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
-    assert (facts["source"], facts["config"]["model"]) == (MAKE, "Tiny")
-    assert len(facts["sha256"]) == 64
+    (metadata,) = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
+    assert (metadata["source"], metadata["config"]["model"]) == (MAKE, "Tiny")
+    assert len(metadata["sha256"]) == 64
 
 
 def test_commands__map_and_report_it(tmp_path):

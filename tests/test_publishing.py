@@ -8,7 +8,7 @@ from tiny_models import make_two_stacks
 
 from mto_analysis import load_checkpoint
 from mto_analysis.checkpoints import inspect_checkpoint
-from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.checkpoints.publishing import published_metadata, published_state
 from mto_analysis.errors import CheckpointError
 from mto_analysis.training import build_method, parameter_groups
 
@@ -32,7 +32,7 @@ def trained(name, **options):
 def test_published_state__reads_back_bit_for_bit(name, tmp_path):
     student = trained(name).student.eval()
     path = tmp_path / "checkpoint.pth"
-    torch.save({"model": published_state(student), "epoch": 3, **published_facts(student)}, path)
+    torch.save({"model": published_state(student), "epoch": 3, **published_metadata(student)}, path)
     loaded = load_checkpoint(path)
     assert loaded.info.layout == LAYOUTS[name][0]
     assert loaded.info.mask_rule == student.info.mask_rule
@@ -73,7 +73,7 @@ def test_published_state__refuses_other_families():
 def test_load_checkpoint__published_head_counts_cannot_be_contradicted(tmp_path):
     student = trained("mae").student
     path = tmp_path / "checkpoint.pth"
-    torch.save({"model": published_state(student), **published_facts(student)}, path)
+    torch.save({"model": published_state(student), **published_metadata(student)}, path)
     assert load_checkpoint(path, num_heads=3).config.num_heads == 3
     with pytest.raises(CheckpointError, match="contradicts"):
         load_checkpoint(path, num_heads=2)
@@ -92,7 +92,7 @@ def test_save_checkpoint__a_conmim_as_it_is_trained_reads_back(tmp_path):
 
 def test_published_state__refuses_what_the_layout_cannot_hold(tmp_path):
     method = trained("conmim")
-    torch.save({"model": published_state(method.student), **published_facts(method.student)}, tmp_path / "a.pth")
+    torch.save({"model": published_state(method.student), **published_metadata(method.student)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="needs projectors"):
         published_state(load_checkpoint(tmp_path / "a.pth"))
     student = trained("simmim").student

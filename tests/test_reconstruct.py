@@ -187,7 +187,7 @@ def test_reconstruction_caption__says_whose_statistics_were_used(study: Reconstr
     assert "mean and standard deviation of the original patch" in caption
 
 
-def test_reconstruct_command__writes_figure_table_and_facts(tmp_path: Path) -> None:
+def test_reconstruct_command__writes_figure_table_and_metadata(tmp_path: Path) -> None:
     arguments = ["reconstruct", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--image", "9", "--image", "4"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
@@ -196,8 +196,8 @@ def test_reconstruct_command__writes_figure_table_and_facts(tmp_path: Path) -> N
     table = pd.read_csv(tmp_path / "out" / "reconstructions.csv", dtype={"image": str})
     assert table["image"].tolist() == ["9", "4"]
     assert (table["loss"] < table["predict_the_mean"]).all()
-    facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert facts["models"][0]["own_loss"]["loss"] == pytest.approx(table["loss"].mean(), rel=1e-5)
+    metadata = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert metadata["models"][0]["own_loss"]["loss"] == pytest.approx(table["loss"].mean(), rel=1e-5)
     for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         assert (tmp_path / "out" / f"reconstructions.{kind}").read_bytes().startswith(magic)
     again = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])

@@ -136,7 +136,7 @@ class TestCommands:
         assert row["mask_ratio"] == 0.75
         assert invoke("info", "mae_vit_bas_full").exit_code == 3
 
-    def test_verify__prints_facts_and_the_hash(self, tmp_path: Path) -> None:
+    def test_verify__prints_metadata_and_the_hash(self, tmp_path: Path) -> None:
         result = invoke("verify", DEMO)
         assert result.exit_code == 0, result.stderr
         assert "sha256:" in result.stdout

@@ -50,14 +50,14 @@ def test_measure_checkpoints__equals_the_probe(checkpoints, images) -> None:
 
 def test_measure_checkpoints__writes_down_what_was_measured(checkpoints, images) -> None:
     study = measure_checkpoints(Request([checkpoints["simmim"]], images, Settings(mask_ratio=0.25), ["my model"]))
-    (facts,) = study.models
-    assert facts["model"] == "my model"
-    assert facts["sha256"] == checkpoint_sha256(checkpoints["simmim"])
-    assert facts["info"]["family"] == "simmim_vit"
-    assert facts["config"]["depth"] == 3
-    assert facts["mask_rule"] == {"kind": "block", "ratio": 0.25, "unit": 8, "min_block": 16}
-    assert "as asked for" in facts["masks"]
-    assert facts["own_loss"]["loss"] > 0
+    (metadata,) = study.models
+    assert metadata["model"] == "my model"
+    assert metadata["sha256"] == checkpoint_sha256(checkpoints["simmim"])
+    assert metadata["info"]["family"] == "simmim_vit"
+    assert metadata["config"]["depth"] == 3
+    assert metadata["mask_rule"] == {"kind": "block", "ratio": 0.25, "unit": 8, "min_block": 16}
+    assert "as asked for" in metadata["masks"]
+    assert metadata["own_loss"]["loss"] > 0
     assert study.table["num_visible"].unique().tolist() == [12]
 
 
@@ -73,7 +73,7 @@ def test_settings__change_the_masks(checkpoints, images, options: dict[str, Any]
 
 def test_settings__masks_from_a_file_exclude_ratio_and_unit(checkpoints, images) -> None:
     rule = MaskRule("random", 0.5, 4)
-    masks = {name: rule.draw(mask_keys([name]), (4, 4), 4) for name in images.names}
+    masks = {name: rule.sample(mask_keys([name]), (4, 4), 4) for name in images.names}
     table = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(masks=masks))).table
     assert table["num_visible"].unique().tolist() == [8]
     for options in ({"mask_ratio": 0.5}, {"mask_unit": 8}):
@@ -130,7 +130,9 @@ def test_measure_checkpoints__gives_head_counts_to_those_that_need_them(tmp_path
     write_images(tmp_path, ("a.png",))
     sources = [GOLDEN / "mae" / "checkpoint.pth", checkpoints["simmim"]]
     study = measure_checkpoints(Request(sources, open_images(tmp_path), loading=LoadOptions(4, 2)))
-    heads = [(facts["config"]["num_heads"], facts["config"].get("decoder_num_heads")) for facts in study.models]
+    heads = [
+        (metadata["config"]["num_heads"], metadata["config"].get("decoder_num_heads")) for metadata in study.models
+    ]
     assert heads == [(4, 2), (3, None)]
     with pytest.raises(ValueError, match="contradicts the file, which has 3 heads"):
         measure_checkpoints(Request([checkpoints["simmim"]], open_images(tmp_path), loading=LoadOptions(4)))

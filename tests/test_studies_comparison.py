@@ -27,7 +27,7 @@ SIMMIM_B = ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6,
 @pytest.mark.parametrize("info", [MAE_B, SIMMIM_B])
 @pytest.mark.parametrize("num_visible", [4, 48, 76, 192])
 def test_rule_leaving__leaves_exactly_so_many_visible(info: ModelInfo, num_visible: int) -> None:
-    mask = rule_leaving(info, num_visible).draw(mask_keys(["a", "b"]), info.grid, info.patch_size)
+    mask = rule_leaving(info, num_visible).sample(mask_keys(["a", "b"]), info.grid, info.patch_size)
     assert (~mask).sum(dim=1).tolist() == [num_visible] * 2
 
 

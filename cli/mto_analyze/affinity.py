@@ -122,8 +122,8 @@ def affinity(
     study = map_checkpoints(request, kind=kind.value, each_image=bool(chosen))
     if not processes.main:
         return
-    facts = {"models": study.heterogeneity.models, "skipped": request.skipped, "processes": processes.count}
-    measuring.write(given, files, drawn(study, stems, scale), **facts)
+    metadata = {"models": study.heterogeneity.models, "skipped": request.skipped, "processes": processes.count}
+    measuring.write(given, files, drawn(study, stems, scale), **metadata)
     typer.echo(study.quadrants[SHOWN].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 

@@ -55,12 +55,12 @@ def info(name: Id, as_json: AsJson = False) -> None:
     """Print all that is known about one public checkpoint."""
     from mto_analysis.checkpoints.registry import find_checkpoint
 
-    facts = find_checkpoint(name).to_dict()
+    metadata = find_checkpoint(name).to_dict()
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(metadata, indent=2))
         return
     words = {"True": "yes", "False": "no", "None": "not published", "": "not known"}
-    for key, value in facts.items():
+    for key, value in metadata.items():
         typer.echo(f"{key.replace('_', ' ') + ':':<17}{words.get(str(value), value)}")
 
 
@@ -121,7 +121,7 @@ def convert(
     offline: Offline = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint in our own layout, with all facts inside; it loads back bit for bit."""
+    """Write a checkpoint in our own layout, with all metadata inside; it loads back bit for bit."""
     from mto_analysis.runtime.outputs import OutputFolder
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)

@@ -18,7 +18,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Measure bundled small MAE and SimMIM models: Figs. 1(a), 1(b) and 2, and a report to explore; no download."""
-    from mto_analysis.runtime.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
     names += ["fig2.csv", *(f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf"))]
@@ -42,7 +42,7 @@ def demo(
     for model, maps in tables.maps.items():
         write_figure(folder, f"fig2-{model.lower()}", draw_affinity(maps, title=model))
     page = folder.write_bytes("report.html", render_report(demo_report(tables), title="Demo: small models").encode())
-    folder.write_json("run.json", run_facts(context.params, models=tables.models))
+    folder.write_json("run.json", run_metadata(context.params, models=tables.models))
     typer.echo("\n".join(demo_sentences(tables)))
     typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
     typer.echo(f"to explore: open {page} in a browser")

@@ -357,11 +357,11 @@ def _score_all(
 
 def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict[str, float], scored: int) -> None:
     """What was run, and the figure, beside the curve; then the table on the screen."""
-    from mto_analysis.runtime.outputs import run_facts, write_atomically
+    from mto_analysis.runtime.outputs import run_metadata, write_atomically
 
     table = curve.table()
-    facts = run_facts(context.params, protocol=protocol, scored=scored, random=random)
-    write_atomically(curve.path.parent / "run.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())
+    metadata = run_metadata(context.params, protocol=protocol, scored=scored, random=random)
+    write_atomically(curve.path.parent / "run.json", (json.dumps(metadata, indent=2, default=str) + "\n").encode())
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:
         from mto_analysis.figures.plots.evaluation import draw_accuracy

@@ -146,7 +146,7 @@ def _write(
     folder: OutputFolder, chosen: Experiment, runs: ExperimentRuns, *, jobs: int, count: int, began: float
 ) -> None:
     from mto_analysis.experiments import collect, summary_page
-    from mto_analysis.runtime.outputs import run_facts
+    from mto_analysis.runtime.outputs import run_metadata
 
     results = collect(runs)
     folder.write_table("curves.csv", results.curves)
@@ -157,8 +157,8 @@ def _write(
         folder.write_table("choice.csv", results.choice)
     page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_images=count)
     folder.write_bytes("summary.md", page.encode())
-    facts = {"experiment": chosen.facts(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
-    folder.write_json("run.json", run_facts({"data": vars(runs.images)}, **facts))
+    metadata = {"experiment": chosen.metadata(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
+    folder.write_json("run.json", run_metadata({"data": vars(runs.images)}, **metadata))
     _draw(folder, results)  # last: what was measured is on disk
     typer.echo(page)
 

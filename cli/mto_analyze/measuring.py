@@ -94,18 +94,18 @@ def request(
     )
 
 
-def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, Any], **facts: Any) -> None:
+def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, Any], **metadata: Any) -> None:
     """Write what a command has measured into ``--out``, with ``run.json``, and say so.
 
     Args:
         given: Values of the options by name.
         files: Names of all files, as announced before measuring.
         outputs: As for :func:`~mto_analysis.figures.files.write_outputs`.
-        facts: For ``run.json``.
+        metadata: For ``run.json``.
     """
     from mto_analysis.figures.files import write_outputs
-    from mto_analysis.runtime.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     folder = OutputFolder(given["out"], files, overwrite=given["overwrite"])
-    write_outputs(folder, {**outputs, "run.json": run_facts(given, **facts)})
+    write_outputs(folder, {**outputs, "run.json": run_metadata(given, **metadata)})
     note(f"wrote {', '.join(files)} to {folder.path}", quiet=given["quiet"])

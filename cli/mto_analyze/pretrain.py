@@ -203,7 +203,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     if values["resume"] and values["overwrite"]:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
     folder = RunFolder(values["out"])
-    stored: dict[str, Any] = folder.stored_facts() if values["resume"] and folder.holds_run() else {}
+    stored: dict[str, Any] = folder.stored_metadata() if values["resume"] and folder.holds_run() else {}
     options = settings_of(values.get("set_") or [])
     mto_options = {key.removeprefix("mto."): text for key, text in options.items() if key.startswith("mto.")}
     recipe_options = {key: text for key, text in options.items() if not key.startswith("mto.")}
@@ -220,7 +220,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     source = values.get("data") or stored.get("images")
     if source is None:
         raise ValueError("give images with --data")
-    settings = RunSettings.from_facts(stored.get("settings", {}))
+    settings = RunSettings.from_metadata(stored.get("settings", {}))
     changes = {
         name: values[name]
         for name in RunSettings.__dataclass_fields__

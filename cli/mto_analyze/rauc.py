@@ -146,7 +146,7 @@ def rauc(
 ) -> None:
     """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
     from mto_analysis.rauc.records import aggregate_record, as_record
-    from mto_analysis.runtime.outputs import OutputFolder, run_facts
+    from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     given = context.params
     files = (*FILES, *WINDOW_FILES, *AGGREGATE_FILES, "run.json")
@@ -167,7 +167,7 @@ def rauc(
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
         write(folder, table, comparisons, tasks, content, noise_of(given, table))
-        folder.write_json("run.json", run_facts(given, logs=logs, notes=found))
+        folder.write_json("run.json", run_metadata(given, logs=logs, notes=found))
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
 

@@ -1,4 +1,4 @@
-"""``mto-analyze report``: one self-contained HTML file with figures, tables, run facts and an explorer."""
+"""``mto-analyze report``: one self-contained HTML file with figures, tables, run metadata and an explorer."""
 
 from pathlib import Path
 from typing import Annotated

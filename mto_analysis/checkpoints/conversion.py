@@ -224,7 +224,7 @@ class Conversion:
     Args:
         make: Builds the model (class of the family).
         config: Its architecture.
-        info: Facts for the user.
+        info: Metadata for the user.
         state: Tensors under the model's names.
     """
 

@@ -18,7 +18,7 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.interface import IMAGENET_MEAN
 from mto_analysis.models.vit import relative_position_index
 
-__all__ = ["published_facts", "published_families", "published_state"]
+__all__ = ["published_families", "published_metadata", "published_state"]
 
 _TABLE = "relative_position_bias_table"
 #: Rows of ConMIM's head for visual tokens, which its pre-training never uses but its files hold.
@@ -48,7 +48,7 @@ def published_state(model: MaskedImageModel) -> dict[str, Tensor]:
         return _LAYOUTS[family](model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
 
 
-def published_facts(model: MaskedImageModel) -> dict[str, Any]:
+def published_metadata(model: MaskedImageModel) -> dict[str, Any]:
     """What lies beside ``model`` in a file of the original's trainer: its ``args`` or ``config``, as plain values.
 
     And all that our reader needs to know, under ``mto_analysis``.

@@ -210,6 +210,6 @@ def _rows() -> tuple[Checkpoint, ...]:
 def _row(values: dict[str, Any]) -> Checkpoint:
     whole = ("epochs", "iterations", "image_size", "patch_size", "mask_unit")
     truth = ("has_mask_token", "has_decoder")
-    facts = {name: int(values[name]) if values[name] else None for name in whole}
+    metadata = {name: int(values[name]) if values[name] else None for name in whole}
     ratio = float(values["mask_ratio"]) if values["mask_ratio"] else None
-    return Checkpoint(**{**values, **facts, **{name: values[name] == "yes" for name in truth}, "mask_ratio": ratio})
+    return Checkpoint(**{**values, **metadata, **{name: values[name] == "yes" for name in truth}, "mask_ratio": ratio})

@@ -70,10 +70,10 @@ class Run:
             ExperimentError: If it is another one; says what differs.
         """
         folder = RunFolder(self.folder)
-        if not folder.facts.exists():
+        if not folder.metadata.exists():
             return
-        stored = folder.stored_facts().get("identity", {})
-        settings = self.settings.facts()
+        stored = folder.stored_metadata().get("identity", {})
+        settings = self.settings.metadata()
         evaluation = self.settings.evaluation
         now: dict[str, Any] = {
             "recipe": self.recipe.to_dict(),

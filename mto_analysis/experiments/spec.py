@@ -225,7 +225,7 @@ class Experiment(Settings):
         ]
         return (*own, *(pair for pair in self.compare if pair not in own))
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """All of it as plain values for JSON."""
         return asdict(self) | {"variants": [{"label": v.label, "recipe": v.recipe.to_dict()} for v in self.variants]}
 

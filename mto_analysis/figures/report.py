@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file with figures, tables, run facts and an explorer of affinity maps.
+"""The report: one self-contained HTML file with figures, tables, run metadata and an explorer of affinity maps.
 
 Nothing is loaded from anywhere, and the same contents give the same bytes. Every string of the user's is escaped, and
 the page's own policy lets no script but ours run.
@@ -48,7 +48,7 @@ class ReportContents:
 
     Args:
         table: Rows of ``heterogeneity.csv``.
-        models: Facts of each model, as for ``run.json``.
+        models: Metadata of each model, as for ``run.json``.
         explored: Chosen images in each stack of each model.
         reconstructions: The same images as the models fill them in.
         versions: Of the packages that made the numbers.
@@ -116,7 +116,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
             }
             for row in reconstructions
         ],
-        facts=[{"label": model["model"], "facts": _facts(model)} for model in contents.models],
+        metadata=[{"label": model["model"], "metadata": _metadata(model)} for model in contents.models],
         versions=contents.versions,
     )
 
@@ -173,12 +173,12 @@ def _model_table(label: str, curve: pd.DataFrame, masses: Mapping[int, np.ndarra
     return {"label": label, "num_images": int(curve["num_images"].max()), "bound": " to ".join(bounds), "rows": rows}
 
 
-def _facts(model: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(model: Mapping[str, Any]) -> dict[str, str]:
     info, loss = model["info"], model["own_loss"]
     sides = info["image_size"]
     if isinstance(sides, (list, tuple)):
         sides = " x ".join(map(str, sides))
-    facts = {
+    metadata = {
         "file": Path(str(model["source"])).name,
         "sha256": model["sha256"],
         "family": f"{info['family']} ({info['layout']}), {info['style']}-style",
@@ -188,8 +188,8 @@ def _facts(model: Mapping[str, Any]) -> dict[str, str]:
         "own loss": "predicts no pixels",
     }
     if loss:
-        facts["own loss"] = f"{loss['loss']:.4g}, predicting the mean {loss['predict_the_mean']:.4g}"
-    return facts
+        metadata["own loss"] = f"{loss['loss']:.4g}, predicting the mean {loss['predict_the_mean']:.4g}"
+    return metadata
 
 
 def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mto_analysis.probe.reconstruction import Reconstruction, reconstruct_shown
 from mto_analysis.probe.request import LoadedModel, Request, Settings
 from mto_analysis.probe.shown import ShownModel, show, shown_models
 from mto_analysis.probe.study import measure_checkpoints
-from mto_analysis.runtime.outputs import run_facts
+from mto_analysis.runtime.outputs import run_metadata
 
 __all__ = ["collect_report", "demo_report", "used_versions"]
 
@@ -73,8 +73,8 @@ def _has_mean_maps(info: ModelInfo, settings: Settings) -> bool:
 
 def used_versions() -> dict[str, str]:
     """Versions of Python and the packages behind the numbers; no time and no machine: the same run, the same report."""
-    facts = run_facts({})
-    return {**facts["versions"], "python": facts["python"]}
+    metadata = run_metadata({})
+    return {**metadata["versions"], "python": metadata["python"]}
 
 
 def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:

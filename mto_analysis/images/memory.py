@@ -93,7 +93,7 @@ class HeldImages:
         self._pixels = pixels.to(device)
         self._sampler, self._broken = sampler, frozenset(broken)
 
-    def draw(self, rows: Rows, epoch: int) -> tuple[Rows, Geometry, Tensor]:
+    def sample(self, rows: Rows, epoch: int) -> tuple[Rows, Geometry, Tensor]:
         """On the CPU: broken rows replaced, geometry and masks; can run while the device works."""
         if not self._broken.isdisjoint(rows.tolist()):
             rows = np.array([self._good(row, epoch) for row in rows.tolist()], dtype=np.int64)

@@ -84,7 +84,7 @@ class ImageSampler:
 
     def _mask(self, names: Sequence[str], epoch: int) -> Tensor:
         side = self.augmentation.image_size // self.patch_size
-        return self.mask_rule.draw(mask_keys(names, seed=self.seed, epoch=epoch), (side, side), self.patch_size)
+        return self.mask_rule.sample(mask_keys(names, seed=self.seed, epoch=epoch), (side, side), self.patch_size)
 
     def candidates(self, row: int, epoch: int) -> Iterator[int]:
         """The row itself, then those to try in its place if it is broken: the same on every process.

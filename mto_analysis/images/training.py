@@ -238,10 +238,12 @@ class TrainingData(EpochData):
         stream = self._side_stream()
         # Masks and geometry are drawn on the CPU, one batch ahead of the device.
         with ThreadPoolExecutor(1, thread_name_prefix="masks") as ahead:
-            coming = [ahead.submit(held.draw, plan.rows, plan.epoch) for plan in plans[:1]]
+            coming = [ahead.submit(held.sample, plan.rows, plan.epoch) for plan in plans[:1]]
             for number, plan in enumerate(plans):
                 rows, geometry, mask = coming.pop().result()
-                coming = [ahead.submit(held.draw, later.rows, later.epoch) for later in plans[number + 1 : number + 2]]
+                coming = [
+                    ahead.submit(held.sample, later.rows, later.epoch) for later in plans[number + 1 : number + 2]
+                ]
                 with torch.cuda.stream(stream):
                     images, second = held.augmented(rows, geometry, plan.epoch)
                     batch = TrainBatch(self._sampler.names_of(rows), images, second, mask.to(self._device))

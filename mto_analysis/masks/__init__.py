@@ -1,7 +1,7 @@
-"""What a mask is and how to draw one: random (MAE), in block units (SimMIM), blockwise (BEiT); mask files.
+"""What a mask is and how to sample one: random (MAE), in block units (SimMIM), blockwise (BEiT); mask files.
 
 A mask is a bool tensor ``batch num_patches`` in row-major order, True = masked. Every mask is a function of its key
-``(seed, epoch, image id, k)`` alone, drawn on the CPU, so it is the same on every device and for every batch size and
+``(seed, epoch, image id, k)`` alone, sampled on the CPU, so it is the same on every device and for every batch size and
 number of workers.
 """
 
@@ -259,7 +259,7 @@ def _blockwise(
 
 
 def _uniform(keys: Sequence[MaskKey], count: int) -> Tensor:
-    """The first ``count`` values of each key's ``random()``, made by the thousand; training draws a mask per image.
+    """The first ``count`` values of each key's ``random()``, made by the thousand; training samples a mask per image.
 
     ``random()`` takes two 32-bit words of the generator and keeps 27 bits of the first and 26 of the second.
     ``getrandbits`` hands out the same words, the first in the lowest bits.
@@ -274,7 +274,7 @@ def _uniform(keys: Sequence[MaskKey], count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a model's masks are drawn.
+    """How a model's masks are sampled.
 
     Args:
         kind: ``random`` (MAE), ``block`` (SimMIM), ``blockwise`` (BEiT) or ``topped_up`` (BootMAE).
@@ -303,8 +303,8 @@ class MaskRule:
             kind, self.ratio if ratio is None else ratio, self.unit if unit is None else unit, self.min_block
         )
 
-    def draw(self, keys: Sequence[MaskKey], grid: tuple[int, int], patch_size: int) -> Tensor:
-        """Draw one mask per key on a grid of patches.
+    def sample(self, keys: Sequence[MaskKey], grid: tuple[int, int], patch_size: int) -> Tensor:
+        """Sample one mask per key on a grid of patches.
 
         Shapes:
             returns: batch num_patches

@@ -21,7 +21,7 @@ _BEIT_CODE = ("simmim_vit", "conmim", "beit")
 
 
 def initialization_of(model: MaskedImageModel) -> str:
-    """In words, how :func:`random_weights` draws the weights of a model's family."""
+    """In words, how :func:`random_weights` samples the weights of a model's family."""
     family = model.info.family
     if isinstance(model, LiveModel):
         return "its factory starts them"
@@ -58,20 +58,22 @@ def initialize(model: MaskedImageModel, seed: int) -> None:
 
     Args:
         model: Changed in place.
-        seed: Of the weights; drawn on the CPU, so equal on every device.
+        seed: Of the weights; sampled on the CPU, so equal on every device.
 
     Source:
         facebookresearch/mae, microsoft/SimMIM, LightDXY/BootMAE, TencentARC/ConMIM, microsoft/unilm. Layers that their
         own rules leave out (MAE's patch embedding's bias, SimMIM's and BootMAE's pixel heads) start as PyTorch's do.
     """
     family = model.info.family
-    draws = _Draws(torch.Generator().manual_seed(seed))
-    draw = {"mae": _draw_mae, "bootmae": _draw_bootmae}.get(family, _draw_beit if family in _BEIT_CODE else _draw_other)
+    sampler = _Sampler(torch.Generator().manual_seed(seed))
+    sample = {"mae": _sample_mae, "bootmae": _sample_bootmae}.get(
+        family, _sample_beit if family in _BEIT_CODE else _sample_other
+    )
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 value = _constant(module, name, parameter)
-                parameter.copy_(draw(draws, path, module, name, parameter.shape) if value is None else value)
+                parameter.copy_(sample(sampler, path, module, name, parameter.shape) if value is None else value)
     if family in _BEIT_CODE:
         for stack in model.stacks:
             for number, block in enumerate(model.stack_blocks(stack), start=1):
@@ -79,7 +81,7 @@ def initialize(model: MaskedImageModel, seed: int) -> None:
                     weight.div_(math.sqrt(2.0 * number))  # type: ignore[operator]
 
 
-class _Draws:
+class _Sampler:
     """Random tensors, all from one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -106,7 +108,7 @@ class _Draws:
         return self.uniform(shape, 1 / math.sqrt(math.prod(module.get_parameter("weight").shape[1:])))
 
 
-_Draw = Callable[[_Draws, str, nn.Module, str, torch.Size], Tensor]
+_Draw = Callable[[_Sampler, str, nn.Module, str, torch.Size], Tensor]
 
 
 def _constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
@@ -120,39 +122,39 @@ def _constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     return torch.zeros_like(parameter) if "bias_table" in name else None
 
 
-def _draw_mae(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+def _sample_mae(sampler: _Sampler, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
     if isinstance(module, nn.Conv2d) and name == "bias":
-        return draws.as_torch(shape, module)
-    return draws.xavier(shape) if isinstance(module, (nn.Linear, nn.Conv2d)) else draws.normal(shape)
+        return sampler.as_torch(shape, module)
+    return sampler.xavier(shape) if isinstance(module, (nn.Linear, nn.Conv2d)) else sampler.normal(shape)
 
 
-def _draw_beit(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+def _sample_beit(sampler: _Sampler, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
     if isinstance(module, nn.Conv2d) and path == "decoder":
-        return draws.as_torch(shape, module)
+        return sampler.as_torch(shape, module)
     if isinstance(module, nn.Conv2d) and name == "bias":
         return torch.zeros(shape)
-    return draws.truncated(shape, cut=1.0)
+    return sampler.truncated(shape, cut=1.0)
 
 
-def _draw_bootmae(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+def _sample_bootmae(sampler: _Sampler, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
     if isinstance(module, nn.ConvTranspose2d):
-        return draws.as_torch(shape, module)
+        return sampler.as_torch(shape, module)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         if name == "bias":
             return torch.zeros(shape)
         # Query, key and value count apart in self-attention; key and value together where others are attended to.
         if path.endswith(".attn.qkv"):
-            return draws.xavier(shape, shape[0] // 3 + shape[1])
+            return sampler.xavier(shape, shape[0] // 3 + shape[1])
         if path.endswith((".c_attn.k", ".c_attn.v")):
-            return draws.xavier(shape, 2 * shape[0] + shape[1])
-        return draws.xavier(shape)
-    return draws.normal(shape, std=1e-6) if name == "cls_token" else draws.truncated(shape, cut=1.0)
+            return sampler.xavier(shape, 2 * shape[0] + shape[1])
+        return sampler.xavier(shape)
+    return sampler.normal(shape, std=1e-6) if name == "cls_token" else sampler.truncated(shape, cut=1.0)
 
 
-def _draw_other(draws: _Draws, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
+def _sample_other(sampler: _Sampler, path: str, module: nn.Module, name: str, shape: torch.Size) -> Tensor:
     if isinstance(module, nn.Conv2d) and name == "bias":
         return torch.zeros(shape)
-    return draws.truncated(shape, cut=2.0)
+    return sampler.truncated(shape, cut=2.0)
 
 
 def mask_token_names(model: MaskedImageModel) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one interface behind which every family lives: stacks, tokens layer by layer, reconstruction, facts."""
+"""The one interface behind which every family lives: stacks, tokens layer by layer, reconstruction, metadata."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def attach_mto(
         >>> model = load_checkpoint(DEMO_CHECKPOINTS["SimMIM"]).train()
         >>> mto = attach_mto(model)
         >>> batch = next(demo_batches(model.info, limit=4))
-        >>> mask = model.info.mask_rule.draw(mask_keys(batch.names), model.info.grid, model.info.patch_size)
+        >>> mask = model.info.mask_rule.sample(mask_keys(batch.names), model.info.grid, model.info.patch_size)
         >>> loss = reconstruction_loss(model(batch.images, mask), batch.images, mask, model.info.patch_size).mean()
         >>> loss = loss + mto.loss()
         >>> loss.backward()

@@ -49,13 +49,13 @@ MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
 
 
 def masks_from_rule(info: ModelInfo, rule: MaskRule | None = None, *, seed: int = 0, epoch: int = 0) -> MaskSource:
-    """Masks drawn by a rule, by default the model's own; the same for every batch size and device."""
+    """Masks sampled by a rule, by default the model's own; the same for every batch size and device."""
     chosen = rule or info.mask_rule
 
-    def draw(names: Sequence[str], k: int) -> Tensor:
-        return chosen.draw(mask_keys(names, k=k, seed=seed, epoch=epoch), info.grid, info.patch_size)
+    def sample(names: Sequence[str], k: int) -> Tensor:
+        return chosen.sample(mask_keys(names, k=k, seed=seed, epoch=epoch), info.grid, info.patch_size)
 
-    return draw
+    return sample
 
 
 def masks_from_file(info: ModelInfo, masks: Mapping[str, Tensor]) -> MaskSource:

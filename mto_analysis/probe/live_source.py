@@ -81,5 +81,5 @@ class LiveSource(str):
         height, width = (side * info.patch_size for side in info.grid)
         with undisturbed(live), torch.random.fork_rng():
             images = torch.randn(2, info.channels, height, width)
-            live.stacks_for(images, info.mask_rule.draw(mask_keys(["0", "1"]), info.grid, info.patch_size))
+            live.stacks_for(images, info.mask_rule.sample(mask_keys(["0", "1"]), info.grid, info.patch_size))
         return live

@@ -159,7 +159,7 @@ def _source(
     side = patch_size or getattr(getattr(model, "config", None), "patch_size", None) or mask.unit
     if not isinstance(side, int):
         raise ValueError(f"patches of {side} px are not square; pass patch_size=... or masks as a tensor")
-    return lambda names, k: rule.draw(mask_keys(names, k=k, seed=seed), sides, side)
+    return lambda names, k: rule.sample(mask_keys(names, k=k, seed=seed), sides, side)
 
 
 class _Single:

@@ -66,7 +66,7 @@ def rule_leaving(info: ModelInfo, num_visible: int) -> MaskRule:
     Example:
         >>> from mto_analysis.masks import mask_keys
         >>> info = ModelInfo("mae", "decoder", 32, 4, MaskRule("random", 0.75, 4))
-        >>> rule_leaving(info, 24).draw(mask_keys(["a"]), info.grid, info.patch_size).sum()
+        >>> rule_leaving(info, 24).sample(mask_keys(["a"]), info.grid, info.patch_size).sum()
         tensor(40)
     """
     unit = _unit(info)

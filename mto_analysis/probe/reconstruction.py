@@ -147,7 +147,7 @@ class Reconstruction:
 
 @dataclass
 class ReconstructionStudy:
-    """Reconstructions of each model and image, and facts for ``run.json``."""
+    """Reconstructions of each model and image, and metadata for ``run.json``."""
 
     reconstructions: list[Reconstruction] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
@@ -175,7 +175,7 @@ def reconstruct_models(models: Iterable[ShownModel], listener: Listener | None =
             family = shown.model.info.family
             without.append(f"{shown.label} ({family}) predicts no pixels, so there is nothing to reconstruct")
             continue
-        study.models.append(shown.facts)
+        study.models.append(shown.metadata)
         study.reconstructions += reconstruct_shown(shown)
     if not study.reconstructions:
         raise CheckpointError("; ".join(without))

@@ -89,7 +89,7 @@ class LoadedModel:
     model: MaskedImageModel
     masks: MaskSource
     own_loss: OwnLoss | None  #: ``None`` where the family predicts no pixels, or no image could be read
-    facts: dict[str, Any]  #: For ``run.json``.
+    metadata: dict[str, Any]  #: For ``run.json``.
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Request:
                 model = self._settle_heads(label, model, masks)
             self._describe(label, model, words)
             loss = self._check(label, model, masks, rows) if self.processes.main else None
-            facts = {
+            metadata = {
                 "model": label,
                 "source": str(source),
                 "sha256": raw.sha256 if raw is not None else None,
@@ -191,7 +191,7 @@ class Request:
                 "masks": words,
                 "own_loss": loss._asdict() if loss else None,
             }
-            yield LoadedModel(label, model, masks, loss, facts)
+            yield LoadedModel(label, model, masks, loss, metadata)
 
     def _describe_images(self) -> None:
         """Say what was skipped beside the images, and which of their values are black and white."""

@@ -95,13 +95,13 @@ def shared_probe(
 
 
 def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:
-    def draw(names: Sequence[str], k: int) -> Tensor:
+    def sample(names: Sequence[str], k: int) -> Tensor:
         drawn = masks(names, k)
         for name, mask in zip(names, drawn, strict=True):
             kept.setdefault(name, []).append(mask)
         return drawn
 
-    return draw
+    return sample
 
 
 def _show_first(

@@ -31,7 +31,7 @@ class ShownModel:
     images: Tensor
     mask: Tensor
     own_loss: OwnLoss | None  #: ``None`` where the family predicts no pixels
-    facts: dict[str, Any]  #: For ``run.json``.
+    metadata: dict[str, Any]  #: For ``run.json``.
 
 
 def show(loaded: LoadedModel, images: Images) -> ShownModel:
@@ -44,7 +44,7 @@ def show(loaded: LoadedModel, images: Images) -> ShownModel:
     like = next(model.parameters())
     batch = next(image_batches(images, model.info, batch_size=len(images.names)))
     pixels, mask = batch.images.to(like.device, like.dtype), loaded.masks(batch.names, 0).to(like.device)
-    return ShownModel(loaded.label, model, batch.names, pixels, mask, loaded.own_loss, loaded.facts)
+    return ShownModel(loaded.label, model, batch.names, pixels, mask, loaded.own_loss, loaded.metadata)
 
 
 def shown_models(request: Request) -> Iterator[ShownModel]:

@@ -42,7 +42,7 @@ def together(*watches: Watch) -> Watch:
 
 @dataclass
 class HeterogeneityStudy:
-    """What was measured: a row per model, stack and layer depth, the values per image, and facts for ``run.json``.
+    """What was measured: a row per model, stack and layer depth, the values per image, and metadata for ``run.json``.
 
     ``measured`` has a column for every number of every measure in the pass; ``masks`` holds, where they were kept, the
     masks of each model by image name.
@@ -101,7 +101,7 @@ def measure_checkpoints(
     tables, values = [], []
     for loaded in request.models():
         result = _measure(request, loaded, watch, study)
-        study.models.append(loaded.facts)
+        study.models.append(loaded.metadata)
         tables.append(result.summary().assign(model=loaded.label))
         values.append(result.to_frame().assign(model=loaded.label))
         then(loaded)

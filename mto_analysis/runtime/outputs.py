@@ -27,7 +27,7 @@ __all__ = [
     "chosen_labels",
     "file_word",
     "labels_of",
-    "run_facts",
+    "run_metadata",
     "write_atomically",
 ]
 
@@ -172,8 +172,8 @@ def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -
     return names
 
 
-def run_facts(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Facts that make a run repeatable: versions, machine, command line, arguments, and what the caller adds."""
+def run_metadata(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Metadata that make a run repeatable: versions, machine, command line, arguments, and what the caller adds."""
     versions = {}
     for package in _REPORTED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

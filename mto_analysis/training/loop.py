@@ -10,7 +10,7 @@ from typing import Any
 
 from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData, steps_in_epoch
-from mto_analysis.runtime.outputs import run_facts
+from mto_analysis.runtime.outputs import run_metadata
 from mto_analysis.runtime.processes import Processes, this_process
 from mto_analysis.training.objective import Batch, Objective, TrainingSettings
 from mto_analysis.training.recording import Recorder
@@ -72,22 +72,22 @@ def train(
         resume = resume and folder.holds_run()
         group.wait()  # nobody writes before all have looked
         state = folder.read_last() if resume else None
-        if resume and (changed := differences(folder.stored_facts().get("layout", {}), layout)):
+        if resume and (changed := differences(folder.stored_metadata().get("layout", {}), layout)):
             note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
         if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
             note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
-            stored = folder.stored_facts()
+            stored = folder.stored_metadata()
             if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
-                folder.write_facts({**stored, "state": "complete"})
+                folder.write_metadata({**stored, "state": "complete"})
             return
 
         scores = scorer()
         data.prepare()
         stepper = Stepper(build(state is None), settings, group, steps, micro_batch)
-        facts = run_facts(
-            {}, state="running", identity=identity, layout=layout, settings=settings.facts(), images=source
+        metadata = run_metadata(
+            {}, state="running", identity=identity, layout=layout, settings=settings.metadata(), images=source
         )
-        recorder = Recorder(folder, stepper, scores, facts)
+        recorder = Recorder(folder, stepper, scores, metadata)
         if state is not None:
             recorder.restore(state)
             note(f"resuming after step {recorder.step} (epoch {recorder.epochs:.2f})")

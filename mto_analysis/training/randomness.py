@@ -60,5 +60,5 @@ def noise_batch(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
     images = torch.randn(count, len(recipe.mean), side, side, generator=torch.Generator().manual_seed(0)).to(device)
     names = tuple(map(str, range(count)))
     grid = (side // recipe.patch_size,) * 2
-    mask = recipe.mask_rule.draw(mask_keys(names), grid, recipe.patch_size).to(device)
+    mask = recipe.mask_rule.sample(mask_keys(names), grid, recipe.patch_size).to(device)
     return TrainBatch(names, images, images if recipe.augmentation().second_view else None, mask)

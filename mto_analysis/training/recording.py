@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.errors import NumericalError
-from mto_analysis.runtime.outputs import run_facts
+from mto_analysis.runtime.outputs import run_metadata
 from mto_analysis.training.metrics import Averages, Boards, Table
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord
@@ -30,11 +30,11 @@ class Recorder:
         folder: The run's.
         stepper: What is trained.
         scorer: Evaluates it.
-        facts: For ``run.json``.
+        metadata: For ``run.json``.
     """
 
-    def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, facts: Mapping[str, Any]) -> None:
-        self.folder, self.stepper, self.scorer, self.facts = folder, stepper, scorer, facts
+    def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, metadata: Mapping[str, Any]) -> None:
+        self.folder, self.stepper, self.scorer, self.metadata = folder, stepper, scorer, metadata
         self.method, self.settings, self.group = stepper.method, stepper.settings, stepper.group
         #: Optimizer steps that are done, and the seconds of training they took.
         self.step, self.seconds = 0, 0.0
@@ -64,7 +64,7 @@ class Recorder:
     def begin(self, *, resume: bool) -> None:
         """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for."""
         if self.group.main:
-            self.folder.claim(self.facts, self.method.files(), resume=resume)
+            self.folder.claim(self.metadata, self.method.files(), resume=resume)
             self._metrics.cut_back(self.step)
             self._curves.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
         self._boards = Boards(
@@ -72,7 +72,7 @@ class Recorder:
             tensorboard=self.settings.tensorboard and self.group.main,
             wandb=self.settings.wandb if self.group.main else None,
             step=self.step,
-            config=self.facts["identity"],
+            config=self.metadata["identity"],
         )
         if not self.step and self.settings.evaluate_start and self.scorer.wanted:
             self._score(0)
@@ -140,7 +140,7 @@ class Recorder:
         if kept or epoch % self.settings.save_every == 0:
             self.save(self.seconds, kept=kept)
         if epoch == epochs and self.group.main:
-            self.folder.write_facts({**self.facts, **run_facts({}), "state": "complete"})
+            self.folder.write_metadata({**self.metadata, **run_metadata({}), "state": "complete"})
         return EpochRecord(
             epoch=epoch,
             step=self.step,

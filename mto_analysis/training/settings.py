@@ -74,14 +74,14 @@ class RunSettings(Settings):
         super().__post_init__()
         self._refuse(("ema needs whole weights in every process: leave ema or fsdp out", bool(self.ema and self.fsdp)))
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The settings as plain values, for ``run.json``."""
         return asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> RunSettings:
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> RunSettings:
         """The settings that a ``run.json`` holds; what it does not name is at its default."""
-        return Reader("run.json", facts).read(cls)
+        return Reader("run.json", metadata).read(cls)
 
 
 def mto_config(options: Mapping[str, Any], base: MTOConfig | None = None) -> MTOConfig:

@@ -60,7 +60,7 @@ class RunFolder:
     def __init__(self, path: str | Path, final: str | None = None) -> None:
         self.path = Path(path)
         self.final = None if final is None else self.path / final
-        self.facts = self.path / "run.json"
+        self.metadata = self.path / "run.json"
         self.recipe = self.path / "recipe.toml"
         self.metrics = self.path / "metrics.csv"
         self.curves = self.path / "curves.csv"
@@ -78,7 +78,7 @@ class RunFolder:
         """
         if self.final is not None and self.final.exists() and not self.last.exists():
             return True
-        return self.facts.exists() and self.stored_facts().get("state") == "complete"
+        return self.metadata.exists() and self.stored_metadata().get("state") == "complete"
 
     def num_epochs(self) -> int:
         """Epochs that ``metrics.csv`` has rows of."""
@@ -131,23 +131,23 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run began here."""
-        return self.facts.exists() or self.last.exists()
+        return self.metadata.exists() or self.last.exists()
 
-    def stored_facts(self) -> dict[str, Any]:
+    def stored_metadata(self) -> dict[str, Any]:
         """What ``run.json`` says.
 
         Raises:
             CheckpointError: If there is none, or it is damaged.
         """
         try:
-            facts = dict(json.loads(self.facts.read_text(encoding="utf-8")))
+            metadata = dict(json.loads(self.metadata.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} holds no run.json, so it is no run that could be resumed") from None
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.facts} is damaged ({error})") from error
-        if "identity" not in facts:
-            raise CheckpointError(f"{self.facts} is of another command, so there is no run that could be resumed")
-        return facts
+            raise CheckpointError(f"{self.metadata} is damaged ({error})") from error
+        if "identity" not in metadata:
+            raise CheckpointError(f"{self.metadata} is of another command, so there is no run that could be resumed")
+        return metadata
 
     def check(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Whether a run may begin or go on here; nothing is changed.
@@ -166,7 +166,7 @@ class RunFolder:
                 )
             return
         if resume:
-            stored = self.stored_facts()
+            stored = self.stored_metadata()
             check_randomness(self.path, stored["identity"], stored)
             known = stored["identity"].get("images", {}).get("contents")
             if identity["images"]["contents"] is not None and known is None:
@@ -192,11 +192,11 @@ class RunFolder:
                 f"{self.path} already holds a run; go on with --resume, choose another --out or pass --overwrite"
             )
 
-    def claim(self, facts: Mapping[str, Any], files: Mapping[str, str], *, resume: bool) -> None:
+    def claim(self, metadata: Mapping[str, Any], files: Mapping[str, str], *, resume: bool) -> None:
         """Make the folder ready: what an earlier run left is removed, or of a resumed one only half-written files.
 
         Args:
-            facts: For ``run.json``.
+            metadata: For ``run.json``.
             files: Text files to write beside it, by name.
             resume: Whether the run goes on.
         """
@@ -209,11 +209,11 @@ class RunFolder:
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         for name, text in files.items():
             write_atomically(self.path / name, text.encode())
-        self.write_facts(facts)
+        self.write_metadata(metadata)
 
-    def write_facts(self, facts: Mapping[str, Any]) -> None:
+    def write_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
-        write_atomically(self.facts, (json.dumps(facts, indent=2, default=str) + "\n").encode())
+        write_atomically(self.metadata, (json.dumps(metadata, indent=2, default=str) + "\n").encode())
 
     def _files(self) -> Iterator[Path]:
         yield self.last  # first: without it nothing can be taken for a run that goes on
@@ -236,20 +236,20 @@ class RunFolder:
         return dict(content["resume"])
 
 
-def check_randomness(path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def check_randomness(path: Path, identity: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Refuse to go on with a run whose random numbers this version no longer samples.
 
     Args:
         path: Of the run, for the message.
         identity: The stored one.
-        facts: From :func:`~mto_analysis.runtime.outputs.run_facts`, when the run began.
+        metadata: From :func:`~mto_analysis.runtime.outputs.run_metadata`, when the run began.
 
     Raises:
         CheckpointError: Names the version that wrote the run.
     """
     written = identity.get("randomness", 1)
     if written != RANDOMNESS:
-        version = facts.get("versions", {}).get("mto-analysis", "of unknown number")
+        version = metadata.get("versions", {}).get("mto-analysis", "of unknown number")
         raise CheckpointError(
             f"{path} was written by mto-analysis {version}, which samples other random numbers (revision {written}; "
             f"this version has revision {RANDOMNESS}); finish it with that version, or choose another --out"
@@ -266,10 +266,10 @@ def run_identity(settings: RunSettings, images: Images, **own: Any) -> dict[str,
     """
     names = images.names
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
-    facts = settings.facts()
+    metadata = settings.metadata()
     return {
         "randomness": RANDOMNESS,
-        **{name: facts[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp", "value_range")},
+        **{name: metadata[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp", "value_range")},
         "images": {
             "count": len(names),
             "names": digest,

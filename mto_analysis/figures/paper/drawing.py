@@ -1,4 +1,4 @@
-"""Figures of the paper into a folder: images, tables, facts and captions, each written whole."""
+"""Figures of the paper into a folder: images, tables, metadata and captions, each written whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.paper.catalogue import FIGURES, PaperFigure, find_figures
 from mto_analysis.figures.paper.inputs import Drawn, Inputs
 from mto_analysis.runtime.listener import Listener
-from mto_analysis.runtime.outputs import OutputFolder, run_facts, write_atomically
+from mto_analysis.runtime.outputs import OutputFolder, run_metadata, write_atomically
 
 __all__ = ["CAPTIONS", "draw_paper", "merge_captions"]
 
@@ -83,7 +83,7 @@ def write_drawn(
     paths += [folder.write_bytes(name, text.encode()) for name, text in drawn.texts.items()]
     paths += [folder.write_table(f"{stem}.csv", table) for stem, table in drawn.tables.items()]
     stem = next(iter(drawn.figures or drawn.tables))
-    paths.append(folder.write_json(f"{stem}.json", run_facts(arguments or {}, **drawn.facts)))
+    paths.append(folder.write_json(f"{stem}.json", run_metadata(arguments or {}, **drawn.metadata)))
     captions = folder.path / CAPTIONS
     try:
         before = captions.read_text(encoding="utf-8") if captions.exists() else ""

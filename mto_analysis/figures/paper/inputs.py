@@ -82,14 +82,14 @@ class Drawn:
         figures: By the stem of their files.
         tables: By the stem of their files.
         caption: One paragraph: what is shown, with n and intervals.
-        facts: For the JSON file: checkpoints with their hashes, masks, own losses.
+        metadata: For the JSON file: checkpoints with their hashes, masks, own losses.
         texts: Tables to read, by the names of their files.
     """
 
     figures: Mapping[str, Figure]
     tables: Mapping[str, pd.DataFrame]
     caption: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 
 

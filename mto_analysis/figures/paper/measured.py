@@ -44,7 +44,7 @@ def _heterogeneity(bench: Workbench, curves: Curves, table: pd.DataFrame, what: 
         f" points down, so that a small fall is seen. {_over(bench, table)} {_NO_PROOF}"
     )
     figure = draw_heterogeneity(table, width=TEXT_WIDTH, note=False)
-    return Drawn({bench.name: figure}, {bench.name: table}, caption, _facts(curves, table))
+    return Drawn({bench.name: figure}, {bench.name: table}, caption, _metadata(curves, table))
 
 
 def fig2(bench: Workbench) -> Drawn:
@@ -65,7 +65,7 @@ def fig2(bench: Workbench) -> Drawn:
         f" to its greatest value (numbers above it), as in the paper; so colours of different maps cannot be compared."
         f" {_over(bench, quadrants, interval=False)}{several if len(models) > 1 else ''}"
     )
-    return Drawn(figures, tables, caption, _facts(found.curves, quadrants))
+    return Drawn(figures, tables, caption, _metadata(found.curves, quadrants))
 
 
 def map_table(model: str, maps: list[AffinityMap]) -> pd.DataFrame:
@@ -97,7 +97,7 @@ def definitions(bench: Workbench) -> Drawn:
     )
     figure = draw_definitions(found.definitions, found.attention, width=TEXT_WIDTH, note=False)
     tables = {"definitions": found.definitions, "attention": found.attention, "properties": found.properties}
-    return Drawn({bench.name: figure}, tables, caption, _facts(found.curves, found.definitions))
+    return Drawn({bench.name: figure}, tables, caption, _metadata(found.curves, found.definitions))
 
 
 def controls(bench: Workbench) -> Drawn:
@@ -113,7 +113,7 @@ def controls(bench: Workbench) -> Drawn:
     )
     bands = control_bands(found.controls)
     figure = draw_controls(found.curves.table, bands, CONTROLS, width=TEXT_WIDTH, note=False)
-    return Drawn({bench.name: figure}, {bench.name: found.controls}, caption, _facts(found.curves, found.controls))
+    return Drawn({bench.name: figure}, {bench.name: found.controls}, caption, _metadata(found.curves, found.controls))
 
 
 def _over(bench: Workbench, table: pd.DataFrame, *, interval: bool = True) -> str:
@@ -125,6 +125,6 @@ def _over(bench: Workbench, table: pd.DataFrame, *, interval: bool = True) -> st
     return f"Mean over n = {counts} {bench.images_in_words}, one mask each{bands}.{models}"
 
 
-def _facts(curves: Curves, table: pd.DataFrame) -> dict[str, object]:
+def _metadata(curves: Curves, table: pd.DataFrame) -> dict[str, object]:
     shown = set(table["model"])
-    return {"models": [facts for facts in curves.models if facts["model"] in shown]}
+    return {"models": [metadata for metadata in curves.models if metadata["model"] in shown]}

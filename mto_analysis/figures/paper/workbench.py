@@ -27,7 +27,7 @@ EARLY = ", early"
 
 @dataclass(frozen=True)
 class Curves:
-    """Rows of ``heterogeneity.csv``, and facts about each model."""
+    """Rows of ``heterogeneity.csv``, and metadata about each model."""
 
     table: pd.DataFrame
     models: Sequence[dict[str, Any]]

@@ -150,8 +150,8 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
 
 def is_run_table(columns: Sequence[str], *, unique: bool) -> bool:
     """Whether the columns are those of a table with a row per run; a history may have a runtime in each row."""
-    facts = _RUN_FACTS & {column.lower() for column in columns}
-    return columns[0].lower() in _RUN_NAMES and bool(facts if unique else facts - {"runtime"})
+    metadata = _RUN_FACTS & {column.lower() for column in columns}
+    return columns[0].lower() in _RUN_NAMES and bool(metadata if unique else metadata - {"runtime"})
 
 
 def _format(plain: Sequence[str]) -> str:

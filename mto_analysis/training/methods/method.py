@@ -1,4 +1,4 @@
-"""What a method is: its student, its loss terms (in the place of Eq. 1), its momentum teacher and its facts."""
+"""What a method is: its student, its loss terms (in the place of Eq. 1), its momentum teacher and its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor
 
-from mto_analysis.checkpoints.publishing import published_facts, published_state
+from mto_analysis.checkpoints.publishing import published_metadata, published_state
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.images import TrainBatch
 from mto_analysis.models import MaskedImageModel
@@ -36,7 +36,7 @@ Norm = Literal["encoder", "fresh", "off"]
 
 
 class Method(Objective):
-    """A pre-training method; a new one is a subclass with these facts, named in ``methods/__init__.py``.
+    """A pre-training method; a new one is a subclass with these metadata, named in ``methods/__init__.py``.
 
     Args:
         student: The model that is trained.
@@ -163,7 +163,7 @@ class Method(Objective):
 
     def published(self, average: MaskedImageModel | None = None) -> dict[str, Any]:
         """The student in the layout of the original method, with ``model_ema`` for the momentum teacher."""
-        content: dict[str, Any] = {"model": published_state(self.student), **published_facts(self.student)}
+        content: dict[str, Any] = {"model": published_state(self.student), **published_metadata(self.student)}
         teacher = self.teacher_state()
         if teacher is not None:
             content["model_ema"] = teacher  # the originals' name for it
