@@ -194,6 +194,36 @@ def test_read_curves__names_the_option_that_settles_different_axes(tmp_path):
         read_curves(logs[1:])
 
 
+def test_read_log__the_name_of_a_tensorboard_run_tells_the_split(tmp_path):
+    exports = [
+        write(tmp_path, f"run-fit_{split}-tag-epoch_accuracy.csv", f"Wall time,Step,Value\n1,0,{score}\n2,1,{score}\n")
+        for split, score in (("train", 90), ("validation", 50))
+    ]
+    with pytest.raises(DataError, match="epoch_accuracy, looks like that of training images"):
+        read_curves(exports)
+    assert read_curves(exports[1:]).provenance[0].split == "val"
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    for split, score in (("train", 90), ("validation", 50)):
+        with tensorboard.SummaryWriter(tmp_path / "fit" / split) as writer:
+            for step in (0, 1):
+                writer.add_scalar("epoch_accuracy", score, step)
+    (read,) = read_curves([tmp_path / "fit"]).provenance  # as Keras' callback writes it
+    assert (read.split, read.last) == ("val", (1.0, 50.0))
+    with pytest.raises(DataError, match="epoch_accuracy, looks like that of training images"):
+        read_curves([tmp_path / "fit" / "train"])
+
+
+def test_provenance__says_what_steps_were_divided_by(tmp_path):
+    table = read_curves([write(tmp_path, "a.csv", "step,val_acc\n100,50\n200,51\n")], steps_per_epoch=100)
+    assert "over steps ('step', 100 per epoch), 2 points, 1: 50 to 2: 51" in str(table.provenance[0])
+
+
+def test_read_log__names_the_line_of_a_score_that_is_no_number(tmp_path):
+    path = write(tmp_path, "a.csv", f"epoch,val_acc\n1,{'9' * 400}\n2,5\n")
+    with pytest.raises(DataError, match=r"one evaluation, no curve.* the score or loss of line 2 is not finite"):
+        read_curves([path])
+
+
 def test_read_log__takes_torchvisions_text(tmp_path):
     lines = (
         f"Epoch: [{e}] Total time: 0:10:00\nTest:   [  0/1563]  eta: 0:10:00  acc1: 0.0 (0.0)\n"

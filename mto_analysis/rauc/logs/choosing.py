@@ -51,7 +51,7 @@ def series_of(document: Document) -> list[Series]:
     if document.scores is not None:
         names = [name for name in names if name in document.scores]
     metrics = {name: metric_of(name) for name in names}
-    unmarked = document.format.unmarked or _unmarked_split(metrics.values())
+    unmarked = document.unmarked or document.format.unmarked or _unmarked_split(metrics.values())
     metrics = {
         name: each if each.split or each.kind == "score" else each.of(_split_beside(each, metrics.values()) or unmarked)
         for name, each in metrics.items()

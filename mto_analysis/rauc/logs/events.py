@@ -11,6 +11,7 @@ import numpy as np
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
+from mto_analysis.rauc.logs.names import split_of_run
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns
 
@@ -82,7 +83,8 @@ def read_events(name: str, files: Sequence[Path]) -> Document:
         ]
         axes = (("epoch", "epochs"), *axes)
     columns = RecordColumns(records, np.array(lines, dtype=np.int64))
-    return Document(name, BY_NAME["TensorBoard events"], columns, axes, findings=tuple(findings))
+    split = split_of_run(files[0].absolute().parent.name)
+    return Document(name, BY_NAME["TensorBoard events"], columns, axes, unmarked=split, findings=tuple(findings))
 
 
 def _scalar(value: Any, array_of: Any) -> float | None:

@@ -8,7 +8,7 @@ from functools import cache
 
 from mto_analysis.rauc.logs.provenance import AxisKind, ScoreKind
 
-__all__ = ["MODE_COLUMNS", "Metric", "axis_of", "metric_of", "mode_of", "words_of"]
+__all__ = ["MODE_COLUMNS", "Metric", "axis_of", "metric_of", "mode_of", "split_of_run", "words_of"]
 
 _SPLITS = {
     "train": ("train", "training", "trn"),
@@ -180,6 +180,16 @@ def axis_of(name: str) -> AxisKind | None:
     plain = "_".join(re.findall(r"[a-z]+|\d+", name.strip().lower()))
     kinds: dict[AxisKind, re.Pattern[str]] = {"epochs": _EPOCHS, "steps": _STEPS, "images": _IMAGES, "hours": _HOURS}
     return next((kind for kind, names in kinds.items() if names.fullmatch(plain)), None)
+
+
+def split_of_run(name: str) -> str | None:
+    """The split that the name of a TensorBoard run ends with: Keras and ``add_scalars`` write one run per split.
+
+    Example:
+        >>> split_of_run("logs/fit/validation"), split_of_run("accuracy_train"), split_of_run("retrain")
+        ('val', 'train', None)
+    """
+    return _SPLIT_OF.get(re.split(r"[^a-z0-9]", name.lower().rstrip("/"))[-1])
 
 
 def mode_of(column: str, value: str) -> tuple[str | None, str | None]:

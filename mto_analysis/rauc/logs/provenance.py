@@ -89,10 +89,11 @@ class Provenance:
         curves = f"{self.points} points" + (f" of {self.runs} runs" if self.runs > 1 else "")
         weights = ", EMA weights" if self.weights == "EMA" else ""
         unit = "fraction, shown in percent" if self.unit == "fraction" else self.unit
+        divided = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:g} per epoch"
         turned = ", lower is better" if self.negated else ""
         return (
             f"{self.file}: {self.format}, {self.column!r} ({of}{weights}, {unit}{turned}) over {self.axis}{counted}"
-            f" ({self.axis_column!r}), {curves}, {x0:g}: {y0:g} to {x1:g}: {y1:g}"
+            f" ({self.axis_column!r}{divided}), {curves}, {x0:g}: {y0:g} to {x1:g}: {y1:g}"
             f", sha256 {self.sha256[:12]}"
         )
 

@@ -177,6 +177,7 @@ class Document:
         scores: If given, the only columns that may be scores.
         losses: Columns where NaN tells of a dead epoch, whatever the accuracy beside it.
         progress: A number per row that grows whenever there was training since the row before.
+        unmarked: The split of a metric whose name has none, if the name of the run tells.
         findings: What was skipped or looked odd.
         sha256: Hash of the file.
     """
@@ -192,6 +193,7 @@ class Document:
     scores: tuple[str, ...] | None = None
     losses: tuple[str, ...] = ()
     progress: NDArray[np.int64] | None = None
+    unmarked: str | None = None
     findings: tuple[Finding, ...] = ()
     sha256: str = ""
 

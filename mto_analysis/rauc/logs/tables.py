@@ -14,7 +14,7 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
-from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of, words_of
+from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of, split_of_run, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns
 
@@ -251,11 +251,14 @@ def _board_export(name: str, columns: FrameColumns) -> Document:
     """One tag's scalars as TensorBoard's page exports them; the tag is in the file's name."""
     value = next(each for each in columns.names if each.lower() == "value")
     step = next(each for each in columns.names if each.lower() == "step")
-    tag = re.search(r"tag-(.+?)(?: ?\(\d+\))?\.csv", name.replace("\\", "/").rpartition("/")[2])
-    called = tag[1] if tag else value
+    tag = re.search(r"(?:run-(.+)-)?tag-(.+?)(?: ?\(\d+\))?\.csv", name.replace("\\", "/").rpartition("/")[2])
+    called = tag[2] if tag else value
     frame = columns.frame.rename(columns={value: called})
     known = replace_columns(columns, frame)
-    return Document(name, BY_NAME["TensorBoard CSV"], known, axes=((step, "steps"),), scores=(called,))
+    split = split_of_run(tag[1]) if tag and tag[1] else None
+    return Document(
+        name, BY_NAME["TensorBoard CSV"], known, axes=((step, "steps"),), scores=(called,), unmarked=split
+    )  # fmt: skip
 
 
 def replace_columns(columns: FrameColumns, frame: pd.DataFrame) -> FrameColumns:

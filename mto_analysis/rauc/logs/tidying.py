@@ -79,12 +79,14 @@ def tidy(
         findings += found
     lost = ~np.isfinite(rows["score"].to_numpy())
     findings += grouped(log.file, rows.loc[lost, "line"], "left out: this epoch's score or loss is not finite")
+    why = ""
     if lost.any():
+        why = f"; the score or loss of line {rows.loc[lost, 'line'].min()} is not finite"
         rows, code = rows[~lost], code[~lost]
     if rows.empty:
         raise DataError(f"{log.file}: no score is finite")
     if (np.diff(code) != 0).all():
-        raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs")
+        raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs{why}")
     rows, found, fraction = _in_percent(log, rows, code, unit)
     findings += found + _gaps(log.file, rows, code)
     extra = [column for column in rows if column not in (*keys, "epoch", "score", "line", "row", "run")]
