@@ -439,7 +439,8 @@ def test_commands__have_no_untested_option() -> None:
         "properties",
         "match_visible",
         "difference",
-    }  # in test_studies_*
+        "model",
+    }  # in test_studies_* and test_probe_live_source
     assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
     loading = {"num_heads", "decoder_num_heads", "image_size", "mean", "std", "weights", "offline"}
     assert options["inspect"] == {"ckpt", "as_json", *loading}

@@ -179,7 +179,7 @@ class _Doing:
                 self._drop_finished()
                 continue
             done, _ = wait(self._going, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in [each for each in self._going if each in done]:  # in the order of the runs
                 self._end(self._going.pop(future), future.result())
             for run in self._going.values():
                 self._look(run)
