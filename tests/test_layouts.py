@@ -116,7 +116,6 @@ def refuse(folder: Path, *names: str, width: int = 768) -> str:
 @pytest.mark.parametrize(
     ("name", "tensors"),
     [
-        ("Hugging Face ViTForMaskedImageModeling", ("vit.embeddings.mask_token", "decoder.0.weight")),
         ("mmpretrain MixMIM", ("backbone.absolute_pos_embed", "neck.decoder_blocks.0.attn.qkv.weight")),
         ("OpenMixup A2MIM", ("backbone.layers.0.gamma_1", "neck.decoder_pred.0.weight")),
         ("CrossMAE", ("decoder_blocks.0.cross_attn.q.weight", "wfm.linear.weight")),

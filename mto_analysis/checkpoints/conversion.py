@@ -226,12 +226,14 @@ class Conversion:
         config: Its architecture.
         info: Metadata for the user.
         state: Tensors under the model's names.
+        loaded: Whether ``make`` gives a model that has its weights already, as another library loads them.
     """
 
     make: Callable[[Any, ModelInfo], MaskedImageModel]
     config: Any
     info: ModelInfo
     state: StateDict
+    loaded: bool = False
 
 
 def block_numbers(names: Iterable[str], prefix: str) -> int:
@@ -267,10 +269,13 @@ def build(conversion: Conversion, *, materialize: bool = True, copy: bool = Fals
     """
     state = conversion.state
     try:
-        with torch.device("meta"):
+        with torch.device("cpu" if conversion.loaded else "meta"):
             model = conversion.make(conversion.config, conversion.info)
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the file describes no working {conversion.info.family} model: {error}") from error
+    if conversion.loaded:
+        check_finite(state)
+        return model.eval()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _add_zero_biases(state, expected)
     problems = []

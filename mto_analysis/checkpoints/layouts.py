@@ -12,6 +12,7 @@ from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
 from mto_analysis.checkpoints.conversion import Conversion, Given
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
 from mto_analysis.checkpoints.hierarchical import convert_greenmim, convert_hivit, convert_ijepa, convert_mcmae
+from mto_analysis.checkpoints.huggingface import architecture, convert_library
 from mto_analysis.checkpoints.ibot import convert_ibot, convert_ibot_swin
 from mto_analysis.checkpoints.mae import convert_hf_vitmae, convert_mae, convert_mae_lite, convert_split_mae
 from mto_analysis.checkpoints.milan import convert_milan, convert_mm_milan
@@ -98,10 +99,6 @@ LAYOUTS: tuple[Layout, ...] = (
         "Hugging Face ViTMAE",
         lambda n: n.starts("vit.embeddings.", "decoder.decoder_"),
         convert_hf_vitmae,
-    ),
-    Layout(
-        "Hugging Face ViTForMaskedImageModeling",
-        lambda n: n.has("vit.embeddings.mask_token", "decoder.0.weight"),
     ),
     Layout(
         "Hugging Face Swin for masked image modelling",
@@ -264,8 +261,9 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
     if "mto_analysis" in raw.metadata:
         return "mto_analysis", convert_native
     names = Names.of(raw)
+    by_library = architecture(raw) is not None and bool(_mask_tokens(raw))
     for layout in LAYOUTS:
-        if layout.matches(names):
+        if layout.matches(names) and not (by_library and layout.convert is None):
             if layout.convert is None:
                 reason = f" ({layout.reason})" if layout.reason else ""
                 raise CheckpointError(
@@ -275,13 +273,18 @@ def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
     for plugin in plugins("layouts"):  # ours come first, so that no plugin changes what a known file is
         if plugin.call(lambda: plugin.value.matches(names)):  # noqa: B023 - called at once
             return plugin.value.name, plugin.value.convert
+    if by_library:
+        return "Hugging Face transformers", convert_library
     raise CheckpointError(f"{raw.path} has a layout that is unknown; {_found(raw)}")
+
+
+def _mask_tokens(raw: RawCheckpoint) -> list[str]:
+    return [name for name in raw.tensors if _MASK_TOKEN.search(name)]
 
 
 def _found(raw: RawCheckpoint) -> str:
     """What a file that is not read holds, as far as its tensor names tell."""
-    tokens = [name for name in raw.tensors if _MASK_TOKEN.search(name)]
-    if tokens:
+    if tokens := _mask_tokens(raw):
         return f"it holds {', '.join(tokens[:2])}: measure the model live with mto_analysis.training.watch_mto"
     listed = sorted(raw.tensors)
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""

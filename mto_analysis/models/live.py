@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
-from mto_analysis.masks import MaskRule, check_mask
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, MaskedImageModel, ModelInfo
+from mto_analysis.masks import MaskRule, check_mask, mask_keys
+from mto_analysis.models.interface import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MaskedImageModel,
+    ModelInfo,
+    height_and_width,
+)
 from mto_analysis.taps.forward import Forward
 from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, unwrap
@@ -71,6 +77,21 @@ class _Reader(Attached[_Kept]):
 
 
 @dataclass(frozen=True)
+class _Held:
+    """The tokens of one forward that were not asked for yet; without ``images`` where the model sampled its mask."""
+
+    forwards: dict[str, _Kept]
+    names: tuple[str, ...]
+    mask: Tensor
+    images: Tensor | None = None
+
+    def is_of(self, images: Tensor, mask: Tensor, stack: str | None) -> bool:
+        """Whether it is of these images and this mask, and still has the tokens of a stack."""
+        same = self.mask is mask and (self.images is None or self.images is images)
+        return same and not (stack in self.names and stack not in self.forwards)
+
+
+@dataclass(frozen=True)
 class LiveConfig:
     """What is known of a live model, for ``run.json``."""
 
@@ -113,7 +134,7 @@ class LiveModel(MaskedImageModel):
         self._specs = tuple(stacks) if stacks is not None else None
         self._call, self._factory = call, factory
         self._reader: _Reader | None = None
-        self._read: tuple[Tensor | None, dict[str, _Kept]] = None, {}
+        self._held: _Held | None = None
         self._attach()
 
     # ---- the interface
@@ -125,8 +146,7 @@ class LiveModel(MaskedImageModel):
 
     def stacks_for(self, images: Tensor, mask: Tensor) -> Sequence[str]:
         """The stacks that masked tokens enter in a forward with these images, which is then held."""
-        self._see(images, mask)
-        return tuple(self._read[1])
+        return self._see(images, mask).names
 
     def depth(self, stack: str) -> int:
         """The last layer depth of a stack."""
@@ -138,13 +158,14 @@ class LiveModel(MaskedImageModel):
 
     def layer_tokens(self, images: Tensor, mask: Tensor, stack: str | None = None) -> Iterator[LayerTokens]:
         """Patch tokens of a stack at every layer depth, all from one forward of the model."""
-        self._see(images, mask)
+        self._see(images, mask, stack)
         return self._layer_tokens(images, mask, self._choose(stack))
 
     def _layer_tokens(self, images: Tensor, mask: Tensor, stack: str) -> Iterator[LayerTokens]:
-        if stack not in self._read[1]:
+        forwards = self._see(images, mask, stack).forwards
+        if stack not in forwards:
             raise StackError(f"no masked token entered the stack {stack} in this forward")
-        layers = self._read[1].pop(stack).layers
+        layers = forwards.pop(stack).layers
         missing = [depth for depth in range(self.depth(stack) + 1) if depth not in layers]
         if missing:
             raise StackError(f"layer depths {missing} of {stack} did not run; pass stacks=... with blocks that do")
@@ -187,8 +208,22 @@ class LiveModel(MaskedImageModel):
         read = self._forward(images, None)
         first = next(iter(read.values()))
         mask = first.layers[0][1]
-        self._read = mask, read
+        self._held = _Held(read, tuple(read), mask)
         return mask
+
+    def verify(self) -> None:
+        """Find the stacks, and check on two images of noise that exactly the tokens asked for are masked.
+
+        Raises:
+            ValueError: If the model cannot be called with a mask.
+            StackError: If masked tokens are not found, or not where they are asked for.
+        """
+        info = self.info
+        height, width = height_and_width(info.image_size)
+        with torch.no_grad(), torch.random.fork_rng():
+            images = torch.randn(2, info.channels, height, width)
+            self.stacks_for(images, info.mask_rule.sample(mask_keys(["0", "1"]), info.grid, info.patch_size))
+        self._held = None
 
     @property
     def description(self) -> str:
@@ -203,7 +238,7 @@ class LiveModel(MaskedImageModel):
         """Remove all hooks from the model."""
         if self._reader is not None:
             self._reader.detach()
-        self._reader, self._read = None, (None, {})
+        self._reader = self._held = None
 
     def _attach(self) -> _Reader:
         # A copy of this model has a copy of the inner one, to which nothing is attached.
@@ -212,13 +247,13 @@ class LiveModel(MaskedImageModel):
             self._reader = _Reader(self.model, specs, _Kept)
         return self._reader
 
-    def _see(self, images: Tensor, mask: Tensor) -> None:
-        """Run the model, unless the forward that is held is of this mask."""
+    def _see(self, images: Tensor, mask: Tensor, stack: str | None = None) -> _Held:
+        """Run the model, unless a forward with these images and this mask is held, with the tokens of a stack."""
         check_mask(mask, self.info.num_patches if self._known_info else None)
         if len(mask) != len(images):
             raise ValueError(f"images and mask must have the same batch, got {len(images)} and {len(mask)}")
-        if self._read[0] is mask:
-            return
+        if self._held is not None and self._held.is_of(images, mask, stack):
+            return self._held
         read = self._forward(images, mask)
         for name, found in self._attach().last_masks.items():
             if (
@@ -231,7 +266,8 @@ class LiveModel(MaskedImageModel):
                 raise StackError(
                     f"{name}: the model does not mask the patches that it is asked to mask{other}; pass call=..."
                 )
-        self._read = mask, read
+        self._held = _Held(read, tuple(read), mask, images)
+        return self._held
 
     def _forward(self, images: Tensor, mask: Tensor | None) -> dict[str, _Kept]:
         reader = self._attach()

@@ -7,14 +7,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Self
 
-import torch
 from torch import nn
 
 from mto_analysis.checkpoints import RawCheckpoint, open_checkpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.masks import mask_keys
 from mto_analysis.models.live import LiveModel, inferred_info
-from mto_analysis.probe.engine import undisturbed
 
 __all__ = ["LiveSource"]
 
@@ -77,9 +74,5 @@ class LiveSource(str):
                 first = " ".join(str(error).split())
                 raise CheckpointError(f"{raw.path} does not hold the weights of {self}: {first[:300]}") from error
         live = LiveModel(model.eval(), inferred_info(model), factory=self.make)
-        info = live.info
-        height, width = (side * info.patch_size for side in info.grid)
-        with undisturbed(live), torch.random.fork_rng():
-            images = torch.randn(2, info.channels, height, width)
-            live.stacks_for(images, info.mask_rule.sample(mask_keys(["0", "1"]), info.grid, info.patch_size))
+        live.verify()
         return live

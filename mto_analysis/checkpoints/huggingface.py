@@ -1,0 +1,196 @@
+"""Hugging Face folders of models that are not ours: transformers builds them, and taps read their tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
+from mto_analysis.checkpoints.metadata import whole
+from mto_analysis.checkpoints.reading import RawCheckpoint
+from mto_analysis.errors import CheckpointError
+from mto_analysis.masks import MaskRule
+from mto_analysis.models import ModelInfo
+from mto_analysis.models.live import LiveModel, inferred_info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["architecture", "convert_library"]
+
+_LISTED = 4
+_MASK_ARGUMENTS = {"bool_masked_pos", "noise"}
+_TOKEN_OPTION = "use_mask_token"
+
+
+@dataclass(frozen=True)
+class LibraryConfig:
+    """A model that transformers builds.
+
+    Args:
+        architecture: Name of its class.
+        version: Of transformers.
+        channels: Of an image.
+        image_size: Height and width in pixels, or the side of a square.
+        patch_size: Side of a patch in pixels.
+        num_heads: Attention heads, where all blocks have the same number.
+    """
+
+    architecture: str
+    version: str
+    channels: int
+    image_size: int | tuple[int, int]
+    patch_size: int
+    num_heads: int | None
+
+
+def architecture(raw: RawCheckpoint) -> str | None:
+    """The class that a ``config.json`` names, if any."""
+    named = (raw.config or {}).get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) and first.isidentifier() else None
+
+
+def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
+    """A model as transformers builds it from ``config.json``: its own classes only, never code of the folder.
+
+    Weights are those that were read safely before; transformers gets them as tensors.
+
+    Raises:
+        CheckpointError: If transformers is missing or has no such class, or nothing says the size of its images.
+    """
+    name, settings = architecture(raw) or "", dict(raw.config or {})
+    cls, version = _class_named(name)
+    if "quantization_config" in settings:
+        raise CheckpointError("its weights are quantized (quantization_config); save them in float32")
+    # What config.json may ask for is code of somebody's repository; "eager" rounds float64 to float32 in its softmax.
+    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+    config = cls.config_class.from_dict(settings, attn_implementation=attention)
+    if isinstance(frames := getattr(config, "num_frames", None), int):
+        raise CheckpointError(
+            f"{name} takes videos of {frames} frames; measure it live: mto_analysis.measure(model, videos, mask)"
+        )
+    # Some classes have a mask token only if their constructor is asked for one, which no config.json says.
+    options = {_TOKEN_OPTION: True} if _TOKEN_OPTION in inspect.signature(cls).parameters else {}
+    with torch.device("meta"):
+        info = inferred_info(_masked_part(cls(config, **options)))
+    size = info.image_size if given.image_size is None else given.image_size
+    assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
+    if not raw.preprocessor:
+        assumptions.append(f"images have mean {info.mean} and std {info.std}, as there is no preprocessor_config.json")
+    heads = whole(settings, "num_attention_heads")
+    if heads is not None:
+        given.choose("num_heads", heads, stated=heads)
+    elif given.num_heads is not None:
+        raise CheckpointError("config.json states the attention heads; leave --num-heads out")
+    if given.decoder_num_heads is not None:
+        raise CheckpointError("config.json states the attention heads; leave --decoder-num-heads out")
+    untrained = [
+        key for key, tensor in raw.tensors.items() if key.endswith("mask_token") and not bool(tensor.count_nonzero())
+    ]
+    if untrained:
+        assumptions.append(
+            f"a mask token that is all zeros ({untrained[0]}) is of use; it was probably never trained, so the curves "
+            "say how visible tokens fill empty ones, not what the model learned of masks"
+        )
+    # Merged tokens are masked or visible as a whole, so masks are made of units of the last stage.
+    merged = 2 ** max(len(getattr(config, "depths", ())) - 1, 0)
+    rule = info.mask_rule if merged == 1 else MaskRule("block", info.mask_ratio, info.patch_size * merged)
+    info = replace(info, family=name, image_size=size, mask_rule=rule, assumptions=tuple(assumptions))
+    about = LibraryConfig(name, version, info.channels, info.image_size, info.patch_size, heads)
+
+    def make(_: Any, known: ModelInfo) -> LiveModel:
+        tensors = {key: tensor.clone() if raw.mapped else tensor for key, tensor in raw.tensors.items()}
+        model = _loaded(cls, config, tensors, options)
+        live = LiveModel(_masked_part(model), known, factory=lambda: _masked_part(cls(config, **options)))
+        live.verify()
+        return live
+
+    return Conversion(make, about, info, StateDict(dict(raw.tensors)), loaded=True)
+
+
+def _class_named(name: str) -> tuple[type[PreTrainedModel], str]:
+    """A class of transformers, and the version of that."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            f"{name} is built by the package transformers, which is missing: pip install 'mto-analysis[libraries]'"
+        ) from None
+    found = getattr(transformers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no class {name}; code of a folder is never run, so measure "
+            "the model live: mto_analysis.measure(model, images, mask)"
+        )
+    return found, transformers.__version__
+
+
+def _masked_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model that takes a mask and holds all mask tokens: a classifier's encoder, a vision tower.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from transformers import PreTrainedModel
+
+    tokens = {id(each) for path, each in model.named_parameters() if path.endswith("mask_token")}
+    if not tokens:
+        raise CheckpointError(f"{type(model).__name__} has no mask token as config.json describes it")
+    found = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        and _MASK_ARGUMENTS & set(inspect.signature(part.forward).parameters)
+        and tokens <= {id(each) for each in part.parameters()}
+    ]
+    if not found:
+        raise CheckpointError(
+            f"no part of {type(model).__name__} with a mask token takes a mask "
+            f"({' or '.join(sorted(_MASK_ARGUMENTS))}); measure it live with call=..."
+        )
+    return found[-1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of transformers inside: what is wrong is said in our one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _loaded(
+    cls: type[PreTrainedModel], config: Any, tensors: dict[str, torch.Tensor], options: dict[str, bool]
+) -> PreTrainedModel:
+    """The model with exactly these weights, in float32.
+
+    Raises:
+        CheckpointError: If some are missing, unknown or of another shape.
+    """
+    with _quiet():
+        model, found = cls.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **options
+        )
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[kind])
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            problems.append(f"{kind.removesuffix('_keys')}: {', '.join(names[:_LISTED])}{more}")
+    if problems:
+        raise CheckpointError(f"the weights are not those of a {cls.__name__}; {'; '.join(problems)}")
+    return model.eval()

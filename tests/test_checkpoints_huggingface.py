@@ -1,0 +1,237 @@
+"""Folders of transformers' own classes: tokens equal its plain hidden states, or the folder is refused."""
+
+import inspect
+import json
+import sys
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from test_cli import ok, run
+from test_mto_attach_libraries import installed
+
+from mto_analysis import heterogeneity, image_batches, load_checkpoint, measure, open_images
+from mto_analysis.checkpoints import inspect_checkpoint
+from mto_analysis.demo import DEMO_IMAGES
+from mto_analysis.errors import CheckpointError
+from mto_analysis.images import choose_images
+from mto_analysis.masks import mask_keys
+from mto_analysis.models.interface import height_and_width
+
+hf = installed("transformers")
+
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "window_size": 2}
+
+# name: class, its configuration, prefix tokens, settings
+CLASSES = {
+    "vit": ("ViTForMaskedImageModeling", "ViTConfig", 1, VIT | {"encoder_stride": 4}),
+    "vit_rect": ("ViTForMaskedImageModeling", "ViTConfig", 1, VIT | {"image_size": [16, 24], "encoder_stride": 4}),
+    "deit": ("DeiTForMaskedImageModeling", "DeiTConfig", 2, VIT | {"encoder_stride": 4}),
+    "data2vec": (
+        "Data2VecVisionModel",
+        "Data2VecVisionConfig",
+        1,
+        VIT | {"use_mask_token": True, "use_shared_relative_position_bias": True},
+    ),
+    "data2vec_classifier": (
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        1,
+        VIT | {"use_mask_token": True, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    ),
+    "beit": ("BeitModel", "BeitConfig", 1, VIT | {"use_mask_token": True, "use_absolute_position_embeddings": True}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", 1, VIT | {"mlp_ratio": 2}),
+    "dinov2_classifier": ("Dinov2ForImageClassification", "Dinov2Config", 1, VIT | {"use_swiglu_ffn": True}),
+    "dinov2_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        4,
+        VIT | {"num_register_tokens": 3},
+    ),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", 3, VIT | {"num_register_tokens": 2}),
+    "flava": ("FlavaImageModel", "FlavaImageConfig", 1, VIT | {"mask_token": True}),
+    "vit_msn": ("ViTMSNModel", "ViTMSNConfig", 1, VIT),
+    "ijepa": ("IJepaModel", "IJepaConfig", 0, VIT | {"use_mask_token": True}),
+    "sapiens2": ("Sapiens2Model", "Sapiens2Config", 9, VIT | {"use_mask_token": True}),
+    "tipsv2": ("Tipsv2VisionModel", "Tipsv2VisionConfig", 2, VIT),
+    "internvl": (
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        1,
+        VIT | {"use_mask_token": True, "image_size": [16, 16], "patch_size": [4, 4]},
+    ),
+    "swin": ("SwinModel", "SwinConfig", 0, SWIN | {"num_heads": [2, 2]}),
+    "swinv2": ("Swinv2Model", "Swinv2Config", 0, SWIN | {"num_heads": [2, 2]}),
+    "donut_swin": ("DonutSwinModel", "DonutSwinConfig", 0, SWIN | {"num_heads": [2, 2]}),
+    "focalnet": (
+        "FocalNetForMaskedImageModeling",
+        "FocalNetConfig",
+        0,
+        SWIN | {"focal_levels": [2, 2], "focal_windows": [3, 3], "encoder_stride": 8},
+    ),
+}
+
+
+def random_model(name, **more):
+    """A model with random mask token, biases, norms and scales."""
+    cls, config, _, settings = CLASSES[name]
+    cls = getattr(hf, cls)
+    options = {"use_mask_token": True} if "use_mask_token" in inspect.signature(cls).parameters else {}
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = cls(getattr(hf, config)(**settings | more), **options).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            near_one = parameter.ndim == 1 and path.endswith("weight")
+            parameter.copy_(1 + 0.2 * noise if near_one else 0.3 * noise)
+    return model
+
+
+def hidden_states(model, images, mask):
+    """Tokens that the model itself gives out; a classifier's encoder is called as such."""
+    inner = model if "bool_masked_pos" in inspect.signature(model.forward).parameters else model.base_model
+    inner = model.base_model if "MaskedImage" in type(model).__name__ else inner
+    with torch.no_grad():
+        return inner(images, bool_masked_pos=mask, output_hidden_states=True, return_dict=True).hidden_states
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-8), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("name", CLASSES)
+def test_load_checkpoint__gives_the_hidden_states_of_the_library(name, dtype, near, tmp_path):
+    model = random_model(name)
+    model.save_pretrained(tmp_path)
+    live = load_checkpoint(tmp_path).to(dtype)
+    model, info = model.to(dtype), live.info
+    assert (info.family, info.layout) == (CLASSES[name][0], "Hugging Face transformers")
+    assert any("config.json does not say how the model was masked" in each for each in info.assumptions)
+    height, width = height_and_width(info.image_size)
+    images = torch.randn(3, info.channels, height, width, dtype=dtype)
+    mask = info.mask_rule.sample(mask_keys("abc", seed=5), info.grid, info.patch_size)
+    (stack,) = live.stacks
+    with torch.no_grad():
+        layers = list(live.layer_tokens(images, mask, stack))
+    expected = hidden_states(model, images, mask)
+    assert len(layers) == live.depth(stack) + 1
+    # Hidden states of hierarchical models are those between stages: the first and the last are tokens of blocks too.
+    depths = range(len(layers)) if len(expected) == len(layers) else (0, -1)
+    for depth in depths:
+        tokens, whole = layers[depth].tokens, expected[depth]
+        assert whole.shape[1] - tokens.shape[1] == CLASSES[name][2]
+        assert (tokens - whole[:, CLASSES[name][2] :]).abs().max() <= near * whole.abs().max()
+    found = measure(live, images, mask).summary()["heterogeneity"].tolist()
+    by_hand = [heterogeneity(layer.tokens, layer.mask).mean().item() for layer in layers]
+    assert found == pytest.approx(by_hand, rel=1e-6 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_model("vit").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edited(folder, **settings):
+    """The folder with other settings in its ``config.json``."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+def test_command__measures_a_folder(folder, tmp_path):
+    result = ok("heterogeneity", "--ckpt", folder, "--limit", 4, "--seed", 1, "--out", tmp_path / "out")
+    assert "assumed that masks are random patches" in result.stderr
+    live = load_checkpoint(folder)
+    images = open_images(DEMO_IMAGES)
+    chosen = choose_images(images, [images.names[row] for row in (0, 64, 128, 192)])
+    expected = measure(live, image_batches(chosen, live.info), seed=1).summary()
+    assert (table := pd.read_csv(tmp_path / "out" / "heterogeneity.csv"))["layer_depth"].tolist() == [0, 1, 2, 3]
+    assert table["heterogeneity"].tolist() == pytest.approx(expected["heterogeneity"].tolist(), rel=1e-4)
+
+
+def test_inspect_checkpoint__describes_it(folder):
+    report = inspect_checkpoint(folder)
+    assert (report.depths, report.config["architecture"]) == ({"encoder": 3}, "ViTForMaskedImageModeling")
+    assert report.config["num_heads"] == 2
+    assert report.needed == ()
+
+
+def test_load_checkpoint__new_weights_are_of_the_same_class(folder):
+    live = load_checkpoint(folder)
+    fresh = live.with_new_weights(1)
+    assert type(fresh.model) is type(live.model)
+    assert not torch.equal(next(fresh.parameters()), next(live.parameters()))
+
+
+def test_load_checkpoint__reads_statistics_beside_the_weights(folder):
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3], "size": {"height": 16, "width": 16}}'
+    )
+    info = load_checkpoint(folder).info
+    assert (info.mean, info.std) == ((0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    assert not any("mean" in each for each in info.assumptions)
+
+
+def test_load_checkpoint__an_untrained_mask_token_is_a_caveat(tmp_path):
+    model = random_model("data2vec")
+    torch.nn.init.zeros_(model.embeddings.mask_token)
+    model.save_pretrained(tmp_path)
+    live = load_checkpoint(tmp_path)
+    assert any("probably never trained" in each for each in live.info.assumptions)
+    mask = live.info.mask_rule.sample(mask_keys("ab"), live.info.grid, 4)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        last = [layer.tokens for layer in live.layer_tokens(images, mask)][-1]
+    assert torch.allclose(last, hidden_states(model, images, mask)[-1][:, 1:], atol=1e-4)
+
+
+def test_load_checkpoint__names_the_extra(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run("heterogeneity", "--ckpt", folder, "--limit", 1)
+    assert result.exit_code == 3
+    assert "mto-analysis[libraries]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architectures": ["OwnViT"], "auto_map": {"AutoModel": "own.OwnViT"}}, "has no class OwnViT; code of a fol"),
+        ({"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification has no mask token"),
+        ({"num_hidden_layers": 4}, "missing: .*layers.3"),
+        ({"num_hidden_layers": 2}, "unexpected: .*layers.2"),
+        ({"hidden_size": 20}, "ViTForMaskedImageModeling"),
+        ({"architectures": ["VideoMAEModel"]}, "takes videos of 16 frames; measure it live"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
+    ],
+)
+def test_load_checkpoint__refuses(settings, message, folder):
+    (folder / "own.py").write_text("raise SystemExit('code of a folder ran')")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(edited(folder, **settings))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(("option", "message"), [({"num_heads": 4}, "contradicts"), ({"image_size": 32}, "match")])
+def test_load_checkpoint__refuses_options_that_contradict(option, message, folder):
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder, **option)
+
+
+def test_layer_tokens__of_one_mask_again_and_of_other_images(folder):
+    live = load_checkpoint(folder)
+    mask = live.info.mask_rule.sample(mask_keys("ab"), live.info.grid, 4)
+    images, others = torch.randn(2, 2, 3, 16, 16)
+    with torch.no_grad():
+        first, again, other = ([each.tokens for each in live.layer_tokens(x, mask)] for x in (images, images, others))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[-1], other[-1])
