@@ -51,6 +51,11 @@ def series_of(document: Document) -> list[Series]:
     if document.scores is not None:
         names = [name for name in names if name in document.scores]
     metrics = {name: metric_of(name) for name in names}
+    if any(each.rank == 0 for each in metrics.values()):  # val_acc_0, val_acc_1: places in a list, no top-1
+        metrics = {
+            name: each if each.rank is None else replace(each, rank=None, rest=(*each.rest, str(each.rank)))
+            for name, each in metrics.items()
+        }
     unmarked = document.unmarked or document.format.unmarked or _unmarked_split(metrics.values())
     metrics = {
         name: each if each.split or each.kind == "score" else each.of(_split_beside(each, metrics.values()) or unmarked)
@@ -253,9 +258,11 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
 
 
 def _refuse_score_beside_training(document: Document, series: Sequence[Series]) -> None:
-    """A column called score is the score of a tidy table; beside accuracies of training it may be anything."""
+    """A column called score is the score of a tidy table; beside accuracies and other scores it may be anything."""
     if series[0].metric.kind == "score":
-        others = [each.name for each in series_of(document) if each.metric.kind == "accuracy"]
+        others = [
+            each.name for each in series_of(document) if each.metric.kind == "accuracy" or "score" in each.metric.rest
+        ]
         if others:
             raise DataError(
                 f"{document.file}: it has 'score' and {', '.join(map(repr, others))}, and nothing tells which is meant;"

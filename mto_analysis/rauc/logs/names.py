@@ -16,7 +16,7 @@ _SPLITS = {
     "test": ("test", "testing", "tst"),
 }
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
-_UNKNOWN_RANK = 0
+_UNKNOWN_RANK = -1
 _AVERAGED = {"ema", "swa", "averaged"}
 _BEST = {"best", "max", "maximum", "min", "minimum", "peak", "highest", "lowest"}
 _BATCH = {"step", "batch", "running", "iter"}
@@ -55,7 +55,7 @@ class Metric:
 
     Attributes:
         kind: ``accuracy``, ``error``, ``loss``, ``score`` or ``other``.
-        rank: k of a top-k accuracy or error, ``None`` where the name has none (then it is top-1), 0 where it is called
+        rank: k of a top-k accuracy or error, ``None`` where the name has none (then it is top-1), -1 where it is called
             top-k without telling k.
         split: ``train``, ``val``, ``test`` or ``None``.
         weights: ``model`` or ``EMA``.
@@ -92,7 +92,7 @@ class Metric:
         """The metric for an axis label; where the name is no known one, the name itself."""
         if self.kind not in ("accuracy", "error") or self.rest:
             return "score" if self.kind == "score" else column
-        return ("" if self.rank is None else f"top-{self.rank or 'k'} ") + self.kind
+        return ("" if self.rank is None else f"top-{self.rank if self.rank > 0 else 'k'} ") + self.kind
 
 
 def words_of(name: str) -> list[str]:
@@ -146,7 +146,7 @@ def metric_of(name: str) -> Metric:
             weights = "EMA"
         elif word in _BEST:
             best = True
-        elif word in _BATCH and at:
+        elif word in _BATCH:
             batch = True
         elif word in _ACCURACY or (word in _RANKED and (following.isdigit() or set(words) & (_ACCURACY | _ERROR))):
             kinds.add("accuracy")
