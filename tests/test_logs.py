@@ -194,6 +194,24 @@ def test_read_curves__names_the_option_that_settles_different_axes(tmp_path):
         read_curves(logs[1:])
 
 
+@pytest.mark.parametrize("columns", ["epoch,train_loss,val_acc", "epoch,step,train_loss,val_acc"])
+def test_tidy__the_best_model_evaluated_at_the_end_is_no_epoch(tmp_path, columns):
+    step = "{0}0," if "step" in columns else ""
+    rows = "".join(f"{{0}},{step}1,{{1}}\n".format(e, 50 + e) for e in range(6)) + f"2,{step},70\n".format(2)
+    table = read_curves([write(tmp_path, "a.csv", f"{columns}\n{rows}")])
+    assert table.frame["score"].tolist() == [50.0, 51.0, 52.0, 53.0, 54.0, 55.0]
+    assert "evaluated again without training in between" in str(table.findings[0])
+
+
+def test_tidy__an_evaluation_after_the_summary_of_training_is_no_epoch(tmp_path):
+    history = [
+        {"epoch": float(e), "step": e, key: v} for e in (1, 2, 3) for key, v in (("loss", 1), ("eval_accuracy", e / 4))
+    ]
+    history += [{"epoch": 3.0, "step": 3, "train_loss": 1.0}, {"epoch": 3.0, "step": 3, "eval_accuracy": 0.5}]
+    path = write(tmp_path, "trainer_state.json", json.dumps({"log_history": history}))
+    assert read_curves([path]).frame["score"].tolist() == [25.0, 50.0, 75.0]
+
+
 def test_read_log__the_name_of_a_tensorboard_run_tells_the_split(tmp_path):
     exports = [
         write(tmp_path, f"run-fit_{split}-tag-epoch_accuracy.csv", f"Wall time,Step,Value\n1,0,{score}\n2,1,{score}\n")

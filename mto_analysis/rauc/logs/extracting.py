@@ -158,15 +158,19 @@ def _repeated_headers(document: Document, column: str) -> list[Finding]:
 def progress_of(document: Document) -> NDArray[np.int64] | None:
     """A number per row that grows with training, from steps or else from rows with values of training.
 
+    Steps that fall are a resumed run, or the best model loaded again, which has no values of training.
+
     None if nothing in the log tells.
     """
     if document.progress is not None:
         return document.progress
-    steps = steps_of(document)
-    if steps is not None:
-        return np.concatenate([[0], np.cumsum(steps[1:] != steps[:-1])])
-    trained = trained_rows(document)
-    return np.cumsum(trained) if trained.any() else None
+    trained, steps = trained_rows(document), steps_of(document)
+    if steps is None:
+        return np.cumsum(trained) if trained.any() else None
+    begins = np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]])
+    fell = np.diff(steps[begins], prepend=-np.inf) < 0
+    loaded = fell & ~np.logical_or.reduceat(trained, begins) & trained.any()
+    return np.repeat(np.cumsum(~loaded), np.diff(np.r_[begins, len(steps)]))
 
 
 def trained_rows(document: Document) -> NDArray[np.bool_]:

@@ -159,7 +159,7 @@ def _without_later_evaluations(
     progress = progress_of(log.document)
     if progress is not None:
         done = progress[rows["row"].to_numpy()][order]
-        later = repeats[done[repeats] == done[again[repeats]]]
+        later = repeats[done[repeats] == done[repeats - 1]]  # a repeat is never the first point of its curve
     else:
         later = repeats[~_goes_on(curve, epoch)[repeats] | _mostly_twice(curve, epoch)[repeats]]
     if log.document.progress is None:
