@@ -103,7 +103,7 @@ def test_read_curves__another_model_in_the_file_is_another_run(tmp_path):
 
 
 def test_read_curves__seeds_without_a_column_are_refused(table):
-    with pytest.raises(DataError, match="a seed or a grouping column is missing"):
+    with pytest.raises(DataError, match="a column that tells its curves apart is missing"):
         table(rows("A,1,50 A,1,51 A,2,60 A,2,61"))
 
 

@@ -194,6 +194,23 @@ def test_read_curves__names_the_option_that_settles_different_axes(tmp_path):
         read_curves(logs[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.log", "EPOCH {0} training takes 1\n * Acc@1 {1} Acc@5 90\n"),
+        ("a.log", "Epoch(val) [{0}][5/5]    accuracy/top1: {1}  accuracy/top5: 90.0\n"),
+        ("val_acc", "165000000000{0} {1} {0}\n"),
+        ("a.csv", "{0},{1}\n"),
+    ],
+)
+def test_read_log__a_written_nan_is_named_where_it_is_the_last_score_too(tmp_path, name, line):
+    head = "epoch,val_acc\n" if name == "a.csv" else ""
+    text = "".join(line.format(epoch, 50 + epoch if epoch < 3 else "nan") for epoch in range(4))
+    table = read_curves([write(tmp_path, name, head + text)])
+    assert table.frame["score"].tolist() == [50.0, 51.0, 52.0]
+    assert "left out: this epoch's score or loss is not finite" in str(table.findings[0])
+
+
 @pytest.mark.parametrize("columns", ["epoch,train_loss,val_acc", "epoch,step,train_loss,val_acc"])
 def test_tidy__the_best_model_evaluated_at_the_end_is_no_epoch(tmp_path, columns):
     step = "{0}0," if "step" in columns else ""
@@ -229,6 +246,12 @@ def test_read_log__the_name_of_a_tensorboard_run_tells_the_split(tmp_path):
     assert (read.split, read.last) == ("val", (1.0, 50.0))
     with pytest.raises(DataError, match="epoch_accuracy, looks like that of training images"):
         read_curves([tmp_path / "fit" / "train"])
+
+
+def test_choose__says_that_a_score_beside_an_accuracy_is_not_read(tmp_path):
+    table = read_curves([write(tmp_path, "a.csv", "epoch,score,val_acc\n1,50,60\n2,51,61\n")])
+    assert (table.provenance[0].column, len(table.findings)) == ("val_acc", 1)
+    assert "'score' is not read" in str(table.findings[0])
 
 
 def test_provenance__says_what_steps_were_divided_by(tmp_path):

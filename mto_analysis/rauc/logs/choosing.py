@@ -281,6 +281,9 @@ def _unread(document: Document, series: Series) -> list[Finding]:
         if others:
             told = f"{series.name!r} is of training images; {', '.join(others)} is not read"
             return [Finding(document.file, None, told)]
+    scores = [each.name for each in every if each.metric.kind == "score"]
+    if scores and metric.is_top1:
+        return [Finding(document.file, None, f"{scores[0]!r} is not read, as {series.name!r} says what it is")]
     if metric.weights == "model" and metric.is_top1:
         others = [
             each.name for each in every if each.metric.weights == "EMA" and _identity(each)[:3] == _identity(series)[:3]

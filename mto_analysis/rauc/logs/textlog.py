@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
 from mto_analysis.rauc.logs.provenance import AxisKind
-from mto_analysis.rauc.logs.records import Document, FrameColumns, grouped
+from mto_analysis.rauc.logs.records import Document, RecordColumns, grouped
 
 __all__ = [
     "is_metric_file",
@@ -97,13 +96,12 @@ def read_text_log(name: str, data: bytes) -> Document:
             ema = True
     if not rows:
         raise DataError(f"{name}: no accuracy line (* Acc@1 ...) follows a finished epoch")
-    frame = pd.DataFrame(rows, columns=["epoch", spelt, "line", "trained", "EMA"])
-    frame[f"EMA {spelt}"] = frame[spelt].where(frame["EMA"])
-    frame[spelt] = frame[spelt].mask(frame["EMA"])
-    scores = [each for each in (spelt, f"EMA {spelt}") if frame[each].notna().any()]
-    columns = FrameColumns(name, frame[["epoch", *scores]], frame["line"].to_numpy())
+    # Records, where a written NaN is a value: in a frame it would be none.
+    records = [{"epoch": epoch, f"EMA {spelt}" if of_ema else spelt: score} for epoch, score, _, _, of_ema in rows]
+    columns = RecordColumns(records, np.array([line for _, _, line, _, _ in rows]))
+    progress = np.array([trained for _, _, _, trained, _ in rows])
     return Document(
-        name, BY_NAME["text"], columns, axes=(("epoch", "epochs"),), progress=frame["trained"].to_numpy(),
+        name, BY_NAME["text"], columns, axes=(("epoch", "epochs"),), progress=progress,
         findings=tuple(grouped(name, homeless, "skipped: an accuracy before training started or went on")),
     )  # fmt: skip
 
@@ -132,15 +130,15 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
             words.add(found[1])
             # The bracket of Iter(val) is a validation batch: the iteration is in the training line before it.
             place = iteration if found[1] == "Iter" and iteration else int(found[2])
-            rows.append({"place": place, **values})
+            rows.append((place, values))
             lines.append(number)
     if not rows:
         raise DataError(f"{name}: no validation line has a metric")
     if len(words) > 1:
         raise DataError(f"{name}: validation lines count epochs and iterations; give the JSON log of the run")
     kind: AxisKind = "epochs" if words == {"Epoch"} else "steps"
-    frame = pd.DataFrame(rows).rename(columns={"place": kind[:-1]})
-    columns = FrameColumns(name, frame, np.array(lines))
+    records = [{**values, kind[:-1]: place} for place, values in rows]
+    columns = RecordColumns(records, np.array(lines))
     return Document(name, BY_NAME["OpenMMLab text"], columns, axes=((kind[:-1], kind),))
 
 
@@ -150,16 +148,15 @@ def read_metric_file(name: str, data: bytes) -> Document:
     Raises:
         DataError: If a line is broken.
     """
-    rows = []
+    score = name.replace("\\", "/").rpartition("/")[2]
+    records = []
     for number, line in enumerate(data.decode(errors="replace").strip().split("\n"), 1):
         parts = line.split()
         try:
-            rows.append((float(parts[1]), float(parts[2]) if len(parts) > 2 else float("nan")))
+            records.append({score: float(parts[1])} | ({"step": float(parts[2])} if len(parts) > 2 else {}))
         except (ValueError, IndexError):
             raise DataError(f"{name}:{number}: a line must be time, value and step, got {line[:60]!r}") from None
-    score = name.replace("\\", "/").rpartition("/")[2]
-    frame = pd.DataFrame(rows, columns=[score, "step"])
-    if frame["step"].isna().all():
+    columns = RecordColumns(records, np.arange(1, len(records) + 1))
+    if "step" not in columns.names:
         raise DataError(f"{name}: its lines have no step")
-    columns = FrameColumns(name, frame, np.arange(1, len(frame) + 1))
     return Document(name, BY_NAME["MLflow metric"], columns, axes=(("step", "steps"),), scores=(score,))

@@ -197,7 +197,7 @@ def _refuse_second_run(
             raise DataError(
                 f"{file}:{rows['line'].iloc[at]}: {rows['method'].iloc[at]!r} has a second score for epoch"
                 f" {rows['epoch'].iloc[at]:g} and others;"
-                " a seed or a grouping column is missing (--seed-column, --group)"
+                " a column that tells its curves apart is missing (--method-column, --seed-column, --group)"
             )
 
 
@@ -256,13 +256,13 @@ def _chosen_run(
     if epoch[at] == epoch[at - 1]:
         raise DataError(
             f"{file}:{line}: {method!r} has a second score for epoch {epoch[at]:g};"
-            " a seed or a grouping column is missing (--seed-column, --group)"
+            " a column that tells its curves apart is missing (--method-column, --seed-column, --group)"
         )
     if run is None:
         raise DataError(
             f"{file}:{line}: {method!r} starts over at epoch {epoch[at]:g}, so the file holds more than one run;"
-            " choose with --run 1, 2, ... or -1 for the last, or name what tells its curves apart with --seed-column"
-            " or --group"
+            " choose with --run 1, 2, ... or -1 for the last, or name the column that tells its curves apart with"
+            " --method-column, --seed-column or --group"
         )
     total = np.cumsum(again)
     segment = total - np.repeat(total[begins], size)
