@@ -598,13 +598,29 @@ def test_load_checkpoint__says_what_a_file_without_mask_token_holds(tmp_path: Pa
 
 
 @pytest.mark.parametrize("part", ["", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."])
-@pytest.mark.parametrize("prefix", ["", "net.", "model.module.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "net.", "model.module.", "_orig_mod.module.", "_forward_module.mae."])
 def test_load_checkpoint__removes_the_prefixes_of_wrappers(tmp_path: Path, mae_state, prefix: str, part: str) -> None:
     wrapped = {prefix + re.sub(r"(blocks\.\d+\.)", rf"\1{part}", name): tensor for name, tensor in mae_state.items()}
     torch.save({"state_dict": wrapped}, tmp_path / "file.ckpt")
     model = load_checkpoint(tmp_path / "file.ckpt", **MAE_HEADS)
     assert model.info.layout == "facebookresearch/mae"
     assert all(torch.equal(tensor, mae_state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_load_checkpoint__takes_the_only_state_dict_unless_it_is_an_average(tmp_path: Path, mae_state) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"model_state_dict": mae_state, "optimizer": {"state": {}}}, path)
+    assert load_checkpoint(path, **MAE_HEADS).info.family == "mae"
+    torch.save({"ema": mae_state, "epoch": 1}, path)
+    with pytest.raises(CheckpointError, match="it has 'ema', 'epoch'; ema is a moving average: --weights model_ema"):
+        load_checkpoint(path, **MAE_HEADS)
+
+
+@pytest.mark.parametrize("name", ["trunk.masked_embedding", "mask_tokens.0", "encoder.mask_emb", "vit.maskToken"])
+def test_load_checkpoint__names_a_mask_token_of_an_unknown_layout(tmp_path: Path, name: str) -> None:
+    torch.save({name: torch.zeros(1, 8), "head": torch.zeros(8)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"it holds {name}: measure the model live"):
+        load_checkpoint(tmp_path / "file.pth")
 
 
 def test_load_checkpoint__refuses_tensors_with_and_without_the_prefix_of_a_wrapper(tmp_path: Path, mae_state) -> None:

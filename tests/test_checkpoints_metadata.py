@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from published_files import PUBLISHED, foreign
+from safetensors.torch import load_file, save_file
 
 from mto_analysis import CheckpointError, ModelInfo, load_checkpoint
 from mto_analysis.checkpoints import open_checkpoint
+from mto_analysis.errors import HeadCountError
 
 GOLDEN = Path(__file__).parent / "golden"
 ORIGINALS = GOLDEN / "originals"
@@ -82,6 +84,8 @@ def test_load_checkpoint__reads_every_form_of_a_preprocessor(tmp_path: Path, pre
         ({"image_mean": [0.5, None, 0.5], "image_std": 1}, "image_mean must be numbers"),
         ({"image_mean": [0.5] * 3}, "has only one of image_mean and image_std"),
         ({"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0.0]}, "std above 0"),
+        ({"image_mean": [127.5] * 3, "image_std": [127.5] * 3}, "mean .* must be of pixels in 0..1.* give --mean"),
+        ({"do_normalize": True}, "has do_normalize, but no image_mean and image_std; give --mean and --std"),
         ({"do_rescale": False}, "only pixels scaled by 1/255 are read"),
         ({"rescale_factor": 1 / 127.5}, "only pixels scaled by 1/255 are read"),
         (
@@ -106,6 +110,8 @@ def test_load_checkpoint__refuses_a_preprocessor_that_is_not_read(tmp_path: Path
         ({"hidden_act": "gelu_new"}, "config.json has hidden_act='gelu_new', only 'gelu' is read"),
         ({"qkv_bias": False}, "config.json has qkv_bias=False, but there is decoder.*query.bias"),
         ({"image_size": 99}, "states images of 96 x 96 px|do not divide"),
+        ({"num_hidden_layers": 9}, "state num_hidden_layers=9, the weights have .: the file is truncated"),
+        ({"decoder_num_hidden_layers": 9}, "state decoder_num_hidden_layers=9, the weights have"),
         ({"num_attention_heads": "4"}, "num_attention_heads must be a positive whole number, got '4'"),
         ({"mask_ratio": 1.5}, "states a mask_ratio of 1.5, which must lie between 0 and 1"),
         ({"layer_norm_eps": "1e-12"}, "layer_norm_eps must be a number, got '1e-12'"),
@@ -133,6 +139,8 @@ def test_load_checkpoint__reads_hieras_target_and_refuses_its_other_forms(tmp_pa
             "masked_unit_size": ([8, 4], "masked_unit_size must be square"),
             "query_stride": ([1, 2], r"query_stride=\[1, 2\], only \[2, 2\] is read"),
             "patch_stride": ([2, 2], r"patch_stride=\[2, 2\], only \[4, 4\] is read"),
+            "patch_padding": ([2, 2], r"patch_padding=\[2, 2\], only \[3, 3\] is read"),
+            "depths": ([1, 1, 2, 2], r"state depths=\[1, 1, 2, 2\], the weights have"),
             "embed_dim_multiplier": (3.0, "embed_dim_multiplier=3.0, only 2.0 is read"),
             "num_heads": ([1, 2], "num_heads and local must name each of 4 stages"),
         }.items()
@@ -168,6 +176,8 @@ def openmmlab(folder: Path, change: Callable[[str], str]) -> ModelInfo:
         ("img_size=48", "img_size=64", "states images of 64 x 64 px, backbone.pos_embed is for 36 patches"),
         ("num_heads=3", "num_heads=5", "num_heads=5 does not divide the width 24"),
         ("mask_ratio=0.5", "mask_ratio=2", "mask_ratio of 2"),
+        ("num_layers=3", "num_layers=4", "state num_layers=4, the weights have 3"),
+        ("decoder_depth=2", "decoder_depth=3", "state decoder_depth=3, the weights have 2"),
     ],
 )
 def test_load_checkpoint__refuses_an_openmmlab_config_that_is_not_read(
@@ -184,6 +194,67 @@ def test_load_checkpoint__reads_an_openmmlab_config(tmp_path: Path) -> None:
     assert head.target == "pixels"
     grey = openmmlab(tmp_path, lambda text: text.replace("123.675", "127.5").replace("to_rgb", "bgr_to_rgb"))
     assert grey.mean[0] == 0.5
+
+
+def test_load_checkpoint__says_what_it_assumes_of_an_openmmlab_file_without_config(tmp_path: Path) -> None:
+    with pytest.raises(HeadCountError, match="not in the file"):
+        openmmlab(tmp_path, lambda _: "")
+    info = load_checkpoint(tmp_path / "file.pth", num_heads=3, decoder_num_heads=4).info
+    assert info.assumptions[0] == "the target is normalized patches, as published: the file does not say"
+
+
+def test_load_checkpoint__reads_the_image_size_of_mmpretrains_swin(tmp_path: Path) -> None:
+    root = torch.load(ORIGINALS / "mm_simmim_swin_w3_96" / "checkpoint_published.pth", weights_only=True)
+    stated, file = root["meta"]["cfg"], tmp_path / "file.pth"
+    for text, given, size in (
+        (stated.replace("img_size=96", "img_size=(96, 192)"), None, (96, 192)),
+        ("", 96, 96),
+        ("", None, 192),
+    ):
+        root["meta"]["cfg"] = text
+        torch.save(root, file)
+        info = load_checkpoint(file, image_size=given).info
+        assert info.image_size == size
+        assert any("the image size is 192 px" in note for note in info.assumptions) == (size == 192)
+
+
+def test_load_checkpoint__keeps_all_notes_of_mff(tmp_path: Path) -> None:
+    root = torch.load(ORIGINALS / "mm_mff" / "checkpoint_published.pth", weights_only=True)
+    root["meta"]["cfg"] = ""
+    torch.save(root, tmp_path / "file.pth")
+    heads = json.loads((ORIGINALS / "mm_mff" / "meta.json").read_text())["heads_to_give"]
+    heads = {"num_heads": 3, "decoder_num_heads": 4} | heads
+    notes = load_checkpoint(tmp_path / "file.pth", **heads).info.assumptions
+    assert notes[0].startswith("the target is normalized patches")
+    assert "fused blocks are" in notes[-1]
+
+
+def test_load_checkpoint__what_a_file_states_wins_over_mae_lites_habits(tmp_path: Path) -> None:
+    root = {"start_epoch": 3, "model": torch.load(MAE, weights_only=True)["model"]}
+    torch.save(root | {"args": {"norm_pix_loss": False, "num_heads": 4}}, tmp_path / "file.pth")
+    info = load_checkpoint(tmp_path / "file.pth", decoder_num_heads=2).info
+    assert (info.layout, info.target, info.assumptions) == ("MAE-Lite", "pixels", ())
+    torch.save(root, tmp_path / "file.pth")
+    info = load_checkpoint(tmp_path / "file.pth", **MAE_HEADS).info
+    assert (info.target, info.assumptions[0].split(",")[0]) == ("normalized_pixels", "normalized patches")
+
+
+def test_load_checkpoint__says_that_biases_are_zero(tmp_path: Path) -> None:
+    state = torch.load(MAE, weights_only=True)["model"]
+    bare = {name: each for name, each in state.items() if not name.startswith("blocks.") or ".qkv.bias" not in name}
+    torch.save({"model": bare}, tmp_path / "file.pth")
+    notes = load_checkpoint(tmp_path / "file.pth", **MAE_HEADS).info.assumptions
+    assert "biases of query, key and value are zero in blocks: the file has none" in notes
+
+
+def test_load_checkpoint__refuses_grids_that_transformers_resizes(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "hf_beit" / "model", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": [24, 184]}))  # as many offsets as 8 x 8 have
+    state = {name: each for name, each in load_file(folder / "model.safetensors").items() if "_index" not in name}
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="grids that are not square, which is not read"):
+        load_checkpoint(folder)
 
 
 def statistics_of(name: str, folder: Path, **arguments: Any) -> ModelInfo:

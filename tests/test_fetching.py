@@ -325,7 +325,13 @@ def hub(endpoint: str, home: Path, code: str, **environment: str) -> str:
 
 def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
     index = b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
-    pages = hub_pages("o/plain", {"config.json": b"{}", "pytorch_model.bin": b"weights", "README.md": b"no"})
+    plain = {
+        "config.json": b"{}",
+        "preprocessor_config.json": b"{}",
+        "pytorch_model.bin": b"weights",
+        "README.md": b"no",
+    }
+    pages = hub_pages("o/plain", plain)
     pages |= hub_pages("o/shards", {"model.safetensors.index.json": index, "model-1.safetensors": b"1"})
     pages |= hub_pages("o/shards", {"model-2.safetensors": b"2"}) | hub_pages("o/file", {"x/y.pt": b"3"}, "v1")
     code = """
@@ -346,7 +352,7 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
         assert len(server.requests) == asked
         assert not any("README" in path for _, path, _ in server.requests)
     assert online[:3] == offline[:3]
-    assert online[0] == "['config.json', 'pytorch_model.bin']"
+    assert online[0] == "['config.json', 'preprocessor_config.json', 'pytorch_model.bin']"
     assert online[1] == "['model-1.safetensors', 'model-2.safetensors', 'model.safetensors.index.json']"
     assert online[2] == "y.pt"
     assert "neither model.safetensors nor pytorch_model.bin" in online[3]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mto_analysis.checkpoints.containers import first_line
-from mto_analysis.checkpoints.conversion import Conversion, Given, build, check_finite
+from mto_analysis.checkpoints.conversion import Conversion, Given, build, check_finite, zero_biases
 from mto_analysis.checkpoints.fetching import resolve
-from mto_analysis.checkpoints.layouts import recognize
-from mto_analysis.checkpoints.metadata import section, whole
+from mto_analysis.checkpoints.layouts import recognize, without_holder
+from mto_analysis.checkpoints.metadata import refuse_other_depth, section, whole
 from mto_analysis.checkpoints.native import save_checkpoint, stored_info
 from mto_analysis.checkpoints.options import LoadOptions
 from mto_analysis.checkpoints.reading import RawCheckpoint, Weights, checkpoint_sha256, read_checkpoint
@@ -222,12 +222,14 @@ def _with_statistics(
 
 
 def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
+    raw = without_holder(raw)
     layout, convert = recognize(raw)
     about = section(raw.extras, "mto_analysis")  # files that publishing.py wrote say what their layout cannot
     with _naming(raw, layout):
         if about:
             given = _stated_heads(given, section(about, "config"))
         conversion = convert(raw, given)
+        refuse_other_depth(raw, conversion.config)
         prepared = prepared_size(raw)
         if given.image_size is None and prepared not in (None, conversion.info.image_size):
             raise CheckpointError(
@@ -242,6 +244,7 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
             info = replace(stored_info(section(about, "info")), image_size=size, assumptions=notes)
             conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
     info, assumed = conversion.info, conversion.info.assumptions + given.assumed_heads
+    assumed += tuple(note for note in zero_biases(conversion.state.tensors) if note not in assumed)
     unsettled = given.unsettled_heads or info.unsettled_heads  # also before the file was converted to our own layout
     info = replace(info, layout=layout, assumptions=assumed, unsettled_heads=unsettled)
     return replace(conversion, info=info)

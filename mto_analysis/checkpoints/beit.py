@@ -127,6 +127,8 @@ def convert_hf_beit(raw: RawCheckpoint, given: Given) -> Conversion:
         image_size=size(config, "image_size"),
         eps=within(config, "layer_norm_eps", 1e-12),
     )
+    if not isinstance(encoder.model.image_size, int):
+        raise CheckpointError("transformers resizes the positions of grids that are not square, which is not read")
     return encoder.published(blockwise_rule(_BEIT_MASKED, "BEiT", encoder.model), HALF).conversion("beit")
 
 

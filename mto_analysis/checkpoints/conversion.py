@@ -15,7 +15,7 @@ from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
-__all__ = ["Conversion", "Given", "StateDict", "block_numbers", "build", "check_finite"]
+__all__ = ["Conversion", "Given", "StateDict", "block_numbers", "build", "check_finite", "zero_biases"]
 
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -314,6 +314,19 @@ def _add_zero_biases(state: StateDict, expected: Mapping[str, tuple[int, ...]]) 
         if not any(name in state.tensors for name in names):
             for name in names:
                 state.put({name: torch.zeros(expected[name])}, f"{name} (absent, so zero)")
+
+
+def zero_biases(names: Iterable[str]) -> tuple[str, ...]:
+    """What is said where a stack of blocks has no biases of query, key and value.
+
+    Example:
+        >>> zero_biases(["blocks.0.attn.qkv.weight", "decoder_blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"])
+        ('biases of query, key and value are zero in decoder_blocks: the file has none',)
+    """
+    found = [match for name in names if (match := re.match(r"(\w+)\..*\bq(?:kv)?\.(weight|bias)$", name))]
+    stacks = {match[1] for match in found} - {match[1] for match in found if match[2] == "bias"}
+    words = "biases of query, key and value are zero in {}: the file has none"
+    return (words.format(", ".join(sorted(stacks))),) if stacks else ()
 
 
 def check_finite(state: StateDict) -> None:

@@ -24,6 +24,7 @@ _HUB = re.compile(
     rf"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<early>{_REVISION}))?(?:/(?P<file>[^@]+))?(?:@(?P<late>{_REVISION}))?"
 )
 _HUB_PAGE = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/([^?]+)(?:\?.*)?")
+_HUB_SETTINGS = ("config.json", "preprocessor_config.json")
 _HUB_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -137,7 +138,8 @@ def _from_hub(address: str, offline: bool, cache: str | Path | None) -> Path:
         if found is None:
             raise CheckpointError(_hub_absence(address, match["file"], offline))
         return found
-    _hub_file(address, "config.json", where)
+    for name in _HUB_SETTINGS:
+        _hub_file(address, name, where)
     for name in _HUB_WEIGHTS:
         found = _hub_file(address, name, where)
         if found is None:

@@ -34,6 +34,7 @@ _STRIDE = 4
 _UNIT = 8  # tokens of the first stage
 _LOCAL = (True, True, False, False)
 _RATIO = 0.6
+_PUBLISHED = "units of 8 x 8 tokens, attention inside them in stages 1 and 2, and normalized patches as the target"
 
 
 def convert_hiera(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -105,10 +106,11 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
     fit_positions(state, placed, "decoder_pos_embed", patch_size=patch_size, prefix_tokens=0, stated=stated)
     stage_heads = numbers(config.get("num_heads"))
     first = int(stage_heads[0]) if stage_heads else None
-    local = config.get("masked_unit_attention", _LOCAL)
+    local = _LOCAL if config.get("masked_unit_attention") is None else config["masked_unit_attention"]
     if not isinstance(local, (list, tuple)) or not all(isinstance(each, bool) for each in local):
         raise CheckpointError(f"config.json: masked_unit_attention must be a list of true and false, got {local!r}")
-    refuse_other(config, "config.json", patch_stride=[_STRIDE] * 2, query_stride=[2, 2], embed_dim_multiplier=2.0)
+    geometry = {"patch_stride": [_STRIDE] * 2, "patch_padding": [kernel // 2] * 2, "query_stride": [2, 2]}
+    refuse_other(config, "config.json", **geometry, embed_dim_multiplier=2.0)
     unit = _square(config, "masked_unit_size", _UNIT)
     try:
         model = HieraConfig(
@@ -140,6 +142,8 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
     notes = grid.notes
     if stage_heads is None:
         notes += ("attention heads double with each stage, as in the published models: the file does not say",)
+    if not config:
+        notes += (f"{_PUBLISHED}, as in the published models: the file does not say",)
     info = ModelInfo(
         family="hiera",
         style="decoder",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_eva02, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
@@ -32,7 +32,7 @@ from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, con
 from mto_analysis.errors import CheckpointError
 from mto_analysis.runtime.plugins import plugins
 
-__all__ = ["LAYOUTS", "Layout", "Names", "recognize"]
+__all__ = ["LAYOUTS", "Layout", "Names", "recognize", "without_holder"]
 
 
 class Names(frozenset[str]):
@@ -57,7 +57,7 @@ class Names(frozenset[str]):
 
 
 _LISTED = 4
-_MASK_TOKEN = re.compile(r"mask(ed)?_(token|embed)s?(_\d+)?$")
+_MASK_TOKEN = re.compile(r"mask(ed)?_?(tok|emb)", re.IGNORECASE)
 _MIXES = "its encoder mixes two images, so no token is masked or visible"
 
 Converter = Callable[[RawCheckpoint, Given], Conversion]
@@ -250,6 +250,21 @@ LAYOUTS: tuple[Layout, ...] = (
         lambda n: n.has("mask_token", "blocks.0.ls1.gamma"),
     ),
 )
+
+
+def without_holder(raw: RawCheckpoint) -> RawCheckpoint:
+    """A checkpoint without the attributes that held the model, where only then its layout is known.
+
+    What stands in front of all names, such as ``network.``, says nothing about the model; some layouts have such parts
+    themselves.
+    """
+    bare = raw
+    while not any(layout.matches(Names.of(bare)) for layout in LAYOUTS):
+        holders = {name.partition(".")[0] for name in bare.tensors if "." in name[:-1]}
+        if len(holders) != 1 or not all(name.startswith(f"{next(iter(holders))}.") for name in bare.tensors):
+            return raw
+        bare = replace(bare, tensors={name.partition(".")[2]: tensor for name, tensor in bare.tensors.items()})
+    return bare
 
 
 def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:

@@ -25,6 +25,7 @@ from mto_analysis.models import MAE, MAEConfig, ModelInfo
 __all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "convert_split_mae", "mae_model"]
 
 _PUBLISHED_RATIO = 0.75
+_HF_EPS = 1e-12
 _LITE_HEADS = {192: 12, 384: 12, 768: 12}
 _LITE_DECODER_HEADS = {96: 3, 192: 6, 512: 16}
 
@@ -58,13 +59,20 @@ def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
     state = StateDict(dict(raw.tensors))
     state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
-    settings = {**arguments(raw), "norm_pix_loss": True}
+    stated = arguments(raw)
+    settings = {"norm_pix_loss": True, **stated}
     conversion = mae_model(state, given, settings, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
     info, config = conversion.info, conversion.config
-    note = (
-        f"{config.num_heads} and {config.decoder_num_heads} heads and normalized patches, as of published MAE-Lite: "
-        "the file does not say, and is taken for one because of its start_epoch"
-    )
+    assumed = {
+        "num_heads": f"num_heads {config.num_heads}",
+        "decoder_num_heads": f"decoder_num_heads {config.decoder_num_heads}",
+        "norm_pix_loss": "normalized patches",
+    }
+    given_too = {name for name, origin in given.origins.items() if origin != "published"}
+    words = ", ".join(each for name, each in assumed.items() if name not in stated and name not in given_too)
+    if not words:
+        return conversion
+    note = f"{words}, as of published MAE-Lite: the file does not say, and is taken for one because of its start_epoch"
     return replace(conversion, info=replace(info, assumptions=(*info.assumptions, note)))
 
 
@@ -90,7 +98,7 @@ def convert_hf_vitmae(raw: RawCheckpoint, given: Given) -> Conversion:
     )
     state.fuse_qkv()
     names = {"num_heads": "num_attention_heads", "decoder_num_heads": "decoder_num_attention_heads"}
-    settings = {**config, **{ours: count(config, theirs) for ours, theirs in names.items()}}
+    settings = {"layer_norm_eps": _HF_EPS, **config, **{ours: count(config, theirs) for ours, theirs in names.items()}}
     return mae_model(state, given, settings)
 
 

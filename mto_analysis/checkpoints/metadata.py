@@ -22,6 +22,7 @@ __all__ = [
     "openmmlab_config",
     "ratio",
     "refuse_other",
+    "refuse_other_depth",
     "section",
     "size",
     "slowfast_config",
@@ -31,6 +32,18 @@ __all__ = [
 
 # Real configs have some 20 kB; parsing needs a hundred times the memory of the text.
 _LONGEST_CONFIG = 2**20
+
+#: Names of depths in settings, and in our configurations.
+_DEPTHS = {
+    "num_hidden_layers": "depth",
+    "num_layers": "depth",
+    "DEPTH": "depth",
+    "DEPTHS": "depths",
+    "depths": "depths",
+    "stages": "depths",
+    "decoder_num_hidden_layers": "decoder_depth",
+    "decoder_depth": "decoder_depth",
+}
 
 
 def section(settings: Any, *path: str) -> Mapping[str, Any]:
@@ -153,6 +166,33 @@ def refuse_other(settings: Mapping[str, Any], where: str, **known: Any) -> None:
         stated = list(stated) if isinstance(stated, tuple) else stated
         if stated != value:
             raise CheckpointError(f"{where} has {name}={stated!r}, only {value!r} is read")
+
+
+def refuse_other_depth(raw: RawCheckpoint, model: Any) -> None:
+    """Refuse weights of fewer or more blocks than the settings beside them state: a truncated file loads, too.
+
+    Args:
+        raw: The file.
+        model: Configuration of the model that the weights are for.
+
+    Raises:
+        CheckpointError: That names the setting.
+    """
+    swin = [section(raw.extras, "config", "MODEL", name) for name in ("VIT", "SWIN", "SWINV2")]
+    mm, settings = openmmlab_config(raw), raw.config or section(raw.extras, "config")
+    slowfast = section(slowfast_config(raw), "MVIT")
+    for stated in (settings, section(mm, "backbone", "arch"), section(mm, "neck"), arguments(raw), *swin, slowfast):
+        # CAE's own decoder_depth is that of a part which is not read.
+        names = {"regressor_depth": "decoder_depth"} if "regressor_depth" in stated else _DEPTHS
+        for name, ours in names.items():
+            depth, found = stated.get(name), getattr(model, ours, None)
+            found = list(found) if isinstance(found, tuple) else found
+            depth = [int(each) for each in numbers(depth) or ()] or (whole(stated, name) if found is not None else None)
+            if type(depth) is type(found) and depth != found:
+                raise CheckpointError(
+                    f"the settings beside the weights state {name}={depth}, the weights have {found}: the file is "
+                    "truncated, or the settings are another model's"
+                )
 
 
 def hf_config(raw: RawCheckpoint) -> Mapping[str, Any]:

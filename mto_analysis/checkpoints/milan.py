@@ -42,6 +42,7 @@ def _milan(state: StateDict, given: Given, settings: Mapping[str, Any]) -> Conve
     conversion = mae_model(state, given, settings)
     state.split_qkv("decoder_blocks.")
     # Trained on pixels, for comparison, where the file says so; a width alone does not tell.
+    ratio_from = "ratio: file" if conversion.info.mask_rule_source == "file" else "published ratio"
     pixels = settings.get("use_clip") is False and conversion.config.feature_dim is None
     info = replace(
         conversion.info,
@@ -49,7 +50,7 @@ def _milan(state: StateDict, given: Given, settings: Mapping[str, Any]) -> Conve
         target=conversion.info.target if pixels else "features",
         criterion="l2" if pixels else None,
         caveat="visible tokens are the same at every layer depth, so a curve shows the masked tokens alone",
-        mask_rule_source="published ratio; MILAN chose visible patches by CLIP's attention, not at random",
+        mask_rule_source=f"{ratio_from}; MILAN chose visible patches by CLIP's attention, not at random",
     )
     config = replace(conversion.config, feature_dim=None if pixels else predicted)
     return replace(conversion, make=MILAN, config=config, info=info)

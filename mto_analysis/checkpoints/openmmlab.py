@@ -19,13 +19,14 @@ from mto_analysis.checkpoints.metadata import (
     slowfast_config,
     whole,
 )
+from mto_analysis.checkpoints.positions import ADVICE
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import simmim_vit
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, TABLE, convert_windows, window_of_table
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MFF, MFFConfig
-from mto_analysis.models.interface import ImageSize
+from mto_analysis.models.interface import ImageSize, height_and_width
 
 __all__ = [
     "MM_MAE_NAMES",
@@ -108,8 +109,11 @@ def convert_mm_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     state = openmmlab_state(raw)
     state.rename(*MM_MAE_NAMES)
-    settings = mm_mae_settings(raw)
-    return mae_model(state, given, settings)
+    conversion = mae_model(state, given, mm_mae_settings(raw))
+    if section(openmmlab_config(raw), "head") or conversion.info.target == "features":
+        return conversion
+    notes = (*conversion.info.assumptions, "the target is normalized patches, as published: the file does not say")
+    return replace(conversion, info=replace(conversion.info, assumptions=notes))
 
 
 def convert_mm_mff(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -121,13 +125,14 @@ def convert_mm_mff(raw: RawCheckpoint, given: Given) -> Conversion:
     conversion = convert_mm_mae(raw, given)
     depth, fused = conversion.config.depth, conversion.state.shape("proj_weights", 4)[0]
     stated = numbers(section(openmmlab_config(raw), "backbone").get("out_indices"))
-    assumptions: tuple[str, ...] = ()
+    assumptions = conversion.info.assumptions
     if stated is not None:
         indices = tuple(int(each) for each in stated)
     elif fused == depth:
         indices = tuple(range(depth))
     elif (depth, fused) == (12, len(_MFF_BLOCKS)):
-        indices, assumptions = _MFF_BLOCKS, (f"fused blocks are {_MFF_BLOCKS}, as in both published configs",)
+        indices = _MFF_BLOCKS
+        assumptions += (f"fused blocks are {_MFF_BLOCKS}, as in both published configs: the file does not say",)
     else:
         raise CheckpointError(
             f"the file does not say which {fused} of {depth} blocks are fused (out_indices of a config)"
@@ -158,27 +163,24 @@ def convert_mm_swin(raw: RawCheckpoint, given: Given) -> Conversion:
             raise CheckpointError(f"{state.origin[name]} must join 4 tokens, got {list(tensor.shape)}")
         # From (channel, row, column) to the original's (column, row, channel).
         state.tensors[name] = tensor.reshape(*tensor.shape[:-1], -1, 2, 2).transpose(-1, -3).flatten(-3)
-    backbone = section(openmmlab_config(raw), "backbone")
-    image_size = whole(backbone, "img_size")
-    tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2)[0] for stage in range(_stages(state))]
-    window = window_of_table(tables[0])
-    grid = (image_size or _SWIN_IMAGE) // (state.shape("patch_embed.proj.weight", 4)[2] << (len(tables) - 1))
-    if window_of_table(tables[-1]) > grid:
+    stated, note = mm_image_size(raw), ""
+    if (image_size := stated or given.image_size) is None:
+        image_size = _SWIN_IMAGE
+        note = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say; {ADVICE}"
+    stages = range(block_numbers(state.tensors, "stages."))
+    tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2)[0] for stage in stages]
+    stride = state.shape("patch_embed.proj.weight", 4)[2] << stages[-1]
+    rows, columns = (side // stride for side in height_and_width(image_size))
+    if (window := window_of_table(tables[-1])) > min(rows, columns):
         raise CheckpointError(
-            f"the last stage has a window of {window} tokens on a map of {grid} x {grid} "
-            f"({'' if image_size else 'assumed: '}{image_size or _SWIN_IMAGE} px), which mmpretrain "
-            "pads (pad_small_map); padded maps are not read"
+            f"the last stage has a window of {window} tokens on a map of {rows} x {columns} "
+            f"({'assumed: ' if note else ''}{image_size} px), which mmpretrain pads (pad_small_map); padded maps are "
+            f"not read{f': for another size, {ADVICE}' if note else ''}"
         )
-    stated = criterion(section(openmmlab_config(raw), "head", "loss"))
-    conversion = convert_windows(state, given, image_size=image_size or _SWIN_IMAGE, criterion=stated or "l1")
-    if image_size:
-        return conversion
-    assumption = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say"
-    return replace(conversion, info=replace(conversion.info, assumptions=(assumption,)))
-
-
-def _stages(state: StateDict) -> int:
-    return block_numbers(state.tensors, "stages.")
+    loss = criterion(section(openmmlab_config(raw), "head", "loss"))
+    conversion = convert_windows(state, given, image_size=image_size, criterion=loss or "l1")
+    notes = conversion.info.assumptions + ((note,) if note else ())
+    return replace(conversion, info=replace(conversion.info, assumptions=notes))
 
 
 def convert_mm_beit(raw: RawCheckpoint, given: Given) -> Conversion:

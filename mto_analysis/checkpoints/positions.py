@@ -16,14 +16,15 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models.interface import ImageSize, height_and_width
 from mto_analysis.models.vit import relative_position_index, sincos_table
 
-__all__ = ["Grid", "fit_positions", "fit_relative_positions"]
+__all__ = ["ADVICE", "Grid", "fit_positions", "fit_relative_positions"]
 
 # Indices grow with the fourth power of the side: a damaged file must not fill the memory.
 _MOST_PATCHES = 40 * 40
 _MOST_COMPARED = 256 * 256
 # Two means of cosines of random vectors lie this many standard deviations apart once in ten million tables.
 _CLEAR = 5.0
-_ADVICE = "give --image-size (HEIGHTxWIDTH in pixels)"
+#: The option that settles what a file does not tell.
+ADVICE = "give --image-size (HEIGHTxWIDTH in pixels)"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def fit_relative_positions(
         grids = [wanted] if wanted else grids
     sides = next((each for each in grids if each[0] == each[1]), grids[0])
     rivals = [each for each in grids if each != sides and min(each) > 1]
-    note = f"the patch grid is square, {_by(sides)}: its table of relative positions does not tell; else {_ADVICE}"
+    note = f"the patch grid is square, {_by(sides)}: its table of relative positions does not tell; else {ADVICE}"
     return Grid(*sides, patch_size, (note,) if rivals else ())
 
 
@@ -184,7 +185,7 @@ class _Stored:
         if stated is not None and math.prod(stated) != count and wanted is None:
             height, width = (side * self.patch_size for side in stated)
             raise CheckpointError(
-                f"the file states images of {height} x {width} px, {self.origin} is for {count} patches; {_ADVICE}"
+                f"the file states images of {height} x {width} px, {self.origin} is for {count} patches; {ADVICE}"
             )
         if stated is not None and math.prod(stated) == count:
             return stated, ""
@@ -197,8 +198,8 @@ class _Stored:
             return alike, "" if square else f"patches are {_by(alike)}, by the likeness of neighbouring positions"
         side = math.isqrt(count)
         if side < 1 or side * side != count:
-            raise CheckpointError(f"{self.origin} is for {count} patches, which is not a square grid; {_ADVICE}")
-        return (side, side), f"the patch grid is square, {_by((side, side))}: positions do not tell; else {_ADVICE}"
+            raise CheckpointError(f"{self.origin} is for {count} patches, which is not a square grid; {ADVICE}")
+        return (side, side), f"the patch grid is square, {_by((side, side))}: positions do not tell; else {ADVICE}"
 
     @cached_property
     def _rectangles(self) -> list[tuple[int, int]]:

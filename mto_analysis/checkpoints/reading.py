@@ -263,23 +263,28 @@ def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor],
         return _named(root, path), {}
     if (parts := _separate_parts(root, ema=ema)) is not None:
         return parts
-    for key in (*(_EMA_KEYS if ema else ()), *_ROOT_KEYS):
-        inner = root.get(key)
-        if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
+    held = [key for key, value in root.items() if _holds_tensors(value)]
+    unknown = [key for key in held if key not in _EMA_KEYS]  # the only one there is, whatever its name
+    for key in (*(_EMA_KEYS if ema else ()), *_ROOT_KEYS, *(unknown if len(unknown) == 1 else ())):
+        if key in held:
+            inner = root[key]
             around = {name: value for name, value in root.items() if name not in (key, "optimizer")}
             extras = _plain(around, itertools.count())
             return _named(inner, path), extras | ({_IS_EMA: True} if key in _EMA_KEYS else {})
     entries = ", ".join(ascii(name)[:40] for name in list(root)[:8] if isinstance(name, (str, int)))
-    raise CheckpointError(f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {entries}")
+    advice = f"; {held[0]} is a moving average: --weights model_ema" if held and held[0] in _EMA_KEYS else ""
+    raise CheckpointError(f"{path} holds no state dict under {', '.join(_ROOT_KEYS)}; it has {entries}{advice}")
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values())
 
 
 def _separate_parts(root: dict[Any, Any], *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The parts of I-JEPA, which its trainer saves one by one: encoder, its moving average, and predictor."""
     chosen = {"encoder": "target_encoder" if ema else "encoder", "predictor": "predictor"}
     parts = {part: root.get(key) for part, key in chosen.items()}
-    if not all(
-        isinstance(part, dict) and any(isinstance(each, Tensor) for each in part.values()) for part in parts.values()
-    ):
+    if not all(_holds_tensors(part) for part in parts.values()):
         return None
     tensors = {
         f"{part}.{str(name).removeprefix('module.')}": tensor

@@ -67,8 +67,10 @@ class Statistics:
                 raise CheckpointError(
                     f"{name} ({self.source}) has {len(values)} values, the model {channels} channels; give --{name}"
                 )
-            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
-                raise CheckpointError(f"{name} ({self.source}) must be finite, std above 0, got {list(values)}")
+            if not all(0 <= value <= 1 if name == "mean" else 0 < value < math.inf for value in values):
+                raise CheckpointError(
+                    f"{name} ({self.source}) must be of pixels in 0..1, std above 0, got {list(values)}; give --{name}"
+                )
 
 
 def unpublished_statistics(channels: int) -> Statistics:
@@ -111,12 +113,16 @@ def prepared_size(raw: RawCheckpoint) -> ImageSize | None:
 def _of_preprocessor(settings: Mapping[str, Any], channels: int) -> Statistics | None:
     factor = within(settings, "rescale_factor", 1 / _LARGEST_BYTE)
     if settings.get("do_rescale") is False or not math.isclose(factor, 1 / _LARGEST_BYTE, rel_tol=1e-3):
-        raise CheckpointError(f"{_SOURCE}: only pixels scaled by 1/255 are read (do_rescale, rescale_factor)")
+        raise CheckpointError(
+            f"{_SOURCE}: only pixels scaled by 1/255 are read (do_rescale, rescale_factor); give --mean and --std"
+        )
     if settings.get("do_normalize") is False:
         return Statistics((0.0,) * channels, (1.0,) * channels, _SOURCE)
     mean, std = (_of_channels(settings, name, channels) for name in ("image_mean", "image_std"))
     if (mean is None) != (std is None):
         raise CheckpointError(f"{_SOURCE} has only one of image_mean and image_std; give --mean and --std")
+    if mean is None and settings.get("do_normalize") is True:
+        raise CheckpointError(f"{_SOURCE} has do_normalize, but no image_mean and image_std; give --mean and --std")
     return Statistics(mean, std, _SOURCE) if mean is not None and std is not None else None
 
 
