@@ -248,6 +248,12 @@ def test_read_log__the_name_of_a_tensorboard_run_tells_the_split(tmp_path):
         read_curves([tmp_path / "fit" / "train"])
 
 
+def test_read_log__texts_for_numbers_are_named_with_a_line(tmp_path):
+    lines = "".join(f'{{"epoch": {epoch}, "val_acc": "5{epoch}%"}}\n' for epoch in range(3))
+    with pytest.raises(DataError, match="no score is finite; the score or loss of line 1 is not finite"):
+        read_curves([write(tmp_path, "a.jsonl", lines)])
+
+
 def test_choose__says_that_a_score_beside_an_accuracy_is_not_read(tmp_path):
     table = read_curves([write(tmp_path, "a.csv", "epoch,score,val_acc\n1,50,60\n2,51,61\n")])
     assert (table.provenance[0].column, len(table.findings)) == ("val_acc", 1)

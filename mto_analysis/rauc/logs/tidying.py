@@ -84,7 +84,7 @@ def tidy(
         why = f"; the score or loss of line {rows.loc[lost, 'line'].min()} is not finite"
         rows, code = rows[~lost], code[~lost]
     if rows.empty:
-        raise DataError(f"{log.file}: no score is finite")
+        raise DataError(f"{log.file}: no score is finite{why}")
     if (np.diff(code) != 0).all():
         raise DataError(f"{log.file}: one evaluation, no curve; a curve needs two epochs{why}")
     rows, found, fraction = _in_percent(log, rows, code, unit)
