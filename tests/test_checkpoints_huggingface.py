@@ -208,7 +208,10 @@ def test_load_checkpoint__names_the_extra(folder, monkeypatch):
         ({"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification has no mask token"),
         ({"num_hidden_layers": 4}, "missing: .*layers.3"),
         ({"num_hidden_layers": 2}, "unexpected: .*layers.2"),
-        ({"hidden_size": 20}, "ViTForMaskedImageModeling"),
+        ({"hidden_size": 20}, "mismatched: .*embeddings"),
+        ({"hidden_size": "x"}, r"transformers builds no ViTForMaskedImageModeling from config\.json"),
+        ({"hidden_act": "own"}, r"transformers builds no ViTForMaskedImageModeling from config\.json"),
+        ({"num_hidden_layers": 10**7}, "is more than the file's"),
         ({"architectures": ["VideoMAEModel"]}, "takes videos of 16 frames; measure it live"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
     ],
@@ -235,3 +238,75 @@ def test_layer_tokens__of_one_mask_again_and_of_other_images(folder):
         first, again, other = ([each.tokens for each in live.layer_tokens(x, mask)] for x in (images, images, others))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[-1], other[-1])
+
+
+def test_load_checkpoint__ignores_attention_code_that_config_json_asks_for(folder):
+    plain = load_checkpoint(folder)
+    asked = load_checkpoint(edited(folder, _attn_implementation="somebody/attention"))
+    assert asked.model.config._attn_implementation == plain.model.config._attn_implementation == "sdpa"
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = SMALL | {"vocab_size": 50, "max_position_embeddings": 16}
+
+
+def flava():
+    several = {"image_config": VIT, "text_config": TEXT, "multimodal_config": SMALL}
+    return hf.FlavaModel(hf.FlavaConfig(**several, hidden_size=16, projection_dim=16))
+
+
+def tipsv2():
+    return hf.Tipsv2Model(hf.Tipsv2Config(vision_config=VIT, text_config=TEXT))
+
+
+def internvl():
+    vision = VIT | {"use_mask_token": True, "image_size": [16, 16], "patch_size": [4, 4]}
+    text = TEXT | {"model_type": "qwen2", "num_key_value_heads": 2}
+    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(vision_config=vision, text_config=text))
+
+
+@pytest.mark.parametrize(
+    ("make", "tower"),
+    [(flava, "image_model"), (tipsv2, "vision_model"), (internvl, "model.vision_tower")],
+)
+def test_load_checkpoint__measures_the_vision_tower_of_a_larger_model(make, tower, tmp_path):
+    torch.manual_seed(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    live, images = load_checkpoint(tmp_path), torch.randn(2, 3, 16, 16)
+    mask = live.info.mask_rule.sample(mask_keys("ab"), live.info.grid, 4)
+    with torch.no_grad():
+        layers = list(live.layer_tokens(images, mask))
+    expected = hidden_states(model.get_submodule(tower), images, mask)
+    assert len(layers) == len(expected)
+    for layer, whole in zip(layers, expected, strict=True):
+        assert torch.allclose(layer.tokens, whole[:, whole.shape[1] - 16 :], atol=1e-4)
+
+
+def test_measure__videos_of_videomae_live():
+    decoder = {f"decoder_{name}": value for name, value in SMALL.items() if name != "hidden_size"}
+    config = hf.VideoMAEConfig(**VIT, num_frames=4, tubelet_size=2, decoder_hidden_size=12, **decoder)
+    torch.manual_seed(2)
+    model = hf.VideoMAEForPreTraining(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    videos, mask = torch.randn(2, 4, 3, 16, 16), torch.rand(2, 32).argsort(dim=1) < 20
+    seen = []
+    layers = list(model.decoder.decoder_layers)
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    hooks += [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
+    with torch.no_grad():
+        model(videos, bool_masked_pos=mask)
+    for hook in hooks:
+        hook.remove()
+    behind = (torch.arange(32) >= 12).expand(2, -1)  # the decoder takes visible tokens first
+    by_hand = [heterogeneity(tokens[0] if isinstance(tokens, tuple) else tokens, behind).mean() for tokens in seen]
+    result = measure(model, videos, mask)
+    assert result.summary()["heterogeneity"].tolist() == pytest.approx([each.item() for each in by_hand], rel=1e-5)
+    assert any("in token order" in note for note in result.notes)

@@ -68,17 +68,21 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     cls, version = _class_named(name)
     if "quantization_config" in settings:
         raise CheckpointError("its weights are quantized (quantization_config); save them in float32")
+    if (whole(settings, "num_hidden_layers") or 0) > len(raw.tensors):
+        raise CheckpointError(f"num_hidden_layers of config.json is more than the file's {len(raw.tensors)} tensors")
     # What config.json may ask for is code of somebody's repository; "eager" rounds float64 to float32 in its softmax.
+    settings = {key: value for key, value in settings.items() if "attn_implementation" not in key}
     attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
-    config = cls.config_class.from_dict(settings, attn_implementation=attention)
-    if isinstance(frames := getattr(config, "num_frames", None), int):
-        raise CheckpointError(
-            f"{name} takes videos of {frames} frames; measure it live: mto_analysis.measure(model, videos, mask)"
-        )
     # Some classes have a mask token only if their constructor is asked for one, which no config.json says.
     options = {_TOKEN_OPTION: True} if _TOKEN_OPTION in inspect.signature(cls).parameters else {}
-    with torch.device("meta"):
-        info = inferred_info(_masked_part(cls(config, **options)))
+    with _failures(name):
+        config = cls.config_class.from_dict(settings, attn_implementation=attention)
+        if isinstance(frames := getattr(config, "num_frames", None), int):
+            raise CheckpointError(
+                f"{name} takes videos of {frames} frames; measure it live: mto_analysis.measure(model, videos, mask)"
+            )
+        with torch.device("meta"):
+            info = inferred_info(_masked_part(cls(config, **options)))
     size = info.image_size if given.image_size is None else given.image_size
     assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
     if not raw.preprocessor:
@@ -158,6 +162,18 @@ def _masked_part(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
+def _failures(name: str) -> Iterator[None]:
+    """Settings that no real model has can make its code fail in any way."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers builds no {name} from config.json ({words})") from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and reports of transformers inside: what is wrong is said in our one line."""
     from transformers.utils import logging
@@ -181,9 +197,15 @@ def _loaded(
     Raises:
         CheckpointError: If some are missing, unknown or of another shape.
     """
-    with _quiet():
+    with _quiet(), _failures(cls.__name__):
         model, found = cls.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **options
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are listed, and refused below
+            output_loading_info=True,
+            **options,
         )
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

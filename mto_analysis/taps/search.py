@@ -204,7 +204,13 @@ def _learned(model: nn.Module, path: str, count: int) -> Tensor:
 
 
 def _positions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for named in (model.named_parameters(), model.named_buffers()):
+    plain = (  # fixed tables that are neither parameters nor buffers (VideoMAE)
+        (f"{path}.{name}".lstrip("."), value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    )
+    for named in (model.named_parameters(), model.named_buffers(), plain):
         yield from ((path, tensor) for path, tensor in named if "pos" in path.lower() and tensor.is_floating_point())
 
 
