@@ -59,8 +59,10 @@ WINDOW = ("--start", 100, "--end", 400)
 
 
 def test_rauc__help_shows_the_options_of_a_log(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "FILE[score=...,epoch=...,run=...,unit=...]" in run("rauc", "--help").stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run("rauc", "--help").stdout
+    for each in ("FILE[score=...]:", "epoch,", "run,", "unit,", "steps-per-epoch,", "first-epoch."):
+        assert each in text
 
 
 def test_rauc__json_has_the_ratio_and_both_areas(log):

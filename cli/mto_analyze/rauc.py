@@ -67,7 +67,8 @@ Log = Annotated[
     typer.Option(
         metavar="[NAME[@SEED]=]FILE",
         # The backslash keeps the bracket from being a style of the terminal.
-        help=r"A log, or a TOML list of logs, with options: FILE\[score=...,epoch=...,run=...,unit=...]. Repeatable.",
+        help=r"A log, or a TOML list of logs. Options of one log follow it, as in FILE\[score=...]: score, epoch, run,"
+        " unit, steps-per-epoch, first-epoch. Repeatable.",
     ),
 ]
 Baseline = Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]
