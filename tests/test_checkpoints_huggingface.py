@@ -310,3 +310,21 @@ def test_measure__videos_of_videomae_live():
     result = measure(model, videos, mask)
     assert result.summary()["heterogeneity"].tolist() == pytest.approx([each.item() for each in by_hand], rel=1e-5)
     assert any("in token order" in note for note in result.notes)
+
+
+def test_command__controls_with_new_weights(tmp_path):
+    random_model("data2vec").save_pretrained(tmp_path / "model")
+    options = ("--limit", 2, "--definitions", "all", "--controls", "--control-seeds", 1)
+    ok("heterogeneity", "--ckpt", tmp_path / "model", *options, "--out", tmp_path / "out")
+    controls = pd.read_csv(tmp_path / "out" / "controls.csv")
+    assert {"random_weights", "random_token", "zero_token"} < set(controls["control"])
+
+
+def test_load_checkpoint__another_size_where_positions_are_no_table(tmp_path):
+    random_model("dinov3").save_pretrained(tmp_path / "rotary")
+    info = load_checkpoint(tmp_path / "rotary", image_size=24).info
+    assert info.image_size == 24
+    assert any("images of 24 px in place of 16 px" in each for each in info.assumptions)
+    random_model("dinov2").save_pretrained(tmp_path / "table")  # its rows would be between those of the table
+    with pytest.raises(CheckpointError, match="pass position="):
+        load_checkpoint(tmp_path / "table", image_size=24)

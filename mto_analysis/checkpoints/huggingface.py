@@ -87,6 +87,11 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
     if not raw.preprocessor:
         assumptions.append(f"images have mean {info.mean} and std {info.std}, as there is no preprocessor_config.json")
+    if size != info.image_size:
+        assumptions.append(
+            f"images of {replace(info, image_size=size).pixels} in place of {info.pixels} are what the model is for: "
+            "transformers adapts its positions"
+        )
     heads = whole(settings, "num_attention_heads")
     if heads is not None:
         given.choose("num_heads", heads, stated=heads)
@@ -111,7 +116,7 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     def make(_: Any, known: ModelInfo) -> LiveModel:
         tensors = {key: tensor.clone() if raw.mapped else tensor for key, tensor in raw.tensors.items()}
         model = _loaded(cls, config, tensors, options)
-        live = LiveModel(_masked_part(model), known, factory=lambda: _masked_part(cls(config, **options)))
+        live = LiveModel(_masked_part(model), known, factory=lambda: _masked_part(_fresh(cls(config, **options))))
         live.verify()
         return live
 
@@ -187,6 +192,14 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _fresh(model: PreTrainedModel) -> PreTrainedModel:
+    """New weights; transformers starts most mask tokens as zeros, where pre-training starts them near zero."""
+    for path, parameter in model.named_parameters():
+        if path.endswith("mask_token") and not bool(parameter.count_nonzero()):
+            torch.nn.init.trunc_normal_(parameter, std=getattr(model.config, "initializer_range", 0.02))
+    return model
 
 
 def _loaded(
