@@ -128,6 +128,12 @@ def test_fit_positions__resizes_as_the_originals_do() -> None:
     torch.testing.assert_close(state.tensors["decoder_pos_embed"], sincos_table((3, 8), 8))
 
 
+@pytest.mark.parametrize("grid", [(1, 16), (16, 1), (2, 8)])
+def test_fit_positions__reads_single_rows_and_columns(grid: tuple[int, int]) -> None:
+    state = StateDict({"pos_embed": sincos_table(grid, 8)})
+    assert fit_positions(state, Given(), "pos_embed", patch_size=4).sides == grid
+
+
 def test_fit_positions__divides_by_the_old_sides_as_dino_does() -> None:
     table = torch.randn(1, 17, 8)
     state = StateDict({"pos_embed": table})

@@ -189,8 +189,10 @@ class _Stored:
             )
         if stated is not None and math.prod(stated) == count:
             return stated, ""
-        if computed := next((each for each in self._rectangles if _sincos_order(self.table, each) is not None), None):
-            return computed, ""
+        orders = {each: _sincos_order(self.table, each) for each in self._rectangles}
+        if computed := {each: order for each, order in orders.items() if order is not None}:
+            # A single row has the table of a single column in the other order: the original's order, False, decides.
+            return min(computed, key=lambda each: computed[each]), ""
         if wanted is not None and math.prod(wanted) == count:
             return wanted, ""
         if (alike := self._of_alike_rows()) is not None:
