@@ -196,11 +196,6 @@ def test_load_checkpoint__reads_an_openmmlab_config(tmp_path: Path) -> None:
     assert grey.mean[0] == 0.5
 
 
-def test_load_checkpoint__says_which_statistics_are_given() -> None:
-    info = load_checkpoint(MAE, **MAE_HEADS, mean=HALF).info
-    assert (info.mean, info.statistics_source) == (HALF, "mean given, the other published")
-
-
 def test_load_checkpoint__says_what_it_assumes_of_an_openmmlab_file_without_config(tmp_path: Path) -> None:
     with pytest.raises(HeadCountError, match="not in the file"):
         openmmlab(tmp_path, lambda _: "")

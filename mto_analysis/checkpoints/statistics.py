@@ -52,7 +52,7 @@ class Statistics:
             self,
             mean=self.mean if mean is None else tuple(mean),
             std=self.std if std is None else tuple(std),
-            source="given" if mean and std else f"{'mean' if mean else 'std'} given, the other {self.source}",
+            source="given",
             assumption="",
         )
 
