@@ -214,6 +214,11 @@ def test_load_checkpoint__names_the_extra(folder, monkeypatch):
         ({"num_hidden_layers": 10**7}, "is more than the file's"),
         ({"architectures": ["VideoMAEModel"]}, "takes videos of 16 frames; measure it live"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
+        (
+            {"backbone": "resnet18", "use_pretrained_backbone": True},
+            "asks for a model of another library .backbone 'res",
+        ),
+        ({"vision_config": {"model_type": "timm_wrapper"}}, "another library .model_type 'timm_wrapper'"),
     ],
 )
 def test_load_checkpoint__refuses(settings, message, folder):

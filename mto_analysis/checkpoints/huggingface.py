@@ -68,6 +68,10 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     cls, version = _class_named(name)
     if "quantization_config" in settings:
         raise CheckpointError("its weights are quantized (quantization_config); save them in float32")
+    if (named := next(_outside(settings), None)) or name.startswith("Timm"):
+        raise CheckpointError(
+            f"config.json asks for a model of another library ({named or name}), which is not fetched"
+        )
     if (whole(settings, "num_hidden_layers") or 0) > len(raw.tensors):
         raise CheckpointError(f"num_hidden_layers of config.json is more than the file's {len(raw.tensors)} tensors")
     # What config.json may ask for is code of somebody's repository; "eager" rounds float64 to float32 in its softmax.
@@ -121,6 +125,20 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
         return live
 
     return Conversion(make, about, info, StateDict(dict(raw.tensors)), loaded=True)
+
+
+def _outside(settings: Any) -> Iterator[str]:
+    """Settings, at any depth, with which transformers would build or download a backbone of timm or of the hub."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if (value and key in ("backbone", "use_timm_backbone", "use_pretrained_backbone")) or (
+                key == "model_type" and str(value).startswith("timm")
+            ):
+                yield f"{key} {value!r}"
+            yield from _outside(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _outside(value)
 
 
 def _class_named(name: str) -> tuple[type[PreTrainedModel], str]:
