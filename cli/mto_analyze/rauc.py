@@ -174,7 +174,6 @@ def rauc(
 
 def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], list[Aggregates]]:
     """The curves of all logs, the comparisons of every pair in every window, and aggregates over several groups."""
-    from mto_analysis.rauc.aggregates import aggregate
     from mto_analysis.rauc.comparison import common_window, compare_methods
     from mto_analysis.rauc.curves import on_axis, read_curves
 
@@ -213,6 +212,10 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
         pairing=given["pairing"].value,
         noise=noise_of(given, table),
     )
+    if not given["group"]:
+        return table, comparisons, []
+    from mto_analysis.rauc.aggregates import aggregate
+
     return table, comparisons, aggregate(table, comparisons)
 
 

@@ -347,7 +347,8 @@ def crossings(baseline: Any, target: Any, start: float, end: float, *, interpola
         [5.0]
     """
     one, two = _window(baseline, start, end, interpolate), _window(target, start, end, interpolate)
-    epochs = np.union1d(one.epochs, two.epochs)
+    same = np.array_equal(one.epochs, two.epochs)  # a union sorts, which takes long for logs of every step
+    epochs = one.epochs if same else np.union1d(one.epochs, two.epochs)
     lead = np.interp(epochs, *two) - np.interp(epochs, *one)
     epochs, lead = epochs[lead != 0], lead[lead != 0]  # touching without passing is no change of hands
     at = np.flatnonzero(np.sign(lead[1:]) != np.sign(lead[:-1]))
