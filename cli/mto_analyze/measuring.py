@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,10 @@ from mto_analyze.console import note, progress
 if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
 
-# Options that are settings of the measurement, and of loading, as they stand.
-_SETTINGS = (
-    *("limit", "mask_ratio", "mask_unit", "match_visible", "masks_per_image", "seed", "batch_size", "num_workers"),
-    "strict",
-)
-_LOADING = ("num_heads", "decoder_num_heads", "image_size", "mean", "std", "weights", "offline")
+
+def options_of(settings: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the options that are called as fields of a dataclass are."""
+    return {field.name: given[field.name] for field in fields(settings) if field.name in given}
 
 
 def listener(given: Mapping[str, Any]) -> Listener:
@@ -30,7 +29,9 @@ def listener(given: Mapping[str, Any]) -> Listener:
 
 def loading(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`~mto_analysis.checkpoints.load_checkpoint` among the options of a command."""
-    found = {name: given[name] for name in _LOADING if name in given}
+    from mto_analysis.checkpoints import LoadOptions
+
+    found = options_of(LoadOptions, given)
     return found | {"weights": "model"} if given.get("model") else found
 
 
@@ -80,7 +81,7 @@ def request(
     if given["images"] is None:
         told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
     images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
-    settings = {name: given[name] for name in _SETTINGS if name in given}
+    settings = options_of(Settings, given)
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
     settings["dtype"] = getattr(torch, given.get("dtype", "float32"))
     return Request(

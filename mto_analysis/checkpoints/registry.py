@@ -125,11 +125,6 @@ class Checkpoint:
         """What reading its layout was tried on, if it loads; see :class:`Claim`."""
         return str(_claims()[self.family]) if self.loads else ""
 
-    @property
-    def by_hand(self) -> bool:
-        """Whether it must be downloaded in a browser."""
-        return self.source.startswith("https://drive.google.com/")
-
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, with what is derived."""
         derived = {"layout": self.layout, "loads": self.loads, "evidence": self.evidence}
