@@ -11,7 +11,7 @@ import yaml
 
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.models.interface import ImageSize
+from mto_analysis.models.interface import ImageSize, as_image_size
 
 __all__ = [
     "arguments",
@@ -119,7 +119,7 @@ def size(settings: Mapping[str, Any], *names: str) -> ImageSize | None:
             return side
         sides = settings.get(name)
         if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(whole({"": each}, "") for each in sides):
-            return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+            return as_image_size(sides[0], sides[1])
     return None
 
 

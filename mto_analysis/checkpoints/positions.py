@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mto_analysis.checkpoints.conversion import Given, StateDict
 from mto_analysis.errors import CheckpointError
-from mto_analysis.models.interface import ImageSize, height_and_width
+from mto_analysis.models.interface import ImageSize, as_image_size, height_and_width
 from mto_analysis.models.vit import relative_position_index, sincos_table
 
 __all__ = ["ADVICE", "Grid", "fit_positions", "fit_relative_positions"]
@@ -63,8 +63,7 @@ class Grid:
     @property
     def image_size(self) -> ImageSize:
         """In pixels."""
-        height, width = self.rows * self.patch_size, self.columns * self.patch_size
-        return height if height == width else (height, width)
+        return as_image_size(self.rows * self.patch_size, self.columns * self.patch_size)
 
 
 def fit_positions(

@@ -14,7 +14,7 @@ from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
-from mto_analysis.models.interface import ImageSize, height_and_width
+from mto_analysis.models.interface import ImageSize, as_image_size, height_and_width
 from mto_analysis.models.windows import shift_mask, window_coordinates
 
 PixelTarget = Literal["pixels", "locally_normalized_pixels"]
@@ -179,7 +179,7 @@ def _image_size(
     height, width = height_and_width(size)
     if max(height, width) > _MOST_IMAGE:
         raise CheckpointError(f"images of {height} x {width} px are not of a published kind")
-    return height if height == width else (height, width)
+    return as_image_size(height, width)
 
 
 def _windows(size: ImageSize, window: int, patch_size: int, num_stages: int) -> list[int]:

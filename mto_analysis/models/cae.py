@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ImageSize, ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
@@ -42,12 +42,8 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for dim, heads, name in (
-            (self.dim, self.num_heads, "num_heads"),
-            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
-        ):
-            if heads < 1 or dim % heads:
-                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
+        check_heads(self.dim, self.num_heads)
+        check_heads(self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")
 
 
 class CAE(PositionedEncoder):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import ImageSize, ModelInfo, height_and_width
+from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads, height_and_width
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
@@ -56,10 +56,9 @@ class HieraConfig:
             object.__setattr__(self, "num_heads", tuple(self.num_heads))
         if len(self.stage_heads) != len(self.depths) or len(self.local) < len(self.depths):
             raise ValueError(f"num_heads and local must name each of {len(self.depths)} stages")
-        widths = [(self.dim << stage, heads, "num_heads") for stage, heads in enumerate(self.stage_heads)]
-        for dim, heads, name in (*widths, (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")):
-            if heads < 1 or dim % heads:
-                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
+        for stage, heads in enumerate(self.stage_heads):
+            check_heads(self.dim << stage, heads)
+        check_heads(self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")
         if not 1 <= self.pools < min(len(self.depths), 4) or min(self.depths) < 1:
             raise ValueError(f"{self.pools} pools do not fit stages of {self.depths} blocks")
         if self.unit < 1 << self.pools or self.unit % (1 << self.pools):

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import ImageSize, ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
@@ -41,8 +41,7 @@ class InpaintingConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.num_heads < 1 or self.dim % self.num_heads:
-            raise ValueError(f"num_heads must divide the width {self.dim}, got {self.num_heads}")
+        check_heads(self.dim, self.num_heads)
 
 
 class InpaintingViT(StackedModel):

@@ -20,6 +20,8 @@ __all__ = [
     "ImageSize",
     "MaskedImageModel",
     "ModelInfo",
+    "as_image_size",
+    "check_heads",
     "height_and_width",
 ]
 
@@ -44,6 +46,31 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
         ((224, 224), (64, 96))
     """
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def as_image_size(height: int, width: int) -> ImageSize:
+    """The side of a square, or both sides: the opposite of :func:`height_and_width`.
+
+    Example:
+        >>> as_image_size(224, 224), as_image_size(64, 96)
+        (224, (64, 96))
+    """
+    return height if height == width else (height, width)
+
+
+def check_heads(width: int, heads: int, name: str = "num_heads") -> None:
+    """Refuse a number of attention heads that does not divide the width they share.
+
+    Args:
+        width: Channels.
+        heads: Attention heads.
+        name: Of the setting, for the message.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if heads < 1 or width % heads:
+        raise ValueError(f"{name} must divide the width {width}, got {heads}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +122,7 @@ class ModelInfo:
         if self.style not in ("inpainting", "decoder"):
             raise ValueError(f"style must be inpainting or decoder, got {self.style!r}")
         height, width = height_and_width(self.image_size)
-        object.__setattr__(self, "image_size", height if height == width else (height, width))
+        object.__setattr__(self, "image_size", as_image_size(height, width))
         if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
             raise ValueError(f"a patch of {self.patch_size} px does not divide an image of {self.pixels}")
 

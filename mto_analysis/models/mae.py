@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ImageSize, ModelInfo
+from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
 from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
@@ -42,12 +42,8 @@ class MAEConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for dim, heads, name in (
-            (self.dim, self.num_heads, "num_heads"),
-            (self.decoder_dim, self.decoder_num_heads, "decoder_num_heads"),
-        ):
-            if heads < 1 or dim % heads:
-                raise ValueError(f"{name} must divide the width {dim}, got {heads}")
+        check_heads(self.dim, self.num_heads)
+        check_heads(self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")
 
 
 class MAE(PositionedEncoder):

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mto_analysis.models.interface import ImageSize, ModelInfo, height_and_width
+from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads, height_and_width
 from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.windows import window_stages
 from mto_analysis.taps.tokens import last_depth, run_blocks
@@ -59,8 +59,7 @@ class SwinConfig:
         if any(side % self.stride for side in height_and_width(self.image_size)):
             raise ValueError(f"the stride of {self.stride} px does not divide an image of {self.image_size} px")
         for dim, heads, grid in zip(self.dims, self.num_heads, self.grids, strict=True):
-            if dim % heads:
-                raise ValueError(f"num_heads must divide the width {dim}, got {heads}")
+            check_heads(dim, heads)
             if any(side % min(self.window, *grid) for side in grid):
                 raise ValueError(f"a window of {self.window} does not divide a grid of {grid[0]} x {grid[1]}")
 
