@@ -167,7 +167,7 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
     state.fuse_qkv()
     if given.image_size is not None:
         wanted = Grid.of(given.image_size, state.shape("patch_embed.proj.weight", 4)[2])
-        if wanted.rows * wanted.columns + 1 != state.shape("pos_embed", 3)[1]:
+        if wanted.num_patches + 1 != state.shape("pos_embed", 3)[1]:
             raise CheckpointError("rotary positions are not resized; leave --image-size out")
     # Rotations are as wide as a head.
     width = stored["cos"].shape[-1] if "cos" in stored and stored["cos"].ndim == 2 else 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
 from mto_analysis.checkpoints.metadata import section, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["convert_bootmae"]
 
@@ -74,8 +74,8 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
         feature_depth=block_numbers(state.tensors, "feature_blocks."),
         feature_dim=state.shape("feature_pred.weight", 2)[0],
     )
-    imagenet = arguments.get("imagenet_default_mean_and_std") is True
-    masked = within(arguments, "mask_num", 0) / (grid.rows * grid.columns)
+    mean, std = IMAGENET if arguments.get("imagenet_default_mean_and_std") is True else HALF
+    masked = within(arguments, "mask_num", 0) / grid.num_patches
     stated = 0 < masked < 1
     info = ModelInfo(
         family="bootmae",
@@ -83,8 +83,8 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
         image_size=model.image_size,
         patch_size=patch_size,
         mask_rule=MaskRule("random", masked if stated else _PUBLISHED_RATIO, patch_size),
-        mean=IMAGENET_MEAN if imagenet else (0.5, 0.5, 0.5),
-        std=IMAGENET_STD if imagenet else (0.5, 0.5, 0.5),
+        mean=mean,
+        std=std,
         target="normalized_channels",
         criterion="l2",
         mask_rule_source=f"{'file' if stated else 'published BootMAE'}, whose blocks are topped up at random to this",

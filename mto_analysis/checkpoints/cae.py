@@ -75,7 +75,6 @@ def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: in
     decoder_dim = state.shape("mask_token", 3)[2]
     stated_size = size(settings, "input_size", "img_size")
     grid = fit_positions(state, given, "pos_embed", "decoder_pos_embed", patch_size=patch_size, stated=stated_size)
-    num_patches = grid.rows * grid.columns
     model = CAEConfig(
         image_size=grid.image_size,
         patch_size=patch_size,
@@ -93,9 +92,9 @@ def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: in
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp_cross.fc1.weight", 2)[0],
     )
     num_masked = whole(settings, "num_mask_patches")
-    stated = num_masked is not None and num_masked < num_patches
-    fraction = (num_masked or 0) / num_patches if stated else masked / _PUBLISHED_PATCHES
-    if not stated and num_patches != _PUBLISHED_PATCHES:
+    stated = num_masked is not None and num_masked < grid.num_patches
+    fraction = (num_masked or 0) / grid.num_patches if stated else masked / _PUBLISHED_PATCHES
+    if not stated and grid.num_patches != _PUBLISHED_PATCHES:
         source = f"rule: the fraction of the {source}"
     statistics = HALF if settings.get("imagenet_default_mean_and_std") is False else IMAGENET
     info = ModelInfo(

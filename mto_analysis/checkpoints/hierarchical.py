@@ -9,7 +9,7 @@ from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given
 from mto_analysis.checkpoints.mae import mae_model
 from mto_analysis.checkpoints.metadata import arguments
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, TABLE, window_of_table
+from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, bias_tables, window_of_table
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MCMAE, GreenMIM, GreenMIMConfig, HiViT, HiViTConfig, MCMAEConfig
@@ -94,9 +94,8 @@ def convert_greenmim(raw: RawCheckpoint, given: Given) -> Conversion:
     state.drop(r".*\.relative_position_index")
     state.rename((r"^encoder\.", ""), *OUR_SWIN_NAMES)
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
-    stages = range(block_numbers(state.tensors, "stages."))
-    tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2) for stage in stages]
-    depths = tuple(block_numbers(state.tensors, f"stages.{stage}.") for stage in stages)
+    tables = bias_tables(state)
+    depths = tuple(block_numbers(state.tensors, f"stages.{stage}.") for stage in range(len(tables)))
     unit = patch_size << (len(depths) - 1)
     conversion = mae_model(
         state,

@@ -13,7 +13,7 @@ from mto_analysis.checkpoints.positions import Grid, fit_positions, fit_relative
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize, height_and_width
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
 
 __all__ = ["CLIP", "HALF", "IMAGENET", "Encoder", "block_rule", "blockwise_rule", "read_encoder", "rename_beit"]
 
@@ -169,14 +169,12 @@ def read_encoder(
 
 def num_patches(model: InpaintingConfig) -> int:
     """Patches of an image."""
-    height, width = height_and_width(model.image_size)
-    return (height // model.patch_size) * (width // model.patch_size)
+    return Grid.of(model.image_size, model.patch_size).num_patches
 
 
 def block_rule(ratio: float, published: str, model: InpaintingConfig) -> tuple[MaskRule, str]:
     """Square units of 32 px, and where that comes from; for other sizes than the published one 2 x 2 patches."""
-    height, width = height_and_width(model.image_size)
-    if (height // model.patch_size) % _UNIT_IN_PATCHES or (width // model.patch_size) % _UNIT_IN_PATCHES:
+    if any(side % _UNIT_IN_PATCHES for side in Grid.of(model.image_size, model.patch_size).sides):
         return MaskRule("block", ratio, model.patch_size), f"rule: the ratio of the published {published}"
     rule = MaskRule("block", ratio, _UNIT_IN_PATCHES * model.patch_size)
     if (model.image_size, model.patch_size) == (224, 16):

@@ -252,6 +252,10 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
+def _is_known(names: Names) -> bool:
+    return any(layout.matches(names) for layout in LAYOUTS)
+
+
 def without_holder(raw: RawCheckpoint) -> RawCheckpoint:
     """A checkpoint without the attributes that held the model, where only then its layout is known.
 
@@ -259,7 +263,7 @@ def without_holder(raw: RawCheckpoint) -> RawCheckpoint:
     themselves.
     """
     bare = raw
-    while not any(layout.matches(Names.of(bare)) for layout in LAYOUTS):
+    while not _is_known(Names.of(bare)):
         holders = {name.partition(".")[0] for name in bare.tensors if "." in name[:-1]}
         if len(holders) != 1 or not all(name.startswith(f"{next(iter(holders))}.") for name in bare.tensors):
             return raw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import yaml
@@ -214,8 +215,11 @@ def openmmlab_config(raw: RawCheckpoint) -> Mapping[str, Any]:
     """The ``model`` of the config that mmengine (``meta.cfg``) or mmcv (``meta.config``) stores as Python text."""
     meta = section(raw.extras, "meta")
     text = next((meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)), "")
-    if len(text) > _LONGEST_CONFIG:
-        return {}
+    return _openmmlab_model(text) if len(text) <= _LONGEST_CONFIG else {}
+
+
+@lru_cache(maxsize=1)  # a conversion asks for it many times
+def _openmmlab_model(text: str) -> Mapping[str, Any]:
     try:
         for statement in ast.parse(text).body:
             if isinstance(statement, ast.Assign) and [ast.unparse(each) for each in statement.targets] == ["model"]:
@@ -265,6 +269,11 @@ def slowfast_config(raw: RawCheckpoint) -> Mapping[str, Any]:
     text = raw.extras.get("cfg")
     if not isinstance(text, str) or len(text) > _LONGEST_CONFIG or "&" in text:  # aliases could grow without bound
         return {}
+    return _slowfast_model(text)
+
+
+@lru_cache(maxsize=1)  # as above
+def _slowfast_model(text: str) -> Mapping[str, Any]:
     try:
         return section({"cfg": yaml.load(text, Loader=yaml.SafeLoader)}, "cfg")
     except (yaml.YAMLError, ValueError, RecursionError):

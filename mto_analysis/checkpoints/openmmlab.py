@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
 from mto_analysis.checkpoints.inpainting import blockwise_rule, read_encoder, rename_beit
 from mto_analysis.checkpoints.mae import mae_model
 from mto_analysis.checkpoints.metadata import (
@@ -22,7 +22,7 @@ from mto_analysis.checkpoints.metadata import (
 from mto_analysis.checkpoints.positions import ADVICE
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.simmim import simmim_vit
-from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, TABLE, convert_windows, window_of_table
+from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, bias_tables, convert_windows, window_of_table
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MFF, MFFConfig
@@ -167,11 +167,10 @@ def convert_mm_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     if (image_size := stated or given.image_size) is None:
         image_size = _SWIN_IMAGE
         note = f"the image size is {_SWIN_IMAGE} px, as of the published models: the file does not say; {ADVICE}"
-    stages = range(block_numbers(state.tensors, "stages."))
-    tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2)[0] for stage in stages]
-    stride = state.shape("patch_embed.proj.weight", 4)[2] << stages[-1]
+    tables = bias_tables(state)
+    stride = state.shape("patch_embed.proj.weight", 4)[2] << (len(tables) - 1)
     rows, columns = (side // stride for side in height_and_width(image_size))
-    if (window := window_of_table(tables[-1])) > min(rows, columns):
+    if (window := window_of_table(tables[-1][0])) > min(rows, columns):
         raise CheckpointError(
             f"the last stage has a window of {window} tokens on a map of {rows} x {columns} "
             f"({'assumed: ' if note else ''}{image_size} px), which mmpretrain pads (pad_small_map); padded maps are "

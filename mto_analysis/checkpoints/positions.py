@@ -61,6 +61,11 @@ class Grid:
         return self.rows, self.columns
 
     @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.rows * self.columns
+
+    @property
     def image_size(self) -> ImageSize:
         """In pixels."""
         return as_image_size(self.rows * self.patch_size, self.columns * self.patch_size)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from mto_analysis.checkpoints.inpainting import CLIP, HALF, IMAGENET
 from mto_analysis.checkpoints.layouts import LAYOUTS
 from mto_analysis.errors import CheckpointNotFoundError
 
@@ -21,11 +22,7 @@ __all__ = ["Checkpoint", "find_checkpoint", "find_published", "find_source", "li
 _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 _CLAIMS = Path(__file__).parents[1] / "assets/claims.csv"
 
-_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
+_STATISTICS = {"imagenet": IMAGENET, "half": HALF, "clip": CLIP}
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Checkpoint:
     notes: str
 
     @property
-    def mean_and_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Channel statistics of pre-training, on pixels scaled to 0..1."""
         return _STATISTICS.get(self.normalization)
 

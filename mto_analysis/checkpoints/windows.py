@@ -18,9 +18,9 @@ from mto_analysis.models.interface import ImageSize, as_image_size, height_and_w
 from mto_analysis.models.windows import shift_mask, window_coordinates
 
 PixelTarget = Literal["pixels", "locally_normalized_pixels"]
-__all__ = ["OUR_SWIN_NAMES", "TABLE", "convert_windows", "window_of_table"]
+__all__ = ["OUR_SWIN_NAMES", "bias_tables", "convert_windows", "window_of_table"]
 
-TABLE = "relative_position_bias_table"
+_TABLE = "relative_position_bias_table"
 _PUBLISHED_RATIO = 0.6
 # No tensor of version 2 tells the window or the image size; all published pre-training files have these.
 _V2_WINDOW = 12
@@ -31,7 +31,7 @@ _MOST_IMAGE = 768
 
 #: From the original's names (after its prefix is gone) to ours; the position network has had two names.
 OUR_SWIN_NAMES = (
-    (rf"^layers\.(\d+)\.blocks\.(\d+)\.attn\.{TABLE}$", rf"stages.\1.\2.position_bias.{TABLE}"),
+    (rf"^layers\.(\d+)\.blocks\.(\d+)\.attn\.{_TABLE}$", rf"stages.\1.\2.position_bias.{_TABLE}"),
     (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.(rpe_mlp|cpb_mlp)\.", r"stages.\1.\2.position_bias.mlp."),
     (r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2.block."),
     (r"^layers\.(\d+)\.downsample\.", r"merges.\1."),
@@ -80,7 +80,7 @@ def convert_windows(
         num_heads = tuple(state.shape(f"stages.{stage}.0.block.attn.logit_scale", 3)[0] for stage in range(num_stages))
         window = _window_of_version_2(state, window, notes)
     else:
-        tables = [state.shape(f"stages.{stage}.0.position_bias.{TABLE}", 2) for stage in range(num_stages)]
+        tables = bias_tables(state)
         num_heads = tuple(columns for _, columns in tables)
         sides = [window_of_table(rows) for rows, _ in tables]
         window = sides[0]
@@ -133,6 +133,12 @@ def convert_windows(
         assumptions=tuple(notes),
     )
     return Conversion(SimMIMSwin, model, info, state)
+
+
+def bias_tables(state: StateDict) -> list[tuple[int, ...]]:
+    """Rows and columns (heads) of the relative position table of each stage's first block, under our names."""
+    stages = range(block_numbers(state.tensors, "stages."))
+    return [state.shape(f"stages.{stage}.0.position_bias.{_TABLE}", 2) for stage in stages]
 
 
 def window_of_table(rows: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.models.mae import MAE, MAEConfig
-from mto_analysis.models.vit import VisiblePatches
+from mto_analysis.models.vit import VisiblePatches, patch_embedding
 from mto_analysis.models.windows import window_stages
 
 __all__ = ["GreenMIM", "GreenMIMConfig"]
@@ -49,12 +50,8 @@ class GreenMIM(MAE):
     def _build_encoder(self) -> int:
         c = self.config
         height, width = height_and_width(c.image_size)
-        self.patch_embed = nn.ModuleDict(
-            {
-                "proj": nn.Conv2d(c.channels, c.dim, c.patch_size, stride=c.patch_size),
-                "norm": nn.LayerNorm(c.dim, eps=c.eps),
-            }
-        )
+        norm = partial(nn.LayerNorm, eps=c.eps)
+        self.patch_embed = patch_embedding(c.image_size, c.patch_size, c.channels, c.dim, norm=norm)
         self.cls_token = None
         strides = [c.patch_size << stage for stage in range(len(c.depths))]
         grids = [(height // stride, width // stride) for stride in strides]
@@ -78,7 +75,7 @@ class GreenMIM(MAE):
 
     def _run_encoder(self, images: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         last = len(self.stages) - 1
-        x = self.patch_embed["norm"](self.patch_embed["proj"](images).flatten(2).mT)  # type: ignore[index]
+        x = self.patch_embed(images)
         yield x
         for stage, blocks in enumerate(self.stages):
             hidden = None

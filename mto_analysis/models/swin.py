@@ -8,12 +8,12 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads, height_and_width
 from mto_analysis.models.stacked import StackedModel
+from mto_analysis.models.vit import patch_embedding
 from mto_analysis.models.windows import window_stages
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
@@ -100,8 +100,8 @@ class SimMIMSwin(StackedModel):
         super().__init__(config, info)
         c = config
         norm = partial(nn.LayerNorm, eps=c.outer_eps)
-        self.patch_embed = PatchEmbed(
-            c.image_size, c.patch_size, c.channels, c.dim, norm_layer=norm if c.patch_norm else None
+        self.patch_embed = patch_embedding(
+            c.image_size, c.patch_size, c.channels, c.dim, norm=norm if c.patch_norm else None
         )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, info.num_patches, c.dim)) if c.absolute_positions else None

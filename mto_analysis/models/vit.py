@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -56,9 +57,16 @@ def transformer_blocks(
     return nn.ModuleList([block() for _ in range(depth)])
 
 
-def patch_embedding(image_size: int | tuple[int, int], patch_size: int, channels: int, dim: int) -> nn.Module:
-    """Patch embedding of timm: a convolution without overlap, flattened row by row."""
-    embedding: nn.Module = PatchEmbed(image_size, patch_size, channels, dim)
+def patch_embedding(
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    channels: int,
+    dim: int,
+    *,
+    norm: Callable[[int], nn.Module] | None = None,
+) -> nn.Module:
+    """Patch embedding of timm: a convolution without overlap, flattened row by row, then a norm if one is given."""
+    embedding: nn.Module = PatchEmbed(image_size, patch_size, channels, dim, norm_layer=norm)
     return embedding
 
 
