@@ -9,7 +9,6 @@ A score matrix ``(runs, tasks)`` is here a list of tasks, because tasks need not
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,9 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mto_analysis.rauc.areas import Points, area, score_at
-from mto_analysis.rauc.comparison import Comparison, thinned
+from mto_analysis.rauc.comparison import Comparison, shared_epochs, thinned
 from mto_analysis.rauc.curves import CurveTable
-from mto_analysis.rauc.intervals import FEWEST_RUNS_TO_RESAMPLE
+from mto_analysis.rauc.intervals import BOOTSTRAP_SEED, FEWEST_RUNS_TO_RESAMPLE, RESAMPLES, divide
 
 __all__ = [
     "IMPROVEMENT",
@@ -49,10 +48,7 @@ MEASURES = ("final score", "RAUC")
 IMPROVEMENT = "probability of improvement"
 INTERVAL_METHOD = "stratified bootstrap of runs, percentile"
 
-#: Seed of the bootstrap: the same logs give the same interval.
-_BOOTSTRAP_SEED = 0
-_RESAMPLES = 9999
-#: Of profiles and curves, which have an interval at each of many places.
+#: Resamples of profiles and curves, which have an interval at each of many places.
 _CURVE_RESAMPLES = 2000
 _MOST_PLACES = 60
 _THRESHOLDS = 101
@@ -120,8 +116,8 @@ def stratified_bootstrap(
     samples: Sequence[Tasks],
     *,
     confidence: float = 0.95,
-    resamples: int = _RESAMPLES,
-    seed: int = _BOOTSTRAP_SEED,
+    resamples: int = RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
 ) -> tuple[Vector, Vector]:
     """Percentile interval of a statistic when the runs of each task are resampled, each task apart from the others.
 
@@ -175,7 +171,7 @@ class _Resampling:
     possible: bool
 
     def ends(
-        self, statistic: Callable[..., Vector], samples: Sequence[Tasks], resamples: int = _RESAMPLES
+        self, statistic: Callable[..., Vector], samples: Sequence[Tasks], resamples: int = RESAMPLES
     ) -> dict[str, Vector]:
         """Columns ``low`` and ``high`` of a statistic."""
         if not self.possible:
@@ -359,8 +355,7 @@ def _relative(tasks: Tasks, baselines: Tasks) -> Tasks:
     found = []
     for areas, (baseline, reference) in zip(tasks, baselines, strict=True):
         level = reference.mean(axis=-1, keepdims=True)
-        gain = baseline.mean(axis=-1, keepdims=True) - level
-        found.append(np.where(gain > 0, (areas - level) / np.where(gain > 0, gain, 1.0), math.inf))
+        found.append(divide(areas - level, baseline.mean(axis=-1, keepdims=True) - level))
     return found
 
 
@@ -393,9 +388,7 @@ def _profile(one: _Measured, measured: Sequence[_Measured], resampling: _Resampl
 def _efficiency(curves: Mapping[str, Sequence[Mapping[str, Points]]], resampling: _Resampling) -> pd.DataFrame:
     """IQM of the score over all tasks, at places on the axis that all runs cover."""
     runs = [run for tasks in curves.values() for task in tasks for run in task.values()]
-    places = np.unique(np.concatenate([run.epochs for run in runs]))
-    first, last = max(run.epochs[0] for run in runs), min(run.epochs[-1] for run in runs)
-    places = thinned(places[(places >= first) & (places <= last)], _MOST_PLACES)
+    places = thinned(shared_epochs(runs), _MOST_PLACES)
     parts = []
     for method, tasks in curves.items():
         scores = [np.stack([np.interp(places, *run) for run in task.values()], axis=-1) for task in tasks]

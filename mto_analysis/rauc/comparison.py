@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from mto_analysis.rauc.areas import (
 )
 from mto_analysis.rauc.curves import CurveTable
 from mto_analysis.rauc.intervals import (
+    BOOTSTRAP_SEED,
     Interval,
     bca_paired,
     bca_unpaired,
@@ -45,15 +46,14 @@ __all__ = [
     "compare",
     "compare_methods",
     "mean_curve",
+    "scores_at",
+    "shared_epochs",
     "thinned",
     "window_grid",
 ]
 
 Pairing = Literal["auto", "seed", "none"]
 Vector = NDArray[np.float64]
-
-#: Seed of the bootstrap: the same logs give the same interval.
-_BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,23 @@ def _runs(curves: Any, name: str) -> dict[str, Points]:
     return {"": curve_points(curves, name)}
 
 
+def shared_epochs(runs: Collection[Points]) -> Vector:
+    """Every epoch that one of the runs logged and all of them cover, rising."""
+    first, last = max(run.epochs[0] for run in runs), min(run.epochs[-1] for run in runs)
+    epochs = np.unique(np.concatenate([run.epochs for run in runs]))
+    return np.asarray(epochs[(epochs >= first) & (epochs <= last)])
+
+
 def mean_curve(runs: Mapping[str, Points]) -> Points:
     """Mean over runs, at every epoch that one of them logged and all of them cover.
 
     Raises:
         ValueError: If no epoch is covered by all.
     """
-    first = max(run.epochs[0] for run in runs.values())
-    last = min(run.epochs[-1] for run in runs.values())
-    epochs = np.unique(np.concatenate([run.epochs for run in runs.values()]))
-    epochs = epochs[(epochs >= first) & (epochs <= last)]
+    epochs = shared_epochs(runs.values())
     if not epochs.size:
         raise ValueError("the runs have no epoch in common")
-    return Points(epochs, _scores(runs, epochs).mean(axis=0))
+    return Points(epochs, scores_at(runs, epochs).mean(axis=0))
 
 
 def compare(
@@ -250,7 +254,7 @@ def compare(
         epochs_to_final=reached,
         share_saved=None if reached is None or end <= origin else share_saved(reached, end, origin=origin),
         share_saved_interval=saved_interval(
-            places, _scores(two, places), finals_one, end=end, origin=origin, **options
+            places, scores_at(two, places), finals_one, end=end, origin=origin, **options
         ),
         crossings=tuple(crossings(mean_one, mean_two, start, end, interpolate=True)),
         bounds=(None, None)
@@ -306,7 +310,7 @@ def _share_their_start(one: Mapping[str, Points], two: Mapping[str, Points]) -> 
     return same and len(set(starts.values())) == len(starts) > 1
 
 
-def _scores(runs: Mapping[str, Points], epochs: Vector) -> Vector:
+def scores_at(runs: Mapping[str, Points], epochs: Vector) -> Vector:
     """Scores of every run at these epochs, ``(runs, epochs)``."""
     return np.array([np.interp(epochs, *run) for run in runs.values()])
 
@@ -331,7 +335,7 @@ def _paired_intervals(numerators: Vector, denominators: Vector, confidence: floa
     """Fieller's interval and the bootstrap over pairs; from one seed neither."""
     if numerators.size < 2:
         return _one_seed("one seed", "paired by seed", confidence)
-    generator = np.random.default_rng(_BOOTSTRAP_SEED)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
     return (
         fieller(paired_moments(numerators, denominators), confidence),
         bca_paired(numerators, denominators, generator, confidence=confidence),
@@ -344,7 +348,7 @@ def _unpaired_intervals(
     """The same over runs that do not pair."""
     if min(areas_two.size, areas_one.size) < 2:
         return _one_seed(one_seed(areas_two.size, areas_one.size), "unpaired", confidence)
-    generator = np.random.default_rng(_BOOTSTRAP_SEED)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
     return (
         fieller(unpaired_moments(areas_two, areas_one, references), confidence),
         bca_unpaired(areas_two, areas_one, references, generator, confidence=confidence),
@@ -468,7 +472,7 @@ def window_grid(
     if epochs.size < 2:
         raise ValueError("baseline and target share fewer than two epochs")
     epochs = thinned(epochs, most)
-    levels, below_one, below_two = _scores(one, epochs), _areas_below(one, epochs), _areas_below(two, epochs)
+    levels, below_one, below_two = scores_at(one, epochs), _areas_below(one, epochs), _areas_below(two, epochs)
     if reference is not None:
         levels = np.full_like(levels, reference)
     rows = []

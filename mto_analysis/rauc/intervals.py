@@ -20,7 +20,9 @@ from mto_analysis.rauc.areas import LARGEST_RATIO, Points, epochs_to_score, shar
 from mto_analysis.runtime.statistics import t_quantile
 
 __all__ = [
+    "BOOTSTRAP_SEED",
     "FEWEST_RUNS_TO_RESAMPLE",
+    "RESAMPLES",
     "Interval",
     "Moments",
     "bca_paired",
@@ -28,6 +30,7 @@ __all__ = [
     "decimals",
     "difference_band",
     "difference_interval",
+    "divide",
     "fieller",
     "mean_interval",
     "no_interval",
@@ -40,6 +43,11 @@ Vector = NDArray[np.float64]
 
 #: Below this many runs the bootstrap has too few distinct samples to say anything (4 runs: 35).
 FEWEST_RUNS_TO_RESAMPLE = 5
+
+#: Seed of every bootstrap: the same logs give the same interval.
+BOOTSTRAP_SEED = 0
+#: How many resamples an interval is made from.
+RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -363,8 +371,13 @@ def fieller(moments: Moments, confidence: float = 0.95) -> Interval:
     return interval("everything", None, None, said)
 
 
-def _divide(numerators: Vector, denominators: Vector) -> Vector:
-    """Ratios, infinite where the denominator is not positive."""
+def divide(numerators: Vector, denominators: Vector) -> Vector:
+    """Ratios, infinite where the denominator is not positive.
+
+    Example:
+        >>> divide(np.array([3.0, 3.0]), np.array([2.0, -1.0])).tolist()
+        [1.5, inf]
+    """
     positive = denominators > 0
     return np.where(positive, numerators / np.where(positive, denominators, 1.0), math.inf)
 
@@ -409,7 +422,7 @@ def bca_paired(
     generator: np.random.Generator,
     *,
     confidence: float = 0.95,
-    resamples: int = 9999,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """BCa bootstrap that resamples whole pairs of runs (``scipy.stats.bootstrap``); none below five pairs.
 
@@ -421,7 +434,7 @@ def bca_paired(
     y, x = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
 
     def ratio(top: Vector, bottom: Vector, axis: int = -1) -> Vector:
-        return _divide(top.mean(axis=axis), bottom.mean(axis=axis))
+        return divide(top.mean(axis=axis), bottom.mean(axis=axis))
 
     return _bca((y, x), ratio, generator, paired=True, confidence=confidence, resamples=resamples)
 
@@ -433,7 +446,7 @@ def bca_unpaired(
     generator: np.random.Generator,
     *,
     confidence: float = 0.95,
-    resamples: int = 9999,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """BCa bootstrap that resamples target and baseline runs apart, each baseline run with its own reference."""
     a2, a1, r = (np.asarray(x, dtype=np.float64) for x in (target_areas, baseline_areas, reference_areas))
@@ -441,7 +454,7 @@ def bca_unpaired(
     def ratio(target: Vector, baseline: Vector, axis: int = -1) -> Vector:
         rows = baseline.astype(np.int64)  # runs by number: an area and its reference stay together
         level = r[rows].mean(axis=axis)
-        return _divide(target.mean(axis=axis) - level, a1[rows].mean(axis=axis) - level)
+        return divide(target.mean(axis=axis) - level, a1[rows].mean(axis=axis) - level)
 
     baseline = np.arange(a1.size, dtype=np.float64)
     return _bca((a2, baseline), ratio, generator, paired=False, confidence=confidence, resamples=resamples)

@@ -14,7 +14,16 @@ from mto_analysis.rauc.intervals import Interval, no_interval
 if TYPE_CHECKING:
     from mto_analysis.rauc.aggregates import Aggregates
 
-__all__ = ["SCHEMA_VERSION", "aggregate_record", "aggregate_table", "as_frame", "as_record", "details", "table1"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "aggregate_record",
+    "aggregate_table",
+    "as_frame",
+    "as_record",
+    "details",
+    "ratio_in_words",
+    "table1",
+]
 
 
 #: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
@@ -108,6 +117,12 @@ def _ratio(comparison: Comparison) -> str:
     return "undefined" if comparison.rauc is None else comparison.interval.around(comparison.rauc, default=".2f")
 
 
+def ratio_in_words(comparison: Comparison) -> str:
+    """``1.31 [1.08, 1.62]``; the ratio alone where its interval is not bounded, ``undefined`` where there is none."""
+    bounded = comparison.rauc is not None and comparison.interval.kind == "bounded"
+    return _ratio(comparison) + (f" {comparison.interval}" if bounded else "")
+
+
 def _and_interval(
     value: float | None, interval: Interval, *, scale: float = 1.0, sign: str = "", unit: str = ""
 ) -> str:
@@ -132,8 +147,7 @@ def table1(comparisons: Sequence[Comparison]) -> pd.DataFrame:
         row = rows.setdefault(
             (one.baseline, one.target, *one.group.values()), {"S1": one.baseline, "S2": one.target, **one.group}
         )
-        bounded = f" {one.interval}" if one.rauc is not None and one.interval.kind == "bounded" else ""
-        row[f"({one.start:g}, {one.end:g})"] = _ratio(one) + bounded
+        row[f"({one.start:g}, {one.end:g})"] = ratio_in_words(one)
     return pd.DataFrame(list(rows.values())).fillna("")
 
 

@@ -16,8 +16,9 @@ from matplotlib.patheffects import withStroke
 
 from mto_analysis.figures.plots.style import COLORS, COLUMN_WIDTH, PAGE_WIDTH
 from mto_analysis.rauc import Points
-from mto_analysis.rauc.comparison import Comparison, mean_curve
+from mto_analysis.rauc.comparison import Comparison, mean_curve, scores_at
 from mto_analysis.rauc.intervals import mean_interval
+from mto_analysis.rauc.records import ratio_in_words
 
 __all__ = ["plot_rauc", "plot_rauc_windows", "rauc_figure", "rauc_windows_figure"]
 
@@ -77,10 +78,9 @@ def plot_rauc(
         every = max(1, len(curve.epochs) // 12)
         ax.plot(*curve, color=color, marker=marker, markevery=every, label=name, zorder=3)
         if len(runs) > 1:
-            bars = curve.epochs[::every]
-            scores = np.array([np.interp(bars, *run) for run in runs.values()])
+            bars, middle = curve.epochs[::every], curve.scores[::every]
+            scores = scores_at(runs, bars)
             ends = np.array([mean_interval(column, comparison.interval.confidence) for column in scores.T])
-            middle = scores.mean(axis=0)
             ax.errorbar(
                 bars,
                 middle,
@@ -96,19 +96,10 @@ def plot_rauc(
     ax.set_xlabel({"images": "images seen"}.get(axis, axis))
     ax.set_ylabel(score)
     group = "".join(f", {value}" for value in comparison.group.values())
-    ax.set_title(f"{comparison.target}{group}: {_in_words(comparison)}")
+    ax.set_title(f"{comparison.target}{group}: RAUC {ratio_in_words(comparison)}")
     # Below the axis: inside, it would lie on a shaded area whichever corner it takes.
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.8, labelspacing=0.3)
     return ax
-
-
-def _in_words(comparison: Comparison) -> str:
-    if comparison.rauc is None:
-        return "RAUC undefined"
-    interval = comparison.interval
-    return f"RAUC {interval.around(comparison.rauc, default='.2f')}" + (
-        f" {interval}" if interval.kind == "bounded" else ""
-    )
 
 
 def _mark_saving(ax: Axes, comparison: Comparison) -> None:
