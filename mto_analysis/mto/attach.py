@@ -237,11 +237,9 @@ class MTO(Attached[_Losses]):
         """
         values: dict[str, float] = {}
         for stack in self._stacks:
-            name = stack.spec.name
-            if name not in self._last:
+            if stack.spec.name not in self._last:
                 continue
-            last = self._last[name]
-            start = f"{name}/" if sum(map(self._follows, range(len(self._stacks)))) > 1 else ""
+            last, start = self._last[stack.spec.name], self._key_prefix(stack)
             for term in ("loss", "sparsity", "embedding", "ranking"):
                 values[start + term] = getattr(last, term).item()
             for depth, h in enumerate(last.heterogeneity.mean(dim=1).tolist()):

@@ -126,7 +126,7 @@ class Watch(Attached[_Numbers]):
             warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity is not finite")
         elif max(h) < COLLAPSED:
             warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity of all layers has collapsed to 0")
-        start = f"{stack.spec.name}/" if sum(map(self._follows, range(len(self._stacks)))) > 1 else ""
+        start = self._key_prefix(stack)
         return {start + key: value for key, value in numbers.items()}
 
 

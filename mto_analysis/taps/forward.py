@@ -240,13 +240,13 @@ class Stack(Generic[_Any]):
         self.unmasked = 0  # forwards in which no token is masked
         self._said_patches = hinted_patches(model)
         self.hint = hinted_prefix(model, [*spec.mask_tokens, *(module for module, _ in spec.points[:1])])
-        paths = [path_of(model, token).rpartition(".") for token in spec.mask_tokens]
-        inside = all(name != "?" for _, _, name in paths)
-        self._token_names = [(model.get_submodule(owner), name) for owner, _, name in paths] if inside else []
-        self.where = (
-            f"{spec.name} ({', '.join(path_of(model, token) for token in spec.mask_tokens) or 'no mask token'} into "
-            f"{path_of(model, spec.points[0][0])})"
-        )
+        paths = [path_of(model, token) for token in spec.mask_tokens]
+        inside = "?" not in paths
+        split = [path.rpartition(".") for path in paths]
+        self._token_names = [(model.get_submodule(owner), name) for owner, _, name in split] if inside else []
+        self.token_path = ", ".join(paths) or "no mask token"
+        self.first_path, self.last_path = (path_of(model, spec.points[at][0]) for at in (0, -1))
+        self.where = f"{spec.name} ({self.token_path} into {self.first_path})"
 
     def orient(self, tokens: Tensor, arguments: Mapping[str, Tensor]) -> None:
         """Find out whether tokens are ``num_tokens batch dim``, from the number of images in the call.

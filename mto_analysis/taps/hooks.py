@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mto_analysis.errors import StackError
 from mto_analysis.taps.forward import REQUESTED, Forward, Stack
-from mto_analysis.taps.search import holders_of, path_of
+from mto_analysis.taps.search import holders_of
 from mto_analysis.taps.stacks import StackSpec, first_tensor
 
 __all__ = ["COLLAPSED", "Attached", "CollapseWarning", "on_output", "recomputing", "warn_of"]
@@ -49,7 +49,6 @@ class Attached(Generic[_Any]):
         # What the model-level hook saw; None outside the model's own call (Lightning calls training_step instead).
         self._recording: bool | None = None
         self._arguments: dict[int, dict[str, Tensor]] = {}  # of the running calls, by the module's id
-        self._paths = {spec.name: _paths(model, spec) for spec in specs}
         self._handles: list[Any] = []
         self._between: dict[int, list[Any]] = {}  # handles that verify what lies between blocks
         self._on(model, "pre", lambda handle, *seen: handle._model_starts(*seen), with_kwargs=True, prepend=True)
@@ -139,8 +138,9 @@ class Attached(Generic[_Any]):
         """What was found: for each stack its mask token, blocks, prefix tokens, patches, and how its mask is known."""
         lines = []
         for stack in (stack for at, stack in enumerate(self._stacks) if self._follows(at)):
-            token, first, last = self._paths[stack.spec.name]
-            line = f"{stack.spec.name}: {token} enters {first}, to {last} (layer depths 0 to {stack.spec.depth}); "
+            first = f"{stack.first_path} ({stack.spec.points[0][1]})"
+            line = f"{stack.spec.name}: {stack.token_path} enters {first}, to {stack.last_path} "
+            line += f"(layer depths 0 to {stack.spec.depth}); "
             if (layout := stack.layout) is None:
                 line += "no masked token seen yet"
             else:
@@ -162,6 +162,10 @@ class Attached(Generic[_Any]):
     def _follows(self, at: int) -> bool:
         """Whether a stack is still watched, or was given up for another candidate."""
         return at not in self._given_up
+
+    def _key_prefix(self, stack: Stack[_Any]) -> str:
+        """What keys of a stack's numbers start with: its name where several stacks are watched."""
+        return f"{stack.spec.name}/" if len(self._stacks) - len(self._given_up) > 1 else ""
 
     def _settle_candidates(self) -> None:
         """Keep of the candidates for one mask token those that saw masked tokens, as soon as one did."""
@@ -286,12 +290,6 @@ class Attached(Generic[_Any]):
         self._failures.setdefault(at, error)
         if at >= 0:
             self._stacks[at].running = None
-
-
-def _paths(model: nn.Module, spec: StackSpec) -> tuple[str, str, str]:
-    token = ", ".join(path_of(model, each) for each in spec.mask_tokens) or "no mask token"
-    first, last = (path_of(model, spec.points[at][0]) for at in (0, -1))
-    return token, f"{first} ({spec.points[0][1]})", last
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}
