@@ -22,7 +22,7 @@ from mto_analysis.models.interface import (
 )
 from mto_analysis.taps.forward import Forward
 from mto_analysis.taps.hooks import Attached
-from mto_analysis.taps.search import find_stacks, unwrap
+from mto_analysis.taps.search import find_stacks, hinted_grids, unwrap
 from mto_analysis.taps.stacks import StackSpec
 from mto_analysis.taps.tokens import LayerTokens
 
@@ -376,11 +376,7 @@ def inferred_grid(model: nn.Module) -> tuple[int, ...] | None:
         grid = tuple(side // cell for side, cell in zip(sides[-2:], cells[-2:], strict=True))
         frames, tube = getattr(config, "num_frames", None), getattr(config, "tubelet_size", None)
         return (frames // tube, *grid) if isinstance(frames, int) and isinstance(tube, int) else grid
-    for module in model.modules():
-        said = getattr(module, "grid_size", None)
-        if isinstance(said, (tuple, list)) and all(isinstance(each, int) for each in said):
-            return tuple(said)
-    return None
+    return next(hinted_grids(model), None)
 
 
 def inferred_info(model: nn.Module) -> ModelInfo:

@@ -55,10 +55,10 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             ValueError: If no structure fits.
         """
         inner = unwrap(model)
-        if self.config is not None:
-            self.mto = attach_mto(inner, self.config, stacks=self._stacks)
-            self._handle = on_output(inner, self._add)
         specs = self._stacks or find_stacks(inner)
+        if self.config is not None:
+            self.mto = attach_mto(inner, self.config, stacks=specs)
+            self._handle = on_output(inner, self._add)
         self._evaluated = EvaluationWatch(inner, specs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

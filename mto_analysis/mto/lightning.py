@@ -44,10 +44,11 @@ class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the module."""
-        self._evaluated = EvaluationWatch(pl_module, self._stacks or find_stacks(pl_module))
+        specs = self._stacks or find_stacks(pl_module)
+        self._evaluated = EvaluationWatch(pl_module, specs)
         if self.config is None:
             return
-        self.mto = mto = attach_mto(pl_module, self.config, stacks=self._stacks)
+        self.mto = mto = attach_mto(pl_module, self.config, stacks=specs)
         own = pl_module.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Any:

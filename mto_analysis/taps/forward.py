@@ -594,7 +594,7 @@ class Stack(Generic[_Any]):
         total = tokens.shape[1]
         if not all(bool(torch.isfinite(token).all()) for token in self._mask_tokens()):
             self.unmasked += 1  # loss() has the message
-        elif self._sizes and not any(0 <= total - size <= _MOST_PREFIX or total + 1 == size for size in self._sizes):
+        elif (sizes := self._sizes()) and not any(0 <= total - n <= _MOST_PREFIX or total + 1 == n for n in sizes):
             self.skipped += 1
         elif told := self._told_by(tokens, arguments):
             name, mask = next(iter(told.items()))
@@ -606,7 +606,6 @@ class Stack(Generic[_Any]):
         else:
             self.unmasked += 1
 
-    @property
     def _sizes(self) -> list[int]:
         """Numbers of positions of the candidates for masked rows, where all have some."""
         sizes = [len(row) for row in rounded_rows(self._rows, (), None)]

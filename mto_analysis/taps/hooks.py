@@ -56,7 +56,7 @@ class Attached(Generic[_Any]):
             self._on(module, "pre", lambda handle, *seen: handle._call_starts(*seen), with_kwargs=True)
             self._on(module, "post", lambda handle, *seen: handle._call_ends(*seen), always_call=True)
         self._on(model, "post", lambda handle, *seen: handle._model_ends(*seen), with_kwargs=True, always_call=True)
-        self._stack_handles = [self._follow(at, stack) for at, stack in enumerate(self._stacks)]
+        self._stack_handles = {at: self._follow(at, stack) for at, stack in enumerate(self._stacks)}
 
     def _on(self, module: nn.Module, when: str, tell: Callable[..., None], stack: int = -1, **options: Any) -> Any:
         hook = _Hook(self, module, tell, stack, always=options.get("always_call", False))
@@ -178,7 +178,7 @@ class Attached(Generic[_Any]):
             if stack.layout is None and (tokens & seen or id(stack.spec.points[0][0]) in seen_blocks):
                 self._failures.pop(at, None)
                 self._given_up.add(at)
-                for handle in self._stack_handles[at]:
+                for handle in self._stack_handles.pop(at, ()):
                     handle.remove()
 
     def _raise_failure(self) -> None:

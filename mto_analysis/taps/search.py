@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mto_analysis.taps.stacks import StackSpec, with_position
 
-__all__ = ["find_stacks", "hinted_patches", "hinted_prefix", "holders_of", "path_of", "unwrap"]
+__all__ = ["find_stacks", "hinted_grids", "hinted_patches", "hinted_prefix", "holders_of", "path_of", "unwrap"]
 
 _MASK_TOKEN = re.compile(r"mask\w*(token|embed|vector|query)|(token|embed|vector|query)\w*mask", re.IGNORECASE)
 _PREFIX_TOKEN = re.compile(r"(^|_)(cls|class|dist|distillation|reg|register|storage|prefix)s?_?(token|embed)")
@@ -283,11 +283,15 @@ def hinted_prefix(model: nn.Module, near: Sequence[object]) -> int | None:
 def hinted_patches(model: nn.Module) -> set[int]:
     """Numbers of patches that a model says to have: ``num_patches``, or the product of ``grid_size``."""
     found = {getattr(module, "num_patches", None) for module in model.modules()}
+    return {each for each in found if isinstance(each, int)} | {math.prod(grid) for grid in hinted_grids(model)}
+
+
+def hinted_grids(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Grids of patches that modules of a model say to have: ``grid_size``."""
     for module in model.modules():
         grid = getattr(module, "grid_size", None)
         if isinstance(grid, (tuple, list)) and all(isinstance(side, int) for side in grid):
-            found.add(math.prod(grid))
-    return {each for each in found if isinstance(each, int)}
+            yield tuple(grid)
 
 
 def _seen(model: nn.Module, tokens: dict[str, list[nn.Parameter]], lists: dict[str, list[nn.Module]]) -> str:
