@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError
-from mto_analysis.images.interface import Images
+from mto_analysis.images.interface import Images, spread_rows
 from mto_analysis.images.loading import Loader
 from mto_analysis.images.reading import reason_of
 from mto_analysis.models import ModelInfo
@@ -124,9 +124,7 @@ def image_batches(
         raise ValueError(
             f"batch_size and limit must be at least 1, num_workers at least 0, got {batch_size=}, {limit=}"
         )
-    total = len(images.names)
-    count = min(limit or total, total)
-    rows = [index * total // count for index in range(count)]
+    rows = spread_rows(len(images.names), limit)
     loader = Loader(_Prepared(images, rows, info), batch_size=batch_size, num_workers=num_workers, collate=list)
     for items in loader:
         good: list[tuple[str, Tensor]] = []

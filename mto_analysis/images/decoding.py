@@ -102,11 +102,10 @@ def decode_samples(content: bytes, channels: int, value_range: ValueRange | None
 def range_in_words(content: bytes, value_range: ValueRange | None) -> str:
     """Which values are black and white in an image that is not of eight bits, or nothing."""
     found = _opened(content)
-    eight_bits = isinstance(found, Image.Image)
-    known = value_range or (None if isinstance(found, Image.Image) else found.range)
-    if known is None or (eight_bits and value_range is None):
+    stated, what = (None, "8 bits") if isinstance(found, Image.Image) else (found.range, found.words)
+    known = value_range or stated
+    if known is None:
         return ""
-    what = "8 bits" if isinstance(found, Image.Image) else found.words
     return (
         f"{what}, black at {known[0]:g}, white at {known[1]:g} ({'as given' if value_range else 'as the format says'})"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
-__all__ = ["Images", "choose_images", "contents_digest", "naming"]
+__all__ = ["Images", "choose_images", "choose_rows", "contents_digest", "naming", "spread_rows"]
 
 
 class Images(ABC):
@@ -63,18 +63,27 @@ class Images(ABC):
         return range_in_words(self.read(index), self.value_range)
 
 
+def spread_rows(total: int, limit: int | None) -> list[int]:
+    """So many rows, spread evenly over all; all where there is no limit, or fewer.
+
+    Example:
+        >>> spread_rows(10, 4), spread_rows(3, 4)
+        ([0, 2, 5, 7], [0, 1, 2])
+    """
+    count = min(limit or total, total)
+    return [index * total // count for index in range(count)]
+
+
 def contents_digest(images: Images, sample: int | None = None) -> str:
     """Hash of the encoded files of all images, or of a sample spread evenly over them, in order.
 
     One that cannot be read counts as empty, so that it may be found broken later, where that is said.
     """
-    total = len(images.names)
-    count = min(sample or total, total)
     digest = hashlib.blake2b(digest_size=8)
-    for number in range(count):
+    for row in spread_rows(len(images.names), sample):
         content = b""
         with suppress(OSError, ValueError):
-            content = images.read(number * total // count)
+            content = images.read(row)
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
 
@@ -113,4 +122,9 @@ def choose_images(images: Images, names: Sequence[str]) -> Images:
     if missing:
         known = ", ".join(list(row_of)[:3])
         raise DataError(f"there is no image {', '.join(missing)}; there are {len(row_of)}: {known}, ...")
-    return _ChosenImages(images, [row_of[name] for name in names])
+    return choose_rows(images, [row_of[name] for name in names])
+
+
+def choose_rows(images: Images, rows: Sequence[int]) -> Images:
+    """Some images alone, by row, in the order asked for."""
+    return _ChosenImages(images, rows)

@@ -58,7 +58,7 @@ class ControlMeasure:
         """Both controls for each image."""
         if self._shuffled is None or self._shuffled[0] is not layer.mask:
             self._shuffled = (layer.mask, TokenSplit(self._shuffle(layer.mask, names)))
-        bound = (~layer.mask).sum(dim=1).clamp_min(2).log()
+        bound = split.num_visible.clamp_min(2).log()
         return {
             "shuffled_positions": heterogeneity(layer.tokens, self._shuffled[1]) / bound,
             "visible_null": split.map(layer.tokens, _visible_null),

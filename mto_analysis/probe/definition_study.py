@@ -13,7 +13,7 @@ from mto_analysis.probe.attention import AttentionWatch
 from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
 from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
 from mto_analysis.probe.request import Request
-from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
+from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints, model_first
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +39,7 @@ class Definitions:
         import pandas as pd
 
         tables = [watch.to_frame().assign(model=label) for label, watch in self._attention.items()]
-        table = pd.concat(tables, ignore_index=True)
-        return table[["model", *(column for column in table if column != "model")]]
+        return model_first(pd.concat(tables, ignore_index=True))
 
     @staticmethod
     def table(study: HeterogeneityStudy) -> pd.DataFrame:

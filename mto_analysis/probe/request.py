@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info, load_checkpoint, open_checkpoint
 from mto_analysis.errors import DataError, HeadCountError
-from mto_analysis.images import BrokenImage, ImageBatch, Images, choose_images, image_batches
+from mto_analysis.images import BrokenImage, ImageBatch, Images, image_batches
+from mto_analysis.images.interface import choose_rows, spread_rows
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.adapting import with_config
@@ -28,7 +29,7 @@ from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import chosen_labels
 from mto_analysis.runtime.processes import Processes
 
-__all__ = ["LoadedModel", "Request", "Settings"]
+__all__ = ["LoadedModel", "Request", "Settings", "masked_batch"]
 
 _CHECKED_IMAGES = 16
 
@@ -76,9 +77,13 @@ class Settings:
 
     def rows(self, images: Images) -> list[int]:
         """Which images are measured, by number."""
-        total = len(images.names)
-        count = min(self.limit or total, total)
-        return [index * total // count for index in range(count)]
+        return spread_rows(len(images.names), self.limit)
+
+
+def masked_batch(model: MaskedImageModel, batch: ImageBatch, masks: MaskSource) -> tuple[Tensor, Tensor]:
+    """The images of a batch as the model takes them, and the first mask of each, on its device."""
+    like = next(model.parameters())
+    return batch.images.to(like.device, like.dtype), masks(batch.names, 0).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -233,8 +238,7 @@ class Request:
         found = HeadCounts()
         if self.processes.main:
             rows = self.settings.rows(self.images)
-            count = min(COMPARED_IMAGES, len(rows))
-            batch = self._masked(model, masks, [rows[index * len(rows) // count] for index in range(count)])
+            batch = self._masked(model, masks, [rows[index] for index in spread_rows(len(rows), COMPARED_IMAGES)])
             asked = {option: getattr(self.loading, option) for option in model.info.unsettled_heads}
             try:
                 found = compare_heads(model, batch, asked)
@@ -255,10 +259,7 @@ class Request:
     def _masked(self, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Some images on the model's device, with their masks."""
         batch = next(self.batches(model, rows, batch_size=max(len(rows), 1)), None)
-        if batch is None:
-            return None
-        like = next(model.parameters())
-        return batch.images.to(like.device, like.dtype), masks(batch.names, 0).to(like.device)
+        return None if batch is None else masked_batch(model, batch, masks)
 
     def _check(self, label: str, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> OwnLoss | None:
         """The model's own loss on a few images, so that a wrong load is seen."""
@@ -300,7 +301,7 @@ class Request:
     ) -> Iterator[ImageBatch]:
         """Some images for a model; broken ones are noted, or an error under ``strict``."""
         return image_batches(
-            choose_images(self.images, [self.images.names[row] for row in rows]),
+            choose_rows(self.images, rows),
             model.info,
             batch_size=batch_size or self.settings.batch_size,
             num_workers=num_workers,

@@ -11,7 +11,7 @@ from torch import Tensor
 from mto_analysis.images import ImageBatch
 from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, probe, undisturbed
-from mto_analysis.probe.request import Request
+from mto_analysis.probe.request import Request, masked_batch
 
 __all__ = ["Anchored", "Shared", "shared_probe"]
 
@@ -110,9 +110,8 @@ def _show_first(
     batch = next(batches, None)
     if batch is None:
         return
-    like = next(model.parameters())
     with undisturbed(model):
-        images, mask = batch.images.to(like.device, like.dtype), masks(batch.names, 0).to(like.device)
+        images, mask = masked_batch(model, batch, masks)
         for stack in model.stacks:
             layer = next(iter(model.layer_tokens(images, mask, stack)))
             for measure in measures:

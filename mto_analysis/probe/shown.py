@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mto_analysis.images import Images, choose_images, image_batches
+from mto_analysis.images import Images, image_batches
+from mto_analysis.images.interface import choose_rows
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.own_loss import OwnLoss
-from mto_analysis.probe.request import LoadedModel, Request
+from mto_analysis.probe.request import LoadedModel, Request, masked_batch
 
 __all__ = ["ShownModel", "show", "shown_models"]
 
@@ -41,9 +42,8 @@ def show(loaded: LoadedModel, images: Images) -> ShownModel:
         DataError: If an image cannot be read.
     """
     model = loaded.model
-    like = next(model.parameters())
     batch = next(image_batches(images, model.info, batch_size=len(images.names)))
-    pixels, mask = batch.images.to(like.device, like.dtype), loaded.masks(batch.names, 0).to(like.device)
+    pixels, mask = masked_batch(model, batch, loaded.masks)
     return ShownModel(loaded.label, model, batch.names, pixels, mask, loaded.own_loss, loaded.metadata)
 
 
@@ -55,6 +55,6 @@ def shown_models(request: Request) -> Iterator[ShownModel]:
         DataError: If an image cannot be read.
     """
     rows = request.settings.rows(request.images)
-    chosen = choose_images(request.images, [request.images.names[row] for row in rows])
+    chosen = choose_rows(request.images, rows)
     for loaded in request.models(checked=rows):
         yield show(loaded, chosen)

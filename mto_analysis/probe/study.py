@@ -21,7 +21,7 @@ from mto_analysis.probe.sharing import shared_probe
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Watch", "measure_checkpoints", "together"]
+__all__ = ["HeterogeneityStudy", "Watch", "measure_checkpoints", "model_first", "together"]
 
 _PER_IMAGE = ("model", "stack", "layer_depth", "image", "mask", "num_masked", "num_visible", "heterogeneity")
 
@@ -105,7 +105,7 @@ def measure_checkpoints(
         tables.append(result.summary().assign(model=loaded.label))
         values.append(result.to_frame().assign(model=loaded.label))
         then(loaded)
-    study.table, study.measured = (_model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
+    study.table, study.measured = (model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
     study.table["num_skipped"] = len(study.broken)
     return study
 
@@ -130,5 +130,6 @@ def _measure(request: Request, loaded: LoadedModel, watch: Watch, study: Heterog
     return result
 
 
-def _model_first(table: pd.DataFrame) -> pd.DataFrame:
+def model_first(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the column ``model`` in front."""
     return table[["model", *(column for column in table if column != "model")]]
