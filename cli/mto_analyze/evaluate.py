@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -27,8 +26,6 @@ evaluate = typer.Typer(
     no_args_is_help=True,
     help="Score encoders with labelled images: kNN, linear probe or fine-tuning; one checkpoint or a whole run.",
 )
-
-FILES = ("curves.csv", "settings.json", "run.json", "random.csv", "curves.png", "curves.pdf")
 
 Sources = Annotated[
     list[str],
@@ -340,10 +337,9 @@ def _score_all(
             say(encoder.note)
         return score(encoder.model, checkpoint)._replace(weights=encoder.weights)
 
-    there = sum(curve.holds(checkpoint) for checkpoint in checkpoints)
-    if there:
-        say(f"{there} of {len(checkpoints)} checkpoints are in {curve.path} already")
     todo = [checkpoint for checkpoint in checkpoints if not curve.holds(checkpoint)]
+    if there := len(checkpoints) - len(todo):
+        say(f"{there} of {len(checkpoints)} checkpoints are in {curve.path} already")
     for row in score_checkpoints(checkpoints, curve, scored, protocol):
         say(f"{row['method']} epoch {row['epoch']} seed {row['seed']}: {row['score']:.2f} % ({row['seconds']:.0f} s)")
     random: dict[str, float] = {}
@@ -357,11 +353,11 @@ def _score_all(
 
 def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict[str, float], scored: int) -> None:
     """What was run, and the figure, beside the curve; then the table on the screen."""
-    from mto_analysis.runtime.outputs import run_metadata, write_atomically
+    from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
     table = curve.table()
     metadata = run_metadata(context.params, protocol=protocol, scored=scored, random=random)
-    write_atomically(curve.path.parent / "run.json", (json.dumps(metadata, indent=2, default=str) + "\n").encode())
+    write_atomically(curve.path.parent / "run.json", json_bytes(metadata))
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:
         from mto_analysis.figures.plots.evaluation import draw_accuracy

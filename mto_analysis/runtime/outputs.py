@@ -25,7 +25,9 @@ __all__ = [
     "atomic_file",
     "check_writable",
     "chosen_labels",
+    "csv_bytes",
     "file_word",
+    "json_bytes",
     "labels_of",
     "run_metadata",
     "write_atomically",
@@ -90,6 +92,16 @@ def check_writable(folder: Path) -> None:
                 each.rmdir()
 
 
+def csv_bytes(table: pd.DataFrame) -> bytes:
+    """A table as CSV with full float precision."""
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A mapping as indented JSON; what JSON does not know, as text."""
+    return (json.dumps(content, indent=2, default=str) + "\n").encode()
+
+
 class OutputFolder:
     """A folder of results whose file names are known before the work starts.
 
@@ -124,11 +136,11 @@ class OutputFolder:
 
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write a table as CSV with full float precision."""
-        return self._write(name, table.to_csv(index=False, lineterminator="\n").encode())
+        return self._write(name, csv_bytes(table))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write a mapping as indented JSON."""
-        return self._write(name, (json.dumps(content, indent=2, default=str) + "\n").encode())
+        return self._write(name, json_bytes(content))
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write ready bytes."""

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError, RunInUseError
 from mto_analysis.images.interface import Images, contents_digest
-from mto_analysis.runtime.outputs import atomic_file, check_writable, write_atomically
+from mto_analysis.runtime.outputs import atomic_file, check_writable, json_bytes, write_atomically
 
 if TYPE_CHECKING:
     from mto_analysis.runtime.processes import Processes
@@ -213,7 +213,7 @@ class RunFolder:
 
     def write_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
-        write_atomically(self.metadata, (json.dumps(metadata, indent=2, default=str) + "\n").encode())
+        write_atomically(self.metadata, json_bytes(metadata))
 
     def _files(self) -> Iterator[Path]:
         yield self.last  # first: without it nothing can be taken for a run that goes on

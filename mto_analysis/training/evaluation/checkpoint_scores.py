@@ -15,7 +15,14 @@ from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
-from mto_analysis.runtime.outputs import atomic_file, check_writable, labels_of, write_atomically
+from mto_analysis.runtime.outputs import (
+    atomic_file,
+    check_writable,
+    csv_bytes,
+    json_bytes,
+    labels_of,
+    write_atomically,
+)
 from mto_analysis.training.evaluation.evaluator import Score
 from mto_analysis.training.evaluation.protocols import weights_of
 
@@ -167,11 +174,12 @@ def named_checkpoints(
         raise ValueError(f"give one --method per --ckpt: {len(sources)} checkpoints, {len(methods)} methods")
     if seeds and len(seeds) not in (1, len(sources)):
         raise ValueError(f"give one --seed, or one per --ckpt: {len(sources)} checkpoints, {len(seeds)} seeds")
-    labels = labels_of(list(dict.fromkeys(sources)))
+    distinct = list(dict.fromkeys(sources))
+    labels = dict(zip(distinct, labels_of(distinct), strict=True))
     found: list[RunCheckpoint] = []
     for number, source in enumerate(sources):
         method, seed = _identity(source)
-        method = methods[number] if methods else method or labels[list(dict.fromkeys(sources)).index(source)]
+        method = methods[number] if methods else method or labels[source]
         if seeds:
             seed = seeds[number % len(seeds)]
         found += find_checkpoints(source, method, seed or 0)
@@ -219,7 +227,7 @@ class CurveFile:
         if self.path.exists() and not overwrite:
             try:
                 before = json.loads(beside.read_text())
-                self.rows = pd.read_csv(self.path).astype(object).to_dict("records")  # type: ignore[assignment]
+                self.rows = _read_rows(self.path)
                 lacking = [column for column in COLUMNS if self.rows and column not in self.rows[0]]
             except (OSError, ValueError):
                 before, lacking = None, []
@@ -261,7 +269,7 @@ class CurveFile:
         row = _row(checkpoint, score, protocol)
         self.rows.append(row)
         if self.writes:
-            self._write(_as_csv(self.table()))
+            self._write(csv_bytes(self.table()))
         return row
 
     def _write(self, content: bytes) -> None:
@@ -271,7 +279,7 @@ class CurveFile:
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "settings.json") as file:
-            file.write((json.dumps(self._settings, indent=2) + "\n").encode())
+            file.write(json_bytes(self._settings))
             file.flush()  # before anything is replaced there is room for both
             write_atomically(self.path, content)
         (folder / "random.csv").unlink(missing_ok=True)
@@ -309,8 +317,9 @@ def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, An
     }
 
 
-def _as_csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, lineterminator="\n").encode()
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pd.read_csv(path).astype(object).to_dict("records")  # type: ignore[assignment]
+    return rows
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
@@ -359,9 +368,7 @@ def score_random(
         Mean accuracy over seeds, by method.
     """
     path = curve.path.parent / "random.csv"
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        rows = pd.read_csv(path).astype(object).to_dict("records")  # type: ignore[assignment]
+    rows = _read_rows(path) if path.exists() else []
     first = {(checkpoint.method, checkpoint.seed): checkpoint for checkpoint in reversed(checkpoints)}
     for (method, seed), checkpoint in reversed(list(first.items())):
         if any((str(row["method"]), int(row["seed"])) == (method, seed) for row in rows):
@@ -372,5 +379,5 @@ def score_random(
         result = score(random_weights(model.cpu(), seed).to(device), start)._replace(weights="random")
         rows.append({**_row(start, result, protocol), "method": method})
         if curve.writes:
-            write_atomically(path, _as_csv(_frame(rows)))
+            write_atomically(path, csv_bytes(_frame(rows)))
     return {str(method): float(part["score"].mean()) for method, part in _frame(rows).groupby("method", sort=False)}
