@@ -21,9 +21,14 @@ from mto_analysis.training.randomness import step_randomness
 if TYPE_CHECKING:
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["Assembly"]
+__all__ = ["Assembly", "total_loss"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all terms in float32."""
+    return torch.stack([term.float() for term in terms.values()]).sum()
 
 
 class Assembly:
@@ -77,11 +82,11 @@ class Assembly:
         with step_randomness(self.settings.seed, -1, self.group.rank, self.group.device), warnings.catch_warnings():
             # Of a 1 x 1 convolution (SimMIM's head), whose gradient may be laid out either way.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
-            torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]
+            total_loss(self.losses(batch)).backward()  # type: ignore[no-untyped-call]
             unused = any(each.requires_grad and each.grad is None for each in self.method.parameters())
             self.wrapped = self.group.parallel(self.method, unused=unused)
             if not unused:
-                torch.stack([term.float() for term in self.losses(batch).values()]).sum().backward()  # type: ignore[no-untyped-call]
+                total_loss(self.losses(batch)).backward()  # type: ignore[no-untyped-call]
         self.method.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in self.method.named_buffers():

@@ -1,15 +1,14 @@
-"""Slow branches: a copy of the student that follows it, and how fast."""
+"""Slow branches: a copy of the student that follows it."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["follow", "rising_momentum", "slow_copy"]
+__all__ = ["follow", "slow_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -39,13 +38,3 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     slow, fast = ([parameter.detach() for parameter in module.parameters()] for module in (teacher, student))
     torch._foreach_lerp_(slow, fast, 1.0 - momentum)
-
-
-def rising_momentum(start: float, progress: float) -> float:
-    """A half cosine from ``start`` at the run's beginning to 1 at its end.
-
-    Example:
-        >>> rising_momentum(0.996, 0.5)  # ConMIM
-        0.998
-    """
-    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * progress))

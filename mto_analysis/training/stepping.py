@@ -12,7 +12,7 @@ from torch import Tensor
 from mto_analysis.mto import watch_mto
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.training import sharding
-from mto_analysis.training.assembly import Assembly
+from mto_analysis.training.assembly import Assembly, total_loss
 from mto_analysis.training.objective import Batch
 from mto_analysis.training.randomness import step_randomness
 
@@ -63,8 +63,7 @@ class Stepper(Assembly):
                     if self.mto is not None:
                         self.mto.step = step  # its warm-up counts optimizer steps
                     terms = self.losses(batch)
-                    loss = torch.stack([term.float() for term in terms.values()]).sum()
-                    self.scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]
+                    self.scaler.scale(total_loss(terms) / count).backward()  # type: ignore[no-untyped-call]
                 if clip:
                     self._clip(wanted=False)
                 for name, term in terms.items():

@@ -38,25 +38,22 @@ class Classifier(nn.Module):
         feature = settings.feature(model)
         trained_norm = not self.frozen and feature.norm == "fresh"
         self.feature = feature._replace(norm="off") if trained_norm else feature
-        shape = (1, model.info.channels, *height_and_width(model.info.image_size))
-        like = next(model.parameters())
+        image = _black_image(model)
         with torch.no_grad():
-            dim = feature_vectors(model, torch.zeros(shape, device=like.device, dtype=like.dtype), self.feature).shape[
-                1
-            ]
+            dim = feature_vectors(model, image, self.feature).shape[1]
         first: nn.Module = nn.Identity()
         if self.frozen:
             first = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
         elif trained_norm:
             first = nn.LayerNorm(dim, eps=_EPS)
-        with torch.random.fork_rng(devices=[]):  # a layer's own initialisation draws from the global state
+        with torch.random.fork_rng(devices=[]):  # a layer's own initialization samples from the global state
             linear = nn.Linear(dim, num_classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             # timm's trunc_normal_ cuts at an absolute 2, far outside: a plain normal.
             linear.weight.normal_(0, 0.01 if self.frozen else 2e-5, generator=generator)
             linear.bias.zero_()
-        self.head = nn.Sequential(first, linear).to(like.device)
+        self.head = nn.Sequential(first, linear).to(image.device)
         if self.frozen:
             for parameter in model.parameters():
                 parameter.requires_grad = False
@@ -109,23 +106,30 @@ def build_classifier(
         for name, parameter in model.named_parameters():
             if name == "pos_embed":
                 parameter.requires_grad = not settings.freeze_positions
-    model.eval()  # drop path would draw random numbers below
+    model.eval()  # drop path would sample random numbers below
     classifier = Classifier(model, settings, num_classes, seed)
     _freeze_unused(classifier)
     return classifier
+
+
+def _black_image(model: MaskedImageModel) -> Tensor:
+    """Zeros for an image, to try the model out.
+
+    Shapes:
+        returns: 1 channels height width
+    """
+    like = next(model.parameters())
+    return like.new_zeros(1, model.info.channels, *height_and_width(model.info.image_size))
 
 
 def _freeze_unused(classifier: Classifier) -> None:
     """Decoders and mask tokens do not learn; found by asking which parameters the logits depend on."""
     if classifier.frozen:
         return
-    info = classifier.encoder.info
-    shape = (1, info.channels, *height_and_width(info.image_size))
-    like = next(classifier.parameters())
     mode = classifier.training
     learning = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        logits = classifier.eval()(torch.zeros(shape, device=like.device, dtype=like.dtype))
+        logits = classifier.eval()(_black_image(classifier.encoder))
         gradients = torch.autograd.grad(logits.sum(), learning, allow_unused=True)
     for parameter, gradient in zip(learning, gradients, strict=True):
         if gradient is None:

@@ -14,9 +14,9 @@ from mto_analysis.checkpoints.publishing import published_state
 from mto_analysis.images import CONMIM_TEACHER, Augmentation
 from mto_analysis.models import ConMIM, ConMIMConfig
 from mto_analysis.runtime.settings import Fraction, Positive
-from mto_analysis.training.methods.method import Method
+from mto_analysis.training.methods.method import Method, half_cosine
 from mto_analysis.training.methods.recipe import Recipe
-from mto_analysis.training.momentum import follow, rising_momentum, slow_copy
+from mto_analysis.training.momentum import follow, slow_copy
 
 __all__ = ["ConMIMMethod", "ConMIMRecipe", "contrastive_loss"]
 
@@ -93,7 +93,7 @@ class ConMIMMethod(Method):
 
     def after_step(self, progress: float) -> None:
         """The slow branch follows, more slowly towards the end of the run."""
-        follow(self.teacher, self.student, rising_momentum(self.recipe.momentum[0], self.progress))
+        follow(self.teacher, self.student, half_cosine(self.recipe.momentum[0], 1.0, self.progress))
         super().after_step(progress)
 
     def teacher_state(self) -> dict[str, Tensor]:
