@@ -55,7 +55,7 @@ def _number(*key: object, size: int) -> int:
 
 
 def noise_batch(recipe: Recipe, count: int, device: torch.device) -> TrainBatch:
-    """Noise for images, with masks as the recipe draws them; to try things out."""
+    """Noise for images, with masks as the recipe samples them; to try things out."""
     side = recipe.image_size
     images = torch.randn(count, len(recipe.mean), side, side, generator=torch.Generator().manual_seed(0)).to(device)
     names = tuple(map(str, range(count)))

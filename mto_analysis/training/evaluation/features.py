@@ -221,8 +221,8 @@ def extract_features(
 ) -> Features:
     """Features of all images, in the order of their names, float32, on the model's device.
 
-    The model is left as it was found, nothing random is drawn, and no graph is kept. Batches are the same however many
-    processes share the work, so the features are too.
+    The model is left as it was found, nothing random is sampled, and no graph is kept. Batches are the same however
+    many processes share the work, so the features are too.
 
     Args:
         model: Any model with an encoder that sees whole images.

@@ -105,7 +105,7 @@ class Recipe(TrainingSettings):
 
     @property
     def mask_rule(self) -> MaskRule:
-        """How its masks are drawn."""
+        """How its masks are sampled."""
         return MaskRule(self.mask_kind, self.mask_ratio, self.mask_unit)
 
     def model_config(self) -> Any:
