@@ -194,6 +194,7 @@ def _device(chosen: Experiment) -> str:
 
 def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
     """What ``--dry-run`` prints: a line per run, and how long all of it would take."""
+    from mto_analysis.experiments.running import total_steps
     from mto_analysis.images import open_images
     from mto_analysis.training import build_method, plan
     from mto_analysis.training.evaluation import Evaluator
@@ -221,8 +222,7 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
                 seconds_a_score[run.variant] = time.perf_counter() - began
             # Of the untrained model, along the run, and at its end.
             scoring += (1 + math.ceil(run.recipe.epochs / evaluation.every)) * seconds_a_score[run.variant]
-        steps = run.recipe.epochs * (count // run.recipe.batch_size)
-        state = "finished" if finished else f"{run.recipe.epochs} epochs, {steps} steps"
+        state = "finished" if finished else f"{run.recipe.epochs} epochs, {total_steps(run, count)} steps"
         lines.append(f"{run.name}: {state}")
     lines.append(
         f"{len(runs.all)} runs, {left} to do; one after the other about {training / 60:.3g} minutes of training (from "

@@ -223,7 +223,8 @@ class ExperimentRuns:
         return done if self.ready(run) else self._awaited(run)
 
     def _awaited(self, run: Run) -> str:
-        numbers = [n for n, each in enumerate(self.choosing, start=1) if each in self.needed(run)]
+        needed = self.needed(run)
+        numbers = [n for n, each in enumerate(self.choosing, start=1) if each in needed]
         return f"waits for runs {', '.join(map(str, numbers))}"
 
     def chosen_table(self) -> pd.DataFrame:

@@ -28,6 +28,7 @@ _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
 _LOSSES = ("L_spa", "L_e", "L_r")
 _BANDS = "bands: Student's 95 % interval of the mean over seeds"
 _BARS = _BANDS.replace("bands", "bars")
+_SCORE = "top-1 accuracy (%)"
 
 
 def accuracy_curves(name: str, folder: Path) -> Drawn:
@@ -114,9 +115,6 @@ def depth_curves(name: str, folder: Path) -> Drawn:
     )
     stem = f"{name}-measured"
     return Drawn({stem: figure}, {stem: rows}, caption, {"experiment": str(folder)})
-
-
-_SCORE = "top-1 accuracy (%)"
 
 
 def ablation_table(name: str, folder: Path) -> Drawn:

@@ -51,6 +51,10 @@ def _fill(ax: Axes, band: pd.DataFrame, color: Any) -> None:
     ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
 
 
+def _new_axes() -> Axes:
+    return Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots()
+
+
 def _look(index: int) -> dict[str, Any]:
     """Colour, marker and line of a method; beyond the colours, the same with other markers and lines."""
     turn = index + index // len(COLORS)
@@ -74,7 +78,7 @@ def plot_experiment_curves(
         score: Label of the score.
         bands: Draw them; of many methods they hide each other.
     """
-    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or _new_axes()
     for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
         band = _mean_and_band(runs, "score")
         look = _look(index)
@@ -98,7 +102,7 @@ def plot_final_scores(curves: pd.DataFrame, *, ax: Axes | None = None, score: st
         ax: Where to draw; a new figure without.
         score: Label of the score.
     """
-    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or _new_axes()
     names = []
     for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
         values = runs.loc[runs["epoch"] == runs["epoch"].max(), "score"].to_numpy()
@@ -166,7 +170,7 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         layers: Rows of ``heterogeneity.csv`` of one method and stack: ``epoch seed layer_depth heterogeneity``.
         ax: Where to draw; a new figure without.
     """
-    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or _new_axes()
     depths = sorted(map(int, layers["layer_depth"].unique()))
     colors = _depth_colors(max(depths))
     for depth in depths:
@@ -187,7 +191,7 @@ def plot_profiles(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         layers: Rows of ``heterogeneity.csv`` of one epoch and stack: ``method seed layer_depth heterogeneity``.
         ax: Where to draw; a new figure without.
     """
-    ax = Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or _new_axes()
     for index, (method, runs) in enumerate(layers.groupby("method", sort=False)):
         band = _mean_and_band(runs, "heterogeneity", over="layer_depth")
         look = _look(index)
