@@ -53,9 +53,11 @@ def extract(
     findings = [*document.findings]
     findings += _repeated_headers(document, series.column)
     findings += grouped(file, columns.lines[there & ~placed], f"skipped: a score without {axis!r}")
-    if kind == "epochs" and epoch_column is None:
-        axis, kind, places, placed, found = _by_steps(document, there & placed, axis, places, placed)
-        findings += found
+    finer = _finer_axis(document, there & placed, places) if kind == "epochs" and epoch_column is None else None
+    if finer is not None:
+        findings.append(Finding(file, None, f"several evaluations in an epoch, so {finer!r} is the axis"))
+        axis, kind = finer, "steps"
+        places, placed = columns.numbers(axis)
     rows = there & placed
     if not rows.any():
         line = columns.lines[there][0]
@@ -129,21 +131,19 @@ def _axis(document: Document, series: Series, there: NDArray[np.bool_], asked: s
     )
 
 
-def _by_steps(
-    document: Document, rows: NDArray[np.bool_], axis: str, places: NDArray[np.float64], placed: NDArray[np.bool_]
-) -> tuple[str, AxisKind, NDArray[np.float64], NDArray[np.bool_], list[Finding]]:
-    """Several evaluations in an epoch are at different steps: then the steps are the axis."""
-    there = places[rows]
+def _finer_axis(document: Document, rows: NDArray[np.bool_], epochs: NDArray[np.float64]) -> str | None:
+    """The column of steps that tells apart several evaluations in an epoch, if there are such."""
+    there = epochs[rows]
     same = there[1:] == there[:-1]
-    if same.any() and document.method is None:
-        for column, kind in document.axes:
-            if kind == "steps":
-                steps, present = document.columns.numbers(column)
-                before, after = steps[rows][:-1], steps[rows][1:]
-                if present[rows].all() and (after >= before).all() and (after > before)[same].any():
-                    text = f"several evaluations in an epoch, so {column!r} is the axis"
-                    return column, "steps", steps, present, [Finding(document.file, None, text)]
-    return axis, "epochs", places, placed, []
+    if not same.any() or document.method is not None:
+        return None
+    for column, kind in document.axes:
+        if kind == "steps":
+            steps, present = document.columns.numbers(column)
+            before, after = steps[rows][:-1], steps[rows][1:]
+            if present[rows].all() and (after >= before).all() and (after > before)[same].any():
+                return column
+    return None
 
 
 def _repeated_headers(document: Document, column: str) -> list[Finding]:

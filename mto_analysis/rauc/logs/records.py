@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,35 +59,46 @@ def number_of(value: Any) -> float:
         return math.inf
 
 
-class Columns(Protocol):
-    """A file as columns by name; ``lines`` are the rows' places in it."""
+class Columns(ABC):
+    """A file as columns by name, each converted once; ``lines`` are the rows' places in it."""
 
-    names: list[str]
-    lines: NDArray[np.int64]
+    def __init__(self, names: list[str], lines: NDArray[np.int64]) -> None:
+        self.names, self.lines = names, lines
+        self._numbers: dict[str, tuple[Floats, Flags]] = {}
+        self._labels: dict[str, pd.Categorical] = {}
 
     def numbers(self, name: str) -> tuple[Floats, Flags]:
-        """Values, NaN where there is no number; and where there is a value at all (a written NaN is one)."""
+        """Values, NaN where there is no number; and where there is a value at all (a written NaN is one).
+
+        Raises:
+            DataError: If a cell of a table is no number.
+        """
+        if name not in self._numbers:
+            self._numbers[name] = self._read_numbers(name)
+        return self._numbers[name]
 
     def labels(self, name: str) -> pd.Categorical:
         """Values as text, empty where there is none."""
+        if name not in self._labels:
+            self._labels[name] = _stripped(self._read_labels(name))
+        return self._labels[name]
+
+    @abstractmethod
+    def _read_numbers(self, name: str) -> tuple[Floats, Flags]: ...
+
+    @abstractmethod
+    def _read_labels(self, name: str) -> pd.Series: ...
 
 
-class RecordColumns:
-    """Columns of objects, as JSON has them: keys may differ from row to row."""
+class RecordColumns(Columns):
+    """Columns of objects, as JSON has them: keys may differ from row to row, and ``null`` counts as no value."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]], lines: NDArray[np.int64]) -> None:
-        self.records, self.lines = records, lines
-        self._numbers: dict[str, tuple[Floats, Flags]] = {}
         forms = dict.fromkeys(map(tuple, records))  # most rows have the same keys
-        self.names = list(dict.fromkeys(key for form in forms for key in form))
+        super().__init__(list(dict.fromkeys(key for form in forms for key in form)), lines)
+        self.records = records
 
-    def numbers(self, name: str) -> tuple[Floats, Flags]:
-        """See :class:`Columns`; ``null`` counts as no value."""
-        if name not in self._numbers:
-            self._numbers[name] = self._read(name)
-        return self._numbers[name]
-
-    def _read(self, name: str) -> tuple[Floats, Flags]:
+    def _read_numbers(self, name: str) -> tuple[Floats, Flags]:
         found = [record.get(name) for record in self.records]
         kinds = set(map(type, found))
         if kinds == {float}:
@@ -99,26 +111,26 @@ class RecordColumns:
                 pass
         return np.array([number_of(value) for value in found], dtype=np.float64), present
 
-    def labels(self, name: str) -> pd.Categorical:
-        """See :class:`Columns`."""
-        return _labels(pd.Series([record.get(name) for record in self.records], dtype=object).map(_hashable))
+    def _read_labels(self, name: str) -> pd.Series:
+        return pd.Series([record.get(name) for record in self.records], dtype=object).map(_hashable)
 
 
-class FrameColumns:
-    """Columns of a table; in a column of numbers every other text is an error, with its line."""
+class FrameColumns(Columns):
+    """Columns of a table; in a column of numbers every other text is an error, with its line.
 
-    def __init__(self, file: str, frame: pd.DataFrame, lines: NDArray[np.int64] | None = None) -> None:
+    A repeated header has no value, and labels that are whole numbers are written without a decimal point.
+    """
+
+    def __init__(self, file: str, frame: pd.DataFrame, lines: NDArray[np.int64]) -> None:
+        super().__init__([str(name) for name in frame], lines)
         self.file, self.frame = file, frame
-        self._labels: dict[str, pd.Categorical] = {}
-        self.lines = np.arange(2, len(frame) + 2) if lines is None else lines
-        self.names = [str(name) for name in frame]
 
-    def numbers(self, name: str) -> tuple[Floats, Flags]:
-        """See :class:`Columns`; a repeated header has no value.
+    @classmethod
+    def with_lines(cls, file: str, frame: pd.DataFrame) -> FrameColumns:
+        """From a frame with the line of each row in its column ``line``."""
+        return cls(file, frame.drop(columns="line"), frame["line"].to_numpy())
 
-        Raises:
-            DataError: If a cell is no number.
-        """
+    def _read_numbers(self, name: str) -> tuple[Floats, Flags]:
         column = self.frame[name]
         if column.dtype.kind in "if":
             values = column.to_numpy(dtype=np.float64)
@@ -138,18 +150,14 @@ class FrameColumns:
                     raise DataError(f"{self.file}:{self.lines[at]}: {shown!r} in column {name!r} is not a number")
         return values, present
 
-    def labels(self, name: str) -> pd.Categorical:
-        """See :class:`Columns`; whole numbers are written without a decimal point."""
-        if name in self._labels:
-            return self._labels[name]
+    def _read_labels(self, name: str) -> pd.Series:
         column = self.frame[name]
         if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
-            column = column.astype("Int64")
-        self._labels[name] = _labels(column)
-        return self._labels[name]
+            return column.astype("Int64")
+        return column
 
 
-def _labels(column: pd.Series) -> pd.Categorical:
+def _stripped(column: pd.Series) -> pd.Categorical:
     """Stripped texts; a million rows have few of them, so each is made once."""
     codes, values = pd.factorize(column, use_na_sentinel=True)
     texts = ["", *(str(value).strip() for value in values)]

@@ -241,9 +241,8 @@ def _chart(name: str, columns: Sequence[str], frame: pd.DataFrame, lines: np.nda
     names = tuple(dict.fromkeys(metric for each in runs.values() for metric in each))
     kind = axis_of(axis) or "other"
     return Document(
-        name, BY_NAME["W&B chart"], FrameColumns(name, long.drop(columns="line"), long["line"].to_numpy()),
-        axes=((axis, kind),), method="method", seed="seed" if several else None, aliases=aliases, scores=names,
-        findings=tuple(findings),
+        name, BY_NAME["W&B chart"], FrameColumns.with_lines(name, long), axes=((axis, kind),),
+        method="method", seed="seed" if several else None, aliases=aliases, scores=names, findings=tuple(findings),
     )  # fmt: skip
 
 
@@ -253,17 +252,11 @@ def _board_export(name: str, columns: FrameColumns) -> Document:
     step = next(each for each in columns.names if each.lower() == "step")
     tag = re.search(r"(?:run-(.+)-)?tag-(.+?)(?: ?\(\d+\))?\.csv", name.replace("\\", "/").rpartition("/")[2])
     called = tag[2] if tag else value
-    frame = columns.frame.rename(columns={value: called})
-    known = replace_columns(columns, frame)
+    known = FrameColumns(name, columns.frame.rename(columns={value: called}), columns.lines)
     split = split_of_run(tag[1]) if tag and tag[1] else None
     return Document(
         name, BY_NAME["TensorBoard CSV"], known, axes=((step, "steps"),), scores=(called,), unmarked=split
     )  # fmt: skip
-
-
-def replace_columns(columns: FrameColumns, frame: pd.DataFrame) -> FrameColumns:
-    """Other columns at the same lines."""
-    return FrameColumns(columns.file, frame, columns.lines)
 
 
 def _wide_epochs(name: str, columns: FrameColumns) -> Document:
@@ -277,7 +270,7 @@ def _wide_epochs(name: str, columns: FrameColumns) -> Document:
     long = frame.melt(id_vars=[*beside, "line"], value_vars=list(places), var_name=kind[:-1], value_name="score")
     long[kind[:-1]] = long[kind[:-1]].map({each: float(match[2]) for each, match in places.items()})
     long = long[long["score"].notna()].reset_index(drop=True)
-    known = FrameColumns(name, long.drop(columns="line"), long["line"].to_numpy())
+    known = FrameColumns.with_lines(name, long)
     plain = {each.lower(): each for each in reversed(beside)}
     texts = [each for each in beside if each.lower() != "seed" and columns.frame[each].dtype.kind not in "if"]
     method = plain.get("method") or (texts[0] if len(texts) == 1 else None)
@@ -317,7 +310,7 @@ def _wide_methods(document: Document, wanted: Collection[str]) -> Document:
     kept = [each for each in columns.names if each in roles]
     long = frame.melt(id_vars=[*kept, "line"], value_vars=methods, var_name="method of column", value_name=score)
     long = long[long[score].notna()].reset_index(drop=True)
-    known = FrameColumns(document.file, long.drop(columns="line"), long["line"].to_numpy())
+    known = FrameColumns.with_lines(document.file, long)
     unread = [each for each in free if each not in methods]
     findings = (Finding(document.file, 1, f"not read as methods: {', '.join(unread)}"),) if unread else ()
     return replace(
