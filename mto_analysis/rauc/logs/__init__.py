@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mto_analysis.rauc.logs.choosing import Request, choose
@@ -49,4 +50,4 @@ def read_log(
     document = open_log(path)
     (series,), findings = choose([document], [Request(score_column)])
     log = extract(document, series, epoch_column=epoch_column, method_column=method_column, seed_column=seed_column)
-    return Log(document, series, log.rows, log.axis, log.axis_column, (*findings, *log.findings))
+    return replace(log, findings=(*findings, *log.findings))

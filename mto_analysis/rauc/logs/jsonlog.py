@@ -104,7 +104,7 @@ def _lines(name: str, data: bytes, found: Sequence[Any]) -> Document:
     if len(records) == 1:
         _refuse_one_evaluation(name, records[0])
     names = set(columns.names)
-    mode = next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
+    mode = _mode(columns)
     axes = axes_of(columns.names)
     form = "JSON lines"
     if "accuracy/top1" in names or "accuracy_top-1" in names or ("env_info" in names and mode):
@@ -124,10 +124,10 @@ def _lines(name: str, data: bytes, found: Sequence[Any]) -> Document:
     )
 
 
-def _flat(record: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """Objects within objects as keys with slashes."""
     flat: dict[str, Any] = {}
-    stack = [(head, record)]
+    stack = [("", record)]
     while stack:
         above, inner = stack.pop()
         for key, value in inner.items():
@@ -141,6 +141,11 @@ def _flat(record: Mapping[str, Any], head: str = "") -> dict[str, Any]:
 def _named(columns: RecordColumns) -> tuple[str | None, str | None]:
     """Keys of method and seed; an object that only describes the run may have the key of a column."""
     return tuple(key if key in columns.names else None for key in ("method", "seed"))  # type: ignore[return-value]
+
+
+def _mode(columns: RecordColumns) -> str | None:
+    """The key that says of which split or weights a row is."""
+    return next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
 
 
 def _open_mmlab_axes(columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]]) -> tuple[tuple[str, AxisKind], ...]:
@@ -193,14 +198,14 @@ def _document(name: str, document: Any) -> Document:
             if all(row == rows[0] and all(map(_is_place, row)) for row in rows):
                 # pandas' to_json: an object from row to value for each column
                 return _lists(name, {key: list(value.values()) for key, value in document.items()})
-        tables = [value for value in document.values() if _is_table(value)]
-        if len(tables) > 1 and all(mode_of("mode", key)[0] for key, value in document.items() if _is_table(value)):
-            entries = [{**row, "mode": key} for key, value in document.items() if _is_table(value) for row in value]
-            return _rows(name, entries, "JSON array")
+        tables = {key: value for key, value in document.items() if _is_table(value)}
         if len(tables) == 1:
-            return _rows(name, tables[0], "JSON array")
-        if len(tables) > 1:
-            held = ", ".join(key for key, value in document.items() if _is_table(value))
+            return _rows(name, next(iter(tables.values())), "JSON array")
+        if tables and all(mode_of("mode", key)[0] for key in tables):
+            entries = [{**row, "mode": key} for key, rows in tables.items() for row in rows]
+            return _rows(name, entries, "JSON array")
+        if tables:
+            held = ", ".join(tables)
             raise DataError(f"{name}: the document holds several lists ({held}); save the one that is meant")
         return _lists(name, _flat(document))
     if _is_table(document):
@@ -221,8 +226,7 @@ def _rows(name: str, records: Sequence[Mapping[str, Any]], form: str) -> Documen
     """A list of objects; a row's line is its place in the list, counted from 1."""
     records = [_flat(record) for record in records]
     columns = RecordColumns(records, np.arange(1, len(records) + 1))
-    mode = next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
-    return Document(name, BY_NAME[form], columns, axes_of(columns.names), *_named(columns), mode=mode)
+    return Document(name, BY_NAME[form], columns, axes_of(columns.names), *_named(columns), mode=_mode(columns))
 
 
 def _lists(name: str, document: Mapping[str, Any]) -> Document:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs import events, jsonlog, tables, textlog
+from mto_analysis.rauc.logs.choosing import has_curve
 from mto_analysis.rauc.logs.records import Document
 
 __all__ = ["open_log"]
@@ -187,8 +188,6 @@ def _open_folder(path: Path, wanted: Collection[str]) -> Document:
             continue
         # The same lines again count once, unless the file's name tells what they are.
         candidates.setdefault(f"{document.sha256} {document.scores}", document)
-    from mto_analysis.rauc.logs.choosing import has_curve
-
     useful = [each for each in candidates.values() if has_curve(each)] or list(candidates.values())
     if len(useful) > 1:
         held = ", ".join(each.file for each in useful)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -52,6 +53,12 @@ def is_metric_file(data: bytes) -> bool:
     return all(_METRIC_LINE.fullmatch(line.strip()) for line in data[:_HEAD].strip().split(b"\n")[:50])
 
 
+def _numbered_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """Lines without the colours of a terminal, counted from 1."""
+    for number, line in enumerate(data.decode(errors="replace").split("\n"), 1):
+        yield number, _COLOUR.sub("", line) if "\x1b" in line else line
+
+
 def read_text_log(name: str, data: bytes) -> Document:
     """Accuracy lines, each with the epoch that finished last before it.
 
@@ -67,8 +74,7 @@ def read_text_log(name: str, data: bytes) -> Document:
     rows: list[tuple[int, float, int, int, bool]] = []
     homeless: list[int] = []
     spelt = "Acc@1"
-    for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
-        line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
+    for number, line in _numbered_lines(data):
         if "Resuming from" in line:
             loaded = True
         elif "Start training" in line:
@@ -115,8 +121,7 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
     rows, lines = [], []
     words = set()
     iteration = 0
-    for number, raw in enumerate(data.decode(errors="replace").split("\n"), 1):
-        line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
+    for number, line in _numbered_lines(data):
         if training := _ITERATION.search(line):
             iteration = int(training[1])
         found = _VALIDATION.search(line)
