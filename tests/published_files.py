@@ -79,6 +79,10 @@ class Draw:
         if bias:
             self.put(f"{name}.bias", out)
 
+    def conv(self, name: str, channels: int, out: int, side: int) -> None:
+        self.put(f"{name}.weight", out, channels, side, side)
+        self.put(f"{name}.bias", out)
+
     def mlp(self, name: str, dim: int, hidden: int) -> None:
         self.linear(f"{name}.fc1", dim, hidden)
         self.linear(f"{name}.fc2", hidden, dim)
@@ -101,8 +105,7 @@ class Draw:
 
     def embedding(self, dim: int, *, positions: bool) -> None:
         self.put("cls_token", 1, 1, dim)
-        self.put("patch_embed.proj.weight", dim, 3, PATCH, PATCH)
-        self.put("patch_embed.proj.bias", dim)
+        self.conv("patch_embed.proj", 3, dim, PATCH)
         if positions:
             self.put("pos_embed", 1, GRID * GRID + 1, dim)
 
@@ -130,13 +133,7 @@ def mae_weights(*, predicted: int = 3 * PATCH * PATCH) -> Weights:
     for number in range(DEPTH):
         draw.block(f"blocks.{number}", DIM, MLP, fused=True)
     draw.norm("norm", DIM)
-    draw.linear("decoder_embed", DIM, DECODER)
-    draw.put("mask_token", 1, 1, DECODER)
-    draw.put("decoder_pos_embed", 1, GRID * GRID + 1, DECODER)
-    for number in range(3):
-        draw.block(f"decoder_blocks.{number}", DECODER, DECODER_MLP, fused=True)
-    draw.norm("decoder_norm", DECODER)
-    draw.linear("decoder_pred", DECODER, predicted)
+    mae_decoder(draw, DIM, GRID * GRID + 1, predicted, depth=3)
     return draw.weights
 
 
@@ -148,12 +145,12 @@ def without_class_token(weights: Weights) -> Weights:
     return weights
 
 
-def mae_decoder(draw: Draw, encoded: int, places: int, values: int) -> None:
-    """MAE's decoder, without a class token."""
+def mae_decoder(draw: Draw, encoded: int, places: int, values: int, *, depth: int = 2) -> None:
+    """MAE's decoder; ``places`` counts the class token, where there is one."""
     draw.linear("decoder_embed", encoded, DECODER)
     draw.put("mask_token", 1, 1, DECODER)
     draw.put("decoder_pos_embed", 1, places, DECODER)
-    for number in range(2):
+    for number in range(depth):
         draw.block(f"decoder_blocks.{number}", DECODER, DECODER_MLP, fused=True)
     draw.norm("decoder_norm", DECODER)
     draw.linear("decoder_pred", DECODER, values)
@@ -173,8 +170,7 @@ def ijepa_weights() -> Weights:
 def hivit_weights(*, hierarchical: bool = True) -> Weights:
     draw = Draw()
     width, number = DIM // 4, 0
-    draw.put("patch_embed.proj.weight", width, 3, 2, 2)
-    draw.put("patch_embed.proj.bias", width)
+    draw.conv("patch_embed.proj", 3, width, 2)
     draw.norm("patch_embed.norm", width)
     draw.put("absolute_pos_embed", 1, GRID * GRID, DIM)
     for depth in (2, 1):
@@ -196,23 +192,19 @@ def mcmae_weights() -> Weights:
     draw = Draw()
     widths = (3, 8, 12, DIM)
     for stage, stride in enumerate((4, 2, 2), start=1):
-        draw.put(f"patch_embed{stage}.proj.weight", widths[stage], widths[stage - 1], stride, stride)
-        draw.put(f"patch_embed{stage}.proj.bias", widths[stage])
+        draw.conv(f"patch_embed{stage}.proj", widths[stage - 1], widths[stage], stride)
         draw.norm(f"patch_embed{stage}.norm", widths[stage])
     for stage, dim in ((1, 8), (2, 12)):
         for number in range(2):
             name = f"blocks{stage}.{number}"
             draw.norm(f"{name}.norm1", dim)
             draw.norm(f"{name}.norm2", dim)
-            for part, out, into, side in (
-                ("conv1", dim, dim, 1), ("conv2", dim, dim, 1), ("attn", dim, 1, 5), ("mlp.fc1", 20, dim, 1),
-                ("mlp.fc2", dim, 20, 1),
-            ):  # fmt: skip
-                draw.put(f"{name}.{part}.weight", out, into, side, side)
-                draw.put(f"{name}.{part}.bias", out)
-        side = 8 >> stage
-        draw.put(f"stage{stage}_output_decode.weight", DIM, dim, side, side)
-        draw.put(f"stage{stage}_output_decode.bias", DIM)
+            draw.conv(f"{name}.conv1", dim, dim, 1)
+            draw.conv(f"{name}.conv2", dim, dim, 1)
+            draw.conv(f"{name}.attn", 1, dim, 5)  # each channel by itself
+            draw.conv(f"{name}.mlp.fc1", dim, 20, 1)
+            draw.conv(f"{name}.mlp.fc2", 20, dim, 1)
+        draw.conv(f"stage{stage}_output_decode", dim, DIM, 8 >> stage)
     draw.linear("patch_embed4", DIM, DIM)
     draw.put("pos_embed", 1, 16, DIM)
     for number in range(DEPTH):
@@ -280,8 +272,7 @@ def mff_weights() -> Weights:
 def hiera_weights() -> Weights:
     draw = Draw()
     dim, side = 8, 3  # 3 x 3 mask units of 32 px
-    draw.put("patch_embed.proj.weight", dim, 3, 7, 7)
-    draw.put("patch_embed.proj.bias", dim)
+    draw.conv("patch_embed.proj", 3, dim, 7)
     draw.put("pos_embed", 1, (8 * side) ** 2, dim)
     number = 0
     for stage, depth in enumerate((1, 2, 2, 1)):
@@ -297,16 +288,9 @@ def hiera_weights() -> Weights:
             number += 1
         dim *= 2 if stage < 3 else 1
     for head in range(2):
-        draw.put(f"multi_scale_fusion_heads.{head}.weight", dim, 8 << head, 4 >> head, 4 >> head)
-        draw.put(f"multi_scale_fusion_heads.{head}.bias", dim)
+        draw.conv(f"multi_scale_fusion_heads.{head}", 8 << head, dim, 4 >> head)
     draw.norm("encoder_norm", dim)
-    draw.linear("decoder_embed", dim, DECODER)
-    draw.put("mask_token", 1, 1, DECODER)
-    draw.put("decoder_pos_embed", 1, (2 * side) ** 2, DECODER)
-    for number in range(2):
-        draw.block(f"decoder_blocks.{number}", DECODER, DECODER_MLP, fused=True)
-    draw.norm("decoder_norm", DECODER)
-    draw.linear("decoder_pred", DECODER, 3 * 16 * 16)
+    mae_decoder(draw, dim, (2 * side) ** 2, 3 * 16 * 16)
     return draw.weights
 
 
@@ -382,8 +366,7 @@ def swin_weights(
     draw = Draw()
     dim = 8
     draw.put("mask_token", 1, 1, dim)
-    draw.put("patch_embed.proj.weight", dim, 3, PATCH, PATCH)
-    draw.put("patch_embed.proj.bias", dim)
+    draw.conv("patch_embed.proj", 3, dim, PATCH)
     draw.norm("patch_embed.norm", dim)
     for stage, grid in enumerate(grids):
         for number in range(depths[stage]):

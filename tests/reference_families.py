@@ -147,6 +147,18 @@ def eva02_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int) -> list[Te
     return tokens
 
 
+def merged(x: Tensor) -> Tensor:
+    """Swin's merge of a square map ``num_tokens dim``: four tokens side by side, before norm and reduction."""
+    square = x.reshape(math.isqrt(len(x)), math.isqrt(len(x)), -1)
+    four = [square[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    return torch.cat(four, dim=-1).flatten(0, 1)
+
+
+def enlarged(mask: Tensor, side: int, factor: int) -> Tensor:
+    """A square mask on a finer grid: ``rows columns``."""
+    return mask.reshape(side, side).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
 def window_pairs(grid: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
     """For all pairs of tokens of a map: what to add to logits, and row and column offset inside the window.
 
@@ -194,9 +206,7 @@ def swin_tokens(
                 x = block(x, w, name, table.shape[1], eps, table[row].permute(2, 0, 1) + added)
             tokens.append(x)
         if f"layers.{stage}.downsample.reduction.weight" in w:
-            image_like = x.reshape(grid, grid, -1)
-            four = [image_like[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-            x = torch.cat(four, dim=-1).flatten(0, 1)
+            x = merged(x)
             name = f"layers.{stage}.downsample"
             if len(w[f"{name}.norm.weight"]) == x.shape[1]:
                 x = linear(norm(x, w, f"{name}.norm", outer_eps), w, f"{name}.reduction")
@@ -301,9 +311,7 @@ def hivit_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_he
             name = f"blocks.{number}"
             if number in merges:
                 kept.append(x.flatten())
-                grid = x.reshape(math.isqrt(len(x)), math.isqrt(len(x)), -1)
-                four = [grid[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-                x = linear(norm(torch.cat(four, dim=-1).flatten(0, 1), w, f"{name}.norm", 1e-6), w, f"{name}.reduction")
+                x = linear(norm(merged(x), w, f"{name}.norm", 1e-6), w, f"{name}.reduction")
             else:
                 x = x + mlp(norm(x, w, f"{name}.norm2", 1e-6), w, f"{name}.mlp")
         last.append(x[0])
@@ -344,7 +352,7 @@ def mcmae_tokens(w: Weights, image: Tensor, mask: Tensor, heads: int, decoder_he
     for stage in (1, 2):
         x = embed(x, f"patch_embed{stage}")
         factor = x.shape[1] // grid
-        seen = (~mask).reshape(grid, grid).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+        seen = enlarged(~mask, grid, factor)
         for number in range(count(w, f"blocks{stage}.")):
             name = f"blocks{stage}.{number}"
             y = pointwise(over_channels(x, f"{name}.norm1"), f"{name}.conv1") * seen
@@ -367,7 +375,7 @@ def greenmim_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, decode
     for stage in range(stages):
         factor = 2 ** (stages - 1 - stage)
         grid = side * factor
-        seen = (~mask).reshape(side, side).repeat_interleave(factor, 0).repeat_interleave(factor, 1).flatten()
+        seen = enlarged(~mask, side, factor).flatten()
         for number in range(count(w, f"layers.{stage}.blocks.")):
             name = f"layers.{stage}.blocks.{number}"
             width = min(window, grid)
@@ -384,9 +392,7 @@ def greenmim_tokens(w: Weights, image: Tensor, mask: Tensor, window: int, decode
             x = x.clone()
             x[seen] = block(x[seen], w, name, table.shape[1], 1e-6, bias)
         if stage + 1 < stages:
-            image_like = x.reshape(grid, grid, -1)
-            four = [image_like[row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-            x = norm(torch.cat(four, dim=-1).flatten(0, 1), w, f"layers.{stage}.downsample.norm", 1e-6)
+            x = norm(merged(x), w, f"layers.{stage}.downsample.norm", 1e-6)
             x = linear(x, w, f"layers.{stage}.downsample.reduction")
     return mae_decode(w, x[~mask], mask, decoder_heads)
 
@@ -471,12 +477,7 @@ def mff_tokens(
     for number in range(len(weights) - 1):
         at = (number + 1) * len(outputs) // len(weights) - 1
         fused = fused + weights[number] * linear(outputs[at], w, f"proj_layers.{number}")
-    x = mae_input(w, fused, mask, eps)
-    tokens = [x[1:]]
-    for number in range(count(w, "decoder_blocks.")):
-        x = block(x, w, f"decoder_blocks.{number}", decoder_heads, eps)
-        tokens.append(x[1:])
-    return tokens
+    return mae_decode(w, fused, mask, decoder_heads, eps)
 
 
 def hiera_tokens(
@@ -486,7 +487,7 @@ def hiera_tokens(
     side = image.shape[1] // 32  # mask units
     inner = 8 >> pools  # decoder tokens of a unit
     unit_mask = mask.reshape(side, inner, side, inner)[:, 0, :, 0]
-    hidden = unit_mask.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    hidden = enlarged(unit_mask, side, 32)
     kernel = w["patch_embed.proj.weight"]
     x = torch.nn.functional.conv2d(image[None] * ~hidden, kernel, w["patch_embed.proj.bias"], stride=4, padding=3)[0]
     x = x.permute(1, 2, 0) + w["pos_embed"][0].reshape(8 * side, 8 * side, -1)
