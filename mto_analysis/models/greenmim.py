@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mto_analysis.models.interface import height_and_width
 from mto_analysis.models.mae import MAE, MAEConfig
-from mto_analysis.models.vit import VisiblePatches, patch_embedding
+from mto_analysis.models.vit import VisiblePatches, finer_mask, patch_embedding
 from mto_analysis.models.windows import window_stages
 
 __all__ = ["GreenMIM", "GreenMIMConfig"]
@@ -80,9 +80,7 @@ class GreenMIM(MAE):
         for stage, blocks in enumerate(self.stages):
             hidden = None
             if mask is not None:
-                grid = mask.reshape(-1, 1, *self.info.grid)
-                hidden = grid.repeat_interleave(1 << (last - stage), 2).repeat_interleave(1 << (last - stage), 3)
-                hidden = hidden.flatten(1)
+                hidden = finer_mask(mask.reshape(-1, 1, *self.info.grid), 1 << (last - stage)).flatten(1)
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, hidden)
                 yield x

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads, height_and_width
 from mto_analysis.models.stacked import StackedModel
-from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
+from mto_analysis.models.vit import VisiblePatches, coarser_mask, feed_forward, finer_mask, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
 __all__ = ["Hiera", "HieraConfig"]
@@ -137,20 +137,16 @@ class Hiera(StackedModel):
 
     def _unit_mask(self, mask: Tensor) -> Tensor:
         """The mask of units ``batch num_units``, which must be wholly masked or visible."""
-        rows, columns = self.units
-        side = self.info.grid[0] // rows
-        squares = mask.reshape(len(mask), rows, side, columns, side)
-        masked = squares.all(dim=4).all(dim=2)
-        if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
+        masked = coarser_mask(mask, self.units, self.info.grid[0] // self.units[0])
+        if masked is None:
             size = self.config.unit_px
             raise ValueError(f"mask must not change inside squares of {size} px; choose a mask unit of {size} px")
-        return masked.flatten(1)
+        return masked
 
     def _encode(self, images: Tensor, units: Tensor) -> Tensor:
         """Decoder tokens of visible units, the mask token elsewhere: ``batch num_patches decoder_dim``, row-major."""
         batch, c, (rows, columns) = len(images), self.config, self.units
-        hidden = units.reshape(batch, 1, rows, columns)
-        hidden = hidden.repeat_interleave(c.unit_px, 2).repeat_interleave(c.unit_px, 3)
+        hidden = finer_mask(units.reshape(batch, 1, rows, columns), c.unit_px)
         x = self.patch_embed(images.masked_fill(hidden, 0)).flatten(2).mT + self.pos_embed
         x = x.reshape(batch, rows, c.unit, columns, c.unit, -1).transpose(2, 3).reshape(batch, rows * columns, -1)
         visible = VisiblePatches(units, prefix_tokens=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mto_analysis.models.mae import MAE, MAEConfig
-from mto_analysis.models.vit import VisiblePatches, transformer_blocks
+from mto_analysis.models.vit import VisiblePatches, finer_mask, transformer_blocks
 
 __all__ = ["MCMAE", "MCMAEConfig"]
 
@@ -91,8 +91,7 @@ class MCMAE(MAE):
 
 
 def _enlarged(seen: Tensor | None, factor: int) -> Tensor | None:
-    """A mask ``batch 1 rows columns`` on a grid that is finer by a factor."""
-    return None if seen is None else seen.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return None if seen is None else finer_mask(seen, factor)
 
 
 class ConvEmbedding(nn.Module):

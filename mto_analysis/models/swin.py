@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads, height_and_width
 from mto_analysis.models.stacked import StackedModel
-from mto_analysis.models.vit import patch_embedding
+from mto_analysis.models.vit import coarser_mask, patch_embedding
 from mto_analysis.models.windows import window_stages
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
@@ -155,15 +155,14 @@ class SimMIMSwin(StackedModel):
             ValueError: If a merge would join masked and visible tokens, so that its result is neither.
         """
         masks = [mask]
-        for rows, columns in self.config.grids[1:]:
-            squares = masks[-1].reshape(len(mask), rows, 2, columns, 2)
-            masked = squares.all(dim=4).all(dim=2)
-            if not bool((masked == squares.any(dim=4).any(dim=2)).all()):
+        for grid in self.config.grids[1:]:
+            masked = coarser_mask(masks[-1], grid, 2)
+            if masked is None:
                 raise ValueError(
                     f"mask must not change inside squares of {self.config.stride} px, which a {self.info.family} model "
                     f"merges into one token; choose a mask unit of {self.config.stride} px"
                 )
-            masks.append(masked.flatten(1))
+            masks.append(masked)
         return masks
 
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 __all__ = [
     "RelativePositionBias",
     "VisiblePatches",
+    "coarser_mask",
     "feed_forward",
+    "finer_mask",
     "patch_embedding",
     "patchify",
     "relative_position_index",
@@ -74,6 +76,38 @@ def feed_forward(dim: int, mlp_dim: int) -> nn.Module:
     """The MLP of a block, ``fc2(gelu(fc1(x)))``, of timm."""
     mlp: nn.Module = Mlp(dim, mlp_dim)
     return mlp
+
+
+def finer_mask(mask: Tensor, factor: int) -> Tensor:
+    """A mask on a grid that is finer by a factor.
+
+    Shapes:
+        mask: batch 1 rows columns
+        returns: batch 1 factor*rows factor*columns
+    """
+    return mask.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def coarser_mask(mask: Tensor, grid: tuple[int, int], factor: int) -> Tensor | None:
+    """A mask on a grid that is coarser by a factor; ``None`` if it changes inside one of that grid's squares.
+
+    Shapes:
+        mask: batch factor*rows*factor*columns
+        returns: batch rows*columns
+
+    Args:
+        mask: True where masked.
+        grid: Rows and columns of the coarser grid.
+        factor: Side of a square.
+
+    Example:
+        >>> coarser_mask(torch.tensor([[True, True, False, False]]).repeat(1, 2), (1, 2), 2)
+        tensor([[ True, False]])
+    """
+    squares = mask.reshape(len(mask), grid[0], factor, grid[1], factor)
+    masked = squares.all(dim=4).all(dim=2)
+    mixed = masked != squares.any(dim=4).any(dim=2)
+    return None if bool(mixed.any()) else masked.flatten(1)
 
 
 class VisiblePatches:
