@@ -37,19 +37,19 @@ class Assembly:
     Args:
         method: The student with its losses, optimizer and schedule, before its first step.
         settings: The run's.
-        group: The processes of the run.
+        processes: The processes of the run.
         steps_per_epoch: Optimizer steps.
         micro_batch: Images in a forward of one process.
     """
 
     def __init__(
-        self, method: Objective, settings: RunSettings, group: Processes, steps_per_epoch: int, micro_batch: int
+        self, method: Objective, settings: RunSettings, processes: Processes, steps_per_epoch: int, micro_batch: int
     ) -> None:
-        self.settings, self.group = settings, group
+        self.settings, self.processes = settings, processes
         self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * method.settings.epochs
-        device = group.device
+        device = processes.device
         # Of sharded weights the process that writes puts the whole together in a copy.
-        self._whole = copy.deepcopy(method) if settings.fsdp and group.main else method
+        self._whole = copy.deepcopy(method) if settings.fsdp and processes.main else method
         self.method = method.to(device).train()
         self.ema: Any = None
         if settings.ema is not None:
@@ -61,11 +61,11 @@ class Assembly:
         self.mto = None if settings.mto is None else attach_mto(self.method.student, settings.mto)
         prepare_blocks(self.method.student, compiled=settings.compile, checkpointing=settings.gradient_checkpointing)
         if settings.fsdp:
-            group.connect()
+            processes.connect()
             sharding.shard(self.method, device)
             self.wrapped: nn.Module = self.method
         else:
-            self.wrapped = self.method if group.count == 1 else self._parallel(micro_batch)
+            self.wrapped = self.method if processes.count == 1 else self._parallel(micro_batch)
         self.optimizer = self.method.optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.trained = [each for group in self.optimizer.param_groups for each in group["params"]]
@@ -76,15 +76,18 @@ class Assembly:
         In its second forward torch puts the gradients that it adds up into another order, on which the last bit of a
         sum over more than two processes depends. With that behind it, a resumed run adds as the first one did.
         """
-        batch = self.method.noise(micro_batch, self.group.device)
+        batch = self.method.noise(micro_batch, self.processes.device)
         buffers = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         self.wrapped = self.method
-        with step_randomness(self.settings.seed, -1, self.group.rank, self.group.device), warnings.catch_warnings():
+        with (
+            step_randomness(self.settings.seed, -1, self.processes.rank, self.processes.device),
+            warnings.catch_warnings(),
+        ):
             # Of a 1 x 1 convolution (SimMIM's head), whose gradient may be laid out either way.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             total_loss(self.losses(batch)).backward()  # type: ignore[no-untyped-call]
             unused = any(each.requires_grad and each.grad is None for each in self.method.parameters())
-            self.wrapped = self.group.parallel(self.method, unused=unused)
+            self.wrapped = self.processes.parallel(self.method, unused=unused)
             if not unused:
                 total_loss(self.losses(batch)).backward()  # type: ignore[no-untyped-call]
         self.method.zero_grad(set_to_none=True)
@@ -97,7 +100,7 @@ class Assembly:
         """Whether all weights are finite; a collective call where they are sharded."""
         norms = torch._foreach_norm([sharding.local(each.detach()) for each in self.trained])
         good = torch.isfinite(torch.stack(list(norms)).sum()).float()
-        return bool(self.group.mean(good) == 1)
+        return bool(self.processes.mean(good) == 1)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on; a collective call where weights are sharded."""
@@ -119,7 +122,7 @@ class Assembly:
 
     def _whole_method(self, state: Mapping[str, Any]) -> Objective | None:
         """The method as a state has it, whole, on the process that writes."""
-        if not self.group.main:
+        if not self.processes.main:
             return None
         if self.settings.fsdp:
             self._whole.load_state_dict(state["method"])
@@ -137,7 +140,7 @@ class Assembly:
     def autocast(self) -> torch.autocast:
         """The number format of the forward."""
         dtype = _DTYPES.get(self.settings.precision)
-        return torch.autocast(self.group.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of a batch, as a step computes them."""

@@ -20,10 +20,10 @@ from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.state import ADVICE, RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
 
-__all__ = ["open_group", "train"]
+__all__ = ["open_processes", "train"]
 
 
-def open_group(settings: RunSettings) -> Processes:
+def open_processes(settings: RunSettings) -> Processes:
     """The processes of a run, each with its device."""
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -37,7 +37,7 @@ def train(
     scorer: Callable[[], Scorer],
     folder: RunFolder,
     settings: RunSettings,
-    group: Processes,
+    processes: Processes,
     *,
     identity: Mapping[str, Any],
     resume: bool,
@@ -55,7 +55,7 @@ def train(
         scorer: Makes what scores it along the run.
         folder: For what the run leaves behind.
         settings: How it is run.
-        group: Its processes; all call this, and the first one writes.
+        processes: Its processes; all call this, and the first one writes.
         identity: What makes the run this run; a folder with another one is refused.
         resume: Go on from ``last.pth``, or begin where there is nothing yet.
         overwrite: Replace the run that the folder holds.
@@ -63,27 +63,27 @@ def train(
         on_note: Called with what a user should know, one line at a time.
         source: Where the images are, for ``run.json``.
     """
-    note = on_note if on_note is not None and group.main else _silent
-    micro_batch = micro_batch_size(chosen.batch_size, processes=group.count, accumulation=settings.accumulation)
+    note = on_note if on_note is not None and processes.main else _silent
+    micro_batch = micro_batch_size(chosen.batch_size, processes=processes.count, accumulation=settings.accumulation)
     steps = steps_in_epoch(len(data), chosen.batch_size)
-    layout = run_layout(settings, group)
-    with folder.locked() if group.main else nullcontext():
+    layout = run_layout(settings, processes)
+    with folder.locked() if processes.main else nullcontext():
         folder.check(identity, resume=resume, overwrite=overwrite)
         resume = resume and folder.holds_run()
-        group.wait()  # nobody writes before all have looked
+        processes.wait()  # nobody writes before all have looked
         state = folder.read_last() if resume else None
         if resume and (changed := differences(folder.stored_metadata().get("layout", {}), layout)):
             note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
         if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
             note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
             stored = folder.stored_metadata()
-            if group.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
+            if processes.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
                 folder.write_metadata({**stored, "state": "complete"})
             return
 
         scores = scorer()
         data.prepare()
-        stepper = Stepper(build(state is None), settings, group, steps, micro_batch)
+        stepper = Stepper(build(state is None), settings, processes, steps, micro_batch)
         metadata = run_metadata(
             {}, state="running", identity=identity, layout=layout, settings=settings.metadata(), images=source
         )
@@ -141,8 +141,8 @@ def _batches(data: EpochData, stepper: Stepper, recorder: Recorder, epoch: int, 
             epoch,
             micro_batch=micro_batch,
             accumulation=stepper.settings.accumulation,
-            process=stepper.group.rank,
-            processes=stepper.group.count,
+            process=stepper.processes.rank,
+            processes=stepper.processes.count,
             skip_steps=recorder.step - epoch * stepper.steps_per_epoch,
         )
     except OSError as error:

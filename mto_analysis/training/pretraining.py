@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mto_analysis.images import TrainingData
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.initial import InitialWeights
-from mto_analysis.training.loop import open_group, train
+from mto_analysis.training.loop import open_processes, train
 from mto_analysis.training.methods import Method, build_method
 from mto_analysis.training.scoring import EvaluationScorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
@@ -65,7 +65,7 @@ def pretrain(
         ValueError: If the batch cannot be shared out, or a setting does not fit the machine.
     """
     settings = settings or RunSettings()
-    group = open_group(settings)
+    processes = open_processes(settings)
     data = TrainingData(
         images,
         recipe.augmentation(),
@@ -73,7 +73,7 @@ def pretrain(
         recipe.patch_size,
         seed=settings.seed,
         num_workers=settings.num_workers,
-        device=group.device,
+        device=processes.device,
         on_broken=on_broken,
         in_memory=settings.in_memory,
         strict=strict,
@@ -82,7 +82,7 @@ def pretrain(
     def build(begins: bool) -> Method:
         start = InitialWeights(settings.init) if begins and settings.init is not None else None
         method = build_method(recipe, seed=settings.seed, start=start)
-        if start is not None and on_note is not None and group.main:
+        if start is not None and on_note is not None and processes.main:
             for line in start.notes:
                 on_note(line)
         return method
@@ -92,10 +92,10 @@ def pretrain(
         build,
         recipe,
         data,
-        lambda: EvaluationScorer(settings, group, evaluate),
+        lambda: EvaluationScorer(settings, processes, evaluate),
         RunFolder(folder),
         settings,
-        group,
+        processes,
         identity=run_identity(settings, images, **own),
         resume=resume,
         overwrite=overwrite,

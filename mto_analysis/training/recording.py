@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, metadata: Mapping[str, Any]) -> None:
         self.folder, self.stepper, self.scorer, self.metadata = folder, stepper, scorer, metadata
-        self.method, self.settings, self.group = stepper.method, stepper.settings, stepper.group
+        self.method, self.settings, self.processes = stepper.method, stepper.settings, stepper.processes
         #: Optimizer steps that are done, and the seconds of training they took.
         self.step, self.seconds = 0, 0.0
         #: The loss of the last step that was looked at.
@@ -63,14 +63,14 @@ class Recorder:
 
     def begin(self, *, resume: bool) -> None:
         """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for."""
-        if self.group.main:
+        if self.processes.main:
             self.folder.claim(self.metadata, self.method.files(), resume=resume)
             self._metrics.cut_back(self.step)
             self._curves.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
         self._boards = Boards(
             self.folder.path,
-            tensorboard=self.settings.tensorboard and self.group.main,
-            wandb=self.settings.wandb if self.group.main else None,
+            tensorboard=self.settings.tensorboard and self.processes.main,
+            wandb=self.settings.wandb if self.processes.main else None,
             step=self.step,
             config=self.metadata["identity"],
         )
@@ -96,7 +96,7 @@ class Recorder:
     def _look(self) -> None:
         """Bring the losses of the last steps to the CPU, averaged over processes, and check them."""
         names = list(self._pending[0])
-        values = self.group.mean(torch.stack([torch.stack(list(each.values())) for each in self._pending]))
+        values = self.processes.mean(torch.stack([torch.stack(list(each.values())) for each in self._pending]))
         first = self.step - len(self._pending) + 1
         self._pending.clear()
         for step, row in enumerate(values.tolist(), start=first):
@@ -121,7 +121,7 @@ class Recorder:
         """Write a row of ``metrics.csv``: means since the row before, and what was measured in this step."""
         norm = math.nan if result.grad_norm is None else float(result.grad_norm)
         shown = torch.tensor([*result.measured.values(), norm], dtype=torch.float64)
-        *values, norm_mean = self.group.mean(shown).tolist()
+        *values, norm_mean = self.processes.mean(shown).tolist()
         measured = dict(zip(result.measured, values, strict=True))
         self._epoch_means.add({name: value for name, value in measured.items() if "heterogeneity" in name})
         row = {**self._window.means(), **measured, "lr": result.learning_rate, "grad_norm": norm_mean, **speed}
@@ -139,7 +139,7 @@ class Recorder:
         kept = (keep is not None and epoch % keep == 0) or epoch == epochs
         if kept or epoch % self.settings.save_every == 0:
             self.save(self.seconds, kept=kept)
-        if epoch == epochs and self.group.main:
+        if epoch == epochs and self.processes.main:
             self.folder.write_metadata({**self.metadata, **run_metadata({}), "state": "complete"})
         return EpochRecord(
             epoch=epoch,
@@ -188,7 +188,7 @@ class Recorder:
                     "epoch_means": self._epoch_means.state(),
                 }
                 write_checkpoint(self.folder.last, {**content, "resume": resume})
-        self.group.wait()
+        self.processes.wait()
 
     def _score(self, epoch: int) -> Mapping[str, float | None]:
         """Evaluate, and write the point of the curve."""
@@ -201,7 +201,7 @@ class Recorder:
             "protocol": self.scorer.protocol,
             "hours": self.seconds / 3600,
         }
-        if self.group.main and self.scorer.protocol is not None:
+        if self.processes.main and self.scorer.protocol is not None:
             self._curves.append(row, list(row))
         return scores
 
@@ -219,7 +219,7 @@ class Recorder:
             "step": self.step,
             **values,
         }
-        if self.group.main:
+        if self.processes.main:
             self._metrics.append(row, list(dict.fromkeys([*row, *self.scorer.columns])))
             if self._boards is not None:
                 self._boards.add(row, self.step)

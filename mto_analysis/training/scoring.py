@@ -46,23 +46,23 @@ class EvaluationScorer(Scorer):
 
     Args:
         settings: The run's; its evaluation is used where no other is given. Images are opened at once.
-        group: The processes of the run.
+        processes: The processes of the run.
         given: Another evaluation: the model's score.
     """
 
     def __init__(
-        self, settings: RunSettings, group: Processes, given: Callable[[MaskedImageModel], float] | None = None
+        self, settings: RunSettings, processes: Processes, given: Callable[[MaskedImageModel], float] | None = None
     ) -> None:
         evaluation = settings.evaluation
         self.protocol = evaluation.protocol if evaluation is not None else "own"
         self.every = evaluation.every if evaluation is not None else 1
-        self._group, self._score, self._shared = group, given, False
+        self._processes, self._score, self._shared = processes, given, False
         if given is None and evaluation is not None:
             from mto_analysis.training.evaluation import Evaluator
 
             self._evaluator = Evaluator(evaluation, num_workers=settings.num_workers)
             self._score = self._evaluator.score
-            self._shared = group.count > 1 and not settings.fsdp
+            self._shared = processes.count > 1 and not settings.fsdp
 
     @property
     def wanted(self) -> bool:
@@ -78,12 +78,12 @@ class EvaluationScorer(Scorer):
         if self._score is None:
             raise ValueError("the run has no evaluation")
         training = trained.method.training
-        devices = [self._group.device] if self._group.device.type == "cuda" else []
+        devices = [self._processes.device] if self._processes.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._shared:
-                score = self._evaluator.score(trained.method.probed, processes=self._group)
+                score = self._evaluator.score(trained.method.probed, processes=self._processes)
             else:
                 model = trained.whole_probed()
-                score = float(self._group.shared(self._score(model) if model is not None else 0.0))
+                score = float(self._processes.shared(self._score(model) if model is not None else 0.0))
         trained.method.train(training)
         return {"score": score}

@@ -299,12 +299,12 @@ def run_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return list(dict.fromkeys(_REPLACED if line.startswith(replaced) else line for line in lines))
 
 
-def run_layout(settings: RunSettings, group: Processes) -> dict[str, Any]:
+def run_layout(settings: RunSettings, processes: Processes) -> dict[str, Any]:
     """What a run's result depends on in its last digits only."""
     return {
-        "processes": group.count,
+        "processes": processes.count,
         "accumulation": settings.accumulation,
-        "device": group.device.type,
+        "device": processes.device.type,
         "threads": torch.get_num_threads(),
         **{name: getattr(settings, name) for name in ("compile", "gradient_checkpointing", "deterministic")},
         "torch": torch.__version__,

@@ -46,7 +46,7 @@ class Stepper(Assembly):
             step: Optimizer steps taken before, over the whole run.
             watch: Also measure H of every layer, the terms of MTO and the norm of the gradient.
         """
-        device = self.group.device
+        device = self.processes.device
         count = self.settings.accumulation
         rate = self.method.rate(step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -54,7 +54,7 @@ class Stepper(Assembly):
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         measured: dict[str, float] = {}
-        with self._kernels(), self._products(), step_randomness(self.settings.seed, step, self.group.rank, device):
+        with self._kernels(), self._products(), step_randomness(self.settings.seed, step, self.processes.rank, device):
             for number in range(count):
                 batch = next(batches)
                 last = number == count - 1
@@ -92,7 +92,7 @@ class Stepper(Assembly):
 
     def _products(self) -> contextlib.AbstractContextManager[None]:
         """Float32 by the faster library; compiled code has chosen its own."""
-        return contextlib.nullcontext() if self.settings.compile else fast_float32(self.group.device)
+        return contextlib.nullcontext() if self.settings.compile else fast_float32(self.processes.device)
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mto_analysis.training.evaluation.augmented import AugmentedData, LabelledBa
 from mto_analysis.training.evaluation.classifier import Classifier, build_classifier, build_optimizer
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, normalized
-from mto_analysis.training.loop import open_group, train
+from mto_analysis.training.loop import open_processes, train
 from mto_analysis.training.methods import METHODS
 from mto_analysis.training.objective import Objective
 from mto_analysis.training.scoring import Scorer
@@ -110,24 +110,24 @@ class TestAccuracy(Scorer):
 
     def score(self, trained: Assembly) -> Mapping[str, float | None]:
         """The accuracy of the classifier, or of its moving average where there is one."""
-        classifier, group, labels = trained.method.student, trained.group, self._test.labels
+        classifier, processes, labels = trained.method.student, trained.processes, self._test.labels
         if trained.ema is not None:
             classifier = trained.ema.module
         for buffer in classifier.buffers():  # statistics of a batch norm are each process's own
-            group.spread(buffer)
+            processes.spread(buffer)
         size, info, num_classes = self._test.batch_size, classifier.encoder.info, classifier.num_classes
         crop_pct = classifier.crop_pct
         right = torch.zeros(2, dtype=torch.float64)
         training = trained.method.training
         trained.method.eval()
-        with torch.no_grad(), fast_float32(group.device), trained.autocast():
-            for number, images in self._test.batches(info, group.rank, group.count, crop_pct=crop_pct):
-                batch = labels[number * size : (number + 1) * size, None].to(group.device)
-                logits = classifier(normalized(images.to(group.device), info)).float()
+        with torch.no_grad(), fast_float32(processes.device), trained.autocast():
+            for number, images in self._test.batches(info, processes.rank, processes.count, crop_pct=crop_pct):
+                batch = labels[number * size : (number + 1) * size, None].to(processes.device)
+                logits = classifier(normalized(images.to(processes.device), info)).float()
                 hits = logits.topk(min(5, num_classes), dim=1).indices == batch
                 right += torch.stack([hits[:, :1].sum(), hits.sum()]).cpu()
         trained.method.train(training)
-        top1, top5 = (group.mean(right) * group.count * 100 / len(labels)).tolist()
+        top1, top5 = (processes.mean(right) * processes.count * 100 / len(labels)).tolist()
         return {"score": top1, "top5": top5 if num_classes > 5 else None}
 
 
@@ -171,12 +171,12 @@ def train_classifier(
         ValueError: If the batch cannot be shared out, or mixup has no pairs.
     """
     run = run or RunSettings()
-    group = open_group(run)
+    processes = open_processes(run)
     num_classes = check_classes(train_images, test_images)
     batch_size = settings.batch_size
-    accumulation = accumulation_for(batch_size, processes=group.count, micro_batch=micro_batch)
+    accumulation = accumulation_for(batch_size, processes=processes.count, micro_batch=micro_batch)
     run = replace(run, accumulation=accumulation, ema=settings.ema)
-    micro_batch = micro_batch_size(batch_size, processes=group.count, accumulation=accumulation)
+    micro_batch = micro_batch_size(batch_size, processes=processes.count, accumulation=accumulation)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
         raise ValueError(f"mixup and cutmix pair the images of a micro-batch, which must be even, got {micro_batch}")
     data = AugmentedData(
@@ -186,7 +186,7 @@ def train_classifier(
         num_classes,
         seed=run.seed,
         num_workers=run.num_workers,
-        device=group.device,
+        device=processes.device,
     )
     chosen = choose_images(train_images.images, [train_images.images.names[row] for row in train_images.rows])
     yield from train(
@@ -196,7 +196,7 @@ def train_classifier(
         lambda: TestAccuracy(test_images, test_every),
         RunFolder(folder, final="classifier.pth"),
         run,
-        group,
+        processes,
         identity=run_identity(run, chosen, classifier=settings.to_dict(), weights=_fingerprint(model)),
         resume=not overwrite,
         overwrite=overwrite,
