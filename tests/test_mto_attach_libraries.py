@@ -103,10 +103,7 @@ class LightlyMAE(nn.Module):
         super().__init__()
         modules = installed("lightly.models.modules")
         if kind == "current":
-            vit = installed("timm").create_model(
-                "vit_tiny_patch16_224", img_size=SIDE, patch_size=PATCH, embed_dim=16, depth=1, num_heads=2
-            )
-            self.backbone = modules.MaskedVisionTransformerTIMM(vit=vit)
+            self.backbone = timm_backbone(depth=1)
             self.embed, self.predict = nn.Linear(16, 12), nn.Linear(12, PATCH * PATCH * 3)
             self.decoder = modules.MaskedVisionTransformerDecoderTIMM(16, embed_dim=12, depth=2, num_heads=2)
         else:
@@ -130,29 +127,34 @@ class LightlyMAE(nn.Module):
             whole = utils.repeat_token(self.decoder.mask_token, (len(images), 17))
             whole = utils.set_at_index(whole, keep, self.decoder.embed(x).to(whole.dtype))
             out = self.decoder.predict(self.decoder.decode(whole))
-        mask = torch.zeros(len(images), 17, dtype=torch.bool).scatter_(1, masked, True)[:, 1:]
+        mask = mask_of(masked)
         return (out[:, 1:] - patches_of(images))[mask].square().mean(), mask
 
 
 class LightlySimMIM(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        modules = installed("lightly.models.modules")
-        if kind == "timm":
-            vit = installed("timm").create_model(
-                "vit_tiny_patch16_224", img_size=SIDE, patch_size=PATCH, embed_dim=16, depth=2, num_heads=2
-            )
-            self.backbone = modules.MaskedVisionTransformerTIMM(vit=vit)
-        else:
-            self.backbone = torchvision_backbone()
+        self.backbone = timm_backbone(depth=2) if kind == "timm" else torchvision_backbone()
         self.head = nn.Linear(16, PATCH * PATCH * 3)
 
     def forward(self, images):
         utils = installed("lightly.models").utils
         _, masked = utils.random_token_mask((len(images), 17), mask_ratio=0.6, device=images.device)
         out = self.head(self.backbone.encode(images, idx_mask=masked))
-        mask = torch.zeros(len(images), 17, dtype=torch.bool).scatter_(1, masked, True)[:, 1:]
+        mask = mask_of(masked)
         return (out[:, 1:] - patches_of(images))[mask].abs().mean(), mask
+
+
+def mask_of(masked):
+    """The mask of patches from indices of masked tokens, of which the first is the class token."""
+    return torch.zeros(len(masked), 17, dtype=torch.bool).scatter_(1, masked, True)[:, 1:]
+
+
+def timm_backbone(depth):
+    modules, timm = installed("lightly.models.modules"), installed("timm")
+    small = {"embed_dim": 16, "depth": depth, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=PATCH, **small)
+    return modules.MaskedVisionTransformerTIMM(vit=vit)
 
 
 def torchvision_backbone():
