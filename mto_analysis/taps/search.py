@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,8 +195,7 @@ def _masked_row(model: nn.Module, token: str, several: Sequence[Tensor], blocks:
 
 def _learned(model: nn.Module, path: str, count: int) -> Tensor:
     """The mask tokens at a path, ``num_tokens dim``."""
-    owner, _, name = path.rpartition(".")
-    found = getattr(model.get_submodule(owner), name)
+    found = _at(model, path)
     if isinstance(found, nn.ParameterList):
         found = torch.cat([found[index].flatten(0, -2) for index in range(count)])
     found = found.weight if isinstance(found, nn.Module) else found
@@ -225,11 +225,9 @@ def _position_rows(tensor: Tensor, width: int) -> Tensor:
     return tensor.reshape(-1, width) if tensor.shape[-1] == width else tensor[0].flatten(1).mT
 
 
-def _at(model: nn.Module, path: str) -> Tensor:
+def _at(model: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
-    found = getattr(model.get_submodule(owner), name)
-    assert isinstance(found, Tensor)
-    return found
+    return getattr(model.get_submodule(owner), name)
 
 
 def _shared(path: str, other: str) -> int:
