@@ -12,7 +12,7 @@ The rules, in this order:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,8 +57,9 @@ def series_of(document: Document) -> list[Series]:
             for name, each in metrics.items()
         }
     unmarked = document.unmarked or document.format.unmarked or _unmarked_split(metrics.values())
+    known = set(metrics.values())
     metrics = {
-        name: each if each.split or each.kind == "score" else each.of(_split_beside(each, metrics.values()) or unmarked)
+        name: each if each.split or each.kind == "score" else each.of(_split_beside(each, known) or unmarked)
         for name, each in metrics.items()
     }
     plain = [Series(name, name, metrics[name]) for name in names]
@@ -77,7 +78,7 @@ def series_of(document: Document) -> list[Series]:
     ]
 
 
-def _split_beside(metric: Metric, others: Collection[Metric]) -> str | None:
+def _split_beside(metric: Metric, others: Set[Metric]) -> str | None:
     """What comes with and without ``val_`` is of training images where it comes without; unless these come too."""
     splits = {split for split in ("train", "val", "test") if metric.of(split) in others}
     return "train" if splits and "train" not in splits else None
@@ -123,8 +124,8 @@ def _eligible(document: Document, lower: bool) -> list[Series]:
         each for each in series_of(document)
         if each.method is None and not each.metric.best and not each.metric.batch and each.metric.split != "train"
     ]  # fmt: skip
-    for kinds in (("error",), ("loss",)) if lower else (("accuracy",), ("score",)):
-        kept = [each for each in found if each.metric.kind in kinds and each.metric.rank in (None, 1)]
+    for kind in ("error", "loss") if lower else ("accuracy", "score"):
+        kept = [each for each in found if each.metric.kind == kind and each.metric.rank in (None, 1)]
         kept = _preferred(kept, lambda each: _usable(document, each))
         kept = _preferred(kept, lambda each: each.metric.split is not None)
         kept = _preferred(kept, lambda each: each.metric.weights == "model")
@@ -174,7 +175,7 @@ def _named(document: Document, request: Request) -> Series:
 
 
 def _all_names(document: Document) -> str:
-    return ", ".join(dict.fromkeys(each for each in document.columns.names)) or "none"
+    return ", ".join(dict.fromkeys(document.columns.names)) or "none"
 
 
 def choose(documents: Sequence[Document], requests: Sequence[Request]) -> tuple[list[Series], list[Finding]]:
@@ -197,8 +198,10 @@ def choose(documents: Sequence[Document], requests: Sequence[Request]) -> tuple[
         ]
     findings: list[Finding] = []
     for document, series, request in zip(documents, options, requests, strict=True):
-        if len(series) > 1 or (document.format.ask and request.score is None and _asked(document)):
-            names = ", ".join(repr(each.name) for each in (series if len(series) > 1 else _accuracies(document)))
+        asked = document.format.ask and request.score is None
+        several = _accuracies(document) if asked and len(series) == 1 else series
+        if len(several) > 1:
+            names = ", ".join(repr(each.name) for each in several)
             raise DataError(
                 f"{document.file}: it has {names}, and nothing tells which is meant; name one with --score-column"
                 " (or for this log alone with --log 'NAME=FILE[score=...]')"
@@ -211,10 +214,6 @@ def choose(documents: Sequence[Document], requests: Sequence[Request]) -> tuple[
 
 def _accuracies(document: Document) -> list[Series]:
     return [each for each in series_of(document) if each.metric.is_top1 and each.method is None]
-
-
-def _asked(document: Document) -> bool:
-    return len(_accuracies(document)) > 1
 
 
 def _identity(series: Series) -> tuple[object, ...]:
@@ -303,9 +302,9 @@ def _refuse_different(
     """
     findings: list[Finding] = []
     for other in range(1, len(chosen)):
-        if all(_comparable(documents, chosen, (first, other)) for first in range(other)):
+        first = next((at for at in range(other) if not _comparable(documents, chosen, (at, other))), None)
+        if first is None:
             continue
-        first = next(first for first in range(other) if not _comparable(documents, chosen, (first, other)))
         one, two = (f"{documents[at].file} has {chosen[at].name!r}" for at in (first, other))
         if requests[first].own or requests[other].own:
             findings.append(Finding(documents[other].file, None, f"{two}, {one}: different metrics, as asked"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 from mto_analysis.rauc.logs.provenance import AxisKind, ScoreKind
@@ -43,10 +43,15 @@ _NEUTRAL = {
 #: Columns whose values say of which split (or weights) a row is.
 MODE_COLUMNS = {"mode", "split", "phase", "stage", "subset", "partition", "set", "weights", "ema", "is_ema", "use_ema"}
 
-_EPOCHS = re.compile("(current_|cur_|trainer_|train_|num_|n_)?epochs?(_num|_number|_id|_idx|_index)?|ep")
-_STEPS = re.compile("(global_|trainer_global_|train_global_|train_|num_)?(steps?|iters?|iterations?|updates?)|it|itr")
-_IMAGES = re.compile("(num_|n_|seen_)?(images|samples|examples)(_seen)?")
-_HOURS = re.compile("hours?")
+_AXES: dict[AxisKind, re.Pattern[str]] = {
+    "epochs": re.compile("(current_|cur_|trainer_|train_|num_|n_)?epochs?(_num|_number|_id|_idx|_index)?|ep"),
+    "steps": re.compile(
+        "(global_|trainer_global_|train_global_|train_|num_)?(steps?|iters?|iterations?|updates?)|it|itr"
+    ),
+    "images": re.compile("(num_|n_|seen_)?(images|samples|examples)(_seen)?"),
+    "hours": re.compile("hours?"),
+}
+_JOINED = re.compile(rf"({'|'.join(_SPLIT_OF)})(acc|accuracy|loss|err|error|top|prec)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Metric:
     best: bool = False
     batch: bool = False
     percent: bool = False
-    rest: tuple[str, ...] = field(default=())
+    rest: tuple[str, ...] = ()
 
     @property
     def is_top1(self) -> bool:
@@ -109,7 +114,7 @@ def words_of(name: str) -> list[str]:
             found.append(word)
             continue
         letters = word.rstrip("0123456789")
-        joined = re.fullmatch(rf"({'|'.join(_SPLIT_OF)})(acc|accuracy|loss|err|error|top|prec)", letters)
+        joined = _JOINED.fullmatch(letters)
         found += [*(joined.groups() if joined else (letters,)), *([word[len(letters) :]] if word != letters else [])]
     return [word for word in found if word]
 
@@ -161,11 +166,8 @@ def metric_of(name: str) -> Metric:
             rest.append(word)
     if {"squared", "absolute", "reconstruction"} & set(rest) and "error" in kinds:
         kinds = {"loss"}
-    kind: ScoreKind = "other"
-    for one in ("loss", "error", "accuracy", "score"):
-        if one in kinds:
-            kind = one
-            break
+    known: tuple[ScoreKind, ...] = ("loss", "error", "accuracy", "score")
+    kind: ScoreKind = next((one for one in known if one in kinds), "other")
     percent = "%" in name or bool({"percent", "pct"} & set(words))
     return Metric(kind, rank, split, weights, best, batch, percent, () if kind == "score" else tuple(rest))
 
@@ -178,8 +180,7 @@ def axis_of(name: str) -> AxisKind | None:
         ('epochs', 'steps', None)
     """
     plain = "_".join(re.findall(r"[a-z]+|\d+", name.strip().lower()))
-    kinds: dict[AxisKind, re.Pattern[str]] = {"epochs": _EPOCHS, "steps": _STEPS, "images": _IMAGES, "hours": _HOURS}
-    return next((kind for kind, names in kinds.items() if names.fullmatch(plain)), None)
+    return next((kind for kind, names in _AXES.items() if names.fullmatch(plain)), None)
 
 
 def split_of_run(name: str) -> str | None:
