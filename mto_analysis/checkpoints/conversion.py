@@ -15,7 +15,16 @@ from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
-__all__ = ["Conversion", "Given", "StateDict", "block_numbers", "build", "check_finite", "zero_biases"]
+__all__ = [
+    "Conversion",
+    "Given",
+    "StateDict",
+    "block_numbers",
+    "build",
+    "check_finite",
+    "some_names",
+    "zero_biases",
+]
 
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -280,9 +289,9 @@ def build(conversion: Conversion, *, materialize: bool = True, copy: bool = Fals
     _add_zero_biases(state, expected)
     problems = []
     if missing := [name for name in expected if name not in state.tensors]:
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some_names(missing)}")
     if unknown := [state.origin[name] for name in state.tensors if name not in expected]:
-        problems.append(f"unknown: {_some(unknown)}")
+        problems.append(f"unknown: {some_names(unknown)}")
     for name, shape in expected.items():
         if name in state.tensors and tuple(state.tensors[name].shape) != shape:
             have = list(state.tensors[name].shape)
@@ -341,6 +350,12 @@ def check_finite(state: StateDict) -> None:
             raise CheckpointError(f"{state.origin[name]} holds values that are not finite; the file is damaged")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def some_names(names: Sequence[str], most: int = _LISTED) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> some_names(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -144,15 +144,16 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
         notes += ("attention heads double with each stage, as in the published models: the file does not say",)
     if not config:
         notes += (f"{_PUBLISHED}, as in the published models: the file does not say",)
+    stated_ratio = ratio(config)
     info = ModelInfo(
         family="hiera",
         style="decoder",
         image_size=model.image_size,
         patch_size=model.patch_size,
-        mask_rule=MaskRule("block", ratio(config) or _RATIO, model.unit_px),
+        mask_rule=MaskRule("block", stated_ratio or _RATIO, model.unit_px),
         target="pixels" if config.get("normalize_pixel_loss") is False else "normalized_pixels",
         criterion="l2",
-        mask_rule_source="file" if ratio(config) else "published Hiera",
+        mask_rule_source="file" if stated_ratio else "published Hiera",
         assumptions=notes,
     )
     return Conversion(Hiera, model, info, state)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, some_names
 from mto_analysis.checkpoints.metadata import whole
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -242,8 +242,7 @@ def _loaded(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[kind])
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            problems.append(f"{kind.removesuffix('_keys')}: {', '.join(names[:_LISTED])}{more}")
+            problems.append(f"{kind.removesuffix('_keys')}: {some_names(names, _LISTED)}")
     if problems:
         raise CheckpointError(f"the weights are not those of a {cls.__name__}; {'; '.join(problems)}")
     return model.eval()

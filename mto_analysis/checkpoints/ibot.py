@@ -52,8 +52,8 @@ def _student(raw: RawCheckpoint) -> StateDict:
     state = StateDict(dict(raw.tensors))
     state.drop(r"(backbone\.)?head\..*")
     state.rename((r"^backbone\.", ""), (r"^masked_embed$", "mask_token"))
-    if state.shape("mask_token", 2):
-        state.tensors["mask_token"] = state.tensors["mask_token"].unsqueeze(0)
+    state.shape("mask_token", 2)  # refuses another one
+    state.tensors["mask_token"] = state.tensors["mask_token"].unsqueeze(0)
     return state
 
 

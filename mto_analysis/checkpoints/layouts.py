@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mto_analysis.checkpoints.beit import convert_beit, convert_beit_v2, convert_conmim, convert_eva02, convert_hf_beit
 from mto_analysis.checkpoints.bootmae import convert_bootmae
 from mto_analysis.checkpoints.cae import convert_cae, convert_mm_cae
-from mto_analysis.checkpoints.conversion import Conversion, Given
+from mto_analysis.checkpoints.conversion import Conversion, Given, some_names
 from mto_analysis.checkpoints.hiera import convert_hf_hiera, convert_hiera
 from mto_analysis.checkpoints.hierarchical import convert_greenmim, convert_hivit, convert_ijepa, convert_mcmae
 from mto_analysis.checkpoints.huggingface import architecture, convert_library
@@ -305,6 +305,5 @@ def _found(raw: RawCheckpoint) -> str:
     """What a file that is not read holds, as far as its tensor names tell."""
     if tokens := _mask_tokens(raw):
         return f"it holds {', '.join(tokens[:2])}: measure the model live with mto_analysis.training.watch_mto"
-    listed = sorted(raw.tensors)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return f"none of its tensors is named mask_token or masked_embed; it holds {', '.join(listed[:_LISTED])}{more}"
+    listed = some_names(sorted(raw.tensors), _LISTED)
+    return f"none of its tensors is named mask_token or masked_embed; it holds {listed}"
