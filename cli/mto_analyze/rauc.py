@@ -161,8 +161,8 @@ def rauc(
         typer.echo(json.dumps(content, indent=2))
     else:
         typer.echo(as_text(comparisons, tasks, form, table.axis))
-        for one in table.provenance:  # a part of the text, beside which other formats stay readable by machines
-            typer.echo(f"read {one}", err=form is not Format.TEXT) if not quiet else None
+        for one in () if quiet else table.provenance:  # a part of the text; other formats stay readable by machines
+            typer.echo(f"read {one}", err=form is not Format.TEXT)
         own = [one.notes for one in comparisons] + [one.notes for one in tasks]
         for text in dict.fromkeys([*found, *(text for notes in own for text in notes)]):
             note(f"note: {text}", quiet=quiet)
@@ -241,7 +241,7 @@ def windows_given(starts: list[float], ends: list[float]) -> list[tuple[float, f
         raise typer.BadParameter("needs --end; --end alone starts at the first common epoch", param_hint="--start")
     if len(starts) != len(ends) and min(len(starts), len(ends)) != 1:
         raise typer.BadParameter(f"{len(starts)} starts and {len(ends)} ends do not pair", param_hint="--start, --end")
-    count = max(len(starts), len(ends), 0)
+    count = max(len(starts), len(ends))
     windows = list(
         zip(starts * (count if len(starts) == 1 else 1), ends * (count if len(ends) == 1 else 1), strict=True)
     )
@@ -287,9 +287,8 @@ def as_text(comparisons: list[Comparison], tasks: list[Aggregates], form: Format
         for one in comparisons
         if one.reason
     ]
-    few = len(comparisons) <= 3
     parts = [render(table1(comparisons), form.value, title="RAUC (S1, S2; E1, E2)", notes=undefined)]
-    if few:
+    if len(comparisons) <= 3:
         parts.append(render(details(comparisons, axis), form.value))
     for one in tasks:
         title = f"Over {len(one.tasks)} tasks, {axis} {one.start:g} to {one.end:g}"

@@ -259,9 +259,9 @@ def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tup
     undefined = [one for one in comparisons if one.rauc is None and one.group in groups]
     if undefined:
         one = undefined[0]
-        task = ", ".join(one.group.values())
         notes.append(
-            f"there is no RAUC over all tasks: {one.target} / {one.baseline} has none on {task} ({one.reason})"
+            f"there is no RAUC over all tasks: {one.target} / {one.baseline} has none on {_task(one.group)}"
+            f" ({one.reason})"
         )
     else:
         measured += [_Measured("RAUC", name, name, [tasks], _of_baseline) for name, tasks in gains.items()]
@@ -288,13 +288,18 @@ def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tup
     )
 
 
+def _task(group: Mapping[str, str]) -> str:
+    """Name of the task that a group is."""
+    return ", ".join(group.values())
+
+
 def _shared_groups(
     comparisons: Sequence[Comparison], pairs: Sequence[tuple[str, str]]
 ) -> tuple[list[Mapping[str, str]], list[str]]:
     """Groups in which every pair was compared, and a note on those in which only some were."""
     of_pair = [[one.group for one in comparisons if (one.baseline, one.target) == pair] for pair in pairs]
     shared = [group for group in of_pair[0] if all(group in groups for groups in of_pair)]
-    others = {", ".join(group.values()) for groups in of_pair for group in groups if group not in shared}
+    others = {_task(group) for groups in of_pair for group in groups if group not in shared}
     return shared, [f"tasks that some methods lack were left out: {', '.join(sorted(others))}"] if others else []
 
 
@@ -308,7 +313,7 @@ def _scores(
         [
             {
                 "method": method,
-                "task": ", ".join(group.values()),
+                "task": _task(group),
                 "seed": seed,
                 "final_score": score_at(run, window[1], interpolate=True),
                 "area": area(run, *window, interpolate=True),

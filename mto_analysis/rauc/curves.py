@@ -247,15 +247,15 @@ def read_curves(
             seed_column=seed_column, groups=tuple(groups), axis_column=axis_column,
         )  # fmt: skip
         which = source.run or run
-        rows = _named(log, source, methods, None if which is None or _as_number(which) is not None else str(which))
+        number = _as_number(which)
+        rows = _named(log, source, methods, None if which is None or number is not None else str(which))
         if "" in rows["method"].cat.categories:
             blank = np.asarray(rows["method"] == "")
             findings += grouped(log.file, rows["line"][blank], "skipped: a row without a method")
             rows = rows[~blank]
         if rows.empty:
             continue
-        said: Unit = source.unit or unit
-        said, found = _unit_of(log, said, lower_is_better)
+        said, found = _unit_of(log, source.unit or unit, lower_is_better)
         per_epoch = source.steps_per_epoch or steps_per_epoch
         if log.axis != "steps":
             if source.steps_per_epoch is not None:
@@ -263,7 +263,6 @@ def read_curves(
             per_epoch = None
         if per_epoch is not None:
             rows = rows.assign(epoch=_epochs_of_steps(rows["epoch"].to_numpy(), per_epoch))
-        number = _as_number(which)
         frame, more, fraction = tidy(log, rows, groups=groups, unit=said, run=number, must=source.run is not None)
         if lower_is_better:
             frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
