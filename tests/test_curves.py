@@ -227,3 +227,13 @@ def test_read_curves__a_run_that_is_asked_for_must_be_there(tmp_path):
     assert any("a row without a method" in str(one) for one in read_curves([tmp_path / "b.csv"]).findings)
     with pytest.raises(DataError, match="there is no run 'C'; it has A, B"):
         read_curves([Source(tmp_path / "b.csv", run="C")])
+
+
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_read_curves__completed_epochs_do_not_depend_on_the_order_of_logs(tmp_path, order):
+    epochs = {"a": range(100), "b": range(101), "c": range(1, 101)}
+    for name, places in epochs.items():
+        (tmp_path / f"{name}.csv").write_text(rows(" ".join(f"{name},{place},{60 + place / 100}" for place in places)))
+    logs = [Source.parse(f"{tmp_path / name}.csv" + ("[first-epoch=0]" if name == "c" else "")) for name in order]
+    curves = read_curves(logs).frame.groupby("method", observed=True)["epoch"]
+    assert {name: (of.min(), of.max()) for name, of in curves} == {"a": (1, 100), "b": (1, 101), "c": (2, 101)}

@@ -93,12 +93,15 @@ def count_alike(logs: Sequence[Counted], epochs: EpochCount) -> tuple[float, lis
 def _completed(logs: Sequence[Counted]) -> list[Finding]:
     """Add 1 to the epochs of logs that count from 0, in place."""
     findings = []
-    kinds = {log.evident() for log in logs}
-    for log in logs:
+    # As they are written: what one log shows may not depend on whether another was changed before it.
+    shown = [log.evident() for log in logs]
+    mixed = len(set(shown)) + any(log.first == 0 for log in logs) > 1
+    ends = {log.last for log, first in zip(logs, shown, strict=True) if first == 1}
+    for log, first in zip(logs, shown, strict=True):
         if log.first == 0:
             log.frame["epoch"] += 1
-        elif log.first is None and log.evident() == 0 and len(kinds) + any(each.first == 0 for each in logs) > 1:
-            if any(other.evident() == 1 and other.last == log.last for other in logs):
+        elif log.first is None and first == 0 and mixed:
+            if log.last in ends:
                 findings.append(
                     Finding(log.file, None, "epoch 0 is taken as before training; [first-epoch=0] denies it")
                 )
