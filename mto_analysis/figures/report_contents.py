@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES, DEMO_MASKS, DemoTables
 from mto_analysis.figures.report import ReportContents
 from mto_analysis.images import Images, choose_images, open_images
+from mto_analysis.images.interface import spread_rows
 from mto_analysis.masks import load_masks
 from mto_analysis.models import ModelInfo
 from mto_analysis.probe.explore import MAX_PATCHES, Explored, explore_shown
@@ -53,8 +54,7 @@ def _spread(request: Request, count: int) -> Images:
     """So many of the measured images, spread evenly; broken ones are not among them."""
     names = [request.images.names[row] for row in request.settings.rows(request.images)]
     measured = [name for name in names if name not in request.broken]
-    count = min(count, len(measured))
-    return choose_images(request.images, [measured[index * len(measured) // count] for index in range(count)])
+    return choose_images(request.images, [measured[row] for row in spread_rows(len(measured), count)])
 
 
 def look_at(shown: ShownModel) -> tuple[list[Explored], list[Reconstruction]]:

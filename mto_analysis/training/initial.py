@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import load_checkpoint, open_checkpoint
+from mto_analysis.checkpoints.conversion import some_names
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel
@@ -18,7 +19,6 @@ __all__ = ["InitialWeights"]
 
 #: Of a config, but held by tensors of the checkpoint or by other parts of the model than those that are read.
 _NO_ARCHITECTURE = ("layer_scale", "feature_dim")
-_LISTED = 6
 
 
 class InitialWeights:
@@ -55,12 +55,12 @@ class InitialWeights:
             if tuple(tensor.shape) != shapes.get(name)
         ]
         if odd:
-            raise CheckpointError(f"{self.source} is not of the recipe's architecture: {_some(odd)}")
+            raise CheckpointError(f"{self.source} is not of the recipe's architecture: {some_names(odd)}")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
         new = [name for name in own if name not in tensors]
-        listed = f"{len(tensors)} of {len(own)} tensors; new: {_some(new) or 'none'}"
+        listed = f"{len(tensors)} of {len(own)} tensors; new: {some_names(new) or 'none'}"
         self.notes.insert(0, f"weights from {self.source}: {listed}")
 
     def _tensors(self, model: MaskedImageModel) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class InitialWeights:
             if hasattr(ours, name) and getattr(theirs, name) != getattr(ours, name)
         ]
         if differ:
-            raise CheckpointError(f"{self.source} is not of the recipe's architecture: {_some(differ)}")
+            raise CheckpointError(f"{self.source} is not of the recipe's architecture: {some_names(differ)}")
         for name in ("mean", "std"):
             before, now = getattr(loaded.info, name), getattr(model.info, name)
             if tuple(before) != tuple(now):
@@ -112,8 +112,3 @@ class InitialWeights:
 
 def _numbers(values: Any) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _some(words: list[str]) -> str:
-    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
-    return f"{', '.join(words[:_LISTED])}{more}"

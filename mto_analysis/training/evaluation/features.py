@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import Images, open_images
+from mto_analysis.images.interface import spread_rows
 from mto_analysis.images.loading import Loader
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import height_and_width
@@ -73,9 +74,7 @@ class LabelledImages:
             raise DataError(
                 f"{source} has no labels; give a folder with one sub-folder per class, or a table with a column `label`"
             )
-        total = len(self.images.names)
-        count = min(limit or total, total)
-        self.rows = [index * total // count for index in range(count)]
+        self.rows = spread_rows(len(self.images.names), limit)
         self.labels = torch.tensor([int(labels[row]) for row in self.rows])
         self.class_names = tuple(self.images.class_names)
         self.batch_size, self._num_workers = batch_size, num_workers
