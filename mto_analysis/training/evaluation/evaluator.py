@@ -23,7 +23,7 @@ __all__ = ["Evaluator", "Score", "accuracy", "score"]
 class Score(NamedTuple):
     """Accuracy on the test images in percent; ``top5`` where there are more than five classes.
 
-    Args:
+    Attributes:
         top1: Images whose class has the highest score.
         top5: Images whose class is among the five highest.
         feature: What was read of the encoder, as chosen or as the model's family is probed.

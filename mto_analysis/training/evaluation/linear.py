@@ -25,7 +25,7 @@ _MOST_PRODUCTS = 200  # of a Newton step
 class LinearFit(NamedTuple):
     """Scores of the test images, and how near the classifier is to the best one.
 
-    Args:
+    Attributes:
         scores: Logits, ``num_test num_classes``.
         iterations: Newton steps taken.
         gap: How far the objective lies above its minimum, at most.

@@ -24,7 +24,7 @@ _SMALL = 64  # pixels
 class Feature(NamedTuple):
     """One vector per image: which block's tokens, how they are pooled, and what normalizes them.
 
-    Args:
+    Attributes:
         pooling: The ``class`` token, the mean of the ``patches``, or ``concat``, one beside the other.
         layer: The block, counted from 1.
         norm: ``encoder``: the encoder's final norm, of every token; ``fresh``: layer normalization of the pooled vector
