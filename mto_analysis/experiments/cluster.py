@@ -1,4 +1,4 @@
-"""The runs of an experiment on a Ray cluster, each a task with its CPUs and its part of a GPU."""
+"""Tasks on a Ray cluster, each with its CPUs and its part of a GPU."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from concurrent.futures import Future
 from typing import Any
 
 from mto_analysis.experiments.running import Engine, threads_for
-from mto_analysis.experiments.runs import Run
-from mto_analysis.experiments.worker import Outcome, Resources, perform
+from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
 
 __all__ = ["RayEngine"]
 
-# Seconds until another node's process on the same run is gone, when the node itself was lost.
+# Seconds until another node's process on the same task is gone, when the node itself was lost.
 _PATIENCE = 120.0
 
 
 class RayEngine(Engine):
     """A Ray cluster whose nodes see the same folders.
 
-    A run whose node dies is done again on another one, where it goes on from its last checkpoint.
+    A task whose node dies is done again on another one, where it goes on from its last checkpoint.
 
     Args:
         address: Of the cluster, as ``ray.init`` takes it; by default ``RAY_ADDRESS``, or one is started here.
-        jobs: Runs at once on a node, which share its cores and GPUs.
-        threads: CPUs of each run; by default the cores of the smallest node are shared out.
-        gpus: GPUs of each run, also fractions; by default those of the smallest node with any are shared out.
-        retries: How often a run is done again whose node or process dies.
+        jobs: Tasks at once on a node, which share its cores and GPUs.
+        threads: CPUs of each task; by default the cores of the smallest node are shared out.
+        gpus: GPUs of each task, also fractions; by default those of the smallest node with any are shared out.
+        retries: How often a task is done again whose node or process dies.
 
     Raises:
         ValueError: If Ray is not installed or the cluster cannot be reached.
@@ -67,10 +66,10 @@ class RayEngine(Engine):
         self._cpu_task = self._ray.remote(max_retries=retries, num_cpus=threads)(perform)
         self._references: list[Any] = []
 
-    def submit(self, run: Run) -> Future[Outcome]:
-        """Do a run as soon as a node has room for it."""
-        task = self._cpu_task if run.settings.device == "cpu" else self._task
-        reference = task.remote(run, self._resources)
+    def submit(self, task: Task) -> Future[Outcome]:
+        """Do a task as soon as a node has room for it."""
+        remote = self._cpu_task if task.on_cpu else self._task
+        reference = remote.remote(task, self._resources)
         self._references.append(reference)
         ended: Future[Outcome] = Future()
         reference.future().add_done_callback(lambda told: ended.set_result(self._outcome(told)))

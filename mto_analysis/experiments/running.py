@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from mto_analysis.errors import MTOAnalysisError
 from mto_analysis.experiments.runs import ExperimentRuns, Run, read_progress
-from mto_analysis.experiments.worker import Outcome, Resources, perform
+from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
 
 __all__ = ["Engine", "LocalEngine", "Progress", "RunFailedError", "do_runs", "threads_for", "total_steps"]
 
@@ -46,40 +46,40 @@ class Progress(NamedTuple):
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Does runs when it gets to them; at its end none goes on."""
+    """Does tasks when it gets to them; at its end none goes on."""
 
-    def submit(self, run: Run) -> Future[Outcome]:
-        """Do a run."""
+    def submit(self, task: Task) -> Future[Outcome]:
+        """Do a task."""
 
 
 class LocalEngine(Engine):
     """Threads of this process, each of which waits for one subprocess.
 
     Args:
-        jobs: Runs at once.
-        threads: Of each run on the CPU; by default the cores are shared out.
-        retries: How often a run is started again whose process dies.
+        jobs: Tasks at once.
+        threads: Of each task on the CPU; by default the cores are shared out.
+        retries: How often a task is started again whose process dies.
     """
 
     def __init__(self, jobs: int = 1, *, threads: int | None = None, retries: int = 2) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         self._resources = Resources(threads or threads_for(jobs), retries=retries)
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="run")
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="task")
         self._places: SimpleQueue[int] = SimpleQueue()
         for place in range(jobs):
             self._places.put(place)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._ended, self._lock = False, threading.Lock()
 
-    def submit(self, run: Run) -> Future[Outcome]:
-        """Do a run as soon as a thread is free."""
-        return self._pool.submit(self._perform, run)
+    def submit(self, task: Task) -> Future[Outcome]:
+        """Do a task as soon as a thread is free."""
+        return self._pool.submit(self._perform, task)
 
-    def _perform(self, run: Run) -> Outcome:
+    def _perform(self, task: Task) -> Outcome:
         place = self._places.get()
         try:
-            return perform(run, self._resources._replace(device=_device(place)), self._begun)
+            return perform(task, self._resources._replace(device=_device(place)), self._begun)
         finally:
             self._places.put(place)
 

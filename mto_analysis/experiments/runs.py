@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,6 +18,8 @@ from mto_analysis.training.state import run_differences
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from mto_analysis.experiments.worker import Resources
 
 __all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve"]
 
@@ -59,9 +61,27 @@ class Run:
         """Whether the engine says so."""
         return RunFolder(self.folder).finished()
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it needs no GPU."""
+        return self.settings.device == "cpu"
+
     def in_use(self) -> bool:
         """Whether a process works on it."""
         return RunFolder(self.folder).in_use()
+
+    def do(self, resources: Resources, note: Callable[[str], None]) -> None:
+        """Train, from wherever it stopped."""
+        import torch
+
+        from mto_analysis.images import open_images
+        from mto_analysis.training import pretrain
+
+        torch.set_num_threads(resources.threads)
+        settings = self.settings if resources.device is None else replace(self.settings, device=resources.device)
+        images = open_images(self.source)
+        for _ in pretrain(self.recipe, images, self.folder, settings, resume=True, on_note=note, source=self.source):
+            pass
 
     def check(self) -> None:
         """Whether what its folder holds, if anything, is this run.

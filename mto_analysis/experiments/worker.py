@@ -1,4 +1,4 @@
-"""One run in a process of its own: it comes in on stdin, and what a user should know goes out as lines of JSON."""
+"""One task in a process of its own: it comes in on stdin, and what a user should know goes out as lines of JSON."""
 
 from __future__ import annotations
 
@@ -16,27 +16,23 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mto_analysis.errors import MTOAnalysisError, RunInUseError, explained
-from mto_analysis.training import RunFolder
 
-if TYPE_CHECKING:
-    from mto_analysis.experiments.runs import Run
-
-__all__ = ["Outcome", "Resources", "main", "perform"]
+__all__ = ["Outcome", "Resources", "Task", "attempt", "main", "perform"]
 
 _PROGRAM = "from mto_analysis.experiments.worker import main; main()"
 
 
 class Resources(NamedTuple):
-    """What a run gets.
+    """What a task gets.
 
     Attributes:
         threads: On the CPU.
-        device: Instead of the run's own, where several GPUs are shared out.
+        device: Instead of the task's own, where several GPUs are shared out.
         retries: How often it is started again when its process dies.
-        patience: Seconds that it waits for another process on the same run: one that is being ended, on a machine that
+        patience: Seconds that it waits for another process on the same task: one that is being ended, on a machine that
             was lost.
     """
 
@@ -46,8 +42,22 @@ class Resources(NamedTuple):
     patience: float = 10.0
 
 
+class Task(Protocol):
+    """A piece of work for a process of its own, which can be pickled and taken up again where it stopped."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it needs no GPU."""
+
+    def in_use(self) -> bool:
+        """Whether another process works on it."""
+
+    def do(self, resources: Resources, note: Callable[[str], None]) -> None:
+        """Do it, and give notes for the user."""
+
+
 class Outcome(NamedTuple):
-    """How a run ended.
+    """How a task ended.
 
     Attributes:
         notes: What a user should know.
@@ -62,20 +72,22 @@ class Outcome(NamedTuple):
     in_use: bool = False
 
 
-def perform(run: Run, resources: Resources, begun: Callable[[subprocess.Popen[bytes]], bool] | None = None) -> Outcome:
-    """Do a run in a process of its own, and start that again if it dies: it goes on from what is on disk.
+def perform(
+    task: Task, resources: Resources, begun: Callable[[subprocess.Popen[bytes]], bool] | None = None
+) -> Outcome:
+    """Do a task in a process of its own, and start that again if it dies: it goes on from what is on disk.
 
     Args:
-        run: Ready to begin.
+        task: Ready to begin.
         resources: For it.
         begun: Takes the process; false ends it, and no other is started.
     """
     notes: list[str] = []
     until = time.monotonic() + resources.patience
     for _ in range(resources.retries + 1):
-        while RunFolder(run.folder).in_use() and time.monotonic() < until:
+        while task.in_use() and time.monotonic() < until:
             time.sleep(0.2)
-        with tempfile.TemporaryFile() as errors, _started(run, resources, errors) as process:
+        with tempfile.TemporaryFile() as errors, _started(task, resources, errors) as process:
             wanted = begun is None or begun(process)
             if wanted and (outcome := _heard(process, notes)) is not None:
                 return outcome
@@ -90,10 +102,10 @@ def perform(run: Run, resources: Resources, begun: Callable[[subprocess.Popen[by
     return Outcome(tuple(notes), f"its process died (exit code {code}; {words})", 1)
 
 
-def _started(run: Run, resources: Resources, errors: Any) -> subprocess.Popen[bytes]:
+def _started(task: Task, resources: Resources, errors: Any) -> subprocess.Popen[bytes]:
     threads = str(resources.threads)
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    # Threads that wait by spinning take the cores from other runs: ten times as slow on a busy machine.
+    # Threads that wait by spinning take the cores from other tasks: ten times as slow on a busy machine.
     variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     variables["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     process = subprocess.Popen(
@@ -105,7 +117,7 @@ def _started(run: Run, resources: Resources, errors: Any) -> subprocess.Popen[by
     )
     if process.stdin is not None:
         with suppress(BrokenPipeError):  # it died at once, which is found out below
-            pickle.dump((run, resources), process.stdin)
+            pickle.dump((task, resources), process.stdin)
             process.stdin.flush()  # and stays open: its end tells the process that this one is gone
     return process
 
@@ -124,7 +136,7 @@ def _heard(process: subprocess.Popen[bytes], notes: list[str]) -> Outcome | None
 
 
 def main() -> None:
-    """Do the run that comes in on stdin."""
+    """Do the task that comes in on stdin."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, and ends it
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no report
@@ -133,35 +145,24 @@ def main() -> None:
         with suppress(BrokenPipeError):
             print(json.dumps(told), file=reports, flush=True)
 
-    run, resources = pickle.load(sys.stdin.buffer)
+    task, resources = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.showwarning = lambda message, *rest: report(note=str(message))
+    report(**attempt(task, resources, lambda words: report(note=words)))
+
+
+def attempt(task: Task, resources: Resources, note: Callable[[str], None]) -> dict[str, Any]:
+    """Do a task in this process: how it ended, as fields of an :class:`Outcome`."""
     try:
-        _train(run, resources, lambda words: report(note=words))
+        task.do(resources, note)
     except Exception as error:
-        report(**_failure(error))
-    else:
-        report(failure="")
+        return _failure(error)
+    return {"failure": ""}
 
 
 def _end_with_parent() -> None:
     os.read(0, 1)  # returns when the other end is closed
     os._exit(1)  # everything up to the last checkpoint is on disk
-
-
-def _train(run: Run, resources: Resources, note: Callable[[str], None]) -> None:
-    from dataclasses import replace
-
-    import torch
-
-    from mto_analysis.images import open_images
-    from mto_analysis.training import pretrain
-
-    torch.set_num_threads(resources.threads)
-    settings = run.settings if resources.device is None else replace(run.settings, device=resources.device)
-    images = open_images(run.source)
-    for _ in pretrain(run.recipe, images, run.folder, settings, resume=True, on_note=note, source=run.source):
-        pass
 
 
 def _failure(error: Exception) -> dict[str, Any]:
