@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-import seaborn as sns
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -34,8 +33,9 @@ PAGE_WIDTH = 7.0
 #: Text width of an LNCS page (122 mm, ECCV's), in inches: the figures of the paper are drawn to it.
 TEXT_WIDTH = 122 / 25.4
 
-#: seaborn's colour-blind palette without its pale tones, told apart in grey by marker and line style.
-COLORS = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 3, 2, 1, 4, 7, 5))
+#: seaborn's colour-blind palette without its pale tones, told apart in grey by marker and line style. Its values, as
+#: to import seaborn takes as long as a small measurement.
+COLORS = ("#0173b2", "#d55e00", "#029e73", "#de8f05", "#cc78bc", "#949494", "#ca9161")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
