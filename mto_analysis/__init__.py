@@ -8,7 +8,6 @@ Names are imported when they are first used, so that ``import mto_analysis`` cos
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +78,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # of the installed distribution, so that it is stated once, in pyproject.toml
+        from importlib.metadata import version  # 12 ms, which most commands need not spend
+
         return version("mto-analysis")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
