@@ -1,8 +1,8 @@
 """How long ``mto-analyze rauc`` takes, process start included: a small log, a million rows of CSV and of JSON lines.
 
-Usage: ``python benchmarks/rauc_speed.py``. Prints the best of five runs beside that of an empty Python process, and
-for a million rows the ratio to a process that only parses them: ``pandas.read_csv``, or ``json.loads`` for each line. The
-two alternate, so that other load meets both.
+Usage: ``python benchmarks/rauc_speed.py``. Prints the best of five runs beside that of an empty Python process. For a
+million rows it prints the ratio to a process that only parses them (``pandas.read_csv``, or ``json.loads`` for each
+line), whose runs alternate with ours, so that other load meets both.
 """
 
 from __future__ import annotations
