@@ -13,6 +13,7 @@ __all__ = [
     "HeadCountError",
     "MTOAnalysisError",
     "NumericalError",
+    "OptionNeededError",
     "OutputError",
     "OutputExistsError",
     "RecipeError",
@@ -73,19 +74,23 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint at the given path (exit code 3)."""
 
 
-class HeadCountError(CheckpointError):
-    """The number of attention heads is neither in the file nor published for its width (exit code 3).
+class OptionNeededError(CheckpointError):
+    """A checkpoint does not tell a number that has to be given (exit code 3).
 
     Args:
         message: One line.
-        option: The argument that gives it, ``num_heads`` or ``decoder_num_heads``.
-        stand_in: A number that fits every shape of the file, to look at it without knowing the right one.
+        option: The argument of ``load_checkpoint`` that gives it.
+        stand_in: A number that fits the file, to look at it without knowing the right one.
     """
 
-    def __init__(self, message: str, option: str, stand_in: int = 1) -> None:
+    def __init__(self, message: str, option: str, stand_in: float = 1) -> None:
         super().__init__(message)
         self.option = option
         self.stand_in = stand_in
+
+
+class HeadCountError(OptionNeededError):
+    """The number of attention heads is neither in the file nor published for its width (exit code 3)."""
 
 
 class DataError(MTOAnalysisError, ValueError):

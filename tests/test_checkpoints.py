@@ -649,7 +649,9 @@ def test_load_checkpoint__takes_mean_and_std_from_the_preprocessor_unless_given(
     assert (info.mean, info.std) == ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
     assert info.statistics_source == "preprocessor_config.json"
     info = load_checkpoint(folder, mean=(0.1, 0.1, 0.1)).info
-    assert (info.mean, info.std, info.statistics_source) == ((0.1, 0.1, 0.1), (0.5, 0.6, 0.7), "given")
+    assert (info.mean, info.std) == ((0.1, 0.1, 0.1), (0.5, 0.6, 0.7))
+    assert info.statistics_source == "mean given, std preprocessor_config.json"
+    assert load_checkpoint(folder, mean=(0.1,) * 3, std=(0.2,) * 3).info.statistics_source == "given"
     with pytest.raises(CheckpointError, match="has 1 values, the model 3 channels"):
         load_checkpoint(folder, mean=(0.1,))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"rescale_factor": 1.0}))

@@ -8,7 +8,9 @@ import json
 import operator
 import shutil
 import threading
+import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ import torch
 from published_files import PUBLISHED, foreign
 from safetensors.torch import load_file, save_file
 
-from mto_analysis import CheckpointError, ModelInfo, load_checkpoint
-from mto_analysis.checkpoints import open_checkpoint
+from mto_analysis import CheckpointError, ModelInfo, inspect_checkpoint, load_checkpoint
+from mto_analysis.checkpoints import RawCheckpoint, open_checkpoint
 from mto_analysis.errors import HeadCountError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -401,6 +403,64 @@ def test_load_checkpoint__names_the_mask_token_of_a_layout_that_is_not_read(tmp_
     torch.save({"model": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="a layout that is unknown; it holds mask_token: measure the model live"):
         load_checkpoint(tmp_path / "file.pth", **MAE_HEADS)
+
+
+def with_settings(hyper_parameters: object) -> RawCheckpoint:
+    """The golden MAE with settings of Lightning."""
+    return replace(open_checkpoint(MAE), extras={"hyper_parameters": hyper_parameters})
+
+
+def test_load_checkpoint__reads_settings_in_parts(tmp_path: Path) -> None:
+    stored = open_checkpoint(GOLDEN / "omegaconf.ckpt").extras["hyper_parameters"]
+    assert stored == {
+        "model": {
+            "num_heads": 4,
+            "decoder": {"num_heads": 2},
+            "img_size": [64, 64],
+            "mask_ratio": 0.6,
+            "encoder_lr": "${lr}",
+            "teacher": {"num_heads": 12},
+            "extra": None,
+        },
+        "lr": None,
+    }
+    attributes = {"args": argparse.Namespace(model=types.SimpleNamespace(mask_ratio=0.6)), "model": {}}
+    torch.save(attributes | {"state_dict": open_checkpoint(MAE).tensors}, tmp_path / "file.ckpt")
+    assert load_checkpoint(tmp_path / "file.ckpt", **MAE_HEADS).info.mask_ratio == 0.6
+    for settings in (
+        stored,
+        {"mae": {"encoder": {"num_heads": 4}, "decoder": {"num_heads": 2, "depth": 4}, "mask": {"mask_ratio": 0.6}}},
+        {"num_heads": 4, "probe": {"num_heads": 1}, "net": {"decoder_num_heads": 2, "num_heads": 8}, "mask_ratio": 0.6},
+    ):
+        model = load_checkpoint(with_settings(settings))
+        assert (model.config.num_heads, model.config.decoder_num_heads, model.info.mask_ratio) == (4, 2, 0.6)
+        assert model.info.unsettled_heads == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "given"),
+    [
+        ({"a": {"num_heads": 4}, "b": {"num_heads": 8}}, r"state hyper_parameters\.a\.num_heads = 4 and", "num_heads"),
+        ({"model": {"num_heads": "${heads}"}}, r"num_heads = '\$\{heads\}'; give --num-heads", "num_heads"),
+        ({"model": {"decoder": {"depth": 3}}}, "state decoder_depth=3, the weights have 4", None),
+        ({"data": {"image_size": 96}}, "states images of 96 x 96 px, pos_embed is for 64 patches", "image_size"),
+        ({"image_size": "64"}, "image_size = '64'; give --image-size", "image_size"),
+        ({"mask_ratio": "high"}, "mask_ratio of 'high', which must .*; give --mask-ratio", "mask_ratio"),
+        ({"mask_ratio": [0.5, 0.9]}, r"mask_ratio of \[0.5, 0.9\], .*; give --mask-ratio", "mask_ratio"),
+        ({"a": {"mask_ratio": 0.5}, "b": {"mask_ratio": 0.9}}, r"of \[0.5, 0.9\], .*; give --mask-ratio", "mask_ratio"),
+        ({"mask_ratio": 1}, "mask_ratio of 1, which must lie between 0 and 1; give --mask-ratio", "mask_ratio"),
+        ({"a": {"layer_norm_eps": 1e-5}, "b": {"layer_norm_eps": 1e-6}}, "layer_norm_eps must be a number, got", None),
+    ],
+)
+def test_load_checkpoint__refuses_settings_in_parts_that_contradict(settings, message: str, given: str | None) -> None:
+    raw = with_settings(settings)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(raw, **{name: each for name, each in MAE_HEADS.items() if name != given})
+    if given:
+        option: dict[str, Any] = {"num_heads": {}, "image_size": {"image_size": 64}, "mask_ratio": {"mask_ratio": 0.6}}
+        info = load_checkpoint(raw, **MAE_HEADS, **option[given]).info
+        assert given != "mask_ratio" or (info.mask_ratio, info.mask_rule_source) == (0.6, "given")
+        assert inspect_checkpoint(raw, **MAE_HEADS, image_size=64).needed == ("mask_ratio",) * (given == "mask_ratio")
 
 
 # Objects of other software.

@@ -13,10 +13,10 @@ import torch
 from published_files import PUBLISHED, Draw, Published, simmim_model_only, swin_weights, under_encoder
 
 from mto_analysis import CheckpointError, inspect_checkpoint, load_checkpoint, own_loss, save_checkpoint
-from mto_analysis.checkpoints import HeadCountError
 from mto_analysis.checkpoints.conversion import Given, build
 from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.reading import read_checkpoint
+from mto_analysis.errors import HeadCountError
 from mto_analysis.masks import mask_keys
 
 BY_NAME = {each.name: each for each in PUBLISHED}

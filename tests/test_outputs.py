@@ -168,6 +168,7 @@ def test_errors__have_their_documented_exit_codes() -> None:
         "DataNotFoundError": 4,
         "HeadCountError": 3,
         "NumericalError": 5,
+        "OptionNeededError": 3,
         "OutputExistsError": 2,
     }
     assert {name: getattr(errors, name).exit_code for name in codes} == codes

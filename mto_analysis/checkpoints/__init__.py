@@ -24,7 +24,7 @@ from mto_analysis.checkpoints.statistics import (
     stated_statistics,
     unpublished_statistics,
 )
-from mto_analysis.errors import CheckpointError, HeadCountError
+from mto_analysis.errors import CheckpointError, OptionNeededError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import ImageSize
 
@@ -48,6 +48,7 @@ def load_checkpoint(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     image_size: ImageSize | None = None,
+    mask_ratio: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights: Weights = "model",
@@ -68,6 +69,7 @@ def load_checkpoint(
         decoder_num_heads: The same for the decoder.
         image_size: Side of the images in pixels, or height and width: where the file does not tell, or to resize its
             positions. What was assumed or resized is listed in ``info.assumptions``.
+        mask_ratio: Fraction masked in pre-training, where what the file states is not one number.
         mean: Of each channel of pixels scaled to 0..1, as in pre-training, in place of what the file states.
         std: Their standard deviations.
         weights: ``model``, or ``model_ema`` for the momentum teacher or moving average that some files hold beside it.
@@ -78,7 +80,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointNotFoundError: If nothing is there.
-        HeadCountError: If a number of heads must be given.
+        OptionNeededError: If a number of heads or the mask ratio must be given.
         CheckpointError: If the file cannot be used; one line says why, and what was found.
 
     Example:
@@ -87,7 +89,8 @@ def load_checkpoint(
         'mae'
     """
     raw = _opened(source, weights=weights, offline=offline)
-    conversion = _with_statistics(_convert(raw, Given(num_heads, decoder_num_heads, image_size)), raw, mean, std)
+    given = Given(num_heads, decoder_num_heads, image_size, mask_ratio)
+    conversion = _with_statistics(_convert(raw, given), raw, mean, std)
     with _naming(raw, conversion.info.layout):
         return build(conversion, copy=raw.mapped)
 
@@ -117,6 +120,7 @@ def inspect_checkpoint(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     image_size: ImageSize | None = None,
+    mask_ratio: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights: Weights = "model",
@@ -124,30 +128,30 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
-    Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
+    Numbers that must be given are listed in ``needed``; head counts are ``None`` in ``config``.
 
     Args:
         source: As for :func:`load_checkpoint`.
         num_heads: As for :func:`load_checkpoint`.
         decoder_num_heads: As for :func:`load_checkpoint`.
         image_size: As for :func:`load_checkpoint`.
+        mask_ratio: As for :func:`load_checkpoint`.
         mean: As for :func:`load_checkpoint`.
         std: As for :func:`load_checkpoint`.
         weights: As for :func:`load_checkpoint`.
         offline: As for :func:`load_checkpoint`.
 
     Raises:
-        CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
+        CheckpointError: As :func:`load_checkpoint` would, but for numbers that must be given.
     """
     raw = _opened(source, mmap=True, weights=weights, offline=offline)
-    conversion, needed = _converted(raw, Given(num_heads, decoder_num_heads, image_size))
+    conversion, needed = _converted(raw, Given(num_heads, decoder_num_heads, image_size, mask_ratio))
     conversion = _with_statistics(conversion, raw, mean, std)
     with _naming(raw, conversion.info.layout):
         model = build(conversion, materialize=False)
         check_finite(conversion.state)
     config = asdict(conversion.config)
-    for option in needed:
-        config[option] = None
+    config |= {option: None for option in needed if option in config}
     epoch = raw.extras.get("epoch")
     return CheckpointReport(
         path=str(raw.path),
@@ -246,17 +250,20 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
     info, assumed = conversion.info, conversion.info.assumptions + given.assumed_heads
     assumed += tuple(note for note in zero_biases(conversion.state.tensors) if note not in assumed)
     unsettled = given.unsettled_heads or info.unsettled_heads  # also before the file was converted to our own layout
-    info = replace(info, layout=layout, assumptions=assumed, unsettled_heads=unsettled)
+    source = info.mask_rule_source
+    if given.origins.get("mask_ratio") == "given":
+        source = source.replace("file", "given", 1)
+    info = replace(info, layout=layout, assumptions=assumed, unsettled_heads=unsettled, mask_rule_source=source)
     return replace(conversion, info=info)
 
 
 def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]:
-    """A conversion, and which head counts it lacks; others stand in for them, which fit all shapes."""
+    """A conversion, and which numbers it lacks; others stand in for them, which fit all shapes."""
     needed: list[str] = []
     while True:
         try:
             return _convert(raw, given), needed
-        except HeadCountError as error:
+        except OptionNeededError as error:
             needed.append(error.option)
             options: dict[str, Any] = {error.option: error.stand_in}
             given = replace(given, **options)

@@ -58,7 +58,7 @@ def convert_beit(raw: RawCheckpoint, given: Given) -> Conversion:
     Source:
         microsoft/unilm, ``beit/modeling_pretrain.py``; facebookresearch/data2vec_vision; baaivision/EVA, ``EVA-01``.
     """
-    encoder, settings = _encoder(raw, given), arguments(raw)
+    encoder, settings = _encoder(raw, given), arguments(raw, given)
     model = encoder.model
     head = raw.tensors.get("lm_head.weight")
     if model.dim == _EVA_WIDTH:
@@ -81,7 +81,7 @@ def convert_beit_v2(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     encoder = _encoder(raw, given)
     encoder = encoder.published(blockwise_rule(_BEIT_MASKED, "BEiT v2", encoder.model))
-    return encoder.trained_with(arguments(raw)).conversion("beit_v2")
+    return encoder.trained_with(arguments(raw, given)).conversion("beit_v2")
 
 
 def convert_conmim(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -90,9 +90,9 @@ def convert_conmim(raw: RawCheckpoint, given: Given) -> Conversion:
     Source:
         TencentARC/ConMIM, ``models/modeling_conmim.py``.
     """
-    encoder, settings = _encoder(raw, given), arguments(raw)
+    encoder, settings = _encoder(raw, given), arguments(raw, given)
     rule, source = block_rule(_CONMIM_RATIO, "ConMIM", encoder.model)
-    if (stated := ratio(settings)) is not None:
+    if (stated := ratio(settings, given)) is not None:
         rule, source = MaskRule(rule.kind, stated, rule.unit), f"ratio: file; unit: {source}"
     return replace(encoder.trained_with(settings), rule=(rule, source)).conversion("conmim")
 
@@ -140,7 +140,7 @@ def _encoder(raw: RawCheckpoint, given: Given) -> Encoder:
     return read_encoder(
         state,
         given,
-        image_size=size(arguments(raw), "input_size"),
+        image_size=size(arguments(raw, given), "input_size"),
         published={**ENCODER_HEADS, _EVA_WIDTH: _EVA_HEADS},
     )
 
@@ -178,7 +178,7 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
         stated=dim // width if width and dim % width == 0 else None,
         mlp_dim=state.shape("blocks.0.mlp.fc2.weight", 2)[1],
         published=_EVA02_HEADS,
-        image_size=size(arguments(raw), "input_size"),
+        image_size=size(arguments(raw, given), "input_size"),
     )
     grid = Grid.of(encoder.model.image_size, encoder.model.patch_size).sides
     mlp_norm = "blocks.0.mlp.norm.weight" in state.tensors
@@ -188,5 +188,5 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
         if table.shape != computed[name].shape or not torch.allclose(table.float(), computed[name], atol=1e-3):
             raise CheckpointError(f"rope.freqs_{name} holds other rotations than {grid[0]} x {grid[1]} patches have")
     encoder = encoder.published(blockwise_rule(_EVA_MASKED, "EVA-02", model, of=_EVA_PATCHES), CLIP)
-    conversion = encoder.trained_with(arguments(raw), own=CLIP).conversion("eva02")
+    conversion = encoder.trained_with(arguments(raw, given), own=CLIP).conversion("eva02")
     return replace(conversion, make=EVA02, config=model)

@@ -39,7 +39,7 @@ def convert_cae(raw: RawCheckpoint, given: Given) -> Conversion:
         (r"^encoder_to_regresser\.", "decoder_embed.0."),
         (r"^encoder_to_regresser_norm\.", "decoder_embed.1."),
     )
-    return _cae(state, given, arguments(raw), _MASKED, "published CAE")
+    return _cae(state, given, arguments(raw, given), _MASKED, "published CAE")
 
 
 def convert_mm_cae(raw: RawCheckpoint, given: Given) -> Conversion:

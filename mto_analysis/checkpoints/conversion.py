@@ -41,12 +41,14 @@ class Given:
         num_heads: Attention heads of the encoder.
         decoder_num_heads: Attention heads of the decoder.
         image_size: Side of the images in pixels, or height and width.
+        mask_ratio: Fraction masked.
     """
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     image_size: ImageSize | None = None
-    #: Where each chosen head count comes from: ``file``, ``given`` or ``published``.
+    mask_ratio: float | None = None
+    #: Where each number that was chosen comes from: ``file``, ``given`` or ``published``.
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
     def choose(
@@ -96,7 +98,7 @@ class Given:
     @property
     def unsettled_heads(self) -> tuple[str, ...]:
         """The head counts that the file does not state."""
-        return tuple(name for name, origin in self.origins.items() if origin != "file")
+        return tuple(name for name in HEADS_ASSUMED if self.origins.get(name, "file") != "file")
 
 
 @dataclass

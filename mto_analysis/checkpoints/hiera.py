@@ -144,7 +144,7 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
         notes += ("attention heads double with each stage, as in the published models: the file does not say",)
     if not config:
         notes += (f"{_PUBLISHED}, as in the published models: the file does not say",)
-    stated_ratio = ratio(config)
+    stated_ratio = ratio(config, given)
     info = ModelInfo(
         family="hiera",
         style="decoder",

@@ -45,7 +45,7 @@ def convert_hivit(raw: RawCheckpoint, given: Given) -> Conversion:
     return mae_model(
         state,
         given,
-        arguments(raw),
+        arguments(raw, given),
         published=_HIVIT_HEADS,
         make=HiViT,
         architecture=HiViTConfig,
@@ -71,7 +71,7 @@ def convert_mcmae(raw: RawCheckpoint, given: Given) -> Conversion:
     return mae_model(
         state,
         given,
-        arguments(raw),
+        arguments(raw, given),
         make=MCMAE,
         architecture=MCMAEConfig,
         dim=shapes[2][0],
@@ -100,7 +100,7 @@ def convert_greenmim(raw: RawCheckpoint, given: Given) -> Conversion:
     conversion = mae_model(
         state,
         given,
-        arguments(raw),
+        arguments(raw, given),
         make=GreenMIM,
         architecture=GreenMIMConfig,
         unit=unit,
@@ -137,7 +137,7 @@ def convert_ijepa(raw: RawCheckpoint, given: Given) -> Conversion:
     conversion = mae_model(
         state,
         replace(given, decoder_num_heads=given.decoder_num_heads or num_heads),
-        arguments(raw),
+        arguments(raw, given),
         published=_GIANT_HEADS,
         feature_dim=dim,
     )

@@ -30,7 +30,7 @@ def convert_ibot(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     state = _student(raw)
     encoder = read_encoder(state, given, published=_HEADS, overshoot=_OVERSHOOT)
-    return replace(encoder, rule=_rule(raw, encoder.model.patch_size)).conversion("ibot")
+    return replace(encoder, rule=_rule(raw, given, encoder.model.patch_size)).conversion("ibot")
 
 
 def convert_ibot_swin(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -42,7 +42,7 @@ def convert_ibot_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     state = _student(raw)
     state.rename(*OUR_SWIN_NAMES)
     conversion = convert_windows(state, given, eps=_EPS, outer_eps=_EPS)
-    rule, source = _rule(raw, conversion.config.stride)
+    rule, source = _rule(raw, given, conversion.config.stride)
     rule = replace(rule, kind="block")
     info = replace(conversion.info, family="ibot_swin", target="features", mask_rule=rule)
     return replace(conversion, info=replace(info, mask_rule_source=f"{source}; single units instead of blocks of them"))
@@ -57,8 +57,8 @@ def _student(raw: RawCheckpoint) -> StateDict:
     return state
 
 
-def _rule(raw: RawCheckpoint, unit: int) -> tuple[MaskRule, str]:
-    settings = arguments(raw)
+def _rule(raw: RawCheckpoint, given: Given, unit: int) -> tuple[MaskRule, str]:
+    settings = arguments(raw, given)
     ratios = numbers(settings.get("pred_ratio")) or numbers([settings.get("pred_ratio")]) or ()
     stated = max((each for each in ratios if 0 < each < 1), default=None)
     kind: Literal["random", "blockwise"] = "random" if settings.get("pred_shape") == "rand" else "blockwise"

@@ -38,14 +38,14 @@ def convert_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     Source:
         facebookresearch/mae, ``models_mae.py``.
     """
-    return mae_model(StateDict(dict(raw.tensors)), given, arguments(raw))
+    return mae_model(StateDict(dict(raw.tensors)), given, arguments(raw, given))
 
 
 def convert_split_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """MAE whose encoder and decoder are modules of their own (Prithvi of one frame; lightly's ``backbone.vit``)."""
     state = StateDict(dict(raw.tensors))
     state.rename((r"^(encoder|decoder|backbone\.vit)\.", ""))
-    return mae_model(state, given, arguments(raw))
+    return mae_model(state, given, arguments(raw, given))
 
 
 def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
@@ -59,7 +59,7 @@ def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
     state = StateDict(dict(raw.tensors))
     state.drop(r"(tch_model|attn_adapter|hidden_adapter)\..*")
     state.rename((r"^model\.", ""))
-    stated = arguments(raw)
+    stated = arguments(raw, given)
     settings = {"norm_pix_loss": True, **stated}
     conversion = mae_model(state, given, settings, published=_LITE_HEADS, decoder_published=_LITE_DECODER_HEADS)
     info, config = conversion.info, conversion.config
@@ -171,7 +171,7 @@ def mae_model(
         stated_heads = stored or whole(settings, option)
         read[option] = given.choose(option, width, stated=stated_heads, published=known)
     model = architecture(**{**read, **own})
-    stated_ratio = ratio(settings)
+    stated_ratio = ratio(settings, given)
     target: Literal["pixels", "normalized_pixels", "features"] | None = None
     if model.feature_dim is not None:
         target = "features"

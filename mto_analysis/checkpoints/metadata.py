@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
 import yaml
 
+from mto_analysis.checkpoints.conversion import Given
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.errors import CheckpointError
+from mto_analysis.errors import CheckpointError, OptionNeededError
 from mto_analysis.models.interface import ImageSize, as_image_size
 
 __all__ = [
@@ -30,6 +31,24 @@ __all__ = [
     "whole",
     "within",
 ]
+
+# Where training scripts, Lightning and Hydra keep their settings; later ones count first.
+_SETTINGS = ("cfg", "config", "hparams", "args", "hyper_parameters")
+#: Settings that must be known, and the argument that gives each.
+_SETTLED_BY = {
+    "num_heads": "num_heads",
+    "decoder_num_heads": "decoder_num_heads",
+    "img_size": "image_size",
+    "image_size": "image_size",
+    "input_size": "image_size",
+}
+_OF_A_DECODER = ("num_heads", "depth", "num_layers")
+# Parts of settings that are of other models, or of none.
+_OTHER_PARTS = re.compile(
+    r"^(tch|ema)|teacher|target|probe|classif|discrim|predictor|optim|sched|trainer|callback|augment"
+)
+_STAND_IN_RATIO = 0.75
+_LISTED = 3
 
 # Real configs have some 20 kB; parsing needs a hundred times the memory of the text.
 _LONGEST_CONFIG = 2**20
@@ -59,9 +78,52 @@ def section(settings: Any, *path: str) -> Mapping[str, Any]:
     return settings if isinstance(settings, Mapping) else {}
 
 
-def arguments(raw: RawCheckpoint) -> Mapping[str, Any]:
-    """The arguments of a training script (``args``), and what Lightning calls ``hyper_parameters``."""
-    return {**section(raw.extras, "args"), **section(raw.extras, "hyper_parameters")}
+def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
+    """The arguments of a training script (``args``), and what Lightning calls ``hyper_parameters``, without nesting.
+
+    Of a decoder's part, depth and head count have ``decoder_`` in front. A name on the outside counts before the same
+    name in a part; parts that differ give the list of their values.
+
+    Raises:
+        CheckpointError: If parts state different head counts or image sizes, or text, and no option settles it.
+    """
+    found: dict[str, Any] = {}
+    for name, places in _stated(raw).items():
+        values = list(places.values())
+        differ = any(value != values[0] for value in values)
+        option = _SETTLED_BY.get(name)
+        if option and (differ or isinstance(values[0], str)):
+            if getattr(given, option) is None:
+                words = " and ".join(f"{place} = {value!r}" for place, value in list(places.items())[:_LISTED])
+                raise CheckpointError(f"its settings state {words}; give --{option.replace('_', '-')}")
+        else:
+            found[name] = values if differ else values[0]
+    return found
+
+
+def _stated(raw: RawCheckpoint) -> dict[str, dict[str, Any]]:
+    """What the settings of a training script state by name, each value with its place."""
+    outside: dict[str, dict[str, Any]] = {}
+    inside: dict[str, dict[str, Any]] = {}
+    for key in _SETTINGS:
+        for place, value in _leaves(section(raw.extras, key), (key,)):
+            *parts, name = place
+            within_decoder = any("decoder" in part for part in parts)
+            own = f"decoder_{name}" if within_decoder and name in _OF_A_DECODER else name
+            if len(parts) == 1:
+                outside[own] = {".".join(place): value}
+            elif not any(_OTHER_PARTS.search(part) for part in parts):
+                inside.setdefault(own, {})[".".join(place)] = value
+    return inside | outside
+
+
+def _leaves(settings: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Values of mappings inside mappings, each with the names on the way."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*place, name))
+        elif value is not None:
+            yield (*place, name), value
 
 
 def whole(settings: Mapping[str, Any], name: str) -> int | None:
@@ -95,17 +157,23 @@ def within(settings: Mapping[str, Any], name: str, default: float) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else default
 
 
-def ratio(settings: Mapping[str, Any], name: str = "mask_ratio") -> float | None:
-    """A fraction between 0 and 1, or ``None`` where there is none.
+def ratio(settings: Mapping[str, Any], given: Given, name: str = "mask_ratio") -> float | None:
+    """A fraction between 0 and 1, or ``None`` where there is none; given in place of one that is not read.
 
     Raises:
-        CheckpointError: If it is a number outside of that range.
+        OptionNeededError: If it is no number, or outside of that range, and none is given.
     """
-    if (value := within(settings, name, -1.0)) == -1.0:
-        return None
-    if not 0 < value < 1:
-        raise CheckpointError(f"the file states a {name} of {value}, which must lie between 0 and 1")
-    return value
+    value = settings.get(name)
+    if isinstance(value, (str, list, tuple)) or not 0 < within(settings, name, 0.5) < 1:
+        if given.mask_ratio is None:
+            raise OptionNeededError(
+                f"the file states a {name} of {value!r}, which must lie between 0 and 1; give --mask-ratio",
+                "mask_ratio",
+                _STAND_IN_RATIO,
+            )
+        given.origins["mask_ratio"] = "given"
+        return given.mask_ratio
+    return within(settings, name, 0.0) or None
 
 
 def size(settings: Mapping[str, Any], *names: str) -> ImageSize | None:
@@ -182,7 +250,8 @@ def refuse_other_depth(raw: RawCheckpoint, model: Any) -> None:
     swin = [section(raw.extras, "config", "MODEL", name) for name in ("VIT", "SWIN", "SWINV2")]
     mm, settings = openmmlab_config(raw), raw.config or section(raw.extras, "config")
     slowfast = section(slowfast_config(raw), "MVIT")
-    for stated in (settings, section(mm, "backbone", "arch"), section(mm, "neck"), arguments(raw), *swin, slowfast):
+    own = {name: next(iter(places.values())) for name, places in _stated(raw).items() if len(places) == 1}
+    for stated in (settings, section(mm, "backbone", "arch"), section(mm, "neck"), own, *swin, slowfast):
         # CAE's own decoder_depth is that of a part which is not read.
         names = {"regressor_depth": "decoder_depth"} if "regressor_depth" in stated else _DEPTHS
         for name, ours in names.items():

@@ -22,7 +22,7 @@ def convert_milan(raw: RawCheckpoint, given: Given) -> Conversion:
     Source:
         zejiangh/MILAN, ``models_milan.py``.
     """
-    settings = arguments(raw)
+    settings = arguments(raw, given)
     return _milan(StateDict(dict(raw.tensors)), given, settings)
 
 

@@ -237,7 +237,7 @@ def convert_slowfast_maskfeat(raw: RawCheckpoint, given: Given) -> Conversion:
         image_size=size(section(config, "DATA"), "TRAIN_CROP_SIZE"),
     )
     rule, source = blockwise_rule(_MASKFEAT_MASKED, "MaskFeat", encoder.model, min_block=_MASKFEAT_LEAST)
-    if (stated := ratio(section(config, "AUG"), "MASK_RATIO")) is not None:
+    if (stated := ratio(section(config, "AUG"), given, "MASK_RATIO")) is not None:
         rule, source = MaskRule(rule.kind, stated, rule.unit, rule.min_block), f"ratio: file; blocks: {source}"
     return encoder.published((rule, source)).conversion("maskfeat")
 
@@ -255,4 +255,4 @@ def convert_openmixup_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     refuse_other(backbone, "the file's config", replace=True, mask_layer=0)
     refuse_other(section(openmmlab_config(raw), "head", "loss"), "the file's config (loss)", mode="l1_loss")
     encoder = read_encoder(state, given, image_size=size(backbone, "img_size"))
-    return simmim_vit(replace(encoder, notes=(*encoder.notes, *(() if backbone else _OPENMIXUP))), {})
+    return simmim_vit(replace(encoder, notes=(*encoder.notes, *(() if backbone else _OPENMIXUP))), {}, given)

@@ -21,6 +21,7 @@ class LoadOptions:
         mean: As there.
         std: As there.
         image_size: As there.
+        mask_ratio: As there.
         weights: As there.
         offline: As there.
     """
@@ -30,6 +31,7 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: ImageSize | None = None
+    mask_ratio: float | None = None
     weights: Weights = "model"
     offline: bool = False
 

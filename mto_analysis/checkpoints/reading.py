@@ -220,7 +220,9 @@ class Inert:
         self.arguments = arguments
 
     def __setstate__(self, state: object) -> None:
-        """Forget the state."""
+        """Keep attributes as such, and forget any other state."""
+        if isinstance(state, dict) and not self.arguments:
+            self.arguments = (state,)
 
 
 class _StandInType(type):
@@ -305,7 +307,15 @@ def _named(tensors: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _plain(value: Any, seen: Iterator[int], depth: int = 0) -> Any:
-    """Settings as plain dicts; a stand-in's items and attributes become one dict. Loops and excess are cut off."""
+    """Settings as plain dicts; a stand-in's items and attributes become one dict. Loops and excess are cut off.
+
+    OmegaConf's containers and their entries are objects, which hold what they stand for as an attribute.
+    """
+    if isinstance(kind := getattr(value, "__dict__", {}).get(_CLASS), Inert) and kind.name.startswith("omegaconf."):
+        content = vars(value).get("_content", vars(value).get("_val"))
+        if isinstance(content, list):
+            return [_plain(item, seen, depth + 1) for item in content if depth < 8 and next(seen) < _MOST_SETTINGS]
+        return None if content == "???" else _plain(content, seen, depth)  # three question marks: missing
     if isinstance(value, Inert) and len(value.arguments) == 1 and isinstance(value.arguments[0], dict):
         value = value.arguments[0]  # a mapping of other software, made from a plain one
     if isinstance(value, dict) and depth < 8:

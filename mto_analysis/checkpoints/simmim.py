@@ -50,13 +50,13 @@ def convert_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     encoder = read_encoder(
         state, given, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=size(data, "IMG_SIZE")
     )
-    return simmim_vit(encoder, data)
+    return simmim_vit(encoder, data, given)
 
 
-def simmim_vit(encoder: Encoder, data: Mapping[str, Any]) -> Conversion:
+def simmim_vit(encoder: Encoder, data: Mapping[str, Any], given: Given) -> Conversion:
     """A :class:`SimMIM`; ``data`` may hold ``MASK_RATIO`` and ``MASK_PATCH_SIZE`` of a config."""
     model = encoder.model
-    rule, source = mask_rule(data) or block_rule(_PUBLISHED_RATIO, "SimMIM ViT-B", model)
+    rule, source = mask_rule(data, given) or block_rule(_PUBLISHED_RATIO, "SimMIM ViT-B", model)
     info = ModelInfo(
         family="simmim_vit",
         style="inpainting",
@@ -90,7 +90,7 @@ def convert_simmim_swin(raw: RawCheckpoint, given: Given) -> Conversion:
         image_size=size(data, "IMG_SIZE"),
         window=whole(swin, "WINDOW_SIZE"),
         pretrained=numbers(swin.get("PRETRAINED_WINDOW_SIZES")),
-        rule=mask_rule(data),
+        rule=mask_rule(data, given),
         target=_target(config),
     )
 
@@ -104,9 +104,9 @@ def _target(config: Any) -> PixelTarget:
     return "locally_normalized_pixels"
 
 
-def mask_rule(data: Mapping[str, Any]) -> tuple[MaskRule, str] | None:
+def mask_rule(data: Mapping[str, Any], given: Given) -> tuple[MaskRule, str] | None:
     """The rule that the file's own config states, if any."""
-    stated, unit = ratio(data, "MASK_RATIO"), whole(data, "MASK_PATCH_SIZE")
+    stated, unit = ratio(data, given, "MASK_RATIO"), whole(data, "MASK_PATCH_SIZE")
     return (MaskRule("block", stated, unit), "file") if stated and unit else None
 
 

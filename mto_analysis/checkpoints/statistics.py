@@ -26,6 +26,7 @@ __all__ = ["IMAGE_CHANNELS", "Statistics", "prepared_size", "stated_statistics",
 IMAGE_CHANNELS = 3
 _LARGEST_BYTE = 255
 _SOURCE = "preprocessor_config.json"
+_ASSUMED = "assumed"
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,45 @@ class Statistics:
     Args:
         mean: Of each channel.
         std: Of each channel.
-        source: Where they come from, as printed.
-        assumption: What had to be assumed, as printed, or nothing.
+        mean_source: Where the means come from, as printed.
+        std_source: The same of the deviations; by default as the means.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    source: str
-    assumption: str = ""
+    mean_source: str
+    std_source: str = ""
+
+    def __post_init__(self) -> None:
+        """Both come from one place unless told otherwise."""
+        object.__setattr__(self, "std_source", self.std_source or self.mean_source)
+
+    @property
+    def source(self) -> str:
+        """Where both come from, as printed."""
+        if self.mean_source == self.std_source:
+            return self.mean_source
+        return f"mean {self.mean_source}, std {self.std_source}"
+
+    @property
+    def assumption(self) -> str:
+        """What had to be assumed, as printed, or nothing."""
+        assumed = {
+            name: values
+            for name, values, source in (("mean", self.mean, self.mean_source), ("std", self.std, self.std_source))
+            if source == _ASSUMED
+        }
+        if not assumed:
+            return ""
+        channels = len(self.mean)
+        words = " and ".join(f"{name} {values}" for name, values in assumed.items())
+        options = " and ".join(f"--{name}" for name in assumed)
+        return f"images of {channels} channel{'s' * (channels > 1)} have {words}: the file does not say; give {options}"
 
     def overridden(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics:
         """These, with what the user gives in their place."""
-        if mean is None and std is None:
-            return self
-        return replace(
-            self,
-            mean=self.mean if mean is None else tuple(mean),
-            std=self.std if std is None else tuple(std),
-            source="given",
-            assumption="",
-        )
+        found = self if mean is None else replace(self, mean=tuple(mean), mean_source="given")
+        return found if std is None else replace(found, std=tuple(std), std_source="given")
 
     def check(self, channels: int) -> None:
         """Refuse what does not fit a model.
@@ -62,14 +82,15 @@ class Statistics:
         Raises:
             CheckpointError: If the numbers are not one for each channel, or a deviation is not positive.
         """
-        for name, values in (("mean", self.mean), ("std", self.std)):
+        both = (("mean", self.mean, self.mean_source), ("std", self.std, self.std_source))
+        for name, values, source in both:
             if len(values) != channels:
                 raise CheckpointError(
-                    f"{name} ({self.source}) has {len(values)} values, the model {channels} channels; give --{name}"
+                    f"{name} ({source}) has {len(values)} values, the model {channels} channels; give --{name}"
                 )
             if not all(0 <= value <= 1 if name == "mean" else 0 < value < math.inf for value in values):
                 raise CheckpointError(
-                    f"{name} ({self.source}) must be of pixels in 0..1, std above 0, got {list(values)}; give --{name}"
+                    f"{name} ({source}) must be of pixels in 0..1, std above 0, got {list(values)}; give --{name}"
                 )
 
 
@@ -79,8 +100,7 @@ def unpublished_statistics(channels: int) -> Statistics:
     if channels == 1:
         mean, std = [sum(IMAGENET_MEAN) / IMAGE_CHANNELS], [sum(IMAGENET_STD) / IMAGE_CHANNELS]
     rounded = tuple(round(value, 4) for value in mean), tuple(round(value, 4) for value in std)
-    words = f"images of {channels} channel{'s' * (channels > 1)} have mean {rounded[0]} and std {rounded[1]}"
-    return Statistics(*rounded, "assumed", f"{words}: the file does not say; give --mean and --std")
+    return Statistics(*rounded, _ASSUMED)
 
 
 def stated_statistics(raw: RawCheckpoint, channels: int) -> Statistics | None:

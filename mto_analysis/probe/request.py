@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info, load_checkpoint, open_checkpoint
-from mto_analysis.errors import DataError, HeadCountError
+from mto_analysis.errors import DataError, HeadCountError, OptionNeededError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, image_batches
 from mto_analysis.images.interface import choose_rows, spread_rows
 from mto_analysis.masks import MaskRule
@@ -150,7 +150,10 @@ class Request:
         return checkpoint_info(raw, self.loading.image_size)
 
     def _load(self, source: str | Path, raw: RawCheckpoint | None) -> MaskedImageModel:
-        """Load a checkpoint; head counts given for several are for those that need them, as is ``auto``."""
+        """Load a checkpoint; numbers given for several are for those that need them, as is ``auto``.
+
+        Masks from a file or matched to other models need no ratio of the model's own.
+        """
         if isinstance(source, LiveSource):
             self.listener.note(f"{source}: its module is imported, so its code runs")
             return source.load(raw)
@@ -159,10 +162,12 @@ class Request:
         given = {option: chosen.pop(option) for option in ("num_heads", "decoder_num_heads")}
         if len(self.sources) == 1:
             chosen |= {option: count for option, count in given.items() if count != "auto"}
+        without = self.settings.masks is not None or self.settings.match_visible
+        given["mask_ratio"] = chosen.pop("mask_ratio") or self.settings.mask_ratio or ("auto" if without else None)
         while True:
             try:
                 return load_checkpoint(raw, **chosen)
-            except HeadCountError as error:
+            except OptionNeededError as error:
                 if given[error.option] is None:
                     raise
                 chosen[error.option] = error.stand_in if given[error.option] == "auto" else given[error.option]

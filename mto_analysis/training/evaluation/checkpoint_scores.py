@@ -12,7 +12,13 @@ import pandas as pd
 
 from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint, open_checkpoint
 from mto_analysis.checkpoints.reading import Weights
-from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, HeadCountError, OutputExistsError
+from mto_analysis.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DataError,
+    OptionNeededError,
+    OutputExistsError,
+)
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
 from mto_analysis.runtime.outputs import (
@@ -103,7 +109,7 @@ class Encoder(NamedTuple):
 def load_encoder(
     source: str, *, weights: Weights | None = None, num_heads: int | None = None, offline: bool = False
 ) -> Encoder:
-    """A checkpoint for the sake of its encoder: heads of the decoder, which it does not use, need not be known.
+    """A checkpoint for the sake of its encoder: the decoder's heads and the mask ratio need not be known.
 
     Args:
         source: As for :func:`mto_analysis.load_checkpoint`.
@@ -113,17 +119,19 @@ def load_encoder(
         offline: As for :func:`mto_analysis.load_checkpoint`.
 
     Raises:
-        CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for the decoder's heads.
+        CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for what the encoder does not use.
     """
 
     def load(source: str, weights: Weights) -> MaskedImageModel:
         raw = open_checkpoint(source, weights=weights, offline=offline)
-        try:
-            return load_checkpoint(raw, num_heads=num_heads)
-        except HeadCountError as error:
-            if error.option != "decoder_num_heads":
-                raise
-            return load_checkpoint(raw, num_heads=num_heads, decoder_num_heads=error.stand_in)
+        stand_ins: dict[str, Any] = {}
+        while True:
+            try:
+                return load_checkpoint(raw, num_heads=num_heads, **stand_ins)
+            except OptionNeededError as error:
+                if error.option == "num_heads":
+                    raise
+                stand_ins[error.option] = error.stand_in
 
     if _COPY.search(source):
         return Encoder(load(source, "model"), "model_ema")
