@@ -192,11 +192,81 @@ class Residual(nn.Module):
 
 
 class AddsBetween(Inpainting):
-    """Adds its position before each block again."""
+    """Adds its position before each block again, or in place after it, or in place what starts as zero."""
+
+    def __init__(self, way="before"):
+        super().__init__()
+        self.way, self.scale = way, nn.Parameter(torch.tensor(0.0 if way == "zero" else 1.0))
 
     def run(self, x):
         for each in self.blocks:
-            x = each(x + self.positions())
+            if self.way == "before":
+                x = each(x + self.positions())
+            elif self.way == "in place":
+                x = each(x)
+                x += self.positions()
+            else:
+                x = each(x) + self.scale * self.positions()
+        return x
+
+
+class Shared(Inpainting):
+    """Its blocks run over the patches first, then over these with masked tokens."""
+
+    def forward(self, x, mask):
+        return self.run(self.tokens(self.run(self.embed(x)), mask))
+
+
+class Behind(Inpainting):
+    """Class tokens behind the patches, or padding."""
+
+    def tokens(self, x, mask):
+        x = torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.positions()
+        return torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
+
+
+class BlockOf(nn.Module):
+    """A block that gives more than its tokens, or changes its input in place."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.block, self.mlp = way, block(), nn.Linear(DIM, DIM)
+
+    def forward(self, x, more=None):
+        if self.way == "in place":
+            return x.add_(self.mlp(x.clone()))
+        if self.way == "changes its input":
+            return self.mlp(x.clone()) + x.mul_(0.5)
+        if self.way == "attention first":
+            return torch.ones(len(x), NUM, NUM), self.block(x)
+        if self.way == "branch too":
+            return self.block(x), self.mlp(x)
+        if self.way == "carries positions":
+            return self.block(x + more), more
+        assert self.way == "residual apart"
+        more = x if more is None else x + more
+        return self.mlp(more), more
+
+
+class Gives(Inpainting):
+    """Blocks as above, with what they hand on to each other; ``whole`` are the tokens as they come."""
+
+    def __init__(self, way, count=3):
+        super().__init__()
+        self.way, self.blocks = way, nn.ModuleList(BlockOf(way) for _ in range(count))
+
+    def run(self, x):
+        more = torch.randn(x.shape) if self.way == "carries positions" else None
+        self.whole = [x.clone()]
+        for each in self.blocks:
+            if self.way == "attention first":
+                _, x = each(x)
+            elif self.way in ("residual apart", "carries positions"):
+                x, more = each(x, more)
+            else:
+                x = each(x)
+                x = x[0] if isinstance(x, tuple) else x
+            self.whole.append(x.clone())
         return x
 
 

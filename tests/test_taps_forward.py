@@ -11,13 +11,16 @@ from model_kinds import (
     NUM,
     AddsBetween,
     Backbone,
+    Behind,
     DecoderNames,
+    Gives,
     Grid,
     Inpainting,
     Predictor,
     Residual,
     Rounds,
     SelfDistillation,
+    Shared,
     VisibleArgument,
     block,
     features,
@@ -26,6 +29,7 @@ from model_kinds import (
 from test_mto_attach import CONFIG
 from torch import nn
 
+from mto_analysis import heterogeneity, measure
 from mto_analysis.errors import StackError
 from mto_analysis.mto import MTOConfig, StackSpec, attach_mto, mto_loss, watch_mto
 
@@ -48,7 +52,8 @@ def plain_way(blocks, run, prefix, mask):
     for handle in handles:
         handle.remove()
     layers = [tokens[0] if isinstance(tokens, tuple) else tokens for tokens in kept.values()]
-    layers = [(each if each.ndim == 3 else each.flatten(1, 2))[:, prefix:] for each in layers]
+    patches = prefix if isinstance(prefix, slice) else slice(prefix, None)
+    layers = [(each if each.ndim == 3 else each.flatten(1, 2))[:, patches] for each in layers]
     return mto_loss(layers, mask() if callable(mask) else mask, CONFIG).loss
 
 
@@ -192,17 +197,17 @@ def test_prefix__of_a_grid_that_is_no_square(cls, says):
 
 
 @pytest.mark.parametrize("position", ["learned", "none"])
-def test_prefix__class_tokens_behind_the_patches_are_refused(position):
-    class Behind(Inpainting):
-        def tokens(self, x, mask):
-            x = torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.positions()
-            return torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
-
+def test_prefix__class_tokens_behind_the_patches_are_given_or_refused(position):
     model, mask = Behind(cls=1, position=position), RAGGED.clone()
     mask[:, 0] = False  # or a masked token would be seen in the place of the class token
     match = "are not in front of the patches|masks 5 to 12 of 16 patches"
     refused(model, lambda: model(features(3), mask), match)
-    refused(model, lambda: model.run(model.tokens(features(3), mask)), "are not in front of the patches")
+    refused(model, lambda: model.run(model.tokens(features(3), mask)), "pass suffix_tokens=")
+    found = {"position": model.pos_embed} if position == "learned" else {}
+    spec = StackSpec("encoder", model.blocks, model.mask_token, **found, suffix_tokens=1)
+    mto = attach_mto(model, CONFIG, stacks=[spec])
+    expected = plain_way(model.blocks, lambda: model(features(3), mask), slice(0, -1), mask)
+    torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- how the mask is known
@@ -423,11 +428,54 @@ def test_points__taps_measure_residuals_added_outside():
     torch.testing.assert_close(mto.loss(), mto_loss(model.whole, RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
 
 
-def test_points__what_is_added_between_blocks_is_refused():
-    model = AddsBetween()
-    rows = {"masked_row": lambda: model.mask_token + model.pos_embed + model.pos_embed}
+@pytest.mark.parametrize("way", ["before", "in place", "zero"])
+def test_points__what_is_added_between_blocks_is_refused(way):
+    model = AddsBetween(way).train()
+    rows = {"masked_row": lambda: model.mask_token + model.pos_embed + (model.pos_embed if way == "before" else 0)}
     spec = StackSpec("encoder", model.blocks, model.mask_token, **rows)
-    refused(model, lambda: model(features(3), RAGGED), "the input of block 1.*taps=", stacks=[spec])
+    if way == "zero":  # nothing is added in the first forward, but later
+        mto = attach_mto(model, CONFIG, stacks=[spec])
+        model(features(3), RAGGED)
+        assert mto.loss().isfinite()
+        model.scale.data.fill_(0.1)
+        model(features(3), RAGGED)
+        with pytest.raises(StackError, match=r"the input of block 1.*taps="):
+            mto.loss()
+    else:
+        refused(model, lambda: model(features(3), RAGGED), "the input of block 1.*taps=", stacks=[spec])
+
+
+@pytest.mark.parametrize(
+    "way", ["in place", "changes its input", "attention first", "branch too", "carries positions", "residual apart"]
+)
+def test_points__blocks_that_give_more_than_tokens_or_change_them(way):
+    model = Gives(way).train()
+    run = lambda: model(features(3), RAGGED)  # noqa: E731
+    mto = attach_mto(model, CONFIG)
+    run()
+    if way == "residual apart":  # tokens are the sum of two tensors
+        with pytest.raises(StackError, match="block 1 takes tokens in several tensors; pass taps="):
+            mto.loss()
+        model = Gives(way, 1)
+        refused(model, run, "its block gives several tensors of tokens; pass taps=")
+        return
+    torch.testing.assert_close(mto.loss(), mto_loss(model.whole, RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
+    mto.detach()
+    for _ in range(2):  # a forward shows whether tokens must be copied
+        found = measure(model, features(3), RAGGED).summary()["heterogeneity"].tolist()
+        assert found == pytest.approx([heterogeneity(x, RAGGED).mean().item() for x in model.whole], rel=1e-5)
+
+
+def test_points__blocks_may_run_without_masked_tokens_before():
+    model = Shared().train()
+    calls = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda m, args: calls.append(args[0]))
+    mto = attach_mto(model, CONFIG)
+    outputs = [each.register_forward_hook(lambda m, args, out: calls.append(out)) for each in model.blocks]
+    model(features(3), RAGGED)
+    for each in (handle, *outputs):
+        each.remove()
+    torch.testing.assert_close(mto.loss(), mto_loss(calls[4:], RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
 
 
 def test_points__blocks_that_do_not_run_are_named():

@@ -20,10 +20,10 @@ from mto_analysis.models.interface import (
     ModelInfo,
     height_and_width,
 )
-from mto_analysis.taps.forward import Forward
+from mto_analysis.taps.forward import Forward, NotEntered
 from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, hinted_grids, unwrap
-from mto_analysis.taps.stacks import StackSpec
+from mto_analysis.taps.stacks import StackSpec, version_of
 from mto_analysis.taps.tokens import LayerTokens
 
 __all__ = ["Call", "LiveModel", "inferred_grid", "inferred_info"]
@@ -37,12 +37,27 @@ class _Kept(Forward):
 
     def __init__(self, *seen: Any) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._as_seen: dict[int, tuple[Tensor, int | None]] = {}
         super().__init__(*seen)
 
     def take(self, depth: int, tokens: Tensor) -> None:
-        """Keep the tokens of patches."""
+        """Keep the tokens of patches: a copy of them until a forward has shown that blocks change none in place."""
         patches = tokens[:, self.prefix :]
-        self.layers[depth] = patches, self.mask_for(patches.shape[1])[0]
+        self._as_seen[depth] = tokens, version_of(tokens)
+        kept = patches.clone() if self.stack.changes_in_place or tokens.is_inference() else patches
+        self.layers[depth] = kept, self.mask_for(patches.shape[1])[0]
+
+    def verify(self) -> None:
+        """Whether tokens that were kept are still those that were seen.
+
+        Raises:
+            StackError: If they are not.
+        """
+        changed = [depth for depth, (tokens, version) in self._as_seen.items() if version_of(tokens) != version]
+        self._as_seen.clear()
+        if changed and not self.stack.changes_in_place:
+            raise StackError(f"{self.stack.where}: tokens of layer depths {changed} were changed in place, not before")
+        self.stack.changes_in_place = bool(changed)
 
 
 class _Reader(Attached[_Kept]):
@@ -65,6 +80,8 @@ class _Reader(Attached[_Kept]):
                         f"{stack.where}: it ran {len(stack.forwards)} times in one call of the model; "
                         "pass call=... that runs it once"
                     )
+                for forward in stack.forwards:
+                    forward.verify()
             return {stack.spec.name: stack.forwards[0] for stack in self._stacks if stack.forwards}
         finally:
             for stack in self._stacks:
@@ -282,8 +299,8 @@ class LiveModel(MaskedImageModel):
             reader.requested = None
         try:
             read = reader.read()
-        except StackError as error:
-            if self.model.training or reader.last_masks:
+        except NotEntered as error:
+            if self.model.training:
                 raise
             hint = "it ran in eval mode: a model that masks only in training needs train_mode=True"
             raise StackError(f"{error}; {hint}") from error

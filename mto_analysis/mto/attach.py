@@ -17,7 +17,7 @@ from mto_analysis.runtime.memory import Scratch
 from mto_analysis.taps.forward import Forward, Stack
 from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
-from mto_analysis.taps.stacks import StackSpec
+from mto_analysis.taps.stacks import StackSpec, version_of
 
 __all__ = ["MTO", "attach_mto", "with_loss"]
 
@@ -37,6 +37,7 @@ class _Losses(Forward):
         self.splits: dict[int, TokenSplit] = {}
         self.products: dict[int, LayerProducts] = {}
         self.waiting: dict[int, Tensor] = {}
+        self.versions: dict[int, int | None] = {}  # of tokens that are measured later
         self.taken: dict[int, Tensor] = {}  # measured with counts that are assumed; autograd keeps them anyway
         self.backward_ran: list[bool] = []  # filled by a hook of the graph, which must not keep this object alive
         self.freed = False
@@ -44,6 +45,7 @@ class _Losses(Forward):
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure, or keep for later where gradients are off."""
+        self.versions[depth] = version_of(tokens)
         if tokens.requires_grad and torch.is_grad_enabled():
             if self.assuming:
                 self.taken[depth] = tokens
@@ -91,6 +93,11 @@ class _Losses(Forward):
                 raise StackError(
                     f"tokens of {self.spec.name} at layer depth {depth} have no gradient: the model is frozen there, "
                     "or it checkpoints whole stages with use_reentrant=True; pass use_reentrant=False"
+                )
+            if version_of(tokens) != self.versions[depth]:
+                raise StackError(
+                    f"tokens of {self.spec.name} at layer depth {depth} were changed in place before they could be "
+                    "measured; pass use_reentrant=False to torch.utils.checkpoint, or do without changes in place"
                 )
             self.measure(depth, tokens)
         self.waiting.clear()

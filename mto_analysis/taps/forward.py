@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from mto_analysis.errors import StackError
 from mto_analysis.taps.search import hinted_patches, hinted_prefix, path_of
-from mto_analysis.taps.stacks import StackSpec, find_rows, rounded_rows, with_position
+from mto_analysis.taps.stacks import Found, StackSpec, find_rows, rounded_rows, with_position
 
-__all__ = ["REQUESTED", "Forward", "Stack"]
+__all__ = ["REQUESTED", "Forward", "NotEntered", "Stack"]
 
 #: More prefix tokens than any published model has; beyond, the size of a forward does not fit.
 _MOST_PREFIX = 64
+
+_BEHIND = "are not in front of the patches; pass suffix_tokens=... where they are behind"
 
 #: Name of a mask that we ask a model for, among the arguments of its call.
 REQUESTED = "requested mask"
@@ -47,6 +49,10 @@ class _Coming:
         return self._copy
 
 
+class NotEntered(StackError):
+    """No token of a forward is masked, although a mask was passed; a later forward of the same call may have them."""
+
+
 class Forward:
     """What one stack shows in one forward: its mask, and tokens one layer depth at a time.
 
@@ -61,7 +67,8 @@ class Forward:
         self.mask: Tensor | None = None
         self.num_images = len(mask)
         self.depths: set[int] = set()  # those that ran
-        self.last: Tensor | None = None  # tokens of the last of them, until blocks are known to follow each other
+        self.last: Found | None = None  # tokens of the last of them
+        self.carried: Sequence[Tensor] = ()  # what the last block took beside its tokens
         self._counts = (0, 0)  # the smallest and the largest number of masked patches of an image
         self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
         self._on_cpu: Tensor | None = None  # the mask
@@ -227,6 +234,7 @@ class Stack(Generic[_Any]):
         self.layout: _Layout | None = None
         self.forwards: list[_Any] = []
         self.running: _Any | None = None
+        self.changes_in_place = True  # until a forward has shown that its blocks do not
         self.last_mask: Tensor | None = None
         modules = [module for module, where in spec.points if where == "output"]
         self.repeats = len({id(module) for module in modules}) < len(modules)
@@ -266,8 +274,9 @@ class Stack(Generic[_Any]):
             )
 
     def batch_first(self, tokens: Tensor) -> Tensor:
-        """Tokens as ``batch num_tokens dim``."""
-        return tokens.transpose(0, 1) if self._transposed else tokens
+        """Tokens as ``batch num_tokens dim``, without those behind patches."""
+        tokens = tokens.transpose(0, 1) if self._transposed else tokens
+        return tokens[:, : tokens.shape[1] - self.spec.suffix_tokens] if self.spec.suffix_tokens else tokens
 
     def start(self, tokens: Tensor, grid: tuple[int, ...] | None, arguments: Mapping[str, Tensor]) -> None:
         """The tokens of layer depth 0: find the mask.
@@ -459,7 +468,8 @@ class Stack(Generic[_Any]):
         layout = _Layout(total, prefix, patches, offset, row)
         if int((places[:, prefix:] >= 0).sum()) != int(self._in_patch_order(places, layout).sum()):
             raise self._error(
-                "several masked tokens of an image have one position; pass position=... or masked_row=..."
+                "several masked tokens of an image have one position; pass position=... or masked_row=..., or "
+                "suffix_tokens=... where tokens behind those of patches are class tokens or padding"
             )
         self._refuse_shift(layout, places, tokens)
         for name, mask in told.items():
@@ -489,8 +499,8 @@ class Stack(Generic[_Any]):
             alike = (tokens == tokens[:1]).all(dim=-1).all(dim=0) & (places < 0).all(dim=0)  # as class tokens are
             if bool(alike[-layout.prefix :].all()) and not bool(alike[: layout.prefix].any()):
                 raise self._error(
-                    f"its last {layout.prefix} tokens are equal in all images, its first are not: class or register "
-                    "tokens are not in front of the patches; pass taps=... or prefix_tokens=..."
+                    f"its last {layout.prefix} tokens are equal in all images, its first are not: "
+                    f"class or register tokens {_BEHIND}"
                 )
         if self._positions > 1 and self.spec.present == "all":
             slots = torch.arange(places.shape[1], device=places.device).expand_as(places)
@@ -498,7 +508,7 @@ class Stack(Generic[_Any]):
             if len(shift) == 1 and int(shift) != layout.prefix - layout.offset:
                 raise self._error(
                     f"masked tokens are {int(shift)} behind their positions, not {layout.prefix - layout.offset}: its "
-                    "class or register tokens are not in front of the patches; pass taps=... or prefix_tokens=..."
+                    f"class or register tokens {_BEHIND}"
                 )
 
     def _fit(self, layout: _Layout, places: Tensor, name: str, mask: Tensor, *, passed: bool) -> _Layout | None:
@@ -598,10 +608,10 @@ class Stack(Generic[_Any]):
             self.skipped += 1
         elif told := self._told_by(tokens, arguments):
             name, mask = next(iter(told.items()))
-            raise self._error(
-                f"{name!r} masks {_counts(mask)} patches, but none of its tokens {list(tokens.shape)} equals "
-                "the mask token plus a position: dropout changed the mask token, a norm or something unknown was "
-                "applied (pass position=... or masked_row=...), or it does not enter these blocks (pass blocks or taps)"
+            raise NotEntered(
+                f"{self.where}: {name!r} masks {_counts(mask)} patches, but none of its tokens {list(tokens.shape)} "
+                "equals the mask token plus a position: dropout changed the mask token, a norm or something unknown "
+                "was applied (pass position=... or masked_row=...), or it does not enter these blocks (pass blocks or taps)"
             )
         else:
             self.unmasked += 1

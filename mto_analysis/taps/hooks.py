@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mto_analysis.errors import StackError
-from mto_analysis.taps.forward import REQUESTED, Forward, Stack
+from mto_analysis.taps.forward import REQUESTED, Forward, NotEntered, Stack
 from mto_analysis.taps.search import holders_of
-from mto_analysis.taps.stacks import StackSpec, first_tensor
+from mto_analysis.taps.stacks import StackSpec, find_tokens
 
 __all__ = ["COLLAPSED", "Attached", "CollapseWarning", "on_output", "recomputing", "warn_of"]
 
@@ -28,6 +28,8 @@ class CollapseWarning(UserWarning):
 
 
 _Any = TypeVar("_Any", bound=Forward)
+
+_WHOLE = "pass taps=[(module, 'input' or 'output'), ...] at the points where the tokens are whole"
 
 
 class Attached(Generic[_Any]):
@@ -50,7 +52,7 @@ class Attached(Generic[_Any]):
         self._recording: bool | None = None
         self._arguments: dict[int, dict[str, Tensor]] = {}  # of the running calls, by the module's id
         self._handles: list[Any] = []
-        self._between: dict[int, list[Any]] = {}  # handles that verify what lies between blocks
+        self._between: dict[int, dict[int, Any]] = {}  # verify inputs of blocks, by stack and depth
         self._on(model, "pre", lambda handle, *seen: handle._model_starts(*seen), with_kwargs=True, prepend=True)
         for module in holders_of(model, [each for spec in specs for each in (*spec.mask_tokens, spec.points[0][0])]):
             self._on(module, "pre", lambda handle, *seen: handle._call_starts(*seen), with_kwargs=True)
@@ -86,14 +88,12 @@ class Attached(Generic[_Any]):
         return handles
 
     def _follow_between(self, at: int, stack: Stack[_Any]) -> list[Any]:
-        """Hooks that verify, in the first forward, that each block's input is what the block before it gave."""
-        found = []
+        """Hooks that verify that each block's input is what the block before it gave."""
+        found = self._between[at] = {}
         for depth, block in enumerate(stack.spec.blocks[1:], start=1):
             tell = lambda handle, *seen, of=depth: handle._goes_on(at, of, *seen)  # noqa: E731
-            found.append(self._on(block, "pre", tell, at, with_kwargs=True))
-        if found:
-            self._between[at] = found
-        return found
+            found[depth] = self._on(block, "pre", tell, at, with_kwargs=True)
+        return list(found.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of the model (an EMA) has nothing attached."""
@@ -249,37 +249,41 @@ class Attached(Generic[_Any]):
                 arguments = {name: value for each in self._arguments.values() for name, value in each.items()}
                 if self.requested is not None:
                     arguments[REQUESTED] = self.requested
-                tokens, grid = first_tensor(values)
-                stack.orient(tokens, arguments)
-                stack.start(stack.batch_first(tokens), grid, arguments)
-        if stack.running is not None:
-            tokens = stack.batch_first(first_tensor(values)[0])
-            stack.running.depths.add(depth)
-            stack.running.take(depth, tokens)
-            stack.running.last = tokens if at in self._between else None
-            if depth == stack.spec.depth:
-                self._stack_ends(at)
-
-    def _stack_ends(self, at: int) -> None:
-        """The last layer depth of a stack was taken: what lies between its blocks is now verified."""
-        for handle in self._between.pop(at, ()):
-            handle.remove()
-        running = self._stacks[at].running
-        if running is not None:
-            running.last = None
+                found = find_tokens(values)
+                stack.orient(found.flat, arguments)
+                stack.start(stack.batch_first(found.flat), found.grid, arguments)
+                if stack.running is not None and isinstance(self._failures.get(at), NotEntered):
+                    del self._failures[at]  # the stack ran before without masked tokens
+        if (running := stack.running) is not None:
+            found = find_tokens(values, running.last.tokens if running.last is not None else None)
+            running.depths.add(depth)
+            running.take(depth, stack.batch_first(found.flat))
+            if len(stack.spec.blocks) == 1 and depth == 1 and _new(found.others, running.carried):
+                raise StackError(f"{stack.where}: its block gives several tensors of tokens; {_WHOLE}")
+            if depth == 0:
+                running.carried = found.others
+            running.last = None if depth == stack.spec.depth else found.kept()
 
     def _goes_on(self, at: int, depth: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        running = self._stacks[at].running
-        if running is None or at not in self._between or recomputing() or depth not in running.depths:
+        """Verify that a block takes what the block before it gave, until it is seen to be the same memory."""
+        stack = self._stacks[at]
+        running, handles = stack.running, self._between[at]
+        if running is None or running.last is None or recomputing() or depth not in running.depths:
             return
-        given, taken = running.last, self._stacks[at].batch_first(first_tensor((args, kwargs))[0])
-        if given is None or given is taken or given.shape != taken.shape or torch.equal(given, taken):
-            return
-        raise StackError(
-            f"{self._stacks[at].where}: the input of block {depth} {list(taken.shape)} is not the output of the block "
-            "before it: something is added outside of the blocks; pass taps=[(module, 'input' or 'output'), ...] "
-            "at the points where the tokens are whole"
-        )
+        given, taken = running.last, find_tokens((args, kwargs), running.last.tokens)
+        if any(each is other for each in taken.others for other in _new(given.others, running.carried)):
+            raise StackError(f"{stack.where}: block {depth} takes tokens in several tensors; {_WHOLE}")
+        running.carried = taken.others
+        count, before = (each.flat.shape[1] for each in (taken, given))
+        merged = count < before and taken.tokens.shape != given.tokens.shape
+        same = _is_same_memory(given.tokens, taken.tokens) and not given.changed
+        if same or merged:
+            handles.pop(depth).remove()
+        elif given.changed or given.tokens.shape != taken.tokens.shape or not torch.equal(given.tokens, taken.tokens):
+            raise StackError(
+                f"{stack.where}: the input of block {depth} {list(taken.tokens.shape)} is not the output of the block "
+                f"before it: something is added outside of the blocks; {_WHOLE}"
+            )
 
     def _failed(self, at: int, error: Exception) -> None:
         """Something went wrong in a hook: kept for the next call of ours."""
@@ -300,6 +304,16 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     if kind not in _NAMES:
         _NAMES[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]
     return _NAMES[kind]
+
+
+def _new(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    return [each for each in tensors if not any(each is one for one in known)]
+
+
+def _is_same_memory(tokens: Tensor, others: Tensor) -> bool:
+    """Whether two tensors are one, or views of the same values (reentrant checkpointing detaches tokens)."""
+    same = tokens.shape == others.shape and tokens.stride() == others.stride() and tokens.dtype == others.dtype
+    return tokens is others or (same and tokens.data_ptr() == others.data_ptr())
 
 
 def recomputing() -> bool:

@@ -7,9 +7,10 @@ whatever order the tokens are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from mto_analysis.errors import StackError
 
-__all__ = ["StackSpec", "Tap", "find_rows", "first_tensor", "rounded_rows", "with_position"]
+__all__ = ["Found", "StackSpec", "Tap", "find_rows", "find_tokens", "rounded_rows", "version_of", "with_position"]
 
 #: A point where tokens are read: a module's input or its output.
 Tap = tuple[nn.Module, Literal["input", "output"]]
@@ -46,6 +47,7 @@ class StackSpec:
             order of the tokens, or an argument of the caller, ``"argument:bool_masked_pos"``, inverted
             ``"argument:~visible"``; or ``"tokens"`` alone, where an argument that looks like a mask is something else.
         prefix_tokens: Class and register tokens in front of the patch tokens; ``"auto"`` finds their number.
+        suffix_tokens: Tokens behind those of patches: class or register tokens, padding.
         present: ``"all"`` patches are among the tokens, or a ``"subset"`` of them, in any order (predictors).
 
     Raises:
@@ -61,6 +63,7 @@ class StackSpec:
     taps: Sequence[Tap] = ()
     position: Tensor | Callable[[], Tensor] | None = None
     present: Literal["all", "subset"] = "all"
+    suffix_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -79,6 +82,8 @@ class StackSpec:
             raise ValueError(
                 f"stack {self.name} needs prefix_tokens of at least 0, or 'auto', got {self.prefix_tokens}"
             )
+        if self.suffix_tokens < 0:
+            raise ValueError(f"stack {self.name} needs suffix_tokens of at least 0, got {self.suffix_tokens}")
         if self.mask_token is None and self.masked_row is None and self.mask in (None, "tokens"):
             raise ValueError(f"stack {self.name} needs mask_token, masked_row or mask")
         if isinstance(self.mask, str) and not self.argument and self.mask != "tokens":
@@ -124,26 +129,71 @@ def _is_layer(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def first_tensor(values: Any) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Tokens among the arguments of a module or in what it returned: the first floating tensor of 3 to 5 dimensions.
+class Found(NamedTuple):
+    """Tokens among the arguments of a module, or in what it returned.
 
-    Returns:
-        The tokens ``batch num_tokens dim``, and the grid where they have axes of one.
+    Args:
+        tokens: As they are there.
+        others: More tensors of that shape.
+        version: Counts changes in place; ``None`` in inference mode, where nothing does.
+    """
+
+    tokens: Tensor
+    others: tuple[Tensor, ...] = ()
+    version: int | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """``batch num_tokens dim``, also where tokens have axes of a grid."""
+        return self.tokens.flatten(1, -2)
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Axes of a grid, if tokens have some."""
+        return None if self.tokens.ndim == 3 else tuple(self.tokens.shape[1:-1])
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tokens were changed in place since they were found."""
+        return self.version != version_of(self.tokens)
+
+    def kept(self) -> Found:
+        """To be compared later: as it is, or a copy where changes in place are not counted."""
+        return self if self.version is not None else self._replace(tokens=self.tokens.clone())
+
+
+def version_of(tokens: Tensor) -> int | None:
+    """Counts changes in place, where torch does."""
+    return None if tokens.is_inference() else tokens._version
+
+
+def find_tokens(values: Any, before: Tensor | None = None) -> Found:
+    """Tokens among the arguments of a module or in what it returned: a floating tensor of 3 to 5 dimensions.
+
+    The first; but for one whose shape is that of the tokens before where the first (attention weights, say) has as many
+    tokens or more.
 
     Raises:
         StackError: If there is none.
     """
-    queue = [values]
-    while queue:
-        value = queue.pop(0)
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and 3 <= value.ndim <= 5:
-                return (value, None) if value.ndim == 3 else (value.flatten(1, -2), tuple(value.shape[1:-1]))
-        elif isinstance(value, Mapping):
-            queue[:0] = value.values()
-        elif isinstance(value, (tuple, list)):
-            queue[:0] = value
-    raise StackError("a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]")
+    tensors = [each for each in _tensors(values) if each.is_floating_point() and 3 <= each.ndim <= 5]
+    if not tensors:
+        raise StackError(
+            "a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]"
+        )
+    chosen = tensors[0]
+    alike = [each for each in tensors if each.shape == (chosen if before is None else before).shape]
+    if alike and chosen.shape != alike[0].shape and math.prod(chosen.shape[1:-1]) >= math.prod(alike[0].shape[1:-1]):
+        chosen = alike[0]
+    return Found(chosen, tuple(each for each in alike if each is not chosen), version_of(chosen))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(value)
 
 
 class _Rounding(TorchFunctionMode):
