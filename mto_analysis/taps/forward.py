@@ -611,7 +611,7 @@ class Stack(Generic[_Any]):
             raise NotEntered(
                 f"{self.where}: {name!r} masks {_counts(mask)} patches, but none of its tokens {list(tokens.shape)} "
                 "equals the mask token plus a position: dropout changed the mask token, a norm or something unknown "
-                "was applied (pass position=... or masked_row=...), or it does not enter these blocks (pass blocks or taps)"
+                "was applied (pass position=... or masked_row=...), or it enters other blocks (pass blocks or taps)"
             )
         else:
             self.unmasked += 1
