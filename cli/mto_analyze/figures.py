@@ -6,44 +6,76 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import SOURCE, DecoderHeads, Heads, Offline, Overwrite, Quiet
+from mto_analyze.options import (
+    AnyCheckpoints,
+    BatchSize,
+    DecoderHeads,
+    DeviceName,
+    Group,
+    Heads,
+    Images,
+    Labels,
+    Limit,
+    Offline,
+    OutputOptions,
+    takes,
+)
 
 
+class Own(Group):
+    """What replaces the bundled models and images."""
+
+    panel = "Input"
+    ckpt: AnyCheckpoints = None
+    label: Labels = None
+    images: Images = None
+    limit: Limit = None
+    num_heads: Heads = None
+    decoder_num_heads: DecoderHeads = None
+    offline: Offline = False
+
+
+@takes(Own, OutputOptions, out=Path("figures"))
 def figures(
     context: typer.Context,
+    ckpt: list[str] | None,
+    label: list[str] | None,
+    images: Path | None,
+    limit: int | None,
+    num_heads: int | None,
+    decoder_num_heads: int | None,
+    offline: bool,
+    out: Path,
+    overwrite: bool,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which, see --list; by default all.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures and tables, see --list; by default all.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for PNG, PDF, tables (.md, .tex), CSV, captions.md.")] = Path(
-        "figures"
-    ),
-    ckpt: Annotated[
-        list[str] | None, typer.Option(help=f"{SOURCE}; repeat to compare. By default the bundled small models.")
-    ] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder, list or Parquet file of images; by default 256 bundled ones.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, spread evenly.")] = None,
     experiment: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that `experiment` wrote: draw what it measured (fig4, table3, supp-fig1, supp-fig2)."
+            metavar="FOLDER",
+            help="Folder written by `experiment`: draw what it measured (fig4, table3, supp-fig1, supp-fig2).",
+            rich_help_panel="Input",
         ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Fetch the public MAE and SimMIM files and draw Figs. 1-2 of them.")
+        bool,
+        typer.Option(
+            "--public", help="Download the public MAE and SimMIM files and draw Figs. 1-2.", rich_help_panel="Input"
+        ),
     ] = False,
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "cpu",
-    offline: Offline = False,
-    listing: Annotated[bool, typer.Option("--list", help="Say what there is, and draw nothing.")] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the figures and tables, and draw nothing.")] = False,
+    batch_size: BatchSize = 64,
+    device: DeviceName = "cpu",
 ) -> None:
-    """Draw the paper's figures (PNG, PDF) and write its tables (Markdown, LaTeX), each with a CSV of its values."""
+    """Draw the paper's figures and write its tables.
+
+    Figures are PNG and PDF, tables Markdown and LaTeX, each with a CSV of its values, and captions.md. By default they
+    are those of the bundled small models.
+
+    Example:
+      mto-analyze figures fig3 table2 --out figures-of-the-paper
+    """
     from mto_analysis.figures.paper import FIGURES, Inputs, draw_paper
 
     if listing:
