@@ -8,9 +8,8 @@ import typer
 from mto_analyze import measuring
 from mto_analyze.options import (
     AnyCheckpoints,
-    BatchSize,
+    ComputeOptions,
     DecoderHeads,
-    DeviceName,
     Group,
     Heads,
     Images,
@@ -33,40 +32,30 @@ class Own(Group):
     num_heads: Heads = None
     decoder_num_heads: DecoderHeads = None
     offline: Offline = False
-
-
-@takes(Own, OutputOptions, out=Path("figures"))
-def figures(
-    context: typer.Context,
-    ckpt: list[str] | None,
-    label: list[str] | None,
-    images: Path | None,
-    limit: int | None,
-    num_heads: int | None,
-    decoder_num_heads: int | None,
-    offline: bool,
-    out: Path,
-    overwrite: bool,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures and tables, see --list; by default all.")
-    ] = None,
     experiment: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             help="Folder written by `experiment`: draw what it measured (fig4, table3, supp-fig1, supp-fig2).",
-            rich_help_panel="Input",
         ),
-    ] = None,
+    ] = None
     public: Annotated[
-        bool,
-        typer.Option(
-            "--public", help="Download the public MAE and SimMIM files and draw Figs. 1-2.", rich_help_panel="Input"
-        ),
-    ] = False,
+        bool, typer.Option("--public", help="Download the public MAE and SimMIM files and draw Figs. 1-2.")
+    ] = False
+
+
+@takes(Own, OutputOptions, ComputeOptions, out=Path("figures"), batch_size=64, device="cpu")
+def figures(
+    context: typer.Context,
+    ckpt: list[str] | None,
+    label: list[str] | None,
+    public: bool,
+    out: Path,
+    overwrite: bool,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures and tables, see --list; by default all.")
+    ] = None,
     listing: Annotated[bool, typer.Option("--list", help="List the figures and tables, and draw nothing.")] = False,
-    batch_size: BatchSize = 64,
-    device: DeviceName = "cpu",
 ) -> None:
     """Draw the paper's figures and write its tables.
 
@@ -82,18 +71,8 @@ def figures(
         width = max(map(len, FIGURES))
         typer.echo("\n".join(f"{name:{width}}  {one.title} ({one.origin})" for name, one in FIGURES.items()))
         return
-    inputs = Inputs(
-        tuple(ckpt or ()),
-        tuple(label or ()),
-        images,
-        limit,
-        experiment,
-        num_heads,
-        decoder_num_heads,
-        batch_size,
-        device,
-        offline,
-    )
+    replaced = measuring.options_of(Inputs, context.params)
+    inputs = Inputs(tuple(ckpt or ()), tuple(label or ()), **replaced)
     if public:
         from mto_analysis.figures.paper.public import draw_public
     draw = draw_public if public else draw_paper
