@@ -6,16 +6,15 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mto_analyze.console import note, settings_of
-from mto_analyze.options import ADVANCED, Quiet, takes
+from mto_analyze.options import EngineName, EngineOptions, Quiet, takes
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
@@ -27,13 +26,6 @@ FILES = (
     *("curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "terms.csv", "summary.md", "run.json"),
     *(f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "pdf")),
 )
-
-
-class EngineName(StrEnum):
-    """Where runs are done."""
-
-    local = "local"
-    ray = "ray"
 
 
 File = Annotated[
@@ -55,9 +47,6 @@ Data = Annotated[
         rich_help_panel="Input",
     ),
 ]
-Jobs = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Number of runs at a time on a machine, each in its own process.")
-]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,64 +67,21 @@ Shard = Annotated[
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="When a run fails, continue with the others and report at the end.")
 ]
-Retries = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Restarts of a run whose process or node dies.",
-        rich_help_panel=ADVANCED,
-    ),
-]
-EngineOption = Annotated[
-    EngineName,
-    typer.Option(help="local: processes of this machine; ray: a Ray cluster.", rich_help_panel=ADVANCED),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Address of the Ray cluster; by default RAY_ADDRESS, or a local one is started.",
-        rich_help_panel=ADVANCED,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="CPUs of each run; by default those of the machine / --jobs.",
-        rich_help_panel=ADVANCED,
-    ),
-]
-Gpus = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="GPUs of each run on Ray, also fractions; by default those of a node / --jobs.",
-        rich_help_panel=ADVANCED,
-    ),
-]
 
 
-@takes()
+@takes(EngineOptions)
 def experiment(
+    context: typer.Context,
     file: File,
     out: Out,
+    jobs: int,
     data: Data = None,
-    jobs: Jobs = 1,
     set_: Set = None,
     dry_run: DryRun = False,
     list_: List = False,
     only: Only = None,
     shard: Shard = None,
     keep_going: KeepGoing = False,
-    retries: Retries = 2,
-    engine: EngineOption = EngineName.local,
-    address: Address = None,
-    threads: Threads = None,
-    gpus: Gpus = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a whole experiment: arms x seeds, evaluation, RAUC, figures.
@@ -167,8 +113,7 @@ def experiment(
         return
     began = time.time()
     with _board(runs, count, quiet) as tell:
-        work = _engine(engine, address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
-        do_runs(runs, num_images=count, engine=work, part=part, keep_going=keep_going, tell=tell)
+        do_runs(runs, num_images=count, engine=engine_of(context.params), part=part, keep_going=keep_going, tell=tell)
     if left := [run for run in runs.all if not run.finished()]:
         note(f"{len(left)} of {len(runs.all)} runs are still to be done: tables and figures follow", quiet=quiet)
         return
@@ -190,19 +135,20 @@ def _part(runs: ExperimentRuns, only: int | None, shard: str | None) -> Sequence
     return runs.shard(int(index), int(count))
 
 
-def _engine(
-    name: EngineName, address: str | None, *, jobs: int, threads: int | None, gpus: float | None, retries: int
-) -> Engine:
-    if name is EngineName.ray:
+def engine_of(given: Mapping[str, Any]) -> Engine:
+    """The engine that the options ask for."""
+    address, gpus = given["address"], given["gpus"]
+    shared = {name: given[name] for name in ("jobs", "threads", "retries")}
+    if given["engine"] is EngineName.ray:
         from mto_analysis.experiments.cluster import RayEngine
 
-        return RayEngine(address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
+        return RayEngine(address, gpus=gpus, **shared)
     from mto_analysis.experiments import LocalEngine
 
     for option, value in (("--address", address), ("--gpus", gpus)):
         if value is not None:
             raise ValueError(f"{option} is of a cluster: add --engine ray")
-    return LocalEngine(jobs, threads=threads, retries=retries)
+    return LocalEngine(**shared)
 
 
 def _write(

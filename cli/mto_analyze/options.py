@@ -38,6 +38,13 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+class EngineName(StrEnum):
+    """Where the processes of a command run."""
+
+    local = "local"
+    ray = "ray"
+
+
 def head_count(text: str) -> int | str:
     """A number of heads, or ``auto``."""
     if text != "auto" and (not text.isdecimal() or int(text) < 1):
@@ -207,6 +214,44 @@ Dtype = Annotated[
 ]
 
 
+# Engines.
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes at a time on a machine.")]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(help="local: processes of this machine; ray: a Ray cluster.", rich_help_panel=ADVANCED),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address of the Ray cluster; by default RAY_ADDRESS, or a local one is started.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPUs of each process; by default those of the machine / --jobs.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="GPUs of each process on Ray, also fractions; by default those of a node / --jobs.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Retries = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Restarts of a run whose process or node dies.", rich_help_panel=ADVANCED),
+]
+
+
 class Group:
     """Options that stand together."""
 
@@ -282,6 +327,17 @@ class ComputeOptions(Group):
     panel = ADVANCED
     device: DeviceName = "auto"
     batch_size: BatchSize = 32
+
+
+class EngineOptions(Group):
+    """Where the processes of a command run, and how many at a time."""
+
+    jobs: Jobs = 1
+    engine: EngineOption = EngineName.local
+    address: Address = None
+    threads: Threads = None
+    gpus: Gpus = None
+    retries: Retries = 2
 
 
 class OutputOptions(Group):
