@@ -111,7 +111,7 @@ def test_layer_measures__that_keep_something_can_be_put_together(checkpoints) ->
     model = load_checkpoint(checkpoints["mae"])
     with together(Definitions().watch, Properties().watch)(model, "mae") as measures:
         found = [type(each).__name__ for each in measures if isinstance(each, Shared)]
-    assert found == ["AttentionWatch", "PropertyMeasure"]
+    assert found == ["Attention", "PropertyMeasure"]
     assert isinstance(AffinityMaps(), Shared)
 
 

@@ -12,17 +12,32 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
-    ADVANCED,
-    ComputeOptions,
+    AnyCheckpoints,
+    AutoDecoderHeads,
+    AutoHeads,
+    BatchSize,
+    DeviceName,
     Dtype,
-    InputOptions,
-    MaskOptions,
-    ModelOptions,
-    OutputOptions,
+    Images,
+    ImageSize,
+    Labels,
+    Limit,
+    MaskRatio,
+    Masks,
+    MaskUnit,
+    Mean,
+    Models,
+    Offline,
+    Out,
+    Overwrite,
     Precision,
+    Quiet,
+    Seed,
+    Std,
     Strict,
+    ValueRange,
+    WeightsOrFile,
     Workers,
-    takes,
 )
 
 if TYPE_CHECKING:
@@ -37,77 +52,74 @@ class Definitions(StrEnum):
     all = "all"
 
 
+MatchVisible = Annotated[
+    bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
+]
 DefinitionsOption = Annotated[
     Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
 ]
 ControlsOption = Annotated[
-    bool,
-    typer.Option("--controls", help="Also measure random weights, other mask tokens ... (prints the time needed)."),
+    bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
 ]
 PropertiesOption = Annotated[
-    bool,
+    bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
+]
+Measures = Annotated[
+    str,
     typer.Option(
-        "--properties",
-        help="Also measure the paper's three properties of masked tokens.",
-        rich_help_panel=ADVANCED,
+        metavar="h,NAME,...|all",
+        help="Also in the same pass: cka, rank, rankme, lidar, attention, frequency, cosine, separability.",
     ),
 ]
 Difference = Annotated[
-    bool,
-    typer.Option(
-        "--difference",
-        help="Also write paired per-image differences (second minus first checkpoint).",
-        rich_help_panel=ADVANCED,
-    ),
-]
-ControlSeeds = Annotated[
-    int,
-    typer.Option(
-        min=1, metavar="N", help="Random weights and mask tokens tried by --controls.", rich_help_panel=ADVANCED
-    ),
-]
-MatchVisible = Annotated[
-    bool,
-    typer.Option(
-        "--match-visible",
-        help="Leave equally many patches visible for all models.",
-        rich_help_panel=ADVANCED,
-    ),
-]
-MasksPerImage = Annotated[int, typer.Option(min=1, metavar="N", help="Masks per image.", rich_help_panel=ADVANCED)]
-SaveMasks = Annotated[
-    bool,
-    typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.", rich_help_panel=ADVANCED),
+    bool, typer.Option("--difference", help="Also write paired differences per image (second minus first).")
 ]
 
 
 @launchable
-@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("heterogeneity"))
 def heterogeneity(
     context: typer.Context,
-    out: Path,
-    overwrite: bool,
-    label: list[str] | None,
+    ckpt: AnyCheckpoints = None,
+    model: Models = None,
+    images: Images = None,
+    value_range: ValueRange = None,
+    label: Labels = None,
+    limit: Limit = None,
+    mask_ratio: MaskRatio = None,
+    mask_unit: MaskUnit = None,
+    match_visible: MatchVisible = False,
+    masks: Masks = None,
+    save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
+    masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per image.")] = 1,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: DeviceName = "auto",
+    dtype: Dtype = Precision.float32,
+    measures: Measures = "h",
     definitions: DefinitionsOption = Definitions.paper,
     controls: ControlsOption = False,
-    control_seeds: ControlSeeds = 3,
     properties: PropertiesOption = False,
     difference: Difference = False,
-    match_visible: MatchVisible = False,
-    masks_per_image: MasksPerImage = 1,
-    save_masks: SaveMasks = False,
-    dtype: Dtype = Precision.float32,
+    control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
     num_workers: Workers = 0,
+    num_heads: AutoHeads = None,
+    decoder_num_heads: AutoDecoderHeads = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: WeightsOrFile = "model",
+    offline: Offline = False,
     strict: Strict = False,
+    out: Out = Path("heterogeneity"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
     Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
+    --measures also measures.csv; with
     --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
     controls.png and .pdf.
-
-    Example:
-      mto-analyze heterogeneity --ckpt mae_vit_base_full --images IMAGES --limit 500
     """
     from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder, chosen_labels
@@ -150,6 +162,8 @@ def parts_of(given: Mapping[str, Any]) -> list[Part]:
     if given["difference"] and len(labels) != 2:
         raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
     parts = [Part(("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity"), _curves)]
+    if given["measures"] != "h":
+        parts.append(Part(("measures.csv",), _measures))
     if masks:
         parts.append(Part(tuple(masks), partial(_masks, masks)))
     # Its passes follow the main one, when no other part watches any more.
@@ -192,6 +206,10 @@ def _curves(request: "Request") -> Begun:
     )
 
 
+def _measures(request: "Request") -> Begun:
+    return Begun(lambda study: {"measures.csv": study.measures})
+
+
 def _masks(files: Mapping[str, str], request: "Request") -> Begun:
     return Begun(lambda study: {name: study.mask_file(label) for name, label in files.items()})
 
@@ -214,7 +232,7 @@ def _definitions(request: "Request") -> Begun:
     from mto_analysis.figures.plots.definitions import draw_definitions
     from mto_analysis.probe.definition_study import Definitions as Watched
 
-    watched = Watched()
+    watched = Watched(request.settings.masks_per_image)
 
     def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
         table, attention = watched.table(study), watched.attention_table()

@@ -271,6 +271,10 @@ class MaskedImageModel(nn.Module, ABC):
         """
         return ()
 
+    def order_is_known(self, stack: str) -> bool:
+        """Whether the tokens of a stack are in the order of patches, so that they have places in the image."""
+        return True
+
     def stacks_for(self, images: Tensor, mask: Tensor) -> Sequence[str]:
         """The stacks that hold masked tokens for these images and masks: all, but for models whose stacks are found."""
         return self.stacks

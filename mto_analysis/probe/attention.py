@@ -1,57 +1,92 @@
-"""The model's own attention between masked and visible tokens: mass and entropy per block and head, watched in passing.
+"""The model's own attention at each block and head, watched in passing: where it goes, how far, and how evenly.
 
-This is the weight aggregation that L_spa (Eq. 3) is meant to change; X X^T stands in for it.
+The mass between kinds is the weight aggregation that L_spa (Eq. 3) is meant to change; X X^T stands in for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit, entropy_from_sums
-from mto_analysis.models import LayerTokens, MaskedImageModel
-from mto_analysis.taps.attention import tap_attention
+from mto_analysis.models import LayerTokens
+from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
+from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.taps.attention import has_known_attention, tap_attention
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ATTENTION_STATISTICS", "AttentionWatch", "attention_statistics"]
+__all__ = ["ATTENTION_STATISTICS", "Attention", "attention_statistics", "patch_distances"]
 
-#: Columns: share of a query's attention on keys of the other kind, and its entropy (nats) among these keys.
+#: Columns: share of a query's attention on keys of the other kind, and its entropy (nats) among these keys; then of
+#: queries of each kind the entropy among all keys, and the mean distance of the patches attended to (in patches).
 ATTENTION_STATISTICS = (
     "mass_masked_to_visible",
     "mass_visible_to_masked",
     "entropy_masked_to_visible",
     "entropy_visible_to_masked",
+    "entropy_masked",
+    "entropy_visible",
+    "distance_masked",
+    "distance_visible",
 )
 
 # Attention maps that are worked on at once, as entries: 4 MB in float32.
 _ENTRIES_AT_ONCE = 2**20
 
 
-def attention_statistics(queries: Tensor, keys: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Mass and entropy of attention from masked to visible tokens and back.
+def patch_distances(grid: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Distance between the centres of all pairs of patches, in sides of a patch.
+
+    Shapes:
+        returns: num_patches num_patches (row-major on the grid)
+
+    Example:
+        >>> patch_distances((1, 3))[0].tolist()
+        [0.0, 1.0, 2.0]
+    """
+    axes = torch.meshgrid(*(torch.arange(side, device=device, dtype=torch.float32) for side in grid), indexing="ij")
+    places = torch.stack([axis.flatten() for axis in axes], dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(places[:, None] - places[None], dim=-1)
+    return distances
+
+
+def attention_statistics(
+    queries: Tensor, keys: Tensor, mask: Tensor, bias: Tensor | None = None, distances: Tensor | None = None
+) -> Tensor:
+    r"""Mass and entropy of attention between masked and visible tokens, entropy over all keys, and mean distance.
+
+    .. math:: d_i = \sum_j a_{ij} \|r_i - r_j\| / \sum_j a_{ij}, \quad H_i = -\sum_j a_{ij} \log a_{ij}
 
     Prefix tokens come first and take part in the softmax, but are of neither kind: shares on masked, visible and prefix
-    tokens add to 1. Entropies are of the softmax over keys of the one kind alone; where less than about 1e-35 of the
-    attention falls on them, they count as 0.
+    tokens add to 1. Entropies between kinds are of the softmax over keys of the one kind alone; where less than about
+    1e-35 of the attention falls on them, they count as 0. The entropy of a kind is over all keys, prefix tokens too;
+    distances, over patches.
 
     Shapes:
         queries: batch num_heads num_tokens head_dim, times the model's scale
         keys: batch num_heads num_tokens head_dim
         mask: batch num_patches (num_patches <= num_tokens)
         bias: batch or 1, num_heads or 1, num_tokens or 1, num_tokens (added to the logits; bool: True = may attend)
-        returns: batch num_heads 4 (in the order of ``ATTENTION_STATISTICS``, means over queries)
+        distances: num_patches num_patches (:func:`patch_distances`; without, those of attention are NaN)
+        returns: batch num_heads 8 (in the order of ``ATTENTION_STATISTICS``, means over queries)
+
+    Source:
+        Distance: Dosovitskiy et al. (ICLR 2021), appendix D.7; entropy and distance of pre-trained models: Park et al.,
+        "What Do Self-Supervised Vision Transformers Learn?" (ICLR 2023).
 
     Example:
         >>> zeros = torch.zeros(1, 1, 4, 2)
-        >>> attention_statistics(zeros, zeros, torch.tensor([[True, False, False, False]])).flatten()
-        tensor([0.7500, 0.2500, 1.0986, 0.0000])
+        >>> mask = torch.tensor([[True, False, False, False]])
+        >>> attention_statistics(zeros, zeros, mask, distances=patch_distances((1, 4))).flatten().round(decimals=2)
+        tensor([0.7500, 0.2500, 1.1000, 0.0000, 1.3900, 1.3900, 1.5000, 1.1700])
     """
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, float("-inf"))
@@ -64,63 +99,130 @@ def attention_statistics(queries: Tensor, keys: Tensor, mask: Tensor, bias: Tens
         z = queries[rows].float() @ keys[rows].float().mT
         if bias is not None:
             z += bias if len(bias) == 1 else bias[rows]
-        parts.append(_reduce(z, kinds[rows, None]))
+        parts.append(_reduce(z, kinds[rows, None], distances))
     return torch.cat(parts)
 
 
-def _reduce(z: Tensor, kinds: Tensor) -> Tensor:
+def _reduce(z: Tensor, kinds: Tensor, distances: Tensor | None) -> Tensor:
     z -= z.amax(dim=-1, keepdim=True)
     weights = z.exp()
     total = weights.sum(dim=-1, keepdim=True)
-    by_kind = weights @ kinds
+    prefix = z.shape[-1] - (len(distances) if distances is not None else z.shape[-1])
+    keys = torch.cat([kinds, torch.ones_like(kinds[..., :1])], dim=-1)  # masked, visible, all
+    by_kind = weights @ keys
+    reach = None if distances is None else torch.einsum("bhij,ij->bhi", weights[..., prefix:, prefix:], distances)
     # A key that may not be attended to has the logit -inf and the weight 0.
-    moments = z.clamp_min_(-1e4).mul_(weights) @ kinds
+    moments = z.clamp_min_(-1e4).mul_(weights) @ keys
     entropy = torch.where(by_kind > 1e-35, entropy_from_sums(by_kind.clamp_min(1e-37), moments), 0)
-    shares = torch.stack([by_kind / total, entropy], dim=-2)  # batch num_heads num_tokens (mass, entropy) kind of key
+    distance = torch.full_like(total, torch.nan)
+    if reach is not None:
+        distance[..., prefix:, 0] = reach / by_kind[..., prefix:, :2].sum(dim=-1).clamp_min(1e-37)
+        distance[..., :prefix, 0] = 0  # of no kind
+    # batch num_heads num_tokens 6: mass and entropy by kind of key, entropy over all keys, distance
+    numbers = torch.cat([by_kind[..., :2] / total, entropy, distance], dim=-1)
     counts = kinds.sum(dim=2)
-    means = (
-        torch.einsum("bhtsk,bhtq->bhsqk", shares, kinds.expand(-1, z.shape[1], -1, -1)) / counts[:, :, None, :, None]
-    )
-    # From queries of one kind to keys of the other: masked to visible, visible to masked.
-    return torch.stack([means[..., 0, 0, 1], means[..., 0, 1, 0], means[..., 1, 0, 1], means[..., 1, 1, 0]], dim=-1)
+    means = torch.einsum("bhts,bhtq->bhqs", numbers, kinds.expand(-1, z.shape[1], -1, -1)) / counts[..., None]
+    masked, visible = means.unbind(dim=2)
+    # From queries of one kind to keys of the other, then of each kind to all.
+    pairs = ((masked, 1), (visible, 0), (masked, 3), (visible, 2), (masked, 4), (visible, 4), (masked, 5), (visible, 5))
+    return torch.stack([queries[..., place] for queries, place in pairs], dim=-1)
 
 
-class AttentionWatch:
-    """Means of :func:`attention_statistics` over images, for every block and head of a model.
+class _Seen(NamedTuple):
+    """Of one block, since the last layer depth."""
 
-    It is a layer measure (that adds no column) and watches, inside ``with watch.watching(model)``, the queries and keys
-    that the forward makes anyway, so that nothing is computed twice. Blocks without timm's ``attn.qkv`` are left out.
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+
+
+class Attention(TokenMeasure):
+    """:func:`attention_statistics` of every block and head, means over images with intervals.
+
+    Watched are the queries and keys that the forward makes anyway, so that nothing is computed twice; those of a block
+    are reduced when the tokens of its output are measured. Blocks whose attention is not known, or is within windows,
+    are left out.
+
+    Args:
+        setup: What is known of the pass.
     """
 
-    def __init__(self) -> None:
-        self._split: TokenSplit | None = None
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._seen: dict[tuple[str, int], _Seen] = {}
+        self._splits: dict[str, TokenSplit] = {}
+        self._masks: dict[tuple[str, int], list[Tensor]] = {}
+        # Sums of the numbers and of their squares, 2 (num_heads + 1) statistics; the last head is the mean of all.
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._images: dict[tuple[str, int], int] = {}
-
-    def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Take note of where masked tokens are in the next block."""
-        self._split = split
-        return {}
+        self._blocks = {stack: list(setup.model.stack_blocks(stack)) for stack in setup.model.stacks}
+        unknown = [stack for stack, blocks in self._blocks.items() if not any(map(has_known_attention, blocks))]
+        for stack in unknown:
+            reason = "its blocks have no attention that can be watched (attn.qkv with num_heads, as in timm)"
+            if len(unknown) == len(self._blocks):
+                self.refuse(reason, stack)
+            self.left_out[stack] = reason
 
     @contextmanager
-    def watching(self, model: MaskedImageModel) -> Iterator[AttentionWatch]:
+    def watching(self) -> Iterator[Attention]:
         """Watch the model's blocks; no hook is left behind, also after an error."""
         try:
             with ExitStack() as taps:
-                for stack in model.stacks:
-                    taps.enter_context(tap_attention(model.stack_blocks(stack), partial(self._add, stack)))
+                for stack, blocks in self._blocks.items():
+                    taps.enter_context(tap_attention(blocks, partial(self._see, stack)))
                 yield self
         finally:
-            self._split = None
+            self._blocks.clear()
+            self._seen.clear()
+            self._splits.clear()
 
-    def _add(self, stack: str, block: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
-        if self._split is None or queries.shape[2] < self._split.mask.shape[1]:
-            return
-        key = stack, block
-        found = attention_statistics(queries, keys, self._split.mask, bias)
-        total = found.double().sum(dim=0) if found.device.type != "mps" else found.sum(dim=0)
-        self._sums[key] = self._sums[key] + total if key in self._sums else total
-        self._images[key] = self._images.get(key, 0) + len(queries)
+    def _see(self, stack: str, block: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+        self._seen[stack, block] = _Seen(queries, keys, bias)
+
+    def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Reduce the attention of the block before; masked are the tokens that it took, those of the depth before."""
+        before, self._splits[stack] = self._splits.get(stack), split
+        seen = self._seen.pop((stack, layer.depth), None)
+        if layer.depth == 0 or before is None or seen is None:
+            return {}
+        num_patches = before.mask.shape[1]
+        if seen.queries.shape[2] < num_patches or len(seen.queries) != len(names):
+            self.left_out.setdefault(stack, f"attention of block {layer.depth} is within windows")
+            return {}
+        grid = self.setup.grid_of(stack, num_patches)
+        if isinstance(grid, str):
+            self.left_out.setdefault(stack, f"distances of attention: {grid}")
+        distances = None if isinstance(grid, str) else patch_distances(grid, before.mask.device)
+        key = stack, layer.depth
+        masks = self._masks.setdefault(key, [])
+        masks.append(attention_statistics(seen.queries, seen.keys, before.mask, seen.bias, distances))
+        if len(masks) == self.setup.masks_per_image:
+            found = torch.stack(masks).mean(dim=0)
+            found = torch.cat([found, found.mean(dim=1, keepdim=True)], dim=1)
+            found = found.double() if found.device.type != "mps" else found
+            total = torch.stack([found.sum(dim=0), found.square().sum(dim=0)])
+            self._sums[key] = self._sums[key] + total if key in self._sums else total
+            self._images[key] = self._images.get(key, 0) + len(found)
+            masks.clear()
+        return {}
+
+    def rows(self) -> list[Row]:
+        """Each statistic by stack, block and head, and of all heads; the layer depth is that of the block's output."""
+        found = []
+        for (stack, block), sums in self._sums.items():
+            number = self._images[stack, block]
+            means = (sums[0] / number).cpu()
+            spread = ((sums[1].cpu() / number - means.square()).clamp_min(0) * (number / max(number - 1, 1))).sqrt()
+            half = spread * float(t_quantile(number - 1)) / math.sqrt(number)
+            for at, name in enumerate(ATTENTION_STATISTICS):
+                measure = f"attention_{name}"
+                heads = [*range(1, len(means)), None]
+                found += [
+                    Row(stack, block, measure, mean, mean - reach, mean + reach, number, head)
+                    for head, mean, reach in zip(heads, means[:, at].tolist(), half[:, at].tolist(), strict=True)
+                    if not math.isnan(mean)
+                ]
+        return found
 
     def kept(self) -> Any:
         """Sums over this process's images."""
@@ -144,7 +246,7 @@ class AttentionWatch:
 
         rows = [
             (stack, block, head, *values)
-            for (stack, block), total in self._sums.items()
-            for head, values in enumerate((total / self._images[stack, block]).tolist(), start=1)
+            for (stack, block), sums in self._sums.items()
+            for head, values in enumerate((sums[0, :-1] / self._images[stack, block]).tolist(), start=1)
         ]
         return pd.DataFrame(rows, columns=["stack", "block", "head", *ATTENTION_STATISTICS])

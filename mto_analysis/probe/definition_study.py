@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.probe.attention import AttentionWatch
+from mto_analysis.probe.accumulating import Setup
+from mto_analysis.probe.attention import Attention
 from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
 from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
 from mto_analysis.probe.request import Request
@@ -24,18 +25,20 @@ __all__ = ["Definitions", "measure_definitions"]
 class Definitions:
     """Watches models for :func:`measure_checkpoints` and makes the two tables from what it saw."""
 
-    def __init__(self) -> None:
-        self._attention: dict[str, AttentionWatch] = {}
+    def __init__(self, masks_per_image: int = 1) -> None:
+        self._masks_per_image = masks_per_image
+        self._attention: dict[str, Attention] = {}
 
     @contextmanager
     def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
         """Measures for one model, watching its attention while it runs."""
-        with AttentionWatch().watching(model) as attention:
+        setup = Setup(model, model.info.grid, self._masks_per_image)
+        with Attention(setup).watching() as attention:
             self._attention[label] = attention
             yield (DefinitionMeasure(model), attention)
 
     def attention_table(self) -> pd.DataFrame:
-        """Rows of :meth:`AttentionWatch.to_frame` per model."""
+        """Rows of :meth:`Attention.to_frame` per model."""
         import pandas as pd
 
         tables = [watch.to_frame().assign(model=label) for label, watch in self._attention.items()]
@@ -91,6 +94,6 @@ def measure_definitions(request: Request) -> tuple[HeterogeneityStudy, pd.DataFr
     Returns:
         The study as without definitions, the table of definitions, and that of attention.
     """
-    definitions = Definitions()
+    definitions = Definitions(request.settings.masks_per_image)
     study = measure_checkpoints(request, watch=definitions.watch)
     return study, definitions.table(study), definitions.attention_table()

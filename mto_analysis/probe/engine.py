@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mto_analysis.affinity import TokenSplit, heterogeneity
+from mto_analysis.affinity import TokenSplit
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import ImageBatch
 from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import LayerTokens, MaskedImageModel, ModelInfo
+from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
+from mto_analysis.probe.measures import Measure, Measures, measuring
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 from mto_analysis.runtime.precision import full_float32
 from mto_analysis.runtime.statistics import t_quantile
@@ -32,20 +35,16 @@ __all__ = [
     "masks_from_rule",
     "mean_and_interval",
     "probe",
+    "run_measures",
     "undisturbed",
 ]
 
 #: Masks of a batch: from image names and k to a bool tensor ``batch num_patches``.
 MaskSource = Callable[[Sequence[str], int], Tensor]
 
-#: A number per image from its tokens ``batch num_patches dim`` at one layer depth.
-Measure = Callable[[Tensor, TokenSplit], Tensor]
-
 #: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's images; the
 #: names of numbers must be the same at every depth, and none may be a measure's.
 LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
-
-MEASURES: Mapping[str, Measure] = {"heterogeneity": heterogeneity}
 
 
 def masks_from_rule(info: ModelInfo, rule: MaskRule | None = None, *, seed: int = 0, epoch: int = 0) -> MaskSource:
@@ -97,11 +96,13 @@ class _Chunk:
 class ProbeResult:
     """Measured values per (stack, layer depth, image, mask); parts measured apart can be merged.
 
-    ``notes`` say what was found of a live model, and where its masks come from.
+    ``notes`` say what was found of a live model, where its masks come from, and which measures were left out and why;
+    ``measures`` hold what was measured of all images together.
     """
 
     chunks: tuple[_Chunk, ...]
     notes: tuple[str, ...] = ()
+    measures: tuple[TokenMeasure, ...] = field(default=(), compare=False)
 
     def merge(self, *others: ProbeResult) -> ProbeResult:
         """This result and others as one.
@@ -109,8 +110,12 @@ class ProbeResult:
         Raises:
             ValueError: If two parts hold the same image and mask of a stack.
         """
-        chunks = self.chunks + tuple(chunk for other in others for chunk in other.chunks)
-        merged = ProbeResult(chunks, tuple(dict.fromkeys((*self.notes, *(n for other in others for n in other.notes)))))
+        parts = (self, *others)
+        merged = ProbeResult(
+            tuple(chunk for part in parts for chunk in part.chunks),
+            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+            tuple(map(_merged, zip(*(part.measures for part in parts if part.chunks), strict=True))),
+        )
         keys = [(chunk.stack, chunk.k, image) for chunk in merged.chunks for image in chunk.images]
         if len(set(keys)) != len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
@@ -138,6 +143,50 @@ class ProbeResult:
             parts.append(pd.DataFrame({**columns, **{name: value.ravel() for name, value in chunk.values.items()}}))
         return pd.concat(parts, ignore_index=True)
 
+    def table(self, compared: Mapping[str, ProbeResult] | None = None) -> pd.DataFrame:
+        """All measures as a tidy table: one row per stack, layer depth and measure, and per head or other depth.
+
+        ``value`` of a measure per image is its mean over images, an image's masks averaged first, with Student's 95 %
+        interval; how others come to theirs is said of each. Intervals are empty where there are too few images.
+
+        Columns: those of :class:`~mto_analysis.probe.accumulating.Row`: ``stack layer_depth measure value ci_low
+        ci_high num_images``, then ``head`` (empty: all heads), ``other_model other_stack other_layer_depth`` (of a
+        measure that compares two layers).
+
+        Args:
+            compared: Results of other models on the same images by name, for measures between models.
+        """
+        import pandas as pd
+
+        columns = [column for measure in self.measures for column in measure.columns]
+        found: list[Row] = []
+        frame = self.to_frame()
+        if "heterogeneity" in columns:
+            frame["normalized_heterogeneity"] = frame["heterogeneity"] / np.log(np.maximum(frame["num_visible"], 2))
+            columns.insert(columns.index("heterogeneity") + 1, "normalized_heterogeneity")
+        for column in [column for column in columns if column in frame]:
+            means = mean_and_interval(frame[frame[column].notna()], ["stack", "layer_depth"], [column])
+            keep = ["stack", "layer_depth", column, f"{column}_ci_low", f"{column}_ci_high", "num_images"]
+            found += [
+                Row(stack, depth, column, *numbers)
+                for stack, depth, *numbers in means[keep].itertuples(index=False, name=None)
+            ]
+        for measure in self.measures:
+            found += measure.rows()
+            for name, other in (compared or {}).items():
+                theirs = next((each for each in other.measures if type(each) is type(measure)), None)
+                found += [] if theirs is None else measure.rows_with(theirs, name)
+        table = pd.DataFrame(found, columns=list(Row._fields))
+        return table.astype({"head": "Int64", "other_layer_depth": "Int64"})
+
+    def left_out(self) -> dict[str, str]:
+        """Why measures were left out, by name."""
+        return {
+            type(each).__name__.lower() + (f" of {stack}" if stack else ""): reason
+            for each in self.measures
+            for stack, reason in each.left_out.items()
+        }
+
     def summary(self) -> pd.DataFrame:
         """Mean, standard deviation and 95 % interval over images, per stack and layer depth.
 
@@ -146,8 +195,13 @@ class ProbeResult:
 
         Columns: ``stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized normalized_ci_low
         normalized_ci_high num_visible num_visible_min num_visible_max num_images num_masks``.
+
+        Raises:
+            ValueError: If heterogeneity was not among the measures.
         """
         frame = self.to_frame()
+        if "heterogeneity" not in frame:
+            raise ValueError("heterogeneity was not measured; table() has what was")
         frame["normalized"] = frame["heterogeneity"] / np.log(np.maximum(frame["num_visible"], 2))
         per_image = frame.groupby(["stack", "layer_depth", "image"], sort=False)[["heterogeneity", "normalized"]].mean()
         groups = per_image.groupby(["stack", "layer_depth"], sort=False)
@@ -170,6 +224,12 @@ class ProbeResult:
             num_masks=masks,
         )
         return table.reset_index()
+
+
+def _merged(parts: tuple[TokenMeasure, ...]) -> TokenMeasure:
+    whole = copy(parts[0])
+    whole.put_together([part.kept() for part in parts])
+    return whole
 
 
 def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
@@ -215,7 +275,8 @@ def probe(
     *,
     masks_per_image: int = 1,
     stacks: Sequence[str] | None = None,
-    measures: Mapping[str, Measure] = MEASURES,
+    measures: Measures = "h",
+    grid: Sequence[int] | None = None,
     layer_measures: Sequence[LayerMeasure] = (),
     train_mode: bool = False,
 ) -> ProbeResult:
@@ -230,12 +291,14 @@ def probe(
         masks: Where masks come from; by default the model's own rule with seed 0.
         masks_per_image: Masks per image, k = 0, 1, ...
         stacks: Stacks to measure; by default all that hold masked tokens.
-        measures: Numbers to compute from the tokens of each depth.
+        measures: Names of measures (:data:`~mto_analysis.probe.measures.MEASURES`), in one text or several, or
+            ``"all"`` that the model allows; or functions of the tokens of each depth, by name.
+        grid: Rows and columns of patches, where the model does not tell.
         layer_measures: Functions of stack and layer that give several numbers, and may keep more for themselves.
         train_mode: Run the model in training mode, for one that masks only there.
 
     Raises:
-        ValueError: If there is no image, or a stack is unknown.
+        ValueError: If there is no image, a stack or measure is unknown, or the model does not allow a measure.
         NumericalError: If a value is not finite; names stack, depth and image.
 
     Example:
@@ -248,22 +311,38 @@ def probe(
     """
     if masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
-    masks = masks or masks_from_rule(model.info)
+    setup = Setup(model, tuple(grid or model.info.grid), masks_per_image, compared=True)
+    source = masks or masks_from_rule(model.info)
+    with measuring(measures, setup) as made:
+        return run_measures(setup, batches, source, [*made, *layer_measures], stacks=stacks, train_mode=train_mode)
+
+
+def run_measures(
+    setup: Setup,
+    batches: Iterable[ImageBatch],
+    masks: MaskSource,
+    measures: Sequence[LayerMeasure],
+    *,
+    stacks: Sequence[str] | None = None,
+    train_mode: bool = False,
+) -> ProbeResult:
+    """:func:`probe` with measures that are made and watching already."""
+    model = setup.model
     like = next(model.parameters())
     chunks = []
     scratch = Scratch()
     with undisturbed(model, train_mode=train_mode):
         for batch in batches:
             images = batch.images.to(like.device, like.dtype)
-            for k in range(masks_per_image):
+            for k in range(setup.masks_per_image):
                 mask = masks(batch.names, k).to(like.device)
                 chunks += [
-                    _measure(model, images, mask, stack, batch.names, k, measures, layer_measures, scratch)
+                    _measure(model, images, mask, stack, batch.names, k, measures, scratch)
                     for stack in (model.stacks_for(images, mask) if stacks is None else stacks)
                 ]
     if not chunks:
         raise DataError("there is no image to measure")
-    return ProbeResult(tuple(chunks))
+    return ProbeResult(tuple(chunks), measures=tuple(each for each in measures if isinstance(each, TokenMeasure)))
 
 
 def _measure(
@@ -273,8 +352,7 @@ def _measure(
     stack: str,
     names: tuple[str, ...],
     k: int,
-    measures: Mapping[str, Measure],
-    layer_measures: Sequence[LayerMeasure],
+    measures: Sequence[LayerMeasure],
     scratch: Scratch,
 ) -> _Chunk:
     measured: tuple[str, ...] = ()
@@ -286,21 +364,22 @@ def _measure(
         with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
             if layer.mask is not split.mask:  # sorted anew only where the token grid changes
                 split = TokenSplit(layer.mask, scratch=scratch)
-            found = {name: measure(layer.tokens, split) for name, measure in measures.items()}
-            for layer_measure in layer_measures:
-                found.update(layer_measure(stack, layer, split, names))
-            numbers = torch.stack([found[name] for name in measured or found])
+            found: dict[str, Tensor] = {}
+            for measure in measures:
+                found.update(measure(stack, layer, split, names))
             if not measured:
                 measured = tuple(found)
-                values = scratch("values", numbers, len(measured), model.depth(stack) + 1, len(names))
-            values[:, layer.depth] = numbers
+                values = scratch("values", layer.tokens, len(measured), model.depth(stack) + 1, len(names))
+            if measured:
+                values[:, layer.depth] = torch.stack([found[name] for name in measured])
         counts.append(split.num_masked)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.
     table = lasting_memory(*values.shape, dtype=torch.float64).copy_(values).numpy()
     arrays = dict(zip(measured, table, strict=True))
+    tolerated = {name for each in measures if isinstance(each, TokenMeasure) and each.tolerant for name in each.columns}
     for name, array in arrays.items():
-        if not np.isfinite(array).all():
+        if name not in tolerated and not np.isfinite(array).all():
             depth, row = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
             raise NumericalError(
                 f"{name} is not finite in stack {stack} at layer depth {depth} for image {names[row]}; "

@@ -17,7 +17,9 @@ from mto_analysis.images import ImageBatch
 from mto_analysis.masks import MaskRule, check_mask, mask_keys
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.live import Call, LiveModel, inferred_grid
-from mto_analysis.probe.engine import MEASURES, MaskSource, Measure, ProbeResult, probe
+from mto_analysis.probe.accumulating import Setup
+from mto_analysis.probe.engine import MaskSource, ProbeResult, probe, run_measures
+from mto_analysis.probe.measures import Measures, measuring
 from mto_analysis.runtime.randomness import name_keys
 from mto_analysis.taps.search import unwrap
 from mto_analysis.taps.stacks import StackSpec
@@ -32,7 +34,7 @@ def measure(
     *,
     call: Call | None = None,
     stacks: Sequence[StackSpec] | None = None,
-    measures: Mapping[str, Measure] | None = None,
+    measures: Measures = "h",
     grid: Sequence[int] | None = None,
     patch_size: int | None = None,
     masks_per_image: int = 1,
@@ -55,8 +57,9 @@ def measure(
         call: Runs the model on images and a mask, ``call(model, images, mask)``; by default the mask is passed as
             ``bool_masked_pos`` or ``mask``, or as ``noise`` that gives exactly this mask.
         stacks: Where masked tokens live, for models in which they are not found.
-        measures: Numbers to compute at each layer depth; heterogeneity by default.
-        grid: Rows and columns of patches, with frames in front for video, for masks by rule.
+        measures: Names of measures (:data:`~mto_analysis.probe.measures.MEASURES`), in one text or several, or
+            ``"all"`` that the model allows (``notes`` say which are left out and why); or functions of tokens, by name.
+        grid: Rows and columns of patches, with frames in front for video, for masks by rule and measures of places.
         patch_size: Side of a patch in pixels, for rules that mask larger units.
         masks_per_image: Masks per image.
         seed: Of masks by rule, and of the model's own.
@@ -67,7 +70,8 @@ def measure(
         found and where masks come from.
 
     Raises:
-        ValueError: If options do not fit, no structure fits, or nothing tells how to pass a mask.
+        ValueError: If options do not fit, no structure fits, nothing tells how to pass a mask, or the model does not
+            allow a measure that was named.
         StackError: If a check of the first forward fails; says what to pass.
         NumericalError: If a value is not finite.
 
@@ -80,11 +84,10 @@ def measure(
         [24.0, 24.0]
     """
     stream = _batches(batches)
-    chosen = MEASURES if measures is None else measures
     if isinstance(inner := unwrap(model), MaskedImageModel) and not (call or stacks or train_mode):
         rule = inner.info.mask_rule if mask is None else mask
         source = _source(rule, inner, grid or inner.info.grid, patch_size or inner.info.patch_size, seed)
-        return probe(inner, stream, source, masks_per_image=masks_per_image, measures=chosen)
+        return probe(inner, stream, source, masks_per_image=masks_per_image, measures=measures, grid=grid)
     live = LiveModel(inner, stacks=stacks, call=call)
     try:
         watched = _Current(stream)
@@ -93,22 +96,16 @@ def measure(
         source = _source(mask, inner, grid or known, patch_size or (info.patch_size if info else None), seed)
         own = source is None
         # In training mode dropout takes random numbers: the same for the same seed, and none of the user's.
-        with _seeded(f"{seed}") if train_mode else nullcontext():
-            result = probe(
-                live,
-                watched,
-                source or _OwnMasks(live, watched, seed),
-                masks_per_image=masks_per_image,
-                measures=chosen,
-                train_mode=train_mode,
-            )
+        setup = Setup(live, tuple(grid or known or ()) or None, masks_per_image, compared=True)
+        with _seeded(f"{seed}") if train_mode else nullcontext(), measuring(measures, setup) as made:
+            result = run_measures(setup, watched, source or _OwnMasks(live, watched, seed), made, train_mode=train_mode)
         masks = f"masks: the model's own, seed {seed}" if own else "masks: as asked for"
         orders = [
             f"{stack}: in token order, as the positions of visible tokens are not known"
             for stack in live.stacks
             if not live.order_is_known(stack)
         ]
-        return replace(result, notes=(masks, *live.description.splitlines(), *orders))
+        return replace(result, notes=(masks, *live.description.splitlines(), *orders, *result.notes))
     finally:
         live.close()
 

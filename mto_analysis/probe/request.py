@@ -23,6 +23,7 @@ from mto_analysis.models.interface import HEADS_ASSUMED
 from mto_analysis.probe.engine import MaskSource, masks_from_file, masks_from_rule, undisturbed
 from mto_analysis.probe.head_counts import COMPARED_IMAGES, HeadCounts, compare_heads
 from mto_analysis.probe.live_source import LiveSource
+from mto_analysis.probe.measures import names_of
 from mto_analysis.probe.own_loss import OwnLoss, own_loss
 from mto_analysis.probe.pairing import common_num_visible, rule_leaving
 from mto_analysis.runtime.listener import Listener
@@ -51,6 +52,8 @@ class Settings:
         dtype: Of the model's forward; H is computed in at least float32.
         num_workers: Processes that decode images.
         strict: A broken image is an error.
+        measures: Names of :data:`~mto_analysis.probe.measures.MEASURES` in one text or several, or ``"all"`` that a
+            model allows; heterogeneity is always among them.
         keep_masks: Keep the masks for :meth:`~mto_analysis.probe.study.HeterogeneityStudy.mask_file`.
     """
 
@@ -66,10 +69,12 @@ class Settings:
     dtype: torch.dtype = torch.float32
     num_workers: int = 0
     strict: bool = False
+    measures: str | Sequence[str] = "h"
     keep_masks: bool = False
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
+        names_of(self.measures)
         if self.masks is not None and (self.mask_ratio is not None or self.mask_unit is not None):
             raise ValueError("masks from a file have their own ratio and unit; leave mask_ratio and mask_unit out")
         if self.match_visible and (self.masks, self.mask_ratio, self.mask_unit) != (None, None, None):

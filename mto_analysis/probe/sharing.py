@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from mto_analysis.images import ImageBatch
 from mto_analysis.models import LayerTokens, MaskedImageModel
-from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, probe, undisturbed
+from mto_analysis.probe.accumulating import Setup, TokenMeasure
+from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, run_measures, undisturbed
+from mto_analysis.probe.measures import Measures, measuring
 from mto_analysis.probe.request import Request, masked_batch
 
 __all__ = ["Anchored", "Shared", "shared_probe"]
@@ -42,6 +45,7 @@ def shared_probe(
     *,
     label: str = "",
     masks_per_image: int = 1,
+    measures: Measures = "h",
     layer_measures: Sequence[LayerMeasure] = (),
     keep_masks: dict[str, list[Tensor]] | None = None,
 ) -> ProbeResult:
@@ -56,16 +60,32 @@ def shared_probe(
         masks: Where masks come from.
         label: Of the progress bar.
         masks_per_image: Masks per image.
+        measures: As for :func:`~mto_analysis.probe.engine.probe`.
         layer_measures: As for :func:`~mto_analysis.probe.engine.probe`.
         keep_masks: Takes the masks of all images by name.
 
     Returns:
         All chunks in the order of images; none if no image could be read.
     """
-    settings, processes = request.settings, request.processes
+    setup = Setup(model, model.info.grid, masks_per_image, compared=len(request.sources) > 1)
+    with measuring(measures, setup) as made:
+        source = masks if keep_masks is None else _kept(masks, keep_masks)
+        return _shared(request, setup, masks, source, label, [*made, *layer_measures], keep_masks)
+
+
+def _shared(
+    request: Request,
+    setup: Setup,
+    masks: MaskSource,
+    source: MaskSource,
+    label: str,
+    measures: Sequence[LayerMeasure],
+    keep_masks: dict[str, list[Tensor]] | None,
+) -> ProbeResult:
+    settings, processes, model = request.settings, request.processes, setup.model
     rows = settings.rows(request.images)
     mine = processes.share(rows, settings.batch_size)
-    objects: Sequence[object] = layer_measures
+    objects: Sequence[object] = measures
     anchored = [each for each in objects if isinstance(each, Anchored)]
     if mine and not processes.main and anchored:
         _show_first(model, request.batches(model, rows), masks, anchored)
@@ -74,24 +94,20 @@ def shared_probe(
     first = next(stream, None)
     result = ProbeResult(())
     if first is not None:
-        result = probe(
-            model,
-            chain([first], stream),
-            masks if keep_masks is None else _kept(masks, keep_masks),
-            masks_per_image=masks_per_image,
-            layer_measures=layer_measures,
-        )
+        result = run_measures(setup, chain([first], stream), source, measures)
     if processes.count == 1:
         return result
     shared = [each for each in objects if isinstance(each, Shared)]
-    parts = processes.exchange((result, [each.kept() for each in shared], dict(keep_masks or {})))
+    values = replace(result, measures=())  # measures hold the model; what they kept is exchanged
+    parts = processes.exchange((values, [each.kept() for each in shared], dict(keep_masks or {})))
     for number, measure in enumerate(shared):
         measure.put_together([kept[number] for _, kept, _ in parts])
     if keep_masks is not None:
         keep_masks.clear()
         for _, _, drawn in parts:
             keep_masks.update(drawn)
-    return ProbeResult(()).merge(*(part for part, _, _ in parts))
+    whole = ProbeResult(()).merge(*(part for part, _, _ in parts))
+    return replace(whole, measures=tuple(each for each in measures if isinstance(each, TokenMeasure)))
 
 
 def _kept(masks: MaskSource, kept: dict[str, list[Tensor]]) -> MaskSource:

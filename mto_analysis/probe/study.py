@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,12 +45,14 @@ def together(*watches: Watch) -> Watch:
 class HeterogeneityStudy:
     """What was measured: a row per model, stack and layer depth, the values per image, and metadata for ``run.json``.
 
-    ``measured`` has a column for every number of every measure in the pass; ``masks`` holds, where they were kept, the
-    masks of each model by image name.
+    ``measured`` has a column for every number per image of every measure in the pass; ``measures`` is the tidy table of
+    all measures (:meth:`ProbeResult.table`), of all models; ``masks`` holds, where they were kept, the masks of each
+    model by image name.
     """
 
     table: pd.DataFrame
     measured: pd.DataFrame
+    measures: pd.DataFrame
     models: list[dict[str, Any]]
     masks: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
@@ -97,17 +100,30 @@ def measure_checkpoints(
     """
     import pandas as pd
 
-    study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), [], broken=request.broken)
-    tables, values = [], []
+    study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), [], broken=request.broken)
+    results: dict[str, ProbeResult] = {}
     for loaded in request.models():
         result = _measure(request, loaded, watch, study)
         study.models.append(loaded.metadata)
-        tables.append(result.summary().assign(model=loaded.label))
-        values.append(result.to_frame().assign(model=loaded.label))
+        for name, reason in result.left_out().items():
+            request.listener.note(f"{loaded.label}: {name} is left out: {reason}")
+        results[loaded.label] = result
         then(loaded)
-    study.table, study.measured = (model_first(pd.concat(each, ignore_index=True)) for each in (tables, values))
+    for table, of in (
+        ("table", ProbeResult.summary),
+        ("measured", ProbeResult.to_frame),
+        ("measures", partial(_compared, results)),
+    ):
+        parts = [of(result).assign(model=label) for label, result in results.items()]
+        setattr(study, table, model_first(pd.concat(parts, ignore_index=True)))
     study.table["num_skipped"] = len(study.broken)
     return study
+
+
+def _compared(results: Mapping[str, ProbeResult], result: ProbeResult) -> pd.DataFrame:
+    """All measures of a model, and what compares it with those after it."""
+    later = list(results).index(next(label for label, each in results.items() if each is result)) + 1
+    return result.table({label: results[label] for label in list(results)[later:]})
 
 
 def _measure(request: Request, loaded: LoadedModel, watch: Watch, study: HeterogeneityStudy) -> ProbeResult:
@@ -119,6 +135,7 @@ def _measure(request: Request, loaded: LoadedModel, watch: Watch, study: Heterog
             loaded.masks,
             label=loaded.label,
             masks_per_image=settings.masks_per_image,
+            measures=settings.measures,
             layer_measures=layer_measures,
             keep_masks=study.masks.setdefault(loaded.label, {}) if settings.keep_masks else None,
         )

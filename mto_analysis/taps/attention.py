@@ -9,12 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["tap_attention"]
+__all__ = ["has_known_attention", "tap_attention"]
 
 _NEEDED = ("qkv", "num_heads", "scale", "q_norm", "k_norm")
 
 #: Gets the block's number, counted from 1, then its queries (scaled), keys and bias.
 AttentionListener = Callable[[int, Tensor, Tensor, Tensor | None], None]
+
+
+def has_known_attention(block: nn.Module) -> bool:
+    """Whether the queries and keys of a block can be read: timm's ``attn.qkv``, without rotary positions."""
+    attention = getattr(block, "attn", None)
+    known = all(hasattr(attention, name) for name in _NEEDED) and not hasattr(attention, "rotate_half")
+    return known and isinstance(attention, nn.Module)
 
 
 @contextmanager
@@ -26,16 +33,14 @@ def tap_attention(blocks: Sequence[nn.Module], listener: AttentionListener) -> I
         bias: as the block passes it to its attention, or ``None``
 
     Args:
-        blocks: In order; those without timm's ``attn.qkv``, or with rotary positions, are left out.
+        blocks: In order; those without :func:`has_known_attention` are left out.
         listener: Called in the forward of each block.
     """
     handles: list[RemovableHandle] = []
     try:
         for number, block in enumerate(blocks, start=1):
-            attention = getattr(block, "attn", None)
-            known = all(hasattr(attention, name) for name in _NEEDED) and not hasattr(attention, "rotate_half")
-            if isinstance(attention, nn.Module) and known:
-                handles += _tap(attention, number, listener)
+            if has_known_attention(block):
+                handles += _tap(block.attn, number, listener)
         yield
     finally:
         for handle in handles:
