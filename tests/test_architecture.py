@@ -11,7 +11,19 @@ from documents import ROOT
 
 #: Each may import those after it, as `docs/architecture.md` says.
 ORDER = (
-    *("mto_analyze", "mto_analysis", "figures", "demo", "experiments", "training", "rauc", "mto", "probe", "images"),
+    *(
+        "mto_analyze",
+        "mto_analysis",
+        "atlas",
+        "figures",
+        "demo",
+        "experiments",
+        "training",
+        "rauc",
+        "mto",
+        "probe",
+        "images",
+    ),
     *("checkpoints", "models", "taps", "affinity", "masks", "runtime", "errors"),
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -1028,6 +1029,39 @@ def test_heterogeneity__measures_a_vit_b_in_the_official_layout(tmp_path: Path, 
     assert table["layer_depth"].tolist() == list(range(9))
     assert (table["num_visible"] == 49).all()
     assert (table["model"] == "mae_pretrain_vit_base_full").all()
+
+
+def leaves(group: typer.core.TyperGroup, name: str = "") -> dict[str, typer.core.TyperCommand]:
+    """All commands by their words, those of groups included."""
+    found: dict[str, typer.core.TyperCommand] = {}
+    for key, command in group.commands.items():
+        inner = hasattr(command, "commands")
+        found |= leaves(command, f"{name}{key} ") if inner else {f"{name}{key}": command}
+    return found
+
+
+COMMANDS = leaves(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "evaluate", *COMMANDS])
+def test_help__fits_80_columns_and_ends_with_an_example_that_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = ok(*name.split(), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "picture" not in text.lower()
+    if name not in COMMANDS:
+        return
+    example = text.partition("\nExample:\n")[2].replace("\\\n", "").strip()
+    assert example.startswith(f"mto-analyze {name}")
+    COMMANDS[name].make_context(name, shlex.split(example.removeprefix(f"mto-analyze {name}")))
+
+
+def test_help__has_its_options_in_panels() -> None:
+    for name in ("heterogeneity", "affinity", "report", "reconstruct"):
+        lines = ok(name, "--help").stdout.splitlines()
+        headings = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
+        assert headings == ["Input", "Masks", "Model", "Options", "Output", "Advanced", "Example"], name
+    assert "hf://owner/name[@revision]" in ok("inspect", "--help").stdout  # brackets are no markup
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

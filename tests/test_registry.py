@@ -159,7 +159,7 @@ class TestCommands:
 
     def test_convert__loads_back_bit_for_bit(self, tmp_path: Path) -> None:
         out = tmp_path / "new folder" / "model.safetensors"
-        assert invoke("convert", DEMO, str(out)).exit_code == 0
+        assert invoke("convert", DEMO, "--out", str(out)).exit_code == 0
         before, after = load_checkpoint(DEMO), load_checkpoint(out)
         assert dataclasses.replace(before.info, layout="") == dataclasses.replace(after.info, layout="")
         assert before.config == after.config
@@ -170,15 +170,15 @@ class TestCommands:
     def test_convert__never_overwrites_unasked(self, tmp_path: Path) -> None:
         out = tmp_path / "model.safetensors"
         out.write_text("somebody's work")
-        result = invoke("convert", DEMO, str(out))
+        result = invoke("convert", DEMO, "--out", str(out))
         assert result.exit_code == 2
         assert out.read_text() == "somebody's work"
-        assert invoke("convert", DEMO, str(out), "--overwrite").exit_code == 0
+        assert invoke("convert", DEMO, "--out", str(out), "--overwrite").exit_code == 0
         assert load_checkpoint(out).info.family == "mae"
 
     @pytest.mark.parametrize("command", ["verify", "fetch", "convert"])
     def test_errors_are_one_line_and_a_code(self, command: str, tmp_path: Path) -> None:
-        more = [str(tmp_path / "out.safetensors")] if command == "convert" else []
+        more = ["--out", str(tmp_path / "out.safetensors")] if command == "convert" else []
         result = invoke(command, "nothing.pth", *more)
         assert result.exit_code == 3
         assert result.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import typer
 
 from mto_analyze.affinity import affinity
 from mto_analyze.checkpoints import checkpoints
-from mto_analyze.console import Commands
+from mto_analyze.console import Command, Commands
 from mto_analyze.demo import demo
 from mto_analyze.evaluate import evaluate
 from mto_analyze.experiment import experiment
@@ -28,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text within 80 columns, where nothing in brackets is taken for a style
     epilog="Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted.",
 )
 
@@ -50,10 +51,15 @@ def options(
     """Measure masked tokens in masked image models (MAE, SimMIM, ...), layer by layer."""
 
 
-for command in (
-    *(demo, inspect, heterogeneity, affinity, reconstruct, report, plot, rauc, tables),
-    *(pretrain, experiment, figures),
-):
-    app.command()(command)
-app.add_typer(checkpoints, name="checkpoints")
-app.add_typer(evaluate, name="evaluate")
+#: Commands by their heading in the help.
+COMMANDS = {
+    "First look": (demo, inspect),
+    "Measure": (heterogeneity, affinity, reconstruct, report, plot),
+    "Train and compare": (pretrain, experiment, rauc),
+    "Paper": (figures, tables),
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=panel)(command)
+app.add_typer(checkpoints, name="checkpoints", rich_help_panel="First look")
+app.add_typer(evaluate, name="evaluate", rich_help_panel="Train and compare")

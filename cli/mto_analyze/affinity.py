@@ -12,30 +12,15 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import launchable
 from mto_analyze.options import (
-    AnyCheckpoints,
-    AutoDecoderHeads,
-    AutoHeads,
-    BatchSize,
-    DeviceName,
-    Images,
-    ImageSize,
-    Labels,
-    Limit,
-    MaskRatio,
-    Masks,
-    MaskUnit,
-    Mean,
-    Models,
-    Offline,
-    Out,
-    Overwrite,
-    Quiet,
-    Seed,
-    Std,
+    ComputeOptions,
+    ImageNames,
+    InputOptions,
+    MaskOptions,
+    ModelOptions,
+    OutputOptions,
     Strict,
-    ValueRange,
-    WeightsOrFile,
     Workers,
+    takes,
 )
 
 if TYPE_CHECKING:
@@ -61,49 +46,32 @@ class Scale(StrEnum):
     shared = "shared"
 
 
-Chosen = Annotated[
-    list[str] | None,
-    typer.Option("--image", help="Map this image by itself (repeatable); by default the mean over all."),
-]
+KindOption = Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")]
 ScaleOption = Annotated[
-    Scale, typer.Option(help="per-map: each from its own least to greatest value, as in the paper; or shared.")
+    Scale, typer.Option(help="Colour scale: per-map from min to max of each map, as in the paper, or shared.")
 ]
 
 
 @launchable
+@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("affinity"))
 def affinity(
     context: typer.Context,
-    ckpt: AnyCheckpoints = None,
-    model: Models = None,
-    images: Images = None,
-    value_range: ValueRange = None,
-    kind: Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")] = Kind.softmax,
-    chosen: Chosen = None,
+    out: Path,
+    overwrite: bool,
+    label: list[str] | None,
+    limit: int | None,
+    kind: KindOption = Kind.softmax,
     scale: ScaleOption = Scale.per_map,
-    label: Labels = None,
-    limit: Limit = None,
-    mask_ratio: MaskRatio = None,
-    mask_unit: MaskUnit = None,
-    masks: Masks = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 32,
-    device: DeviceName = "auto",
+    chosen: ImageNames = None,
     num_workers: Workers = 0,
-    num_heads: AutoHeads = None,
-    decoder_num_heads: AutoDecoderHeads = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    weights: WeightsOrFile = "model",
-    offline: Offline = False,
     strict: Strict = False,
-    out: Out = Path("affinity"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
 ) -> None:
     """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.
 
     Writes affinity.png and .pdf (one pair per model and image), affinity.npz, quadrants.csv and run.json to --out.
+
+    Example:
+      mto-analyze affinity --ckpt mae_vit_base_full --images IMAGES --limit 256
     """
     from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder, chosen_labels

@@ -7,37 +7,44 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.console import note
+from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.inspect import in_words
 from mto_analyze.options import (
+    AsJson,
     Checkpoint,
     DecoderHeads,
     Heads,
     ImageSize,
-    Mean,
+    LoadingOptions,
     Offline,
+    OutFile,
     Overwrite,
-    Std,
-    Weights,
     WeightsOption,
+    takes,
 )
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import registry
 
-checkpoints = typer.Typer(no_args_is_help=True, help="Public checkpoints: which there are, getting and checking them.")
+checkpoints = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="List, download, verify and convert public checkpoints."
+)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Id = Annotated[str, typer.Argument(help="Id, as `list` prints it.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="Registry id, as printed by `checkpoints list`.")]
 
 
-@checkpoints.command("list")
+@checkpoints.command("list", cls=Command)
+@takes()
 def list_(
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    family: Annotated[str | None, typer.Option(metavar="NAME", help="Only this family.")] = None,
     with_mask_token: Annotated[bool, typer.Option("--with-mask-token", help="Only files with a mask token.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every public checkpoint that is known: which has the mask token and the decoder, and whether it loads."""
+    """List the public checkpoints, with those that have a mask token and a decoder.
+
+    Example:
+      mto-analyze checkpoints list --family mae --with-mask-token
+    """
     from mto_analysis.checkpoints.registry import list_checkpoints
 
     rows = list_checkpoints(family=family, with_mask_token=with_mask_token)
@@ -50,9 +57,14 @@ def list_(
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-@checkpoints.command()
+@checkpoints.command(cls=Command)
+@takes()
 def info(name: Id, as_json: AsJson = False) -> None:
-    """Print all that is known about one public checkpoint."""
+    """Print everything known about one public checkpoint.
+
+    Example:
+      mto-analyze checkpoints info simmim_vit_base_800e
+    """
     from mto_analysis.checkpoints.registry import find_checkpoint
 
     metadata = find_checkpoint(name).to_dict()
@@ -64,35 +76,47 @@ def info(name: Id, as_json: AsJson = False) -> None:
         typer.echo(f"{key.replace('_', ' ') + ':':<17}{words.get(str(value), value)}")
 
 
-@checkpoints.command()
+@checkpoints.command(cls=Command)
+@takes()
 def fetch(
-    source: Checkpoint,
+    ckpt: Checkpoint,
     offline: Offline = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder for fetched files, instead of the usual ones.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Download folder, instead of the default cache.")
+    ] = None,
 ) -> None:
-    """Bring a checkpoint to this machine and print where it is. Going on where an earlier attempt stopped."""
+    """Download a checkpoint (resuming a partial download) and print its path.
+
+    Example:
+      mto-analyze checkpoints fetch mae_vit_base_full
+    """
     from mto_analysis.checkpoints import resolve
 
-    typer.echo(resolve(source, offline=offline, cache=cache))
+    typer.echo(resolve(ckpt, offline=offline, cache=cache))
 
 
-@checkpoints.command()
+@checkpoints.command(cls=Command)
+@takes()
 def verify(
-    source: Checkpoint,
+    ckpt: Checkpoint,
     num_heads: Heads = None,
     decoder_num_heads: DecoderHeads = None,
     image_size: ImageSize = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a checkpoint is whole: recognised, every tensor there and finite, its hash the published or first one.
+    """Check that a checkpoint is complete.
 
-    Exit code 3 if not.
+    Its layout is recognised, every tensor is there and finite, and its hash is the published one or that of the first
+    download. Exit code 3 if not.
+
+    Example:
+      mto-analyze checkpoints verify mae_vit_base_full
     """
     from mto_analysis.checkpoints.verification import verify_checkpoint
 
     result = verify_checkpoint(
-        source,
+        ckpt,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
         image_size=image_size,
@@ -107,31 +131,33 @@ def verify(
     typer.echo(f"{'sha256:':<15}{result.sha256} ({f'as {compared}' if compared else 'nothing to compare with'})")
 
 
-@checkpoints.command()
+@checkpoints.command(cls=Command)
+@takes(LoadingOptions)
 def convert(
     context: typer.Context,
-    source: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="File to write, *.safetensors.")],
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    weights: Weights = WeightsOption.model,
-    offline: Offline = False,
+    ckpt: Checkpoint,
+    out: OutFile,
+    weights: WeightsOption,
+    offline: bool,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint in our own layout, with all metadata inside; it loads back bit for bit."""
+    """Convert a checkpoint to our own layout.
+
+    It is a safetensors file with all metadata inside, which loads back bit for bit.
+
+    Example:
+      mto-analyze checkpoints convert mae_vit_base_full --out mae.safetensors
+    """
     from mto_analysis.runtime.outputs import OutputFolder
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
 
     from mto_analysis.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 
-    opened = open_checkpoint(source, weights=weights.value, offline=offline)
+    opened = open_checkpoint(ckpt, weights=weights.value, offline=offline)
     model = load_checkpoint(opened, **measuring.loading(context.params))
     folder.path.mkdir(parents=True, exist_ok=True)
-    origin = {"converted_from": source, "layout": model.info.layout, "sha256": opened.sha256}
+    origin = {"converted_from": ckpt, "layout": model.info.layout, "sha256": opened.sha256}
     save_checkpoint(model, out, notes=origin)
     note(f"wrote {out}")
 

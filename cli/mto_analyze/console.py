@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,10 +13,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mto_analysis.errors import explained
 from mto_analysis.runtime.processes import failing_together, is_connected, this_process
+from mto_analyze.options import PANELS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +32,56 @@ CLOSED_PIPE = 141
 _PATHS = ("--out", "--images", "--ckpt", "--masks", "--data", "--train", "--test", "--cache", "--log", "--experiment")
 
 
-class Commands(TyperGroup):
+class Command(TyperCommand):
+    """A command whose help has its options in panels and ends with an example, within 80 columns."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """What the command does, without its example."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(self._parts()[0])
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then the options of each panel."""
+        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *PANELS)}
+        for parameter in self.get_params(ctx):
+            argument = parameter.param_type_name == "argument"
+            panel = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            if (record := parameter.get_help_record(ctx)) is not None:
+                panels[panel].append(record)
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The example, line by line as it was written."""
+        with formatter.section("Example"):
+            for line in self._parts()[1].splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def _parts(self) -> tuple[str, str]:
+        """Description and example of the docstring."""
+        text, _, example = inspect.cleandoc(self.help or "").partition("\n\nExample:\n")
+        return text, textwrap.dedent(example)
+
+
+class CommandGroup(TyperGroup):
+    """A group whose help lists its commands under headings, each with the whole first sentence of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands, by heading."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            first = (command.help or "").partition("\n\n")[0]
+            panels.setdefault(command.rich_help_panel or "Commands", []).append((name, first))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+class Commands(CommandGroup):
     """The command group that turns our errors into one line on stderr and a documented exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,17 +7,24 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import note
-from mto_analyze.options import Overwrite, Quiet
+from mto_analyze.options import OutputOptions, takes
 
 
+@takes(OutputOptions, out=Path("demo"))
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("demo"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many of the 256 images.")] = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    out: Path,
+    overwrite: bool,
+    quiet: bool,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only N of the 256 images.")] = None,
 ) -> None:
-    """Measure bundled small MAE and SimMIM models: Figs. 1(a), 1(b) and 2, and a report to explore; no download."""
+    """Measure bundled small MAE and SimMIM models, offline.
+
+    Writes Figs. 1(a), 1(b) and 2 (PNG, PDF, CSV), report.html to explore in a browser, and run.json to --out.
+
+    Example:
+      mto-analyze demo
+    """
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]

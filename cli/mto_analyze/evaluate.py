@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.runtime.processes import Processes, this_process
-from mto_analyze.console import launchable, note, progress, settings_of
-from mto_analyze.options import DeviceName, Heads, Offline, Overwrite, Quiet, WeightsOption
+from mto_analyze.console import Command, CommandGroup, launchable, note, progress, settings_of
+from mto_analyze.options import (
+    ADVANCED,
+    DeviceName,
+    Group,
+    Heads,
+    Offline,
+    OutputOptions,
+    WeightsOption,
+    Workers,
+    takes,
+)
 
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
@@ -23,32 +33,10 @@ if TYPE_CHECKING:
     from mto_analysis.training.evaluation.features import LabelledImages
 
 evaluate = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
-    help="Score encoders with labelled images: kNN, linear probe or fine-tuning; one checkpoint or a whole run.",
+    help="Score encoders on labelled images: kNN, linear probe, fine-tuning.",
 )
-
-Sources = Annotated[
-    list[str],
-    typer.Option("--ckpt", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeat to compare."),
-]
-Train = Annotated[str, typer.Option(help="Labelled training images: folder of classes, Parquet, tar shards.")]
-Test = Annotated[str, typer.Option(help="Labelled test images.")]
-Out = Annotated[Path, typer.Option(help="Folder for results; an unfinished curve there is continued.")]
-Methods = Annotated[
-    list[str] | None, typer.Option("--method", help="Name of each --ckpt in the curve; by default the run's own.")
-]
-Seeds = Annotated[
-    list[int] | None,
-    typer.Option("--seed", help="Seed of each --ckpt, or one for all; by default the run's own, else 0."),
-]
-Random = Annotated[
-    bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use so many training images, spread evenly.")]
-TestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many test images, spread evenly.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; repeat.")]
-MicroBatch = Annotated[int | None, typer.Option(min=1, help="Images per process and forward; the rest accumulates.")]
 
 
 class PoolingOption(StrEnum):
@@ -74,103 +62,152 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
-Pooled = Annotated[
-    PoolingOption | None,
-    typer.Option(help="Class token, mean of patches, or both concatenated; by default as the family's authors do."),
-]
-Layer = Annotated[
-    int | None, typer.Option(min=1, help="Block whose tokens are read, from 1; by default as the family's authors do.")
-]
-Norm = Annotated[
-    NormOption | None,
-    typer.Option(help="The encoder's final norm, a fresh one, or none; by default as the family's authors do."),
-]
-Crop = Annotated[
-    float | None,
-    typer.Option(
-        "--crop-pct",
-        help="Side of the test images' centre crop over their resized shorter side; by default as in the original: "
-        "0.875 (224 of 256), and 1 up to 64 px.",
-    ),
-]
-Weights = Annotated[
-    WeightsOption | None,
-    typer.Option(help="Trained weights or their momentum teacher; by default as the family's authors evaluate."),
-]
-Precise = Annotated[Precision, typer.Option(help="Of the encoder; bfloat16 by autocast.")]
+class Labelled(Group):
+    """Labelled images."""
+
+    panel = "Input"
+    train: Annotated[
+        str, typer.Option(metavar="PATH", help="Labelled training images: folder of classes, Parquet, tar shards.")
+    ]
+    test: Annotated[str, typer.Option(metavar="PATH", help="Labelled test images.")]
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only N training images, evenly spaced.")
+    ] = None
+    test_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only N test images, evenly spaced.")
+    ] = None
 
 
-@evaluate.command()
+class Encoders(Group):
+    """Checkpoints, and which of their weights are scored."""
+
+    panel = "Model"
+    ckpt: Annotated[
+        list[str],
+        typer.Option(
+            "--ckpt", metavar="CKPT", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeatable."
+        ),
+    ]
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="NAME", help="Name of each --ckpt; by default the run's own."),
+    ] = None
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--seed", metavar="N", help="Seed of each --ckpt, or one for all; by default the run's own, else 0."
+        ),
+    ] = None
+    weights: Annotated[
+        WeightsOption | None,
+        typer.Option(help="Trained weights or momentum teacher; by default as the family's authors evaluate."),
+    ] = None
+    random_baseline: Annotated[
+        bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
+    ] = False
+    num_heads: Heads = None
+    offline: Offline = False
+
+
+class Features(Group):
+    """What of the encoder is scored."""
+
+    panel = ADVANCED
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Block whose tokens are read, from 1; by default as the family's authors do."
+        ),
+    ] = None
+    norm: Annotated[
+        NormOption | None,
+        typer.Option(help="The encoder's final norm, a fresh one, or none; by default as the family's authors do."),
+    ] = None
+
+
+class Scoring(Group):
+    """How encoders are scored."""
+
+    panel = ADVANCED
+    pooling: Annotated[
+        PoolingOption | None,
+        typer.Option(help="Class token, mean of patches, or both concatenated; by default as the family's authors do."),
+    ] = None
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            "--crop-pct",
+            metavar="SHARE",
+            help="Centre crop of the test images as a share of their resized shorter side; by default as in the "
+            "original: 0.875 (224 of 256), and 1 up to 64 px.",
+        ),
+    ] = None
+    device: DeviceName = "auto"
+    precision: Annotated[Precision, typer.Option(help="Autocast precision of the encoder.")] = Precision.float32
+    num_workers: Workers = 0
+
+
+class Trained(Group):
+    """Training of a classifier."""
+
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the protocol; repeatable."),
+    ] = None
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images per process and forward pass; the rest of a batch is accumulated.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+
+
+Cached = Annotated[
+    bool, typer.Option("--cached", help="Logistic regression on features, without augmentation: seconds, not hours.")
+]
+
+
+@evaluate.command(cls=Command)
 @launchable
+@takes(Labelled, Encoders, OutputOptions, Features, Scoring, out=Path("evaluation-knn"))
 def knn(
     context: typer.Context,
-    ckpt: Sources,
-    train: Train,
-    test: Test,
-    out: Out = Path("evaluation-knn"),
-    neighbours: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="How many vote.")] = 20,
-    temperature: Annotated[float, typer.Option(help="Weight of a neighbour: exp(cosine / temperature).")] = 0.07,
-    pooling: Pooled = None,
-    layer: Layer = None,
-    norm: Norm = None,
-    crop_pct: Crop = None,
-    weights: Weights = None,
-    limit: Limit = None,
-    test_limit: TestLimit = None,
-    method: Methods = None,
-    seed: Seeds = None,
-    random_baseline: Random = False,
-    precision: Precise = Precision.float32,
-    device: DeviceName = "auto",
-    num_workers: Workers = 0,
-    num_heads: Heads = None,
-    offline: Offline = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    neighbours: Annotated[
+        int, typer.Option("-k", "--neighbours", min=1, metavar="K", help="Number of neighbours.")
+    ] = 20,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Temperature: a neighbour weighs exp(cosine / T).")
+    ] = 0.07,
 ) -> None:
-    """Weighted kNN on features of the frozen encoder (cosine, k = 20, temperature 0.07, as DINO).
+    """Score frozen encoders by weighted kNN.
+
+    Similarity is the cosine of features, with k = 20 and temperature 0.07, as in DINO.
 
     Writes curves.csv (method epoch score seed ...), settings.json and run.json to --out; with several epochs also
-    curves.png and .pdf, with --random-baseline also random.csv. A second call goes on where the first one stopped.
+    curves.png and .pdf, with --random-baseline also random.csv. The same command resumes an unfinished curve.
+
+    Example:
+      mto-analyze evaluate knn --ckpt run --train train.parquet --test test.parquet
     """
     on_features(context, "knn", {"neighbours": neighbours, "temperature": temperature})
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
 @launchable
-def linear(
-    context: typer.Context,
-    ckpt: Sources,
-    train: Train,
-    test: Test,
-    out: Out = Path("evaluation-linear"),
-    cached: Annotated[
-        bool, typer.Option("--cached", help="In seconds: logistic regression on features, without augmentation.")
-    ] = False,
-    setting: Settings = None,
-    pooling: Pooled = None,
-    layer: Layer = None,
-    norm: Norm = None,
-    crop_pct: Crop = None,
-    weights: Weights = None,
-    limit: Limit = None,
-    test_limit: TestLimit = None,
-    method: Methods = None,
-    seed: Seeds = None,
-    random_baseline: Random = False,
-    precision: Precise = Precision.float32,
-    micro_batch: MicroBatch = None,
-    device: DeviceName = "auto",
-    num_workers: Workers = 0,
-    num_heads: Heads = None,
-    offline: Offline = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
-    """MAE's linear probe (BatchNorm, LARS, 90 epochs with crops and flips), or --cached for one in seconds.
+@takes(Labelled, Encoders, Trained, OutputOptions, Features, Scoring, out=Path("evaluation-linear"))
+def linear(context: typer.Context, setting: list[str] | None, cached: Cached = False) -> None:
+    """Train linear probes on frozen encoders.
+
+    The protocol is MAE's (BatchNorm, LARS, 90 epochs with crops and flips); --cached fits one in seconds.
 
     Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth (not with --cached).
     With --cached, --set takes penalty, tolerance and iterations.
+
+    Example:
+      mto-analyze evaluate linear --cached --ckpt run --train train --test test
     """
     if cached:
         from mto_analysis.runtime.settings import Options, Reader, field_types
@@ -185,36 +222,18 @@ def linear(
     return trained(context, "linear_mae", linear_settings)
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
 @launchable
-def finetune(
-    context: typer.Context,
-    ckpt: Sources,
-    train: Train,
-    test: Test,
-    out: Out = Path("evaluation-finetune"),
-    setting: Settings = None,
-    pooling: Pooled = None,
-    crop_pct: Crop = None,
-    weights: Weights = None,
-    limit: Limit = None,
-    test_limit: TestLimit = None,
-    method: Methods = None,
-    seed: Seeds = None,
-    random_baseline: Random = False,
-    precision: Precise = Precision.float32,
-    micro_batch: MicroBatch = None,
-    device: DeviceName = "auto",
-    num_workers: Workers = 0,
-    num_heads: Heads = None,
-    offline: Offline = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
-    """Fine-tune all of the encoder (layer-wise rates, mixup, RandAugment ...; the paper's supplementary Tables 3-6).
+@takes(Labelled, Encoders, Trained, OutputOptions, Scoring, out=Path("evaluation-finetune"))
+def finetune(context: typer.Context) -> None:
+    """Fine-tune encoders as classifiers.
 
-    Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth. A killed run goes on
-    exactly: after every epoch all that it needs is in last.pth.
+    With layer-wise learning rates, mixup, RandAugment ..., as in the paper's supplementary Tables 3-6. Writes what knn
+    writes, and for each checkpoint a folder with metrics.csv and classifier.pth. The same command resumes a killed run
+    exactly, from last.pth, which is saved after every epoch.
+
+    Example:
+      mto-analyze evaluate finetune --ckpt run --train train --test test
     """
     from mto_analysis.training.evaluation.classifier_settings import finetune_settings
 

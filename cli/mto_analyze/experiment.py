@@ -6,16 +6,15 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mto_analyze.console import note, settings_of
-from mto_analyze.options import Quiet
+from mto_analyze.options import EngineName, EngineOptions, Quiet, takes
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
@@ -29,61 +28,71 @@ FILES = (
 )
 
 
-class EngineName(StrEnum):
-    """Where runs are done."""
-
-    local = "local"
-    ray = "ray"
-
-
-File = Annotated[str, typer.Argument(help="Experiment file (TOML), or the name of one that comes with the tool.")]
-Out = Annotated[Path, typer.Option(help="Folder of the experiment; the same command goes on where it stopped.")]
-Data = Annotated[
-    Path | None, typer.Option(help="Folder of the images: train.parquet and test.parquet, if not set otherwise.")
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="Experiment file (TOML), or the name of one that comes with the package.")
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at once on a machine, each in a process of its own.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of the experiment; the same command resumes it.",
+        rich_help_panel="Output",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder with train.parquet and test.parquet, unless the file names the images.",
+        rich_help_panel="Input",
+    ),
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value: a key of the file (seeds, ...), or of all recipes (epochs, ...)."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the file (seeds, ...) or of all recipes (epochs, ...); repeatable.",
+        rich_help_panel="Input",
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and estimated time.")]
-List = Annotated[bool, typer.Option("--list", help="Print all runs by number, with how far they are.")]
-Only = Annotated[int | None, typer.Option(min=1, help="Do the run with this number of --list; of use to schedulers.")]
-Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, and what its runs wait for.")]
-KeepGoing = Annotated[bool, typer.Option("--keep-going", help="When a run fails do the others; report at the end.")]
-Retries = Annotated[int, typer.Option(min=0, help="Start a run so often again whose process or node dies.")]
-EngineOption = Annotated[EngineName, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")]
-Address = Annotated[str | None, typer.Option(help="Of the Ray cluster; by default RAY_ADDRESS, or one is started.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPUs of each run; by default a machine's / --jobs.")]
-Gpus = Annotated[
-    float | None, typer.Option(min=0, help="GPUs of each run on Ray, also fractions; by default a node's / --jobs.")
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and the estimated time, and stop.")]
+List = Annotated[bool, typer.Option("--list", help="Print all runs by number, with their progress.")]
+Only = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Only the run with this number of --list, for schedulers.")
+]
+Shard = Annotated[
+    str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts, with the runs it depends on.")
+]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="When a run fails, continue with the others and report at the end.")
 ]
 
 
+@takes(EngineOptions)
 def experiment(
+    context: typer.Context,
     file: File,
     out: Out,
+    jobs: int,
     data: Data = None,
-    jobs: Jobs = 1,
     set_: Set = None,
     dry_run: DryRun = False,
     list_: List = False,
     only: Only = None,
     shard: Shard = None,
     keep_going: KeepGoing = False,
-    retries: Retries = 2,
-    engine: EngineOption = EngineName.local,
-    address: Address = None,
-    threads: Threads = None,
-    gpus: Gpus = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a whole experiment: every arm with every seed, evaluated along the way, then RAUC, figures and a page.
+    """Run a whole experiment: arms x seeds, evaluation, RAUC, figures.
 
-    Stopped or killed, it goes on from the last epoch of every run when the same command is given again. Writes
+    When it was stopped or killed, the same command resumes every run at its last epoch. Writes
     summary.md, curves.csv, rauc.csv, heterogeneity.csv, terms.csv, choice.csv, run.json and the figures curves, rauc,
     time and heterogeneity to --out; runs are in its folders runs and choose. With --only or --shard these files are
     written once all runs are finished.
+
+    Example:
+      mto-analyze experiment mae_cifar10 --data CIFAR10 --out mae-cifar10 --jobs 2
     """
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
     from mto_analysis.images import open_images
@@ -104,8 +113,7 @@ def experiment(
         return
     began = time.time()
     with _board(runs, count, quiet) as tell:
-        work = _engine(engine, address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
-        do_runs(runs, num_images=count, engine=work, part=part, keep_going=keep_going, tell=tell)
+        do_runs(runs, num_images=count, engine=engine_of(context.params), part=part, keep_going=keep_going, tell=tell)
     if left := [run for run in runs.all if not run.finished()]:
         note(f"{len(left)} of {len(runs.all)} runs are still to be done: tables and figures follow", quiet=quiet)
         return
@@ -127,19 +135,20 @@ def _part(runs: ExperimentRuns, only: int | None, shard: str | None) -> Sequence
     return runs.shard(int(index), int(count))
 
 
-def _engine(
-    name: EngineName, address: str | None, *, jobs: int, threads: int | None, gpus: float | None, retries: int
-) -> Engine:
-    if name is EngineName.ray:
+def engine_of(given: Mapping[str, Any]) -> Engine:
+    """The engine that the options ask for."""
+    address, gpus = given["address"], given["gpus"]
+    shared = {name: given[name] for name in ("jobs", "threads", "retries")}
+    if given["engine"] is EngineName.ray:
         from mto_analysis.experiments.cluster import RayEngine
 
-        return RayEngine(address, jobs=jobs, threads=threads, gpus=gpus, retries=retries)
+        return RayEngine(address, gpus=gpus, **shared)
     from mto_analysis.experiments import LocalEngine
 
     for option, value in (("--address", address), ("--gpus", gpus)):
         if value is not None:
             raise ValueError(f"{option} is of a cluster: add --engine ray")
-    return LocalEngine(jobs, threads=threads, retries=retries)
+    return LocalEngine(**shared)
 
 
 def _write(

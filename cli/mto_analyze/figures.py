@@ -6,62 +6,73 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import SOURCE, DecoderHeads, Heads, Offline, Overwrite, Quiet
+from mto_analyze.options import (
+    AnyCheckpoints,
+    ComputeOptions,
+    DecoderHeads,
+    Group,
+    Heads,
+    Images,
+    Labels,
+    Limit,
+    Offline,
+    OutputOptions,
+    takes,
+)
 
 
-def figures(
-    context: typer.Context,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which, see --list; by default all.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for PNG, PDF, tables (.md, .tex), CSV, captions.md.")] = Path(
-        "figures"
-    ),
-    ckpt: Annotated[
-        list[str] | None, typer.Option(help=f"{SOURCE}; repeat to compare. By default the bundled small models.")
-    ] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Name of each checkpoint, in order.")] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder, list or Parquet file of images; by default 256 bundled ones.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, spread evenly.")] = None,
+class Own(Group):
+    """What replaces the bundled models and images."""
+
+    panel = "Input"
+    ckpt: AnyCheckpoints = None
+    label: Labels = None
+    images: Images = None
+    limit: Limit = None
+    num_heads: Heads = None
+    decoder_num_heads: DecoderHeads = None
+    offline: Offline = False
     experiment: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that `experiment` wrote: draw what it measured (fig4, table3, supp-fig1, supp-fig2)."
+            metavar="FOLDER",
+            help="Folder written by `experiment`: draw what it measured (fig4, table3, supp-fig1, supp-fig2).",
         ),
-    ] = None,
+    ] = None
     public: Annotated[
-        bool, typer.Option("--public", help="Fetch the public MAE and SimMIM files and draw Figs. 1-2 of them.")
-    ] = False,
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "cpu",
-    offline: Offline = False,
-    listing: Annotated[bool, typer.Option("--list", help="Say what there is, and draw nothing.")] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+        bool, typer.Option("--public", help="Download the public MAE and SimMIM files and draw Figs. 1-2.")
+    ] = False
+
+
+@takes(Own, OutputOptions, ComputeOptions, out=Path("figures"), batch_size=64, device="cpu")
+def figures(
+    context: typer.Context,
+    ckpt: list[str] | None,
+    label: list[str] | None,
+    public: bool,
+    out: Path,
+    overwrite: bool,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures and tables, see --list; by default all.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List the figures and tables, and draw nothing.")] = False,
 ) -> None:
-    """Draw the paper's figures (PNG, PDF) and write its tables (Markdown, LaTeX), each with a CSV of its values."""
+    """Draw the paper's figures and write its tables.
+
+    Figures are PNG and PDF, tables Markdown and LaTeX, each with a CSV of its values, and captions.md. By default they
+    are those of the bundled small models.
+
+    Example:
+      mto-analyze figures fig3 table2 --out figures-of-the-paper
+    """
     from mto_analysis.figures.paper import FIGURES, Inputs, draw_paper
 
     if listing:
         width = max(map(len, FIGURES))
         typer.echo("\n".join(f"{name:{width}}  {one.title} ({one.origin})" for name, one in FIGURES.items()))
         return
-    inputs = Inputs(
-        tuple(ckpt or ()),
-        tuple(label or ()),
-        images,
-        limit,
-        experiment,
-        num_heads,
-        decoder_num_heads,
-        batch_size,
-        device,
-        offline,
-    )
+    replaced = measuring.options_of(Inputs, context.params)
+    inputs = Inputs(tuple(ckpt or ()), tuple(label or ()), **replaced)
     if public:
         from mto_analysis.figures.paper.public import draw_public
     draw = draw_public if public else draw_paper

@@ -12,32 +12,17 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
-    AnyCheckpoints,
-    AutoDecoderHeads,
-    AutoHeads,
-    BatchSize,
-    DeviceName,
+    ADVANCED,
+    ComputeOptions,
     Dtype,
-    Images,
-    ImageSize,
-    Labels,
-    Limit,
-    MaskRatio,
-    Masks,
-    MaskUnit,
-    Mean,
-    Models,
-    Offline,
-    Out,
-    Overwrite,
+    InputOptions,
+    MaskOptions,
+    ModelOptions,
+    OutputOptions,
     Precision,
-    Quiet,
-    Seed,
-    Std,
     Strict,
-    ValueRange,
-    WeightsOrFile,
     Workers,
+    takes,
 )
 
 if TYPE_CHECKING:
@@ -52,18 +37,6 @@ class Definitions(StrEnum):
     all = "all"
 
 
-MatchVisible = Annotated[
-    bool, typer.Option("--match-visible", help="Leave equally many patches visible for all models.")
-]
-DefinitionsOption = Annotated[
-    Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
-]
-ControlsOption = Annotated[
-    bool, typer.Option("--controls", help="Also measure random weights, other mask tokens ... (says how long).")
-]
-PropertiesOption = Annotated[
-    bool, typer.Option("--properties", help="Also the paper's three properties of masked tokens, as numbers.")
-]
 Measures = Annotated[
     str,
     typer.Option(
@@ -71,55 +44,78 @@ Measures = Annotated[
         help="Also in the same pass: cka, rank, rankme, lidar, attention, frequency, cosine, separability.",
     ),
 ]
+DefinitionsOption = Annotated[
+    Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
+]
+ControlsOption = Annotated[
+    bool,
+    typer.Option("--controls", help="Also measure random weights, other mask tokens ... (prints the time needed)."),
+]
+PropertiesOption = Annotated[
+    bool,
+    typer.Option(
+        "--properties",
+        help="Also measure the paper's three properties of masked tokens.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Difference = Annotated[
-    bool, typer.Option("--difference", help="Also write paired differences per image (second minus first).")
+    bool,
+    typer.Option(
+        "--difference",
+        help="Also write paired per-image differences (second minus first checkpoint).",
+        rich_help_panel=ADVANCED,
+    ),
+]
+ControlSeeds = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Random weights and mask tokens tried by --controls.", rich_help_panel=ADVANCED
+    ),
+]
+MatchVisible = Annotated[
+    bool,
+    typer.Option(
+        "--match-visible",
+        help="Leave equally many patches visible for all models.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+MasksPerImage = Annotated[int, typer.Option(min=1, metavar="N", help="Masks per image.", rich_help_panel=ADVANCED)]
+SaveMasks = Annotated[
+    bool,
+    typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.", rich_help_panel=ADVANCED),
 ]
 
 
 @launchable
+@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("heterogeneity"))
 def heterogeneity(
     context: typer.Context,
-    ckpt: AnyCheckpoints = None,
-    model: Models = None,
-    images: Images = None,
-    value_range: ValueRange = None,
-    label: Labels = None,
-    limit: Limit = None,
-    mask_ratio: MaskRatio = None,
-    mask_unit: MaskUnit = None,
-    match_visible: MatchVisible = False,
-    masks: Masks = None,
-    save_masks: Annotated[bool, typer.Option("--save-masks", help="Also write masks-LABEL.npz, for --masks.")] = False,
-    masks_per_image: Annotated[int, typer.Option(min=1, help="Masks per image.")] = 1,
-    seed: Seed = 0,
-    batch_size: BatchSize = 32,
-    device: DeviceName = "auto",
-    dtype: Dtype = Precision.float32,
+    out: Path,
+    overwrite: bool,
+    label: list[str] | None,
     measures: Measures = "h",
     definitions: DefinitionsOption = Definitions.paper,
     controls: ControlsOption = False,
+    control_seeds: ControlSeeds = 3,
     properties: PropertiesOption = False,
     difference: Difference = False,
-    control_seeds: Annotated[int, typer.Option(min=1, help="Random weights and mask tokens to try.")] = 3,
+    match_visible: MatchVisible = False,
+    masks_per_image: MasksPerImage = 1,
+    save_masks: SaveMasks = False,
+    dtype: Dtype = Precision.float32,
     num_workers: Workers = 0,
-    num_heads: AutoHeads = None,
-    decoder_num_heads: AutoDecoderHeads = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    weights: WeightsOrFile = "model",
-    offline: Offline = False,
     strict: Strict = False,
-    out: Out = Path("heterogeneity"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
     Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
-    --measures also measures.csv; with
-    --definitions all also definitions.csv, attention.csv, definitions.png and .pdf; with --controls also controls.csv,
-    controls.png and .pdf.
+    --measures also measures.csv; with --definitions all also definitions.csv, attention.csv, definitions.png and .pdf;
+    with --controls also controls.csv, controls.png and .pdf.
+
+    Example:
+      mto-analyze heterogeneity --ckpt mae_vit_base_full --images IMAGES --limit 500
     """
     from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder, chosen_labels
@@ -232,7 +228,7 @@ def _definitions(request: "Request") -> Begun:
     from mto_analysis.figures.plots.definitions import draw_definitions
     from mto_analysis.probe.definition_study import Definitions as Watched
 
-    watched = Watched(request.settings.masks_per_image)
+    watched = Watched()
 
     def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
         table, attention = watched.table(study), watched.attention_table()

@@ -1,30 +1,26 @@
 """``mto-analyze inspect``: what a checkpoint is, where its masked tokens live, what is missing."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import Checkpoint, DecoderHeads, Heads, ImageSize, Mean, Offline, Std, Weights, WeightsOption
+from mto_analyze.options import AsJson, Checkpoint, LoadingOptions, takes
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import CheckpointReport
 
 
-def inspect(
-    context: typer.Context,
-    ckpt: Checkpoint,
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    weights: Weights = WeightsOption.model,
-    offline: Offline = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say what a checkpoint holds, without loading its weights. Exit code 3 if it cannot be measured."""
+@takes(LoadingOptions)
+def inspect(context: typer.Context, ckpt: Checkpoint, as_json: AsJson = False) -> None:
+    """Print what a checkpoint holds, without loading its weights.
+
+    Exit code 3 if it cannot be measured.
+
+    Example:
+      mto-analyze inspect mae_vit_base_full
+    """
     from mto_analysis.checkpoints import inspect_checkpoint
 
     report = inspect_checkpoint(ckpt, **measuring.loading(context.params))

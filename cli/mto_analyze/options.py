@@ -1,10 +1,25 @@
-"""Options that several commands share, with their help."""
+"""Options that several commands share: each is defined once, in a group that :func:`takes` gives to a command.
 
+A group is a class whose annotated attributes are options and whose ``panel`` is their heading in the help; an option
+may name another panel. A command declares only what is its own, and those shared options whose values it reads itself;
+all values are in ``context.params``.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from copy import copy
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
+
+#: Headings of the help, in this order; a command's own options stand under ``Options``.
+PANELS = ("Input", "Masks", "Model", "Evaluation", "Options", "Output", "Advanced")
+ADVANCED = "Advanced"
+
+Command = Callable[..., None]
 
 
 class WeightsOption(StrEnum):
@@ -12,6 +27,22 @@ class WeightsOption(StrEnum):
 
     model = "model"
     model_ema = "model_ema"
+
+
+class Precision(StrEnum):
+    """Number formats of a forward pass."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class EngineName(StrEnum):
+    """Where the processes of a command run."""
+
+    local = "local"
+    ray = "ray"
 
 
 def head_count(text: str) -> int | str:
@@ -37,43 +68,117 @@ def numbers(text: str) -> tuple[float, ...]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.5,0.5,0.5") from None
 
 
-SOURCE = "File or Hugging Face folder, id of the registry, hf://owner/name[@revision], or URL"
+# Input.
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Folder, list (.txt) or Parquet file of images; by default 256 bundled CIFAR-10 images.",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Use only N images, evenly spaced over the sorted list.", metavar="N")
+]
+ImageNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="NAME", help="Use this image (path below --images, or row number) instead; repeatable."
+    ),
+]
+Show = Annotated[int, typer.Option(min=1, metavar="N", help="Without --image: number of images shown.")]
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Values of black and white, for images of other than 8 bits (TIFF, .npy).",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Treat a broken or skipped image as an error.", rich_help_panel=ADVANCED)
+]
 
-Checkpoints = Annotated[list[str], typer.Option("--ckpt", help=f"{SOURCE}; repeat to compare.")]
-AnyCheckpoints = Annotated[list[str] | None, typer.Option("--ckpt", help=f"{SOURCE}; repeat to compare.")]
+# Masks.
+MaskRatio = Annotated[
+    float | None, typer.Option(metavar="RATIO", help="Fraction of patches masked; by default the model's own.")
+]
+MaskUnit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="PX", help="Side of a mask unit in pixels; by default the model's own."),
+]
+Masks = Annotated[Path | None, typer.Option(metavar="FILE", help="Mask file (.npz with `mask` and `names`).")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the random masks.")]
+
+# Models.
+SOURCE = "File or Hugging Face folder, registry id, hf://owner/name[@revision], or URL"
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help=f"{SOURCE}.")]
+Checkpoints = Annotated[list[str], typer.Option("--ckpt", metavar="CKPT", help=f"{SOURCE}; repeat to compare.")]
+AnyCheckpoints = Annotated[
+    list[str] | None, typer.Option("--ckpt", metavar="CKPT", help=f"{SOURCE}; repeat to compare.")
+]
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", metavar="package.module:factory", help="Model that a function of yours makes: its code runs."
+        "--model",
+        metavar="package.module:factory",
+        help="Model returned by a function of your own code, which is run; repeat to compare.",
     ),
 ]
-Checkpoint = Annotated[str, typer.Argument(help=f"{SOURCE}.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME", help="Name of each model, in order; repeat.")
+]
 Heads = Annotated[
-    int | None, typer.Option("--num-heads", min=1, help="Encoder attention heads, where the file does not say.")
+    int | None,
+    typer.Option("--num-heads", min=1, metavar="N", help="Attention heads of the encoder, if not in the file."),
 ]
 DecoderHeads = Annotated[
-    int | None, typer.Option("--decoder-num-heads", min=1, help="Decoder attention heads, where the file does not say.")
+    int | None,
+    typer.Option("--decoder-num-heads", min=1, metavar="N", help="Attention heads of the decoder, if not in the file."),
 ]
 AutoHeads = Annotated[
     Any,
     typer.Option(
-        "--num-heads", parser=head_count, metavar="N|auto", help="As the file does not say; auto compares losses."
+        "--num-heads",
+        parser=head_count,
+        metavar="N|auto",
+        help="Attention heads of the encoder, if not in the file; auto: the count with the lowest loss.",
     ),
 ]
 AutoDecoderHeads = Annotated[
-    Any, typer.Option("--decoder-num-heads", parser=head_count, metavar="N|auto", help="The same of the decoder.")
+    Any,
+    typer.Option(
+        "--decoder-num-heads",
+        parser=head_count,
+        metavar="N|auto",
+        help="Attention heads of the decoder, if not in the file, or auto.",
+    ),
 ]
 ImageSize = Annotated[
     Any,
     typer.Option(
-        parser=image_size, metavar="PX|HxW", help="Instead of the file's; positions are resized as by its authors."
+        parser=image_size,
+        metavar="PX|HxW",
+        help="Image size, instead of the file's; positions are resized as by its authors.",
     ),
 ]
 Mean = Annotated[
-    Any, typer.Option(parser=numbers, metavar="M,M,M", help="Of each channel of pixels in 0..1, instead of the file's.")
+    Any,
+    typer.Option(
+        parser=numbers,
+        metavar="M,M,M",
+        help="Mean of each channel (pixels in 0..1), instead of the file's.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
-Std = Annotated[Any, typer.Option(parser=numbers, metavar="S,S,S", help="Standard deviations, as --mean.")]
+Std = Annotated[
+    Any,
+    typer.Option(
+        parser=numbers,
+        metavar="S,S,S",
+        help="Standard deviation of each channel, instead of the file's.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Weights = Annotated[
     WeightsOption, typer.Option(help="model_ema: the momentum teacher or moving average, where the file holds one.")
 ]
@@ -85,37 +190,213 @@ WeightsOrFile = Annotated[
         help="model_ema: the moving average that a file holds beside the model. With --model: the file of its weights.",
     ),
 ]
-ValueRange = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="Values of black and white, of images that are not in 8 bits (TIFF, .npy)."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.", rich_help_panel=ADVANCED)]
+
+# Output.
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for results.")]
+OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar; warnings still show.")]
-Images = Annotated[
-    Path | None, typer.Option(help="Folder, list (.txt) or Parquet file; by default 256 bundled CIFAR-10 images.")
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+# Advanced.
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.", rich_help_panel=ADVANCED)]
+DeviceName = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.", rich_help_panel=ADVANCED),
 ]
-Labels = Annotated[list[str] | None, typer.Option("--label", help="Name of each checkpoint, in order.")]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="Use only N images, evenly spaced over the sorted list.", metavar="N")
+Workers = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Processes that decode images.", rich_help_panel=ADVANCED)
 ]
-MaskRatio = Annotated[float | None, typer.Option(help="Fraction masked; by default the model's own.")]
-MaskUnit = Annotated[int | None, typer.Option(min=1, help="Side of a mask unit in pixels; by default the model's own.")]
-Masks = Annotated[Path | None, typer.Option(help="Mask file (.npz with `mask` and `names`).")]
-Seed = Annotated[int, typer.Option(help="Seed of the random masks.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Batch size.")]
-DeviceName = Annotated[str, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, or mps.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Strict = Annotated[bool, typer.Option("--strict", help="A broken or skipped image is an error.")]
-Out = Annotated[Path, typer.Option(help="Folder for results.")]
+Dtype = Annotated[
+    Precision,
+    typer.Option(help="Of the model's forward; H is always computed in float32 or better.", rich_help_panel=ADVANCED),
+]
 
 
-class Precision(StrEnum):
-    """Number formats of the model's forward."""
+# Engines.
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes at a time on a machine.")]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(help="local: processes of this machine; ray: a Ray cluster.", rich_help_panel=ADVANCED),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address of the Ray cluster; by default RAY_ADDRESS, or a local one is started.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPUs of each process; by default those of the machine / --jobs.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="GPUs of each process on Ray, also fractions; by default those of a node / --jobs.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Retries = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Restarts of a run whose process or node dies.", rich_help_panel=ADVANCED),
+]
 
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+
+class Group:
+    """Options that stand together."""
+
+    panel: ClassVar[str] = "Options"
 
 
-Dtype = Annotated[Precision, typer.Option(help="Of the forward; H is always computed in float32 or better.")]
+class InputOptions(Group):
+    """Images to measure on."""
+
+    panel = "Input"
+    images: Images = None
+    limit: Limit = None
+    value_range: ValueRange = None
+
+
+class MaskOptions(Group):
+    """Masks of the images."""
+
+    panel = "Masks"
+    mask_ratio: MaskRatio = None
+    mask_unit: MaskUnit = None
+    masks: Masks = None
+    seed: Seed = 0
+
+
+class LoadingOptions(Group):
+    """How one checkpoint is loaded that is read without images."""
+
+    panel = "Model"
+    num_heads: Heads = None
+    decoder_num_heads: DecoderHeads = None
+    image_size: ImageSize = None
+    mean: Mean = None
+    std: Std = None
+    weights: Weights = WeightsOption.model
+    offline: Offline = False
+
+
+class CheckpointOptions(Group):
+    """Checkpoints to measure, and how they are loaded."""
+
+    panel = "Model"
+    ckpt: Checkpoints
+    label: Labels = None
+    num_heads: AutoHeads = None
+    decoder_num_heads: AutoDecoderHeads = None
+    image_size: ImageSize = None
+    weights: Weights = WeightsOption.model
+    mean: Mean = None
+    std: Std = None
+    offline: Offline = False
+
+
+class ModelOptions(Group):
+    """Checkpoints or models of the user's code to measure, and how they are loaded."""
+
+    panel = "Model"
+    ckpt: AnyCheckpoints = None
+    model: Models = None
+    label: Labels = None
+    num_heads: AutoHeads = None
+    decoder_num_heads: AutoDecoderHeads = None
+    image_size: ImageSize = None
+    weights: WeightsOrFile = "model"
+    mean: Mean = None
+    std: Std = None
+    offline: Offline = False
+
+
+class ComputeOptions(Group):
+    """Where and how a pass over the images is computed."""
+
+    panel = ADVANCED
+    device: DeviceName = "auto"
+    batch_size: BatchSize = 32
+
+
+class EngineOptions(Group):
+    """Where the processes of a command run, and how many at a time."""
+
+    jobs: Jobs = 1
+    engine: EngineOption = EngineName.local
+    address: Address = None
+    threads: Threads = None
+    gpus: Gpus = None
+    retries: Retries = 2
+
+
+class OutputOptions(Group):
+    """Where results go."""
+
+    panel = "Output"
+    out: Out
+    overwrite: Overwrite = False
+    quiet: Quiet = False
+
+
+def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) -> Callable[[Command], Command]:
+    """Give a command the options of groups, beside its own.
+
+    Args:
+        groups: Groups, in the order of the help.
+        without: Names of options that this command lacks.
+        defaults: Defaults that differ from the groups' own, by name.
+
+    Returns:
+        A decorator. The command is called with its own options, and with those shared ones that it declares by name
+        without an option of its own.
+    """
+    shared = {
+        parameter.name: parameter
+        for group in groups
+        for parameter in _parameters(group, defaults)
+        if parameter.name not in without
+    }
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        declared = inspect.signature(command).parameters
+        own = [each.replace(annotation=hints[name]) for name, each in declared.items() if name not in shared]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            command(**{name: given[name] for name in declared})
+
+        # Keyword-only, since options without a default may follow others.
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared.values())]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {}  # typer resolves these by name, and the signature has them resolved
+        return run
+
+    return decorate
+
+
+def _parameters(group: type[Group], defaults: dict[str, Any]) -> list[inspect.Parameter]:
+    """The options of a group as parameters of a function, each with its panel."""
+    found = []
+    for name, annotation in get_type_hints(group, include_extras=True).items():
+        if name == "panel":
+            continue
+        kind, info = get_args(annotation)
+        info = copy(info)
+        info.rich_help_panel = info.rich_help_panel or group.panel
+        default = defaults.get(name, getattr(group, name, inspect.Parameter.empty))
+        found.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+        )
+    return found

@@ -7,20 +7,23 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import Overwrite, Quiet
+from mto_analyze.options import OutputOptions, takes
 
 
+@takes(OutputOptions, out=Path("plot"))
 def plot(
     context: typer.Context,
-    tables: Annotated[list[Path], typer.Argument(help="heterogeneity.csv of one or several runs.")],
-    title: Annotated[str | None, typer.Option(help="Line above the figure.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the table behind it.")] = Path("plot"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    out: Path,
+    overwrite: bool,
+    tables: Annotated[list[Path], typer.Argument(metavar="TABLE", help="heterogeneity.csv of one or several runs.")],
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the figure.")] = None,
 ) -> None:
     """Redraw Fig. 1 from saved tables; several tables are drawn together.
 
     Writes heterogeneity.png, heterogeneity.pdf, heterogeneity.csv (what was drawn) and run.json to --out.
+
+    Example:
+      mto-analyze plot mae/heterogeneity.csv simmim/heterogeneity.csv --out both
     """
     from mto_analysis.runtime.outputs import OutputFolder
 

@@ -13,7 +13,7 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import launchable, note, settings_of
-from mto_analyze.options import Overwrite, Quiet, Strict, ValueRange
+from mto_analyze.options import ADVANCED, Group, OutputOptions, Strict, ValueRange, takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,110 +36,163 @@ class AlongRun(StrEnum):
     linear = "linear"
 
 
-Out = Annotated[Path, typer.Option(help="Folder of the run.")]
-RecipeOption = Annotated[str | None, typer.Option(help="Name (mae_cifar10, ...) or TOML file.")]
-Data = Annotated[Path | None, typer.Option(help="Folder, list, Parquet file or shards, tar shards.")]
-Mto = Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=value: a setting of the recipe, model.KEY, or mto.KEY; repeat."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from last.pth; other options may then be left out.")]
+class Images(Group):
+    """What is trained on."""
+
+    panel = "Input"
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder, list, Parquet file or shards, or tar shards of images.")
+    ] = None
+    value_range: ValueRange = None
+    verify_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify-data/--no-verify-data",
+            help="Hash all images, so that --resume notices replaced ones.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    in_memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--in-memory/--not-in-memory",
+            help="Hold decoded images in memory; by default if they are small.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    strict: Strict = False
+
+
+class Training(Group):
+    """What is trained, and how."""
+
+    panel = "Model"
+    recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Recipe (mae_cifar10, ...) or TOML file.")] = (
+        None
+    )
+    mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, model.KEY, or mto.KEY; repeatable."),
+    ] = None
+    init: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="Start from the weights of this checkpoint, of the recipe's architecture."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Seed of weights, image order, augmentation, masks and drop path."),
+    ] = None
+    ema: Annotated[float | None, typer.Option(metavar="DECAY", help="Also average the weights, with this decay.")] = (
+        None
+    )
+
+
+class Compute(Group):
+    """Where and how steps are computed."""
+
+    panel = ADVANCED
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.")
+    ] = None
+    precision: Annotated[NumberFormat | None, typer.Option(help="Autocast precision.")] = None
+    accumulation: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of micro-batches per step.")] = (
+        None
+    )
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks (torch.compile).")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
+    ] = None
+    fsdp: Annotated[
+        bool | None,
+        typer.Option(
+            "--fsdp/--no-fsdp", help="Shard parameters, gradients and optimizer state across processes (FSDP)."
+        ),
+    ] = None
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower."),
+    ] = None
+    num_workers: Annotated[int | None, typer.Option(min=0, metavar="N", help="Processes that decode images.")] = None
+
+
+class Scoring(Group):
+    """Evaluation along the run."""
+
+    panel = "Evaluation"
+    eval_test: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Labelled test images; enables evaluation.")
+    ] = None
+    eval_train: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Labelled training images; by default --data.")
+    ] = None
+    eval_limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Use only N images of --eval-train: they determine the time on a CPU."),
+    ] = None
+    eval_test_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only N images of --eval-test.")
+    ] = None
+    protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol.")] = None
+    every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs.")] = None
+    eval_start: Annotated[
+        bool | None, typer.Option("--eval-start/--no-eval-start", help="Also evaluate at epoch 0.")
+    ] = None
+
+
+class Writing(Group):
+    """What is written along the run."""
+
+    panel = "Output"
+    save_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Save last.pth every N epochs.")] = None
+    save_steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also save last.pth every N steps.", rich_help_panel=ADVANCED),
+    ] = None
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Keep a numbered checkpoint every N epochs.")
+    ] = None
+    log_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Write a row of metrics.csv every N steps.")
+    ] = None
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also write TensorBoard event files.")
+    ] = None
+    wandb: Annotated[
+        str | None, typer.Option(metavar="PROJECT", help="Also log to this project of Weights & Biases.")
+    ] = None
+
+
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from last.pth; other options may be left out.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
 ]
-Init = Annotated[
-    str | None, typer.Option(help="Begin with the weights of this checkpoint, of the recipe's architecture.")
-]
-Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation, masks, drop path.")]
-Precision = Annotated[NumberFormat | None, typer.Option(help="Of the forward pass.")]
-Accumulation = Annotated[int | None, typer.Option(min=1, help="Micro-batches for one step.")]
-Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile blocks.")]
-GradientCheckpointing = Annotated[
-    bool | None,
-    typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
-]
-Ema = Annotated[float | None, typer.Option(help="Also average the weights, with this decay.")]
-Fsdp = Annotated[bool | None, typer.Option("--fsdp/--no-fsdp", help="Share weights over processes.")]
-Deterministic = Annotated[
-    bool | None, typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower.")
-]
-NumWorkers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
-VerifyData = Annotated[
-    bool | None,
-    typer.Option("--verify-data/--no-verify-data", help="Hash all images, so that --resume notices replaced ones."),
-]
-InMemory = Annotated[
-    bool | None, typer.Option("--in-memory/--not-in-memory", help="Hold decoded images; by default if small.")
-]
-Device = Annotated[str | None, typer.Option(help="auto (CUDA, else CPU), cpu, cuda, cuda:N, mps.")]
-SaveEvery = Annotated[int | None, typer.Option(min=1, help="Epochs between writes of last.pth.")]
-SaveSteps = Annotated[int | None, typer.Option(min=1, help="Also write it every so many steps.")]
-KeepEvery = Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints that stay.")]
-LogEvery = Annotated[int | None, typer.Option(min=1, help="Steps between rows of metrics.csv.")]
-Every = Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")]
-EvalTrain = Annotated[Path | None, typer.Option(help="Labelled images; by default --data.")]
-EvalTest = Annotated[Path | None, typer.Option(help="Labelled images to score on; turns evaluation on.")]
-EvalLimit = Annotated[
-    int | None, typer.Option(min=1, help="Use so many of --eval-train; sets what an evaluation takes on a CPU.")
-]
-EvalTestLimit = Annotated[int | None, typer.Option(min=1, help="Use so many of --eval-test.")]
-Protocol = Annotated[AlongRun | None, typer.Option(help="Of the evaluation.")]
-EvalStart = Annotated[bool | None, typer.Option("--eval-start/--no-eval-start", help="Also at epoch 0.")]
-Tensorboard = Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also events.")]
-Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to as well.")]
 
 
 @launchable
+@takes(Images, Training, Scoring, OutputOptions, Writing, Compute)
 def pretrain(
-    out: Out,
-    recipe: RecipeOption = None,
-    data: Data = None,
-    mto: Mto = False,
-    set_: Set = None,
+    context: typer.Context,
+    overwrite: bool,
+    quiet: bool,
+    strict: bool,
     resume: Resume = False,
     dry_run: DryRun = False,
-    init: Init = None,
-    seed: Seed = None,
-    precision: Precision = None,
-    accumulation: Accumulation = None,
-    compile: Compile = None,
-    gradient_checkpointing: GradientCheckpointing = None,
-    ema: Ema = None,
-    fsdp: Fsdp = None,
-    deterministic: Deterministic = None,
-    num_workers: NumWorkers = None,
-    value_range: ValueRange = None,
-    verify_data: VerifyData = None,
-    in_memory: InMemory = None,
-    strict: Strict = False,
-    device: Device = None,
-    save_every: SaveEvery = None,
-    save_steps: SaveSteps = None,
-    keep_every: KeepEvery = None,
-    log_every: LogEvery = None,
-    every: Every = None,
-    eval_train: EvalTrain = None,
-    eval_test: EvalTest = None,
-    eval_limit: EvalLimit = None,
-    eval_test_limit: EvalTestLimit = None,
-    protocol: Protocol = None,
-    eval_start: EvalStart = None,
-    tensorboard: Tensorboard = None,
-    wandb: Wandb = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
 ) -> None:
     """Pre-train a masked image model.
 
     Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv where it evaluates, and at the
     end the figure run.png and .pdf.
     Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
-    """
-    values = {name: value for name, value in locals().items() if value is not None}
-    values["precision"] = None if precision is None else precision.value
-    values["protocol"] = None if protocol is None else protocol.value
 
+    Example:
+      mto-analyze pretrain --recipe mae_cifar10_tiny --data train.parquet --out run
+    """
+    given = {name: value for name, value in context.params.items() if value is not None}
+    values = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
     _run(values, resume=resume, overwrite=overwrite, strict=strict, dry_run=dry_run, quiet=quiet)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import note
+from mto_analyze.options import ADVANCED, AsJson, Group, OutputOptions, takes
 from mto_analyze.tables import Format
 
 if TYPE_CHECKING:
@@ -62,90 +63,101 @@ class PairingOption(StrEnum):
     NONE = "none"
 
 
-Log = Annotated[
-    list[str],
-    typer.Option(
-        metavar="[NAME[@SEED]=]FILE",
-        # The backslash keeps the bracket from being a style of the terminal.
-        help=r"A log, or a TOML list of logs. Options of one log follow it, as in FILE\[score=...]: score, epoch, run,"
-        " unit, steps-per-epoch, first-epoch. Repeatable.",
-    ),
-]
-Baseline = Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]
-Target = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
-]
-Start = Annotated[list[float] | None, typer.Option(metavar="E1", help="Start of the window; repeat for more windows.")]
-End = Annotated[
-    list[float] | None, typer.Option(metavar="E2", help="End of the window; by default the longest in common.")
-]
-Reference = Annotated[float | None, typer.Option(help="Subtract this instead of S1(E1).")]
-Interpolate = Annotated[bool, typer.Option("--interpolate", help="Allow E1, E2 between logged epochs.")]
-AxisOption = Annotated[Axis, typer.Option(help="Epochs, images seen or hours; E1 and E2 are on it.")]
-PerEpoch = Annotated[
-    list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours that an epoch takes.")
-]
-Confidence = Annotated[float, typer.Option(help="Coverage of the intervals.")]
-Pairing = Annotated[
-    PairingOption, typer.Option(help="Pair runs that start alike (auto), those of equal seeds, or none.")
-]
-Noise = Annotated[
-    float, typer.Option(min=0.0, help="A mean gain of the baseline up to this, in points, counts as none.")
-]
-Unit = Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracy at all.")]
-Epochs = Annotated[EpochOption, typer.Option(help="Count epochs as the logs do, or all from 1.")]
-Run = Annotated[
-    str | None, typer.Option(help="Which run of a file that holds several, by place (-1 is the last) or name.")
-]
-StepsPerEpoch = Annotated[float | None, typer.Option(help="For logs that count steps; others are not changed.")]
-LowerIsBetter = Annotated[
-    bool, typer.Option("--lower-is-better", help="Scores are errors or losses: compare 100 - error, or -loss.")
-]
-Group = Annotated[
-    list[str] | None, typer.Option(metavar="COLUMN", help="Compare within each of its values, and over all of them.")
-]
-ScoreColumn = Annotated[str | None, typer.Option(help="Column, key or tag of the score.")]
-EpochColumn = Annotated[str | None, typer.Option(help="Column or key of the epoch.")]
-MethodColumn = Annotated[str | None, typer.Option(help="Column of the method.")]
-SeedColumn = Annotated[str | None, typer.Option(help="Column of the seed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="A list with one JSON object per comparison.")]
-Form = Annotated[Format, typer.Option("--format", help="How to write the table.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing about the logs.")]
+Form = Annotated[Format, typer.Option("--format", help="Format of the table.")]
 
 
+class Logs(Group):
+    """Logs, and what in them is compared."""
+
+    panel = "Input"
+    log: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME[@SEED]=]FILE",
+            help="Log, or TOML list of logs; repeatable. Options of one log follow it, as in FILE[score=...]: score, "
+            "epoch, run, unit, steps-per-epoch, first-epoch.",
+        ),
+    ]
+    baseline: Annotated[list[str], typer.Option(metavar="NAME", help="Baseline method S1; repeat for more pairs.")]
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Target method S2; by default every other method.")
+    ] = None
+
+
+class Window(Group):
+    """Eq. 6 and its interval."""
+
+    start: Annotated[
+        list[float] | None, typer.Option(metavar="E1", help="Start of the window; repeat for more windows.")
+    ] = None
+    end: Annotated[
+        list[float] | None, typer.Option(metavar="E2", help="End of the window; by default the longest in common.")
+    ] = None
+    reference: Annotated[float | None, typer.Option(metavar="SCORE", help="Score to subtract, instead of S1(E1).")] = (
+        None
+    )
+    interpolate: Annotated[bool, typer.Option("--interpolate", help="Allow E1 and E2 between logged epochs.")] = False
+    axis: Annotated[Axis, typer.Option(help="Axis of the curves, and of E1 and E2.")] = Axis.EPOCH
+    unit: Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracies (raw).")] = UnitOption.AUTO
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="Scores are errors or losses: compare 100 - error, or -loss.")
+    ] = False
+    confidence: Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")] = 0.95
+    pairing: Annotated[
+        PairingOption, typer.Option(help="Pair runs of equal first scores (auto) or equal seeds, or none.")
+    ] = PairingOption.AUTO
+
+
+class Reading(Group):
+    """How logs are read that leave a choice."""
+
+    panel = ADVANCED
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Compare within each value of this column, and over all of them."),
+    ] = None
+    per_epoch: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]VALUE", help="Images or hours per epoch, for --axis.")
+    ] = None
+    noise: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="POINTS", help="A mean gain of the baseline up to this counts as none, in points."
+        ),
+    ] = 0.01
+    epochs: Annotated[
+        EpochOption, typer.Option(help="Count epochs as the logs do, or as epochs completed, from 1.")
+    ] = EpochOption.AS_WRITTEN
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Run of a file that holds several: its position (-1 is the last) or name."),
+    ] = None
+    steps_per_epoch: Annotated[
+        float | None, typer.Option(metavar="N", help="Steps per epoch, for logs that count steps.")
+    ] = None
+    score_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column, key or tag of the score.")] = None
+    epoch_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column or key of the epoch.")] = None
+    method_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the method.")] = None
+    seed_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the seed.")] = None
+
+
+@takes(Logs, Window, OutputOptions, Reading, out=None)
 def rauc(
     context: typer.Context,
-    log: Log,
-    baseline: Baseline,
-    target: Target = None,
-    start: Start = None,
-    end: End = None,
-    reference: Reference = None,
-    interpolate: Interpolate = False,
-    axis: AxisOption = Axis.EPOCH,
-    per_epoch: PerEpoch = None,
-    confidence: Confidence = 0.95,
-    pairing: Pairing = PairingOption.AUTO,
-    noise: Noise = 0.01,
-    unit: Unit = UnitOption.AUTO,
-    epochs: Epochs = EpochOption.AS_WRITTEN,
-    run: Run = None,
-    steps_per_epoch: StepsPerEpoch = None,
-    lower_is_better: LowerIsBetter = False,
-    group: Group = None,
-    score_column: ScoreColumn = None,
-    epoch_column: EpochColumn = None,
-    method_column: MethodColumn = None,
-    seed_column: SeedColumn = None,
+    out: Path | None,
+    overwrite: bool,
+    quiet: bool,
     as_json: AsJson = False,
     form: Form = Format.TEXT,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Relative area under the curve of a target method over its baseline, with error bars over seeds."""
+    """Compute RAUC (Eq. 6) from training logs, with intervals over seeds.
+
+    RAUC is the relative area under the curve of a target method over its baseline. The table is printed; --out also
+    writes it with the curves, a figure, and RAUC over all windows.
+
+    Example:
+      mto-analyze rauc --log curves.csv --baseline MAE --start 100 --end 400
+    """
     from mto_analysis.rauc.records import aggregate_record, as_record
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mto_analyze.options import Overwrite, takes
+
 
 class Format(StrEnum):
     """How a table is written."""
@@ -21,15 +23,23 @@ class Format(StrEnum):
 SUFFIXES = {"text": "txt", "csv": "csv", "markdown": "md", "latex": "tex"}
 
 
+@takes()
 def tables(
     table: Annotated[
-        list[str] | None, typer.Option(help="1, 2, 3, supp1 to supp6 or claims; several times for several.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="1, 2, 3, supp1 to supp6 or claims; by default all. Repeatable."),
     ] = None,
-    form: Annotated[Format, typer.Option("--format", help="How to write them.")] = Format.TEXT,
-    out: Annotated[Path | None, typer.Option(help="Folder for one file per table, instead of the screen.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    form: Annotated[Format, typer.Option("--format", help="Format of the tables.")] = Format.TEXT,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for one file per table, instead of the screen.")
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Print the paper's tables with what can be recomputed from their own numbers."""
+    """Print the paper's tables with what can be recomputed from their own numbers.
+
+    Example:
+      mto-analyze tables --table 1 --table claims
+    """
     from mto_analysis.figures.paper.tables import TABLE_NAMES, paper_table
     from mto_analysis.runtime.outputs import OutputFolder
     from mto_analysis.runtime.render import render

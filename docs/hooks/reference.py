@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,25 @@ def options() -> Iterator[str]:
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
-    yield f"## mto-analyze {name}\n\n{(command.help or '').strip()}\n"
+    """The help of a command, then its options with their panels."""
+    text, _, example = (command.help or "").partition("\n\nExample:\n")
+    yield f"## mto-analyze {name}\n\n{text.strip()}\n\n```bash\n{textwrap.dedent(example).strip()}\n```\n"
     yield "| option | what | default |\n| --- | --- | --- |"
-    for parameter in command.params:
+    from mto_analyze.options import PANELS
+
+    panel = None
+    for parameter in sorted(command.params, key=lambda each: PANELS.index(_panel(each))):
         names = ", ".join(f"`{each}`" for each in [*parameter.opts, *parameter.secondary_opts])
         text = " ".join((getattr(parameter, "help", None) or "").split())
         default = parameter.default
         shown = "" if default is None or default is False or callable(default) or default == () else f"`{default}`"
         names = names if names.startswith("`-") else f"`{str(parameter.name).upper()}`"
+        if _panel(parameter) != panel:
+            panel = _panel(parameter)
+            yield f"| **{panel}** | | |"
         yield f"| {names} | {text} | {shown} |".replace("||", "|")
     yield ""
+
+
+def _panel(parameter: Any) -> str:
+    return getattr(parameter, "rich_help_panel", None) or "Options"

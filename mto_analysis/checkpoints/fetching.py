@@ -14,10 +14,11 @@ import platformdirs
 
 from mto_analysis.checkpoints.containers import first_line
 from mto_analysis.checkpoints.downloading import check_digest, download
+from mto_analysis.checkpoints.reading import weight_files
 from mto_analysis.checkpoints.registry import Checkpoint, find_checkpoint, find_source
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["cache_folder", "resolve"]
+__all__ = ["cache_folder", "drop_fetched", "resolve"]
 
 _REVISION = r"refs/(?:pr|convert)/\w+|[^/@]+"
 _HUB = re.compile(
@@ -76,6 +77,30 @@ def resolve(source: str | Path, *, offline: bool = False, cache: str | Path | No
     if entry.source.startswith("hf://"):
         return _from_hub(entry.source, offline, cache)
     return _from_address(entry, entry.source, offline, cache)
+
+
+def drop_fetched(source: str | Path, path: Path) -> bool:
+    """Delete the weights of a checkpoint from the cache; fetched again, they must have the same hash.
+
+    What was given by its path or put into the cache by hand is nobody's to delete.
+
+    Args:
+        source: What it was asked for with.
+        path: Where :func:`resolve` found it.
+
+    Returns:
+        Whether it was deleted.
+    """
+    text = os.fspath(source)
+    address = find_checkpoint(text).source if _ID.fullmatch(text) and not Path(text).exists() else text
+    by_hand = "drive.google.com" in urlsplit(address).netloc
+    if by_hand or not address.startswith(("hf://", "http://", "https://")):
+        return False
+    for file in weight_files(path):
+        content = file.resolve()  # the hub's cache links to contents
+        file.unlink()
+        content.unlink(missing_ok=True)
+    return True
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

@@ -17,7 +17,14 @@ from mto_analysis.checkpoints.inpainting import CLIP, HALF, IMAGENET
 from mto_analysis.checkpoints.layouts import LAYOUTS
 from mto_analysis.errors import CheckpointNotFoundError
 
-__all__ = ["Checkpoint", "find_checkpoint", "find_published", "find_source", "list_checkpoints"]
+__all__ = [
+    "Checkpoint",
+    "find_checkpoint",
+    "find_published",
+    "find_source",
+    "layout_evidence",
+    "list_checkpoints",
+]
 
 _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 _CLAIMS = Path(__file__).parents[1] / "assets/claims.csv"
@@ -180,6 +187,20 @@ def find_published(source: str, path: Path) -> Checkpoint | None:
     # checkpoint.pth and the like are the names of several published files, and of everybody's own.
     named = [row for row in _rows() if row.source.rpartition("/")[2] == path.name]
     return named[0] if len(named) == 1 else None
+
+
+def layout_evidence(layout: str) -> str:
+    """What reading files of a layout was tried on, see :class:`Claim`: of several families the least that holds.
+
+    Example:
+        >>> layout_evidence("HiViT MAE"), layout_evidence("mto_analysis")
+        ('slow reference', 'written by this package')
+    """
+    if layout == "mto_analysis":
+        return "written by this package"
+    claims = [claim for claim in _claims().values() if claim.layout == layout]
+    weakest_first = ("", "slow reference", "original code")
+    return str(min(claims, key=lambda claim: weakest_first.index(claim.basis))) if claims else "key names only"
 
 
 def _like(name: str, names: list[str]) -> str:

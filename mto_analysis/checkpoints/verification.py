@@ -9,11 +9,11 @@ from typing import Any
 
 from mto_analysis.checkpoints import CheckpointReport, inspect_checkpoint, open_checkpoint
 from mto_analysis.checkpoints.downloading import recorded_digest
-from mto_analysis.checkpoints.registry import find_published
+from mto_analysis.checkpoints.registry import Checkpoint, find_published
 from mto_analysis.errors import CheckpointError
 from mto_analysis.models.interface import ImageSize
 
-__all__ = ["Verification", "verify_checkpoint"]
+__all__ = ["Verification", "compare_hash", "verify_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,22 @@ def verify_checkpoint(
     """
     opened = open_checkpoint(source, mmap=True, offline=offline)
     report = inspect_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads, image_size=image_size)
-    path, sha256 = opened.path, opened.sha256
-    entry = find_published(str(source), path)
+    entry = find_published(str(source), opened.path)
+    compared = compare_hash(opened.path, opened.sha256, entry)
+    return Verification(report, opened.sha256, entry.id if entry else None, compared)
+
+
+def compare_hash(path: Path, sha256: str, entry: Checkpoint | None) -> tuple[str, ...]:
+    """Compare a checkpoint's hash with what is known of it: which of ``published`` and ``recorded`` there were.
+
+    Args:
+        path: The file or folder.
+        sha256: Of its weights.
+        entry: The row of the registry that it claims to be, if any.
+
+    Raises:
+        CheckpointError: If it is another one.
+    """
     compared = []
     if entry is not None and entry.digest and path.is_file():
         algorithm, beginning = entry.digest.split(":")
@@ -81,4 +95,4 @@ def verify_checkpoint(
         if recorded != sha256:
             raise CheckpointError(f"{path} has changed since it was fetched; delete it and fetch it again")
         compared.append("recorded")
-    return Verification(report, sha256, entry.id if entry else None, tuple(compared))
+    return tuple(compared)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import random
 import zipfile
 import zlib
@@ -33,6 +34,7 @@ __all__ = [
     "load_masks",
     "mask_from_noise",
     "mask_keys",
+    "masks_sha256",
     "masks_to_bytes",
     "random_mask",
     "save_masks",
@@ -334,6 +336,26 @@ class MaskRule:
             "topped_up": "rectangles topped up at random, patches",
         }[self.kind]
         return f"{self.ratio:.4g} of {what} of {self.unit} px"
+
+
+def masks_sha256(masks: Mapping[str, Sequence[Tensor]]) -> str:
+    """SHA-256 of masks by image name, whatever their order: the same masks of the same images have the same.
+
+    Hashed are, sorted by name, the name, a zero byte, the numbers of masks and patches, a line feed, and one byte per
+    patch, 1 = masked.
+
+    Args:
+        masks: For each image its masks, each of ``num_patches``; as from :func:`load_masks`.
+
+    Example:
+        >>> masks_sha256({"cat.jpg": torch.tensor([[True, False]])})[:8]
+        '72013455'
+    """
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        stacked = np.stack([mask.numpy() for mask in masks[name]]).astype(np.uint8)
+        digest.update(os.fsencode(name) + b"\0" + "{} {}\n".format(*stacked.shape).encode() + stacked.tobytes())
+    return digest.hexdigest()
 
 
 def masks_to_bytes(masks: np.ndarray, names: Sequence[str]) -> bytes:

@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mto_analysis.errors import OutputError, OutputExistsError
+from filelock import FileLock, Timeout
+
+from mto_analysis.errors import OutputError, OutputExistsError, RunInUseError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,12 +29,15 @@ __all__ = [
     "chosen_labels",
     "csv_bytes",
     "file_word",
+    "folder_in_use",
     "json_bytes",
     "labels_of",
+    "locked_folder",
     "run_metadata",
     "write_atomically",
 ]
 
+_LOCK = ".lock"
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 
 
@@ -90,6 +95,50 @@ def check_writable(folder: Path) -> None:
         for each in lacking:
             with contextlib.suppress(OSError):
                 each.rmdir()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be.
+
+    The lock ends with this process, however it ends, and worker processes do not inherit it.
+
+    Raises:
+        OutputExistsError: If ``folder`` is a file.
+        OutputError: If the folder cannot be written.
+        RunInUseError: If another process holds the lock.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file, and a run needs a folder; choose another --out")
+    before = folder.exists()
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=1)  # another process may be looking whether it is free
+    except Timeout:
+        raise RunInUseError(
+            f"{folder} is in use by another process; wait until it ends, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)  # while it is held; others find that it is gone
+        if not before:
+            with contextlib.suppress(OSError):  # the run is in it
+                folder.rmdir()
+        lock.release()
+
+
+def folder_in_use(folder: Path) -> bool:
+    """Whether another process holds the lock of a folder."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:

@@ -7,16 +7,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 
-from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError, RunInUseError
+from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.images.interface import Images, contents_digest
-from mto_analysis.runtime.outputs import atomic_file, check_writable, json_bytes, write_atomically
+from mto_analysis.runtime.outputs import atomic_file, folder_in_use, json_bytes, locked_folder, write_atomically
 
 if TYPE_CHECKING:
     from mto_analysis.runtime.processes import Processes
@@ -87,47 +86,13 @@ class RunFolder:
         with self.metrics.open(newline="", encoding="utf-8") as file:
             return sum(row.get("kind") == "epoch" for row in csv.DictReader(file))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder, which is made if need be.
-
-        The lock ends with this process, however it ends, and worker processes do not inherit it.
-
-        Raises:
-            OutputExistsError: If ``path`` is a file.
-            OutputError: If the folder cannot be written.
-            RunInUseError: If another process holds the lock.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExistsError(f"{self.path} is a file, and a run needs a folder; choose another --out")
-        before = self.path.exists()
-        check_writable(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=1)  # another process may be looking whether it is free
-        except Timeout:
-            raise RunInUseError(
-                f"{self.path} is in use by another process; wait until it ends, or choose another --out"
-            ) from None
-        try:
-            yield
-        finally:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is held; others find that it is gone
-            if not before:
-                with suppress(OSError):  # the run is in it
-                    self.path.rmdir()
-            lock.release()
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder, see :func:`~mto_analysis.runtime.outputs.locked_folder`."""
+        return locked_folder(self.path)
 
     def in_use(self) -> bool:
         """Whether another process works on the run."""
-        if not (self.path / ".lock").exists():
-            return False
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
+        return folder_in_use(self.path)
 
     def holds_run(self) -> bool:
         """Whether a run began here."""

@@ -1,0 +1,148 @@
+"""Tables of different people as one, and whether measurements of the same thing agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from mto_analysis.atlas.table import MEASUREMENT, ROW, check_table, join_tables
+from mto_analysis.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe", "merge_tables"]
+
+#: How far two measurements of a curve may be apart, as a fraction of its largest absolute value, by the precision of
+#: the forward: of two precisions the coarser counts.
+TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+_NUMBERS = ("value", "ci_low", "ci_high")
+# Rows named in a message.
+_NAMED = 5
+
+
+class Agreement(NamedTuple):
+    """How well two tables agree on what both have measured.
+
+    Attributes:
+        rows: A row per measure of a layer of both, with both values, ``difference`` (of value and interval the larger,
+            as a fraction of the curve's largest absolute value), ``tolerance`` and ``agrees``.
+    """
+
+    rows: pd.DataFrame
+
+    @property
+    def largest(self) -> float:
+        """The largest difference, as a fraction of the tolerance."""
+        return float((self.rows["difference"] / self.rows["tolerance"]).max()) if len(self.rows) else 0.0
+
+    def check(self) -> None:
+        """Refuse what does not agree.
+
+        Raises:
+            DataError: If a difference is larger than its tolerance; names checkpoints, layers and values.
+        """
+        bad = self.rows[~self.rows["agrees"]]
+        if bad.empty:
+            return
+        words = [
+            f"{row.checkpoint}, {row.stack}, layer depth {row.layer_depth}, {row.measure}: {row.value_a:.6g} "
+            f"({row.dtype_a}, {row.hardware_a}) and {row.value_b:.6g} ({row.dtype_b}, {row.hardware_b})"
+            for row in bad.head(_NAMED).itertuples()
+        ]
+        more = "; ..." if len(bad) > _NAMED else ""
+        raise DataError(
+            f"{len(bad)} of {len(self.rows)} rows of both tables differ beyond rounding: {'; '.join(words)}{more}"
+        )
+
+
+def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse tables that are not of the same images and masks.
+
+    Args:
+        tables: By a name for messages.
+
+    Raises:
+        DataError: If they are not; names both tables, and the checkpoint where masks differ.
+    """
+    (first, table), *others = tables.items()
+    for name, other in others:
+        a, b = table.iloc[0], other.iloc[0]
+        for columns, what, words in (
+            (("images_sha256",), "images", "{image_set}, {num_images} of them, sha256 {images_sha256:.8}..."),
+            (("mask_seed", "masks_per_image"), "masks", "seed {mask_seed}, {masks_per_image} per image"),
+        ):
+            if any(a[column] != b[column] for column in columns):
+                both = " and ".join(words.format_map(row.to_dict()) for row in (a, b))
+                raise DataError(f"{first} and {name} are of different {what}: {both}; only like tables can be merged")
+        about_masks = ["checkpoint", "masks_sha256", "mask_rule"]
+        of_a, of_b = (each.groupby(list(MEASUREMENT))[about_masks].first() for each in (table, other))
+        joined = of_a.join(of_b, how="inner", lsuffix="_a", rsuffix="_b")
+        for row in joined[joined["masks_sha256_a"] != joined["masks_sha256_b"]].itertuples():
+            raise DataError(
+                f"{row.checkpoint_a} has different masks in {first} ({row.mask_rule_a}) and in {name} "
+                f"({row.mask_rule_b}); only like tables can be merged"
+            )
+
+
+def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
+    """Compare what two tables have both measured.
+
+    Args:
+        a: A table.
+        b: Another one, of the same images and masks.
+    """
+    import numpy as np
+
+    key = [*MEASUREMENT, *ROW]
+    columns = ["checkpoint", "dtype", "hardware", *_NUMBERS]
+    both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))
+    rows = both.rename(columns={"checkpoint_a": "checkpoint"})
+    of_curve = rows.groupby([each for each in key if each != "layer_depth"])
+    scale = of_curve["value_a"].transform(lambda each: each.abs().max())
+    apart = np.nan_to_num([np.abs(rows[f"{number}_a"] - rows[f"{number}_b"]) for number in _NUMBERS]).max(axis=0)
+    rows["difference"] = np.where(apart > 0, apart / scale.where(scale > 0, np.nan).to_numpy(), 0.0)
+    rows["difference"] = rows["difference"].fillna(np.inf)  # of a curve that is zero in one table alone
+    rows["tolerance"] = np.maximum(rows["dtype_a"].map(TOLERANCES), rows["dtype_b"].map(TOLERANCES))
+    rows["agrees"] = rows["difference"] <= rows["tolerance"]
+    return Agreement(rows)
+
+
+def merge_tables(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, Agreement]:
+    """Join tables of the same images and masks; what several have measured must agree.
+
+    Of equal rows the one of the finest precision stays, then that of the first table.
+
+    Args:
+        tables: At least two, by a name for messages.
+
+    Returns:
+        The table, and how well the tables agree.
+
+    Raises:
+        ValueError: If there are not two tables.
+        DataError: If images or masks are unlike, or values differ by more than the tolerance of their precision.
+    """
+    import pandas as pd
+
+    if len(tables) < 2:
+        raise ValueError(f"give at least two different tables to merge, got {len(tables)}")
+    check_comparable(tables)
+    merged, found = next(iter(tables.values())), []
+    for table in list(tables.values())[1:]:
+        compared = agreement(merged, table)
+        compared.check()
+        found.append(compared.rows)
+        finest_first = pd.concat([merged, table], ignore_index=True)
+        finest_first = finest_first.sort_values("dtype", key=lambda each: each.map(TOLERANCES), kind="stable")
+        merged = join_tables([finest_first.drop_duplicates(["checkpoint", *MEASUREMENT, *ROW])])
+    check_table(merged, "the merged table")
+    return merged, Agreement(pd.concat(found, ignore_index=True))
+
+
+def describe(found: Agreement) -> str:
+    """In a sentence, how well tables agree."""
+    if found.rows.empty:
+        return "no row is in two of them"
+    largest = f"the largest difference is {found.largest:.2g} of its tolerance"
+    return f"{len(found.rows)} rows are in two of them and agree: {largest}"

@@ -1,0 +1,89 @@
+"""Measuring a random part of somebody's table again, and comparing."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from mto_analysis.atlas.measuring import Entry, Protocol, loading_from
+from mto_analysis.atlas.merging import Agreement, agreement, check_comparable
+from mto_analysis.atlas.table import MEASUREMENT
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Sample", "compare_again", "sample_table"]
+
+
+class Sample(NamedTuple):
+    """Measurements of a table that are made again.
+
+    Attributes:
+        rows: Of the table.
+        wanted: Which checkpoints, and how they were measured.
+    """
+
+    rows: pd.DataFrame
+    wanted: dict[Entry, Protocol]
+
+
+def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: Protocol) -> Sample:
+    """Sample checkpoints of a table, with all their rows.
+
+    Args:
+        table: From :func:`~mto_analysis.atlas.table.read_table`.
+        fraction: Of its checkpoints, above 0 and up to 1; at least one is sampled.
+        seed: Of the sample.
+        protocol: Batch size and device; everything that numbers depend on is as in the table.
+
+    Raises:
+        ValueError: If the fraction is not in its range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+    keys = ["checkpoint", *MEASUREMENT]
+    first = table.drop_duplicates(keys).sort_values(keys, ignore_index=True)
+    sampled = random.Random(seed).sample(range(len(first)), math.ceil(fraction * len(first)))
+    wanted: dict[Entry, Protocol] = {}
+    for number in sorted(sampled):
+        row = first.iloc[number]
+        several = (first["checkpoint"] == row["checkpoint"]).sum() > 1
+        name = f"{row['checkpoint']}-{number}" if several else row["checkpoint"]
+        entry = Entry(name, row["source"], row["file_sha256"])
+        wanted[entry] = replace(
+            protocol,
+            seed=int(row["mask_seed"]),
+            masks_per_image=int(row["masks_per_image"]),
+            dtype=row["dtype"],
+            loading=replace(loading_from(row["loading"]), weights=row["weights"], offline=protocol.loading.offline),
+        )
+    rows = table.merge(first.iloc[sampled][keys], on=keys)
+    return Sample(rows, wanted)
+
+
+def compare_again(sample: Sample, again: pd.DataFrame) -> tuple[pd.DataFrame, Agreement]:
+    """Compare the sampled rows with what was measured again.
+
+    Args:
+        sample: Of the table.
+        again: The table of the new measurement, where anything was measured.
+
+    Returns:
+        A row per checkpoint with ``rows``, ``compared``, ``largest`` (difference as a fraction of its tolerance) and
+        ``agrees``; and the rows themselves.
+
+    Raises:
+        DataError: If the new measurement has other masks or images.
+    """
+    check_comparable({"the table": sample.rows, "the new measurement": again})
+    found = agreement(sample.rows, again)
+    of = found.rows.assign(largest=found.rows["difference"] / found.rows["tolerance"]).groupby("checkpoint")
+    summary = sample.rows.groupby("checkpoint").size().to_frame("rows")
+    summary["compared"] = of.size().reindex(summary.index, fill_value=0)
+    summary["largest"] = of["largest"].max().reindex(summary.index)
+    summary["agrees"] = of["agrees"].all().reindex(summary.index, fill_value=False) & (
+        summary["compared"] == summary["rows"]
+    )
+    return summary.reset_index(), found
