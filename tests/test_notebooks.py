@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from documents import ROOT, notebooks
 
-#: What the first code cell says, made small; a notebook uses some of these names.
+#: What the second code cell says, made small; a notebook uses some of these names.
 SMALL = {"LIMIT": 8, "SEEDS": 3, "STEPS": 4, "BATCH": 8, "EPOCHS": 1}
 
 FOUND = {str(path.relative_to(ROOT)): path for path in notebooks()}
@@ -27,15 +27,15 @@ def test_notebooks__are_there() -> None:
 
 
 def make_small(notebook: Any) -> None:
-    """Replace the values of the first code cell by small ones."""
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    """Replace the values of the code cell after the installation by small ones."""
+    first = [cell for cell in notebook.cells if cell.cell_type == "code"][1]
     first.source, count = re.subn(
         rf"^({'|'.join(SMALL)}) = \d+",
         lambda found: f"{found[1]} = {SMALL[found[1]]}",
         first.source,
         flags=re.MULTILINE,
     )
-    assert count, "the first code cell holds the few values to change"
+    assert count, "the second code cell holds the few values to change"
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -64,6 +64,18 @@ def test_notebook__is_committed_without_outputs(name: str, nbformat) -> None:
         if cell.cell_type == "code":
             assert not cell.outputs
             assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_notebook__installs_the_package_where_it_is_missing(name: str, nbformat, monkeypatch) -> None:
+    source = next(cell.source for cell in nbformat.read(FOUND[name], as_version=4).cells if cell.cell_type == "code")
+    run: list[tuple[str, str]] = []
+    shell = type("Shell", (), {"run_line_magic": lambda self, *words: run.append(words)})
+    exec(source, {"get_ipython": shell})
+    assert not run
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(source, {"get_ipython": shell})
+    assert run == [("pip", "install --quiet mto-analysis")]
 
 
 @pytest.mark.parametrize("name", FOUND)

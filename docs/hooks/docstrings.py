@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+from public import public_paths  # noqa: E402  (extensions are loaded by path and see no folder of their own)
 
 _FORMULA_LINE = re.compile(r"^( *)\.\. math:: (.+)$", re.MULTILINE)
 _FORMULA = re.compile(r":math:`([^`]+)`")
@@ -50,15 +53,10 @@ def comment_above(obj: griffe.Object) -> str:
 
 
 def _reference(match: re.Match[str]) -> str:
-    """A link where the whole path is given, to the page of a module or to the place of anything else; else the name."""
+    """A link where the path, or the class before its last dot, is public; else the name."""
     path = match[1]
-    name = f"`{path.rpartition('.')[2]}`"
-    if not path.startswith("mto_analysis."):
-        return f"`{path}`"
-    place = ROOT / path.replace(".", "/")
-    if place.is_dir() or place.with_suffix(".py").is_file():
-        return f"[{name}]({path.removeprefix('mto_analysis.').replace('.', '-')}.md)"
-    return f"[{name}][{path}]"
+    public = path in public_paths() or path.rpartition(".")[0] in public_paths()
+    return f"[`{path.rpartition('.')[2]}`][{path}]" if public else f"`{path.removeprefix('mto_analysis.')}`"
 
 
 def _shapes(match: re.Match[str]) -> str:

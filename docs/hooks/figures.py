@@ -24,19 +24,36 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def gallery() -> str:
-    """A section per caption: the figures or the table of that name, the caption, the files."""
+    """Thumbnails of all figures, then a section per caption: its figures or table, the caption, the files."""
     captions = dict(each.split("\n", 1) for each in CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:])
-    return "\n".join(_section(name, caption, others=captions.keys() - {name}) for name, caption in captions.items())
+    images = {name: drawn(name, captions.keys() - {name}) for name in captions}
+    thumbnails = [
+        f'<a href="#{name}"><img src="figures/{stems[0]}.png" alt="" loading="lazy">'
+        f"<span>{_title(name, captions[name])}</span></a>"
+        for name, stems in images.items()
+        if stems
+    ]
+    sections = [_section(name, captions[name], stems) for name, stems in images.items()]
+    return "\n".join(['<div class="thumbnails">', *thumbnails, "</div>", "", *sections])
 
 
-def _section(name: str, caption: str, others: Collection[str]) -> str:
+def drawn(name: str, others: Collection[str]) -> list[str]:
+    """The images of a caption: ``fig2`` before ``fig2-mae``, and none of another caption."""
+    stems = sorted(path.stem for path in FOLDER.glob(f"{name}*.png"))
+    return [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem) and stem not in others]
+
+
+def _title(name: str, caption: str) -> str:
+    found = _TITLE.match(" ".join(caption.split()))
+    heading = found[0] if found else name.replace("-", " ").capitalize()
+    return f"{heading}{', measured here' if name.endswith('-measured') else ''}"
+
+
+def _section(name: str, caption: str, stems: list[str]) -> str:
     text = " ".join(caption.split())
     found = _TITLE.match(text)
-    stems = sorted(path.stem for path in FOLDER.glob(f"{name}*.png"))  # "fig2" before "fig2-mae"
-    drawn = [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem) and stem not in others]
-    heading = found[0] if found else name.replace("-", " ").capitalize()
-    lines = [f"## {heading}{', measured here' if name.endswith('-measured') else ''}", ""]
-    for each in drawn:
+    lines = [f"## {_title(name, caption)} {{ #{name} }}", ""]
+    for each in stems:
         links = [f"[{kind}](figures/{each}.{kind})" for kind in ("pdf", "csv") if (FOLDER / f"{each}.{kind}").is_file()]
         lines += [f"![{each}](figures/{each}.png)", "", f"`{each}`: {', '.join(links)}", ""]
     if (table := FOLDER / f"{name}.md").is_file():

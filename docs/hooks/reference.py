@@ -1,9 +1,7 @@
-"""Pages made from the code: the API reference, one page a module, and all options of every command."""
+"""Pages made from the code: the public names, and all options of every command."""
 
 from __future__ import annotations
 
-import ast
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,86 +12,70 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "mto_analysis"
+sys.path[:0] = [str(ROOT), str(ROOT / "cli"), str(Path(__file__).parent)]
+
+from public import PAGES, Page  # noqa: E402  (hooks are loaded by path and see no folder of their own)
+
 OPTIONS = "options.md"
 OVERVIEW = "reference/index.md"
+# Searching for a word finds the guides before the reference, which holds every word.
+LAST = "---\nsearch:\n  boost: 0.2\n---\n"
+
+STABILITY = """
+## What stays stable
+
+The names on these pages, the options and exit codes of `mto-analyze`, the columns of the tables it writes and the keys
+of its JSON output are the interface. From version 1.0 on they change only with the first digit of the version, after a
+`DeprecationWarning` in at least one release before. Before 1.0 any release may change them, and the
+[changelog](../CHANGELOG.md) then lists the old name and the new one. What other programs are meant to read states a
+`schema_version`.
+
+Every other module is internal and may change in any release, even though its names can be imported; pages that
+show one (writing a converter, a method or a plot) say so. Checkpoints written by `save_checkpoint` stay readable.
+Results stay equal for equal inputs and seeds; where a correction changes a number, the changelog says which and by how
+much.
+"""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The pages in the navigation: options after the commands, the reference last but one."""
+    """The pages in the navigation: options after the commands, the reference last."""
     for group in config.nav or []:
         for pages in group.values():
             at = next((n for n, page in enumerate(pages) if "commands.md" in str(page)), None)
             if at is not None:
                 pages.insert(at + 1, {"CLI reference": OPTIONS})
-    packages: dict[str, list[Any]] = {"": [OVERVIEW]}
-    for module in modules():
-        name = module_name(module)
-        inside = name.count(".") > 1 or module.name == "__init__.py"
-        pages = packages.setdefault(name.split(".")[1] if inside else "", [])
-        pages.append({name.removeprefix("mto_analysis."): page_of(name)})
-    top = packages.pop("")
     assert config.nav is not None
-    config.nav.append({"Reference": [*top, *({name: pages} for name, pages in sorted(packages.items()))]})
+    config.nav.append({"Reference": [OVERVIEW, *({page.title: page.file} for page in PAGES)]})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """A page for every module, their list, and the options."""
+    """A page for each group of public names, their list, and the options."""
     files.append(File.generated(config, OVERVIEW, content=overview()))
-    for module in modules():
-        name = module_name(module)
-        content = f"# {name}\n\n::: {name}\n" + (public_names(module) if module.name == "__init__.py" else "")
-        files.append(File.generated(config, page_of(name), content=content))
-    files.append(File.generated(config, OPTIONS, content="\n".join(options())))
+    for page in PAGES:
+        entries = (f"::: {path}\n    options:\n      show_root_heading: true\n" for path in page.names().values())
+        content = "\n".join([f"{LAST}# {page.title}\n\n{page.summary}\n", *entries])
+        files.append(File.generated(config, page.file, content=content))
+    files.append(File.generated(config, OPTIONS, content=LAST + "\n".join(options())))
     return files
 
 
-def modules() -> list[Path]:
-    """Public modules of the library, as they lie on disk."""
-    named = (path for path in sorted(PACKAGE.rglob("*.py")) if path.name == "__init__.py" or path.name[0] != "_")
-    return [path for path in named if path != PACKAGE / "__init__.py"]
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def page_of(name: str) -> str:
-    return f"reference/{name.removeprefix('mto_analysis.').replace('.', '-')}.md"
-
-
 def overview() -> str:
-    """The list of modules with the first sentence of each."""
-    lines = ["# Reference", "", *_docstring(PACKAGE / "__init__.py"), "", public_names(PACKAGE / "__init__.py")]
-    lines += ["", "## Modules", "", "| module | what it owns |", "| --- | --- |"]
-    for path in modules():
-        name = module_name(path)
-        first = re.split(r"(?<!Eq)(?<!Eqs)(?<!Fig)\. ", " ".join(_docstring(path)))[0].rstrip(".")
-        first = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", first)
-        lines.append(f"| [{name}]({page_of(name).removeprefix('reference/')}) | {first.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
+    """The list of public names by page, and what may change."""
+    lines = [f"{LAST}# Reference", "", "Import each name from the package that heads its list.", ""]
+    for page in PAGES:
+        lines += [f"## [{page.title}]({page.file.removeprefix('reference/')})", "", page.summary, "", _listed(page), ""]
+    return "\n".join(lines) + STABILITY
 
 
-def public_names(package: Path) -> str:
-    """What a package gives under its own name, each name a link to where it is documented."""
-    links = []
-    for node in ast.walk(ast.parse(package.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mto_analysis."):
-            links += [(each.asname or each.name, f"{node.module}.{each.name}") for each in node.names]
-    shown = (f'<autoref optional identifier="{path}"><code>{name}</code></autoref>' for name, path in sorted(links))
-    return f"\nFrom `{module_name(package)}`: {', '.join(shown)}.\n" if links else ""
-
-
-def _docstring(path: Path) -> list[str]:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n\n")[0].splitlines()
+def _listed(page: Page) -> str:
+    """The names of a page, each a link to where it is documented."""
+    shown = (f'<autoref identifier="{path}"><code>{name}</code></autoref>' for name, path in page.names().items())
+    return f"`{page.package}`: {', '.join(shown)}."
 
 
 def options() -> Iterator[str]:
     """Every command with its arguments and options, from the command line itself."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "cli")]
     import typer
 
     from mto_analyze import app
