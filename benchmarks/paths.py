@@ -62,7 +62,7 @@ def log_to_rauc() -> None:
 def image_to_batch() -> None:
     tiny = [text for pair in TINY for text in ("--set", f"model.{pair}")]
     command(
-        *("pretrain", "--recipe", "mae_cifar10_tiny", "--data", IMAGES, "--out", "run"),
+        *("pretrain", "--recipe", "mae_cifar10_tiny", "--images", IMAGES, "--out", "run"),
         *("--set", "epochs=1", "--set", "batch_size=64", *tiny),
     )
 
@@ -71,7 +71,7 @@ def experiment_to_table() -> None:
     Path("experiment.toml").write_text(EXPERIMENT)
     for name in ("train", "test"):
         Path(f"{name}.parquet").symlink_to(IMAGES)
-    command("experiment", "experiment.toml", "--data", ".", "--out", "out")
+    command("experiment", "experiment.toml", "--images", ".", "--out", "out")
 
 
 PATHS = {

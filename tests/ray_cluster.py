@@ -33,7 +33,7 @@ def main() -> None:
         print("killed the node of one of", ", ".join(working), flush=True)
 
     threading.Thread(target=kill, daemon=True).start()
-    arguments = ["experiment", file, "--data", data, "--out", out, "--engine", "ray", "--address", cluster.address]
+    arguments = ["experiment", file, "--images", data, "--out", out, "--engine", "ray", "--address", cluster.address]
     try:
         app(arguments, prog_name="mto-analyze")
     finally:

@@ -250,13 +250,14 @@ def option_device(path, images, ckpt):
     assert "device tpu9 cannot be used" in line
 
 
-def option_dtype(path, images, ckpt):
-    for dtype in ("float32", "float64", "bfloat16"):
-        ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / dtype, "--dtype", dtype)
-    full, double, half = (csv(path / d)["heterogeneity"].to_numpy() for d in ("float32", "float64", "bfloat16"))
+def option_precision(path, images, ckpt):
+    for name in ("fp32", "fp64", "bf16"):
+        ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / name, "--precision", name)
+    full, double, half = (csv(path / d)["heterogeneity"].to_numpy() for d in ("fp32", "fp64", "bf16"))
     assert 0 < np.abs(full - double).max() < 1e-4 < np.abs(half - double).max()
     assert (
-        run("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / "x", "--dtype", "int8").exit_code == 2
+        run("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path / "x", "--precision", "int8").exit_code
+        == 2
     )
 
 
@@ -407,7 +408,7 @@ HETEROGENEITY_OPTIONS: dict[str, Callable[[Path, Path, Path], None]] = {
     "seed": option_seed,
     "batch_size": option_batch_size,
     "device": option_device,
-    "dtype": option_dtype,
+    "precision": option_precision,
     "num_workers": option_num_workers,
     "label": option_label,
     "strict": option_strict,
@@ -550,7 +551,7 @@ def test_exit_2__for_values_out_of_range(checkpoints, image_folder: Path, out: P
         ["heterogeneity", "--ckpt", "x", "--limit", "0"],
         ["heterogeneity", "--ckpt", "x", "--batch-size", "none"],
         ["heterogeneity", "--ckpt", "x", "--num-workers", "-1"],
-        ["heterogeneity", "--ckpt", "x", "--dtype", "int8"],
+        ["heterogeneity", "--ckpt", "x", "--precision", "int8"],
         ["inspect"],
         ["plot"],
         ["nonsense"],
@@ -662,7 +663,7 @@ def test_training_commands__say_what_is_skipped(checkpoints, tmp_path: Path) -> 
     images = tmp_path / "images"
     knn = ("evaluate", "knn", "--ckpt", checkpoints["mae"], "--train", images, "--test", images, "-k", 1)
     assert f"{images}: skipped 1 hidden or system folders" in ok(*knn, "--out", tmp_path / "knn").stderr
-    arguments = ("pretrain", "--recipe", "mae_cifar10_tiny", "--data", images, "--dry-run", "--out", tmp_path / "run")
+    arguments = ("pretrain", "--recipe", "mae_cifar10_tiny", "--images", images, "--dry-run", "--out", tmp_path / "run")
     assert "skipped 1 hidden or system folders" in ok(*arguments, "--set", "batch_size=8").stderr
     line = fails(4, *arguments, "--set", "batch_size=8", "--strict", "-q")
     assert "skipped 1 hidden or system folders beside the images; move them away" in line

@@ -26,8 +26,8 @@ def invoke(*arguments):
 
 
 def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
-    options = ["--mto", "--set", "mto.ranking_weight=0", "--every", 1, "--eval-test", DEMO_IMAGES, "--seed", 3]
-    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *options)
+    options = ["--mto", "--set", "mto.ranking_weight=0", "--eval-every", 1, "--eval-test", DEMO_IMAGES, "--seed", 3]
+    done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
     assert "epoch 2/2  loss" in done.stderr
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -43,7 +43,7 @@ def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
 
 
 def test_pretrain__resumes_by_its_folder_alone(tmp_path):
-    data = ["--data", DEMO_IMAGES]
+    data = ["--images", DEMO_IMAGES]
     assert invoke(*START, *data, "--out", tmp_path / "whole", "--mto").exit_code == 0
     # As if it had been killed after its first epoch: the last write of that epoch is put back.
     cut = tmp_path / "cut"
@@ -77,13 +77,13 @@ def test_pretrain__interrupted_says_how_to_go_on(tmp_path, monkeypatch, after, t
 
     command = importlib.import_module("mto_analyze.pretrain")  # the package's attribute is the function
     monkeypatch.setattr(command, "_bar", lambda quiet: contextlib.nullcontext(interrupt))
-    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run")
+    done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run")
     assert done.exit_code == 130
     assert f"interrupted; {told}" in done.stderr.splitlines()[-1]
 
 
 def test_dry_run__tells_and_writes_nothing(tmp_path):
-    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", "--dry-run", "--accumulation", 2)
+    done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", "--dry-run", "--accumulation", 2)
     assert done.exit_code == 0, done.output
     assert "64 = 32 x 1 x 2" in done.stdout
     assert "8 = 2 x 4" in done.stdout
@@ -102,17 +102,17 @@ def test_dry_run__tells_and_writes_nothing(tmp_path):
         (["--mto", "--set", "mto.sparse=1"], 2, "no setting is called 'mto.sparse'"),
         (["--mto", "--set", "mto.layers=0,9"], 2, "layers must be 0 to 2"),
         (["--accumulation", "3"], 2, "effective batch of 64"),
-        (["--every", "2"], 2, "--eval-test"),
+        (["--eval-every", "2"], 2, "--eval-test"),
         (["--recipe", "mae_cifar"], 2, "no recipe is called 'mae_cifar'"),
         (["--device", "cuda:7"], 2, "cuda:7"),
         (["--fsdp"], 2, "start several with torchrun"),
-        (["--data", "nowhere"], 4, "nowhere"),
+        (["--images", "nowhere"], 4, "nowhere"),
         (["--set", "batch_size=300"], 4, "256 images do not fill one batch of 300"),
         (["--eval-test", "nowhere"], 4, "nowhere"),
     ],
 )
 def test_pretrain__refuses_in_one_line_and_writes_nothing(tmp_path, options, code, told):
-    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *options)
+    done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == code, done.output
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -120,7 +120,7 @@ def test_pretrain__refuses_in_one_line_and_writes_nothing(tmp_path, options, cod
 
 
 def test_pretrain__does_not_write_over_a_run(tmp_path):
-    arguments = [*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", "--set", "epochs=1"]
+    arguments = [*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", "--set", "epochs=1"]
     assert invoke(*arguments).exit_code == 0
     before = contents(tmp_path / "run" / "last.pth")
     done = invoke(*arguments)
@@ -143,10 +143,10 @@ def image_files(folder):
 def test_broken_image__is_replaced_or_with_strict_an_error(tmp_path):
     folder = image_files(tmp_path / "images")
     (folder / "07.png").write_bytes(b"no image")
-    done = invoke(*START, "--data", folder, "--out", tmp_path / "run", "--set", "epochs=1")
+    done = invoke(*START, "--images", folder, "--out", tmp_path / "run", "--set", "epochs=1")
     assert done.exit_code == 0, done.output
     assert "takes the place of 07.png" in done.stderr
-    done = invoke(*START, "--data", folder, "--out", tmp_path / "strict", "--set", "epochs=1", "--strict")
+    done = invoke(*START, "--images", folder, "--out", tmp_path / "strict", "--set", "epochs=1", "--strict")
     assert done.exit_code == 4
     assert "07.png" in done.stderr
     assert not (tmp_path / "strict").exists()
@@ -176,7 +176,7 @@ def test_vanished_images__end_the_run_and_it_goes_on_when_they_are_back(tmp_path
 
 
 def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_path):
-    limits = ["--eval-test", DEMO_IMAGES, "--eval-limit", 32, "--eval-test-limit", 16, "--eval-start"]
+    limits = ["--eval-test", DEMO_IMAGES, "--eval-train-limit", 32, "--eval-test-limit", 16, "--eval-start"]
     start = [
         "pretrain",
         "--recipe",
@@ -185,7 +185,7 @@ def test_pretrain__ends_with_a_figure_also_when_there_is_nothing_left_to_do(tmp_
         "cpu",
         "--set",
         "epochs=1",
-        "--data",
+        "--images",
         DEMO_IMAGES,
     ]
     done = invoke(*start, "--mto", *limits, "--out", tmp_path / "run")
@@ -203,13 +203,13 @@ def test_pretrain__replaces_no_file_of_another(tmp_path):
     mine = tmp_path / "metrics.csv"
     mine.write_text("mine\n")
     for more in ([], ["--resume"]):
-        done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path, *more)
+        done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path, *more)
         assert (done.exit_code, mine.read_text()) == (2, "mine\n")
         assert "holds metrics.csv, of no run" in done.stderr
     recipe = tmp_path / "other" / "recipe.toml"
     recipe.parent.mkdir()
     recipe.write_text(load_recipe("mae_cifar10").to_toml() + "# mine\n")
-    done = invoke("pretrain", "--recipe", recipe, "--data", DEMO_IMAGES, "--out", recipe.parent)
+    done = invoke("pretrain", "--recipe", recipe, "--images", DEMO_IMAGES, "--out", recipe.parent)
     assert done.exit_code == 2
     assert recipe.read_text().endswith("# mine\n")
 
@@ -227,7 +227,7 @@ def test_resume__says_that_the_folder_is_of_another_command(tmp_path):
 @pytest.mark.parametrize(("option", "package"), [(["--tensorboard"], "tensorboard"), (["--wandb", "x"], "wandb")])
 def test_boards__that_are_not_installed_are_named_before_anything_is_written(tmp_path, monkeypatch, option, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    done = invoke(*START, "--data", DEMO_IMAGES, "--out", tmp_path / "run", *option)
+    done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", *option)
     assert done.exit_code == 2
     assert f"pip install {package}" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -244,6 +244,6 @@ def test_warnings__are_one_line_without_code(monkeypatch):
     monkeypatch.setattr("mto_analysis.images.open_images", warn)
     with warnings.catch_warnings():  # as outside of pytest, which records them
         warnings.showwarning = lambda *given: sys.stderr.write(warnings.formatwarning(*given))
-        done = invoke(*START, "--data", DEMO_IMAGES, "--out", "run")
+        done = invoke(*START, "--images", DEMO_IMAGES, "--out", "run")
     assert done.stderr == "mto-analyze: warning: two lines\nmto-analyze: error: and an error\n"
     assert warnings.formatwarning is before

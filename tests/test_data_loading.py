@@ -107,7 +107,7 @@ def test_commands__end_with_too_little_shared_memory(command: str, checkpoints, 
         "heterogeneity": ["heterogeneity", "--ckpt", checkpoints["mae"], "--images", images, "--batch-size", 64],
         "knn": ["evaluate", "knn", "-k", 3, *both],
         "finetune": ["evaluate", "finetune", *both, "--set", "epochs=1", "--set", "warmup_epochs=0"],
-        "pretrain": ["pretrain", "--recipe", "mae_cifar10", "--data", images, "--not-in-memory"],
+        "pretrain": ["pretrain", "--recipe", "mae_cifar10", "--images", images, "--not-in-memory"],
     }[command]
     if command == "pretrain":
         arguments += [word for key, value in SMALL_MAE.items() for word in ("--set", f"{key}={value}")]

@@ -84,7 +84,7 @@ def test_named_checkpoints__refuse_two_for_one_row(tmp_path) -> None:
     with pytest.raises(DataError, match="are both 'm', seed 0, epoch 1"):
         named_checkpoints(runs, ["m", "m"])
     assert len(named_checkpoints(runs, ["m", "m"], [0, 1])) == 2
-    with pytest.raises(ValueError, match="one --method per --ckpt"):
+    with pytest.raises(ValueError, match="one --label per --ckpt"):
         named_checkpoints(runs, ["m"])
 
 
@@ -284,7 +284,7 @@ def test_evaluate_linear__is_quick_on_cached_features(tmp_path, sources) -> None
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])
 def test_evaluate__trains_a_classifier_per_checkpoint(tmp_path, sources, protocol) -> None:
     run = write_run(tmp_path / "run", method="m", seed=4)
-    options = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=12", "--micro-batch", 6]
+    options = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=12", "--accumulation", 2]
     result = invoke(protocol, "--ckpt", run, *sources, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     for epoch in (2, 10):

@@ -296,7 +296,7 @@ def test_train_classifier__clips_each_micro_batch_as_simmim_does(labelled, tmp_p
         patch.setattr("torch.nn.utils.clip_grad_norm_", recorded)
         for name, each in (("each", True), ("once", False)):
             again = replace(chosen, clip_grad=1e-3, clip_micro_batches=each)
-            list(train(make_mae(), labelled, again, tmp_path / name, micro_batch=8))
+            list(train(make_mae(), labelled, again, tmp_path / name, run=run(accumulation=3)))
     (first, one), (second, two), (third, _), (whole, _) = sums
     torch.testing.assert_close(first + (second - one) + (third - two), whole, rtol=1e-4, atol=1e-6)
     for before, after in sums:
@@ -344,8 +344,11 @@ def test_train_classifier__accumulates_to_the_same_step(labelled, tmp_path) -> N
     """Without mixup, whose pairs lie in a micro-batch, halves of a batch make the same step to rounding."""
     chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, epochs=2)
     losses = [
-        [record.loss for record in train(make_mae(), labelled, chosen, tmp_path / str(micro), micro_batch=micro)]
-        for micro in (8, 2)
+        [
+            record.loss
+            for record in train(make_mae(), labelled, chosen, tmp_path / str(parts), run=run(accumulation=parts))
+        ]
+        for parts in (1, 4)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -411,8 +414,8 @@ def test_train_classifier__names_the_step_of_a_loss_that_is_not_finite(labelled,
 def test_train_classifier__refuses_what_does_not_fit(labelled, tmp_path) -> None:
     with pytest.raises(DataError, match="24 images do not fill one batch of 64"):
         next(train(make_mae(), labelled, settings(batch_size=64), tmp_path))
-    with pytest.raises(ValueError, match="no multiple"):
-        next(train(make_mae(), labelled, settings(), tmp_path, micro_batch=3))
+    with pytest.raises(ValueError, match="cannot be shared"):
+        next(train(make_mae(), labelled, settings(), tmp_path, run=run(accumulation=3)))
     with pytest.raises(ValueError, match="must be even"):
         next(train(make_mae(), labelled, settings(batch_size=9), tmp_path))
     with pytest.raises(DataError, match="no encoder"):

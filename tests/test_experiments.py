@@ -44,7 +44,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the processes that its tables are compared with
-        result = run(write_experiment(folder), "--data", folder, "--out", folder / "out", "--jobs", 2)
+        result = run(write_experiment(folder), "--images", folder, "--out", folder / "out", "--jobs", 2)
     assert result.exit_code == 0, result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("[")]) == 7
     assert "# tiny" in result.stdout
@@ -122,12 +122,12 @@ def test_experiment__again_finds_all_runs_finished(done: Path) -> None:
     do_runs(runs, num_images=64, tell=told.append)
     assert [(each.run.folder, each.state) for each in told] == [(run.folder, "found") for run in runs.all]
     assert {path: path.stat().st_mtime_ns for path in (done / "out/runs").rglob("*")} == before
-    result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--dry-run")
+    result = run(done / "tiny.toml", "--images", done, "--out", done / "out", "--dry-run")
     assert "7 runs, 0 to do" in result.stdout
 
 
 def test_experiment__refuses_another_one_in_its_folder(done: Path) -> None:
-    result = run(done / "tiny.toml", "--data", done, "--out", done / "out", "--set", "batch_size=32")
+    result = run(done / "tiny.toml", "--images", done, "--out", done / "out", "--set", "batch_size=32")
     assert result.exit_code == 2
     assert "holds another run: recipe.batch_size was 16 and is now 32" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -135,7 +135,7 @@ def test_experiment__refuses_another_one_in_its_folder(done: Path) -> None:
 
 def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
     file = write_experiment(tmp_path)
-    result = run(file, "--data", tmp_path, "--out", tmp_path / "out", "--dry-run", "--set", "seeds=0,1,2")
+    result = run(file, "--images", tmp_path, "--out", tmp_path / "out", "--dry-run", "--set", "seeds=0,1,2")
     assert result.exit_code == 0, result.stderr
     assert "MAE + MTO, seed 2: 2 epochs, 8 steps" in result.stdout
     assert "9 runs, 9 to do" in result.stdout
@@ -149,7 +149,7 @@ def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None:
     file = write_experiment(tmp_path, TINY.replace("batch_size = 16", "batch_size = 128"))
-    result = run(file, "--data", tmp_path, "--out", tmp_path / "out")
+    result = run(file, "--images", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 4
     line = result.stderr.splitlines()[-1]
     assert "choosing: MAE, seed 100: 64 images do not fill one batch of 128" in line
@@ -230,7 +230,7 @@ def test_keep_going__does_the_others_and_reports_at_the_end(tiny_runs: Experimen
 
 
 def test_list__numbers_all_runs_and_says_how_far_they_are(done: Path, tmp_path: Path) -> None:
-    arguments = [done / "tiny.toml", "--data", done, "--list", "--out"]
+    arguments = [done / "tiny.toml", "--images", done, "--list", "--out"]
     fresh = run(*arguments, tmp_path / "out").stdout.splitlines()
     assert [line.split()[0] for line in fresh] == [str(number) for number in range(1, 8)]
     assert re.fullmatch(r"  1  choosing: MAE, seed 100 +not begun", fresh[0])
@@ -242,7 +242,7 @@ def test_list__numbers_all_runs_and_says_how_far_they_are(done: Path, tmp_path: 
 
 
 def test_only__does_one_run_and_a_finished_one_is_no_error(done: Path, tmp_path: Path) -> None:
-    arguments = [done / "tiny.toml", "--data", done, "--out"]
+    arguments = [done / "tiny.toml", "--images", done, "--out"]
     again = run(*arguments, done / "out", "--only", 5)
     assert again.exit_code == 0, again.stderr
     for number, words in ((0, "--only"), (8, "runs are numbered from 1 to 7, got 8"), (5, "waits for runs 1, 2, 3")):
@@ -303,7 +303,7 @@ def test_ray__two_nodes_of_which_one_is_killed_give_equal_tables(done: Path, tmp
 
 def test_ray__is_named_where_it_is_missing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    refused = run(done / "tiny.toml", "--data", done, "--out", tmp_path / "out", "--engine", "ray")
+    refused = run(done / "tiny.toml", "--images", done, "--out", tmp_path / "out", "--engine", "ray")
     assert refused.exit_code == 2
     assert "pip install 'mto-analysis[cluster]'" in refused.stderr
 
@@ -341,7 +341,7 @@ def start(done: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """The experiment as a process of its own."""
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "cli")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mto_analyze", "experiment", done / "tiny.toml", "--data", done, "--out", out]
+    command = [sys.executable, "-m", "mto_analyze", "experiment", done / "tiny.toml", "--images", done, "--out", out]
     return subprocess.Popen([*map(str, command), *options], env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -382,7 +382,7 @@ def test_experiment__killed_and_started_again_ends_as_if_nothing_had_happened(do
     hearing = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mto_analyze import app; app()"
     )
-    command = [sys.executable, "-c", hearing, "experiment", done / "tiny.toml", "--data", done, "--jobs", "2"]
+    command = [sys.executable, "-c", hearing, "experiment", done / "tiny.toml", "--images", done, "--jobs", "2"]
     command += ["--out", tmp_path / "out"]
     kills = 0
     for wait in (6.0, 8.0, 10.0, 12.0, 60.0, 300.0):

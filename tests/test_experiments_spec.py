@@ -66,7 +66,7 @@ def test_load_experiment__set_reaches_every_table_and_all_recipes(tiny: Path) ->
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: must differ"),
         ("seeds = [0, 1]", "seed = [0, 1]", "no setting is called 'seed'; known are summary"),
         ("log_every = 1", "log_evry = 1", "no setting is called 'log_evry'; known are summary"),
-        ("log_every = 1", 'precision = "fp8"', "precision must be one of no, bf16, fp16, got 'fp8'"),
+        ("log_every = 1", 'precision = "fp8"', "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ("log_every = 1", "windows = [[0.5, 0.2]]", "windows must rise, got (0.5, 0.2)"),
         ("log_every = 1", "windows = [[0.0, 2.0]]", "windows must lie in [0, 1], got 2.0"),
         ("log_every = 1", 'compare = [["MAE", "SimMIM"]]', "compare: no method is called 'SimMIM'; there are MAE, MAE"),

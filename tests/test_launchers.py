@@ -122,7 +122,7 @@ COMMANDS: dict[str, list[object]] = {
     "cached": ["evaluate", "linear", "--cached"],
     "linear": ["evaluate", "linear", "--set", "epochs=2", "--set", "batch_size=8", "--set", "warmup_epochs=1"],
     "finetune": ["evaluate", "finetune", "--set", "epochs=2", "--set", "batch_size=8", "--set", "warmup_epochs=1"],
-    "pretrain": ["pretrain", "--recipe", "mae_cifar10", "--data", "train.parquet"],
+    "pretrain": ["pretrain", "--recipe", "mae_cifar10", "--images", "train.parquet"],
 }
 for name in ("knn", "cached", "linear", "finetune"):
     COMMANDS[name] += ["--ckpt", "MAE", "--train", "train.parquet", "--test", "test.parquet"]

@@ -63,7 +63,7 @@ def test_blocks__are_all_found(tiny_mae, tiny_simmim):
 
 def test_attention__is_explicit_on_the_cpu_in_half_precision_only(tiny_mae):
     fused = tiny_mae.blocks[0].attn.fused_attn
-    choose_attention(tiny_mae, torch.device("cpu"), "no")
+    choose_attention(tiny_mae, torch.device("cpu"), "fp32")
     assert tiny_mae.blocks[0].attn.fused_attn == fused
     choose_attention(tiny_mae, torch.device("cuda"), "bf16")
     assert tiny_mae.blocks[0].attn.fused_attn == fused

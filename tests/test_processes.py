@@ -202,8 +202,8 @@ def measure(folder: Path, name: str) -> tuple[list[float], list[float]]:
         for protocol in ("knn", "linear")
     ]
     images = [LabelledImages(source) for source in sources]
-    run = RunSettings(device="cpu")
-    epochs = train_classifier(make_mae(), images[0], images[1], CLASSIFIER, folder / name, run, micro_batch=4)
+    run = RunSettings(device="cpu", accumulation=2 // processes.count)
+    epochs = train_classifier(make_mae(), images[0], images[1], CLASSIFIER, folder / name, run)
     return scores, [record.loss for record in epochs]
 
 

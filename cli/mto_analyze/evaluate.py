@@ -15,6 +15,7 @@ from mto_analysis.runtime.processes import Processes, this_process
 from mto_analyze.console import Command, CommandGroup, launchable, note, progress, settings_of
 from mto_analyze.options import (
     ADVANCED,
+    Accumulation,
     DeviceName,
     Group,
     Heads,
@@ -55,11 +56,11 @@ class NormOption(StrEnum):
     off = "off"
 
 
-class Precision(StrEnum):
-    """Number format of the encoder's products."""
+class EncoderPrecision(StrEnum):
+    """Number formats of an encoder's forward pass."""
 
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class Labelled(Group):
@@ -70,7 +71,7 @@ class Labelled(Group):
         str, typer.Option(metavar="PATH", help="Labelled training images: folder of classes, Parquet, tar shards.")
     ]
     test: Annotated[str, typer.Option(metavar="PATH", help="Labelled test images.")]
-    limit: Annotated[
+    train_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only N training images, evenly spaced.")
     ] = None
     test_limit: Annotated[
@@ -88,9 +89,8 @@ class Encoders(Group):
             "--ckpt", metavar="CKPT", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeatable."
         ),
     ]
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", metavar="NAME", help="Name of each --ckpt; by default the run's own."),
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Name of each --ckpt; by default the run's own.")
     ] = None
     seed: Annotated[
         list[int] | None,
@@ -143,7 +143,7 @@ class Scoring(Group):
         ),
     ] = None
     device: DeviceName = "auto"
-    precision: Annotated[Precision, typer.Option(help="Autocast precision of the encoder.")] = Precision.float32
+    precision: Annotated[EncoderPrecision, typer.Option(help="Autocast precision.")] = EncoderPrecision.fp32
     num_workers: Workers = 0
 
 
@@ -154,15 +154,7 @@ class Trained(Group):
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the protocol; repeatable."),
     ] = None
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Images per process and forward pass; the rest of a batch is accumulated.",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = None
+    accumulation: Accumulation = 1
 
 
 Cached = Annotated[
@@ -248,7 +240,7 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     given = context.params
     here = this_process(given["device"])
     chosen = {name: _text(given[name]) for name in ("pooling", "norm", "precision")}
-    chosen |= {name: given[name] for name in ("layer", "crop_pct", "limit", "test_limit")}
+    chosen |= {name: given[name] for name in ("layer", "crop_pct", "test_limit")} | {"limit": given["train_limit"]}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
     _say_skipped(evaluator.train, evaluator.test, quiet=given["quiet"])
@@ -277,15 +269,16 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     options |= {name: str(value) for name, value in own.items() if value is not None}
     workers = given["num_workers"]
     run = RunSettings(
-        precision="bf16" if given["precision"] is Precision.bfloat16 else "no",
+        precision=given["precision"].value,
+        accumulation=given["accumulation"],
         num_workers=workers,
         device=given["device"],
     )
-    train = LabelledImages(given["train"], limit=given["limit"], num_workers=workers)
+    train = LabelledImages(given["train"], limit=given["train_limit"], num_workers=workers)
     test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
     _say_skipped(train, test, quiet=given["quiet"])
     classes = check_classes(train, test)
-    told = {name: given[name] for name in ("train", "test", "limit", "test_limit")} | {
+    told = {name: given[name] for name in ("train", "test", "train_limit", "test_limit")} | {
         "weights": _text(given["weights"])
     }
     curve = CurveFile(
@@ -302,7 +295,6 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
             settings,
             folder,
             replace(run, seed=checkpoint.seed),
-            micro_batch=given["micro_batch"],
             overwrite=given["overwrite"],
             on_note=partial(note, quiet=given["quiet"]),
         )
@@ -339,7 +331,7 @@ def _score_all(
 
     given = context.params
     say = partial(note, quiet=given["quiet"])
-    checkpoints = named_checkpoints(given["ckpt"], given["method"], given["seed"])
+    checkpoints = named_checkpoints(given["ckpt"], given["label"], given["seed"])
 
     def load(checkpoint: RunCheckpoint) -> Encoder:
         encoder = load_encoder(

@@ -39,7 +39,7 @@ Out = Annotated[
         rich_help_panel="Output",
     ),
 ]
-Data = Annotated[
+ImagesFolder = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
@@ -75,7 +75,7 @@ def experiment(
     file: File,
     out: Out,
     jobs: int,
-    data: Data = None,
+    images: ImagesFolder = None,
     set_: Set = None,
     dry_run: DryRun = False,
     list_: List = False,
@@ -92,22 +92,22 @@ def experiment(
     written once all runs are finished.
 
     Example:
-      mto-analyze experiment mae_cifar10 --data CIFAR10 --out mae-cifar10 --jobs 2
+      mto-analyze experiment mae_cifar10 --images CIFAR10 --out mae-cifar10 --jobs 2
     """
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
     from mto_analysis.images import open_images
     from mto_analysis.runtime.outputs import OutputFolder
 
     chosen = load_experiment(file, settings_of(set_ or []))
-    images = chosen.images.resolved(data)
-    runs = ExperimentRuns(chosen, images, out.absolute())
+    found = chosen.images.resolved(images)
+    runs = ExperimentRuns(chosen, found, out.absolute())
     runs.check()
     if list_:
         typer.echo(runs.listing())
         return
     part = _part(runs, only, shard)
     folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
-    count = len(open_images(images.train).names)
+    count = len(open_images(found.train).names)
     if dry_run:
         typer.echo(_plan(runs, jobs, count))
         return

@@ -14,9 +14,9 @@ from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
     ADVANCED,
     ComputeOptions,
-    Dtype,
     InputOptions,
     MaskOptions,
+    MeasuringPrecision,
     ModelOptions,
     OutputOptions,
     Precision,
@@ -104,7 +104,7 @@ def heterogeneity(
     match_visible: MatchVisible = False,
     masks_per_image: MasksPerImage = 1,
     save_masks: SaveMasks = False,
-    dtype: Dtype = Precision.float32,
+    precision: MeasuringPrecision = Precision.fp32,
     num_workers: Workers = 0,
     strict: Strict = False,
 ) -> None:

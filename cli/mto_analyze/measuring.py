@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.processes import Processes
 from mto_analyze.console import note, progress
+from mto_analyze.options import Precision
 
 if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
+
+DTYPES = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.fp16: "float16", Precision.fp64: "float64"}
 
 
 def options_of(settings: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def request(
     images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
     settings = options_of(Settings, given)
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
-    settings["dtype"] = getattr(torch, given.get("dtype", "float32"))
+    settings["dtype"] = getattr(torch, DTYPES[given.get("precision", Precision.fp32)])
     return Request(
         sources(given),
         choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,

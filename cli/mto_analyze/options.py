@@ -30,12 +30,12 @@ class WeightsOption(StrEnum):
 
 
 class Precision(StrEnum):
-    """Number formats of a forward pass."""
+    """Number formats of a forward pass, in the one vocabulary that all commands have."""
 
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp64 = "fp64"
 
 
 class EngineName(StrEnum):
@@ -208,9 +208,12 @@ DeviceName = Annotated[
 Workers = Annotated[
     int, typer.Option(min=0, metavar="N", help="Processes that decode images.", rich_help_panel=ADVANCED)
 ]
-Dtype = Annotated[
+MeasuringPrecision = Annotated[
     Precision,
-    typer.Option(help="Of the model's forward; H is always computed in float32 or better.", rich_help_panel=ADVANCED),
+    typer.Option(help="Precision of the model; H is always computed in fp32 or better.", rich_help_panel=ADVANCED),
+]
+Accumulation = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Number of micro-batches per optimizer step.", rich_help_panel=ADVANCED)
 ]
 
 

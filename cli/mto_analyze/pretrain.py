@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class NumberFormat(StrEnum):
-    """Number formats of the forward pass."""
+    """Number formats of the forward pass under autocast."""
 
-    no = "no"
+    fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
@@ -40,7 +40,7 @@ class Images(Group):
     """What is trained on."""
 
     panel = "Input"
-    data: Annotated[
+    images: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Folder, list, Parquet file or shards, or tar shards of images.")
     ] = None
     value_range: ValueRange = None
@@ -127,17 +127,17 @@ class Scoring(Group):
         Path | None, typer.Option(metavar="PATH", help="Labelled test images; enables evaluation.")
     ] = None
     eval_train: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Labelled training images; by default --data.")
+        Path | None, typer.Option(metavar="PATH", help="Labelled training images; by default --images.")
     ] = None
-    eval_limit: Annotated[
+    eval_train_limit: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Use only N images of --eval-train: they determine the time on a CPU."),
     ] = None
     eval_test_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only N images of --eval-test.")
     ] = None
-    protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol.")] = None
-    every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs.")] = None
+    eval_protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol.")] = None
+    eval_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs.")] = None
     eval_start: Annotated[
         bool | None, typer.Option("--eval-start/--no-eval-start", help="Also evaluate at epoch 0.")
     ] = None
@@ -189,7 +189,7 @@ def pretrain(
     Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
 
     Example:
-      mto-analyze pretrain --recipe mae_cifar10_tiny --data train.parquet --out run
+      mto-analyze pretrain --recipe mae_cifar10 --images IMAGES --out run
     """
     given = {name: value for name, value in context.params.items() if value is not None}
     values = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
@@ -270,9 +270,9 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     else:
         raise ValueError("give a recipe with --recipe, for instance mae_cifar10")
     recipe = recipe.with_options(recipe_options)
-    source = values.get("data") or stored.get("images")
+    source = values.get("images") or stored.get("images")
     if source is None:
-        raise ValueError("give images with --data")
+        raise ValueError("give images with --images")
     settings = RunSettings.from_metadata(stored.get("settings", {}))
     changes = {
         name: values[name]
@@ -296,11 +296,11 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
     given = {
         name: values[option]
         for name, option in (
-            ("every", "every"),
+            ("every", "eval_every"),
             ("train", "eval_train"),
             ("test", "eval_test"),
-            ("protocol", "protocol"),
-            ("limit", "eval_limit"),
+            ("protocol", "eval_protocol"),
+            ("limit", "eval_train_limit"),
             ("test_limit", "eval_test_limit"),
         )
         if values.get(option) is not None

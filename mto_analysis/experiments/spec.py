@@ -92,7 +92,7 @@ class Choice(Settings):
 
 @dataclass(frozen=True)
 class Images:
-    """Where images are, relative to the folder that is given with ``--data``.
+    """Where images are, relative to the folder that is given with ``--images``.
 
     Args:
         train: To pre-train on.
@@ -114,7 +114,7 @@ class Images:
         def find(name: str) -> str:
             path = (folder or Path()).expanduser() / Path(name).expanduser()
             if not path.exists():
-                raise DataNotFoundError(f"there are no images at {path}; give their folder with --data")
+                raise DataNotFoundError(f"there are no images at {path}; give their folder with --images")
             return str(path.resolve())
 
         return Images(find(self.train), find(self.eval_train or self.train), find(self.eval_test))
@@ -136,7 +136,7 @@ class Experiment(Settings):
         windows: For RAUC, as shares of the run from 0 to 1; moved to the next evaluated epoch.
         choice: How the settings of chosen arms are found.
         compare: Further pairs of methods, baseline first, as ``("SimMIM", "MAE")``.
-        precision: Of the forward pass.
+        precision: Autocast precision.
         device: ``auto`` (CUDA, else CPU), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
         deterministic: Exact resume on a GPU too; slower.
         num_workers: Processes of each run that decode images.
@@ -154,7 +154,7 @@ class Experiment(Settings):
     windows: tuple[Annotated[tuple[Fraction, Fraction], Rising()], ...] = ((0.0, 1.0),)
     choice: Choice | None = None
     compare: tuple[tuple[str, str], ...] = ()
-    precision: Precision = "no"
+    precision: Precision = "fp32"
     device: str = "auto"
     deterministic: bool = False
     num_workers: Natural = 0

@@ -62,8 +62,7 @@ def _what_ran(experiment: Experiment, results: Results, *, device: str, jobs: in
     limit = f" on {evaluation.limit} training images" if evaluation.limit else ""
     lines.append(f"- scores: `{protocols}`{limit}, top-1 accuracy on the test images in percent")
     lines += [f"- {arm.name}: {_mto_words(experiment, results, arm.mto)}" for arm in experiment.arms if not arm.plain]
-    precision = {"no": "float32"}.get(experiment.precision, experiment.precision)
-    lines.append(f"- {device}, {precision}, {jobs} run{'s' if jobs > 1 else ''} at once")
+    lines.append(f"- {device}, {experiment.precision}, {jobs} run{'s' if jobs > 1 else ''} at once")
     return "\n".join(lines)
 
 

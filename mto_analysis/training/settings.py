@@ -12,7 +12,7 @@ from mto_analysis.training.evaluation.protocols import Evaluation
 
 __all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config", "read_mto"]
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunSettings(Settings):
         seed: Of weights, order, augmentation, masks and drop path.
         init: A checkpoint of the recipe's architecture whose weights the run begins with, or none.
         mto: Masked token optimisation, or none.
-        precision: Of the forward: ``no`` (float32), ``bf16``, or ``fp16`` with loss scaling.
+        precision: Autocast precision of the forward pass: ``fp32`` (none), ``bf16``, or ``fp16`` with loss scaling.
         accumulation: Micro-batches whose gradients are summed for one optimizer step.
         compile: Compile each transformer block.
         gradient_checkpointing: Compute each block again in the backward pass instead of keeping its activations.
@@ -48,7 +48,7 @@ class RunSettings(Settings):
     seed: int = 0
     init: str | None = None
     mto: MTOConfig | None = None
-    precision: Precision = "no"
+    precision: Precision = "fp32"
     accumulation: Count = 1
     compile: bool = False
     gradient_checkpointing: bool = False

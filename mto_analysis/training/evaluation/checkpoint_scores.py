@@ -179,7 +179,7 @@ def named_checkpoints(
         DataError: If two checkpoints would share a row of the curve.
     """
     if methods and len(methods) != len(sources):
-        raise ValueError(f"give one --method per --ckpt: {len(sources)} checkpoints, {len(methods)} methods")
+        raise ValueError(f"give one --label per --ckpt: {len(sources)} checkpoints, {len(methods)} labels")
     if seeds and len(seeds) not in (1, len(sources)):
         raise ValueError(f"give one --seed, or one per --ckpt: {len(sources)} checkpoints, {len(seeds)} seeds")
     distinct = list(dict.fromkeys(sources))
@@ -197,7 +197,7 @@ def named_checkpoints(
             method, seed, epoch = checkpoint.key
             raise DataError(
                 f"{seen[checkpoint.key]} and {checkpoint.source} are both {method!r}, seed {seed}, epoch {epoch};"
-                " tell them apart with --method or --seed"
+                " tell them apart with --label or --seed"
             )
         seen[checkpoint.key] = checkpoint.source
     return found

@@ -27,7 +27,7 @@ from mto_analysis.training.methods import METHODS
 from mto_analysis.training.objective import Objective
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
-from mto_analysis.training.shares import accumulation_for, micro_batch_size
+from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.state import RunFolder, run_identity
 
 __all__ = ["ClassifierObjective", "classifier_score", "train_classifier"]
@@ -139,7 +139,6 @@ def train_classifier(
     folder: str | Path,
     run: RunSettings | None = None,
     *,
-    micro_batch: int | None = None,
     test_every: int = 1,
     overwrite: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -157,8 +156,7 @@ def train_classifier(
         test_images: To measure accuracy on.
         settings: From :mod:`mto_analysis.training.evaluation.classifier_settings`.
         folder: For the results.
-        run: Seed (of the head, the order, augmentation, mixup and drop path), precision, device, workers.
-        micro_batch: Images per process and forward; by default the whole batch, divided over the processes.
+        run: Seed (of the head, the order, augmentation, mixup and drop path), precision, accumulation, device, workers.
         test_every: Epochs between two measurements of test accuracy; the last epoch always has one.
         overwrite: Begin anew whatever the folder holds.
         on_step: Called after each step, for a progress bar.
@@ -173,10 +171,8 @@ def train_classifier(
     run = run or RunSettings()
     processes = open_processes(run)
     num_classes = check_classes(train_images, test_images)
-    batch_size = settings.batch_size
-    accumulation = accumulation_for(batch_size, processes=processes.count, micro_batch=micro_batch)
-    run = replace(run, accumulation=accumulation, ema=settings.ema)
-    micro_batch = micro_batch_size(batch_size, processes=processes.count, accumulation=accumulation)
+    run = replace(run, ema=settings.ema)
+    micro_batch = micro_batch_size(settings.batch_size, processes=processes.count, accumulation=run.accumulation)
     if (settings.mixup or settings.cutmix) and micro_batch % 2:
         raise ValueError(f"mixup and cutmix pair the images of a micro-batch, which must be even, got {micro_batch}")
     data = AugmentedData(

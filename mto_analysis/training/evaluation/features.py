@@ -215,7 +215,7 @@ def extract_features(
     feature: Feature,
     *,
     crop_pct: float = 1.0,
-    precision: Precision = "float32",
+    precision: Precision = "fp32",
     processes: Processes | None = None,
 ) -> Features:
     """Features of all images, in the order of their names, float32, on the model's device.
@@ -228,7 +228,7 @@ def extract_features(
         labelled: With classes.
         feature: What to make of the tokens.
         crop_pct: As for :func:`eight_bits`.
-        precision: Of the encoder's products; float32 without TF32, or bfloat16 by autocast.
+        precision: Autocast precision of the encoder: ``fp32`` (without TF32) or ``bf16``.
         processes: Each takes its share of the batches, and all of them call this; by default this one alone.
 
     Raises:
@@ -238,7 +238,7 @@ def extract_features(
     like = next(model.parameters())
     here = processes or Processes()
     parts: dict[int, Tensor] = {}
-    half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16")
     with undisturbed(model), half:
         for number, images in labelled.batches(model.info, here.rank, here.count, crop_pct=crop_pct):
             batch = normalized(images.to(like.device, non_blocking=True), model.info).to(like.dtype)

@@ -16,7 +16,7 @@ from mto_analysis.training.methods.method import Norm, Pooling
 __all__ = ["Evaluation", "Feature", "Precision", "Protocol", "crop_pct_of", "feature_of", "is_small", "weights_of"]
 
 Protocol = Literal["knn", "linear_cached"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["fp32", "bf16"]
 
 _SMALL = 64  # pixels
 
@@ -128,7 +128,7 @@ class Evaluation(Settings):
         limit: Use so many training images, spread evenly; all by default. Along a run on a CPU the encoder
             takes nearly all of the time, so this sets the price.
         test_limit: The same for test images.
-        precision: Of the encoder: float32, or bfloat16 by autocast, which moves scores by a few hundredths of a point.
+        precision: Autocast precision of the encoder; ``bf16`` moves scores by a few hundredths of a point.
         batch_size: Images at once through the encoder; the last digits of features depend on it, so it is fixed.
 
     Source:
@@ -154,7 +154,7 @@ class Evaluation(Settings):
     iterations: Count = 100
     limit: Count | None = None
     test_limit: Count | None = None
-    precision: Precision = "float32"
+    precision: Precision = "fp32"
     batch_size: Count = 256
 
     def __post_init__(self) -> None:
