@@ -89,8 +89,6 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
             info = inferred_info(_masked_part(cls(config, **options)))
     size = info.image_size if given.image_size is None else given.image_size
     assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
-    if not raw.preprocessor:
-        assumptions.append(f"images have mean {info.mean} and std {info.std}, as there is no preprocessor_config.json")
     if size != info.image_size:
         assumptions.append(
             f"images of {replace(info, image_size=size).pixels} in place of {info.pixels} are what the model is for: "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mto_analysis.checkpoints.beit import HF_BLOCK_NAMES
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
+from mto_analysis.checkpoints.huggingface import convert_library
 from mto_analysis.checkpoints.inpainting import Encoder, block_rule, read_encoder, rename_beit
 from mto_analysis.checkpoints.metadata import (
     count,
@@ -24,6 +25,7 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, PixelTarget, convert_windows
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
+from mto_analysis.models.interface import ImageSize, height_and_width
 from mto_analysis.models.targets import NEIGHBOURHOOD
 
 __all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]
@@ -113,10 +115,15 @@ def mask_rule(data: Mapping[str, Any], given: Given) -> tuple[MaskRule, str] | N
 def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     """Hugging Face ``SwinForMaskedImageModeling`` and its SwinV2 twin: names of the hub's files and of transformers 5.
 
+    Where windows or merges do not divide the grid of tokens, transformers pads it, so its own code is asked.
+
     Source:
         huggingface/transformers, ``models/swin``, ``models/swinv2``.
     """
     config = hf_config(raw)
+    image_size, window = size(config, "image_size"), count(config, "window_size")
+    if _is_padded(given.image_size or image_size, count(config, "patch_size"), window, numbers(config.get("depths"))):
+        return convert_library(raw, given)
     state = StateDict(dict(raw.tensors))
     state.rename(
         (r"^swin(v2)?\.", ""),
@@ -136,8 +143,21 @@ def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     return convert_windows(
         state,
         given,
-        image_size=size(config, "image_size"),
-        window=count(config, "window_size"),
+        image_size=image_size,
+        window=window,
         pretrained=numbers(config.get("pretrained_window_sizes")),
         eps=within(config, "layer_norm_eps", 1e-5),
+    )
+
+
+def _is_padded(
+    image_size: ImageSize | None, patch_size: int | None, window: int | None, depths: Sequence[float] | None
+) -> bool:
+    """Whether a stage of windows, or a merge before it, does not divide its grid; not where nothing is stated."""
+    if image_size is None or patch_size is None or window is None or depths is None:
+        return False
+    sides = height_and_width(image_size)
+    strides = [patch_size << stage for stage in range(len(depths))]
+    return any(
+        side % stride or side // stride % min(window, min(sides) // stride or 1) for side in sides for stride in strides
     )
