@@ -4,6 +4,8 @@ Bad values passed to a function raise plain ``ValueError``; these classes are fo
 turned out to be. Every message is one line: what is wrong, where, and how to fix it.
 """
 
+import re
+
 __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
@@ -21,6 +23,9 @@ __all__ = [
     "StackError",
     "explained",
 ]
+
+# CUDA's words, and those of the allocator of CPUs.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class MTOAnalysisError(Exception):
@@ -127,7 +132,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         code = error.exit_code
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}: {error.filename or 'while writing results'}"
-    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in message.lower()):
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(message)):
         message = "out of memory"
     elif isinstance(error, RuntimeError) and message.startswith("DataLoader"):
         # torch raises it from a signal handler, wherever the program is.

@@ -297,6 +297,23 @@ def test_load_checkpoint__measures_the_vision_tower_of_a_larger_model(make, towe
         assert torch.allclose(layer.tokens, whole[:, whole.shape[1] - 16 :], atol=1e-4)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_load_checkpoint__adds_a_shared_table_of_positions_to_those_of_blocks(own, tmp_path):
+    settings = VIT | {"vocab_size": 5, "use_shared_relative_position_bias": True, "use_relative_position_bias": own}
+    torch.manual_seed(2)
+    model = hf.BeitForMaskedImageModeling(hf.BeitConfig(**settings, use_mask_token=True)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    ours, images, mask = load_checkpoint(tmp_path), torch.randn(2, 3, 16, 16), torch.arange(16).gt(6).expand(2, -1)
+    assert ours.config.position_bias == ("per_block" if own else "shared")
+    with torch.no_grad():
+        layers = list(ours.layer_tokens(images, mask))
+    for layer, whole in zip(layers, hidden_states(model, images, mask), strict=True):
+        assert torch.allclose(layer.tokens, whole[:, 1:], atol=1e-5)
+
+
 def test_measure__videos_of_videomae_live():
     decoder = {f"decoder_{name}": value for name, value in SMALL.items() if name != "hidden_size"}
     config = hf.VideoMAEConfig(**VIT, num_frames=4, tubelet_size=2, decoder_hidden_size=12, **decoder)

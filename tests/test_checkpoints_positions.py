@@ -72,6 +72,11 @@ def test_load_checkpoint__takes_the_stated_or_given_size_of_learned_positions(tm
         loaded = load_checkpoint(save(tmp_path / "file.pth", model, **beside), **HEADS, **given)
         torch.testing.assert_close(tokens(loaded, images), tokens(model, images))
         assert loaded.info.assumptions == ()
+    torch.nn.init.normal_(model.pos_embed)
+    model.decoder_pos_embed.data = sincos_table((4, 16), 16)  # computed, where the encoder's were learned
+    loaded = load_checkpoint(save(tmp_path / "file.pth", model), **HEADS)
+    assert (loaded.info.image_size, loaded.info.assumptions) == ((16, 64), ())
+    torch.nn.init.normal_(model.decoder_pos_embed)
     square = load_checkpoint(save(tmp_path / "file.pth", model), **HEADS)
     assert square.info.image_size == 32
     assert "the patch grid is square, 8 x 8: positions do not tell" in square.info.assumptions[0]
@@ -87,12 +92,24 @@ def test_load_checkpoint__takes_the_stated_or_given_size_of_learned_positions(tm
 def test_load_checkpoint__refuses_positions_of_no_known_grid(tmp_path: Path, size, beside, message: str) -> None:
     model = mae(size)
     torch.nn.init.normal_(model.pos_embed)
+    torch.nn.init.normal_(model.decoder_pos_embed)
     path = save(tmp_path / "file.pth", model, **beside)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path, **HEADS)
     assert load_checkpoint(path, **HEADS, image_size=size).info.image_size == size
     with pytest.raises(CheckpointError, match="patches of 4 px do not divide an image of 18 x 32 px"):
         load_checkpoint(path, **HEADS, image_size=(18, 32))
+
+
+def test_load_checkpoint__refuses_more_patches_than_fit_into_memory(tmp_path: Path) -> None:
+    path = save(tmp_path / "file.pth", mae(32))
+    with pytest.raises(CheckpointError, match="100000 px has 625000000 patches of 4 px, of which no more than 65536"):
+        load_checkpoint(path, **HEADS, image_size=100_000)
+    config = SwinConfig(32, 2, 3, 8, (1, 1), (2, 2), 16, window=4)
+    swin = SimMIMSwin(config, ModelInfo("simmim_swin", "inpainting", 32, 2, MaskRule("block", 0.5, 4)))
+    save_checkpoint(swin, tmp_path / "swin.safetensors")
+    with pytest.raises(CheckpointError, match="positions of a simmim_swin model are not resized"):
+        load_checkpoint(tmp_path / "swin.safetensors", image_size=100_000)
 
 
 def smooth_table(rows: int, columns: int, dim: int = 64) -> Tensor:

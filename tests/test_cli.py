@@ -629,7 +629,8 @@ def test_exit_130__when_interrupted(checkpoints, image_folder: Path, out: Path, 
 
 
 def test_out_of_memory__is_one_line(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:
-    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate\nmany GiB")):
+    on_cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate\nmany GiB"), RuntimeError(on_cpu)):
 
         def fail(*arguments: object, error=error, **options: object) -> None:
             raise error

@@ -24,7 +24,7 @@ from mto_analysis.checkpoints.statistics import (
     stated_statistics,
     unpublished_statistics,
 )
-from mto_analysis.errors import CheckpointError, OptionNeededError
+from mto_analysis.errors import CheckpointError, OptionNeededError, explained
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import ImageSize
 
@@ -287,5 +287,7 @@ def _naming(raw: RawCheckpoint, layout: str) -> Iterator[None]:
         error.args = (f"{raw.path} ({layout}): {error}",)
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if explained(error) == explained(MemoryError()):
+            raise
         # Shapes and settings that no real file has can fail a converter in any of these ways.
         raise CheckpointError(f"{raw.path} ({layout}): does not fit together ({first_line(error)})") from error

@@ -12,6 +12,7 @@ import torch
 
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, some_names
 from mto_analysis.checkpoints.metadata import whole
+from mto_analysis.checkpoints.positions import Grid
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -87,7 +88,7 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
             )
         with torch.device("meta"):
             info = inferred_info(_masked_part(cls(config, **options)))
-    size = info.image_size if given.image_size is None else given.image_size
+    size = info.image_size if given.image_size is None else Grid.of(given.image_size, info.patch_size).image_size
     assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
     if size != info.image_size:
         assumptions.append(

@@ -35,7 +35,18 @@ CLIP: tuple[tuple[float, ...], tuple[float, ...]] = (
 
 
 def rename_beit(state: StateDict) -> None:
-    """From names of the BEiT code base (after its prefix is gone) to ours."""
+    """From names of the BEiT code base (after its prefix is gone) to ours.
+
+    Where blocks share a table and have their own, both are added to the logits: the shared one is added to theirs.
+    """
+    own = [name for name in state.tensors if re.fullmatch(rf"blocks\.\d+\.attn\.{_TABLE}", name)]
+    if own and f"rel_pos_bias.{_TABLE}" in state.tensors:
+        shared = state.tensors[f"rel_pos_bias.{_TABLE}"].float()
+        for name in own:
+            if state.tensors[name].shape != shared.shape:
+                raise CheckpointError(f"{state.origin[name]} and the table that all blocks share differ in shape")
+            state.tensors[name] = state.tensors[name].float() + shared
+        state.drop(r"rel_pos_bias\..*")
     state.rename(
         (rf"^rel_pos_bias\.({_TABLE}|{_INDEX})$", r"position_biases.0.\1"),
         (rf"^blocks\.(\d+)\.attn\.({_TABLE}|{_INDEX})$", r"position_biases.\1.\2"),

@@ -19,7 +19,9 @@ from mto_analysis.models.vit import relative_position_index, sincos_table
 __all__ = ["ADVICE", "Grid", "fit_positions", "fit_relative_positions"]
 
 # Indices grow with the fourth power of the side: a damaged file must not fill the memory.
-_MOST_PATCHES = 40 * 40
+_MOST_OFFSET_PATCHES = 40 * 40
+# Beyond it a single image's affinities fill tens of gigabytes; published models have up to 64 x 64 patches.
+_MOST_PATCHES = 256 * 256
 _MOST_COMPARED = 256 * 256
 # Two means of cosines of random vectors lie this many standard deviations apart once in ten million tables.
 _CLEAR = 5.0
@@ -48,11 +50,16 @@ class Grid:
         """The grid of an image.
 
         Raises:
-            CheckpointError: If patches do not divide it.
+            CheckpointError: If patches do not divide it, or there are too many.
         """
         height, width = height_and_width(image_size)
         if height < 1 or width < 1 or height % patch_size or width % patch_size:
             raise CheckpointError(f"patches of {patch_size} px do not divide an image of {height} x {width} px")
+        if (patches := height // patch_size * (width // patch_size)) > _MOST_PATCHES:
+            raise CheckpointError(
+                f"an image of {height} x {width} px has {patches} patches of {patch_size} px, of which no more than "
+                f"{_MOST_PATCHES} are read; give a smaller --image-size"
+            )
         return cls(height // patch_size, width // patch_size, patch_size)
 
     @property
@@ -102,7 +109,9 @@ def fit_positions(
     counts = {name: state.shape(name, 3)[1] - prefix_tokens for name in tables}
     if len(set(counts.values())) > 1:
         raise CheckpointError(f"position tables differ in length: {', '.join(f'{n} {c}' for n, c in counts.items())}")
-    stored = _Stored(state.tensors[tables[0]][:, prefix_tokens:], state.origin[tables[0]], patch_size)
+    stored = _Stored(
+        tuple(state.tensors[name][:, prefix_tokens:] for name in tables), state.origin[tables[0]], patch_size
+    )
     wanted = _in_patches(given.image_size, patch_size)
     base, note = stored.grid(_in_patches(stated, patch_size), wanted)
     if wanted is None or wanted == base:
@@ -140,12 +149,12 @@ def fit_relative_positions(
     """
     rows = state.shape(table, 2)[0]
     origin, offsets = state.origin[table], rows - 3
-    widths = range(1, 2 * _MOST_PATCHES, 2)
+    widths = range(1, 2 * _MOST_OFFSET_PATCHES, 2)
     grids = [((offsets // width + 1) // 2, (width + 1) // 2) for width in widths if width <= offsets % 2 * offsets]
     grids = [each for each in grids if (2 * each[0] - 1) * (2 * each[1] - 1) == offsets]
-    grids = [each for each in grids if math.prod(each) <= _MOST_PATCHES]
+    grids = [each for each in grids if math.prod(each) <= _MOST_OFFSET_PATCHES]
     if not grids:
-        raise CheckpointError(f"{origin} has {rows} rows, which fit no grid of up to {_MOST_PATCHES} patches")
+        raise CheckpointError(f"{origin} has {rows} rows, which fit no grid of up to {_MOST_OFFSET_PATCHES} patches")
     sizes = {"the file states": stated, "--image-size gives": given.image_size}
     if index in state.tensors:
         stored = state.tensors[index]
@@ -177,15 +186,15 @@ def _by(sides: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A stored table of positions: ``1 num_patches dim``."""
+    """Stored tables of positions of one grid, ``1 num_patches dim`` each, and the first one's name in the file."""
 
-    table: Tensor
+    tables: tuple[Tensor, ...]
     origin: str
     patch_size: int
 
     def grid(self, stated: tuple[int, int] | None, wanted: tuple[int, int] | None) -> tuple[tuple[int, int], str]:
         """The grid that the table is for, and what must be said about it."""
-        count = self.table.shape[1]
+        count = self.tables[0].shape[1]
         if stated is not None and math.prod(stated) != count and wanted is None:
             height, width = (side * self.patch_size for side in stated)
             raise CheckpointError(
@@ -193,13 +202,15 @@ class _Stored:
             )
         if stated is not None and math.prod(stated) == count:
             return stated, ""
-        orders = {each: _sincos_order(self.table, each) for each in self._rectangles}
-        if computed := {each: order for each, order in orders.items() if order is not None}:
-            # A single row has the table of a single column in the other order: the original's order, False, decides.
-            return min(computed, key=lambda each: computed[each]), ""
+        for table in self.tables:  # a decoder's is often computed where the encoder's was learned
+            orders = {each: _sincos_order(table, each) for each in self._rectangles}
+            if computed := {each: order for each, order in orders.items() if order is not None}:
+                # A single row has the table of a single column in the other order: the original's, False, decides.
+                return min(computed, key=lambda each: computed[each]), ""
         if wanted is not None and math.prod(wanted) == count:
             return wanted, ""
-        if (alike := self._of_alike_rows()) is not None:
+        likenesses = map(self._of_alike_rows, self.tables)
+        if (alike := next((each for each in likenesses if each is not None), None)) is not None:
             square = alike[0] == alike[1]
             return alike, "" if square else f"patches are {_by(alike)}, by the likeness of neighbouring positions"
         side = math.isqrt(count)
@@ -209,12 +220,12 @@ class _Stored:
 
     @cached_property
     def _rectangles(self) -> list[tuple[int, int]]:
-        count = self.table.shape[1]
+        count = self.tables[0].shape[1]
         return [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
 
-    def _of_alike_rows(self) -> tuple[int, int] | None:
+    def _of_alike_rows(self, table: Tensor) -> tuple[int, int] | None:
         """The grid under which patches above each other have the most similar positions, if one is clearly ahead."""
-        places = self.table[0].float()
+        places = table[0].float()
         count, dim = places.shape
         if count > _MOST_COMPARED:
             return None

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.positions import fit_positions
+from mto_analysis.checkpoints.positions import Grid, fit_positions
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
@@ -92,7 +92,7 @@ def convert_windows(
         size = grid.image_size
         notes += grid.notes
     windows = _windows(size, window, patch_size, num_stages)
-    size = size if given.image_size is None else given.image_size
+    size = size if given.image_size is None else Grid.of(given.image_size, patch_size).image_size
     if _windows(size, window, patch_size, num_stages) != windows:
         raise CheckpointError(f"images of {size} px have other windows than {windows}; leave --image-size out")
     pretrained = _pretrained_windows(state, windows, pretrained) if version_2 else ()
