@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_operators import Operators
 from test_mto_attach import CASES, CONFIG, assert_same, attached_way, build, keep_tokens, slow_way
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_models import NUM, draw_mask, make_images
@@ -156,7 +157,9 @@ def test_cuda__only_the_first_forward_waits(name, monkeypatch):
             mto.loss()
         (stack,), (like,) = mto._stacks, known._stacks
         stack.layout, stack.usual = like.layout, like.usual  # as after a first forward
-        model(images, masks)
+        with Operators() as operators:
+            model(images, masks)
     assert stack.forwards[0].settle()  # of the mask on the CPU, which has values
-    with mode:
+    with mode, operators:
         assert mto.loss().is_cuda
+    assert not operators.waiting

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mto_analysis.affinity.matrix import entropy_from_sums
+from mto_analysis.affinity.products import multiply, multiply_sum, product_dtype, summands
 from mto_analysis.affinity.split import TokenSplit
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.runtime.precision import fast_float32
@@ -33,8 +34,9 @@ _LEAST_LOGIT = -60.0
 
 def _multiply(columns: Tensor, rows: Tensor) -> Tensor:
     """Dot products as ``num_columns batch num_rows``: sums over columns are then sums of long vectors."""
-    products = columns.new_empty(columns.shape[1], len(columns), rows.shape[1])
-    torch.bmm(columns, rows.mT, out=products.transpose(0, 1))
+    shape, dtype = (columns.shape[1], len(columns), rows.shape[1]), torch.promote_types(columns.dtype, torch.float32)
+    products = columns.new_empty(shape, dtype=dtype)
+    multiply(columns, rows.mT, out=products.transpose(0, 1))
     return products
 
 
@@ -46,7 +48,7 @@ class _Products(torch.autograd.Function):
         ctx.split = split
         ctx.save_for_backward(tokens)
         with fast_float32(tokens.device):
-            x_m, x_v, *_ = split.sort(tokens)
+            x_m, x_v, *_ = split.sort(tokens, product_dtype(tokens))
             masked = _multiply(x_v, x_m)
             return (masked, _multiply(x_v, x_v)) if with_visible else (masked,)
 
@@ -55,14 +57,17 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad_masked: Tensor, grad_visible: Tensor | None = None) -> tuple[Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
         split: TokenSplit = ctx.split
+        # float16 has not the range of the gradients that it is multiplied by.
+        dtype = torch.float32 if tokens.dtype == torch.float16 else product_dtype(tokens)
         with fast_float32(tokens.device):
-            x_m, x_v, *_ = split.sort(tokens)
-            gradient = split.memory("gradient", tokens)
-            torch.bmm(grad_masked.permute(1, 2, 0), x_v, out=gradient.masked)
-            torch.bmm(grad_masked.transpose(0, 1), x_m, out=gradient.visible)
+            x_m, x_v, *_ = split.sort(tokens, dtype)
+            gradient = split.memory("gradient", tokens, dtype)
+            parts = summands(grad_masked, dtype)
+            multiply_sum([part.permute(1, 2, 0) for part in parts], x_v, out=gradient.masked)
+            multiply_sum([part.transpose(0, 1) for part in parts], x_m, out=gradient.visible)
             if grad_visible is not None:
                 once = grad_visible.transpose(0, 1)
-                gradient.visible.baddbmm_(once + once.mT, x_v)
+                multiply_sum(summands(once + once.mT, dtype), x_v, out=gradient.visible, add=True)
         return split.unsort(gradient, tokens), None, None
 
 

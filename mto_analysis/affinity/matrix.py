@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mto_analysis.affinity.products import dot_products
 from mto_analysis.affinity.split import TokenSplit
 
 __all__ = [
@@ -30,7 +31,8 @@ def row_entropy(logits: Tensor) -> Tensor:
     .. math:: H(z) = \log S - \frac{1}{S} \sum_j e^{z_j - m} (z_j - m), \quad S = \sum_j e^{z_j - m}, \; m = \max_j z_j
 
     Unscaled dot products saturate the softmax: ``-p log p`` then gives NaN, and so do the gradients of ``xlogy``.
-    This form has finite values and gradients for any finite logits.
+    This form has finite values and gradients for any finite logits, and so has :math:`-\sum_j p_j \log p_j` from the
+    logarithm of the softmax, which takes half as many kernels on a GPU.
 
     Shapes:
         logits: ... num_keys
@@ -41,6 +43,9 @@ def row_entropy(logits: Tensor) -> Tensor:
         tensor([0.6931, 0.0000])
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if z.is_cuda:
+        log_p = z.log_softmax(dim=-1)
+        return -(log_p.exp() * log_p).sum(dim=-1)
     z = z - z.amax(dim=-1, keepdim=True).detach()
     weight = z.exp()
     total = weight.sum(dim=-1)
@@ -50,8 +55,8 @@ def row_entropy(logits: Tensor) -> Tensor:
 def entropy_from_sums(total: Tensor, moment: Tensor) -> Tensor:
     r"""Entropy of a softmax from two sums over its columns, :math:`H = \log S - T / S`.
 
-    This is the only place where the formula of :func:`row_entropy` is evaluated. Who makes the sums in another way (for
-    two kinds of columns at once, or with an analytic gradient) calls it too.
+    This is the only place where this formula of :func:`row_entropy` is evaluated. Who makes the sums in another way
+    (for two kinds of columns at once, or with an analytic gradient) calls it too.
 
     Shapes:
         total: ... (:math:`S = \sum_j e^{z_j - m}`)
@@ -95,11 +100,11 @@ def heterogeneity(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
         tensor([0.6931])
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    return split.map(tokens, _mean_entropy_over_visible)
+    return split.map(tokens, _mean_entropy_over_visible, only_products=True)
 
 
 def _mean_entropy_over_visible(x: Tensor, num_masked: int) -> Tensor:
-    return row_entropy(x[:, :num_masked] @ x[:, num_masked:].mT).mean(dim=1)
+    return row_entropy(dot_products(x[:, :num_masked], x[:, num_masked:])).mean(dim=1)
 
 
 def affinity_matrix(
@@ -194,8 +199,8 @@ def quadrant_mass(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
     """
 
     def masses(x: Tensor, num_masked: int) -> Tensor:
-        quadrants = split_quadrants((x @ x.mT).softmax(dim=-1), num_masked)
+        quadrants = split_quadrants(dot_products(x, x).softmax(dim=-1), num_masked)
         return torch.stack([quadrant.sum(dim=-1).mean(dim=-1) for quadrant in quadrants], dim=-1)
 
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    return split.map(tokens, masses)
+    return split.map(tokens, masses, only_products=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mto_analysis.affinity.products import product_dtype
 from mto_analysis.masks import check_mask
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.runtime.precision import fast_float32
@@ -39,8 +41,8 @@ class TokenSplit:
     Args:
         mask: True = masked.
         prefix_tokens: Tokens in front of the patches in what :meth:`sort` gets.
-        count_range: The smallest and the largest number of masked patches of an image, where they are known: to ask
-            the mask for them is to wait for the device.
+        numbers: How many patches of each image are masked, where this is known: to ask the mask for it is to wait for
+            the device.
         scratch: Memory to work in, shared with other splits; by default its own.
 
     Raises:
@@ -52,7 +54,7 @@ class TokenSplit:
         mask: Tensor,
         prefix_tokens: int = 0,
         *,
-        count_range: tuple[int, int] | None = None,
+        numbers: Sequence[int] | None = None,
         scratch: Scratch | None = None,
     ) -> None:
         if mask.ndim != 2 or mask.dtype != torch.bool:
@@ -60,9 +62,8 @@ class TokenSplit:
         self.mask, self.prefix_tokens = mask, prefix_tokens
         self.num_patches = mask.shape[1]
         self.num_masked = mask.sum(dim=1)
-        if count_range is None:
-            count_range = min(self._numbers, default=0), max(self._numbers, default=0)
-        fewest, self.most_masked = count_range
+        self.numbers: Sequence[int] = self.num_masked.tolist() if numbers is None else numbers
+        fewest, self.most_masked = min(self.numbers, default=0), max(self.numbers, default=0)
         if fewest < 1 or self.most_masked >= self.num_patches:
             check_mask(mask)
         self.most_visible = self.num_patches - fewest
@@ -72,37 +73,37 @@ class TokenSplit:
         self._storage_rows: dict[tuple[int, int], Tensor] = {}
         self._kept: dict[tuple[str, torch.dtype, int], _Sorted] = {}
 
-    @cached_property
-    def _numbers(self) -> list[int]:
-        """How many patches of each image are masked."""
-        numbers: list[int] = self.num_masked.tolist()
-        return numbers
-
     @property
     def counts(self) -> frozenset[int]:
         """Numbers of masked patches that occur."""
-        return frozenset(self._numbers)
+        return frozenset(self.numbers)
 
     # ---- images of one number of masked patches together
 
     @cached_property
+    def _images(self) -> Tensor:
+        """Images by number of masked patches."""
+        return self.num_masked.argsort(stable=True)
+
+    @cached_property
     def _blocks(self) -> list[tuple[Tensor, int]]:
         """A few images of one number each, with that number; a batch of one number keeps its order."""
-        rows_of: dict[int, list[int]] = {}
-        for row, count in enumerate(self._numbers):
-            rows_of.setdefault(count, []).append(row)
         at_once = _IMAGES_AT_ONCE.get(self.mask.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
+        counts = sorted(Counter(self.numbers).items())
+        groups = torch.split(self._images, [images for _, images in counts])
         return [
-            (torch.tensor(rows[start : start + at_once], device=self.mask.device), count)
-            for count, rows in rows_of.items()
-            for start in range(0, len(rows), at_once)
+            (rows, count)
+            for (count, _), group in zip(counts, groups, strict=True)
+            for rows in torch.split(group, at_once)
         ]
 
     @cached_property
     def _back(self) -> Tensor:
-        return torch.cat([rows for rows, _ in self._blocks]).argsort()
+        return self._images.argsort()
 
-    def map(self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
+    def map(
+        self, tokens: Tensor, reduce: Callable[..., Tensor], *per_image: Tensor, only_products: bool = False
+    ) -> Tensor:
         """Reduce the tokens of a few images at a time, sorted masked first, to one value or row of values per image.
 
         Args:
@@ -110,6 +111,8 @@ class TokenSplit:
             reduce: From sorted tokens ``some num_patches dim`` (at least float32) and their number of masked tokens to
                 ``some ...``. The tokens lie in memory that is used again: keep no view of them.
             per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
+            only_products: ``reduce`` takes nothing of the tokens but :func:`dot_products`, and so may get them in half
+                precision where these are as exact.
 
         Raises:
             ValueError: If tokens do not fit the mask.
@@ -124,12 +127,12 @@ class TokenSplit:
         inside = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if inside else contextlib.nullcontext(), fast_float32(device):
             parts = [
-                reduce(self._sorted(tokens, block), num_masked, *(each[rows] for each in per_image))
+                reduce(self._sorted(tokens, block, only_products), num_masked, *(each[rows] for each in per_image))
                 for block, (rows, num_masked) in enumerate(self._blocks)
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[self._back]
 
-    def _sorted(self, tokens: Tensor, block: int) -> Tensor:
+    def _sorted(self, tokens: Tensor, block: int, only_products: bool) -> Tensor:
         rows = self._blocks[block][0]
         between, row, along = tokens.stride()
         if (tokens.requires_grad and torch.is_grad_enabled()) or along != 1 or row < 1 or between % row:
@@ -141,11 +144,10 @@ class TokenSplit:
             self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
         batch, count, dim = tokens.shape
         flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
-        x = self.scratch("sorted", tokens, len(rows) * count, dim)
-        if x.dtype == tokens.dtype:
-            torch.index_select(flat, 0, self._storage_rows[key], out=x)
-        else:
-            x.copy_(flat.index_select(0, self._storage_rows[key]))
+        x = self.scratch(
+            "sorted", tokens, len(rows) * count, dim, dtype=product_dtype(tokens) if only_products else None
+        )
+        _gather(flat, self._storage_rows[key], x)
         return x.view(len(rows), count, dim)
 
     # ---- all images at once, padded to the largest number
@@ -191,36 +193,41 @@ class TokenSplit:
         place = torch.arange(self.num_patches - self.most_visible, self.num_patches, device=self.order.device)
         return place >= self.num_masked[:, None]
 
-    def sort(self, tokens: Tensor) -> _Sorted:
-        """The patches of each image in sorted order, in at least float32; in scratch memory, until the next call."""
-        x = self.memory("sorted", tokens)
-        flat = tokens.flatten(0, 1)
-        if x.patches.dtype == tokens.dtype:
-            torch.index_select(flat, 0, self.rows, out=x.patches)
-        else:
-            x.patches.copy_(flat.index_select(0, self.rows))
+    def sort(self, tokens: Tensor, dtype: torch.dtype) -> _Sorted:
+        """The patches of each image in sorted order; in scratch memory, until the next call."""
+        x = self.memory("sorted", tokens, dtype)
+        _gather(tokens.flatten(0, 1), self.rows, x.patches)
         return x
 
     def unsort(self, gradient: _Sorted, tokens: Tensor) -> Tensor:
         """The gradient of ``tokens`` from that of :meth:`sort`; prefix tokens have none."""
-        gradient.prefix.zero_()
+        if self.prefix_tokens:
+            gradient.prefix.zero_()
         return gradient.whole.to(tokens.dtype).index_select(0, self.places).view(tokens.shape)
 
-    def memory(self, use: str, tokens: Tensor) -> _Sorted:
+    def memory(self, use: str, tokens: Tensor, dtype: torch.dtype) -> _Sorted:
         """Scratch memory for patches in sorted order."""
-        key = use, tokens.dtype, tokens.shape[-1]
+        key = use, dtype, tokens.shape[-1]
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._new_memory(use, tokens)
+            kept = self._new_memory(use, tokens, dtype)
             if tokens.device.type == "cpu":  # there to make views anew for each layer takes as long as an entropy
                 self._kept[key] = kept
         return kept
 
-    def _new_memory(self, use: str, tokens: Tensor) -> _Sorted:
+    def _new_memory(self, use: str, tokens: Tensor, dtype: torch.dtype) -> _Sorted:
         batch, dim = len(self.order), tokens.shape[-1]
-        x = self.scratch(use, tokens, len(self.rows) + 1, dim)
+        x = self.scratch(use, tokens, len(self.rows) + 1, dim, dtype=dtype)
         masked, visible, prefix = torch.split(x, [batch * self.most_masked, batch * self.most_visible, 1])
         return _Sorted(masked.view(batch, -1, dim), visible.view(batch, -1, dim), prefix, x[:-1], x)
+
+
+def _gather(flat: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Rows of a matrix into memory of its dtype or a higher one."""
+    if out.dtype == flat.dtype:
+        torch.index_select(flat, 0, rows, out=out)
+    else:
+        out.copy_(flat.index_select(0, rows))
 
 
 class _Sorted(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -59,8 +60,8 @@ class _Losses(Forward):
         """Products of one layer depth."""
         count = tokens.shape[1] - self.prefix
         if count not in self.splits:
-            mask, counts = self.mask_for(count)
-            self.splits[count] = TokenSplit(mask, self.prefix, count_range=counts, scratch=self.scratch)
+            mask, numbers = self.mask_for(count)
+            self.splits[count] = TokenSplit(mask, self.prefix, numbers=numbers, scratch=self.scratch)
         self.products[depth] = layer_products(self.images(tokens), self.splits[count], depth, self.config)
 
     def settle(self) -> bool:
@@ -217,10 +218,10 @@ class MTO(Attached[_Losses]):
         if len(finished) < 2:
             return finished[0][1] if finished else None
         total = sum(count for count, _ in finished)
-        share = torch.tensor([count / total for count, _ in finished], dtype=torch.float64)
-        *scalars, heterogeneity = zip(*(terms for _, terms in finished), strict=True)
-        loss, sparsity, embedding, ranking = (torch.stack(each) @ share.to(each[0]) for each in scalars)
-        return MTOTerms(loss, sparsity, embedding, ranking, torch.cat(heterogeneity, dim=1))
+        scalars = [torch.stack(terms[:4]) * (count / total) for count, terms in finished]
+        heterogeneity = torch.cat([terms.heterogeneity for _, terms in finished], dim=1)
+        loss, sparsity, embedding, ranking = torch.stack(scalars).sum(dim=0).unbind()
+        return MTOTerms(loss, sparsity, embedding, ranking, heterogeneity)
 
     def _refuse_no_forward(self) -> None:
         for stack in self._stacks:
@@ -324,10 +325,13 @@ def _detached(config: MTOConfig, check_every: int, step: int) -> MTO:
 
 
 def _warn_of_collapse(where: str, last: MTOTerms, config: MTOConfig) -> None:
-    for term in ("sparsity", "embedding", "ranking", "heterogeneity"):
-        if not bool(torch.isfinite(getattr(last, term)).all()):
-            warn_of(f"{where}: {term} is not finite")
-    if float(last.heterogeneity.max()) < COLLAPSED:
+    h = last.heterogeneity.abs().amax()  # not finite where any is not
+    names = ("sparsity", "embedding", "ranking", "heterogeneity")
+    values = dict(zip(names, torch.stack([last.sparsity, last.embedding, last.ranking, h]).tolist(), strict=True))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            warn_of(f"{where}: {name} is not finite")
+    if values["heterogeneity"] < COLLAPSED:
         warn_of(f"{where}: heterogeneity of all layers has collapsed to 0")
-    if config.sparsity_weight > 0 and float(last.sparsity) < _DEAD:
+    if config.sparsity_weight > 0 and values["sparsity"] < _DEAD:
         warn_of(f"{where}: L_spa is dead, each visible token resembles only itself")

@@ -24,7 +24,7 @@ class _Numbers(Forward):
 
     def __init__(self, *seen: Any) -> None:
         self.splits: dict[int, TokenSplit] = {}
-        self.values: dict[str, float] = {}
+        self._values: dict[int, Tensor] = {}
         super().__init__(*seen)
 
     @torch.no_grad()
@@ -32,14 +32,22 @@ class _Numbers(Forward):
         """Measure one layer depth."""
         patches = self.images(tokens.detach())[:, self.prefix :]
         if patches.shape[1] not in self.splits:
-            self.splits[patches.shape[1]] = TokenSplit(self.mask_for(patches.shape[1])[0])
+            mask, numbers = self.mask_for(patches.shape[1])
+            self.splits[patches.shape[1]] = TokenSplit(mask, numbers=numbers)
         split = self.splits[patches.shape[1]]
         h, bound = heterogeneity(patches, split), (split.num_patches - split.num_masked).log()
-        self.values[f"heterogeneity_{depth}"] = h.mean().item()
-        self.values[f"bound_{depth}"] = bound.mean().item()
-        self.values[f"ratio_{depth}"] = (h / bound.clamp_min(math.log(2))).mean().item()
-        for quadrant, mass in enumerate(quadrant_mass(patches, split).mean(dim=0).tolist(), start=1):
-            self.values[f"quadrant_{quadrant}_mass_{depth}"] = mass
+        per_image = torch.stack([h, bound.to(h.dtype), h / bound.clamp_min(math.log(2))], dim=1)
+        self._values[depth] = torch.cat([per_image, quadrant_mass(patches, split)], dim=1).mean(dim=0)
+
+    def values(self) -> dict[str, float]:
+        """Means over the images; the device is waited for once."""
+        names = ("heterogeneity", "bound", "ratio", *(f"quadrant_{quadrant}_mass" for quadrant in (1, 2, 3, 4)))
+        rows = torch.stack(list(self._values.values())).tolist()
+        return {
+            f"{name}_{depth}": value
+            for depth, row in zip(self._values, rows, strict=True)
+            for name, value in zip(names, row, strict=True)
+        }
 
 
 class Watch(Attached[_Numbers]):
@@ -118,9 +126,8 @@ class Watch(Attached[_Numbers]):
         if not whole:
             return {}
         total = sum(forward.num_images for forward in whole)
-        numbers = {
-            key: sum(forward.num_images / total * forward.values[key] for forward in whole) for key in whole[0].values
-        }
+        weighted = [(forward.num_images / total, forward.values()) for forward in whole]
+        numbers = {key: sum(share * values[key] for share, values in weighted) for key in weighted[0][1]}
         h = [value for key, value in numbers.items() if key.startswith("heterogeneity")]
         if not all(map(math.isfinite, h)):
             warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity is not finite")

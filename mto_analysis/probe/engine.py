@@ -335,9 +335,11 @@ def run_measures(
         for batch in batches:
             images = batch.images.to(like.device, like.dtype)
             for k in range(setup.masks_per_image):
-                mask = masks(batch.names, k).to(like.device)
+                sampled = masks(batch.names, k)
+                mask = sampled.to(like.device)
+                split = TokenSplit(mask, numbers=sampled.sum(dim=1).tolist(), scratch=scratch)
                 chunks += [
-                    _measure(model, images, mask, stack, batch.names, k, measures, scratch)
+                    _measure(model, images, split, stack, batch.names, k, measures)
                     for stack in (model.stacks_for(images, mask) if stacks is None else stacks)
                 ]
     if not chunks:
@@ -348,19 +350,18 @@ def run_measures(
 def _measure(
     model: MaskedImageModel,
     images: Tensor,
-    mask: Tensor,
+    split: TokenSplit,
     stack: str,
     names: tuple[str, ...],
     k: int,
     measures: Sequence[LayerMeasure],
-    scratch: Scratch,
 ) -> _Chunk:
     measured: tuple[str, ...] = ()
     values = torch.empty(0)
-    counts: list[Tensor] = []
+    counts: list[Sequence[int]] = []
     sizes: list[int] = []
-    split = TokenSplit(mask, scratch=scratch)
-    for layer in model.layer_tokens(images, mask, stack):
+    scratch = split.scratch
+    for layer in model.layer_tokens(images, split.mask, stack):
         with torch.inference_mode():  # measures are many small operators, each of which starts a little faster so
             if layer.mask is not split.mask:  # sorted anew only where the token grid changes
                 split = TokenSplit(layer.mask, scratch=scratch)
@@ -372,7 +373,7 @@ def _measure(
                 values = scratch("values", layer.tokens, len(measured), model.depth(stack) + 1, len(names))
             if measured:
                 values[:, layer.depth] = torch.stack([found[name] for name in measured])
-        counts.append(split.num_masked)
+        counts.append(split.numbers)
         sizes.append(layer.mask.shape[1])
     # One copy from the device per batch: every copy waits for it.
     table = lasting_memory(*values.shape, dtype=torch.float64).copy_(values).numpy()
@@ -385,6 +386,6 @@ def _measure(
                 f"{name} is not finite in stack {stack} at layer depth {depth} for image {names[row]}; "
                 "try --dtype float32, or check the checkpoint"
             )
-    num_masked = torch.stack(counts).cpu().numpy().astype(np.int32)
+    num_masked = np.asarray(counts, dtype=np.int32)
     num_visible = np.asarray(sizes, dtype=np.int32)[:, None] - num_masked
     return _Chunk(stack, names, k, num_masked, num_visible, arrays)

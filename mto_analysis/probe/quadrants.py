@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit, entropy_from_sums
+from mto_analysis.affinity.products import multiply
 from mto_analysis.models import LayerTokens
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 
@@ -49,7 +50,8 @@ _ENTRIES_AT_ONCE = {"cpu": 4 * 196 * 196}
 _ENTRIES_AT_ONCE_ELSEWHERE = 128 * 196 * 196
 
 # Subnormal numbers take a processor a hundred times as long: exp, products and sums stay above them. Weights of e^-60
-# of the greatest change no sum in float32 and none that matters in float64; shares below 1e-10 are 0 in a map.
+# of the greatest change no sum in float32 and none that matters in float64; shares below 1e-10 are 0 in a map. A GPU
+# does not mind them.
 _LEAST_LOGIT = -60.0
 _LEAST_FACTOR = 1e-10
 
@@ -79,7 +81,7 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         (tensor([0.7500]), tensor([2.]), tensor([0.]))
     """
     split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
-    return _named(split.map(tokens.detach(), _Statistics(split.scratch)))
+    return _named(split.map(tokens.detach(), _Statistics(split.scratch), only_products=True))
 
 
 def _named(table: Tensor) -> dict[str, Tensor]:
@@ -111,7 +113,7 @@ class _Statistics:
         batch, count, _ = x.shape
         both = self.scratch("both", x, batch, 2, count, count)
         products, other = both.unbind(dim=1)
-        torch.bmm(x, x.mT, out=products)
+        multiply(x, x.mT, out=products)
         shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
         torch.mul(products, shrink, out=other).mul_(shrink.mT)
         self._to_sink("dot", products)
@@ -120,7 +122,8 @@ class _Statistics:
 
         numbers, scale = _softmax(both, num_masked)
         if self.sink is not None and self.kind == "softmax":
-            scale.masked_fill_(scale < _LEAST_FACTOR, 0)
+            if not both.is_cuda:
+                scale.masked_fill_(scale < _LEAST_FACTOR, 0)
             for columns, factor in zip(_kinds(num_masked), torch.split(scale, 1, dim=-1), strict=True):
                 other[..., columns].mul_(factor)
             self._to_sink("softmax", other)
@@ -133,12 +136,17 @@ class _Statistics:
     def _moments(self, both: Tensor, num_masked: int) -> tuple[Tensor, ...]:
         """Means and deviations of the first, second and fourth quadrant, of each of both matrices: ``batch 6``.
 
-        Centred first, as the spread may be tiny beside the mean.
+        Centred first, as the spread may be tiny beside the mean; on a GPU in one kernel.
         """
         masked, visible = _kinds(num_masked)
         means, deviations = [], []
         for rows, columns in ((masked, masked), (masked, visible), (visible, visible)):
             values = both[:, :, rows, columns]
+            if both.is_cuda:
+                deviation, mean = torch.std_mean(values, dim=(2, 3), correction=0, keepdim=True)
+                means.append(mean)
+                deviations.append(deviation)
+                continue
             mean = values.mean(dim=(2, 3), keepdim=True)
             centred = torch.sub(values, mean, out=self.scratch("part", values, *values.shape))
             norm = torch.linalg.vector_norm(centred, dim=(2, 3), keepdim=True)
@@ -171,7 +179,9 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
     top = by_kind(torch.amax, logits)
     for columns, greatest in zip(kinds, torch.split(top, 1, dim=-1), strict=True):
         logits[..., columns].sub_(greatest)
-    torch.exp(logits.clamp_min_(_LEAST_LOGIT), out=weights)
+    if not both.is_cuda:
+        logits.clamp_min_(_LEAST_LOGIT)
+    torch.exp(logits, out=weights)
     logits.mul_(weights)
     moment, total = by_kind(torch.sum, both).unbind(dim=1)
 
@@ -257,7 +267,7 @@ class AffinityMaps:
             else:
                 sums.append(lasting_memory(*total.shape, dtype=total.dtype, device=total.device).copy_(total))
 
-        table = split.map(tokens.detach(), _Statistics(split.scratch, self.kind, sink))
+        table = split.map(tokens.detach(), _Statistics(split.scratch, self.kind, sink), only_products=True)
         self._sums[key] = (sums[0], (kept[1] if kept else 0) + len(tokens), max(counts))
         return table
 

@@ -30,12 +30,12 @@ class Scratch:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, use: str, like: Tensor, *shape: int) -> Tensor:
-        """Memory on the device of a tensor and in its dtype, but at least float32.
+    def __call__(self, use: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory on the device of a tensor, by default in its dtype, but at least float32.
 
         It is overwritten by the next result of the same use.
         """
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = dtype or torch.promote_types(like.dtype, torch.float32)
         if like.device.type != "cpu":  # there allocators keep memory themselves
             return torch.empty(shape, dtype=dtype, device=like.device)
         size = math.prod(shape)

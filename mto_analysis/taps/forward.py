@@ -69,14 +69,14 @@ class Forward:
         self.depths: set[int] = set()  # those that ran
         self.last: Found | None = None  # tokens of the last of them
         self.carried: Sequence[Tensor] = ()  # what the last block took beside its tokens
-        self._counts = (0, 0)  # the smallest and the largest number of masked patches of an image
+        self._numbers: Sequence[int] = ()  # of masked patches of each image
         self._images: Tensor | None = None  # those with a masked and a visible patch, where not all have both
         self._on_cpu: Tensor | None = None  # the mask
         self._coming: _Coming | None = None  # the mask and its checks, where counts are assumed
         self._merged: set[int] = set()  # numbers of patches in a cell
         usual = stack.usual if stack.may_assume and _is_far(mask) else None
         if usual is not None and usual[0] == mask.shape[1]:
-            self.mask, self._counts, self._coming = mask, (usual[1], usual[1]), _Coming(checked)
+            self.mask, self._numbers, self._coming = mask, [usual[1]] * len(mask), _Coming(checked)
         else:
             self._look(mask, checked.cpu())
 
@@ -93,9 +93,9 @@ class Forward:
         """
         if self.mask is None or self._coming is None:
             return True
-        assumed, checked, self._coming = self._counts, self._coming.wait(), None
+        assumed, checked, self._coming = self._numbers, self._coming.wait(), None
         self._look(self.mask, checked)
-        right = self.mask is not None and self._images is None and self._counts == assumed
+        right = self.mask is not None and self._images is None and self._numbers == assumed
         if right:
             for cell in self._merged:
                 self._check_cells(cell)
@@ -116,8 +116,8 @@ class Forward:
         """The tokens of those images that have a masked and a visible patch; of the others nothing can be measured."""
         return tokens if self._images is None else tokens.index_select(0, self._images)
 
-    def mask_for(self, count: int) -> tuple[Tensor, tuple[int, int]]:
-        """The mask on a grid of ``count`` patches, and the smallest and largest number of masked patches of an image.
+    def mask_for(self, count: int) -> tuple[Tensor, Sequence[int]]:
+        """The mask on a grid of ``count`` patches, and how many of each image are masked.
 
         Swin joins 2 x 2 tokens, masked or visible together.
 
@@ -128,13 +128,13 @@ class Forward:
             raise StackError(f"{self.spec.name}: the forward has no mask")
         fine = self.mask.shape[1]
         if count == fine:
-            return self.mask, self._counts
+            return self.mask, self._numbers
         cell = self._cell_of(count)
         self._merged.add(cell)
         if not self.assuming:
             self._check_cells(cell)
-        fewest, most = self._counts
-        return self._cells(self.mask, cell).all(-1).flatten(1), (fewest // cell**2, most // cell**2)
+        numbers = [number // cell**2 for number in self._numbers]
+        return self._cells(self.mask, cell).all(-1).flatten(1), numbers
 
     def _cell_of(self, count: int) -> int:
         """Side of a cell of patches that merge into one."""
@@ -164,12 +164,12 @@ class Forward:
         if not mixed:  # evaluation code, a teacher or fine-tuning
             return
         self.num_images = len(mixed)
-        self._counts = min(num_masked[image] for image in mixed), max(num_masked[image] for image in mixed)
+        self._numbers = [num_masked[image] for image in mixed]
         if len(mixed) < len(num_masked):
             self._images = torch.tensor(mixed, device=mask.device)
             mask, on_cpu = mask.index_select(0, self._images), on_cpu[mixed]
-        elif self._counts[0] == self._counts[1]:
-            self.stack.usual = mask.shape[1], self._counts[0]
+        elif min(self._numbers) == max(self._numbers):
+            self.stack.usual = mask.shape[1], self._numbers[0]
         self.mask, self._on_cpu = mask, on_cpu
 
     def _check_cells(self, cell: int) -> None:
