@@ -33,4 +33,6 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 def _converted(match: re.Match[str]) -> str:
     display = "block" if match["open"] == "[" else "inline"
     formula = convert(html.unescape(match["latex"]).strip(), display=display)
+    # The bars of a norm are written as signs, and would stretch to the height of the line, one by itself.
+    formula = re.sub(r"<mo(?: [^>]*)?>(&#x02016;)</mo>", r'<mo stretchy="false">\1</mo>', formula)
     return re.sub(r"<mi>(log|max)</mi>", rf"{_THIN}<mi>\1</mi>{_THIN}", formula)  # else "p log p" runs together

@@ -27,9 +27,11 @@ class Page:
         return f"reference/{self.title.lower().replace(' ', '-')}.md"
 
     def names(self) -> dict[str, str]:
-        """Each name with the path at which it is defined."""
+        """Each name with the path at which it is defined: functions, then classes, then errors."""
         package = importlib.import_module(self.package)
-        return {name: _defined(getattr(package, name)) for name in self.chosen or package.__all__}
+        values = {name: getattr(package, name) for name in self.chosen or package.__all__}
+        ordered = sorted(values, key=lambda name: (_rank(values[name]), name.lower()))
+        return {name: f"{values[name].__module__}.{values[name].__qualname__}" for name in ordered}
 
 
 PAGES = (
@@ -48,5 +50,5 @@ def public_paths() -> frozenset[str]:
     return frozenset(path for page in PAGES for path in page.names().values())
 
 
-def _defined(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+def _rank(value: Any) -> int:
+    return 0 if not isinstance(value, type) else 2 if issubclass(value, Exception) else 1
