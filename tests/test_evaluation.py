@@ -31,7 +31,7 @@ from mto_analysis.training.evaluation.features import (
     normalized,
     pooled,
 )
-from mto_analysis.training.evaluation.knn import knn_scores
+from mto_analysis.probe.knn import knn_scores
 from mto_analysis.training.evaluation.linear import LogisticRegression, linear_scores
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, weights_of
 
@@ -195,7 +195,7 @@ def test_knn_scores__do_not_depend_on_the_chunk(generator, monkeypatch) -> None:
     train, test = torch.randn(30, 4, generator=generator), torch.randn(9, 4, generator=generator)
     labels = torch.randint(3, (30,), generator=generator)
     whole = knn_scores(train, labels, test, 3)
-    monkeypatch.setattr("mto_analysis.training.evaluation.knn._MOST_VALUES", 61)
+    monkeypatch.setattr("mto_analysis.probe.knn._MOST_VALUES", 61)
     torch.testing.assert_close(knn_scores(train, labels, test, 3), whole)
 
 

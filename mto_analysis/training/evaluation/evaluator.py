@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mto_analysis.errors import DataError
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.probe.knn import knn_scores
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.features import LabelledImages, check_classes, extract_features
-from mto_analysis.training.evaluation.knn import knn_scores
 from mto_analysis.training.evaluation.linear import linear_scores
 from mto_analysis.training.evaluation.protocols import Evaluation, Feature, crop_pct_of, feature_of
 
