@@ -13,6 +13,7 @@ from mto_analyze.experiment import experiment
 from mto_analyze.figures import figures
 from mto_analyze.heterogeneity import heterogeneity
 from mto_analyze.inspect import inspect
+from mto_analyze.intervene import intervene
 from mto_analyze.plot import plot
 from mto_analyze.pretrain import pretrain
 from mto_analyze.rauc import rauc
@@ -54,7 +55,7 @@ def options(
 #: Commands by their heading in the help.
 COMMANDS = {
     "First look": (demo, inspect),
-    "Measure": (heterogeneity, affinity, reconstruct, report, plot),
+    "Measure": (heterogeneity, affinity, intervene, reconstruct, report, plot),
     "Train and compare": (pretrain, experiment, rauc),
     "Paper": (figures, tables),
 }

@@ -184,6 +184,12 @@ class InterventionStudy:
     per_image: pd.DataFrame
     models: list[dict[str, Any]] = field(default_factory=list)
 
+    def shown(self) -> pd.DataFrame:
+        """The effect of each condition side by side, without intervals: for a terminal."""
+        keys = [*_KEYS, "measure"]
+        wide = self.table.pivot_table("effect", keys, "condition", sort=False).reset_index()
+        return wide[[*keys, *(name for name in CONDITIONS if name in wide)]].rename_axis(columns=None)
+
 
 class _Stack:
     """A stack of a model on one batch: its intact forward, and forwards with an intervention."""
