@@ -21,6 +21,7 @@ from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import image_batches
 from mto_analysis.models.initialization import random_weights
+from mto_analysis.probe.knn import knn_scores
 from mto_analysis.training.evaluation import Evaluation, Evaluator, score
 from mto_analysis.training.evaluation.evaluator import accuracy
 from mto_analysis.training.evaluation.features import (
@@ -31,7 +32,6 @@ from mto_analysis.training.evaluation.features import (
     normalized,
     pooled,
 )
-from mto_analysis.probe.knn import knn_scores
 from mto_analysis.training.evaluation.linear import LogisticRegression, linear_scores
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of, weights_of
 

@@ -82,13 +82,11 @@ def intervene(
         controls=controls,
         neighbours=neighbours,
     )
-    outputs: dict[str, Any] = {
-        "interventions.csv": study.table,
-        "interventions": partial(draw_interventions, study.table),
-    }
+    figure = partial(draw_interventions, study.table)
+    outputs = {"interventions.csv": study.table, "interventions": figure}
     measuring.write(context.params, FILES, outputs, models=study.models, skipped=request.skipped)
     if as_json:
-        typer.echo(study.table.to_json(orient="records", indent=2))
+        typer.echo(study.table.to_json(orient="records", indent=2, double_precision=15))
     else:
         typer.echo(study.shown().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
         typer.echo("\n".join(intervention_sentences(study.table)))

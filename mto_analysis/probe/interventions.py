@@ -421,9 +421,10 @@ class _Study:
         import pandas as pd
 
         values = {key: {name: torch.cat(each) for name, each in kept.items()} for key, kept in self._values.items()}
+        labels = {stack: self._labels(names) for stack, names in self._names.items()}
         for (stack, *_), kept in values.items():
-            if (labels := self._labels(self._names[stack])) is not None:
-                kept["accuracy"] = _accuracies(kept["means"], labels, neighbours)
+            if (classes := labels[stack]) is not None:
+                kept["accuracy"] = _accuracies(kept["means"], classes, neighbours)
         for (stack, depth, intervention, condition), kept in values.items():
             intact = values[stack, -1, "intact", condition]
             for measure in MEASURES if intervention != "intact" else ():
@@ -446,6 +447,8 @@ class _Study:
     def _labels(self, names: Sequence[str]) -> Tensor | None:
         """Classes of images; ``None`` where there are none, or one image alone."""
         images = self._request.images
+        if images.labels is None:
+            self._request.listener.note(f"{self._loaded.label}: images have no labels, so there is no accuracy")
         if images.labels is None or len(names) < 2:
             return None
         by_name = dict(zip(images.names, images.labels, strict=True))
