@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.affinity import affinity
+from mto_analyze.atlas import atlas
 from mto_analyze.checkpoints import checkpoints
 from mto_analyze.console import Command, Commands
 from mto_analyze.demo import demo
@@ -63,4 +64,5 @@ for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=panel)(command)
 app.add_typer(checkpoints, name="checkpoints", rich_help_panel="First look")
+app.add_typer(atlas, name="atlas", rich_help_panel="Measure")
 app.add_typer(evaluate, name="evaluate", rich_help_panel="Train and compare")

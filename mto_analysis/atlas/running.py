@@ -242,6 +242,8 @@ def measure_all(
                     if ended.failure:
                         failures[ended.entry] = ended.failure
                     tell(ended)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command resumes") from None
         finally:
             ordered = [failures[entry] for entry in wanted if entry in failures]
             folder.write(wanted, ordered)
