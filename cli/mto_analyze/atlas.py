@@ -16,11 +16,11 @@ from mto_analyze.experiment import engine_of
 from mto_analyze.options import (
     CheckpointOptions,
     ComputeOptions,
-    Dtype,
     EngineOptions,
     Group,
     Images,
     Limit,
+    MeasuringPrecision,
     Offline,
     OutFile,
     OutputOptions,
@@ -88,7 +88,7 @@ def run(
     every: Annotated[bool, typer.Option("--all", help="All of the registry that can be measured.")] = False,
     drop_files: Annotated[bool, typer.Option("--drop-files", help="Delete each download once it is measured.")] = False,
     contributor: Annotated[str, typer.Option(metavar="NAME", help="Who measures, for the table.")] = "",
-    dtype: Dtype = Precision.float32,
+    precision: MeasuringPrecision = Precision.fp32,
 ) -> None:
     """Download, verify and measure checkpoints, one after the other.
 
@@ -96,7 +96,7 @@ def run(
     command resumes after an interruption, and tries again what failed. Exit code: that of the first failure.
 
     Example:
-      mto-analyze atlas run --family mae --images VAL --image-set val.csv --out atlas
+      mto-analyze atlas run --family mae --images VAL --out atlas
     """
     from mto_analysis.atlas import AtlasFolder, choose_entries, measure_all
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
@@ -171,7 +171,7 @@ def verify(
     their precision, else that of the first checkpoint that could not be measured.
 
     Example:
-      mto-analyze atlas verify atlas --fraction 0.1 --images VAL --image-set val.csv
+      mto-analyze atlas verify atlas --images VAL --image-set val.csv
     """
     from mto_analysis.atlas import AtlasFolder, compare_again, measure_all, read_table, sample_table
 
@@ -249,15 +249,9 @@ def _protocol(given: Mapping[str, Any]) -> Any:
     from mto_analysis.checkpoints import LoadOptions
     from mto_analysis.runtime.processes import pick_device
 
-    options = measuring.options_of(Protocol, given)
-    return Protocol(
-        **options
-        | {
-            "dtype": str(given.get("dtype", Precision.float32)),
-            "device": pick_device(given["device"]),
-            "loading": LoadOptions(**measuring.loading(given)),
-        }
-    )
+    options: dict[str, Any] = measuring.options_of(Protocol, given)
+    found = {"device": pick_device(given["device"]), "loading": LoadOptions(**measuring.loading(given))}
+    return Protocol(**{**options, "precision": str(given.get("precision", Precision.fp32)), **found})
 
 
 def _teller(*, quiet: bool) -> Any:

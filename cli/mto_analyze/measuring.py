@@ -16,8 +16,6 @@ from mto_analyze.options import Precision
 if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
 
-DTYPES = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.fp16: "float16", Precision.fp64: "float64"}
-
 
 def options_of(settings: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the options that are called as fields of a dataclass are."""
@@ -71,13 +69,12 @@ def request(
         processes: Those of a launcher.
         changes: Settings that are not options as they stand.
     """
-    import torch
-
     from mto_analysis.checkpoints import LoadOptions
     from mto_analysis.demo import DEMO_IMAGES
     from mto_analysis.images import choose_images, open_images
     from mto_analysis.masks import load_masks
     from mto_analysis.probe.request import Request, Settings
+    from mto_analysis.runtime.precision import DTYPES
     from mto_analysis.runtime.processes import pick_device
 
     told = listener(given)
@@ -86,7 +83,7 @@ def request(
     images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
     settings = options_of(Settings, given)
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
-    settings["dtype"] = getattr(torch, DTYPES[given.get("precision", Precision.fp32)])
+    settings["dtype"] = DTYPES[given.get("precision", Precision.fp32)]
     return Request(
         sources(given),
         choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,

@@ -33,6 +33,7 @@ from mto_analysis.probe.engine import mean_and_interval
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 from mto_analysis.runtime.listener import Listener
+from mto_analysis.runtime.precision import DTYPES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ class Protocol:
     Args:
         seed: Of the masks.
         masks_per_image: Masks per image.
-        dtype: Of the model's forward.
+        precision: Of the model's forward: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.
         batch_size: Images at once; values do not depend on it beyond rounding.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         loading: What is given for what files leave open.
@@ -73,7 +74,7 @@ class Protocol:
 
     seed: int = 0
     masks_per_image: int = 1
-    dtype: str = "float32"
+    precision: str = "fp32"
     batch_size: int = 32
     device: str = "cpu"
     loading: LoadOptions = field(default_factory=LoadOptions)
@@ -81,14 +82,12 @@ class Protocol:
 
     def settings(self) -> Settings:
         """As a study takes them; an image that cannot be read would be another set, so it is an error."""
-        import torch
-
         return Settings(
             masks_per_image=self.masks_per_image,
             seed=self.seed,
             batch_size=self.batch_size,
             device=self.device,
-            dtype=getattr(torch, self.dtype),
+            dtype=DTYPES[self.precision],
             strict=True,
             keep_masks=True,
         )
@@ -104,7 +103,7 @@ class Protocol:
         return {
             "mask_seed": self.seed,
             "masks_per_image": self.masks_per_image,
-            "dtype": self.dtype,
+            "precision": self.precision,
             "weights": self.loading.weights,
             "loading": self.given(),
         }

@@ -15,7 +15,7 @@ __all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe
 
 #: How far two measurements of a curve may be apart, as a fraction of its largest absolute value, by the precision of
 #: the forward: of two precisions the coarser counts.
-TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _NUMBERS = ("value", "ci_low", "ci_high")
 # Rows named in a message.
 _NAMED = 5
@@ -47,7 +47,7 @@ class Agreement(NamedTuple):
             return
         words = [
             f"{row.checkpoint}, {row.stack}, layer depth {row.layer_depth}, {row.measure}: {row.value_a:.6g} "
-            f"({row.dtype_a}, {row.hardware_a}) and {row.value_b:.6g} ({row.dtype_b}, {row.hardware_b})"
+            f"({row.precision_a}, {row.hardware_a}) and {row.value_b:.6g} ({row.precision_b}, {row.hardware_b})"
             for row in bad.head(_NAMED).itertuples()
         ]
         more = "; ..." if len(bad) > _NAMED else ""
@@ -95,7 +95,7 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
     import numpy as np
 
     key = [*MEASUREMENT, *ROW]
-    columns = ["checkpoint", "dtype", "hardware", *_NUMBERS]
+    columns = ["checkpoint", "precision", "hardware", *_NUMBERS]
     both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))
     rows = both.rename(columns={"checkpoint_a": "checkpoint"})
     of_curve = rows.groupby([each for each in key if each != "layer_depth"])
@@ -103,7 +103,7 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
     apart = np.nan_to_num([np.abs(rows[f"{number}_a"] - rows[f"{number}_b"]) for number in _NUMBERS]).max(axis=0)
     rows["difference"] = np.where(apart > 0, apart / scale.where(scale > 0, np.nan).to_numpy(), 0.0)
     rows["difference"] = rows["difference"].fillna(np.inf)  # of a curve that is zero in one table alone
-    rows["tolerance"] = np.maximum(rows["dtype_a"].map(TOLERANCES), rows["dtype_b"].map(TOLERANCES))
+    rows["tolerance"] = np.maximum(rows["precision_a"].map(TOLERANCES), rows["precision_b"].map(TOLERANCES))
     rows["agrees"] = rows["difference"] <= rows["tolerance"]
     return Agreement(rows)
 
@@ -134,7 +134,7 @@ def merge_tables(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, Agre
         compared.check()
         found.append(compared.rows)
         finest_first = pd.concat([merged, table], ignore_index=True)
-        finest_first = finest_first.sort_values("dtype", key=lambda each: each.map(TOLERANCES), kind="stable")
+        finest_first = finest_first.sort_values("precision", key=lambda each: each.map(TOLERANCES), kind="stable")
         merged = join_tables([finest_first.drop_duplicates(["checkpoint", *MEASUREMENT, *ROW])])
     check_table(merged, "the merged table")
     return merged, Agreement(pd.concat(found, ignore_index=True))

@@ -81,7 +81,7 @@ COLUMNS = (
     Column("own_loss", "number", "The model's own loss on up to 16 images.", optional=True),
     Column("own_loss_of_mean", "number", "The same of predicting the mean.", optional=True),
     Column("own_loss_target", "text", "What the loss is of; empty for models that predict no pixels."),
-    Column("dtype", "text", "Precision of the forward."),
+    Column("precision", "text", "Of the model's forward: fp64, fp32, fp16 or bf16."),
     Column("hardware", "text", "Processor or GPU."),
     Column("mto_analysis_version", "text", "Version of this package."),
     Column("torch_version", "text", "Version of torch."),
@@ -107,7 +107,7 @@ _PATTERNS = {
     **dict.fromkeys(("file_sha256", "masks_sha256", "images_sha256"), re.compile("[0-9a-f]{64}")),
     "weights": re.compile("model|model_ema"),
     "style": re.compile("inpainting|decoder"),
-    "dtype": re.compile("float64|float32|bfloat16|float16"),
+    "precision": re.compile("fp64|fp32|fp16|bf16"),
     **dict.fromkeys(("checkpoint", "stack", "measure"), re.compile(r"\S(.*\S)?")),
 }
 _FLOORS = {"layer_depth": 0, "num_images": 1, "masks_per_image": 1, "patch_size": 1, "num_visible": 1}

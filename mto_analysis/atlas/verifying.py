@@ -56,7 +56,7 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
             protocol,
             seed=int(row["mask_seed"]),
             masks_per_image=int(row["masks_per_image"]),
-            dtype=row["dtype"],
+            precision=row["precision"],
             loading=replace(loading_from(row["loading"]), weights=row["weights"], offline=protocol.loading.offline),
         )
     rows = table.merge(first.iloc[sampled][keys], on=keys)

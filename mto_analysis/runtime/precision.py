@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["fast_float32", "full_float32"]
+__all__ = ["DTYPES", "fast_float32", "full_float32"]
+
+#: Number formats by the words of options and tables.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
 _FULL_PRECISION = ("none", "ieee")

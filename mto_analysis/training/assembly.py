@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.errors import CheckpointError
 from mto_analysis.mto import attach_mto
+from mto_analysis.runtime.precision import DTYPES
 from mto_analysis.runtime.processes import Processes
 from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from mto_analysis.training.settings import RunSettings
 
 __all__ = ["Assembly", "total_loss"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
@@ -139,8 +138,9 @@ class Assembly:
 
     def autocast(self) -> torch.autocast:
         """The number format of the forward."""
-        dtype = _DTYPES.get(self.settings.precision)
-        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
+        half = self.settings.precision != "fp32"
+        dtype = DTYPES[self.settings.precision] if half else None
+        return torch.autocast(self.processes.device.type, dtype, enabled=half)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of a batch, as a step computes them."""
