@@ -32,6 +32,38 @@ VIT = {
 PADDED = {"image_size": 40, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "window_size": 2}
 
+DECODER = {
+    "decoder_hidden_size": 12,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 24,
+}
+HIERA = {
+    "embed_dim": 8,
+    "image_size": [32, 32],
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "num_query_pool": 1,
+    "masked_unit_size": [2, 2],
+    "masked_unit_attention": [True, False],
+    "decoder_hidden_size": 16,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "mask_ratio": 0.5,
+}
+JEPA = {
+    "patch_size": 4,
+    "crop_size": 16,
+    "frames_per_clip": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "pred_hidden_size": 24,
+    "pred_num_attention_heads": 2,
+    "pred_num_hidden_layers": 3,
+    "pred_num_mask_tokens": 3,
+}
+
 # name: class, its configuration, prefix tokens, settings
 CLASSES = {
     "vit": ("ViTForMaskedImageModeling", "ViTConfig", 1, VIT | {"encoder_stride": 4}),
@@ -48,6 +80,16 @@ CLASSES = {
         "Data2VecVisionConfig",
         1,
         VIT | {"use_mask_token": True, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    ),
+    "vit_mae": ("ViTMAEForPreTraining", "ViTMAEConfig", 1, VIT | DECODER),
+    "hiera": ("HieraForPreTraining", "HieraConfig", 0, HIERA),
+    "videomae": ("VideoMAEForPreTraining", "VideoMAEConfig", 0, VIT | DECODER | {"num_frames": 4, "tubelet_size": 2}),
+    "vjepa2": ("VJEPA2Model", "VJEPA2Config", 0, JEPA),
+    "beit_pretraining": (
+        "BeitForMaskedImageModeling",
+        "BeitConfig",
+        1,
+        VIT | {"use_mask_token": True, "use_shared_relative_position_bias": True, "vocab_size": 8192},
     ),
     "beit": ("BeitModel", "BeitConfig", 1, VIT | {"use_mask_token": True, "use_absolute_position_embeddings": True}),
     "dinov2": ("Dinov2Model", "Dinov2Config", 1, VIT | {"mlp_ratio": 2}),
@@ -101,12 +143,58 @@ def random_model(name, **more):
     return model
 
 
+def tower_of(model):
+    """The part of a model that takes a mask: a classifier's encoder, or itself."""
+    arguments = {"bool_masked_pos", "noise", "target_mask"}
+    return model if arguments & set(inspect.signature(model.forward).parameters) else model.base_model
+
+
 def hidden_states(model, images, mask):
-    """Tokens that the model itself gives out; a classifier's encoder is called as such."""
-    inner = model if "bool_masked_pos" in inspect.signature(model.forward).parameters else model.base_model
-    inner = model.base_model if "MaskedImage" in type(model).__name__ else inner
+    """Tokens that an encoder itself gives out."""
+    inner = model.base_model if "MaskedImage" in type(model).__name__ else tower_of(model)
     with torch.no_grad():
         return inner(images, bool_masked_pos=mask, output_hidden_states=True, return_dict=True).hidden_states
+
+
+def numbers(mask):
+    return mask.nonzero()[:, 1].view(len(mask), -1)
+
+
+def noise(mask):
+    return {"noise": mask + torch.linspace(0, 0.5, mask.shape[1])}
+
+
+# name: a decoder's layers, what the model is called with
+DECODERS = {
+    "vit_mae": (lambda model: model.decoder.decoder_layers, noise),
+    "hiera": (lambda model: model.decoder.decoder_block.layers, noise),
+    "videomae": (lambda model: model.decoder.decoder_layers, lambda mask: {"bool_masked_pos": mask}),
+    "vjepa2": (
+        lambda model: model.predictor.layer,
+        lambda mask: {"context_mask": [numbers(~mask)], "target_mask": [numbers(mask)]},
+    ),
+}
+
+
+def decoder_tokens(name, model, images, mask):
+    """Tokens of each layer depth of a decoder, from its plain layers."""
+    layers_of, arguments = DECODERS[name]
+    layers, seen = layers_of(model), []
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    hooks += [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
+    with torch.no_grad():
+        model(images, **arguments(mask))
+    for hook in hooks:
+        hook.remove()
+    return [each[0] if isinstance(each, tuple) else each for each in seen]
+
+
+def inputs_of(info, dtype=torch.float32):
+    """Images, or videos whose frames have masks of their own."""
+    size, frames = height_and_width(info.image_size), (info.frames,) * (info.frames > 1)
+    grid = (info.num_patches, 1) if frames else info.grid
+    mask = info.mask_rule.sample(mask_keys("abc", seed=5), grid, info.patch_size)
+    return torch.randn(3, *frames, info.channels, *size, dtype=dtype), mask
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-8), (torch.float32, 2e-4)])
@@ -114,28 +202,30 @@ def hidden_states(model, images, mask):
 def test_load_checkpoint__gives_the_hidden_states_of_the_library(name, dtype, near, tmp_path):
     model = random_model(name)
     model.save_pretrained(tmp_path)
-    live = load_checkpoint(tmp_path).to(dtype)
-    model, info = model.to(dtype), live.info
-    assert info.family == CLASSES[name][0]
-    assert info.layout == "Hugging Face transformers" or name in ("swin_padded", "swinv2_padded")
-    assert any("config.json does not say how the model was masked" in each for each in info.assumptions)
-    height, width = height_and_width(info.image_size)
-    images = torch.randn(3, info.channels, height, width, dtype=dtype)
-    mask = info.mask_rule.sample(mask_keys("abc", seed=5), info.grid, info.patch_size)
-    (stack,) = live.stacks
+    loaded = load_checkpoint(tmp_path).to(dtype)
+    model, info = model.to(dtype), loaded.info
+    if name not in ("vit_mae", "hiera", "beit_pretraining"):  # of these we have builders of our own
+        assert info.family == CLASSES[name][0]
+        assert info.layout == "Hugging Face transformers" or name in ("swin_padded", "swinv2_padded")
+        assert any("config.json does not say how the model was masked" in each for each in info.assumptions)
+    images, mask = inputs_of(info, dtype)
+    (stack,) = loaded.stacks
     with torch.no_grad():
-        layers = list(live.layer_tokens(images, mask, stack))
-    expected = hidden_states(model, images, mask)
-    assert len(layers) == live.depth(stack) + 1
+        layers = list(loaded.layer_tokens(images, mask, stack))
+    expected = decoder_tokens(name, model, images, mask) if name in DECODERS else hidden_states(model, images, mask)
+    assert len(layers) == loaded.depth(stack) + 1
+    assert torch.equal(layers[0].mask, mask.sort(dim=1).values if name == "videomae" else mask)  # visible ones first
     # Hidden states of hierarchical models are those between stages: the first and the last are tokens of blocks too.
     depths = range(len(layers)) if len(expected) == len(layers) else (0, -1)
     for depth in depths:
         tokens, whole = layers[depth].tokens, expected[depth]
         assert whole.shape[1] - tokens.shape[1] == CLASSES[name][2]
         assert (tokens - whole[:, CLASSES[name][2] :]).abs().max() <= near * whole.abs().max()
-    found = measure(live, images, mask).summary()["heterogeneity"].tolist()
     by_hand = [heterogeneity(layer.tokens, layer.mask).mean().item() for layer in layers]
-    assert found == pytest.approx(by_hand, rel=1e-6 if dtype == torch.float64 else 1e-3)
+    live = model.base_model if name == "vit_rect" else tower_of(model)  # whose own prediction is for squares
+    for measured in (loaded, live):
+        found = measure(measured, images, mask).summary()["heterogeneity"].tolist()
+        assert found == pytest.approx(by_hand, rel=1e-6 if dtype == torch.float64 else 1e-3)
 
 
 @pytest.fixture
@@ -216,7 +306,7 @@ def test_load_checkpoint__names_the_extra(folder, monkeypatch):
         ({"hidden_size": "x"}, r"transformers builds no ViTForMaskedImageModeling from config\.json"),
         ({"hidden_act": "own"}, r"transformers builds no ViTForMaskedImageModeling from config\.json"),
         ({"num_hidden_layers": 10**7}, "is more than the file's"),
-        ({"architectures": ["VideoMAEModel"]}, "takes videos of 16 frames; measure it live"),
+        ({"architectures": ["VideoMAEModel"]}, "VideoMAEModel has no mask token"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
         (
             {"backbone": "resnet18", "use_pretrained_backbone": True},
@@ -314,28 +404,20 @@ def test_load_checkpoint__adds_a_shared_table_of_positions_to_those_of_blocks(ow
         assert torch.allclose(layer.tokens, whole[:, 1:], atol=1e-5)
 
 
-def test_measure__videos_of_videomae_live():
-    decoder = {f"decoder_{name}": value for name, value in SMALL.items() if name != "hidden_size"}
-    config = hf.VideoMAEConfig(**VIT, num_frames=4, tubelet_size=2, decoder_hidden_size=12, **decoder)
-    torch.manual_seed(2)
-    model = hf.VideoMAEForPreTraining(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    videos, mask = torch.randn(2, 4, 3, 16, 16), torch.rand(2, 32).argsort(dim=1) < 20
-    seen = []
-    layers = list(model.decoder.decoder_layers)
-    hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, args, out: seen.append(out)) for layer in layers]
-    with torch.no_grad():
-        model(videos, bool_masked_pos=mask)
-    for hook in hooks:
-        hook.remove()
-    behind = (torch.arange(32) >= 12).expand(2, -1)  # the decoder takes visible tokens first
-    by_hand = [heterogeneity(tokens[0] if isinstance(tokens, tuple) else tokens, behind).mean() for tokens in seen]
-    result = measure(model, videos, mask)
-    assert result.summary()["heterogeneity"].tolist() == pytest.approx([each.item() for each in by_hand], rel=1e-5)
-    assert any("in token order" in note for note in result.notes)
+def test_command__images_are_videos_that_stand_still(tmp_path):
+    model = random_model("vjepa2")
+    model.save_pretrained(tmp_path / "model")
+    result = ok("heterogeneity", "--ckpt", tmp_path / "model", "--limit", 2, "--out", tmp_path)
+    assert "4 frames of 16 px" in result.stderr
+    assert "an image is a video of 4 frames that are all alike" in result.stderr
+    live = load_checkpoint(tmp_path / "model")
+    batch = next(image_batches(open_images(DEMO_IMAGES), live.info, limit=2, batch_size=2))
+    mask = live.info.mask_rule.sample(mask_keys(batch.names), live.info.mask_grid, 4)
+    assert torch.equal(*mask.chunk(2, dim=1))
+    expected = measure(model, batch.images[:, None].expand(-1, 4, -1, -1, -1), mask).summary()["heterogeneity"].tolist()
+    assert pd.read_csv(tmp_path / "heterogeneity.csv")["heterogeneity"].tolist() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="need equally many masked patches"):
+        measure(model, torch.randn(2, 4, 3, 16, 16), torch.stack([mask[0], mask[1].logical_or(mask[0])]))
 
 
 def test_command__controls_with_new_weights(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from training_models import CASES, draw_mask, make_images
 from watched_models import batch_of, small_mae, small_simmim
 
-from mto_analysis import ImageBatch, MaskRule, heterogeneity, measure
+from mto_analysis import ImageBatch, MaskRule, heterogeneity, mask_keys, measure
 from mto_analysis.errors import StackError
 from mto_analysis.models.live import LiveModel
 from mto_analysis.mto import StackSpec
@@ -107,9 +107,11 @@ def test_measure__masks_by_rule_file_and_function():
         measure(model, features(3), rule)
     result = measure(model, features(3), rule, grid=(2, 8), seed=3)
     assert result.to_frame()["num_masked"].eq(8).all()
-    assert measure(model, features(3), rule, grid=(2, 2, 4)).to_frame()["num_masked"].eq(8).all()
-    with pytest.raises(ValueError, match="kind block is for images"):
-        measure(model, features(3), MaskRule("block", 0.5, 2), grid=(2, 2, 4))
+    for kind, unit in (("random", 1), ("block", 2)):  # of video, all frames have the same mask
+        sampled = MaskRule(kind, 0.5, unit).sample(mask_keys("abc"), (2, 2, 4), 1)
+        assert torch.equal(*sampled.chunk(2, dim=1))
+        result = measure(model, features(3), MaskRule(kind, 0.5, unit), grid=(2, 2, 4), patch_size=1)
+        assert result.to_frame()["num_masked"].eq(8).all()
     same = measure(model, features(3), lambda names, k: RAGGED)
     assert same.to_frame().equals(measure(model, features(3), RAGGED).to_frame())
     with pytest.raises(ValueError, match="mask is a tensor, which is for a single batch"):

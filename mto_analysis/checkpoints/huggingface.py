@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["architecture", "convert_library"]
 
 _LISTED = 4
-_MASK_ARGUMENTS = {"bool_masked_pos", "noise"}
+_MASK_ARGUMENTS = {"bool_masked_pos", "noise", "target_mask"}
+_MASK_TOKENS = ("mask_token", "mask_tokens")
 _TOKEN_OPTION = "use_mask_token"
 
 
@@ -82,14 +83,11 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     options = {_TOKEN_OPTION: True} if _TOKEN_OPTION in inspect.signature(cls).parameters else {}
     with _failures(name):
         config = cls.config_class.from_dict(settings, attn_implementation=attention)
-        if isinstance(frames := getattr(config, "num_frames", None), int):
-            raise CheckpointError(
-                f"{name} takes videos of {frames} frames; measure it live: mto_analysis.measure(model, videos, mask)"
-            )
         with torch.device("meta"):
             info = inferred_info(_masked_part(cls(config, **options)))
     size = info.image_size if given.image_size is None else Grid.of(given.image_size, info.patch_size).image_size
     assumptions = ["masks are random patches, as config.json does not say how the model was masked"]
+    assumptions += info.assumptions[1:]
     if size != info.image_size:
         assumptions.append(
             f"images of {replace(info, image_size=size).pixels} in place of {info.pixels} are what the model is for: "
@@ -103,7 +101,7 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     if given.decoder_num_heads is not None:
         raise CheckpointError("config.json states the attention heads; leave --decoder-num-heads out")
     untrained = [
-        key for key, tensor in raw.tensors.items() if key.endswith("mask_token") and not bool(tensor.count_nonzero())
+        key for key, tensor in raw.tensors.items() if key.endswith(_MASK_TOKENS) and not bool(tensor.count_nonzero())
     ]
     if untrained:
         assumptions.append(
@@ -165,7 +163,7 @@ def _masked_part(model: PreTrainedModel) -> PreTrainedModel:
     """
     from transformers import PreTrainedModel
 
-    tokens = {id(each) for path, each in model.named_parameters() if path.endswith("mask_token")}
+    tokens = {id(each) for path, each in model.named_parameters() if path.endswith(_MASK_TOKENS)}
     if not tokens:
         raise CheckpointError(f"{type(model).__name__} has no mask token as config.json describes it")
     found = [
@@ -214,7 +212,7 @@ def _quiet() -> Iterator[None]:
 def _fresh(model: PreTrainedModel) -> PreTrainedModel:
     """New weights; transformers starts most mask tokens as zeros, where pre-training starts them near zero."""
     for path, parameter in model.named_parameters():
-        if path.endswith("mask_token") and not bool(parameter.count_nonzero()):
+        if path.endswith(_MASK_TOKENS) and not bool(parameter.count_nonzero()):
             torch.nn.init.trunc_normal_(parameter, std=getattr(model.config, "initializer_range", 0.02))
     return model
 

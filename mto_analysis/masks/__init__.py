@@ -305,8 +305,13 @@ class MaskRule:
             kind, self.ratio if ratio is None else ratio, self.unit if unit is None else unit, self.min_block
         )
 
-    def sample(self, keys: Sequence[MaskKey], grid: tuple[int, int], patch_size: int) -> Tensor:
-        """Sample one mask per key on a grid of patches.
+    def sample(self, keys: Sequence[MaskKey], grid: Sequence[int], patch_size: int) -> Tensor:
+        """Sample one mask per key on a grid of patches; on one of video all frames have the same (tubes, as VideoMAE).
+
+        Args:
+            keys: One key per row.
+            grid: Rows and columns of patches, with those in time in front for videos.
+            patch_size: Side of a patch in pixels.
 
         Shapes:
             returns: batch num_patches
@@ -314,6 +319,11 @@ class MaskRule:
         Raises:
             ValueError: If the unit is not a multiple of the patch or does not divide the grid.
         """
+        *times, rows, columns = grid
+        frame = self._sample(keys, (rows, columns), patch_size)
+        return frame.repeat(1, math.prod(times))
+
+    def _sample(self, keys: Sequence[MaskKey], grid: tuple[int, int], patch_size: int) -> Tensor:
         num_patches = grid[0] * grid[1]
         if self.kind == "random":
             return random_mask(keys, num_patches, self.ratio)

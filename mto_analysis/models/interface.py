@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ class ModelInfo:
         channels: Of the input image.
         statistics_source: Where mean and standard deviation come from, as printed.
         assumptions: What neither the file nor its shapes settle, as printed.
+        frames: Of a video; 1 for images.
+        tubelet: Frames that a patch spans.
         unsettled_heads: Numbers of attention heads that the file does not state: ``num_heads``, ``decoder_num_heads``.
     """
 
@@ -116,6 +119,8 @@ class ModelInfo:
     statistics_source: str = "published"
     assumptions: tuple[str, ...] = ()
     unsettled_heads: tuple[str, ...] = ()
+    frames: int = 1
+    tubelet: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -125,22 +130,31 @@ class ModelInfo:
         object.__setattr__(self, "image_size", as_image_size(height, width))
         if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
             raise ValueError(f"a patch of {self.patch_size} px does not divide an image of {self.pixels}")
+        if self.tubelet < 1 or self.frames < 1 or self.frames % self.tubelet:
+            raise ValueError(f"a tubelet of {self.tubelet} frames does not divide a video of {self.frames}")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Rows and columns of patches in an image, or in a frame."""
         height, width = height_and_width(self.image_size)
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def mask_grid(self) -> tuple[int, ...]:
+        """Rows and columns of patches, with those in time in front for videos: the grid of a mask."""
+        times = self.frames // self.tubelet
+        return (times, *self.grid) if self.frames > 1 else self.grid
+
+    @property
     def pixels(self) -> str:
-        """The image size in words: ``224 px``, or ``64 x 96 px`` (height and width)."""
-        return f"{self.image_size} px" if isinstance(self.image_size, int) else "{} x {} px".format(*self.image_size)
+        """The image size in words: ``224 px``, or ``64 x 96 px`` (height and width); of videos with their frames."""
+        size = f"{self.image_size} px" if isinstance(self.image_size, int) else "{} x {} px".format(*self.image_size)
+        return size if self.frames == 1 else f"{self.frames} frames of {size}"
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image; the number of columns of a mask."""
-        return self.grid[0] * self.grid[1]
+        """Patches of an image or video; the number of columns of a mask."""
+        return math.prod(self.mask_grid)
 
     @property
     def mask_ratio(self) -> float:

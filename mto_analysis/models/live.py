@@ -22,11 +22,11 @@ from mto_analysis.models.interface import (
 )
 from mto_analysis.taps.forward import Forward, NotEntered
 from mto_analysis.taps.hooks import Attached
-from mto_analysis.taps.search import find_stacks, hinted_grids, unwrap
+from mto_analysis.taps.search import find_stacks, hinted_grids, sizes_of, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["Call", "LiveModel", "inferred_grid", "inferred_info"]
+__all__ = ["Call", "LiveModel", "inferred_info"]
 
 #: Calls a model on images with a mask ``batch num_patches``, or ``None`` for the model's own.
 Call = Callable[[nn.Module, Tensor, Tensor | None], Any]
@@ -239,7 +239,7 @@ class LiveModel(MaskedImageModel):
         height, width = height_and_width(info.image_size)
         with torch.no_grad(), torch.random.fork_rng():
             images = torch.randn(2, info.channels, height, width)
-            self.stacks_for(images, info.mask_rule.sample(mask_keys(["0", "1"]), info.grid, info.patch_size))
+            self.stacks_for(images, info.mask_rule.sample(mask_keys(["0", "1"]), info.mask_grid, info.patch_size))
         self._held = None
 
     @property
@@ -287,6 +287,8 @@ class LiveModel(MaskedImageModel):
         return self._held
 
     def _forward(self, images: Tensor, mask: Tensor | None) -> dict[str, _Kept]:
+        if self.info.frames > 1 and images.ndim == 4:
+            images = images[:, None].expand(-1, self.info.frames, -1, -1, -1)
         reader = self._attach()
         reader.requested = mask
         try:
@@ -345,16 +347,17 @@ class LiveModel(MaskedImageModel):
 
     def _grid_of(self, mask: Tensor) -> tuple[int, ...] | None:
         if self._known_info:
-            return self.info.grid
+            return self.info.mask_grid
         side = math.isqrt(mask.shape[1])
-        return inferred_grid(self.model) or ((side, side) if side * side == mask.shape[1] else None)
+        square = (side, side) if side * side == mask.shape[1] else None
+        return next(hinted_grids(self.model), square)
 
 
 def inferred_calls(model: nn.Module, grid: tuple[int, ...] | None) -> list[Call]:
     """Ways to call a model with a mask, by the names of its arguments.
 
     ``bool_masked_pos`` and ``mask`` get the mask, ``batch num_patches`` or on the grid; ``noise`` (ViTMAE) gets noise
-    that sorts visible patches to the front.
+    that sorts visible patches to the front, ``context_mask`` and ``target_mask`` (V-JEPA 2) get numbers of patches.
 
     Raises:
         ValueError: If it has none of these arguments.
@@ -378,22 +381,24 @@ def inferred_calls(model: nn.Module, grid: tuple[int, ...] | None) -> list[Call]
             return [flat] if grid is None else [flat, square, long]
     if "noise" in names:
         return [keyword("noise", noise)]
+    if {"context_mask", "target_mask"} <= names.keys():
+        return [lambda model, videos, mask: model(videos, **_indices(mask))]
     raise ValueError(
         f"{type(model).__name__}.forward({', '.join(names)}) has no argument bool_masked_pos, mask or noise to pass a "
         "mask by; pass call=lambda model, images, mask: ..., or mask=None for the model's own masks"
     )
 
 
-def inferred_grid(model: nn.Module) -> tuple[int, ...] | None:
-    """Rows and columns of patches, with frames in front for video, where the model tells; else ``None``."""
-    config = getattr(model, "config", None)
-    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if image is not None and patch is not None:
-        sides, cells = ((each, each) if isinstance(each, int) else tuple(each) for each in (image, patch))
-        grid = tuple(side // cell for side, cell in zip(sides[-2:], cells[-2:], strict=True))
-        frames, tube = getattr(config, "num_frames", None), getattr(config, "tubelet_size", None)
-        return (frames // tube, *grid) if isinstance(frames, int) and isinstance(tube, int) else grid
-    return next(hinted_grids(model), None)
+def _indices(mask: Tensor | None) -> dict[str, list[Tensor]]:
+    """Numbers of visible and masked patches, as V-JEPA 2 takes them."""
+    assert mask is not None
+    counts = set(mask.sum(dim=1).tolist())
+    if len(counts) > 1:
+        raise ValueError(
+            f"context_mask and target_mask need equally many masked patches, got {min(counts)} to {max(counts)}"
+        )
+    numbers = [each.nonzero()[:, 1].view(len(mask), -1) for each in (~mask, mask)]
+    return {"context_mask": numbers[:1], "target_mask": numbers[1:]}
 
 
 def inferred_info(model: nn.Module) -> ModelInfo:
@@ -406,17 +411,20 @@ def inferred_info(model: nn.Module) -> ModelInfo:
         return said
     places = [getattr(model, "config", None), *(getattr(part, "patch_embed", None) for part in model.modules())]
     for place in places:
-        image = getattr(place, "image_size", None) or getattr(place, "img_size", None)
-        patch = getattr(place, "patch_size", None)
-        if image is None or patch is None:
+        said = sizes_of(place)
+        if said is None or said.patch[0] != said.patch[1]:
             continue
-        height, width = (image, image) if isinstance(image, int) else tuple(image)[-2:]
-        side = patch if isinstance(patch, int) else tuple(patch)[-1]
+        side = said.patch[0]
         channels = getattr(place, "num_channels", None) or getattr(place, "in_chans", None) or 3
+        assumed = ["masks are random patches and images are normalized as for ImageNet, as the model says neither"]
+        if said.frames > 1:
+            assumed.append(
+                f"an image is a video of {said.frames} frames that are all alike, with one mask for all (tubes)"
+            )
         return ModelInfo(
             type(model).__name__,
             "inpainting",
-            (height, width),
+            said.image,
             side,
             MaskRule("random", 0.6, side),
             IMAGENET_MEAN if channels == 3 else (0.5,) * channels,
@@ -425,9 +433,9 @@ def inferred_info(model: nn.Module) -> ModelInfo:
             mask_rule_source="assumed",
             channels=channels,
             statistics_source="assumed",
-            assumptions=(
-                "masks are random patches and images are normalized as for ImageNet, as the model says neither",
-            ),
+            assumptions=tuple(assumed),
+            frames=said.frames,
+            tubelet=said.tubelet,
         )
     raise ValueError(
         f"{type(model).__name__} says neither the size of its images nor that of its patches; give it an attribute "

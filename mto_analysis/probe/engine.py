@@ -52,7 +52,7 @@ def masks_from_rule(info: ModelInfo, rule: MaskRule | None = None, *, seed: int 
     chosen = rule or info.mask_rule
 
     def sample(names: Sequence[str], k: int) -> Tensor:
-        return chosen.sample(mask_keys(names, k=k, seed=seed, epoch=epoch), info.grid, info.patch_size)
+        return chosen.sample(mask_keys(names, k=k, seed=seed, epoch=epoch), info.mask_grid, info.patch_size)
 
     return sample
 

@@ -137,7 +137,9 @@ def explore_shown(shown: ShownModel) -> list[Explored]:
     model, info = shown.model, shown.model.info
     colours = in_colour(to_pixels(shown.images, info)).clamp(0, 1)
     pixels = (colours * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
-    aspect = info.grid[1] / info.grid[0]
+    times = info.frames // info.tubelet
+    pixels = pixels.repeat(1, times, 1, 1)  # of a video, the frames below each other
+    aspect = info.grid[1] / (times * info.grid[0])
     explored = []
     for stack in model.stacks:
         depths: list[list[ExploredDepth]] = [[] for _ in shown.names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from mto_analysis.images import ImageBatch
 from mto_analysis.masks import MaskRule, check_mask, mask_keys
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.models.live import Call, LiveModel, inferred_grid
+from mto_analysis.models.live import Call, LiveModel
 from mto_analysis.probe.accumulating import Setup
 from mto_analysis.probe.engine import MaskSource, ProbeResult, probe, run_measures
 from mto_analysis.probe.measures import Measures, measuring
 from mto_analysis.runtime.randomness import name_keys
-from mto_analysis.taps.search import unwrap
+from mto_analysis.taps.search import hinted_grids, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
 __all__ = ["measure"]
@@ -59,7 +58,8 @@ def measure(
         stacks: Where masked tokens live, for models in which they are not found.
         measures: Names of measures (:data:`~mto_analysis.probe.measures.MEASURES`), in one text or several, or
             ``"all"`` that the model allows (``notes`` say which are left out and why); or functions of tokens, by name.
-        grid: Rows and columns of patches, with frames in front for video, for masks by rule and measures of places.
+        grid: Rows and columns of patches, for masks by rule and measures of places; with those in time in front for
+            videos, whose frames all get the same mask by rule.
         patch_size: Side of a patch in pixels, for rules that mask larger units.
         masks_per_image: Masks per image.
         seed: Of masks by rule, and of the model's own.
@@ -86,13 +86,13 @@ def measure(
     stream = _batches(batches)
     if isinstance(inner := unwrap(model), MaskedImageModel) and not (call or stacks or train_mode):
         rule = inner.info.mask_rule if mask is None else mask
-        source = _source(rule, inner, grid or inner.info.grid, patch_size or inner.info.patch_size, seed)
+        source = _source(rule, inner, grid or inner.info.mask_grid, patch_size or inner.info.patch_size, seed)
         return probe(inner, stream, source, masks_per_image=masks_per_image, measures=measures, grid=grid)
     live = LiveModel(inner, stacks=stacks, call=call)
     try:
         watched = _Current(stream)
         info = inner.info if isinstance(inner, MaskedImageModel) else None
-        known = info.grid if info else inferred_grid(inner)
+        known = info.mask_grid if info else next(hinted_grids(inner), None)
         source = _source(mask, inner, grid or known, patch_size or (info.patch_size if info else None), seed)
         own = source is None
         # In training mode dropout takes random numbers: the same for the same seed, and none of the user's.
@@ -150,9 +150,7 @@ def _source(
         return mask
     if grid is None:
         raise ValueError(f"{type(model).__name__} does not tell its grid of patches; pass grid=(rows, columns)")
-    if len(grid) > 2 and mask.kind != "random":
-        raise ValueError(f"a rule of kind {mask.kind} is for images; pass masks of a grid {tuple(grid)} as a tensor")
-    rule, sides = mask, (math.prod(grid[:-1]), grid[-1])
+    rule, sides = mask, tuple(grid)
     side = patch_size or getattr(getattr(model, "config", None), "patch_size", None) or mask.unit
     if not isinstance(side, int):
         raise ValueError(f"patches of {side} px are not square; pass patch_size=... or masks as a tensor")

@@ -27,13 +27,14 @@ def _unit(info: ModelInfo) -> int:
         raise ValueError(
             f"the masks of {info.family} differ in their number of visible patches, so none can be matched"
         )
-    return (rule.unit // info.patch_size) ** 2 if rule.kind == "block" else 1
+    times = info.frames // info.tubelet  # of a video, all masked alike
+    return times * ((rule.unit // info.patch_size) ** 2 if rule.kind == "block" else 1)
 
 
 def _native(info: ModelInfo) -> int:
     unit = _unit(info)
     if info.mask_rule.kind in ("random", "topped_up"):
-        return int(info.num_patches * (1 - info.mask_rule.ratio))
+        return int(info.num_patches // unit * (1 - info.mask_rule.ratio)) * unit
     units = info.num_patches // unit
     return (units - math.ceil(units * info.mask_rule.ratio)) * unit
 

@@ -441,7 +441,7 @@ class Stack(Generic[_Any]):
         told = self._told_by(tokens, arguments)
         if self.spec.present == "subset":
             prefix = (self.hint or 0) if self.spec.prefix_tokens == "auto" else self.spec.prefix_tokens
-            patches = next(iter(told.values())).shape[1] if told else positions
+            patches = next(iter(told.values())).shape[1] if told else positions if positions > 1 else total - prefix
         elif self.spec.prefix_tokens != "auto":
             prefix = self.spec.prefix_tokens
             patches = total - prefix

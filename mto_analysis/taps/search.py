@@ -10,14 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mto_analysis.taps.stacks import StackSpec, with_position
 
-__all__ = ["find_stacks", "hinted_grids", "hinted_patches", "hinted_prefix", "holders_of", "path_of", "unwrap"]
+__all__ = [
+    "Sizes",
+    "find_stacks",
+    "hinted_grids",
+    "hinted_patches",
+    "hinted_prefix",
+    "holders_of",
+    "path_of",
+    "sizes_of",
+    "unwrap",
+]
 
 _MASK_TOKEN = re.compile(r"mask\w*(token|embed|vector|query)|(token|embed|vector|query)\w*mask", re.IGNORECASE)
 _PREFIX_TOKEN = re.compile(r"(^|_)(cls|class|dist|distillation|reg|register|storage|prefix)s?_?(token|embed)")
@@ -76,13 +86,17 @@ def find_stacks(model: nn.Module) -> list[StackSpec]:
         )
     _refuse_copies(model, tokens)
     kinds = len({path for path, *_ in found})
-    specs: dict[str, StackSpec] = {}
-    for path, lists_path, several, blocks in found:
+    names: dict[str, tuple[str, str]] = {}
+    for path, lists_path, *_ in sorted(found, key=lambda each: -_shared(each[0], each[1])):  # the nearest first
         name = _stack_name(path, lists_path, kinds > 1)
-        if name in specs:
-            name = f"{name} {lists_path}" if f"{name} {lists_path}" not in specs else f"{name} {lists_path} {path}"
-        specs[name] = StackSpec(name, blocks, several, masked_row=_masked_row(model, path, several, lists_path))
-    return list(specs.values())
+        if name in names:
+            name = f"{name} {lists_path}" if f"{name} {lists_path}" not in names else f"{name} {lists_path} {path}"
+        names[name] = path, lists_path
+    named = {pair: name for name, pair in names.items()}
+    return [
+        StackSpec(named[path, lists_path], blocks, several, masked_row=_masked_row(model, path, several, lists_path))
+        for path, lists_path, several, blocks in found
+    ]
 
 
 def _mask_tokens(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -284,8 +298,41 @@ def hinted_patches(model: nn.Module) -> set[int]:
     return {each for each in found if isinstance(each, int)} | {math.prod(grid) for grid in hinted_grids(model)}
 
 
+class Sizes(NamedTuple):
+    """Of images and patches, as a configuration or a patch embedding says: rows and columns in pixels, and frames."""
+
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    frames: int = 1
+    tubelet: int = 1
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Rows and columns of patches, with those in time in front for videos."""
+        rows, columns = (side // cell for side, cell in zip(self.image, self.patch, strict=True))
+        return (self.frames // self.tubelet, rows, columns) if self.frames > 1 else (rows, columns)
+
+
+def sizes_of(place: object) -> Sizes | None:
+    """What a configuration or a patch embedding says, under the usual names."""
+
+    def said(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(place, name, None)) is not None), None)
+
+    found = said("image_size", "img_size", "crop_size"), said("patch_size")
+    sides = [(each, each) if isinstance(each, int) else each for each in found]
+    if not all(isinstance(each, (tuple, list)) and all(isinstance(side, int) for side in each) for each in sides):
+        return None
+    frames, tubelet = said("num_frames", "frames_per_clip"), said("tubelet_size")
+    times = (frames, tubelet) if isinstance(frames, int) and isinstance(tubelet, int) and tubelet > 0 else (1, 1)
+    (top, side), (cell, width) = (tuple(each)[-2:] for each in sides)
+    return Sizes((top, side), (cell, width), *times) if min(cell, width) > 0 else None
+
+
 def hinted_grids(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Grids of patches that modules of a model say to have: ``grid_size``."""
+    """Grids of patches that a model says to have: by its ``config``, and ``grid_size`` of its modules."""
+    if (said := sizes_of(getattr(model, "config", None))) is not None:
+        yield said.grid
     for module in model.modules():
         grid = getattr(module, "grid_size", None)
         if isinstance(grid, (tuple, list)) and all(isinstance(side, int) for side in grid):
