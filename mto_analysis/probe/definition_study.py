@@ -32,7 +32,7 @@ class Definitions:
     @contextmanager
     def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
         """Measures for one model, watching its attention while it runs."""
-        setup = Setup(model, model.info.grid, self._masks_per_image)
+        setup = Setup(model, model.info.mask_grid, self._masks_per_image)
         with Attention(setup).watching() as attention:
             self._attention[label] = attention
             yield (DefinitionMeasure(model), attention)

@@ -311,7 +311,7 @@ def probe(
     """
     if masks_per_image < 1:
         raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
-    setup = Setup(model, tuple(grid or model.info.grid), masks_per_image, compared=True)
+    setup = Setup(model, tuple(grid or model.info.mask_grid), masks_per_image, compared=True)
     source = masks or masks_from_rule(model.info)
     with measuring(measures, setup) as made:
         return run_measures(setup, batches, source, [*made, *layer_measures], stacks=stacks, train_mode=train_mode)

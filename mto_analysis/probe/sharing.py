@@ -67,7 +67,7 @@ def shared_probe(
     Returns:
         All chunks in the order of images; none if no image could be read.
     """
-    setup = Setup(model, model.info.grid, masks_per_image, compared=len(request.sources) > 1)
+    setup = Setup(model, model.info.mask_grid, masks_per_image, compared=len(request.sources) > 1)
     with measuring(measures, setup) as made:
         source = masks if keep_masks is None else _kept(masks, keep_masks)
         return _shared(request, setup, masks, source, label, [*made, *layer_measures], keep_masks)
