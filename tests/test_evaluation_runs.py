@@ -13,8 +13,9 @@ from labelled_images import write_parquet
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
-from mto_analysis import save_checkpoint
+from mto_analysis import load_checkpoint, open_images, save_checkpoint
 from mto_analysis.checkpoints.publishing import published_metadata, published_state
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError, DataError, OutputExistsError
 from mto_analysis.figures.plots.evaluation import draw_accuracy
 from mto_analysis.training.evaluation.checkpoint_scores import (
@@ -31,6 +32,8 @@ from mto_analysis.training.methods import build_method
 from mto_analysis.training.methods.conmim import ConMIMMethod
 from mto_analysis.training.recipes import load_recipe
 from mto_analyze import app
+
+IMAGES = open_images(DEMO_IMAGES)
 
 
 def write_run(folder: Path, epochs: tuple[int, ...] = (2, 10), *, method: str | None = None, seed: int = 0) -> Path:
@@ -173,7 +176,7 @@ def conmim() -> ConMIMMethod:
 
 
 def bias_of(source: Path, weights: Any = None) -> tuple[float, str]:
-    encoder = load_encoder(str(source), weights=weights)
+    encoder = load_encoder(str(source), IMAGES, weights=weights)
     return float(encoder.model.patch_embed.proj.bias[0].detach()), encoder.weights
 
 
@@ -183,7 +186,7 @@ def test_load_encoder__takes_conmims_slow_branch_by_default(conmim, tmp_path) ->
     assert bias_of(path) == (0.5, "model_ema")
     assert bias_of(path, "model") == (0.0, "model")
     assert conmim.probed is conmim.teacher
-    assert load_encoder(str(path)).note == ""
+    assert load_encoder(str(path), IMAGES).note == ""
 
 
 def test_load_encoder__finds_the_slow_branch_in_a_file_of_its_own(conmim, tmp_path) -> None:
@@ -192,9 +195,9 @@ def test_load_encoder__finds_the_slow_branch_in_a_file_of_its_own(conmim, tmp_pa
     path, copy = (tmp_path / f"checkpoint{name}-799.pth" for name in ("", "_copy"))
     torch.save(content, path)
     assert bias_of(path) == (0.0, "model")
-    assert "holds no model_ema, which the authors of conmim evaluate" in load_encoder(str(path)).note
+    assert "holds no model_ema, which the authors of conmim evaluate" in load_encoder(str(path), IMAGES).note
     with pytest.raises(CheckpointError, match="holds no moving average"):
-        load_encoder(str(path), weights="model_ema")
+        load_encoder(str(path), IMAGES, weights="model_ema")
     torch.save({**content, "model": teacher}, copy)
     assert bias_of(path) == bias_of(path, "model_ema") == bias_of(copy) == (0.5, "model_ema")
     assert bias_of(path, "model") == (0.0, "model")
@@ -232,6 +235,29 @@ def test_evaluate__says_what_it_reads_of_which_weights(conmim, tmp_path, sources
     )
     assert other.exit_code == OutputExistsError.exit_code
     assert "was begun with weights = None, not model" in other.output
+
+
+def test_evaluate_knn__takes_the_options_of_measuring_commands(tmp_path: Path) -> None:
+    path, out = tmp_path / "mae.pth", tmp_path / "out"
+    settings = {"mask_ratio": "high"}  # of no use here
+    torch.save({"model": load_checkpoint(DEMO_CHECKPOINTS["MAE"]).state_dict(), "args": settings}, path)
+    limits = ("--train-limit", 64, "--test-limit", 16, "-k", 3)
+    arguments = ("knn", "--ckpt", path, "--train", DEMO_IMAGES, "--test", DEMO_IMAGES, *limits, "--out")
+    chosen = invoke(*arguments, out, "--num-heads", "auto")
+    assert chosen.exit_code == 0, chosen.output
+    assert "mae: compared head counts: num_heads 4 and decoder_num_heads 4, own loss" in chosen.output
+    right = invoke(*arguments, tmp_path / "right", "--num-heads", 4, "-q")
+    assert right.exit_code == 0, right.output
+    assert "own loss is lower" not in right.output
+    assert pd.read_csv(out / "curves.csv")["score"].equals(pd.read_csv(tmp_path / "right" / "curves.csv")["score"])
+    wrong = invoke(*arguments, tmp_path / "wrong", "--num-heads", 8, "--mean", "0.5,0.5,0.5", "-q")
+    assert "mae: own loss is lower with num_heads 4" in wrong.output
+    assert "give --num-heads 4\n" in wrong.output
+    told = json.loads((tmp_path / "wrong" / "settings.json").read_text())
+    assert (told["num_heads"], told["mean"], told["std"], told["value_range"]) == (8, [0.5] * 3, None, None)
+    other = invoke(*arguments, tmp_path / "wrong", "--num-heads", 8)
+    assert "was begun with mean = [0.5, 0.5, 0.5], not None" in other.output
+    assert "is neither a number from 1 nor auto" in invoke(*arguments, out, "--num-heads", "x").output
 
 
 def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None:

@@ -115,6 +115,15 @@ def test_commands__choose_and_doubt_head_counts(command: str, unstated: Path, tm
     assert "mae: own loss is lower with decoder_num_heads 4" in wrong.stderr
 
 
+def test_figures__choose_head_counts_and_take_the_options_of_measuring_commands(unstated: Path, tmp_path: Path) -> None:
+    out, heads = tmp_path / "out", ["--num-heads", "auto", "--decoder-num-heads", "4"]
+    arguments = ["figures", "fig1a", "--ckpt", str(unstated), "--limit", "32", "--std", "0.3,0.3,0.3", *heads]
+    result = CliRunner().invoke(app, [*arguments, "--value-range", "0", "255", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "mae: compared head counts: num_heads 4, own loss" in result.stderr
+    assert "(mean published, std given)" in result.stderr
+
+
 def test_unsettled_heads__stay_so_in_our_own_layout(unstated: Path, tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(unstated, num_heads=8, decoder_num_heads=4), tmp_path / "own.safetensors")
     assert load_checkpoint(tmp_path / "own.safetensors").info.unsettled_heads == ("num_heads", "decoder_num_heads")

@@ -149,7 +149,9 @@ class TestCommands:
     def test_verify__takes_the_image_size_of_a_grid_that_is_not_square(self) -> None:
         path = str(ROOT / "tests" / "golden" / "originals" / "hiera_rect" / "checkpoint.pth")
         assert "give --image-size" in invoke("verify", path).stderr
-        assert "64 x 96 px" in invoke("verify", path, "--image-size", "64x96").stdout
+        said = invoke("verify", path, "--image-size", "64x96", "--mean", "0.5,0.5,0.5").stdout
+        assert "64 x 96 px" in said
+        assert "mean (0.5, 0.5, 0.5), std (0.229, 0.224, 0.225) (mean given, std published)" in said
 
     def test_verify__a_file_that_is_not_the_published_one(self, tmp_path: Path) -> None:
         (tmp_path / "mae_pretrain_vit_base.pth").write_bytes(Path(DEMO).read_bytes())

@@ -12,10 +12,7 @@ from mto_analyze.inspect import in_words
 from mto_analyze.options import (
     AsJson,
     Checkpoint,
-    DecoderHeads,
-    Heads,
-    ImageSize,
-    LoadingOptions,
+    FileOptions,
     Offline,
     OutFile,
     Overwrite,
@@ -96,15 +93,8 @@ def fetch(
 
 
 @checkpoints.command(cls=Command)
-@takes()
-def verify(
-    ckpt: Checkpoint,
-    num_heads: Heads = None,
-    decoder_num_heads: DecoderHeads = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-) -> None:
+@takes(FileOptions)
+def verify(context: typer.Context, ckpt: Checkpoint, as_json: AsJson = False) -> None:
     """Check that a checkpoint is complete.
 
     Its layout is recognised, every tensor is there and finite, and its hash is the published one or that of the first
@@ -113,15 +103,10 @@ def verify(
     Example:
       mto-analyze checkpoints verify mae_vit_base_full
     """
+    from mto_analysis.checkpoints import LoadOptions
     from mto_analysis.checkpoints.verification import verify_checkpoint
 
-    result = verify_checkpoint(
-        ckpt,
-        num_heads=num_heads,
-        decoder_num_heads=decoder_num_heads,
-        image_size=image_size,
-        offline=offline,
-    )
+    result = verify_checkpoint(ckpt, LoadOptions(**measuring.loading(context.params)))
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
@@ -132,7 +117,7 @@ def verify(
 
 
 @checkpoints.command(cls=Command)
-@takes(LoadingOptions)
+@takes(FileOptions)
 def convert(
     context: typer.Context,
     ckpt: Checkpoint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.runtime.processes import Processes, this_process
+from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, launchable, note, progress, settings_of
 from mto_analyze.options import (
     ADVANCED,
     Accumulation,
     DeviceName,
     Group,
-    Heads,
-    Offline,
+    LoadingOptions,
     OutputOptions,
+    ValueRange,
     WeightsOption,
     Workers,
     takes,
@@ -77,12 +78,12 @@ class Labelled(Group):
     test_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only N test images, evenly spaced.")
     ] = None
+    value_range: ValueRange = None
 
 
-class Encoders(Group):
-    """Checkpoints, and which of their weights are scored."""
+class Encoders(LoadingOptions):
+    """Checkpoints, how they are loaded, and which of their weights are scored."""
 
-    panel = "Model"
     ckpt: Annotated[
         list[str],
         typer.Option(
@@ -105,8 +106,6 @@ class Encoders(Group):
     random_baseline: Annotated[
         bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
     ] = False
-    num_heads: Heads = None
-    offline: Offline = False
 
 
 class Features(Group):
@@ -240,17 +239,18 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     given = context.params
     here = this_process(given["device"])
     chosen = {name: _text(given[name]) for name in ("pooling", "norm", "precision")}
-    chosen |= {name: given[name] for name in ("layer", "crop_pct", "test_limit")} | {"limit": given["train_limit"]}
+    chosen |= {name: given[name] for name in ("layer", "crop_pct", "test_limit", "value_range")}
+    chosen |= {"limit": given["train_limit"]}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
     _say_skipped(evaluator.train, evaluator.test, quiet=given["quiet"])
-    told = {**evaluation.settings(), "weights": _text(given["weights"])}
+    told = {**evaluation.settings(), **_loading_told(given)}
     curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=here.main)
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         return evaluator.evaluate(model, processes=here)
 
-    _score_all(context, protocol, curve, score, here)
+    _score_all(context, protocol, curve, score, here, evaluator.train)
 
 
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
@@ -274,13 +274,14 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         num_workers=workers,
         device=given["device"],
     )
-    train = LabelledImages(given["train"], limit=given["train_limit"], num_workers=workers)
-    test = LabelledImages(given["test"], limit=given["test_limit"], num_workers=workers)
+    train, test = (
+        LabelledImages(given[name], limit=given[f"{name}_limit"], num_workers=workers, value_range=given["value_range"])
+        for name in ("train", "test")
+    )
     _say_skipped(train, test, quiet=given["quiet"])
     classes = check_classes(train, test)
-    told = {name: given[name] for name in ("train", "test", "train_limit", "test_limit")} | {
-        "weights": _text(given["weights"])
-    }
+    told = {name: given[name] for name in ("train", "test", "train_limit", "test_limit", "value_range")}
+    told |= _loading_told(given)
     curve = CurveFile(
         given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=here.main
     )
@@ -304,7 +305,12 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         top1, top5, seconds = classifier_score(folder)
         return Score(top1, top5, settings.feature(model), classes, seconds, settings.crop_pct)
 
-    _score_all(context, protocol, curve, score, here)
+    _score_all(context, protocol, curve, score, here, train)
+
+
+def _loading_told(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What scores depend on of how checkpoints are loaded."""
+    return {**measuring.loading(given), "weights": _text(given["weights"]), "offline": None}
 
 
 def _say_skipped(*sources: LabelledImages, quiet: bool) -> None:
@@ -320,8 +326,11 @@ def _score_all(
     curve: CurveFile,
     score: Callable[[MaskedImageModel, RunCheckpoint], Score],
     here: Processes,
+    train: LabelledImages,
 ) -> None:
     """Score what the curve lacks, and the random encoders; then write the rest."""
+    from mto_analysis.checkpoints import LoadOptions
+    from mto_analysis.probe.request import Settings
     from mto_analysis.training.evaluation.checkpoint_scores import (
         load_encoder,
         named_checkpoints,
@@ -331,16 +340,19 @@ def _score_all(
 
     given = context.params
     say = partial(note, quiet=given["quiet"])
-    checkpoints = named_checkpoints(given["ckpt"], given["label"], given["seed"])
+    checkpoints = named_checkpoints(given["ckpt"], given["label"], given["seed"], offline=given["offline"])
+    loading = LoadOptions(**{**measuring.loading(given), "weights": "model"})
 
     def load(checkpoint: RunCheckpoint) -> Encoder:
-        encoder = load_encoder(
+        return load_encoder(
             checkpoint.source,
+            train.images,
             weights=given["weights"] and given["weights"].value,
-            num_heads=given["num_heads"],
-            offline=given["offline"],
+            loading=loading,
+            settings=Settings(limit=given["train_limit"], device=str(here.device)),
+            listener=measuring.listener(given),
+            processes=here,
         )
-        return encoder._replace(model=encoder.model.to(here.device))
 
     def scored(checkpoint: RunCheckpoint) -> Score:
         encoder = load(checkpoint)

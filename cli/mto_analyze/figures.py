@@ -9,29 +9,31 @@ from mto_analyze import measuring
 from mto_analyze.options import (
     AnyCheckpoints,
     ComputeOptions,
-    DecoderHeads,
     Group,
-    Heads,
-    Images,
+    InputOptions,
     Labels,
-    Limit,
-    Offline,
+    LoadingOptions,
     OutputOptions,
+    StatedRatio,
+    Weights,
+    WeightsOption,
     takes,
 )
 
 
-class Own(Group):
-    """What replaces the bundled models and images."""
+class Models(LoadingOptions):
+    """What replaces the bundled models."""
 
-    panel = "Input"
     ckpt: AnyCheckpoints = None
     label: Labels = None
-    images: Images = None
-    limit: Limit = None
-    num_heads: Heads = None
-    decoder_num_heads: DecoderHeads = None
-    offline: Offline = False
+    mask_ratio: StatedRatio = None
+    weights: Weights = WeightsOption.model
+
+
+class Results(Group):
+    """What replaces published results."""
+
+    panel = "Input"
     experiment: Annotated[
         Path | None,
         typer.Option(
@@ -44,7 +46,7 @@ class Own(Group):
     ] = False
 
 
-@takes(Own, OutputOptions, ComputeOptions, out=Path("figures"), batch_size=64, device="cpu")
+@takes(InputOptions, Results, Models, OutputOptions, ComputeOptions, out=Path("figures"), batch_size=64, device="cpu")
 def figures(
     context: typer.Context,
     ckpt: list[str] | None,
@@ -71,7 +73,7 @@ def figures(
         width = max(map(len, FIGURES))
         typer.echo("\n".join(f"{name:{width}}  {one.title} ({one.origin})" for name, one in FIGURES.items()))
         return
-    replaced = measuring.options_of(Inputs, context.params)
+    replaced = measuring.options_of(Inputs, context.params) | {"loading": measuring.loading(context.params)}
     inputs = Inputs(tuple(ckpt or ()), tuple(label or ()), **replaced)
     if public:
         from mto_analysis.figures.paper.public import draw_public

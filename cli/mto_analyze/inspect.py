@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import AsJson, Checkpoint, LoadingOptions, takes
+from mto_analyze.options import AsJson, Checkpoint, FileOptions, takes
 
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import CheckpointReport
 
 
-@takes(LoadingOptions)
+@takes(FileOptions)
 def inspect(context: typer.Context, ckpt: Checkpoint, as_json: AsJson = False) -> None:
     """Print what a checkpoint holds, without loading its weights.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.processes import Processes
 from mto_analyze.console import note, progress
-from mto_analyze.options import Precision
+from mto_analyze.options import LoadingOptions, Precision
 
 if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
@@ -29,10 +30,9 @@ def listener(given: Mapping[str, Any]) -> Listener:
 
 
 def loading(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :func:`~mto_analysis.checkpoints.load_checkpoint` among the options of a command."""
-    from mto_analysis.checkpoints import LoadOptions
-
-    found = options_of(LoadOptions, given)
+    """Fields of :class:`~mto_analysis.checkpoints.LoadOptions` among the options of a command; no torch is imported."""
+    names = (*inspect.get_annotations(LoadingOptions), "mask_ratio", "weights")
+    found = {name: given[name] for name in names if name in given}
     return found | {"weights": "model"} if given.get("model") else found
 
 

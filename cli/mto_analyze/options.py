@@ -153,6 +153,14 @@ AutoDecoderHeads = Annotated[
         help="Attention heads of the decoder, if not in the file, or auto.",
     ),
 ]
+StatedRatio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATIO",
+        help="Fraction of patches masked in pre-training, if the file's is not one number.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 ImageSize = Annotated[
     Any,
     typer.Option(
@@ -281,47 +289,41 @@ class MaskOptions(Group):
 
 
 class LoadingOptions(Group):
-    """How one checkpoint is loaded that is read without images."""
+    """How checkpoints are loaded, where there are images to compare head counts on."""
 
     panel = "Model"
-    num_heads: Heads = None
-    decoder_num_heads: DecoderHeads = None
-    image_size: ImageSize = None
-    mean: Mean = None
-    std: Std = None
-    weights: Weights = WeightsOption.model
-    offline: Offline = False
-
-
-class CheckpointOptions(Group):
-    """Checkpoints to measure, and how they are loaded."""
-
-    panel = "Model"
-    ckpt: Checkpoints
-    label: Labels = None
     num_heads: AutoHeads = None
     decoder_num_heads: AutoDecoderHeads = None
     image_size: ImageSize = None
-    weights: Weights = WeightsOption.model
     mean: Mean = None
     std: Std = None
     offline: Offline = False
 
 
-class ModelOptions(Group):
+class FileOptions(LoadingOptions):
+    """How one checkpoint is loaded that is read without images."""
+
+    num_heads: Heads = None
+    decoder_num_heads: DecoderHeads = None
+    mask_ratio: StatedRatio = None
+    weights: Weights = WeightsOption.model
+
+
+class CheckpointOptions(LoadingOptions):
+    """Checkpoints to measure, and how they are loaded."""
+
+    ckpt: Checkpoints
+    label: Labels = None
+    weights: Weights = WeightsOption.model
+
+
+class ModelOptions(LoadingOptions):
     """Checkpoints or models of the user's code to measure, and how they are loaded."""
 
-    panel = "Model"
     ckpt: AnyCheckpoints = None
     model: Models = None
     label: Labels = None
-    num_heads: AutoHeads = None
-    decoder_num_heads: AutoDecoderHeads = None
-    image_size: ImageSize = None
     weights: WeightsOrFile = "model"
-    mean: Mean = None
-    std: Std = None
-    offline: Offline = False
 
 
 class ComputeOptions(Group):
@@ -392,10 +394,13 @@ def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) 
 def _parameters(group: type[Group], defaults: dict[str, Any]) -> list[inspect.Parameter]:
     """The options of a group as parameters of a function, each with its panel."""
     found = []
-    for name, annotation in get_type_hints(group, include_extras=True).items():
+    hints = get_type_hints(group, include_extras=True)
+    for name in dict.fromkeys(
+        name for each in group.__mro__ for name in inspect.get_annotations(each)
+    ):  # own ones first
         if name == "panel":
             continue
-        kind, info = get_args(annotation)
+        kind, info = get_args(hints[name])
         info = copy(info)
         info.rich_help_panel = info.rich_help_panel or group.panel
         default = defaults.get(name, getattr(group, name, inspect.Parameter.empty))

@@ -36,5 +36,5 @@ class LoadOptions:
     offline: bool = False
 
     def keywords(self) -> dict[str, Any]:
-        """As keyword arguments."""
-        return dict(vars(self))
+        """As keyword arguments; head counts to be chosen by the loss are left out."""
+        return {name: value for name, value in vars(self).items() if value != "auto"}

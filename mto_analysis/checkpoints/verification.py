@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.checkpoints import CheckpointReport, inspect_checkpoint, open_checkpoint
+from mto_analysis.checkpoints import CheckpointReport, LoadOptions, inspect_checkpoint, open_checkpoint
 from mto_analysis.checkpoints.downloading import recorded_digest
 from mto_analysis.checkpoints.registry import Checkpoint, find_published
 from mto_analysis.errors import CheckpointError
-from mto_analysis.models.interface import ImageSize
 
 __all__ = ["Verification", "compare_hash", "verify_checkpoint"]
 
@@ -37,22 +36,12 @@ class Verification:
         return asdict(self)
 
 
-def verify_checkpoint(
-    source: str | Path,
-    *,
-    num_heads: int | None = None,
-    decoder_num_heads: int | None = None,
-    image_size: ImageSize | None = None,
-    offline: bool = False,
-) -> Verification:
+def verify_checkpoint(source: str | Path, loading: LoadOptions | None = None) -> Verification:
     """Check a checkpoint as far as it can be checked without running it.
 
     Args:
         source: As for :func:`~mto_analysis.checkpoints.load_checkpoint`.
-        num_heads: As there.
-        decoder_num_heads: As there.
-        image_size: As there.
-        offline: As there.
+        loading: As there.
 
     Raises:
         CheckpointError: If it cannot be read or recognised, lacks a tensor or has one too many, of a wrong shape or
@@ -63,8 +52,9 @@ def verify_checkpoint(
         >>> verify_checkpoint(DEMO_CHECKPOINTS["MAE"]).report.info.family
         'mae'
     """
-    opened = open_checkpoint(source, mmap=True, offline=offline)
-    report = inspect_checkpoint(opened, num_heads=num_heads, decoder_num_heads=decoder_num_heads, image_size=image_size)
+    options = loading or LoadOptions()
+    opened = open_checkpoint(source, mmap=True, weights=options.weights, offline=options.offline)
+    report = inspect_checkpoint(opened, **options.keywords())
     entry = find_published(str(source), opened.path)
     compared = compare_hash(opened.path, opened.sha256, entry)
     return Verification(report, opened.sha256, entry.id if entry else None, compared)

@@ -59,7 +59,11 @@ class HeadCounts:
 
 
 def compare_heads(
-    model: MaskedImageModel, batch: tuple[Tensor, Tensor] | None, asked: Mapping[str, object]
+    model: MaskedImageModel,
+    batch: tuple[Tensor, Tensor] | None,
+    asked: Mapping[str, object],
+    *,
+    encoder_only: bool = False,
 ) -> HeadCounts:
     """Choose the head counts asked for as ``auto``, and compare the others with what beats them.
 
@@ -67,6 +71,7 @@ def compare_heads(
         model: With some counts.
         batch: Normalised images and their masks, or ``None`` where none can be read.
         asked: The counts that the file does not state, as the user gave them.
+        encoder_only: The decoder is of no use but for the loss: its count is neither asked for nor doubted.
 
     Raises:
         HeadCountError: If a count is ``auto`` and none has a clearly lower loss than all others.
@@ -85,12 +90,14 @@ def compare_heads(
         return HeadCounts()
     found = HeadCounts()
     if auto:
-        found = _choose(model, batch, auto)
+        found = _choose(model, batch, auto, auto[:1] if encoder_only else auto)
         model = with_config(model, replace(model.config, **found.taken))
     given = any(count is not None for count in asked.values())
     few = slice(_CHOSEN if auto else _GIVEN if given else _PUBLISHED)
     own = {option: getattr(model.config, option) for option in compared}
     best, _ = lowest_loss(model, batch[0][few], batch[1][few], compared)
+    if encoder_only:
+        own = {**best, "num_heads": own["num_heads"]}
     better = {option: count for option, count in best.items() if count != own[option] and option not in auto}
     if not better:
         return found
@@ -102,16 +109,18 @@ def compare_heads(
     return replace(found, warning=warning if clear else "")
 
 
-def _choose(model: MaskedImageModel, batch: tuple[Tensor, Tensor], options: Sequence[str]) -> HeadCounts:
-    """The counts with a clearly lower loss than all others."""
-    best, second = lowest_loss(model, batch[0][:_CHOSEN], batch[1][:_CHOSEN], options)
+def _choose(
+    model: MaskedImageModel, batch: tuple[Tensor, Tensor], options: Sequence[str], wanted: Sequence[str]
+) -> HeadCounts:
+    """The counts with a clearly lower loss than all others, of which not all need be wanted."""
+    best, second = lowest_loss(model, batch[0][:_CHOSEN], batch[1][:_CHOSEN], options, wanted)
     clear, low, high = clearly_lower(model, *batch, best, second)
     words = (
         f"{_in_words(best)}, own loss {low:.3g} of predicting the mean, then {_in_words(second)}, {high:.3g} "
         f"({len(batch[1])} images)"
     )
     if not clear:
-        raise HeadCountError(f"no head count is clearly best: {words}; give {_flags(options)}", options[0])
+        raise HeadCountError(f"no head count is clearly best: {words}; give {_flags(wanted)}", options[0])
     return HeadCounts(best, f"compared head counts: {words}")
 
 
@@ -130,7 +139,13 @@ def head_candidates(model: MaskedImageModel, option: str) -> list[int]:
     return [own, *(count for count in fitting if count != own)]
 
 
-def lowest_loss(model: MaskedImageModel, images: Tensor, mask: Tensor, options: Sequence[str]) -> tuple[Counts, Counts]:
+def lowest_loss(
+    model: MaskedImageModel,
+    images: Tensor,
+    mask: Tensor,
+    options: Sequence[str],
+    wanted: Sequence[str] | None = None,
+) -> tuple[Counts, Counts]:
     """Search for the lowest loss: the encoder's count, then the decoder's, until neither changes any more.
 
     Shapes:
@@ -142,9 +157,10 @@ def lowest_loss(model: MaskedImageModel, images: Tensor, mask: Tensor, options: 
         images: Normalised for it.
         mask: True where masked.
         options: Counts to search for, of ``num_heads`` and ``decoder_num_heads``.
+        wanted: Those of them that matter; by default all.
 
     Returns:
-        The counts with the lowest loss, and the best of those that differ in one of them.
+        The counts with the lowest loss, and the best of those that differ in one that matters.
     """
     candidates = {option: head_candidates(model, option) for option in _WIDTHS if option in options}
     known: dict[tuple[tuple[str, int], ...], float] = {}
@@ -161,7 +177,9 @@ def lowest_loss(model: MaskedImageModel, images: Tensor, mask: Tensor, options: 
         before = best
         for option in best:
             best = min(({**best, option: count} for count in candidates[option]), key=loss)
-    others = [{**best, option: count} for option in best for count in candidates[option] if count != best[option]]
+    others = [
+        {**best, option: count} for option in wanted or best for count in candidates[option] if count != best[option]
+    ]
     return best, min(others, key=loss)
 
 

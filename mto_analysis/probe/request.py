@@ -154,20 +154,23 @@ class Request:
             return self._load(source, raw).info
         return checkpoint_info(raw, self.loading.image_size)
 
-    def _load(self, source: str | Path, raw: RawCheckpoint | None) -> MaskedImageModel:
+    def _load(self, source: str | Path, raw: RawCheckpoint | None, *, encoder_only: bool = False) -> MaskedImageModel:
         """Load a checkpoint; numbers given for several are for those that need them, as is ``auto``.
 
-        Masks from a file or matched to other models need no ratio of the model's own.
+        Masks from a file or matched to other models need no ratio of the model's own, and an encoder alone needs
+        neither that nor the decoder's head count.
         """
         if isinstance(source, LiveSource):
             self.listener.note(f"{source}: its module is imported, so its code runs")
             return source.load(raw)
         assert raw is not None
         chosen = self.loading.keywords()
-        given = {option: chosen.pop(option) for option in ("num_heads", "decoder_num_heads")}
-        if len(self.sources) == 1:
-            chosen |= {option: count for option, count in given.items() if count != "auto"}
-        without = self.settings.masks is not None or self.settings.match_visible
+        given = {option: getattr(self.loading, option) for option in HEADS_ASSUMED}
+        if len(self.sources) > 1:
+            chosen = {option: value for option, value in chosen.items() if option not in given}
+        if encoder_only:
+            given["decoder_num_heads"] = given["decoder_num_heads"] or "auto"
+        without = encoder_only or self.settings.masks is not None or self.settings.match_visible
         given["mask_ratio"] = chosen.pop("mask_ratio") or self.settings.mask_ratio or ("auto" if without else None)
         while True:
             try:
@@ -176,6 +179,20 @@ class Request:
                 if given[error.option] is None:
                     raise
                 chosen[error.option] = error.stand_in if given[error.option] == "auto" else given[error.option]
+
+    def encoder(self) -> MaskedImageModel:
+        """The first checkpoint, on its device, for the sake of its encoder: nothing but that need be known.
+
+        Raises:
+            CheckpointError: If it cannot be used.
+        """
+        label = self.labels[0]
+        model = self._load(self.sources[0], self._opened[0], encoder_only=True)
+        model = model.to(self.settings.device, self.settings.dtype)
+        if "num_heads" in model.info.unsettled_heads:
+            model = self._settle_heads(label, model, self._masks(model)[0], encoder_only=True)
+        self._say_assumptions(label, model, without=HEADS_ASSUMED["decoder_num_heads"])
+        return model
 
     def models(self, checked: Sequence[int] | None = None) -> Iterator[LoadedModel]:
         """Load one checkpoint after the other.
@@ -240,18 +257,26 @@ class Request:
             self.listener.note(f"{label}: mean {info.mean}, std {info.std} ({info.statistics_source})")
         if info.caveat:
             self.listener.note(f"{label}: {info.caveat}")
-        for assumption in info.assumptions:
-            self.listener.note(f"{label}: assumed that {assumption}")
+        self._say_assumptions(label, model)
 
-    def _settle_heads(self, label: str, model: MaskedImageModel, masks: MaskSource) -> MaskedImageModel:
+    def _say_assumptions(self, label: str, model: MaskedImageModel, without: str = "") -> None:
+        for assumption in model.info.assumptions:
+            if assumption != without:
+                self.listener.note(f"{label}: assumed that {assumption}")
+
+    def _settle_heads(
+        self, label: str, model: MaskedImageModel, masks: MaskSource, *, encoder_only: bool = False
+    ) -> MaskedImageModel:
         """Choose head counts by the loss where that was asked for, and doubt those that another one beats."""
         found = HeadCounts()
         if self.processes.main:
             rows = self.settings.rows(self.images)
             batch = self._masked(model, masks, [rows[index] for index in spread_rows(len(rows), COMPARED_IMAGES)])
             asked = {option: getattr(self.loading, option) for option in model.info.unsettled_heads}
+            if encoder_only and asked["num_heads"] == "auto":
+                asked |= {option: "auto" for option, count in asked.items() if count is None}
             try:
-                found = compare_heads(model, batch, asked)
+                found = compare_heads(model, batch, asked, encoder_only=encoder_only)
             except HeadCountError as error:
                 raise HeadCountError(f"{label}: {error}", error.option) from error
             for say, words in ((self.listener.note, found.note), (self.listener.warn, found.warning)):

@@ -31,11 +31,10 @@ class Inputs:
         images: Folder, list or Parquet file of images; none: the bundled ones.
         limit: Number of images, spread evenly.
         experiment: Folder that ``mto-analyze experiment`` wrote; its curves are drawn beside what is published.
-        num_heads: For checkpoints that do not hold their head counts.
-        decoder_num_heads: The same for decoders.
         batch_size: Images at once.
         device: ``auto``, ``cpu``, ``cuda`` ...
-        offline: Never touch the network.
+        value_range: Values of black and white, of images that are not in eight bits and do not state them.
+        loading: Fields of :class:`~mto_analysis.checkpoints.LoadOptions`, for the checkpoints.
 
     Raises:
         ValueError: If there are labels, but not one different label per checkpoint.
@@ -47,11 +46,10 @@ class Inputs:
     images: Path | None = None
     limit: int | None = None
     experiment: Path | None = None
-    num_heads: int | None = None
-    decoder_num_heads: int | None = None
     batch_size: int = 64
     device: str = "cpu"
-    offline: bool = False
+    value_range: tuple[float, float] | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what belongs together."""

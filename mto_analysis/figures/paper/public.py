@@ -66,10 +66,11 @@ def draw_public(
     if inputs.images is None:
         listener.note("images: the bundled CIFAR-10 ones, enlarged; for the paper's figures pass ImageNet's (--images)")
     images = inputs.images or DEMO_IMAGES
-    paths = _fetched(inputs.offline, listener)
+    loading = LoadOptions(**inputs.loading)
+    paths = _fetched(loading.offline, listener)
     settings = Settings(device=pick_device(inputs.device))
-    loading = LoadOptions(inputs.num_heads, inputs.decoder_num_heads)
-    request = Request(list(paths.values()), open_images(images), settings, tuple(paths), loading)
+    opened = open_images(images, value_range=inputs.value_range)
+    request = Request(list(paths.values()), opened, settings, tuple(paths), loading)
     for path, loaded in zip(paths.values(), request.models(), strict=True):
         _check(path, loaded, inputs, listener)
     options: dict[str, Any] = {"overwrite": overwrite, "arguments": arguments, "listener": listener}
@@ -107,7 +108,7 @@ def _fetched(offline: bool, listener: Listener) -> dict[str, Path]:
 
 def _check(path: Path, loaded: LoadedModel, inputs: Inputs, listener: Listener) -> None:
     """Whole, as published, and better than predicting the mean."""
-    verified = verify_checkpoint(path, num_heads=inputs.num_heads, decoder_num_heads=inputs.decoder_num_heads)
+    verified = verify_checkpoint(path, LoadOptions(**inputs.loading))
     loss = loaded.own_loss
     if loss is None or loss.suspicious:
         words = "predicts no pixels" if loss is None else loss.in_words()

@@ -151,8 +151,8 @@ class Workbench:
         settings = Settings(limit=inputs.limit, batch_size=inputs.batch_size, device=pick_device(inputs.device))
         request = partial(
             Request,
-            images=open_images(inputs.images or DEMO_IMAGES),
-            loading=LoadOptions(inputs.num_heads, inputs.decoder_num_heads, offline=inputs.offline),
+            images=open_images(inputs.images or DEMO_IMAGES, value_range=inputs.value_range),
+            loading=LoadOptions(**inputs.loading),
             listener=self._listener,
         )
         if inputs.checkpoints:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mto_analysis.checkpoints import inspect_checkpoint, load_checkpoint, open_checkpoint
+from mto_analysis.checkpoints import LoadOptions, open_checkpoint
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DataError,
-    OptionNeededError,
     OutputExistsError,
 )
+from mto_analysis.images import Images
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.initialization import random_weights
+from mto_analysis.probe.request import Request
+from mto_analysis.probe.request import Settings as ProbeSettings
+from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import (
     atomic_file,
     check_writable,
@@ -29,6 +33,7 @@ from mto_analysis.runtime.outputs import (
     labels_of,
     write_atomically,
 )
+from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.evaluator import Score
 from mto_analysis.training.evaluation.protocols import weights_of
 
@@ -74,7 +79,7 @@ class RunCheckpoint(NamedTuple):
         return f"{name}-seed{self.seed}-" + ("final" if self.epoch is None else f"{self.epoch:04d}")
 
 
-def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]:
+def find_checkpoints(source: str, method: str, seed: int, *, offline: bool = False) -> list[RunCheckpoint]:
     """All ``checkpoint-*.pth`` of a run's folder in the order of their numbers, or the one that ``source`` is.
 
     Numbers are taken as they are: ours count finished epochs, the original MAE's count from 0.
@@ -95,7 +100,8 @@ def find_checkpoints(source: str, method: str, seed: int) -> list[RunCheckpoint]
     found = _NUMBER.search(source) or _COPY.search(source)
     if found is not None:
         return [RunCheckpoint(source, method, seed, int(found[1]))]
-    return [RunCheckpoint(source, method, seed, inspect_checkpoint(source).epoch)]
+    epoch = open_checkpoint(source, mmap=True, offline=offline).extras.get("epoch")
+    return [RunCheckpoint(source, method, seed, epoch if isinstance(epoch, int) else None)]
 
 
 class Encoder(NamedTuple):
@@ -107,31 +113,42 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(
-    source: str, *, weights: Weights | None = None, num_heads: int | None = None, offline: bool = False
+    source: str,
+    images: Images,
+    *,
+    weights: Weights | None = None,
+    loading: LoadOptions | None = None,
+    settings: ProbeSettings | None = None,
+    listener: Listener | None = None,
+    processes: Processes | None = None,
 ) -> Encoder:
     """A checkpoint for the sake of its encoder: the decoder's heads and the mask ratio need not be known.
 
+    A head count that the file does not state is compared with others by the model's own loss on some images.
+
     Args:
         source: As for :func:`mto_analysis.load_checkpoint`.
+        images: To compare head counts on.
         weights: Which ones; by default those that the authors of its family evaluate, if they are there. ConMIM's slow
             branch is in the file, or in ``checkpoint_copy-N.pth`` beside ``checkpoint-N.pth``.
-        num_heads: As for :func:`mto_analysis.load_checkpoint`.
-        offline: As for :func:`mto_analysis.load_checkpoint`.
+        loading: How it is loaded, but for the weights.
+        settings: Device of the model, and how many of the images there are.
+        listener: Takes notes and warnings.
+        processes: All of them call this; by default this one alone.
 
     Raises:
         CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for what the encoder does not use.
     """
 
     def load(source: str, weights: Weights) -> MaskedImageModel:
-        raw = open_checkpoint(source, weights=weights, offline=offline)
-        stand_ins: dict[str, Any] = {}
-        while True:
-            try:
-                return load_checkpoint(raw, num_heads=num_heads, **stand_ins)
-            except OptionNeededError as error:
-                if error.option == "num_heads":
-                    raise
-                stand_ins[error.option] = error.stand_in
+        return Request(
+            [source],
+            images,
+            settings or ProbeSettings(),
+            loading=replace(loading or LoadOptions(), weights=weights),
+            listener=listener or Listener(),
+            processes=processes or Processes(),
+        ).encoder()
 
     if _COPY.search(source):
         return Encoder(load(source, "model"), "model_ema")
@@ -163,7 +180,11 @@ def _identity(source: str) -> tuple[str | None, int | None]:
 
 
 def named_checkpoints(
-    sources: Sequence[str], methods: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    sources: Sequence[str],
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    *,
+    offline: bool = False,
 ) -> list[RunCheckpoint]:
     """All checkpoints of several sources, with the names and seeds that are given, else those of their runs.
 
@@ -173,6 +194,7 @@ def named_checkpoints(
         sources: As for :func:`find_checkpoints`.
         methods: One per source.
         seeds: One per source, or one for all.
+        offline: Never touch the network.
 
     Raises:
         ValueError: If there are not as many names or seeds as sources.
@@ -190,7 +212,7 @@ def named_checkpoints(
         method = methods[number] if methods else method or labels[source]
         if seeds:
             seed = seeds[number % len(seeds)]
-        found += find_checkpoints(source, method, seed or 0)
+        found += find_checkpoints(source, method, seed or 0, offline=offline)
     seen: dict[Any, str] = {}
     for checkpoint in found:
         if checkpoint.key in seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,13 +76,13 @@ class Evaluator:
 
     def __init__(self, evaluation: Evaluation, *, num_workers: int = 0) -> None:
         self.evaluation = evaluation
-        size = evaluation.batch_size
-        self.train = LabelledImages(
-            str(evaluation.train), limit=evaluation.limit, batch_size=size, num_workers=num_workers
-        )
-        self.test = LabelledImages(
-            str(evaluation.test), limit=evaluation.test_limit, batch_size=size, num_workers=num_workers
-        )
+        options: dict[str, Any] = {
+            "batch_size": evaluation.batch_size,
+            "num_workers": num_workers,
+            "value_range": evaluation.value_range,
+        }
+        self.train = LabelledImages(str(evaluation.train), limit=evaluation.limit, **options)
+        self.test = LabelledImages(str(evaluation.test), limit=evaluation.test_limit, **options)
         self.num_classes = check_classes(self.train, self.test)
 
     def evaluate(self, model: MaskedImageModel, *, processes: Processes | None = None) -> Score:

@@ -61,14 +61,23 @@ class LabelledImages:
         limit: Use so many images, spread evenly over the names.
         batch_size: Images in a batch.
         num_workers: Processes that decode; results do not depend on it.
+        value_range: As for :func:`mto_analysis.open_images`.
 
     Raises:
         DataError: If the images have no labels.
     """
 
-    def __init__(self, source: str, *, limit: int | None = None, batch_size: int = 256, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        limit: int | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         self.source = source
-        self.images: Images = open_images(source)
+        self.images: Images = open_images(source, value_range=value_range)
         labels = self.images.labels
         if labels is None:
             raise DataError(

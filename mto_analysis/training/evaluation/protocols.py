@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.interface import height_and_width
-from mto_analysis.runtime.settings import Count, Positive, Settings, Share
+from mto_analysis.runtime.settings import Count, Positive, Rising, Settings, Share
 from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
 
@@ -130,6 +130,7 @@ class Evaluation(Settings):
         test_limit: The same for test images.
         precision: Autocast precision of the encoder; ``bf16`` moves scores by a few hundredths of a point.
         batch_size: Images at once through the encoder; the last digits of features depend on it, so it is fixed.
+        value_range: Values of black and white, of images that are not in eight bits and do not state them.
 
     Source:
         kNN: facebookresearch/dino ``eval_knn.py`` (temperature 0.07, 20 neighbours the best of 10, 20, 100, 200).
@@ -156,6 +157,7 @@ class Evaluation(Settings):
     test_limit: Count | None = None
     precision: Precision = "fp32"
     batch_size: Count = 256
+    value_range: Annotated[tuple[float, float], Rising()] | None = None
 
     def __post_init__(self) -> None:
         """Bring the values to one form, and check them."""
