@@ -20,6 +20,7 @@ from mto_analyze.options import (
     Group,
     Images,
     Limit,
+    Measures,
     MeasuringPrecision,
     Offline,
     OutFile,
@@ -87,6 +88,7 @@ def run(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All of the registry that can be measured.")] = False,
     drop_files: Annotated[bool, typer.Option("--drop-files", help="Delete each download once it is measured.")] = False,
+    measures: Measures = "all,-attention,-cka",
     contributor: Annotated[str, typer.Option(metavar="NAME", help="Who measures, for the table.")] = "",
     precision: MeasuringPrecision = Precision.fp32,
 ) -> None:
@@ -174,10 +176,11 @@ def verify(
       mto-analyze atlas verify atlas --images VAL --image-set val.csv
     """
     from mto_analysis.atlas import AtlasFolder, compare_again, measure_all, read_table, sample_table
+    from mto_analysis.errors import DataError
 
     claimed = read_table(table)
     sample = sample_table(claimed, fraction, seed=seed, protocol=_protocol(context.params))
-    given = {**context.params, "limit": context.params["limit"] or int(claimed["num_images"].iloc[0])}
+    given = {**context.params, "limit": context.params["limit"] or int(claimed["num_images"].max())}
     source, chosen = _images(given)
     if chosen.sha256 != (there := claimed["images_sha256"].iloc[0]):
         raise ValueError(
@@ -200,7 +203,10 @@ def verify(
     summary, found = compare_again(sample, again)
     typer.echo(summary.to_string(index=False, float_format=lambda value: f"{value:.2g}"))
     found.check()
-    _report(failures, "nothing can be said of them")
+    _report(failures, "the others agree")
+    unmeasured = summary[summary["compared"] < summary["rows"]]["checkpoint"]
+    if len(unmeasured):
+        raise DataError(f"some measures were not measured again of {', '.join(unmeasured)}; the others agree")
 
 
 @atlas.command(cls=Command)
@@ -236,7 +242,10 @@ def _images(given: Mapping[str, Any]) -> tuple[Path, ImageSet]:
 
     source = given["images"]
     if source is None:
-        note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
+        note(
+            "no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only",
+            quiet=given["quiet"],
+        )
         source = DEMO_IMAGES
     if given["image_set"] is None and source != DEMO_IMAGES:
         return source, summarize_images(open_images(source), source.stem, limit=given["limit"])

@@ -16,6 +16,7 @@ from mto_analyze.options import (
     ComputeOptions,
     InputOptions,
     MaskOptions,
+    Measures,
     MeasuringPrecision,
     ModelOptions,
     OutputOptions,
@@ -37,13 +38,6 @@ class Definitions(StrEnum):
     all = "all"
 
 
-Measures = Annotated[
-    str,
-    typer.Option(
-        metavar="h,NAME,...|all",
-        help="Also in the same pass: cka, rank, rankme, lidar, attention, frequency, cosine, separability.",
-    ),
-]
 DefinitionsOption = Annotated[
     Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
 ]

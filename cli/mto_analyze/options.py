@@ -225,6 +225,15 @@ Accumulation = Annotated[
 ]
 
 
+Measures = Annotated[
+    str,
+    typer.Option(
+        metavar="h,NAME,...|all",
+        help="Also in the same pass: cka, rank, rankme, lidar, attention, frequency, cosine, separability; "
+        "all,-NAME: all others.",
+    ),
+]
+
 # Engines.
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes at a time on a machine.")]
 EngineOption = Annotated[

@@ -29,7 +29,6 @@ from mto_analysis.images import Images
 from mto_analysis.images.image_sets import ImageSet
 from mto_analysis.masks import masks_sha256
 from mto_analysis.models.interface import height_and_width
-from mto_analysis.probe.engine import mean_and_interval
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 from mto_analysis.runtime.listener import Listener
@@ -38,7 +37,10 @@ from mto_analysis.runtime.precision import DTYPES
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Entry", "Protocol", "choose_entries", "loading_from", "measure_entry"]
+__all__ = ["PER_LAYER", "Entry", "Protocol", "choose_entries", "loading_from", "measure_entry"]
+
+#: Without those per head and per pair of layers, of which a deep model has thousands of rows.
+PER_LAYER = "all,-attention,-cka"
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -65,6 +67,7 @@ class Protocol:
     Args:
         seed: Of the masks.
         masks_per_image: Masks per image.
+        measures: As :class:`~mto_analysis.probe.request.Settings` take them; by default all that are per layer.
         precision: Of the model's forward: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.
         batch_size: Images at once; values do not depend on it beyond rounding.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
@@ -74,6 +77,7 @@ class Protocol:
 
     seed: int = 0
     masks_per_image: int = 1
+    measures: str = PER_LAYER
     precision: str = "fp32"
     batch_size: int = 32
     device: str = "cpu"
@@ -89,6 +93,7 @@ class Protocol:
             device=self.device,
             dtype=DTYPES[self.precision],
             strict=True,
+            measures=self.measures,
             keep_masks=True,
         )
 
@@ -103,6 +108,7 @@ class Protocol:
         return {
             "mask_seed": self.seed,
             "masks_per_image": self.masks_per_image,
+            "measures": self.measures,
             "precision": self.precision,
             "weights": self.loading.weights,
             "loading": self.given(),
@@ -258,22 +264,10 @@ def _columns_of(study: HeterogeneityStudy, published: Checkpoint | None) -> dict
 
 
 def _values(study: HeterogeneityStudy) -> pd.DataFrame:
-    """Mean and interval of every measure in the pass, one below the other."""
-    import pandas as pd
-
-    frame = study.measured.copy()
-    frame["normalized_heterogeneity"] = frame["heterogeneity"] / np.log(np.maximum(frame["num_visible"], 2))
-    keys = ["stack", "layer_depth"]
-    others = {"model", *keys, "image", "mask", "num_masked", "num_visible"}
-    measures = [str(name) for name in frame if name not in others]
-    wide = mean_and_interval(frame, keys, measures)
-    parts = [
-        wide[[*keys, "num_visible", "num_images"]].assign(
-            measure=name, value=wide[name], ci_low=wide[f"{name}_ci_low"], ci_high=wide[f"{name}_ci_high"]
-        )
-        for name in measures
-    ]
-    return pd.concat(parts, ignore_index=True)
+    """All measures that are defined, one below the other."""
+    visible = study.table[["stack", "layer_depth", "num_visible"]]
+    rows = study.measures.drop(columns=["model", "other_model"]).dropna(subset="value")
+    return rows.merge(visible, on=["stack", "layer_depth"], how="left")
 
 
 def _hardware(device: str) -> str:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe", "merge_tables"]
 
-#: How far two measurements of a curve may be apart, as a fraction of its largest absolute value, by the precision of
-#: the forward: of two precisions the coarser counts.
-TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+#: How far two measurements may be apart, as a fraction of the curve's largest absolute value, by the precision of the
+#: forward; of two precisions the coarser counts. On the bundled models all measures differ from fp64 by up to 4e-6
+#: (fp32), 2e-2 (fp16) and 9e-2 (bf16); deeper models and other hardware round more.
+TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "fp16": 5e-2, "bf16": 1.5e-1}
 _NUMBERS = ("value", "ci_low", "ci_high")
 # Rows named in a message.
 _NAMED = 5
@@ -69,7 +70,7 @@ def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
     for name, other in others:
         a, b = table.iloc[0], other.iloc[0]
         for columns, what, words in (
-            (("images_sha256",), "images", "{image_set}, {num_images} of them, sha256 {images_sha256:.8}..."),
+            (("images_sha256",), "images", "{num_images} of {image_set}, sha256 {images_sha256:.8}..."),
             (("mask_seed", "masks_per_image"), "masks", "seed {mask_seed}, {masks_per_image} per image"),
         ):
             if any(a[column] != b[column] for column in columns):
@@ -98,7 +99,7 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
     columns = ["checkpoint", "precision", "hardware", *_NUMBERS]
     both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))
     rows = both.rename(columns={"checkpoint_a": "checkpoint"})
-    of_curve = rows.groupby([each for each in key if each != "layer_depth"])
+    of_curve = rows.groupby([each for each in key if not each.endswith("layer_depth")], dropna=False)
     scale = of_curve["value_a"].transform(lambda each: each.abs().max())
     apart = np.nan_to_num([np.abs(rows[f"{number}_a"] - rows[f"{number}_b"]) for number in _NUMBERS]).max(axis=0)
     rows["difference"] = np.where(apart > 0, apart / scale.where(scale > 0, np.nan).to_numpy(), 0.0)

@@ -77,7 +77,7 @@ COLUMNS = (
     Column("masks_sha256", "text", "SHA-256 of all masks by image name."),
     Column("image_set", "text", "Name of the image set."),
     Column("images_sha256", "text", "SHA-256 over names and contents of the images that were measured."),
-    Column("num_images", "integer", "Images measured."),
+    Column("measures", "text", "What was asked to be measured."),
     Column("own_loss", "number", "The model's own loss on up to 16 images.", optional=True),
     Column("own_loss_of_mean", "number", "The same of predicting the mean.", optional=True),
     Column("own_loss_target", "text", "What the loss is of; empty for models that predict no pixels."),
@@ -90,18 +90,22 @@ COLUMNS = (
     Column("stack", "text", "Stack of layers that holds masked tokens."),
     Column("layer_depth", "integer", "Layers passed; 0 is the input of the first."),
     Column("measure", "text", "Name of the measure."),
-    Column("value", "number", "Mean over images."),
-    Column("ci_low", "number", "Lower end of the 95 % interval over images; missing for one image.", optional=True),
+    Column("head", "integer", "Attention head, counted from 1, of a measure per head.", optional=True),
+    Column("other_stack", "text", "Second stack of a measure that compares two layers, if it is another."),
+    Column("other_layer_depth", "integer", "Second layer depth of such a measure.", optional=True),
+    Column("value", "number", "Mean over images, or number of all images together."),
+    Column("ci_low", "number", "Lower end of the 95 % interval over images, where there is one.", optional=True),
     Column("ci_high", "number", "Upper end.", optional=True),
+    Column("num_images", "integer", "Images that the value is of."),
     Column("num_visible", "number", "Mean number of visible tokens."),
 )
 
 #: What all rows have in common; otherwise they could not be compared.
-SHARED = ("images_sha256", "num_images", "mask_seed", "masks_per_image")
+SHARED = ("images_sha256", "mask_seed", "masks_per_image")
 #: What a measurement is of: equal in two tables, the values must be, too.
 MEASUREMENT = ("file_sha256", "weights", "loading")
 #: What a row is of, within a measurement.
-ROW = ("stack", "layer_depth", "measure")
+ROW = ("stack", "layer_depth", "measure", "head", "other_stack", "other_layer_depth")
 
 _PATTERNS = {
     **dict.fromkeys(("file_sha256", "masks_sha256", "images_sha256"), re.compile("[0-9a-f]{64}")),
@@ -210,12 +214,11 @@ def check_table(table: pd.DataFrame, where: str) -> None:
         refuse(~table[name].map(lambda text, of=pattern: bool(of.fullmatch(text))), name, "which cannot be")
     for name, floor in _FLOORS.items():
         refuse(table[name] < floor, name, f"the smallest is {floor}")
-    several = table["num_images"] > 1
+    of_h = table["measure"] == "heterogeneity"
     for name, sign in (("ci_low", 1), ("ci_high", -1)):
-        refuse(several & table[name].isna(), name, "and several images have an interval")
+        refuse(of_h & (table["num_images"] > 1) & table[name].isna(), name, "and H of several images has an interval")
         beyond = sign * (table[name] - table["value"]) > _SLACK * table["value"].abs()
         refuse(beyond, name, "on the wrong side of the value")
-    of_h = table["measure"] == "heterogeneity"
     bound = np.log(table["num_visible"].where(of_h, 1.0)) * (1 + 1e-6)
     refuse(
         of_h & ((table["value"] < 0) | (table["value"] > bound)), "value", "and H lies between 0 and log(num_visible)"
@@ -232,8 +235,8 @@ def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     import pandas as pd
 
     joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[each.name for each in COLUMNS])
-    keys = ["checkpoint", *MEASUREMENT, "stack", "measure", "layer_depth"]
-    return joined.sort_values(keys, ignore_index=True)[[each.name for each in COLUMNS]]
+    keys = ["checkpoint", *MEASUREMENT, "measure", *ROW]
+    return joined.sort_values(list(dict.fromkeys(keys)), ignore_index=True)[[each.name for each in COLUMNS]]
 
 
 def table_outputs(table: pd.DataFrame) -> dict[str, bytes]:

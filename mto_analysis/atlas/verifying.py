@@ -56,6 +56,7 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
             protocol,
             seed=int(row["mask_seed"]),
             masks_per_image=int(row["masks_per_image"]),
+            measures=row["measures"],
             precision=row["precision"],
             loading=replace(loading_from(row["loading"]), weights=row["weights"], offline=protocol.loading.offline),
         )

@@ -98,7 +98,7 @@ def known_measures() -> dict[str, Callable[[Setup], TokenMeasure]]:
 
 
 def names_of(measures: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of measures in the order of the registry, H among them; ``"all"`` are all.
+    """Names of measures in the order of the registry, H among them; ``"all"`` are all, without those after a minus.
 
     Args:
         measures: Names, or in one text with commas between.
@@ -109,11 +109,14 @@ def names_of(measures: str | Sequence[str]) -> tuple[str, ...]:
     Example:
         >>> names_of("cka, rank"), names_of(["h"])
         (('h', 'cka', 'rank'), ('h',))
+        >>> "cka" in names_of("all,-cka")
+        False
     """
     asked, known = _asked(measures), known_measures()
-    if unknown := [name for name in asked if name not in known and name != "all"]:
+    if unknown := [name for name in asked if name.removeprefix("-") not in known and name != "all"]:
         raise ValueError(f"measures are {', '.join(known)}, or all; got {', '.join(map(repr, unknown))}")
-    return tuple(name for name in known if name == "h" or name in asked or "all" in asked)
+    wanted = [name for name in known if f"-{name}" not in asked and (name in asked or "all" in asked)]
+    return tuple(name for name in known if name == "h" or name in wanted)
 
 
 def _asked(measures: str | Sequence[str]) -> list[str]:
