@@ -1,23 +1,30 @@
 """Folders of transformers' own classes: tokens equal its plain hidden states, or the folder is refused."""
 
+import copy
+import dataclasses
 import inspect
 import json
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
 import torch
 from test_cli import ok, run
+from test_mto_attach import CONFIG, assert_near, assert_same, attached_way, slow_way
 from test_mto_attach_libraries import installed
+from training_models import Case
 
 from mto_analysis import heterogeneity, image_batches, load_checkpoint, measure, open_images
 from mto_analysis.checkpoints import inspect_checkpoint
 from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import CheckpointError
 from mto_analysis.images import choose_images
-from mto_analysis.masks import mask_keys
-from mto_analysis.models.interface import height_and_width
+from mto_analysis.masks import MaskRule, mask_keys
+from mto_analysis.models.interface import ModelInfo, height_and_width
+from mto_analysis.models.live import inferred_info
+from mto_analysis.mto import attach_mto
 
 hf = installed("transformers")
 
@@ -226,6 +233,57 @@ def test_load_checkpoint__gives_the_hidden_states_of_the_library(name, dtype, ne
     for measured in (loaded, live):
         found = measure(measured, images, mask).summary()["heterogeneity"].tolist()
         assert found == pytest.approx(by_hand, rel=1e-6 if dtype == torch.float64 else 1e-3)
+
+
+def blocks_of(name, model):
+    """The blocks that masked tokens go through."""
+    if name in DECODERS:
+        return list(DECODERS[name][0](model))
+    base = model.base_model
+    holder = getattr(base, "encoder", getattr(base, "model", base))
+    layers = next(found for each in ("layers", "layer", "stages") if (found := getattr(holder, each, None)) is not None)
+    inner = [getattr(layer, "blocks", getattr(layer, "layers", None)) for layer in layers]
+    return list(layers) if None in inner else [block for stage in inner for block in stage]
+
+
+def run_training(name, model, dtype, seed):
+    """A forward with a loss, and the mask in the order of tokens."""
+    torch.manual_seed(seed)
+    if name == "hiera":  # masked in units of 2 x 2 patches of 4 px, half of them
+        info = ModelInfo("hiera", "decoder", 32, 8, MaskRule("random", 0.5, 8))
+    else:
+        info = inferred_info(model)
+        merged = 2 ** (len(getattr(model.config, "depths", (1,))) - 1)
+        rule = MaskRule("block", 0.5, merged * info.patch_size) if merged > 1 else MaskRule("random", 0.75, 4)
+        info = dataclasses.replace(info, mask_rule=rule)
+    images, mask = inputs_of(info, dtype)
+    arguments = DECODERS[name][1](mask) if name in DECODERS else {"bool_masked_pos": mask}
+    output = next(each for each in model(images, **arguments).to_tuple() if isinstance(each, torch.Tensor))
+    return output.float().square().mean(), mask.sort(dim=1).values if name == "videomae" else mask
+
+
+@pytest.mark.parametrize("precision", ["float64", "bf16 autocast"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("vit_rect", "beit_pretraining")])
+def test_attach__equals_the_slow_way(name, precision):
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = tower_of(random_model(name)).to(dtype).train()
+    twin, mto = copy.deepcopy(model), attach_mto(model, CONFIG, check_every=0)
+    case = Case(
+        None,
+        lambda each, seed: run_training(name, each, dtype, seed),
+        lambda each: [blocks_of(name, each)],
+        CLASSES[name][2],
+    )
+
+    def autocast():
+        return nullcontext() if dtype == torch.float64 else torch.autocast("cpu", torch.bfloat16)
+
+    for seed in range(2):
+        found, expected = attached_way(case, model, mto, seed, autocast), slow_way(case, twin, seed, autocast=autocast)
+        if dtype == torch.float64:
+            assert_same(found, expected, rtol=1e-8, atol=1e-8)
+        else:
+            assert_near(found, expected)
 
 
 @pytest.fixture

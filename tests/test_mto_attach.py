@@ -94,7 +94,7 @@ def slow_way(case, model, seed, config=CONFIG, autocast=nullcontext):
     for stack, blocks in enumerate(case.stacks(model)):
         layers = [kept[stack, depth][:, case.prefix :] for depth in range(len(blocks) + 1)]
         cells = [side // int(tokens.shape[1] ** 0.5) for tokens in layers]
-        masks = [mask.view(-1, side, side)[:, ::cell, ::cell].flatten(1) for cell in cells]
+        masks = [mask if c == 1 else mask.view(-1, side, side)[:, ::c, ::c].flatten(1) for c in cells]
         extra.append(mto_loss(layers, masks, config).loss)
     extra = torch.stack(extra).mean()
     model.zero_grad()
