@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,8 +22,9 @@ from mto_analysis import DataError
 from mto_analysis.checkpoints import registry
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.errors import CheckpointError, DataNotFoundError, OutputExistsError
+from mto_analysis.figures.files import CAPTIONS, merge_captions
+from mto_analysis.figures.options import DrawingOptions, drawing
 from mto_analysis.figures.paper import FIGURES, Drawn, Inputs, draw_paper, find_figures
-from mto_analysis.figures.paper.drawing import CAPTIONS, merge_captions
 from mto_analysis.figures.paper.public import PUBLIC, draw_public
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.paper.workbench import Workbench
@@ -43,7 +45,7 @@ runner = CliRunner()
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but not rendered, where a test looks only at their tables."""
-    monkeypatch.setattr("mto_analysis.figures.plots.style.figure_bytes", lambda figure, kind, tight=True: b"")
+    monkeypatch.setattr("mto_analysis.figures.plots.style.figure_bytes", lambda figure, kind: b"")
 
 
 def drawn(name: str, **inputs: object):
@@ -66,6 +68,10 @@ def redrawn() -> dict[str, Drawn]:
         bench.name = name
         found[name] = FIGURES[name].draw(bench)
     return found
+
+
+def _order_of(captions: str) -> list[str]:
+    return re.findall(r"^## (.+)$", captions, flags=re.MULTILINE)
 
 
 def assert_same_numbers(found: pd.DataFrame, committed: Path) -> None:
@@ -99,7 +105,7 @@ class TestWhatIsCommitted:
             assert (COMMITTED / file).read_text(encoding="utf-8") == text
         committed = (COMMITTED / CAPTIONS).read_text(encoding="utf-8")
         caption = f"{FIGURES[name].title}. {redrawn[name].caption}"
-        assert merge_captions(committed, {name: caption}) == committed
+        assert merge_captions(committed, {name: caption}, order=_order_of(committed)) == committed
 
     @pytest.mark.parametrize(
         ("name", "results"),
@@ -171,7 +177,8 @@ class TestCatalogue:
 
 
 def test_merge_captions__replaces_its_own_and_keeps_the_others_in_order() -> None:
-    text = merge_captions("# Mine\n\n## fig4\n\nold\n\n## zz\n\nkept\n", {"fig4": "new", "fig1a": "first"})
+    new = {"fig4": "new", "fig1a": "first"}
+    text = merge_captions("# Mine\n\n## fig4\n\nold\n\n## zz\n\nkept\n", new, order=list(FIGURES))
     assert text == "# Mine\n\n## fig1a\n\nfirst\n\n## fig4\n\nnew\n\n## zz\n\nkept\n"
 
 
@@ -219,9 +226,11 @@ class TestMeasured:
     def test_figure_1b_shows_final_models_as_figure_1a_does(self, redrawn: dict[str, Drawn]) -> None:
         looks = []
         for name in ("fig1a", "fig1b"):
-            lines = redrawn[name].figures[name].axes[0].lines
-            looks.append({line.get_label(): line.get_color() for line in lines if not line.get_label().startswith("_")})
-        assert list(looks[1]) == ["MAE", "SimMIM", "MAE, early", "SimMIM, early"]
+            axes = redrawn[name].figures[name].axes
+            assert [ax.get_title(loc="left").split(",")[0] for ax in axes] == ["MAE", "SimMIM"]
+            lines = [line for ax in axes for line in ax.lines if not line.get_label().startswith("_")]
+            looks.append({line.get_label(): line.get_color() for line in lines})
+        assert list(looks[1]) == ["MAE", "MAE, early", "SimMIM", "SimMIM, early"]
         assert looks[0] == {name: looks[1][name] for name in ("MAE", "SimMIM")}
 
     def test_definitions_and_controls_share_one_pass(
@@ -239,8 +248,8 @@ class TestMeasured:
 def test_draw_affinity__names_and_ranges_of_thirteen_maps_do_not_touch_on_a_page() -> None:
     values = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
     maps = [AffinityMap("encoder", depth, None, 4, 5, "softmax", values) for depth in range(13)]
-    figure = draw_affinity(maps, width=TEXT_WIDTH, note=False)
-    with paper_style():
+    with drawing(DrawingOptions("paper")), paper_style():
+        figure = draw_affinity(maps)
         figure.draw_without_rendering()
     panels = [ax for ax in figure.axes if ax.images]
     assert len(panels) == 13
@@ -254,7 +263,8 @@ def test_draw_affinity__names_and_ranges_of_thirteen_maps_do_not_touch_on_a_page
 
 class TestSchematic:
     def test_masked_tokens_enter_the_encoder_in_one_style_and_only_the_decoder_in_the_other(self) -> None:
-        figure = draw_schematic()
+        with drawing(DrawingOptions("paper")):
+            figure = draw_schematic()
         hatched = {}
         for ax, style in zip(figure.axes[:2], ("inpainting", "decoder"), strict=True):
             squares = [patch for patch in ax.patches if hasattr(patch, "get_xy") and patch.get_hatch()]

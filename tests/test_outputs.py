@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mto_analysis.errors import MTOAnalysisError, OutputError, OutputExistsError
-from mto_analysis.figures.plots.style import write_figure
+from mto_analysis.figures.files import write_figure
 from mto_analysis.runtime.outputs import OutputFolder, atomic_file, check_writable, run_metadata, write_atomically
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -13,8 +14,11 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from mto_analysis import DataError
-from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_fall, plot_heterogeneity
-from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, figure_bytes, paper_style
+from mto_analysis.figures.files import file_names, write_figure
+from mto_analysis.figures.options import DrawingOptions, drawing, inches
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_heterogeneity, plot_share
+from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, figure_bytes, looks_of, paper_style
+from mto_analysis.runtime.outputs import OutputFolder
 
 
 def curve(
@@ -100,55 +104,106 @@ def test_plot_heterogeneity__sorts_rows_by_depth(frame: pd.DataFrame) -> None:
 def test_plot_heterogeneity__tells_stacks_of_one_model_apart() -> None:
     frame = pd.concat([curve("BootMAE", [1.0, 2.0], stack=stack) for stack in ("pixel_decoder", "feature_decoder")])
     labels = [line.get_label() for line in solid_lines(plot_heterogeneity(frame))]
-    assert labels == ["BootMAE, pixel_decoder", "BootMAE, feature_decoder"]
+    assert labels == ["BootMAE, pixel decoder", "BootMAE, feature decoder"]
 
 
 def test_curves__differ_without_colour() -> None:
     frame = pd.concat([curve(f"model {number}", [1.0, 2.0]) for number in range(7)])
-    for plot in (plot_heterogeneity, plot_fall):
+    for plot in (plot_heterogeneity, plot_share):
         looks = [(line.get_marker(), str(line.get_linestyle())) for line in solid_lines(plot(frame))]
         assert len(set(looks)) == 7
         assert len({line.get_color() for line in solid_lines(plot(frame))}) == len(COLORS) == 7
     assert len(solid_lines(plot_heterogeneity(pd.concat([curve(str(n), [1.0]) for n in range(15)])))) == 15
 
 
-def test_plot_fall__shows_the_distance_to_the_bound_downwards_on_a_log_axis() -> None:
-    values = [np.log(49) * share for share in (0.999, 0.99, 0.5)]
-    ax = plot_fall(curve("MAE", values))
+def test_looks_of__follow_from_the_label_alone() -> None:
+    alone = {name: looks_of([name])[name] for name in ("MAE", "SimMIM", "my model", "a/b")}
+    for names in (["SimMIM", "MAE"], ["a/b", "MAE"], ["my model", "SimMIM"]):
+        assert looks_of(names) == {name: alone[name] for name in names}
+    many = looks_of(f"model {number}" for number in range(20))
+    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in many.values()}) == 20
+    assert looks_of(["baseline"])["baseline"]["color"] == "0.35"
+
+
+def test_plot_share__shows_a_small_fall_on_its_own_range() -> None:
+    values = [np.log(49) * share for share in (0.999, 0.998, 0.99)]
+    frame = curve("SimMIM", values).drop(columns=["normalized_ci_low", "normalized_ci_high"])
+    ax = plot_share(frame)
     (line,) = solid_lines(ax)
-    np.testing.assert_allclose(line.get_ydata(), [0.001, 0.01, 0.5], rtol=1e-9)
-    assert ax.get_yscale() == "log"
+    np.testing.assert_allclose(line.get_ydata(), [0.999, 0.998, 0.99], rtol=1e-9)
+    assert (ax.get_yscale(), ax.yaxis_inverted()) == ("linear", False)
     bottom, top = ax.get_ylim()
-    assert bottom > 1 > 0.001 > top  # the axis points down, and everything is inside
-    assert "downwards" in ax.get_ylabel()
-    heights = ax.transData.transform(line.get_xydata())[:, 1]
-    assert (np.diff(heights) < 0).all()
-    assert heights[0] - heights[1] > 10  # a fall of 1 % can be seen
+    assert 0.98 < bottom < 0.99 < 1 < top < 1.01
+    assert [text.get_text() for text in ax.texts] == ["axis not from 0"]
+    low = plot_share(curve("MAE", [0.9, 0.5, 0.2]))  # far below the bound the axis begins at 0
+    assert low.get_ylim()[0] <= 0 < 1.1 / np.log(49) < low.get_ylim()[1] < 0.5
+    assert not low.texts
 
 
-def test_plot_fall__draws_the_interval_and_survives_the_bound() -> None:
-    bound = np.log(49)
-    frame = curve("MAE", [bound + 1e-9, bound * 0.9])  # rounding can take H above its bound
-    ax = plot_fall(frame)
-    (line,) = solid_lines(ax)
-    assert line.get_ydata()[0] == 1e-7
-    assert line.get_ydata()[1] == pytest.approx(0.1)
-    low, high = edges(ax.collections[0], 1)
-    assert (low, high) == pytest.approx((1 - (bound * 0.9 + 0.2) / bound, 1 - (bound * 0.9 - 0.1) / bound))
-    assert np.isfinite(ax.collections[0].get_paths()[0].vertices).all()
+def test_plot_share__draws_the_interval() -> None:
+    frame = curve("MAE", [2.0, 1.0])
+    low, high = edges(plot_share(frame).collections[0], 1)
+    assert (low, high) == pytest.approx((0.9 / np.log(49), 1.2 / np.log(49)))
 
 
-def test_draw_heterogeneity__puts_both_views_side_by_side(frame: pd.DataFrame) -> None:
-    figure = draw_heterogeneity(frame, title="two models")
+def test_draw_heterogeneity__has_a_panel_per_model_and_epochs_share_one(frame: pd.DataFrame) -> None:
+    figure = draw_heterogeneity(pd.concat([frame, curve("MAE, early", [3.5, 3.4, 3.3])]), title="two models")
     left, right = figure.axes
-    assert [line.get_label() for line in solid_lines(left)] == ["MAE", "SimMIM"]
-    assert right.get_yscale() == "log"
+    assert left.get_title(loc="left") == r"MAE, $H_{\mathrm{max}} = 3.89$ nats"
+    assert [line.get_label() for line in solid_lines(left)] == ["MAE", "MAE, early"]
+    assert solid_lines(left)[1].get_markerfacecolor() == "white"
+    assert [line.get_label() for line in solid_lines(right)] == ["SimMIM"]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["MAE", "SimMIM"]
+    assert [text.get_text() for text in legend.get_texts()] == ["MAE", "MAE, early", "SimMIM"]
     heading = figure.get_suptitle()
     assert heading.startswith("two models\n")
     assert "mean over 8 images; bands: 95 % interval over images" in heading
     assert figure.get_size_inches()[0] == PAGE_WIDTH
+    many = pd.concat([curve(f"m{number}", [1.0]) for number in range(7)])
+    assert [ax.get_title(loc="left").split(",")[0] for ax in draw_heterogeneity(many).axes] == ["all models"]
+
+
+def test_draw_heterogeneity__of_one_model_fills_one_panel_with_nats_beside() -> None:
+    figure = draw_heterogeneity(curve("MAE", [2.0, 1.0]))
+    (ax,) = figure.axes
+    (nats,) = ax.child_axes
+    with paper_style():
+        figure.draw_without_rendering()
+    np.testing.assert_allclose(nats.get_ylim(), np.log(49) * np.array(ax.get_ylim()))
+    assert not figure.legends
+
+
+@pytest.mark.parametrize("style", ["screen", "paper", "slides"])
+def test_drawing__is_honoured_by_figures_and_their_files(style: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+    with drawing(DrawingOptions(style, ("svg", "png"), inches("86mm"))):
+        names = file_names(["h", "h.csv"])
+        figure = draw_heterogeneity(frame, title="T")
+        write_figure(OutputFolder(tmp_path, names), "h", figure)
+        assert names == ["h.svg", "h.png", "h.csv"]
+    assert figure.get_size_inches()[0] == pytest.approx(86 / 25.4)
+    with Image.open(tmp_path / "h.png") as image:
+        assert image.width / image.info["dpi"][0] == pytest.approx(86 / 25.4, abs=0.01)
+    assert b"<svg" in (tmp_path / "h.svg").read_bytes()
+    captions = tmp_path / "captions.md"
+    if style == "paper":
+        assert "mean over 8 images" not in figure.get_suptitle()
+        assert "mean over 8 images" in captions.read_text(encoding="utf-8")
+        assert "STIXGeneral" in (tmp_path / "h.svg").read_text(encoding="utf-8")
+    else:
+        assert "mean over 8 images" in " ".join(figure.get_suptitle().split())
+        assert not captions.exists()
+
+
+def test_drawing__refuses_what_is_no_option() -> None:
+    for given, words in (
+        ({"style": "poster"}, "style must be one of screen, paper, slides"),
+        ({"formats": ("gif",)}, "format must be some of png,pdf,svg"),
+        ({"width": 0.2}, "from 1 to 40 inches"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DrawingOptions(**given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be a length"):
+        inches("wide")
 
 
 def test_draw_heterogeneity__draws_one_image_without_a_band() -> None:
@@ -156,7 +211,7 @@ def test_draw_heterogeneity__draws_one_image_without_a_band() -> None:
     columns = ["ci_low", "ci_high", "normalized_ci_low", "normalized_ci_high"]
     frame[columns] = float("nan")
     figure = draw_heterogeneity(frame)
-    assert solid_lines(figure.axes[0])[0].get_ydata().tolist() == [2.0, 1.0]
+    assert solid_lines(figure.axes[0])[0].get_ydata().tolist() == (np.array([2.0, 1.0]) / np.log(49)).tolist()
     assert figure_bytes(figure, "png")
 
 
@@ -165,13 +220,13 @@ def test_draw_heterogeneity__names_differing_numbers_of_images() -> None:
     assert "mean over 8 or 16 images" in draw_heterogeneity(frame).get_suptitle()
 
 
-@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_fall, draw_heterogeneity])
+@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_share, draw_heterogeneity])
 def test_plots__name_missing_columns(plot, frame: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="the table lacks the columns heterogeneity, num_visible"):
         plot(frame.drop(columns=["heterogeneity", "num_visible"]))
 
 
-@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_fall])
+@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_share])
 def test_plots__draw_on_given_axes_and_leave_the_frame_alone(plot, frame: pd.DataFrame) -> None:
     from matplotlib.figure import Figure
 
@@ -207,6 +262,6 @@ def test_figure_bytes__have_300_dots_per_inch_and_embedded_fonts(frame: pd.DataF
     figure = draw_heterogeneity(frame)
     with Image.open(io.BytesIO(figure_bytes(figure, "png"))) as image:
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
-        assert image.size[0] > 1800
+        assert image.size[0] == 2100
     assert b"/FontFile2" in figure_bytes(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
     assert b"/Type3" not in figure_bytes(figure, "pdf")

@@ -47,12 +47,20 @@ def test_draw_affinity__one_panel_per_depth_in_reading_order_with_borders_and_na
     for ax, each in zip(found, maps, strict=True):
         image = ax.images[0]
         np.testing.assert_array_equal(image.get_array(), each.values.numpy())
-        assert (image.norm.vmin, image.norm.vmax) == (each.values.min(), each.values.max())
+        outside = each.values[~torch.eye(5, dtype=torch.bool)]
+        assert (image.norm.vmin, image.norm.vmax) == (outside.min(), outside.max())
         assert {float(line.get_xdata()[0]) for line in ax.lines if line.get_xdata()[0] == line.get_xdata()[1]} == {2.5}
     assert [text.get_text() for text in found[0].texts] == ["1st", "2nd", "3rd", "4th"]
     assert [label.get_text() for label in found[0].get_yticklabels()] == ["masked", "visible"]
     assert "softmax" in figure.axes[-1].get_xlabel()
-    assert "own least to greatest" in figure.axes[-1].get_xlabel()
+    assert "min to max off the diagonal of each map" in figure.axes[-1].get_xlabel()
+    whole = panels(draw_affinity(maps, scale="per-map", log=True))
+    for ax, each in zip(whole, maps, strict=True):
+        norm = ax.images[0].norm
+        assert isinstance(norm, LogNorm)
+        assert (norm.vmin, norm.vmax) == (each.values.min(), each.values.max())
+    with pytest.raises(ValueError, match="logarithmic colours need a softmax"):
+        draw_affinity(some_maps(kind="dot"), log=True)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "dot", "cosine"])
@@ -61,9 +69,9 @@ def test_draw_affinity__shared_scale_names_kind_and_shares_limits(kind: str) -> 
     figure = draw_affinity(maps, scale="shared")
     norms = [ax.images[0].norm for ax in panels(figure)]
     assert len({(norm.vmin, norm.vmax) for norm in norms}) == 1
-    assert isinstance(norms[0], LogNorm) == (kind == "softmax")
+    assert not isinstance(norms[0], LogNorm)
     label = figure.axes[-1].get_xlabel()
-    assert "one scale for all maps" in label
+    assert "one colour scale for all maps" in label
     assert kind.split("_")[0] in label
 
 

@@ -14,7 +14,7 @@ from watched_models import Shrinking, batch_of, small_mae, small_simmim
 from mto_analysis import load_checkpoint
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_MASKS, demo_batches
-from mto_analysis.figures.plots.controls import plot_controls
+from mto_analysis.figures.plots.controls import draw_controls
 from mto_analysis.masks import load_masks
 from mto_analysis.models import LayerTokens
 from mto_analysis.models.initialization import random_weights, with_mask_token
@@ -121,13 +121,17 @@ def test_control_sentences__say_where_the_curve_leaves_the_bands() -> None:
     assert "outside at every layer depth of zero mask token" in sentence
 
 
-def test_plot_controls__draws_a_band_per_control_under_the_curve() -> None:
+def test_draw_controls__has_a_panel_per_control_on_one_range() -> None:
     curve, controls = made_up()
     words = {name: CONTROLS[name] for name in ("random_weights", "zero_token")}
-    ax = plot_controls(curve, control_bands(controls), words)
-    assert [line.get_label() for line in ax.lines] == ["random weights", "zero mask token", "the model"]
-    assert ax.lines[-1].get_ydata().tolist() == [0.9, 0.5]
-    assert len(ax.collections) == 3
+    first, second = draw_controls(curve, control_bands(controls), words).subfigs[0].axes
+    assert [ax.get_title() for ax in (first, second)] == ["random\nweights", "zero\nmask token"]
+    assert first.get_ylim() == second.get_ylim()
+    assert first.get_ylabel().startswith("m\n")
+    for ax in (first, second):
+        assert [line.get_label() for line in ax.lines] == ["control", "model"]
+        assert ax.lines[-1].get_ydata().tolist() == [0.9, 0.5]
+        assert len(ax.collections) == 2  # the band of the control, and of the curve
 
 
 def test_heterogeneity_command__controls_say_how_long_and_what_they_show(tmp_path: Path) -> None:

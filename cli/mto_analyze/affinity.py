@@ -13,6 +13,7 @@ from mto_analyze import measuring
 from mto_analyze.console import launchable
 from mto_analyze.options import (
     ComputeOptions,
+    DrawingOptions,
     ImageNames,
     InputOptions,
     MaskOptions,
@@ -42,18 +43,23 @@ class Kind(StrEnum):
 class Scale(StrEnum):
     """How values become colours."""
 
+    off_diagonal = "off-diagonal"
     per_map = "per-map"
     shared = "shared"
 
 
 KindOption = Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")]
 ScaleOption = Annotated[
-    Scale, typer.Option(help="Colour scale: per-map from min to max of each map, as in the paper, or shared.")
+    Scale,
+    typer.Option(
+        help="Colour scale: from min to max of each map off its diagonal, per-map with it, as in the paper, or shared."
+    ),
 ]
+Log = Annotated[bool, typer.Option("--log", help="Logarithmic colours, for a softmax.")]
 
 
 @launchable
-@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("affinity"))
+@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, DrawingOptions, ComputeOptions, out=Path("affinity"))
 def affinity(
     context: typer.Context,
     out: Path,
@@ -61,7 +67,8 @@ def affinity(
     label: list[str] | None,
     limit: int | None,
     kind: KindOption = Kind.softmax,
-    scale: ScaleOption = Scale.per_map,
+    scale: ScaleOption = Scale.off_diagonal,
+    log: Log = False,
     chosen: ImageNames = None,
     num_workers: Workers = 0,
     strict: Strict = False,
@@ -78,6 +85,8 @@ def affinity(
 
     if chosen and limit:
         raise ValueError("--image names the images, so leave --limit out")
+    if log and kind is not Kind.softmax:
+        raise ValueError(f"--log needs --kind softmax, whose values are positive, got --kind {kind.value}")
     given = {**context.params, "label": chosen_labels(measuring.sources(context.params), label)}
     stems = figure_stems(given["label"], chosen or [""])
     files = file_names(["affinity.npz", "quadrants.csv", *stems.values(), "run.json"])
@@ -91,24 +100,20 @@ def affinity(
     if not processes.main:
         return
     metadata = {"models": study.heterogeneity.models, "skipped": request.skipped, "processes": processes.count}
-    measuring.write(given, files, drawn(study, stems, scale), **metadata)
+    measuring.write(given, files, drawn(study, stems, scale=scale.value, log=log), **metadata)
     typer.echo(study.quadrants[SHOWN].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
 def figure_stems(labels: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str], str]:
     """The figure of each model and image; a part of the name that is always the same is left out."""
-    from mto_analysis.runtime.outputs import file_word
+    from mto_analysis.runtime.outputs import file_words
 
-    return {
-        (model, image): "-".join(
-            ["affinity", *([file_word(model)] if len(labels) > 1 else []), *([file_word(image)] if image else [])]
-        )
-        for model in labels
-        for image in images
-    }
+    pairs = [(model, image) for model in labels for image in images]
+    names = [" ".join(["affinity", *([model] if len(labels) > 1 else []), image]) for model, image in pairs]
+    return dict(zip(pairs, file_words(names), strict=True))
 
 
-def drawn(study: "AffinityStudy", stems: Mapping[tuple[str, str], str], scale: Scale) -> dict[str, Any]:
+def drawn(study: "AffinityStudy", stems: Mapping[tuple[str, str], str], **how: Any) -> dict[str, Any]:
     """The outputs of a study by name: its tables, and a figure for each model and image."""
     from mto_analysis.figures.plots.affinity import draw_affinity
 
@@ -116,5 +121,5 @@ def drawn(study: "AffinityStudy", stems: Mapping[tuple[str, str], str], scale: S
     for (model, image), stem in stems.items():
         maps = [each for each in study.maps[model] if (each.image or "") == image]
         if maps:  # none where the image was broken and skipped
-            outputs[stem] = partial(draw_affinity, maps, scale=scale.value, title=model)
+            outputs[stem] = partial(draw_affinity, maps, title=model, **how)
     return outputs

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import note
-from mto_analyze.options import OutputOptions, takes
+from mto_analyze.options import DrawingOptions, OutputOptions, takes
 
 
-@takes(OutputOptions, out=Path("demo"))
+@takes(OutputOptions, DrawingOptions, out=Path("demo"))
 def demo(
     context: typer.Context,
     out: Path,
@@ -25,10 +25,11 @@ def demo(
     Example:
       mto-analyze demo
     """
+    from mto_analysis.figures.files import file_names, write_figure
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
-    names = [f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")]
-    names += ["fig2.csv", *(f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf"))]
+    figures = ("fig1a", "fig1b", "fig2-mae", "fig2-simmim")
+    names = file_names([*figures, "fig1a.csv", "fig1b.csv", "fig2.csv"])
     folder = OutputFolder(out, [*names, "report.html", "run.json"], overwrite=overwrite)
 
     import torch
@@ -36,7 +37,6 @@ def demo(
     from mto_analysis.demo import demo_sentences, measure_demo
     from mto_analysis.figures.plots.affinity import draw_affinity
     from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.figures.plots.style import write_figure
     from mto_analysis.figures.report import render_report
     from mto_analysis.figures.report_contents import demo_report
 

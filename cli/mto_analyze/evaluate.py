@@ -18,6 +18,7 @@ from mto_analyze.options import (
     ADVANCED,
     Accumulation,
     DeviceName,
+    DrawingOptions,
     Group,
     LoadingOptions,
     OutputOptions,
@@ -163,7 +164,7 @@ Cached = Annotated[
 
 @evaluate.command(cls=Command)
 @launchable
-@takes(Labelled, Encoders, OutputOptions, Features, Scoring, out=Path("evaluation-knn"))
+@takes(Labelled, Encoders, OutputOptions, DrawingOptions, Features, Scoring, out=Path("evaluation-knn"))
 def knn(
     context: typer.Context,
     neighbours: Annotated[
@@ -188,7 +189,7 @@ def knn(
 
 @evaluate.command(cls=Command)
 @launchable
-@takes(Labelled, Encoders, Trained, OutputOptions, Features, Scoring, out=Path("evaluation-linear"))
+@takes(Labelled, Encoders, Trained, OutputOptions, DrawingOptions, Features, Scoring, out=Path("evaluation-linear"))
 def linear(context: typer.Context, setting: list[str] | None, cached: Cached = False) -> None:
     """Train linear probes on frozen encoders.
 
@@ -215,7 +216,7 @@ def linear(context: typer.Context, setting: list[str] | None, cached: Cached = F
 
 @evaluate.command(cls=Command)
 @launchable
-@takes(Labelled, Encoders, Trained, OutputOptions, Scoring, out=Path("evaluation-finetune"))
+@takes(Labelled, Encoders, Trained, OutputOptions, DrawingOptions, Scoring, out=Path("evaluation-finetune"))
 def finetune(context: typer.Context) -> None:
     """Fine-tune encoders as classifiers.
 
@@ -383,13 +384,10 @@ def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict
     write_atomically(curve.path.parent / "run.json", json_bytes(metadata))
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:
+        from mto_analysis.figures.files import write_figure
         from mto_analysis.figures.plots.evaluation import draw_accuracy
-        from mto_analysis.figures.plots.style import figure_bytes
 
-        figure = draw_accuracy(table, random)
-        for kind in ("png", "pdf"):
-            write_atomically(curve.path.parent / f"curves.{kind}", figure_bytes(figure, kind))
-        names += ["curves.png", "curves.pdf"]
+        names += [path.name for path in write_figure(curve.path.parent, "curves", draw_accuracy(table, random))]
     shown = table.drop(columns=["protocol", "checkpoint", "seconds"]).dropna(axis="columns", how="all")
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
     note(f"wrote {', '.join(names)} to {curve.path.parent}", quiet=context.params["quiet"])

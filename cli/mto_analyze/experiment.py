@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import note, settings_of
-from mto_analyze.options import EngineName, EngineOptions, Quiet, takes
+from mto_analyze.options import DrawingOptions, EngineName, EngineOptions, Quiet, takes
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FIGURES = ("curves", "rauc", "time", "heterogeneity")
 FILES = (
     *("curves.csv", "rauc.csv", "heterogeneity.csv", "choice.csv", "terms.csv", "summary.md", "run.json"),
-    *(f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "pdf")),
+    *FIGURES,
 )
 
 
@@ -69,7 +69,7 @@ KeepGoing = Annotated[
 ]
 
 
-@takes(EngineOptions)
+@takes(DrawingOptions, EngineOptions)
 def experiment(
     context: typer.Context,
     file: File,
@@ -95,6 +95,7 @@ def experiment(
       mto-analyze experiment mae_cifar10 --images CIFAR10 --out mae-cifar10 --jobs 2
     """
     from mto_analysis.experiments import ExperimentRuns, do_runs, load_experiment
+    from mto_analysis.figures.files import file_names
     from mto_analysis.images import open_images
     from mto_analysis.runtime.outputs import OutputFolder
 
@@ -106,7 +107,8 @@ def experiment(
         typer.echo(runs.listing())
         return
     part = _part(runs, only, shard)
-    folder = OutputFolder(out, FILES, overwrite=True)  # of this experiment, which run by run is checked
+    files = file_names(FILES)
+    folder = OutputFolder(out, files, overwrite=True)  # of this experiment, which run by run is checked
     count = len(open_images(found.train).names)
     if dry_run:
         typer.echo(_plan(runs, jobs, count))
@@ -118,7 +120,7 @@ def experiment(
         note(f"{len(left)} of {len(runs.all)} runs are still to be done: tables and figures follow", quiet=quiet)
         return
     _write(folder, chosen, runs, jobs=jobs, count=count, began=began)
-    note(f"wrote {', '.join(name for name in FILES if (out / name).exists())} to {out}", quiet=quiet)
+    note(f"wrote {', '.join(name for name in files if (out / name).exists())} to {out}", quiet=quiet)
 
 
 def _part(runs: ExperimentRuns, only: int | None, shard: str | None) -> Sequence[Run] | None:
@@ -174,20 +176,19 @@ def _write(
 
 def _draw(folder: OutputFolder, results: Results) -> None:
     from mto_analysis.experiments.results import TIME
+    from mto_analysis.figures.files import write_figure
     from mto_analysis.figures.plots.experiment import draw_experiment_curves, draw_trajectories
     from mto_analysis.figures.plots.rauc import rauc_figure
-    from mto_analysis.figures.plots.style import paper_style, write_figure
 
     score = "top-1 accuracy (%)"
     write_figure(folder, "curves", draw_experiment_curves(results.curves, score=score))
-    with paper_style():
-        for stem, comparisons, axis, label in (
-            ("rauc", results.comparisons, "epoch", "epoch"),
-            ("time", results.timed, TIME, "training time (s)"),
-        ):
-            if comparisons:
-                pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
-                write_figure(folder, stem, rauc_figure(comparisons, pairs, axis=label, score=score))
+    for stem, comparisons, axis, label in (
+        ("rauc", results.comparisons, "epoch", "epoch"),
+        ("time", results.timed, TIME, "training time (s)"),
+    ):
+        if comparisons:
+            pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
+            write_figure(folder, stem, rauc_figure(comparisons, pairs, axis=label, score=score))
     if len(results.heterogeneity):
         write_figure(folder, "heterogeneity", draw_trajectories(results.heterogeneity))
 

@@ -9,12 +9,14 @@ from mto_analyze import measuring
 from mto_analyze.options import (
     AnyCheckpoints,
     ComputeOptions,
+    DrawingOptions,
     Group,
     InputOptions,
     Labels,
     LoadingOptions,
     OutputOptions,
     StatedRatio,
+    Style,
     Weights,
     WeightsOption,
     takes,
@@ -46,7 +48,18 @@ class Results(Group):
     ] = False
 
 
-@takes(InputOptions, Results, Models, OutputOptions, ComputeOptions, out=Path("figures"), batch_size=64, device="cpu")
+@takes(
+    InputOptions,
+    Results,
+    Models,
+    OutputOptions,
+    DrawingOptions,
+    ComputeOptions,
+    out=Path("figures"),
+    style=Style.paper,
+    batch_size=64,
+    device="cpu",
+)
 def figures(
     context: typer.Context,
     ckpt: list[str] | None,

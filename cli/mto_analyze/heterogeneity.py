@@ -14,6 +14,7 @@ from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
     ADVANCED,
     ComputeOptions,
+    DrawingOptions,
     InputOptions,
     MaskOptions,
     Measures,
@@ -83,7 +84,9 @@ SaveMasks = Annotated[
 
 
 @launchable
-@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("heterogeneity"))
+@takes(
+    InputOptions, MaskOptions, ModelOptions, OutputOptions, DrawingOptions, ComputeOptions, out=Path("heterogeneity")
+)
 def heterogeneity(
     context: typer.Context,
     out: Path,
@@ -246,13 +249,7 @@ def _difference(labels: Sequence[str], request: "Request") -> Begun:
 
 
 def _mask_files(labels: Sequence[str]) -> dict[str, str]:
-    """The label behind each mask file; two labels may not end up in one file."""
-    from mto_analysis.runtime.outputs import file_word
+    """The label behind each mask file."""
+    from mto_analysis.runtime.outputs import file_words
 
-    files: dict[str, str] = {}
-    for label in labels:
-        name = f"masks-{file_word(label)}.npz"
-        if name in files:
-            raise ValueError(f"labels {files[name]!r} and {label!r} would share the mask file {name}; change one")
-        files[name] = label
-    return files
+    return dict(zip((f"masks-{word}.npz" for word in file_words(labels)), labels, strict=True))

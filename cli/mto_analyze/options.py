@@ -7,7 +7,8 @@ all values are in ``context.params``.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from enum import StrEnum
 from pathlib import Path
@@ -16,10 +17,18 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 import typer
 
 #: Headings of the help, in this order; a command's own options stand under ``Options``.
-PANELS = ("Input", "Masks", "Model", "Evaluation", "Options", "Output", "Advanced")
+PANELS = ("Input", "Masks", "Model", "Evaluation", "Options", "Output", "Figures", "Advanced")
 ADVANCED = "Advanced"
 
 Command = Callable[..., None]
+
+
+class Style(StrEnum):
+    """Looks of figures."""
+
+    screen = "screen"
+    paper = "paper"
+    slides = "slides"
 
 
 class WeightsOption(StrEnum):
@@ -58,6 +67,29 @@ def image_size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise typer.BadParameter(f"{text!r} is neither a side in pixels nor HEIGHTxWIDTH")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """Formats of figures between commas."""
+    from mto_analysis.figures.options import FORMATS
+
+    found = tuple(dict.fromkeys(each.strip().lower() for each in text.split(",")))
+    if set(found) - set(FORMATS):
+        raise typer.BadParameter(f"{text!r} is not a list of {', '.join(FORMATS)} like pdf,png")
+    return found
+
+
+def figure_width(text: str) -> float:
+    """A length in inches."""
+    from mto_analysis.figures.options import inches
+
+    try:
+        found = inches(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not 1 <= found <= 40:
+        raise typer.BadParameter(f"{text!r} is not from 1 to 40 inches")
+    return found
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -207,6 +239,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results th
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar; warnings still show.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Figures.
+DrawingStyle = Annotated[
+    Style, typer.Option(help="paper: serif type, notes in captions.md instead of the figure; slides: large type.")
+]
+FigureFormat = Annotated[
+    Any, typer.Option(parser=formats, metavar="FORMAT,...", help="Formats of the figures: pdf, png, svg.")
+]
+FigureWidth = Annotated[
+    Any,
+    typer.Option(
+        parser=figure_width,
+        metavar="LENGTH",
+        help="Width of the figures, such as 86mm, 3.4in or 345pt; by default the style's.",
+    ),
+]
+
 # Advanced.
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.", rich_help_panel=ADVANCED)]
 DeviceName = Annotated[
@@ -276,6 +324,11 @@ class Group:
     """Options that stand together."""
 
     panel: ClassVar[str] = "Options"
+
+    @classmethod
+    def applied(cls, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """What a command runs in, where the options of the group hold for all that it does."""
+        return nullcontext()
 
 
 class InputOptions(Group):
@@ -354,6 +407,22 @@ class EngineOptions(Group):
     retries: Retries = 2
 
 
+class DrawingOptions(Group):
+    """How figures are drawn."""
+
+    panel = "Figures"
+    style: DrawingStyle = Style.screen
+    figure_format: FigureFormat = "png,pdf"
+    width: FigureWidth = None
+
+    @classmethod
+    def applied(cls, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Figures are drawn and written as the options say."""
+        from mto_analysis.figures.options import DrawingOptions, drawing
+
+        return drawing(DrawingOptions(given["style"].value, given["figure_format"], given["width"]))
+
+
 class OutputOptions(Group):
     """Where results go."""
 
@@ -389,7 +458,10 @@ def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) 
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            command(**{name: given[name] for name in declared})
+            with ExitStack() as stack:
+                for group in groups:
+                    stack.enter_context(group.applied(given))
+                command(**{name: given[name] for name in declared})
 
         # Keyword-only, since options without a default may follow others.
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared.values())]

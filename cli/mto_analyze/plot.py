@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import OutputOptions, takes
+from mto_analyze.options import DrawingOptions, OutputOptions, takes
 
 
-@takes(OutputOptions, out=Path("plot"))
+@takes(OutputOptions, DrawingOptions, out=Path("plot"))
 def plot(
     context: typer.Context,
     out: Path,
@@ -25,9 +25,10 @@ def plot(
     Example:
       mto-analyze plot mae/heterogeneity.csv simmim/heterogeneity.csv --out both
     """
+    from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder
 
-    files = ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json")
+    files = file_names(["heterogeneity.csv", "heterogeneity", "run.json"])
     OutputFolder(out, files, overwrite=overwrite)
 
     from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity

@@ -13,7 +13,7 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import launchable, note, settings_of
-from mto_analyze.options import ADVANCED, Group, OutputOptions, Strict, ValueRange, takes
+from mto_analyze.options import ADVANCED, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -173,7 +173,7 @@ DryRun = Annotated[
 
 
 @launchable
-@takes(Images, Training, Scoring, OutputOptions, Writing, Compute)
+@takes(Images, Training, Scoring, OutputOptions, DrawingOptions, Writing, Compute)
 def pretrain(
     context: typer.Context,
     overwrite: bool,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import note
-from mto_analyze.options import ADVANCED, AsJson, Group, OutputOptions, takes
+from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, Group, OutputOptions, takes
 from mto_analyze.tables import Format
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mto_analysis.rauc.curves import CurveTable
 
 TABLES_OF_TASKS = ("scores", "estimates", "profiles", "efficiency")
-FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc.png", "rauc.pdf")
-AGGREGATE_FILES = ("tasks.png", "tasks.pdf", *(f"tasks_{name}.csv" for name in TABLES_OF_TASKS))
-WINDOW_FILES = ("rauc_windows.csv", "rauc_windows.png", "rauc_windows.pdf")
+FILES = ("rauc.csv", "rauc.json", "curves.csv", "rauc")
+AGGREGATE_FILES = ("tasks", *(f"tasks_{name}.csv" for name in TABLES_OF_TASKS))
+WINDOW_FILES = ("rauc_windows.csv", "rauc_windows")
 
 #: Options that reading takes as they are.
 AS_GIVEN = (
@@ -141,7 +141,7 @@ class Reading(Group):
     seed_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the seed.")] = None
 
 
-@takes(Logs, Window, OutputOptions, Reading, out=None)
+@takes(Logs, Window, OutputOptions, DrawingOptions, Reading, out=None)
 def rauc(
     context: typer.Context,
     out: Path | None,
@@ -158,11 +158,12 @@ def rauc(
     Example:
       mto-analyze rauc --log curves.csv --baseline MAE --start 100 --end 400
     """
+    from mto_analysis.figures.files import file_names
     from mto_analysis.rauc.records import aggregate_record, as_record
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     given = context.params
-    files = (*FILES, *WINDOW_FILES, *AGGREGATE_FILES, "run.json")
+    files = file_names([*FILES, *WINDOW_FILES, *AGGREGATE_FILES, "run.json"])
     folder = None if out is None else OutputFolder(out, files, overwrite=overwrite)
     table, comparisons, tasks = compare(given)
     found = [str(finding) for finding in table.findings]
@@ -314,9 +315,9 @@ def write(
     """Tables and figures, each figure beside the table that it was drawn from."""
     import pandas as pd
 
+    from mto_analysis.figures.files import write_figure
     from mto_analysis.figures.plots.aggregates import draw_aggregates
     from mto_analysis.figures.plots.rauc import rauc_figure, rauc_windows_figure
-    from mto_analysis.figures.plots.style import paper_style, write_figure
     from mto_analysis.rauc.comparison import window_grid
     from mto_analysis.rauc.records import as_frame
 
@@ -336,10 +337,9 @@ def write(
                 confidence=one.interval.confidence,
                 noise=noise,
             )
-    with paper_style():
-        write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=table.score_label))
-        chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
-        write_figure(folder, "rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
+    write_figure(folder, "rauc", rauc_figure(comparisons, runs, axis=table.axis, score=table.score_label))
+    chosen = dict.fromkeys((one.start, one.end) for one in comparisons)
+    write_figure(folder, "rauc_windows", rauc_windows_figure(grids, chosen=chosen, axis=table.axis))
     for name in TABLES_OF_TASKS if tasks else ():
         frames = [getattr(one, name).assign(start=one.start, end=one.end) for one in tasks]
         folder.write_table(f"tasks_{name}.csv", pd.concat(frames, ignore_index=True))

@@ -9,6 +9,7 @@ from mto_analyze import measuring
 from mto_analyze.options import (
     CheckpointOptions,
     DeviceName,
+    DrawingOptions,
     ImageNames,
     InputOptions,
     MaskOptions,
@@ -17,10 +18,16 @@ from mto_analyze.options import (
     takes,
 )
 
-FILES = ("reconstructions.png", "reconstructions.pdf", "reconstructions.csv", "run.json")
 
-
-@takes(InputOptions, MaskOptions, CheckpointOptions, OutputOptions, without=("limit",), out=Path("reconstructions"))
+@takes(
+    InputOptions,
+    MaskOptions,
+    CheckpointOptions,
+    OutputOptions,
+    DrawingOptions,
+    without=("limit",),
+    out=Path("reconstructions"),
+)
 def reconstruct(
     context: typer.Context,
     out: Path,
@@ -36,9 +43,11 @@ def reconstruct(
     Example:
       mto-analyze reconstruct --ckpt mae_vit_base_full --images IMAGES --show 6
     """
+    from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder
 
-    OutputFolder(out, FILES, overwrite=overwrite)
+    files = file_names(["reconstructions", "reconstructions.csv", "run.json"])
+    OutputFolder(out, files, overwrite=overwrite)
 
     from mto_analysis.figures.plots.reconstruct import draw_reconstructions
     from mto_analysis.probe.reconstruction import reconstruct_models
@@ -49,5 +58,5 @@ def reconstruct(
     table = study.table()
     figure = partial(draw_reconstructions, study.reconstructions)
     outputs = {"reconstructions": figure, "reconstructions.csv": table}
-    measuring.write(context.params, FILES, outputs, models=study.models, skipped=request.skipped)
+    measuring.write(context.params, files, outputs, models=study.models, skipped=request.skipped)
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

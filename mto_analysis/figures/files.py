@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mto_analysis.runtime.outputs import OutputFolder
+from mto_analysis.errors import DataError
+from mto_analysis.figures.options import current_drawing
+from mto_analysis.runtime.outputs import OutputFolder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    #: A table (``NAME.csv``), bytes, metadata (``.json``), or what draws a figure (``NAME``: ``.png`` and ``.pdf``).
+    #: A table (``NAME.csv``), bytes, metadata (``.json``), or what draws a figure (``NAME``: a file per format).
     Output = pd.DataFrame | bytes | Mapping[str, Any] | Callable[[], Figure]
 
-__all__ = ["file_names", "write_outputs"]
+__all__ = ["CAPTIONS", "add_captions", "file_names", "merge_captions", "write_figure", "write_outputs"]
+
+#: File of the captions, beside the figures; a figure that is drawn anew replaces its own paragraph in it.
+CAPTIONS = "captions.md"
+
+_HEAD = "# What the figures show"
 
 
 def file_names(names: Iterable[str]) -> list[str]:
-    """The files of outputs: a name without suffix is a figure, which is two.
+    """The files of outputs: a name without suffix is a figure, which is one in each format.
 
     Example:
         >>> file_names(["map-cat.jpg", "curve.csv"])
         ['map-cat.jpg.png', 'map-cat.jpg.pdf', 'curve.csv']
     """
     # A figure may be named after an image, and so end like one.
-    written = (".csv", ".json", ".npz")
-    return [file for name in names for file in ([name] if name.endswith(written) else [f"{name}.png", f"{name}.pdf"])]
+    written = (".csv", ".json", ".npz", ".md")
+    kinds = current_drawing().formats
+    return [
+        file for name in names for file in ([name] if name.endswith(written) else [f"{name}.{kind}" for kind in kinds])
+    ]
 
 
 def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
@@ -41,6 +54,66 @@ def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
         elif isinstance(content, pd.DataFrame):
             folder.write_table(name, content)
         else:
-            from mto_analysis.figures.plots.style import write_figure
-
             write_figure(folder, name, content())
+
+
+def write_figure(folder: OutputFolder | Path, stem: str, figure: Figure, *, caption: str | None = None) -> list[Path]:
+    """Write a figure into a folder as ``stem.FORMAT``, and in paper style its note into the caption file.
+
+    Args:
+        folder: Where to write; one given by its path exists.
+        stem: Of the files.
+        figure: What to write.
+        caption: What the caption file says instead of the figure's note.
+    """
+    from mto_analysis.figures.plots.style import figure_bytes
+
+    options = current_drawing()
+    files = {f"{stem}.{kind}": figure_bytes(figure, kind) for kind in options.formats}
+    path = folder.path if isinstance(folder, OutputFolder) else folder
+    for name, content in files.items():
+        if isinstance(folder, OutputFolder):
+            folder.write_bytes(name, content)
+        else:
+            write_atomically(path / name, content)
+    words = caption if caption is not None else str(figure.get_label()) if options.style == "paper" else ""
+    if words:
+        add_captions(path, {stem: words})
+    return [path / name for name in files]
+
+
+def add_captions(folder: Path, captions: Mapping[str, str], *, order: Sequence[str] = ()) -> None:
+    """Add captions to the caption file of a folder, or replace those of the same names.
+
+    Raises:
+        DataError: If there is such a file, and it is no text.
+    """
+    path = folder / CAPTIONS
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as text; move it away") from error
+    write_atomically(path, merge_captions(before, captions, order=order).encode())
+
+
+def merge_captions(text: str, captions: Mapping[str, str], *, order: Sequence[str] = ()) -> str:
+    """A file of captions with some of them replaced or added, in an order of names, others after them.
+
+    Example:
+        >>> print(merge_captions("", {"fig2": "Maps."}))
+        # What the figures show
+        <BLANKLINE>
+        ## fig2
+        <BLANKLINE>
+        Maps.
+        <BLANKLINE>
+    """
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    there = {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    there |= {
+        name: textwrap.fill(body, 120, break_long_words=False, break_on_hyphens=False)
+        for name, body in captions.items()
+    }
+    names = sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name))
+    head = parts[0].strip() or _HEAD
+    return "\n\n".join([head, *(f"## {name}\n\n{there[name]}" for name in names)]) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mto_analysis.errors import DataError
-from mto_analysis.runtime.outputs import write_atomically
+from mto_analysis.figures.files import write_figure
 from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
 from mto_analysis.training.state import RunFolder
 
@@ -16,7 +16,7 @@ _FEW_EPOCHS = 10
 
 
 def draw_run_folder(path: str | Path) -> list[Path]:
-    """Draw loss, H per layer depth and score of a run to its ``run.png`` and ``run.pdf``, finished or not.
+    """Draw loss, H per layer depth and score of a run to its figure ``run``, finished or not.
 
     Of a run of ten epochs or more the means of epochs are drawn, of a shorter one the logged steps.
 
@@ -25,7 +25,6 @@ def draw_run_folder(path: str | Path) -> list[Path]:
     """
     import pandas as pd
 
-    from mto_analysis.figures.plots.style import figure_bytes
     from mto_analysis.figures.plots.training_curves import draw_run
 
     folder = RunFolder(path)
@@ -49,9 +48,7 @@ def draw_run_folder(path: str | Path) -> list[Path]:
         what=f"{rows['method'].iloc[0]}, seed {rows['seed'].iloc[0]}; {'logged steps' if few else 'means of epochs'},"
         " H while training",
     )
-    for kind, file in folder.figures.items():
-        write_atomically(file, figure_bytes(figure, kind))
-    return list(folder.figures.values())
+    return write_figure(folder.path, "run", figure)
 
 
 def _is_term(column: str) -> bool:

@@ -191,7 +191,8 @@ class ProbeResult:
         """Mean, standard deviation and 95 % interval over images, per stack and layer depth.
 
         An image's masks are averaged first: images are independent, masks of one image are not. ``normalized`` is
-        H / log(num_visible), from 0 to 1. Intervals are Student's t; with one image they are empty.
+        H / log(num_visible), from 0 to 1. Intervals are Student's t, cut at the range of H (:func:`interval_ends`);
+        with one image they are empty.
 
         Columns: ``stack layer_depth heterogeneity heterogeneity_std ci_low ci_high normalized normalized_ci_low
         normalized_ci_high num_visible num_visible_min num_visible_max num_images num_masks``.
@@ -210,13 +211,17 @@ class ProbeResult:
         half = std.mul(t_quantile(count - 1) / np.sqrt(count), axis=0)
         visible = frame.groupby(["stack", "layer_depth"], sort=False)["num_visible"]
         masks = frame.groupby(["stack", "layer_depth"], sort=False)["mask"].nunique()
+        ends = {
+            name: interval_ends(name, mean[name], half[name], visible.mean())
+            for name in ("heterogeneity", "normalized")
+        }
         table = mean[["heterogeneity"]].assign(
             heterogeneity_std=std["heterogeneity"],
-            ci_low=mean["heterogeneity"] - half["heterogeneity"],
-            ci_high=mean["heterogeneity"] + half["heterogeneity"],
+            ci_low=ends["heterogeneity"][0],
+            ci_high=ends["heterogeneity"][1],
             normalized=mean["normalized"],
-            normalized_ci_low=mean["normalized"] - half["normalized"],
-            normalized_ci_high=mean["normalized"] + half["normalized"],
+            normalized_ci_low=ends["normalized"][0],
+            normalized_ci_high=ends["normalized"][1],
             num_visible=visible.mean(),
             num_visible_min=visible.min(),
             num_visible_max=visible.max(),
@@ -232,6 +237,30 @@ def _merged(parts: tuple[TokenMeasure, ...]) -> TokenMeasure:
     return whole
 
 
+def interval_ends(
+    column: str, mean: pd.Series[float], half: pd.Series[float], num_visible: pd.Series[float]
+) -> tuple[pd.Series[float], pd.Series[float]]:
+    """Both ends of Student's interval of a mean over images, cut at the range that the column has.
+
+    Student's interval knows no range and leaves it where values lie near an end. The mean over all images is inside:
+    the part beyond cannot hold it, and cutting it off leaves the coverage as it is. An interval contains its own mean,
+    also where rounding takes that beyond the bound by a float's last digits.
+
+    Args:
+        column: ``heterogeneity`` is from 0 to the log of the mean number of visible patches (by Jensen's inequality),
+            ``normalized`` from 0 to 1; others have no range.
+        mean: Of the images.
+        half: Half of the width of Student's interval, NaN for one image.
+        num_visible: Mean number of visible patches.
+    """
+    low, high = mean - half, mean + half
+    if column in ("heterogeneity", "normalized"):
+        bound = np.log(num_visible.clip(lower=1)) if column == "heterogeneity" else 1.0
+        low = low.clip(lower=np.minimum(mean, 0.0))
+        high = high.clip(upper=np.maximum(mean, bound))
+    return low, high
+
+
 def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
     """Mean and 95 % interval over images of some columns, per group; an image's masks are averaged first.
 
@@ -244,7 +273,8 @@ def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequenc
     table = mean[[]].copy()
     for column in columns:
         table[column] = mean[column]
-        table[f"{column}_ci_low"], table[f"{column}_ci_high"] = mean[column] - half[column], mean[column] + half[column]
+        ends = interval_ends(column, mean[column], half[column], mean["num_visible"])
+        table[f"{column}_ci_low"], table[f"{column}_ci_high"] = ends
     return table.assign(num_visible=mean["num_visible"], num_images=count).reset_index()
 
 

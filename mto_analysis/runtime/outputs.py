@@ -29,6 +29,7 @@ __all__ = [
     "chosen_labels",
     "csv_bytes",
     "file_word",
+    "file_words",
     "folder_in_use",
     "json_bytes",
     "labels_of",
@@ -204,6 +205,26 @@ def file_word(name: str) -> str:
         'SimMIM-epoch-100'
     """
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def file_words(names: Sequence[str]) -> list[str]:
+    """Names as parts of file names that differ, also where a file system takes upper and lower case for the same.
+
+    Example:
+        >>> file_words(["MAE 1", "mae-1", "SimMIM"])
+        ['MAE-1', 'mae-1-2', 'SimMIM']
+    """
+    words: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        word = base = file_word(name) or "unnamed"
+        number = 1
+        while word.lower() in taken:
+            number += 1
+            word = f"{base}-{number}"
+        taken.add(word.lower())
+        words.append(word)
+    return words
 
 
 def labels_of(sources: Sequence[str | Path]) -> list[str]:

@@ -64,7 +64,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.curves = self.path / "curves.csv"
         self.last = self.path / "last.pth"
-        self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf")}
+        self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf", "svg")}
 
     def kept(self, epoch: int, *, complete: bool = False) -> Path:
         """The checkpoint that is kept of an epoch, or of the complete run."""

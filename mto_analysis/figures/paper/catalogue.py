@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mto_analysis.figures.files import file_names
 from mto_analysis.figures.paper.inputs import TABLE_FORMS, Drawn, Inputs, map_stems
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class PaperFigure:
     def files(self, inputs: Inputs) -> list[str]:
         """Names of the files it becomes."""
         figures, tables = self.stems(self, inputs)
-        images = [f"{stem}.{kind}" for stem in figures for kind in ("png", "pdf")]
+        images = file_names(figures)
         texts = [] if figures else [f"{stem}.{kind}" for stem in tables for kind in TABLE_FORMS]
         return [*images, *texts, *(f"{stem}.csv" for stem in tables), f"{(figures or tables)[0]}.json"]
 

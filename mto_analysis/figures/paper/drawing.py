@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mto_analysis.errors import DataError
+from mto_analysis.figures.files import add_captions, write_figure
 from mto_analysis.figures.paper.catalogue import FIGURES, PaperFigure, find_figures
 from mto_analysis.figures.paper.inputs import Drawn, Inputs
 from mto_analysis.runtime.listener import Listener
-from mto_analysis.runtime.outputs import OutputFolder, run_metadata, write_atomically
+from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
-__all__ = ["CAPTIONS", "draw_paper", "merge_captions"]
-
-#: File of the captions, beside the figures; a figure that is drawn anew replaces its own paragraph in it.
-CAPTIONS = "captions.md"
-
-_HEAD = "# What the figures show"
+__all__ = ["draw_paper"]
 
 
 def draw_paper(
@@ -73,46 +66,11 @@ def write_drawn(
     figure: PaperFigure, drawn: Drawn, folder: OutputFolder, arguments: Mapping[str, Any] | None = None
 ) -> list[Path]:
     """Write what was drawn, and its caption among the others of the folder."""
-    from mto_analysis.figures.plots.style import figure_bytes
-
-    paths = [
-        folder.write_bytes(f"{stem}.{kind}", figure_bytes(each, kind, tight=False))
-        for stem, each in drawn.figures.items()
-        for kind in ("png", "pdf")
-    ]
+    caption = f"{figure.title}. {drawn.caption}"
+    main = next(iter(drawn.figures or drawn.tables))
+    paths = [path for stem, each in drawn.figures.items() for path in write_figure(folder, stem, each, caption="")]
     paths += [folder.write_bytes(name, text.encode()) for name, text in drawn.texts.items()]
     paths += [folder.write_table(f"{stem}.csv", table) for stem, table in drawn.tables.items()]
-    stem = next(iter(drawn.figures or drawn.tables))
-    paths.append(folder.write_json(f"{stem}.json", run_metadata(arguments or {}, **drawn.metadata)))
-    captions = folder.path / CAPTIONS
-    try:
-        before = captions.read_text(encoding="utf-8") if captions.exists() else ""
-    except (OSError, ValueError) as error:
-        raise DataError(f"{captions} cannot be read as text; move it away") from error
-    after = merge_captions(before, {stem: f"{figure.title}. {drawn.caption}"})
-    write_atomically(captions, after.encode())
+    paths.append(folder.write_json(f"{main}.json", run_metadata(arguments or {}, **drawn.metadata)))
+    add_captions(folder.path, {main: caption}, order=[*FIGURES, *(f"{name}-measured" for name in FIGURES)])
     return paths
-
-
-def merge_captions(text: str, captions: Mapping[str, str]) -> str:
-    """A file of captions with some of them replaced or added, in the order of the paper.
-
-    Example:
-        >>> print(merge_captions("", {"fig2": "Maps."}))
-        # What the figures show
-        <BLANKLINE>
-        ## fig2
-        <BLANKLINE>
-        Maps.
-        <BLANKLINE>
-    """
-    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    there = {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    there |= {
-        name: textwrap.fill(body, 120, break_long_words=False, break_on_hyphens=False)
-        for name, body in captions.items()
-    }
-    order = [*FIGURES, *(f"{name}-measured" for name in FIGURES)]
-    names = sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name))
-    head = parts[0].strip() or _HEAD
-    return "\n\n".join([head, *(f"## {name}\n\n{there[name]}" for name in names)]) + "\n"

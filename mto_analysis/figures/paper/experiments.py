@@ -14,7 +14,6 @@ from mto_analysis.figures.paper.inputs import Drawn, table_texts
 from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.means_over_seeds import draw_runs
-from mto_analysis.figures.plots.style import TEXT_WIDTH
 from mto_analysis.rauc import Points
 from mto_analysis.rauc.comparison import Comparison, common_window, compare_methods, mean_curve
 from mto_analysis.rauc.curves import CurveTable, read_curves
@@ -48,7 +47,7 @@ def accuracy_curves(name: str, folder: Path) -> Drawn:
             parts.append(_summary(table.runs(method, comparison.group)).assign(panel=panel, method=shown))
         remarks[panel] = _in_words(comparison)
     rows = _ordered(pd.concat(parts))
-    figure = draw_runs(rows, place="pre-training epochs", score=_SCORE, remarks=remarks, width=TEXT_WIDTH)
+    figure = draw_runs(rows, place="pre-training epochs", score=_SCORE, remarks=remarks)
     caption = (
         "Measured here, at a small size, not the paper's curves: accuracy of runs with and without MTO at equal"
         f" epochs. {_seeds_in_words(rows)}; {_BANDS}. RAUC is Eq. 6 from {comparisons[0].start:g} to"
@@ -79,7 +78,7 @@ def style_curves(name: str, folder: Path) -> Drawn:
         parts.append(_summary(differences).assign(panel=gain, method=target))
     rows = _ordered(pd.concat(parts))
     labels = {accuracy: _SCORE, gain: "difference (points)"}
-    figure = draw_runs(rows, place="pre-training epochs", score=labels, zero=[gain], width=TEXT_WIDTH)
+    figure = draw_runs(rows, place="pre-training epochs", score=labels, zero=[gain])
     caption = (
         "Measured here, at a small size, not the paper's curves: SimMIM (inpainting style) and MAE (decoder style) with"
         f" and without MTO. Left: accuracy; right: accuracy with MTO minus that without, of the same seed."
@@ -106,7 +105,7 @@ def depth_curves(name: str, folder: Path) -> Drawn:
             panel = PROTOCOL_LABELS.get(protocol, protocol or "accuracy").removesuffix(" (%)")
             parts.append(pd.DataFrame(points).assign(panel=panel, method=method))
     rows = _ordered(pd.concat(parts))
-    figure = draw_runs(rows, place="decoder depth (blocks)", score=_SCORE, whole_places=True, width=TEXT_WIDTH)
+    figure = draw_runs(rows, place="decoder depth (blocks)", score=_SCORE, whole_places=True)
     end = frame["epoch"].max()
     caption = (
         f"Measured here, at a small size, not the paper's numbers: accuracy after {end:g} pre-training"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.errors import DataNotFoundError
-from mto_analysis.runtime.outputs import chosen_labels, file_word
+from mto_analysis.runtime.outputs import chosen_labels, file_words
 from mto_analysis.runtime.render import render
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Drawn:
 def map_stems(name: str, inputs: Inputs) -> tuple[str, ...]:
     """Files of a figure of one model each: the first model's has the figure's name, the others carry their own."""
     models = inputs.names or ("SimMIM", "MAE")
-    return (name, *(f"{name}-{file_word(model).lower()}" for model in models[1:]))
+    return (name, *(f"{name}-{word.lower()}" for word in file_words(models)[1:]))
 
 
 def table_texts(stem: str, table: pd.DataFrame, *, title: str, notes: Sequence[str]) -> dict[str, str]:

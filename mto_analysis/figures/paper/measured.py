@@ -11,7 +11,6 @@ from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.figures.plots.controls import draw_controls
 from mto_analysis.figures.plots.definitions import draw_definitions
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
-from mto_analysis.figures.plots.style import TEXT_WIDTH
 from mto_analysis.probe.controls import CONTROLS, control_bands, control_sentences
 from mto_analysis.probe.quadrants import AffinityMap
 
@@ -39,11 +38,11 @@ def fig1b(bench: Workbench) -> Drawn:
 
 def _heterogeneity(bench: Workbench, curves: Curves, table: pd.DataFrame, what: str) -> Drawn:
     caption = (
-        f"Left: heterogeneity H (Eq. 2, nats) {what} over layer depth; beside the axis, in the model's colour, the"
-        f" bound log(number of visible patches). Right: how far H lies below that bound, on a logarithmic axis that"
-        f" points down, so that a small fall is seen. {_over(bench, table)} {_NO_PROOF}"
+        f"Heterogeneity H (Eq. 2) {what} over layer depth, as a share of its bound H_max = log(number of visible"
+        f" patches), which is dotted where it is in range. Each panel has the range of its own curves, so that a small"
+        f" fall is seen. {_over(bench, table)} {_NO_PROOF}"
     )
-    figure = draw_heterogeneity(table, width=TEXT_WIDTH, note=False)
+    figure = draw_heterogeneity(table)
     return Drawn({bench.name: figure}, {bench.name: table}, caption, _metadata(curves, table))
 
 
@@ -55,14 +54,15 @@ def fig2(bench: Workbench) -> Drawn:
     quadrants = found.quadrants[found.quadrants["model"].isin(models)].reset_index(drop=True)
     figures, tables = {}, {bench.name: quadrants}
     for model, stem in zip(models, stems, strict=True):
-        figures[stem] = draw_affinity(found.maps[model], width=TEXT_WIDTH, note=False)
+        figures[stem] = draw_affinity(found.maps[model], title=model)
         tables[f"{stem}-maps"] = map_table(model, found.maps[model])
     several = f" Files: {', '.join(f'{stem} ({model})' for model, stem in zip(models, stems, strict=True))}."
     caption = (
         f"Affinity between all tokens, the softmax of their dot products over each row, at every layer depth of"
         f" {models[0]}. Rows are queries, columns keys, masked tokens first: quadrant 1 masked-masked, 2 masked-visible"
-        f" (where H is defined), 3 visible-masked, 4 visible-visible. Each map has its own colour scale from its least"
-        f" to its greatest value (numbers above it), as in the paper; so colours of different maps cannot be compared."
+        f" (where H is defined), 3 visible-masked, 4 visible-visible. Colours go from the minimum to the maximum"
+        f" of each map off its diagonal (numbers above it; the diagonal, where a token meets itself, is beyond); so"
+        f" colours of different maps cannot be compared."
         f" {_over(bench, quadrants, interval=False)}{several if len(models) > 1 else ''}"
     )
     return Drawn(figures, tables, caption, _metadata(found.curves, quadrants))
@@ -89,13 +89,13 @@ def definitions(bench: Workbench) -> Drawn:
     """Fig. 1 under every definition of heterogeneity, and the models' own attention."""
     found = bench.scrutiny
     caption = (
-        "H over its bound log(number of visible patches) under twelve definitions: a column per similarity of two"
-        " tokens, a row per form of the tokens; the upper left is Eq. 2. Hollow marks: layer depth 0 without the"
-        " position embedding. Grey panels: the model's own attention per block, mean and range over heads - the share"
-        " that one kind of token gives to the other, and the entropy of that part."
+        "H over its bound H_max = log(number of visible patches) under twelve definitions, similarities of two tokens"
+        " in several forms; the upper left is Eq. 2. Hollow marks: layer depth 0 without the position embedding. Last"
+        " row: the models' own attention per block, mean and range over heads - the share that one kind of token gives"
+        " to the other, and the entropy of that part."
         f" {_over(bench, found.definitions)} Where the fall of H needs raw dot products it follows the norms of tokens."
     )
-    figure = draw_definitions(found.definitions, found.attention, width=TEXT_WIDTH, note=False)
+    figure = draw_definitions(found.definitions, found.attention)
     tables = {"definitions": found.definitions, "attention": found.attention, "properties": found.properties}
     return Drawn({bench.name: figure}, tables, caption, _metadata(found.curves, found.definitions))
 
@@ -105,14 +105,15 @@ def controls(bench: Workbench) -> Drawn:
     found = bench.scrutiny
     seeds = found.controls["seed"].nunique()
     caption = (
-        "Black: H over its bound at each layer depth of one model. Colours: the same measurement on controls - random"
-        " weights and random mask tokens, a mask token of zeros, the same tokens with other ones called masked, and"
-        f" visible tokens against each other. Bands: 95 % intervals over images, widest ends over {seeds} seeds."
+        "Colour: H over its bound at each layer depth, a row per model with a range of its own. Grey crosses: the same"
+        " measurement on a control - random weights, random mask tokens, a mask token of zeros, the same tokens with"
+        " other ones called masked, and visible tokens against each other. Bands: 95 % intervals over images, widest"
+        f" ends over {seeds} seeds."
         f" {_over(bench, found.controls, interval=False)}"
         f" {' '.join(control_sentences(found.curves.table, found.controls))}"
     )
     bands = control_bands(found.controls)
-    figure = draw_controls(found.curves.table, bands, CONTROLS, width=TEXT_WIDTH, note=False)
+    figure = draw_controls(found.curves.table, bands, CONTROLS)
     return Drawn({bench.name: figure}, {bench.name: found.controls}, caption, _metadata(found.curves, found.controls))
 
 

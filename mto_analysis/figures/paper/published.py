@@ -13,7 +13,6 @@ from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.paper.workbench import Workbench
 from mto_analysis.figures.plots.claims import draw_accuracy_claims, draw_depth_claims
 from mto_analysis.figures.plots.schematic import draw_schematic
-from mto_analysis.figures.plots.style import TEXT_WIDTH
 
 __all__ = ["fig3", "fig4", "supp_fig1", "supp_fig2"]
 
@@ -93,7 +92,7 @@ def _accuracy_claims(bench: Workbench, styles: dict[str, str] | None, says: str)
         claims, rauc = (frame[frame["baseline"].isin(list(styles))].copy() for frame in (claims, rauc))
         claims = claims[claims["backbone"] == "ViT-B"].reset_index(drop=True)
         claims["backbone"] = [f"{styles[name]} style" for name in claims["baseline"]]
-    figure = draw_accuracy_claims(claims, rauc, says=says, width=TEXT_WIDTH)
+    figure = draw_accuracy_claims(claims, rauc, says=says)
     caption = (
         "Published statements, not measurements. Left: pre-training epochs until the baseline's accuracy at 800 epochs"
         " is reached, with the share of epochs that the text says MTO saves. Right: RAUC (Eq. 6) with MTO against the"
@@ -129,7 +128,7 @@ def supp_fig2(bench: Workbench) -> Drawn:
         " said. Positions along the axis are all that is drawn: no other accuracy is published, no run without MTO is"
         " shown, and no number of runs is given."
     )
-    figure = draw_depth_claims(table, says=says, width=TEXT_WIDTH)
+    figure = draw_depth_claims(table, says=says)
     return Drawn({bench.name: figure}, {bench.name: table.drop(columns="words")}, caption)
 
 

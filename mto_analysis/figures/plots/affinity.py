@@ -7,20 +7,29 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from mto_analysis.figures.plots.style import PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import describe, figure_width, new_axes, new_figure, paper_style
 from mto_analysis.probe.quadrants import AffinityMap
 
-__all__ = ["KIND_WORDS", "draw_affinity", "plot_affinity_map"]
+__all__ = ["KIND_WORDS", "SCALES", "Scale", "draw_affinity", "plot_affinity_map", "scale_limits"]
+
+#: How values become colours, as a colour bar says it.
+SCALES = {
+    "off-diagonal": "colours from min to max off the diagonal of each map",
+    "per-map": "colours from min to max of each map",
+    "shared": "one colour scale for all maps",
+}
+Scale = Literal["off-diagonal", "per-map", "shared"]
 
 #: The kinds of affinity, as a colour bar names them.
 KIND_WORDS = {
-    "softmax": r"softmax of dot products over each row, $\psi(X X^{\top})$",
+    "softmax": r"row-wise softmax $\psi(X X^{\top})$",
     "dot": r"dot product, $X X^{\top}$",
     "cosine": "cosine",
 }
@@ -41,12 +50,11 @@ def plot_affinity_map(
     Args:
         values: Rows and columns masked first: ``num_patches num_patches``.
         num_masked: Where the borders are.
-        limits: Values of the darkest and the brightest colour.
+        limits: Values of the darkest and the brightest colour; those beyond have the same colours.
         log: Logarithmic colours, for softmax.
         ax: Where to draw; by default a new figure's axes.
     """
-    if ax is None:
-        ax = Figure(figsize=(2.5, 2.5)).subplots()
+    ax = ax or new_axes(2.5, 2.5)
     low, high = limits
     if log:
         norm: Normalize = LogNorm(max(low, high * 10**-_DECADES), high, clip=True)
@@ -66,45 +74,71 @@ def plot_affinity_map(
     return image
 
 
+def scale_limits(arrays: Sequence[np.ndarray], scale: Scale) -> list[tuple[float, float]]:
+    """Values of the darkest and brightest colour of each map.
+
+    A token resembles itself most: at full range the diagonal is bright and all else dark. ``off-diagonal`` therefore
+    leaves it out.
+
+    Args:
+        arrays: Square maps.
+        scale: One of :data:`SCALES`.
+
+    Example:
+        >>> scale_limits([np.array([[9.0, 1.0], [2.0, 9.0]])], "off-diagonal")
+        [(1.0, 2.0)]
+    """
+    shown = [each[~np.eye(len(each), dtype=bool)] if scale == "off-diagonal" and len(each) > 1 else each
+             for each in arrays]  # fmt: skip
+    limits = [(float(each.min()), float(each.max())) for each in shown]
+    if scale == "shared":
+        limits = [(min(low for low, _ in limits), max(high for _, high in limits))] * len(limits)
+    return limits
+
+
 def draw_affinity(
     maps: Sequence[AffinityMap],
     *,
-    scale: Literal["per-map", "shared"] = "per-map",
+    scale: Scale = "off-diagonal",
+    log: bool = False,
     title: str | None = None,
     columns: int | None = None,
-    width: float = PAGE_WIDTH,
-    note: bool = True,
 ) -> Figure:
     """The maps of every layer depth of one model, from top left to bottom right; each stack begins a row.
 
     Args:
         maps: Of one model and one image (or the mean), in order of stack and layer depth.
-        scale: ``per-map`` stretches each map from its own least to its own greatest value, as the paper does;
-            ``shared`` gives equal values the same colour in all maps (logarithmic for a softmax of wide range, whose
-            largest shares would else leave the rest black).
-        title: Line above the figure.
+        scale: ``off-diagonal`` stretches each map from the minimum to the maximum of its values off the diagonal;
+            ``per-map`` includes the diagonal, as the paper does; ``shared`` gives equal values the same colour in all
+            maps.
+        log: Logarithmic colours over four decades, for a softmax: its largest shares leave the rest dark else.
+        title: Such as the model's name.
         columns: Maps in a row; by default about twice as many as rows.
-        width: Of the figure, in inches.
-        note: Say above the figure what is shown; leave it out where a caption does.
 
     Raises:
-        ValueError: If there is no map, or the scale is unknown.
+        ValueError: If there is no map, the scale is unknown, or a map that is no softmax is to be logarithmic.
     """
     if not maps:
         raise ValueError("there is no map to draw")
-    if scale not in ("per-map", "shared"):
-        raise ValueError(f"scale must be per-map or shared, got {scale!r}")
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if log and maps[0].kind != "softmax":
+        raise ValueError(
+            f"logarithmic colours need a softmax, which is positive; these maps are of the kind {maps[0].kind}"
+        )
     stacks = [list(each) for _, each in groupby(maps, key=lambda each: each.stack)]
+    width = figure_width()
     across = columns or _columns(max(map(len, stacks)))
     rows = [stack[start : start + across] for stack in stacks for start in range(0, len(stack), across)]
     across = max(map(len, rows))
     arrays = [each.values.double().numpy() for each in maps]
-    everything = (min(map(np.min, arrays)), max(map(np.max, arrays)))
-    log = scale == "shared" and maps[0].kind == "softmax" and everything[1] > 30 * everything[0]
+    limits = iter(zip(arrays, scale_limits(arrays, scale), strict=True))
     with paper_style():
+        letter = mpl.rcParams["font.size"] / 8
         side = min((width - 0.6) / across, 2.2)
-        height = side * len(rows) + (0.28 if side > _ONE_LINE else 0.37) * len(rows) + (0.95 if note or title else 0.42)
-        figure = Figure(figsize=(width, height), layout="constrained")
+        one_line = side > _ONE_LINE * letter
+        figure = new_figure(0.95)
+        figure.set_figheight(len(rows) * (0.9 * side + (0.28 if one_line else 0.37) * letter) + 0.95 * letter)
         axes = figure.subplots(len(rows), across, squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
@@ -112,36 +146,44 @@ def draw_affinity(
             for column, each in enumerate(line):
                 ax = axes[row, column]
                 ax.set_axis_on()
-                values = each.values.double().numpy()
-                limits = everything if scale == "shared" else (float(values.min()), float(values.max()))
-                image = plot_affinity_map(values, each.num_masked, limits=limits, log=log, ax=ax)
-                depth = f"{'layer depth' if side > 1.4 else 'depth'} {each.layer_depth}"
-                name = f"{each.stack}, {depth}" if len(stacks) > 1 else depth
-                ax.set_title(name, fontsize=7, pad=3 if side > _ONE_LINE or scale != "per-map" else 10.5, loc="left")
-                if scale == "per-map":
-                    words = f"{limits[0]:.2g} to {limits[1]:.2g}"
-                    if side > _ONE_LINE:
-                        ax.set_title(words, fontsize=5.5, pad=3, loc="right", color="0.35")
-                    else:  # no room beside the name
-                        ax.annotate(
-                            words, (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", size=5.5,
-                            color="0.35", va="bottom",
-                        )  # fmt: skip
+                values, ends = next(limits)
+                image = plot_affinity_map(values, each.num_masked, limits=ends, log=log, ax=ax)
+                _name_map(ax, each, ends if scale != "shared" else None, several=len(stacks) > 1, one_line=one_line)
         _name_quadrants(axes[0, 0], rows[0][0])
-        bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-        bar.outline.set_linewidth(0.5)
-        bar.ax.tick_params(labelsize=6, length=2)
-        if scale == "per-map":
-            bar.set_ticks(list(image.get_clim()), labels=["least", "greatest"])
-            bar.set_label(f"{KIND_WORDS[maps[0].kind]}; each map from its own least to greatest value", size=7)
-        else:
-            floored = log and everything[0] < everything[1] * 10**-_DECADES
-            floor = f" (less than {10.0**-_DECADES:g} of the greatest drawn alike)" if floored else ""
-            bar.set_label(f"{KIND_WORDS[maps[0].kind]}; one scale for all maps{floor}", size=7)
-        heading = "\n".join(filter(None, (title, _caption(maps) if note else "")))
-        if heading:
-            figure.suptitle(heading, fontsize=7, color="0.3")
+        _add_color_bar(figure, axes, image, maps[0].kind, scale)
+        describe(figure, title=title, note=_note(maps))
     return figure
+
+
+def _name_map(ax: Axes, each: AffinityMap, ends: tuple[float, float] | None, *, several: bool, one_line: bool) -> None:
+    """Layer depth, and the ends of the map's own scale beside it or, in a narrow map, below it."""
+    depth = f"layer depth {each.layer_depth}" if ends is None or one_line else f"depth {each.layer_depth}"
+    name = f"{each.stack.replace('_', ' ')}, {depth}" if several else depth
+    size = mpl.rcParams["font.size"]
+    ax.set_title(name, fontsize="small", pad=3 if one_line or ends is None else 3 + 0.95 * size, loc="left")
+    if ends is None:
+        return
+    words = f"{ends[0]:.2g} to {ends[1]:.2g}"
+    if one_line and not several:
+        ax.set_title(words, fontsize="x-small", pad=3, loc="right", color="0.35")
+    else:
+        ax.annotate(
+            words, (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", size="x-small", color="0.35",
+            va="bottom",
+        )  # fmt: skip
+
+
+def _add_color_bar(figure: Figure, axes: np.ndarray, image: AxesImage, kind: str, scale: Scale) -> None:
+    bar = figure.colorbar(
+        image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
+        extend="max" if scale == "off-diagonal" else "neither",
+    )  # fmt: skip
+    bar.outline.set_linewidth(0.5)
+    bar.ax.tick_params(labelsize="x-small", length=2)
+    if scale != "shared":
+        bar.ax.minorticks_off()
+        bar.set_ticks(list(image.get_clim()), labels=["min", "max"])
+    bar.set_label(f"{KIND_WORDS[kind]}; {SCALES[scale]}", size="small")
 
 
 def _columns(count: int) -> int:
@@ -158,16 +200,23 @@ def _name_quadrants(ax: Axes, first: AffinityMap) -> None:
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     for name, (x, y) in places.items():
         ax.annotate(
-            name, (x - 0.5, y - 0.5), (-3, -3), textcoords="offset points", ha="right", va="top", size=5.5, bbox=box
+            name,
+            (x - 0.5, y - 0.5),
+            (-3, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            size="x-small",
+            bbox=box,
         )
     ax.set_yticks([border / 2 - 0.5, (border + count) / 2 - 0.5], labels=["masked", "visible"], rotation=90)
     ax.set_xticks([border / 2 - 0.5, (border + count) / 2 - 0.5], labels=["masked", "visible"])
-    ax.tick_params(length=0, labelsize=5.5, pad=1)
+    ax.tick_params(length=0, labelsize="x-small", pad=1)
     for label in ax.get_yticklabels():
         label.set_verticalalignment("center")
 
 
-def _caption(maps: Sequence[AffinityMap]) -> str:
+def _note(maps: Sequence[AffinityMap]) -> str:
     first = maps[0]
     what = f"image {first.image}" if first.image else f"mean over {first.num_images} images"
     if first.image is None and first.num_images == 1:

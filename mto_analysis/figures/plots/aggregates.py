@@ -11,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.means_over_seeds import method_look
-from mto_analysis.figures.plots.style import PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import Look, describe, looks_of, new_figure, paper_style
 from mto_analysis.rauc.aggregates import IMPROVEMENT, Aggregates
 
 __all__ = ["draw_aggregates", "plot_bands", "plot_estimates"]
 
-Looks = Mapping[str, Mapping[str, Any]]
+Looks = Mapping[str, Look]
 _PANEL_HEIGHT = 2.1
 
 
@@ -68,9 +67,9 @@ def plot_bands(rows: pd.DataFrame, looks: Looks, *, x: str, y: str, steps: bool 
         ax: Where to draw.
     """
     for method, curve in rows.groupby("method", sort=False):
-        look = {key: value for key, value in looks[str(method)].items() if key != "marker"}
+        look = looks[str(method)]
         how: Any = "steps-post" if steps else "default"
-        ax.plot(curve[x], curve[y], linewidth=1.3, drawstyle=how, **look)
+        ax.plot(curve[x], curve[y], linewidth=1.3, drawstyle=how, color=look["color"], linestyle=look["linestyle"])
         step: Any = "post" if steps else None
         ax.fill_between(curve[x], curve["low"], curve["high"], color=look["color"], alpha=0.18, linewidth=0, step=step)
     ax.margins(x=0.01)
@@ -86,13 +85,13 @@ def draw_aggregates(found: Aggregates, *, axis: str, score: str) -> Figure:
         score: Label of the score.
     """
     methods = list(dict.fromkeys(found.scores["method"]))
-    looks = {method: method_look(index) for index, method in enumerate(methods)}
+    looks = looks_of(methods)
     estimates = found.estimates
     measures = list(dict.fromkeys(found.profiles["measure"]))
     labels = {"final score": f"{score} at {axis} {found.end:g}", "RAUC": "RAUC of a run"}
     across = len(measures) + 1
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 2 * _PANEL_HEIGHT + 0.5), layout="constrained")
+        figure = new_figure(2 * _PANEL_HEIGHT + 0.5)
         upper, lower = figure.subplots(2, across, squeeze=False)
         for measure, above, below in zip(measures, upper, lower, strict=False):
             mine = estimates[(estimates["measure"] == measure) & (estimates["statistic"] != IMPROVEMENT)]
@@ -121,7 +120,7 @@ def draw_aggregates(found: Aggregates, *, axis: str, score: str) -> Figure:
         tasks = f"{len(found.tasks)} tasks ({_listed(found.tasks)}), {axis} {found.start:g} to {found.end:g}"
         intervals = f"bars and bands: {100 * estimates['confidence'].iloc[0]:g} % stratified bootstrap over runs"
         intervals = intervals if estimates["low"].notna().any() else "one run on a task: no intervals"
-        figure.suptitle(f"{tasks}; {intervals}", fontsize=7, color="0.3")
+        describe(figure, note=f"{tasks}; {intervals}")
     return figure
 
 

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from mto_analysis.figures.plots.style import COLORS, MARKERS, TEXT_WIDTH, paper_style
+from mto_analysis.figures.plots.style import COLORS, describe, looks_of, new_figure, paper_style
 
 __all__ = ["draw_accuracy_claims", "draw_depth_claims", "plot_epochs_saved", "plot_printed_rauc"]
 
-_BASELINE, _TARGET = "0.45", COLORS[0]
+_LOOKS = looks_of(["baseline", "with MTO"])
 
 
 def plot_epochs_saved(claims: pd.DataFrame, *, ax: Axes) -> Axes:
@@ -31,14 +31,14 @@ def plot_epochs_saved(claims: pd.DataFrame, *, ax: Axes) -> Axes:
         middle = (claim["epochs_with_mto"] + claim["baseline_epochs"]) / 2
         ax.annotate(
             f"\N{MINUS SIGN}{claim['reduction_percent']:g} %", (middle, row), (0, 2.5), textcoords="offset points",
-            ha="center", va="bottom", size=6.5, color="0.25",
+            ha="center", va="bottom", size="small", color="0.25",
         )  # fmt: skip
-    ax.plot(claims["baseline_epochs"], rows, "o", color=_BASELINE, label="baseline", zorder=3)
-    ax.plot(claims["epochs_with_mto"], rows, "s", color=_TARGET, label="with MTO, as stated", zorder=3)
+    _mark(ax, claims["baseline_epochs"], rows, "baseline", "baseline")
+    _mark(ax, claims["epochs_with_mto"], rows, "with MTO", "with MTO, as stated")
     ax.set_yticks(rows, [f"{claim['baseline']}, {claim['backbone']}" for claim in claims.to_dict("records")])
     ax.set_ylim(len(claims) - 0.5, -0.6)
     ax.set_xlim(0, 1.08 * float(claims["baseline_epochs"].max()))
-    ax.set_xlabel("pre-training epochs until the\nbaseline's final accuracy")
+    ax.set_xlabel("epochs until the baseline's final accuracy")
     ax.xaxis.set_major_locator(MultipleLocator(200))
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
@@ -57,59 +57,68 @@ def plot_printed_rauc(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     for index, ((start, end), window) in enumerate(windows):
         offset = 0.16 * (2 * index - len(windows) + 1)
         places = [baselines.index(name) + offset for name in window["baseline"]]
-        color = COLORS[index % len(COLORS)]
-        ax.hlines(places, 1, window["rauc"], color=color, linewidth=1.0, alpha=0.6, zorder=2)
+        # Windows differ by filling: colours stand for methods.
+        ax.hlines(places, 1, window["rauc"], color="0.55", linewidth=1.0, zorder=2)
         ax.plot(
-            window["rauc"], places, MARKERS[index], color=color, markerfacecolor=color if index else "white",
+            window["rauc"], places, "dD"[index % 2], color="0.2", markerfacecolor="0.2" if index % 2 else "white",
             label=f"RAUC, {start:g} to {end:g} epochs", zorder=3,
         )  # fmt: skip
         for value, place in zip(window["rauc"], places, strict=True):
             ax.annotate(
-                f"{value:.2f}", (value, place), (4.5, 0), textcoords="offset points", va="center", size=6, color="0.25"
+                f"{value:.2f}",
+                (value, place),
+                (4.5, 0),
+                textcoords="offset points",
+                va="center",
+                size="x-small",
+                color="0.25",
             )
     ax.axvline(1, color="0.3", linewidth=0.8)
     ax.set_yticks(range(len(baselines)), baselines)
     ax.set_ylim(len(baselines) - 0.5, -0.6)
     ax.set_xlim(0.95, 1.12 * float(rows["rauc"].max()) - 0.02)
-    ax.set_xlabel("RAUC of Table 1\n(1 = no gain)")
+    ax.set_xlabel("RAUC of Table 1 (1: no gain)")
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     ax.xaxis.set_major_locator(MultipleLocator(0.2))
     return ax
 
 
-def draw_accuracy_claims(claims: pd.DataFrame, rauc: pd.DataFrame, *, says: str, width: float = TEXT_WIDTH) -> Figure:
+def _mark(ax: Axes, epochs: pd.Series[float], rows: range, method: str, label: str) -> None:
+    look = _LOOKS[method]
+    ax.plot(epochs, rows, look["marker"], color=look["color"], label=label, zorder=3)
+
+
+def draw_accuracy_claims(claims: pd.DataFrame, rauc: pd.DataFrame, *, says: str) -> Figure:
     """Both statements side by side: epochs saved (left), areas (right).
 
     Args:
         claims: As for :func:`plot_epochs_saved`.
         rauc: As for :func:`plot_printed_rauc`.
         says: Line above: what this is drawn from, and what it is not.
-        width: Of the figure, in inches.
     """
     height = 1.25 + 0.27 * max(len(claims), rauc["baseline"].nunique())
     with paper_style():
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = new_figure(height)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         plot_epochs_saved(claims, ax=left)
         plot_printed_rauc(rauc, ax=right)
         _legend_below(figure, left, right)
-        figure.suptitle(says, fontsize=6.5, color="0.3")
+        describe(figure, title=says)
     return figure
 
 
-def draw_depth_claims(claims: pd.DataFrame, *, says: str, width: float = TEXT_WIDTH) -> Figure:
+def draw_depth_claims(claims: pd.DataFrame, *, says: str) -> Figure:
     """Decoder depths about which something is stated, a row per measure; no accuracy axis, as none is published.
 
     Args:
         claims: Columns ``measure decoder_depth kind words``; ``kind`` is ``best``, ``good_from``, ``below_best`` or
             ``lowest`` (whose depth is not stated).
         says: Line above: what this is drawn from, and what it is not.
-        width: Of the figure, in inches.
     """
     measures = list(dict.fromkeys(claims["measure"]))
     with paper_style():
-        figure = Figure(figsize=(width, 0.95 + 0.5 * len(measures)), layout="constrained")
+        figure = new_figure(0.95 + 0.5 * len(measures))
         ax = figure.subplots()
         reach = 12.0
         for row, measure in enumerate(measures):
@@ -126,7 +135,7 @@ def draw_depth_claims(claims: pd.DataFrame, *, says: str, width: float = TEXT_WI
                 else:
                     ax.annotate(
                         claim["words"], (1.0, row), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                        textcoords="offset points", va="center", size=6.5, color="0.25", annotation_clip=False,
+                        textcoords="offset points", va="center", size="small", color="0.25", annotation_clip=False,
                     )  # fmt: skip
         _depth_key(ax)
         ax.set_yticks(range(len(measures)), measures)
@@ -138,7 +147,7 @@ def draw_depth_claims(claims: pd.DataFrame, *, says: str, width: float = TEXT_WI
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         _legend_below(figure, ax)
-        figure.suptitle(says, fontsize=6.5, color="0.3")
+        describe(figure, title=says)
     return figure
 
 
@@ -158,5 +167,5 @@ def _legend_below(figure: Figure, *axes: Axes) -> None:
         ncols=len(labels),
         handlelength=1.2,
         columnspacing=1.2,
-        fontsize=6.5,
+        fontsize="small",
     )

@@ -8,29 +8,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import describe, looks_of, model_curves, new_axes, new_figure, paper_style
 from mto_analysis.probe.definitions import COSINE_TEMPERATURE
 
-__all__ = ["draw_definitions", "plot_definition"]
+__all__ = ["ATTENTION", "DEFINITIONS", "draw_definitions", "plot_attention", "plot_definition"]
 
-SIMILARITIES = {
+_SIMILARITIES = {
     "dot": "dot product",
     "scaled_dot": r"dot product $/\,\sqrt{D}$",
     "cosine": f"cosine / {COSINE_TEMPERATURE:g}",
     "centred_cosine": f"centred cosine / {COSINE_TEMPERATURE:g}",
 }
-TOKENS = {
+_TOKENS = {
     "raw": "raw tokens",
-    "layer_norm": "layer-normalised",
-    "matched_each": "each token's norm\nas at depth 0",
-    "matched_kind": "each kind's norm\nas at depth 0",
+    "layer_norm": "layer-normalized tokens",
+    "matched_each": "each norm as at depth 0",
+    "matched_kind": "mean norms as at depth 0",
 }
-# The four places of the grid that hold no definition, as a cosine does not see norms.
-_ATTENTION = {
-    ("matched_each", "cosine"): ("mass_masked_to_visible", "attention, share:\nmasked to visible"),
-    ("matched_each", "centred_cosine"): ("mass_visible_to_masked", "attention, share:\nvisible to masked"),
-    ("matched_kind", "cosine"): ("entropy_masked_to_visible", "attention, nats:\nmasked to visible"),
-    ("matched_kind", "centred_cosine"): ("entropy_visible_to_masked", "attention, nats:\nvisible to masked"),
+#: The panels of each row; a cosine does not see norms, so that its definitions with matched norms are the raw one.
+DEFINITIONS = (
+    *([(similarity, tokens) for tokens in _TOKENS] for similarity in ("dot", "scaled_dot")),
+    [(similarity, tokens) for similarity in ("cosine", "centred_cosine") for tokens in ("raw", "layer_norm")],
+)
+#: Columns of ``attention.csv`` and what they are.
+ATTENTION = {
+    "mass_masked_to_visible": ("masked to visible", "share of attention"),
+    "mass_visible_to_masked": ("visible to masked", "share of attention"),
+    "entropy_masked_to_visible": ("masked to visible", "entropy (nats)"),
+    "entropy_visible_to_masked": ("visible to masked", "entropy (nats)"),
 }
 
 
@@ -47,97 +52,88 @@ def plot_definition(table: pd.DataFrame, definition: str, *, ax: Axes | None = N
     Raises:
         DataError: If the table has no such definition.
     """
-    if ax is None:
-        ax = Figure(figsize=(2.5, 2)).subplots()
+    ax = ax or new_axes(2.5, 2)
     rows = table[table["definition"] == definition]
     if rows.empty:
         raise DataError(f"the table has no definition {definition}")
-    for index, (label, curves) in enumerate(_by_model(rows)):
-        curve, bare = curves[curves["position"] == "with"], curves[curves["position"] == "without"]
-        color = COLORS[index % len(COLORS)]
-        look = {"marker": MARKERS[index % len(MARKERS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
-        ax.plot(curve["layer_depth"], curve["normalized"], color=color, label=label, markersize=3, **look)  # type: ignore[arg-type]
+    curves = model_curves(rows)
+    looks = looks_of(label for label, _ in curves)
+    for label, both in curves:
+        curve, bare = both[both["position"] == "with"], both[both["position"] == "without"]
+        look = looks[label]
+        ax.plot(curve["layer_depth"], curve["normalized"], label=label, markersize=3, clip_on=False, **look)
         low, high = curve["normalized_ci_low"], curve["normalized_ci_high"]
-        ax.fill_between(curve["layer_depth"], low, high, color=color, alpha=0.2, linewidth=0)
+        ax.fill_between(curve["layer_depth"], low, high, color=look["color"], alpha=0.2, linewidth=0)
         if len(bare):
             ax.plot(
-                bare["layer_depth"], bare["normalized"], color=color, marker=look["marker"], markerfacecolor="white",
-                linestyle="none", markersize=4, label="_without position",
+                bare["layer_depth"], bare["normalized"], color=look["color"], marker=look["marker"],
+                markerfacecolor="white", linestyle="none", markersize=4, label="_without position",
             )  # fmt: skip
     ax.set_ylim(-0.03, 1.05)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     return ax
 
 
-def draw_definitions(
-    table: pd.DataFrame,
-    attention: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: float = PAGE_WIDTH,
-    note: bool = True,
-) -> Figure:
-    """All definitions, a row per form of tokens and a column per similarity; attention in the places left over.
+def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """All definitions, a row per similarity and a panel per form of tokens; below, the models' own attention.
 
     Args:
         table: Rows of ``definitions.csv``.
         attention: Rows of ``attention.csv``; may be empty.
         title: Line above the figure.
-        width: Of the figure, in inches.
-        note: Say above the figure what is shown; leave it out where a caption does.
     """
     with paper_style():
-        figure = Figure(figsize=(width, 6.6 if width > 6 else 5.4), layout="constrained")
-        axes = figure.subplots(len(TOKENS), len(SIMILARITIES), sharex=False)
-        for row, (tokens, row_words) in enumerate(TOKENS.items()):
-            for column, (similarity, words) in enumerate(SIMILARITIES.items()):
-                ax = axes[row, column]
-                name = similarity if tokens == "raw" else f"{similarity}_{tokens}"
-                if (tokens, similarity) in _ATTENTION:
-                    _plot_attention(attention, *_ATTENTION[tokens, similarity], ax=ax)
-                    continue
-                plot_definition(table, name, ax=ax)
-                if row == 0:
-                    ax.set_title(words + (" (Eq. 2)" if column == 0 else ""), fontsize=7 if width > 6 else 6.3)
-                if column == 0:
-                    ax.set_ylabel(row_words, fontsize=7)
-                else:
-                    ax.tick_params(labelleft=False)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3)
+        figure = new_figure(5.4 if len(attention) else 4.1)
+        parts = figure.subfigures(2 if len(attention) else 1, 1, height_ratios=(3, 1.1)[: 2 if len(attention) else 1],
+                                  squeeze=False)[:, 0]  # fmt: skip
+        axes = parts[0].subplots(len(DEFINITIONS), len(_TOKENS), sharey=True)
+        for row, panels in zip(axes, DEFINITIONS, strict=True):
+            for ax, (similarity, tokens) in zip(row, panels, strict=True):
+                plot_definition(table, similarity if tokens == "raw" else f"{similarity}_{tokens}", ax=ax)
+                first = " (Eq. 2)" if (similarity, tokens) == ("dot", "raw") else ""
+                ax.set_title(
+                    f"{_SIMILARITIES[similarity]}{first}\n{_TOKENS[tokens]}",
+                    fontsize="x-small",
+                    pad=2,
+                    linespacing=0.95,
+                )
+            row[0].set_ylabel(r"$H\,/\,H_{\mathrm{max}}$", fontsize="small")
         for ax in axes[-1]:
-            ax.set_xlabel("block" if ax.get_facecolor()[0] < 1 else "layer depth", fontsize=7)
-        figure.supylabel(r"$H\,/\,\log N_{\mathrm{visible}}$", fontsize=8)
-        caption = (
-            "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding\n"
-            "grey panels: the model's own attention, mean and range over heads"
-        )
-        heading = "\n".join(filter(None, (title, caption if note else "")))
-        if heading:
-            figure.suptitle(heading, fontsize=7, color="0.3")
+            ax.set_xlabel("Layer depth", fontsize="small")
+        if len(attention):
+            for ax, (column, words) in zip(parts[1].subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
+                plot_attention(attention, column, ax=ax)
+                ax.set_title(f"attention,\n{words[0]}", fontsize="x-small", pad=2, linespacing=0.95)
+                ax.set_ylabel(words[1], fontsize="small")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        note = "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding"
+        if len(attention):
+            note += "\nlast row: the models' own attention, mean and range over heads"
+        describe(figure, title=title, note=note)
     return figure
 
 
-def _plot_attention(attention: pd.DataFrame, column: str, words: str, *, ax: Axes) -> None:
-    """Mean over heads per block, and the range of heads."""
-    ax.set_title(words, fontsize=6, pad=3)
-    for index, (_, rows) in enumerate(_by_model(attention)):
+def plot_attention(attention: pd.DataFrame, column: str, *, ax: Axes | None = None) -> Axes:
+    """A statistic of the models' own attention over blocks: mean over heads, and their range as a band.
+
+    Args:
+        attention: Rows of ``attention.csv``.
+        column: One of :data:`ATTENTION`.
+        ax: Where to draw; by default a new figure's axes.
+    """
+    ax = ax or new_axes(2.5, 2)
+    curves = model_curves(attention)
+    looks = looks_of(label for label, _ in curves)
+    for label, rows in curves:
         blocks = rows.groupby("block")[column].agg(["mean", "min", "max"])
-        color = COLORS[index % len(COLORS)]
-        marker, line = MARKERS[index % len(MARKERS)], LINE_STYLES[index % len(LINE_STYLES)]
-        ax.plot(blocks.index, blocks["mean"], color=color, marker=marker, linestyle=line, markersize=3)
-        ax.fill_between(blocks.index, blocks["min"], blocks["max"], color=color, alpha=0.12, linewidth=0)
+        look = looks[label]
+        ax.plot(blocks.index, blocks["mean"], markersize=3, clip_on=False, label=label, **look)
+        ax.fill_between(blocks.index, blocks["min"], blocks["max"], color=look["color"], alpha=0.12, linewidth=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if column.startswith("mass"):
         ax.set_ylim(-0.03, 1.05)
     else:
         ax.set_ylim(bottom=0)
-    ax.set_facecolor("0.97")
-
-
-def _by_model(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    if table.empty:
-        return []
-    several = table.groupby("model")["stack"].nunique().max() > 1
-    groups = table.groupby(["model", "stack"], sort=False)
-    return [(f"{model}, {stack}" if several else str(model), rows) for (model, stack), rows in groups]
+    ax.set_xlabel("Block", fontsize="small")
+    return ax

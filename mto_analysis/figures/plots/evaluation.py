@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mto_analysis.figures.plots.style import COLORS, COLUMN_WIDTH, LINE_STYLES, MARKERS, paper_style
+from mto_analysis.figures.plots.style import COLUMN_WIDTH, looks_of, new_axes, new_figure, paper_style
 
 __all__ = ["PROTOCOL_LABELS", "draw_accuracy", "plot_accuracy"]
 
@@ -30,17 +30,17 @@ def plot_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None
         random: Accuracy of a random encoder for each method, dashed.
         ax: Where to draw; a new figure without.
     """
-    ax = Figure(figsize=(COLUMN_WIDTH, 2.3), layout="constrained").subplots() if ax is None else ax
+    ax = ax or new_axes(COLUMN_WIDTH, 2.3)
     shown = table[table["epoch"].notna()].astype({"epoch": float})
-    for number, method in enumerate(shown["method"].unique()):
+    looks = looks_of(shown["method"])
+    for method, look in looks.items():
         rows = shown[shown["method"] == method]
-        color = COLORS[number % len(COLORS)]
+        color = look["color"]
         if rows["seed"].nunique() > 1:
             for _, run in rows.groupby("seed"):
                 ax.plot(run["epoch"], run["score"], color=color, linewidth=0.5, alpha=0.5)
         mean = rows.groupby("epoch")["score"].mean()
-        style = LINE_STYLES[number % len(LINE_STYLES)]
-        ax.plot(mean.index, mean, color=color, linestyle=style, marker=MARKERS[number % len(MARKERS)], label=method)
+        ax.plot(mean.index, mean, label=method, **look)
         if random and method in random:
             label = "random encoder" if len(set(random.values())) == 1 else f"random encoder ({method})"
             known = ax.get_legend_handles_labels()[1]
@@ -60,6 +60,6 @@ def plot_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None
 def draw_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None) -> Figure:
     """The same as a figure of one column, in the project's style."""
     with paper_style():
-        figure = Figure(figsize=(COLUMN_WIDTH, 2.3), layout="constrained")
+        figure = new_figure(2.3, share=0.5)
         plot_accuracy(table, random, ax=figure.subplots())
     return figure

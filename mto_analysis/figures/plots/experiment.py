@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import PAGE_WIDTH, describe, looks_of, new_axes, new_figure, paper_style
 from mto_analysis.rauc.intervals import mean_interval
 
 __all__ = [
@@ -51,20 +51,6 @@ def _fill(ax: Axes, band: pd.DataFrame, color: Any) -> None:
     ax.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.18, linewidth=0)
 
 
-def _new_axes() -> Axes:
-    return Figure(figsize=(PAGE_WIDTH / 2, _PANEL_HEIGHT), layout="constrained").subplots()
-
-
-def _look(index: int) -> dict[str, Any]:
-    """Colour, marker and line of a method; beyond the colours, the same with other markers and lines."""
-    turn = index + index // len(COLORS)
-    return {
-        "color": COLORS[index % len(COLORS)],
-        "marker": MARKERS[turn % len(MARKERS)],
-        "linestyle": LINE_STYLES[turn % len(LINE_STYLES)],
-    }
-
-
 def plot_experiment_curves(
     curves: pd.DataFrame, *, ax: Axes | None = None, score: str = "top-1 accuracy (%)", bands: bool = True
 ) -> Axes:
@@ -78,10 +64,11 @@ def plot_experiment_curves(
         score: Label of the score.
         bands: Draw them; of many methods they hide each other.
     """
-    ax = ax or _new_axes()
-    for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
+    ax = ax or new_axes(PAGE_WIDTH / 2, _PANEL_HEIGHT)
+    looks = looks_of(curves["method"].astype(str))
+    for method, runs in curves.groupby("method", sort=False):
         band = _mean_and_band(runs, "score")
-        look = _look(index)
+        look = looks[str(method)]
         ax.plot(band.index, band["mean"], label=str(method), markevery=max(1, len(band) // 10), **look)
         if bands:
             _fill(ax, band, look["color"])
@@ -102,11 +89,12 @@ def plot_final_scores(curves: pd.DataFrame, *, ax: Axes | None = None, score: st
         ax: Where to draw; a new figure without.
         score: Label of the score.
     """
-    ax = ax or _new_axes()
+    ax = ax or new_axes(PAGE_WIDTH / 2, _PANEL_HEIGHT)
+    looks = looks_of(curves["method"].astype(str))
     names = []
     for index, (method, runs) in enumerate(curves.groupby("method", sort=False)):
         values = runs.loc[runs["epoch"] == runs["epoch"].max(), "score"].to_numpy()
-        look = _look(index)
+        look = looks[str(method)]
         names.append(str(method))
         ax.plot(values, np.full(len(values), index), ".", color=look["color"], alpha=0.5, markersize=4)
         if len(values) > 1:
@@ -142,14 +130,13 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
                 _legend_below(ax, columns)
         what = "dots: seeds, bars" if many else "bands"
         words = f"mean of {seeds} seeds; {what}: 95 % interval of the mean" if seeds > 1 else "one seed"
-        figure.suptitle(words, fontsize=7, color="0.3")
+        describe(figure, note=words)
     return figure
 
 
 def _grid_of_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     rows = math.ceil(count / columns)
-    width = PAGE_WIDTH * (0.6 if columns == 1 else 1)
-    figure = Figure(figsize=(width, rows * (_PANEL_HEIGHT + 0.5)), layout="constrained")
+    figure = new_figure(rows * (_PANEL_HEIGHT + 0.5), share=0.6 if columns == 1 else 1)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for empty in axes[count:]:
         empty.set_axis_off()
@@ -170,17 +157,18 @@ def plot_trajectories(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         layers: Rows of ``heterogeneity.csv`` of one method and stack: ``epoch seed layer_depth heterogeneity``.
         ax: Where to draw; a new figure without.
     """
-    ax = ax or _new_axes()
+    ax = ax or new_axes(PAGE_WIDTH / 2, _PANEL_HEIGHT)
     depths = sorted(map(int, layers["layer_depth"].unique()))
     colors = _depth_colors(max(depths))
     for depth in depths:
-        band = _mean_and_band(layers[layers["layer_depth"] == depth], "heterogeneity")
+        # H is never negative, nor need its interval over seeds be.
+        band = _mean_and_band(layers[layers["layer_depth"] == depth], "heterogeneity").clip(lower=0)
         color = colors(depth)
         ax.plot(band.index, band["mean"], color=color, label=f"layer depth {depth}", linewidth=1.1)
         _fill(ax, band, color)
     ax.set_xlabel("pre-training epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    ax.set_ylim(bottom=0, auto=True)  # H is never negative, also where the interval of two seeds is
+    ax.set_ylim(bottom=0, auto=True)
     return ax
 
 
@@ -191,10 +179,11 @@ def plot_profiles(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         layers: Rows of ``heterogeneity.csv`` of one epoch and stack: ``method seed layer_depth heterogeneity``.
         ax: Where to draw; a new figure without.
     """
-    ax = ax or _new_axes()
-    for index, (method, runs) in enumerate(layers.groupby("method", sort=False)):
-        band = _mean_and_band(runs, "heterogeneity", over="layer_depth")
-        look = _look(index)
+    ax = ax or new_axes(PAGE_WIDTH / 2, _PANEL_HEIGHT)
+    looks = looks_of(layers["method"].astype(str))
+    for method, runs in layers.groupby("method", sort=False):
+        band = _mean_and_band(runs, "heterogeneity", over="layer_depth").clip(lower=0)
+        look = looks[str(method)]
         ax.plot(band.index, band["mean"], label=str(method), **look)
         _fill(ax, band, look["color"])
     ax.set_xlabel("layer depth")
@@ -226,15 +215,14 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
     for _, recipe in layers.groupby("recipe", sort=False):
         several = recipe["stack"].nunique() > 1
         panels = [
-            (f"{method}, {stack}" if several else str(method), part)
+            (f"{method}, {str(stack).replace('_', ' ')}" if several else str(method), part)
             for (method, stack), part in recipe.groupby(["method", "stack"], sort=False)
         ]
         rows += [panels[start : start + _MOST_COLUMNS] for start in range(0, len(panels), _MOST_COLUMNS)]
     columns = max(len(row) for row in rows)
     with paper_style():
-        width = PAGE_WIDTH * {1: 0.55, 2: 0.85}.get(columns, 1)
         height = _PANEL_HEIGHT - (0.3 if len(rows) < 4 else 0.8)
-        figure = Figure(figsize=(width, len(rows) * height + 0.5), layout="constrained")
+        figure = new_figure(len(rows) * height + 0.5, share={1: 0.55, 2: 0.85}.get(columns, 1))
         grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
         for row, axes in zip(rows, grid, strict=True):
             for (title, part), ax in zip(row, axes, strict=False):
@@ -256,7 +244,7 @@ def _draw_profiles(layers: pd.DataFrame) -> Figure:
         figure, axes = _grid_of_panels(len(panels), columns)
         for ((recipe, stack), part), ax in zip(panels, axes, strict=True):
             plot_profiles(part, ax=ax)
-            ax.set_title(f"{recipe}, {stack}" if several else str(recipe))
+            ax.set_title(f"{recipe}, {str(stack).replace('_', ' ')}" if several else str(recipe))
             scale_heterogeneity(ax, part["heterogeneity"])
             _legend_below(ax, columns)
         _say_what_is_shown(figure, layers)
@@ -266,7 +254,7 @@ def _draw_profiles(layers: pd.DataFrame) -> Figure:
 def _say_what_is_shown(figure: Figure, layers: pd.DataFrame) -> None:
     seeds = layers["seed"].nunique()
     words = f"; mean of {seeds} seeds, bands: 95 % interval" if seeds > 1 else "; one seed"
-    figure.suptitle(f"H while training, mean over an epoch's logged steps{words}", fontsize=7, color="0.3")
+    describe(figure, note=f"H while training, mean over an epoch's logged steps{words}")
 
 
 def scale_heterogeneity(ax: Axes, values: pd.Series) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,14 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import (
+    Look,
+    describe,
+    figure_width,
+    looks_of,
+    model_curves,
+    new_axes,
+    new_figure,
+    paper_style,
+)
 
-__all__ = ["REQUIRED_COLUMNS", "draw_heterogeneity", "plot_fall", "plot_heterogeneity"]
+__all__ = ["REQUIRED_COLUMNS", "draw_heterogeneity", "plot_heterogeneity", "plot_share", "zoom_to"]
 
 REQUIRED_COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
 
-# H in float32 is exact to about 1e-6 nats; below this share of the bound a fall is rounding.
-_FLOOR = 1e-7
+# More panels than this would be too small to read; all models then share one.
+_MOST_PANELS = 6
+_LABEL = r"$H\,/\,H_{\mathrm{max}}$"
 
 
 def _curves(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -24,27 +37,23 @@ def _curves(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     missing = [column for column in REQUIRED_COLUMNS if column not in frame]
     if missing:
         raise DataError(f"the table lacks the columns {', '.join(missing)}")
-    several = frame.groupby("model")["stack"].nunique().max() > 1
-    return [
-        (f"{model}, {stack}" if several else str(model), curve.sort_values("layer_depth"))
-        for (model, stack), curve in frame.groupby(["model", "stack"], sort=False)
-    ]
-
-
-def _look(index: int) -> dict[str, object]:
-    return {
-        "color": COLORS[index % len(COLORS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-    }
+    return [(label, curve.sort_values("layer_depth")) for label, curve in model_curves(frame)]
 
 
 def _prepare(ax: Axes | None) -> Axes:
-    if ax is None:
-        ax = Figure(figsize=(PAGE_WIDTH / 2, 2.5)).subplots()
+    ax = ax or new_axes()
     ax.set_xlabel("Layer depth")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
+
+
+def _plot_curve(curve: pd.DataFrame, value: str, ends: tuple[str, str], label: str, look: Look, ax: Axes) -> None:
+    """A line, hollow where it is an early epoch's, and the band of its interval."""
+    face = "white" if label.endswith(", early") else look["color"]
+    ax.plot(curve["layer_depth"], curve[value], label=label, clip_on=False, markerfacecolor=face, **look)
+    if set(ends) <= set(curve):
+        low, high = curve[ends[0]], curve[ends[1]]
+        ax.fill_between(curve["layer_depth"], low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -59,32 +68,30 @@ def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     curves = _curves(frame)
     ax = _prepare(ax)
+    looks = looks_of(label for label, _ in curves)
     colors: dict[float, str] = {}  # of bounds; models with the same number of visible patches share one
-    for index, (label, curve) in enumerate(curves):
-        depth = curve["layer_depth"].to_numpy()
-        look = _look(index)
-        ax.plot(depth, curve["heterogeneity"], label=label, **look)  # type: ignore[arg-type]
-        if {"ci_low", "ci_high"} <= set(curve):
-            ax.fill_between(depth, curve["ci_low"], curve["ci_high"], color=str(look["color"]), alpha=0.2, linewidth=0)
+    for label, curve in curves:
+        look = looks[label]
+        _plot_curve(curve, "heterogeneity", ("ci_low", "ci_high"), label, look, ax)
         bound = np.log(curve["num_visible"].to_numpy())
         if bound[-1] not in colors:
-            colors[bound[-1]] = str(look["color"])
+            colors[bound[-1]] = look["color"]
             visible = f"$\\log {curve['num_visible'].iloc[-1]:.4g}$"
             # Beside the axes, where no curve is.
             ax.annotate(
                 visible, (1, bound[-1]), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="left", va="center", size=6, color=colors[bound[-1]], annotation_clip=False,
+                ha="left", va="center", size="x-small", color=colors[bound[-1]], annotation_clip=False,
             )  # fmt: skip
-        ax.plot(depth, bound, color=colors[bound[-1]], linewidth=0.7, linestyle=":")
+        ax.plot(curve["layer_depth"], bound, color=colors[bound[-1]], linewidth=0.7, linestyle=":")
     ax.set_ylabel("Heterogeneity H (nats)")
     ax.set_ylim(bottom=0)
     return ax
 
 
-def plot_fall(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How far H lies below its bound, ``1 - H / log(num_visible)``, on a log axis: a fall of a thousandth can be seen.
+def plot_share(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """H as a share of its bound, ``H / log(num_visible)``, on the range of the curves, so that a small fall is seen.
 
-    The axis points down, so that a falling H falls here too.
+    An axis that does not begin at 0 says so. The bound is 1, a dotted line.
 
     Args:
         frame: Rows of ``heterogeneity.csv``.
@@ -94,54 +101,99 @@ def plot_fall(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         DataError: If a column is missing.
     """
     curves = _curves(frame)
-    ax = _prepare(ax)
-    for index, (label, curve) in enumerate(curves):
-        depth = curve["layer_depth"].to_numpy()
-        look = _look(index)
-        ax.plot(depth, (1 - curve["normalized"]).clip(lower=_FLOOR), label=label, **look)  # type: ignore[arg-type]
-        if {"normalized_ci_low", "normalized_ci_high"} <= set(curve):
-            low = (1 - curve["normalized_ci_high"]).clip(lower=_FLOOR)
-            high = (1 - curve["normalized_ci_low"]).clip(lower=_FLOOR)
-            ax.fill_between(depth, low, high, color=str(look["color"]), alpha=0.2, linewidth=0)
-    ax.set_yscale("log")
-    top = min(float((1 - frame["normalized"]).clip(lower=_FLOOR).min()) / 2, 0.1)
-    ax.set_ylim(1.3, max(top, _FLOOR / 2))
-    ax.set_ylabel(r"$1 - H\,/\,\log N_{\mathrm{visible}}$ (downwards)")
+    return _plot_shares(curves, looks_of(label for label, _ in curves), _prepare(ax))
+
+
+def _plot_shares(curves: Sequence[tuple[str, pd.DataFrame]], looks: Mapping[str, Look], ax: Axes) -> Axes:
+    ends = ("normalized_ci_low", "normalized_ci_high")
+    for label, curve in curves:
+        _plot_curve(curve, "normalized", ends, label, looks[label], ax)
+    ax.axhline(1, color="0.4", linewidth=0.7, linestyle=":")
+    values = pd.concat([curve.get(name, curve["normalized"]) for _, curve in curves for name in ("normalized", *ends)])
+    zoom_to(ax, float(values.min()), float(values.max()))
+    ax.set_ylabel(_LABEL)
     return ax
 
 
-def draw_heterogeneity(
-    frame: pd.DataFrame, *, title: str | None = None, width: float = PAGE_WIDTH, note: bool = True
-) -> Figure:
-    """Both views of Fig. 1 side by side, with one legend.
+def zoom_to(ax: Axes, lowest: float, highest: float) -> None:
+    """Let an axis of H / H_max show a range of values from 0, or, where all are near the bound, from the lowest.
+
+    Args:
+        ax: The axes; one that does not begin at 0 says so.
+        lowest: The lowest value that is shown.
+        highest: The highest.
+    """
+    zoomed = lowest > 0.5
+    top = 1.0 if highest > 0.7 else highest
+    bottom = lowest if zoomed else 0.0
+    room = 0.08 * (top - bottom) + 1e-6
+    ax.set_ylim(bottom - room, top + room)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    if zoomed:
+        ax.annotate("axis not from 0", (0.03, 0.03), xycoords="axes fraction", size="x-small", color="0.4")
+
+
+def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """Fig. 1: a panel per model on its own range of H / H_max; epochs of one model share a panel.
+
+    Models are epochs of one where their labels agree up to a comma: ``MAE`` and ``MAE, early``. One curve has an axis
+    in nats beside it.
 
     Args:
         frame: Rows of ``heterogeneity.csv``, of one or several models.
         title: Line above the figure.
-        width: Of the figure, in inches.
-        note: Say above the figure what is shown; leave it out where a caption does.
 
     Raises:
         DataError: If a column is missing.
     """
+    curves = _curves(frame)
+    looks = looks_of(label for label, _ in curves)
+    groups: dict[str, list[tuple[str, pd.DataFrame]]] = {}
+    for label, curve in curves:
+        groups.setdefault(str(curve["model"].iloc[0]).partition(",")[0], []).append((label, curve))
+    if len(groups) > _MOST_PANELS:
+        groups = {"all models": curves}
     with paper_style():
-        figure = Figure(figsize=(width, 2.7 if width > 6 else 2.35), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        plot_heterogeneity(frame, ax=left)
-        plot_fall(frame, ax=right)
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3)
-        heading = "\n".join(filter(None, (title, _caption(frame) if note else "")))
-        if heading:
-            figure.suptitle(heading, fontsize=7, color="0.3")
+        across = min(len(groups), 3 if figure_width() > 4 else 1)
+        down = math.ceil(len(groups) / across)
+        figure = new_figure(1.9 * down + 0.6, share=0.6 if len(groups) == 1 else 1)
+        axes = figure.subplots(down, across, squeeze=False)
+        for ax in axes.flat[len(groups) :]:
+            ax.set_axis_off()
+        for ax, (group, shown) in zip(axes.flat, groups.items(), strict=False):
+            _plot_shares(shown, looks, _prepare(ax))
+            ax.set_title(f"{group}{_bound(shown)}", fontsize="small", loc="left")
+        for ax in axes[:, 1:].flat:
+            ax.set_ylabel("")
+        if len(curves) == 1:
+            _add_nats(axes[0, 0], curves[0][1])
+        else:
+            found = [pair for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+            figure.legend(*zip(*found, strict=True), loc="outside lower center", ncols=min(len(found), 4))
+        describe(figure, title=title, note=_note(frame))
     return figure
 
 
-def _caption(frame: pd.DataFrame) -> str:
+def _add_nats(ax: Axes, curve: pd.DataFrame) -> None:
+    """H in nats on the right, where one bound holds at every layer depth."""
+    bounds = np.log(curve["num_visible"].to_numpy())
+    if np.ptp(bounds) < 1e-9 and bounds[0] > 0:
+        nats = ax.secondary_yaxis("right", functions=(lambda share: share * bounds[0], lambda h: h / bounds[0]))
+        nats.set_ylabel("H (nats)")
+
+
+def _bound(curves: Sequence[tuple[str, pd.DataFrame]]) -> str:
+    """The bound of H in nats, where all curves of a panel have one."""
+    counts = {round(float(count), 6) for _, curve in curves for count in curve["num_visible"]}
+    return f", $H_{{\\mathrm{{max}}}} = {math.log(counts.pop()):.3g}$ nats" if len(counts) == 1 else ""
+
+
+def _note(frame: pd.DataFrame) -> str:
     text = "mean"
     if "num_images" in frame:
         counts = sorted({int(count) for count in frame["num_images"]})
         text += f" over {' or '.join(map(str, counts))} images"
     if {"ci_low", "ci_high"} <= set(frame):
         text += "; bands: 95 % interval over images"
-    return f"{text}; dotted: bound $\\log N_{{\\mathrm{{visible}}}}$"
+    return f"{text}; dotted: bound $H_{{\\mathrm{{max}}}} = \\log N_{{\\mathrm{{visible}}}}$"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,34 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, TEXT_WIDTH, paper_style
+from mto_analysis.figures.plots.style import Look, looks_of, new_figure, paper_style
 
-__all__ = ["draw_runs", "method_look", "plot_runs"]
+__all__ = ["draw_runs", "plot_runs"]
 
 COLUMNS = ("panel", "method", "place", "score", "low", "high", "num_seeds")
 
-# The baseline stands back, what is tried stands out; both also differ by marker and line.
-_LOOKS: tuple[dict[str, Any], ...] = (
-    {"color": "0.35", "marker": "o", "linestyle": "--"},
-    {"color": COLORS[0], "marker": "s", "linestyle": "-"},
-    *(
-        {"color": c, "marker": m, "linestyle": s}
-        for c, m, s in zip(COLORS[1:], MARKERS[2:], LINE_STYLES[2:], strict=False)
-    ),
-)
 
-
-def method_look(index: int) -> dict[str, Any]:
-    """Colour, marker and line style of a method, by its place in the list of methods; the first is the baseline."""
-    return _LOOKS[index % len(_LOOKS)]
-
-
-def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, int] | None = None, bars: bool = False, ax: Axes) -> Axes:
+def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, Look] | None = None, bars: bool = False, ax: Axes) -> Axes:
     """A curve per method with its interval.
 
     Args:
         rows: Columns ``method place score low high num_seeds``; ``low`` and ``high`` may be empty for one seed.
-        looks: Which look each method has, so that panels agree; by default in the order of the table.
+        looks: Of the methods, where panels of one figure must agree.
         bars: Draw intervals as bars, where places between the points are no results; else as a band.
         ax: Where to draw.
 
@@ -48,12 +32,13 @@ def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, int] | None = None, bar
     missing = [column for column in COLUMNS[1:] if column not in rows]
     if missing or rows.empty:
         raise DataError(f"nothing to draw: {f'no columns {missing}' if missing else 'no rows'}")
-    looks = looks or {str(name): index for index, name in enumerate(dict.fromkeys(rows["method"]))}
+    looks = looks or looks_of(rows["method"])
+    order = list(looks)
     for method, curve in rows.groupby("method", sort=False):
-        look = method_look(looks[str(method)])
+        look = looks[str(method)]
         every = max(1, len(curve) // 10)
         # Bars of two methods at one place would hide each other.
-        places = curve["place"] + (0.14 * (looks[str(method)] - (len(looks) - 1) / 2) if bars else 0)
+        places = curve["place"] + (0.14 * (order.index(str(method)) - (len(looks) - 1) / 2) if bars else 0)
         ax.plot(places, curve["score"], markevery=every, markersize=3.5, label=str(method), **look)
         if bars:
             ends = (curve["score"] - curve["low"], curve["high"] - curve["score"])
@@ -71,7 +56,6 @@ def draw_runs(
     remarks: Mapping[str, str] | None = None,
     zero: Sequence[str] = (),
     whole_places: bool = False,
-    width: float = TEXT_WIDTH,
 ) -> Figure:
     """A panel per value of ``panel``, two in a row, with one legend.
 
@@ -82,18 +66,14 @@ def draw_runs(
         remarks: A short text inside a panel.
         zero: Panels with a line at 0.
         whole_places: Places are settings: ticks there, and bars instead of bands.
-        width: Of the figure, in inches.
     """
     panels = list(dict.fromkeys(rows["panel"]))
     methods = list(dict.fromkeys(rows["method"]))
-    looks = {method: index for index, method in enumerate(methods)}
+    looks = looks_of(methods)
     across = min(len(panels), 2)
     down = -(-len(panels) // across)
     with paper_style():
-        figure = Figure(
-            figsize=(width if across > 1 else 0.7 * width, 1.75 * down + 0.45 + 0.15 * (-(-len(methods) // 4))),
-            layout="constrained",
-        )
+        figure = new_figure(1.75 * down + 0.45 + 0.15 * (-(-len(methods) // 4)), share=1 if across > 1 else 0.7)
         axes = figure.subplots(down, across, squeeze=False)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
@@ -102,7 +82,7 @@ def draw_runs(
             if panel in zero:
                 ax.axhline(0, color="0.3", linewidth=0.8)
             plot_runs(mine, looks=looks, bars=whole_places, ax=ax)
-            ax.set_title(str(panel), fontsize=7.5)
+            ax.set_title(str(panel), fontsize="medium")
             label = score if isinstance(score, str) else score[str(panel)]
             if index % across == 0 or not isinstance(score, str):
                 ax.set_ylabel(label)
@@ -114,7 +94,7 @@ def draw_runs(
                 ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             if text := (remarks or {}).get(str(panel)):
                 ax.annotate(
-                    text, (0.98, 0.04), xycoords="axes fraction", ha="right", va="bottom", size=6.5, color="0.2"
+                    text, (0.98, 0.04), xycoords="axes fraction", ha="right", va="bottom", size="small", color="0.2"
                 )
         handles = {
             label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)

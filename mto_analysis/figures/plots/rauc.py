@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from mto_analysis.figures.plots.style import COLORS, COLUMN_WIDTH, PAGE_WIDTH
+from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
+from mto_analysis.figures.plots.style import COLUMN_WIDTH, looks_of, new_axes, new_figure, paper_style
 from mto_analysis.rauc import Points
 from mto_analysis.rauc.comparison import Comparison, mean_curve, scores_at
 from mto_analysis.rauc.intervals import mean_interval
@@ -24,7 +25,6 @@ __all__ = ["plot_rauc", "plot_rauc_windows", "rauc_figure", "rauc_windows_figure
 
 Runs = Mapping[str, Points]
 
-_BASELINE, _TARGET = COLORS[0], COLORS[1]
 _PANEL_HEIGHT = 2.7
 _MAP_HEIGHT = 2.9
 
@@ -54,7 +54,9 @@ def plot_rauc(
         axis: What the curves run over.
         score: Label of the score.
     """
-    ax = Figure(figsize=(COLUMN_WIDTH, _PANEL_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or new_axes(COLUMN_WIDTH, _PANEL_HEIGHT)
+    looks = looks_of([comparison.baseline, comparison.target])
+    first, second = (looks[name]["color"] for name in (comparison.baseline, comparison.target))
     one, two = mean_curve(baseline), mean_curve(target)
     start, end, level = comparison.start, comparison.end, comparison.reference
     epochs = np.unique(np.concatenate([[start, end], one.epochs, two.epochs]))
@@ -64,19 +66,16 @@ def plot_rauc(
     low, high = np.interp(epochs, *one), np.interp(epochs, *two)
     ax.fill_between(epochs, level, low, color="0.85", linewidth=0, label="baseline's area", zorder=0.5)
     ax.fill_between(
-        epochs, low, high, where=high >= low, color=_TARGET, alpha=0.22, linewidth=0, label="target's lead", zorder=0.6
+        epochs, low, high, where=high >= low, color=second, alpha=0.22, linewidth=0, label="target's lead", zorder=0.6
     )
     if (high < low).any():
         ax.fill_between(
-            epochs, low, high, where=high <= low, facecolor="none", edgecolor=_BASELINE, hatch="//////", linewidth=0,
+            epochs, low, high, where=high <= low, facecolor="none", edgecolor=first, hatch="//////", linewidth=0,
             label="target's lag", zorder=0.7,
         )  # fmt: skip
-    for runs, curve, name, color, marker in (
-        (baseline, one, comparison.baseline, _BASELINE, "o"),
-        (target, two, comparison.target, _TARGET, "s"),
-    ):
+    for runs, curve, name in ((baseline, one, comparison.baseline), (target, two, comparison.target)):
         every = max(1, len(curve.epochs) // 12)
-        ax.plot(*curve, color=color, marker=marker, markevery=every, label=name, zorder=3)
+        ax.plot(*curve, markevery=every, label=name, zorder=3, **looks[name])
         if len(runs) > 1:
             bars, middle = curve.epochs[::every], curve.scores[::every]
             scores = scores_at(runs, bars)
@@ -86,7 +85,7 @@ def plot_rauc(
                 middle,
                 yerr=np.abs(ends.T - middle),
                 fmt="none",
-                ecolor=color,
+                ecolor=looks[name]["color"],
                 elinewidth=0.8,
                 capsize=1.5,
                 zorder=2,
@@ -95,7 +94,7 @@ def plot_rauc(
     _mark_saving(ax, comparison)
     ax.set_xlabel({"images": "images seen"}.get(axis, axis))
     ax.set_ylabel(score)
-    group = "".join(f", {value}" for value in comparison.group.values())
+    group = "".join(f", {PROTOCOL_LABELS.get(value, value)}" for value in comparison.group.values())
     ax.set_title(f"{comparison.target}{group}: RAUC {ratio_in_words(comparison)}")
     # Below the axis: inside, it would lie on a shaded area whichever corner it takes.
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.8, labelspacing=0.3)
@@ -115,8 +114,8 @@ def _mark_saving(ax: Axes, comparison: Comparison) -> None:
     ax.plot([reached, reached], [min(comparison.reference, final), final], color="0.2", linewidth=0.8, linestyle="--")
     saved = comparison.share_saved_interval.around(comparison.share_saved, scale=100, default=".0f")
     text = ax.annotate(
-        f"{saved} % saved", xy=(end, final), xytext=(-3, 2),
-        textcoords="offset points", ha="right", va="bottom", fontsize=7, color="0.2", zorder=4,
+        f"{saved} % saved", xy=(reached, min(comparison.reference, final)), xytext=(3, 3),
+        textcoords="offset points", ha="left", va="bottom", fontsize="small", color="0.2", zorder=4,
     )  # fmt: skip
     text.set_path_effects([withStroke(linewidth=1.5, foreground="white", alpha=0.8)])
 
@@ -142,7 +141,7 @@ def plot_rauc_windows(
         axis: What the curves run over.
         title: Above the panel.
     """
-    ax = Figure(figsize=(COLUMN_WIDTH, _MAP_HEIGHT), layout="constrained").subplots() if ax is None else ax
+    ax = ax or new_axes(COLUMN_WIDTH, _MAP_HEIGHT)
     cells = _cells(grid)
     seeds = bool(grid["low"].notna().any())
     defined = np.isfinite(cells["rauc"])
@@ -188,7 +187,7 @@ def plot_rauc_windows(
     ax.set_title(title)
     ax.grid(visible=False)
     if handles:  # the corner below the diagonal has no windows
-        ax.legend(handles=handles, loc="lower right", fontsize=6, handlelength=1.2, borderaxespad=0.2, frameon=False)
+        ax.legend(handles=handles, loc="lower right", fontsize="x-small", handlelength=1.2, borderaxespad=0.2)
     ticks = [x for x in (_WIDE_TICKS if reach > 3 else _FINE_TICKS) if 1 / reach <= x <= reach]
     label = "RAUC (pale: wide interval)" if seeds else "RAUC (one run; pale: small gain)"
     bar = ax.figure.colorbar(image, ax=ax, extend="both", label=label, ticks=ticks, format="%g")
@@ -236,7 +235,7 @@ def _write_ratios(ax: Axes, ratios: np.ndarray, edges: np.ndarray, strong: np.nd
         text = f"{ratios[row, column]:.2f}"
         if across[column] >= 3.4 * len(text) and up[row] >= 8:
             ax.text(
-                centres[column], centres[row + 1], text, ha="center", va="center", fontsize=6,
+                centres[column], centres[row + 1], text, ha="center", va="center", fontsize="x-small",
                 color="white" if strong[row, column] else "black",
             )  # fmt: skip
 
@@ -244,8 +243,7 @@ def _write_ratios(ax: Axes, ratios: np.ndarray, edges: np.ndarray, strong: np.nd
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    width = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH
-    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    figure = new_figure(rows * height, share=0.5 * columns)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for empty in axes[count:]:
         empty.set_axis_off()
@@ -256,9 +254,10 @@ def rauc_figure(
     comparisons: Sequence[Comparison], runs: Sequence[tuple[Runs, Runs]], *, axis: str = "epoch", score: str
 ) -> Figure:
     """A panel per comparison, two in a row, like Fig. 4."""
-    figure, axes = _panels(len(comparisons), _PANEL_HEIGHT)
-    for comparison, (baseline, target), ax in zip(comparisons, runs, axes, strict=True):
-        plot_rauc(comparison, baseline, target, ax=ax, axis=axis, score=score)
+    with paper_style():
+        figure, axes = _panels(len(comparisons), _PANEL_HEIGHT)
+        for comparison, (baseline, target), ax in zip(comparisons, runs, axes, strict=True):
+            plot_rauc(comparison, baseline, target, ax=ax, axis=axis, score=score)
     return figure
 
 
@@ -266,8 +265,9 @@ def rauc_windows_figure(
     grids: Mapping[str, pd.DataFrame], *, chosen: Iterable[tuple[float, float]] = (), axis: str = "epoch"
 ) -> Figure:
     """A heat map per pair of methods."""
-    figure, axes = _panels(len(grids), _MAP_HEIGHT)
     windows = list(chosen)
-    for (title, grid), ax in zip(grids.items(), axes, strict=True):
-        plot_rauc_windows(grid, chosen=windows, ax=ax, axis=axis, title=title)
+    with paper_style():
+        figure, axes = _panels(len(grids), _MAP_HEIGHT)
+        for (title, grid), ax in zip(grids.items(), axes, strict=True):
+            plot_rauc_windows(grid, chosen=windows, ax=ax, axis=axis, title=title)
     return figure

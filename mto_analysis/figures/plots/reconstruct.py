@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mto_analysis.figures.plots.style import PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import describe, figure_width, new_axes, paper_style
 
 if TYPE_CHECKING:
     from mto_analysis.probe.reconstruction import Reconstruction
@@ -39,7 +40,7 @@ def plot_view(reconstruction: Reconstruction, view: str, *, ax: Axes | None = No
     """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
-    ax = ax if ax is not None else Figure(figsize=(1.5, 1.5)).subplots()
+    ax = ax or new_axes(1.5, 1.5)
     ax.imshow(getattr(reconstruction, view), interpolation="nearest", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
@@ -82,31 +83,33 @@ def draw_reconstructions(rows: Sequence[Reconstruction], *, captioned: bool = Tr
     abreast = min(2, len(models))
     lines = -(-len(models) // abreast)
     images = max(sum(row.model == model for row in rows) for model in models)
-    cell = PAGE_WIDTH / 8 if abreast == 2 else PAGE_WIDTH / 6
-    caption = textwrap.fill(reconstruction_caption(rows), 128 if abreast == 2 else 86) if captioned else ""
-    height = lines * (images * 0.95 * cell + 0.42) + 0.13 * (caption.count("\n") + 1) + 0.05
+    cell = figure_width(0.5 * abreast + 0.17 * (abreast == 1)) / (4 * abreast)
+    note = reconstruction_caption(rows) if captioned else ""
+    height = lines * (images * 0.95 * cell + 0.42) + (0.13 * math.ceil(len(note) / (72 * cell)) if note else 0) + 0.05
     tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
     with paper_style():
         figure = Figure(figsize=(abreast * 4 * cell, height), layout=tight)
         blocks = figure.subfigures(lines, abreast, squeeze=False, wspace=0.02, hspace=0.03).flat
         for block, model in zip(blocks, models, strict=False):
-            _draw_block(block, model, [row for row in rows if row.model == model])
-        if caption:
-            figure.supxlabel(caption, fontsize=6.5, color="0.3", x=0.01, ha="left", linespacing=1.25)
+            _draw_block(block, model, [row for row in rows if row.model == model], cell)
+        describe(figure, note=note)
     return figure
 
 
-def _draw_block(block: SubFigure, model: str, rows: Sequence[Reconstruction]) -> None:
+def _draw_block(block: SubFigure, model: str, rows: Sequence[Reconstruction], cell: float) -> None:
     loss, mean = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("loss", "predict_the_mean"))
-    block.suptitle(f"{model}: loss {loss:.3g} (mean: {mean:.3g})", fontsize=8)
+    block.suptitle(f"{model}: loss {loss:.3g} (mean: {mean:.3g})", fontsize="medium")
     axes = block.subplots(len(rows), len(VIEWS), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for ax, view in zip(line, VIEWS, strict=True):
             plot_view(row, view, ax=ax)
-        line[0].set_ylabel(_short(row.image), fontsize=6)
+        line[0].set_ylabel(_shortened(row.image, cell), fontsize="x-small")
     for ax, title in zip(axes[0], VIEWS.values(), strict=True):
-        ax.set_title(title, fontsize=6.5, pad=2)
+        ax.set_title(title, fontsize="small", pad=2)
 
 
-def _short(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"...{name[-most:]}"
+def _shortened(name: str, height: float) -> str:
+    """The end of a name, as much as two lines beside a row of this height in inches hold."""
+    letters = max(4, int(height * 72 / (0.42 * mpl.rcParams["font.size"])))
+    shown = name if len(name) <= 2 * letters else f"\N{HORIZONTAL ELLIPSIS}{name[1 - 2 * letters :]}"
+    return "\n".join(shown[start : start + letters] for start in range(0, len(shown), letters))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from mto_analysis.figures.plots.style import COLORS, TEXT_WIDTH, paper_style
+from mto_analysis.figures.plots.style import COLORS, figure_width, paper_style
 
 __all__ = ["draw_schematic", "plot_losses_on_affinity", "plot_style"]
 
@@ -51,7 +51,7 @@ def _box(ax: Axes, x: float, y: float, width: float, height: float, text: str, *
             zorder=2,
         )
     )
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", size=7, color=_INK, zorder=4)
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", size="small", color=_INK, zorder=4)
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "0.35") -> None:
@@ -99,7 +99,7 @@ def plot_style(ax: Axes, style: str, *, tokens: Sequence[bool] = TOKENS) -> Axes
             _token(ax, x, 0.35, masked, faint=masked)
         for y, masked, words in ((0.72, False, "visible"), (0.24, True, "masked")):
             _token(ax, beside + 0.12, y, masked, side=0.3)
-            ax.text(beside + 0.4, y, words, va="center", size=6, color="0.25")
+            ax.text(beside + 0.4, y, words, va="center", size="x-small", color="0.25")
         for x in kept:
             _arrow(ax, (x, 0.6), (x, 0.9))
             _arrow(ax, (x, 1.5), (x, 1.72))
@@ -111,7 +111,7 @@ def plot_style(ax: Axes, style: str, *, tokens: Sequence[bool] = TOKENS) -> Axes
         _token(ax, x, meeting, masked)
     _arrow(ax, (middle, high + 0.03), (middle, high + 0.4))
     _box(ax, left, high + 0.43, width, 0.52, "Prediction of masked patches")
-    ax.text(beside - 0.02, meeting, "masked\ntokens join", va="center", size=6, color="0.25", linespacing=1.0)
+    ax.text(beside - 0.02, meeting, "masked\ntokens join", va="center", size="x-small", color="0.25", linespacing=1.0)
     _levels(ax, beside, low, high)
     return ax
 
@@ -121,11 +121,11 @@ def _levels(ax: Axes, x: float, low: float, high: float) -> None:
     ax.plot([x, x], [low, high], color=_INK, linewidth=0.8)
     for y in np.linspace(low, high, 4):
         ax.plot([x - 0.08, x + 0.08], [y, y], color=_INK, linewidth=0.8)
-    ax.text(x + 0.18, low, "$l=0$", va="center", size=6.5, color=_INK)
-    ax.text(x + 1.0, low + 0.2, r"$L_{\mathrm{spa}}$", va="center", size=7, color=_SPA)
-    ax.text(x + 1.0, low - 0.2, r"$L_e$", va="center", size=7, color=_E)
-    ax.text(x + 0.18, high, "$l=L$", va="center", size=6.5, color=_INK)
-    ax.text(x + 0.18, (low + high) / 2, "$L_r$", va="center", size=7, color=_R)
+    ax.text(x + 0.18, low, "$l=0$", va="center", size="small", color=_INK)
+    ax.text(x + 0.78, low + 0.2, r"$L_{\mathrm{spa}}$", va="center", size="small", color=_SPA)
+    ax.text(x + 0.78, low - 0.2, r"$L_e$", va="center", size="small", color=_E)
+    ax.text(x + 0.18, high, "$l=L$", va="center", size="small", color=_INK)
+    ax.text(x + 0.18, (low + high) / 2, "$L_r$", va="center", size="small", color=_R)
 
 
 def plot_losses_on_affinity(ax: Axes, *, num_masked: int = 5, num_visible: int = 3) -> Axes:
@@ -151,7 +151,7 @@ def plot_losses_on_affinity(ax: Axes, *, num_masked: int = 5, num_visible: int =
         ax.add_patch(
             Rectangle((left, top), right - left, bottom - top, facecolor=shade, edgecolor="white", linewidth=0)
         )
-        ax.text(left + 0.15, top + 0.15, names[row, column], ha="left", va="top", size=5.5, color="0.35")
+        ax.text(left + 0.15, top + 0.15, names[row, column], ha="left", va="top", size="x-small", color="0.35")
     for line in range(count + 1):
         ax.plot([0, count], [line, line], color="white", linewidth=0.6)
         ax.plot([line, line], [0, count], color="white", linewidth=0.6)
@@ -174,7 +174,7 @@ def plot_losses_on_affinity(ax: Axes, *, num_masked: int = 5, num_visible: int =
         (border, count, border + 1.5, "$L_{\\mathrm{spa}}$ lowers\nthe entropy of\nvisible rows", _SPA),
     ):
         ax.plot([count + 0.25] * 2, [low + 0.1, high - 0.1], color=color, linewidth=1.5, solid_capstyle="butt")
-        ax.text(count + 0.5, y, words, va="center", size=6.5, color=color, linespacing=1.15)
+        ax.text(count + 0.5, y, words, va="center", size="small", color=color, linespacing=1.15)
     return ax
 
 
@@ -190,14 +190,14 @@ def plot_losses_over_depth(ax: Axes) -> Axes:
     ax.annotate(
         "", (0, 1.08), (0, h[0] + 0.04), arrowprops={"arrowstyle": "-|>", "color": _E, "linewidth": 1.6}, zorder=4
     )
-    ax.text(0.15, 1.03, r"$L_e$ raises $H_0$", size=7, va="center", color=_E)
+    ax.text(0.15, 1.03, r"$L_e$ raises $H_0$", size="small", va="center", color=_E)
     for left in depth[:-1]:
         ax.annotate(
             "", (left + 0.93, h[left + 1] + 0.045), (left + 0.93, h[left] + 0.01),
             arrowprops={"arrowstyle": "-|>", "color": _R, "linewidth": 1.4}, zorder=2,
         )  # fmt: skip
         ax.plot([left, left + 0.93], [h[left]] * 2, color=_R, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
-    ax.text(2.15, 0.7, "$L_r$ asks for\n$H_l < H_{l-1}$", size=7, va="center", color=_R, linespacing=1.15)
+    ax.text(2.15, 0.7, "$L_r$ asks for\n$H_l < H_{l-1}$", size="small", va="center", color=_R, linespacing=1.15)
     ax.set_xlim(-0.35, 4.35)
     ax.set_ylim(0, 1.18)
     ax.set_xticks(depth, ["0", "1", "2", r"$\cdots$", "$L$"])
@@ -208,13 +208,10 @@ def plot_losses_over_depth(ax: Axes) -> Axes:
     return ax
 
 
-def draw_schematic(*, width: float = TEXT_WIDTH) -> Figure:
-    """Fig. 3 in four panels: the two styles above, the losses on the affinity matrix and over layer depth below.
-
-    Args:
-        width: Of the figure, in inches.
-    """
+def draw_schematic() -> Figure:
+    """Fig. 3 in four panels: the two styles above, the losses on the affinity matrix and over layer depth below."""
     with paper_style():
+        width = figure_width()
         figure = Figure(figsize=(width, 0.86 * width))
         titles = {
             "a": (0.0, 1.0, "Inpainting style (SimMIM, ConMIM, BEiT)"),
@@ -223,8 +220,8 @@ def draw_schematic(*, width: float = TEXT_WIDTH) -> Figure:
             "d": (0.5, 0.51, "Heterogeneity that MTO asks for (sketch)"),
         }
         for letter, (x, y, words) in titles.items():
-            figure.text(x + 0.012, y - 0.01, letter, size=8, va="top", weight="bold")
-            figure.text(x + 0.045, y - 0.01, words, size=7.5, va="top")
+            figure.text(x + 0.012, y - 0.01, letter, size="small", va="top", weight="bold")
+            figure.text(x + 0.045, y - 0.01, words, size="small", va="top")
         tall = 0.5 * 5.1 / 7.2 / 0.86
         for x, style in ((0.0, "inpainting"), (0.5, "decoder")):
             plot_style(figure.add_axes((x, 0.955 - tall, 0.5, tall)), style)

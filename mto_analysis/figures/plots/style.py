@@ -1,18 +1,25 @@
-"""One look for every figure: widths of a paper's columns, colour-blind safe, readable in grey, fonts embedded."""
+"""One look for every figure: type, widths and colours by style, told apart in grey, fonts embedded."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import re
+import textwrap
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+
+from mto_analysis.figures.options import current_drawing
 
 if TYPE_CHECKING:
-    from mto_analysis.runtime.outputs import OutputFolder
+    import pandas as pd
 
 __all__ = [
     "COLORS",
@@ -22,15 +29,21 @@ __all__ = [
     "PAGE_WIDTH",
     "PAPER_STYLE",
     "TEXT_WIDTH",
+    "Look",
+    "describe",
     "figure_bytes",
+    "figure_width",
+    "looks_of",
+    "model_curves",
+    "new_axes",
+    "new_figure",
     "paper_style",
-    "write_figure",
 ]
 
 #: Widths in inches of what commands and reports draw, over one and two columns.
 COLUMN_WIDTH = 3.4
 PAGE_WIDTH = 7.0
-#: Text width of an LNCS page (122 mm, ECCV's), in inches: the figures of the paper are drawn to it.
+#: Text width of an LNCS page (122 mm, ECCV's), in inches: figures in paper style are drawn to it.
 TEXT_WIDTH = 122 / 25.4
 
 #: seaborn's colour-blind palette without its pale tones, told apart in grey by marker and line style. Its values, as
@@ -41,33 +54,161 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))
 
 #: The style sheet; ``matplotlib.style.use(PAPER_STYLE)`` gives its look to anybody's figures.
 PAPER_STYLE = Path(__file__).parents[2] / "assets/paper.mplstyle"
-_STYLE: Any = mpl.rc_params_from_file(PAPER_STYLE, use_default_template=False)
+_BASE: Any = mpl.rc_params_from_file(PAPER_STYLE, use_default_template=False)
+# Text sizes in figures are relative to font.size, so that these reach all of them. STIX is matplotlib's own Times.
+_STYLES: dict[str, Any] = {
+    "screen": {},
+    "paper": {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9},
+    "slides": {"font.size": 11, "lines.linewidth": 2.2, "lines.markersize": 6, "axes.linewidth": 1, "savefig.dpi": 320},
+}
+_WIDTHS = {"screen": PAGE_WIDTH, "paper": TEXT_WIDTH, "slides": PAGE_WIDTH}
+
+
+# Lines, bands and letters have fewer colours, photographs more.
+_DRAWN_COLORS = 10_000
+
+
+class Look(TypedDict):
+    """Colour, marker and line style of a curve, as arguments of ``Axes.plot``."""
+
+    color: str
+    marker: str
+    linestyle: Any
+
+
+# What figures of this project often show together; MTO and an early epoch differ from their baseline by colour.
+_SLOTS = {
+    "MAE": 0,
+    "SimMIM": 1,
+    "MAE, early": 2,
+    "SimMIM, early": 3,
+    "MAE + MTO": 2,
+    "SimMIM + MTO": 3,
+    "with MTO": 2,
+}
+_BASELINE = Look(color="0.35", marker="o", linestyle="--")
+
+
+def looks_of(labels: Iterable[str]) -> dict[str, Look]:
+    """The look of each label, the same in every figure, report and experiment.
+
+    A look follows from the label's text alone, so that a model keeps it whatever else is drawn. Only where two labels
+    of one figure would share a colour, the later one takes the next that is free; beyond seven labels colours return
+    with another marker and line style.
+
+    Args:
+        labels: Of all curves that are shown together, in their order.
+
+    Example:
+        >>> both = looks_of(["SimMIM", "MAE"])
+        >>> both["MAE"] == looks_of(["MAE"])["MAE"], both["MAE"]["marker"]
+        (True, 'o')
+    """
+    names = list(dict.fromkeys(labels))
+    count = len(COLORS)
+    taken: set[tuple[int, int]] = set()
+    looks: dict[str, Look] = {}
+    for name in sorted(names, key=lambda name: name not in _SLOTS):
+        if name == "baseline":
+            looks[name] = _BASELINE
+            continue
+        first = _SLOTS.get(name, zlib.crc32(name.encode()) % count)
+        places = (((first + step) % count, step // count) for step in range(count * count))
+        slot, turn = next((place for place in places if place not in taken), (first, 0))
+        taken.add((slot, turn))
+        other = (slot + turn) % count
+        looks[name] = Look(color=COLORS[slot], marker=MARKERS[other], linestyle=LINE_STYLES[other])
+    return {name: looks[name] for name in names}
+
+
+def model_curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each model and stack by their label, in the order of the table.
+
+    The stack is named where a model has several.
+
+    Args:
+        table: Columns ``model`` and ``stack``.
+    """
+    if table.empty:
+        return []
+    several = table.groupby("model")["stack"].nunique().max() > 1
+    return [
+        (f"{model}, {str(stack).replace('_', ' ')}" if several else str(model), curve)
+        for (model, stack), curve in table.groupby(["model", "stack"], sort=False)
+    ]
 
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Draw inside this context to get the project's look; global settings are as before afterwards."""
-    with mpl.rc_context(_STYLE):
+    """Draw inside this context to get the look of the current style; global settings are as before afterwards."""
+    with mpl.rc_context(_BASE), mpl.rc_context(_STYLES[current_drawing().style]):
         yield
 
 
-def figure_bytes(figure: Figure, kind: str, *, tight: bool = True) -> bytes:
-    """A figure as the bytes of a ``png`` or ``pdf`` file, the same bytes for the same figure.
+def figure_width(share: float = 1.0) -> float:
+    """Width of a figure in inches: that which the user asked for, else a share of the style's."""
+    options = current_drawing()
+    return options.width or share * _WIDTHS[options.style]
+
+
+def new_figure(height: float, *, share: float = 1.0) -> Figure:
+    """A figure of the current style, laid out so that nothing overlaps and the file has just its width.
+
+    Args:
+        height: In inches, at a type size of 8 points; larger type makes it higher.
+        share: Of the style's width that the figure needs, unless the user asked for a width.
+    """
+    return Figure(figsize=(figure_width(share), height * mpl.rcParams["font.size"] / 8), layout="constrained")
+
+
+def new_axes(width: float = PAGE_WIDTH / 2, height: float = 2.5) -> Axes:
+    """Axes of a new figure, for a plot that was not given any; width and height in inches."""
+    return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def describe(figure: Figure, *, title: str | None = None, note: str = "") -> None:
+    """Put a title above a figure, and below it what is shown, which in paper style is left to the caption.
+
+    Args:
+        figure: Any; its label (``figure.get_label()``) becomes the note, which the caption file is made from.
+        title: Such as the model's name.
+        note: What is shown, on how many images, with which intervals.
+    """
+    figure.set_label(" ".join(note.split()))
+    inside = "" if current_drawing().style == "paper" else _wrapped(note, figure)
+    if heading := "\n".join(filter(None, (title, inside))):
+        figure.suptitle(heading, fontsize="small", color="0.3")
+
+
+def _wrapped(note: str, figure: Figure) -> str:
+    """A note in lines of the figure's width; formulas stay whole."""
+    whole = re.sub(r"\$.*?\$", lambda formula: formula[0].replace(" ", "\N{NO-BREAK SPACE}"), note)
+    letters = int(figure.get_figwidth() * 72 / (0.48 * mpl.rcParams["font.size"]))
+    lines = (textwrap.fill(line, letters, break_long_words=False) for line in whole.splitlines())
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as the bytes of a file, the same bytes for the same figure.
 
     Args:
         figure: What to write.
-        kind: ``png`` or ``pdf``.
-        tight: Cut margins off; without it the page has the figure's own size, such as a column's width.
+        kind: ``png``, ``pdf`` or ``svg``.
     """
     buffer = io.BytesIO()
     # No creation date, so that a figure redrawn from the same table is the same file.
-    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-    with mpl.rc_context(_STYLE):
-        cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.03} if tight else {}
-        figure.savefig(buffer, format=kind, metadata=metadata, **cut)
-    return buffer.getvalue()
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {"Software": None})
+    with paper_style(), mpl.rc_context({"svg.hashsalt": "mto-analysis"}):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return _with_palette(buffer) if kind == "png" else buffer.getvalue()
 
 
-def write_figure(folder: OutputFolder, stem: str, figure: Figure) -> list[Path]:
-    """Write a figure into a folder as ``stem.png`` (300 dpi) and ``stem.pdf`` (fonts embedded)."""
-    return [folder.write_bytes(f"{stem}.{kind}", figure_bytes(figure, kind)) for kind in ("png", "pdf")]
+def _with_palette(png: io.BytesIO) -> bytes:
+    """A drawing as PNG of 256 colours, a third of the size; photographs keep all of theirs."""
+    with Image.open(png) as image:
+        whole = image.convert("RGB")
+        if whole.getcolors(_DRAWN_COLORS) is None:
+            return png.getvalue()
+        small = io.BytesIO()
+        whole.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True, dpi=image.info["dpi"])
+    return small.getvalue()

@@ -12,9 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.evaluation import plot_accuracy
 from mto_analysis.figures.plots.experiment import depth_legend, plot_trajectories, scale_heterogeneity
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, describe, new_figure, paper_style
 
 __all__ = ["draw_run", "plot_losses"]
+
+# Terms below this share of the loss are drawn on their own axis.
+_SMALL = 0.1
 
 
 def plot_losses(rows: pd.DataFrame, terms: Sequence[str] = (), *, ax: Axes) -> Axes:
@@ -31,14 +34,23 @@ def plot_losses(rows: pd.DataFrame, terms: Sequence[str] = (), *, ax: Axes) -> A
     shown = ["loss", *(terms if len(terms) > 1 else ())]
     if rows.empty or (lacking := [name for name in ("epoch", *shown) if name not in rows]):
         raise DataError(f"nothing to draw: {'no rows' if rows.empty else f'no columns {lacking}'}")
+    # A term of a hundredth of the loss would be a line at 0: it has an axis of its own.
+    reach = rows["loss"].abs().max()
+    small = [name for name in shown[1:] if rows[name].abs().max() < _SMALL * reach]
+    beside = ax.twinx() if small else ax
+    handles = []
     for name, color, style in zip(shown, ("0.2", *COLORS), LINE_STYLES, strict=False):
-        label = "all terms" if name == "loss" else name
-        ax.plot(rows["epoch"], rows[name], color=color, linestyle=style, linewidth=1.1, label=label)
+        words = "all terms" if name == "loss" else f"{name} (right axis)" if name in small else name
+        own = beside if name in small else ax
+        handles += own.plot(rows["epoch"], rows[name], color=color, linestyle=style, linewidth=1.1, label=words)
+    if small:
+        beside.grid(visible=False)
+        beside.spines.right.set_visible(True)
     ax.set_xlabel("pre-training epoch")
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if len(shown) > 1:
-        ax.legend(loc="best", handlelength=2.4)
+        beside.legend(handles=handles, loc="best", handlelength=2.4)
     return ax
 
 
@@ -63,7 +75,7 @@ def draw_run(
     scored = curve is not None and not curve.empty
     panels = 1 + len(stacks) + scored
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH * {1: 0.5, 2: 0.75}.get(panels, 1), 2.35), layout="constrained")
+        figure = new_figure(2.35, share={1: 0.5, 2: 0.75}.get(panels, 1))
         axes = list(figure.subplots(1, panels, squeeze=False).flat)
         plot_losses(rows, terms, ax=axes[0])
         for stack, ax in zip(stacks, axes[1:], strict=False):
@@ -73,10 +85,9 @@ def draw_run(
             if len(stacks) > 1:
                 ax.set_title(stack.replace("_", " "))
         if curve is not None and scored:
-            plot_accuracy(curve, ax=axes[-1])
-            axes[-1].get_legend().remove()  # one run, named above
+            untrained = curve[curve["epoch"] == 0].groupby("method")["score"].mean()
+            plot_accuracy(curve, {str(method): score for method, score in untrained.items()}, ax=axes[-1])
         if stacks:
             depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
-        if what:
-            figure.suptitle(what, fontsize=7, color="0.3")
+        describe(figure, title=what)
     return figure

@@ -54,7 +54,7 @@ COLUMNS = (
     *("method", "epoch", "score", "seed", "protocol", "top5"),
     *("pooling", "layer", "norm", "crop_pct", "weights", "iterations", "checkpoint", "seconds"),
 )
-_OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf")
+_OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf", "curves.svg")
 _NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
 _COPY = re.compile(r"checkpoint_copy-(\d+)\.pth$")  # ConMIM's slow branch, which its code keeps in files of their own
 
