@@ -11,6 +11,7 @@ from mto_analyze import measuring
 from mto_analyze.options import (
     AsJson,
     ComputeOptions,
+    DrawingOptions,
     InputOptions,
     MaskOptions,
     ModelOptions,
@@ -19,8 +20,6 @@ from mto_analyze.options import (
     Workers,
     takes,
 )
-
-FILES = ("interventions.png", "interventions.pdf", "interventions.csv", "run.json")
 
 
 class Intervention(StrEnum):
@@ -36,14 +35,16 @@ class Intervention(StrEnum):
     freeze = "freeze"
 
 
-@takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, out=Path("interventions"))
+@takes(
+    InputOptions, MaskOptions, ModelOptions, OutputOptions, DrawingOptions, ComputeOptions, out=Path("interventions")
+)
 def intervene(
     context: typer.Context,
     out: Path,
     overwrite: bool,
     chosen: Annotated[
         list[Intervention] | None,
-        typer.Option("--intervention", help="Only this one; repeatable. By default all."),
+        typer.Option("--intervention", metavar="NAME", help="Only this one; repeatable. By default all."),
     ] = None,
     from_depth: Annotated[
         list[int] | None,
@@ -66,9 +67,11 @@ def intervene(
     Example:
       mto-analyze intervene --ckpt simmim_vit_base --images IMAGES --limit 256
     """
+    from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder
 
-    OutputFolder(out, FILES, overwrite=overwrite)
+    files = file_names(["interventions", "interventions.csv", "run.json"])
+    OutputFolder(out, files, overwrite=overwrite)
 
     from mto_analysis.figures.plots.interventions import draw_interventions
     from mto_analysis.probe.interventions import INTERVENTIONS, intervene_on_checkpoints, intervention_sentences
@@ -84,7 +87,7 @@ def intervene(
     )
     figure = partial(draw_interventions, study.table)
     outputs = {"interventions.csv": study.table, "interventions": figure}
-    measuring.write(context.params, FILES, outputs, models=study.models, skipped=request.skipped)
+    measuring.write(context.params, files, outputs, models=study.models, skipped=request.skipped)
     if as_json:
         typer.echo(study.table.to_json(orient="records", indent=2, double_precision=15))
     else:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import COLORS, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import COLORS, MARKERS, describe, new_axes, new_figure, paper_style
 from mto_analysis.probe.interventions import CONDITIONS, INTERVENTIONS, MEASURES
 
 __all__ = ["draw_interventions", "plot_effects"]
@@ -31,8 +31,7 @@ def plot_effects(effects: pd.DataFrame, words: Mapping[str, str] = INTERVENTIONS
     """
     if effects.empty:
         raise DataError("there is no effect to draw")
-    if ax is None:
-        ax = Figure(figsize=(3.4, 2.6)).subplots()
+    ax = ax or new_axes(3.4, 2.6)
     ax.axvline(0, color="0.6", linewidth=0.7)
     for index, (condition, label) in enumerate(list(CONDITIONS.items())[:3]):
         mine = effects[effects["condition"] == condition].set_index("intervention")
@@ -55,20 +54,17 @@ def plot_effects(effects: pd.DataFrame, words: Mapping[str, str] = INTERVENTIONS
     return ax
 
 
-def draw_interventions(table: pd.DataFrame, *, width: float = PAGE_WIDTH, note: bool = True) -> Figure:
+def draw_interventions(table: pd.DataFrame) -> Figure:
     """A row of panels per model, stack and depth, a column per measure, with one legend.
 
     Args:
         table: Rows of ``interventions.csv``.
-        width: Of the figure, in inches.
-        note: Say above the figure what is shown; leave it out where a caption does.
     """
     curves = list(table.groupby(["model", "stack", "from_depth"], sort=False))
     measures = [measure for measure in MEASURES if measure in set(table["measure"])]
     words = {name: text for name, text in INTERVENTIONS.items() if name in set(table["intervention"])}
     with paper_style():
-        height = (0.17 * len(words) + 0.5) * len(curves) + 0.8
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = new_figure((0.17 * len(words) + 0.5) * len(curves) + 0.8)
         axes = figure.subplots(len(curves), len(measures), squeeze=False, sharey=True, sharex="col")
         for row, ((model, stack, depth), mine) in zip(axes, curves, strict=True):
             for ax, measure in zip(row, measures, strict=True):
@@ -77,12 +73,12 @@ def draw_interventions(table: pd.DataFrame, *, width: float = PAGE_WIDTH, note: 
                     ax.text(0.5, 0.5, "no loss", transform=ax.transAxes, ha="center")
                 else:
                     plot_effects(of_measure, words, ax=ax)
-            row[0].set_title(f"{model}, {stack}, from layer depth {depth}", fontsize=7, loc="left")
+            row[0].set_title(
+                f"{model}, {str(stack).replace('_', ' ')}, from layer depth {depth}", fontsize="small", loc="left"
+            )
         for ax, measure in zip(axes[-1], measures, strict=True):
             ax.set_xlabel(f"change of {_ACROSS[measure]}")
         handles, labels = next(ax for ax in axes.flat if ax.get_legend_handles_labels()[0]).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        if note:
-            text = f"with minus without; 95 % intervals over {table['num_images'].max()} images, paired"
-            figure.suptitle(text, fontsize=7, color="0.3")
+        describe(figure, note=f"with minus without; 95 % intervals over {table['num_images'].max()} images, paired")
     return figure

@@ -122,8 +122,8 @@ def _levels(ax: Axes, x: float, low: float, high: float) -> None:
     for y in np.linspace(low, high, 4):
         ax.plot([x - 0.08, x + 0.08], [y, y], color=_INK, linewidth=0.8)
     ax.text(x + 0.18, low, "$l=0$", va="center", size="small", color=_INK)
-    ax.text(x + 0.78, low + 0.2, r"$L_{\mathrm{spa}}$", va="center", size="small", color=_SPA)
-    ax.text(x + 0.78, low - 0.2, r"$L_e$", va="center", size="small", color=_E)
+    ax.text(x + 0.86, low + 0.2, r"$L_{\mathrm{spa}}$", va="center", size="small", color=_SPA)
+    ax.text(x + 0.86, low - 0.2, r"$L_e$", va="center", size="small", color=_E)
     ax.text(x + 0.18, high, "$l=L$", va="center", size="small", color=_INK)
     ax.text(x + 0.18, (low + high) / 2, "$L_r$", va="center", size="small", color=_R)
 
