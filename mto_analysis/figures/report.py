@@ -1,27 +1,21 @@
-"""The report: one self-contained HTML file with figures, tables, run metadata and an explorer of affinity maps.
-
-Nothing is loaded from anywhere, and the same contents give the same bytes. Every string of the user's is escaped, and
-the page's own policy lets no script but ours run.
-"""
+"""The report: one self-contained HTML file with figures, tables, run metadata and an explorer of affinity maps."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from mto_analysis.figures.pages import render_page
 from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.figures.plots.reconstruct import draw_reconstructions, reconstruction_caption
@@ -35,8 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ReportContents", "render_report"]
-
-_ASSETS = Path(__file__).parents[1] / "assets"
 
 # Viridis at 33 places; the script draws straight lines between them.
 _MAP_COLOURS = [[round(255 * value) for value in mpl.colormaps["viridis"](at / 32)[:3]] for at in range(33)]
@@ -72,24 +64,15 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         contents: What to show.
         title: Heading of the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (_ASSETS / "report.js").read_text(encoding="utf-8")
     reconstructions = list(contents.reconstructions)
     maps = {f"Affinity maps, {model}": draw_affinity(list(each), title=model) for model, each in contents.maps.items()}
     drawn = draw_reconstructions(reconstructions, captioned=False) if reconstructions else None
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report",
         title=title,
         version=contents.versions.get("mto-analysis", ""),
-        css=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(_json_in_html(_explorer_data(contents.explored))),
+        skip=("explorer", "the explorer"),
+        data=_explorer_data(contents.explored),
         explorable=any(_depths(each) for each in contents.explored),
         product_error=f"{max((each.product_error for each in contents.explored), default=0):.2g}",
         heterogeneity_error=f"{max((each.heterogeneity_error for each in contents.explored), default=0):.1g}",
@@ -233,8 +216,3 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
         if _depths(each)
     ]
     return {"models": models, "images": images, "colours": _MAP_COLOURS}
-
-
-def _json_in_html(content: Any) -> str:
-    """JSON that no string inside can end the script element with."""
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
