@@ -7,7 +7,8 @@ import torch
 from watched_models import small_simmim
 
 from mto_analysis import load_checkpoint, save_checkpoint
-from mto_analysis.errors import CheckpointError
+from mto_analysis.errors import CheckpointError, DataError
+from mto_analysis.rauc.logs import read_log
 from mto_analysis.runtime.plugins import plugins
 
 CODE = """
@@ -81,3 +82,33 @@ def test_plugins__a_broken_one_is_a_warning_with_its_distribution(entries, error
         pytest.raises(CheckpointError, match="a layout that is unknown"),
     ):
         load_checkpoint(tmp_path / "other.pth")
+
+
+LOGS = """
+import numpy as np
+from mto_analysis.rauc.logs import Document, Format, LogFormat, RecordColumns
+
+FORMAT = Format("mine", "my trainer", "lines that start with >>")
+
+
+def read(name, data):
+    rows = [line.split() for line in data.decode().splitlines() if line.startswith(">>")]
+    records = [{"epoch": int(row[1]), "val_acc1": float(row[2])} for row in rows]
+    return Document(name, FORMAT, RecordColumns(records, np.arange(1, len(rows) + 1)), axes=(("epoch", "epochs"),))
+
+
+mine = LogFormat(lambda data: data.startswith(b">>"), read)
+broken = LogFormat(lambda data: data.startswith(b">>"), lambda name, data: data.missing)
+"""
+
+
+def test_log_formats__of_a_plugin_are_read(install, tmp_path):
+    (tmp_path / "run.log").write_text(">> 1 41.5\nsome words\n>> 2 52.25\n")
+    (tmp_path / "table.csv").write_text("epoch,val_acc1\n1,41.5\n2,52.25\n")
+    with pytest.raises(DataError, match="not a log of a known format"):
+        read_log(tmp_path / "run.log")
+    install("my_logs", LOGS, "[mto_analysis.log_formats]\nbroken = my_logs:broken\nmine = my_logs:mine\n")
+    with pytest.warns(UserWarning, match=r"plugin broken of my_logs is left out \(AttributeError"):
+        log = read_log(tmp_path / "run.log")
+    assert log.document.format.name == "mine"
+    assert log.rows["score"].tolist() == read_log(tmp_path / "table.csv").rows["score"].tolist()

@@ -31,7 +31,7 @@ class Plugin(NamedTuple):
 
 @cache
 def plugins(group: str) -> tuple[Plugin, ...]:
-    """The plugins of a group, ``families`` or ``layouts``, of all distributions that have entry points for it.
+    """The plugins of a group (``families``, ``layouts``, ``measures``, ``log_formats``) of all distributions.
 
     Example:
         >>> plugins("nothing_at_all")

@@ -10,7 +10,7 @@ from mto_analysis.rauc.logs.extracting import extract
 from mto_analysis.rauc.logs.formats import FORMATS, Format
 from mto_analysis.rauc.logs.provenance import Provenance
 from mto_analysis.rauc.logs.reading import open_log
-from mto_analysis.rauc.logs.records import Document, Finding, Log
+from mto_analysis.rauc.logs.records import Document, Finding, Log, LogFormat, RecordColumns
 
 __all__ = [
     "FORMATS",
@@ -18,7 +18,9 @@ __all__ = [
     "Finding",
     "Format",
     "Log",
+    "LogFormat",
     "Provenance",
+    "RecordColumns",
     "Request",
     "choose",
     "extract",

@@ -16,6 +16,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs import events, jsonlog, tables, textlog
 from mto_analysis.rauc.logs.choosing import has_curve
 from mto_analysis.rauc.logs.records import Document
+from mto_analysis.runtime.plugins import plugins
 
 __all__ = ["open_log"]
 
@@ -79,7 +80,17 @@ def _decode(path: Path, raw: bytes, wanted: Collection[str]) -> Document:
         return textlog.read_open_mmlab_text(name, data)
     if textlog.is_metric_file(data):
         return textlog.read_metric_file(name, data)
-    return tables.read_table(name, data, wanted)
+    return _by_plugin(name, data) or tables.read_table(name, data, wanted)
+
+
+def _by_plugin(name: str, data: bytes) -> Document | None:
+    """What the first format of another distribution that fits makes of a text; ours come before."""
+    for plugin in plugins("log_formats"):
+        if plugin.call(lambda: plugin.value.matches(data)):  # noqa: B023 - called at once
+            document = plugin.call(lambda: plugin.value.read(name, data))  # noqa: B023 - called at once
+            if isinstance(document, Document):
+                return document
+    return None
 
 
 def _unzipped(name: str, raw: bytes) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,18 @@ from mto_analysis.rauc.logs.formats import Format
 from mto_analysis.rauc.logs.names import Metric
 from mto_analysis.rauc.logs.provenance import AxisKind
 
-__all__ = ["Columns", "Document", "Finding", "FrameColumns", "Log", "RecordColumns", "Series", "grouped", "number_of"]
+__all__ = [
+    "Columns",
+    "Document",
+    "Finding",
+    "FrameColumns",
+    "Log",
+    "LogFormat",
+    "RecordColumns",
+    "Series",
+    "grouped",
+    "number_of",
+]
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -204,6 +215,18 @@ class Document:
     unmarked: str | None = None
     findings: tuple[Finding, ...] = ()
     sha256: str = ""
+
+
+class LogFormat(NamedTuple):
+    """A format of text logs that another distribution adds, by an entry point of ``mto_analysis.log_formats``.
+
+    Attributes:
+        matches: Whether a file is of it, from its content: UTF-8, lines that end with a line feed.
+        read: A document from a file's name and its content.
+    """
+
+    matches: Callable[[bytes], bool]
+    read: Callable[[str, bytes], Document]
 
 
 @dataclass(frozen=True)
