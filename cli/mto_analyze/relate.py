@@ -1,0 +1,79 @@
+"""``mto-analyze relate``: whether H and other measures go with accuracy, over checkpoints, seeds and epochs."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mto_analyze import measuring
+from mto_analyze.options import ADVANCED, AsJson, OutputOptions, takes
+
+MeasureTables = Annotated[
+    list[str],
+    typer.Option(
+        "--measures", metavar="[NAME=]FILE", help="measures.csv, or heterogeneity.csv of a command or of runs; repeat."
+    ),
+]
+Scores = Annotated[
+    list[str],
+    typer.Option("--scores", metavar="[NAME=]FILE", help="CSV with model and score, or any log of rauc; repeat."),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layer", metavar="first|last|mean|N", help="Layer depth; repeat; by default first, last and mean."),
+]
+Given = Annotated[
+    list[str] | None,
+    typer.Option("--given", metavar="MEASURE", help="Hold this constant for H; repeat; by default all others."),
+]
+ScoreColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of the score.", rich_help_panel=ADVANCED)
+]
+Confidence = Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")]
+
+
+@takes(OutputOptions, out=Path("relate"))
+def relate(
+    context: typer.Context,
+    measures: MeasureTables,
+    scores: Scores,
+    out: Path,
+    overwrite: bool,
+    quiet: bool,
+    layer: Layers = None,
+    given: Given = None,
+    score_column: ScoreColumn = None,
+    confidence: Confidence = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Relate measures to accuracy: rank correlations, H given the others, corrected for their number.
+
+    Prints one plain sentence per question. Writes relations.csv, checkpoints.csv (what was joined), seeds.csv (measures
+    over the seeds of each method), relations.png and .pdf, and run.json to --out.
+
+    Example:
+      mto-analyze relate --measures runs/heterogeneity.csv --scores runs/curves.csv
+    """
+    if not 0 < confidence < 1:
+        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
+
+    from mto_analysis.figures.files import file_names
+    from mto_analysis.figures.plots.relations import draw_relations
+    from mto_analysis.rauc.relations import LAYERS, read_measures, read_scores
+    from mto_analysis.rauc.relations import relate as related
+    from mto_analysis.runtime.outputs import OutputFolder
+
+    files = file_names(["relations.csv", "checkpoints.csv", "seeds.csv", "relations", "run.json"])
+    OutputFolder(out, files, overwrite=overwrite)
+    tables = read_measures(measures), read_scores(scores, score=score_column)
+    found = related(*tables, layers=layer or LAYERS, given=given, confidence=confidence)
+    outputs = {
+        "relations.csv": found.table,
+        "checkpoints.csv": found.checkpoints,
+        "seeds.csv": found.seeds,
+        "relations": partial(draw_relations, found.table),
+    }
+    measuring.write({**context.params, "quiet": quiet or as_json}, files, outputs, **found.record())
+    typer.echo(json.dumps(found.record(), indent=2) if as_json else "\n".join([found.sentence, *found.notes]))
