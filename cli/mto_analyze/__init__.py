@@ -19,6 +19,7 @@ from mto_analyze.plot import plot
 from mto_analyze.pretrain import pretrain
 from mto_analyze.rauc import rauc
 from mto_analyze.reconstruct import reconstruct
+from mto_analyze.relate import relate
 from mto_analyze.report import report
 from mto_analyze.tables import tables
 
@@ -57,7 +58,7 @@ def options(
 COMMANDS = {
     "First look": (demo, inspect),
     "Measure": (heterogeneity, affinity, intervene, reconstruct, report, plot),
-    "Train and compare": (pretrain, experiment, rauc),
+    "Train and compare": (pretrain, experiment, rauc, relate),
     "Paper": (figures, tables),
 }
 for panel, commands in COMMANDS.items():

@@ -28,9 +28,7 @@ Given = Annotated[
     list[str] | None,
     typer.Option("--given", metavar="MEASURE", help="Hold this constant for H; repeat; by default all others."),
 ]
-ScoreColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Column of the score.", rich_help_panel=ADVANCED)
-]
+ScoreColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the score.", rich_help_panel=ADVANCED)]
 Confidence = Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")]
 
 

@@ -319,10 +319,11 @@ def _chosen_layers(measures: pd.DataFrame, layers: Sequence[str]) -> pd.DataFram
         if layer in LAYERS:
             parts.append(getattr(groups, layer)().reset_index().assign(layer=layer))
         elif layer.isdecimal():
-            parts.append(measures[measures["layer_depth"] == int(layer)][[*unit, "value"]].assign(layer=layer))
+            rows = measures["layer_depth"] == int(layer)
+            parts.append(measures.loc[rows, [*unit, "value"]].assign(layer=layer))
         else:
             raise ValueError(f"layers are {', '.join(LAYERS)} or numbers, got {layer!r}")
-    whole = pd.concat(parts, ignore_index=True)
+    whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
     if whole.empty:
         raise DataError(f"no checkpoint has a layer depth {' or '.join(layers)}")
     return whole
@@ -426,10 +427,12 @@ def relate(
     enough = np.array([_is_enough(row) for row in table.to_dict("records")], dtype=bool)
     table["p_holm"] = holm(table["p"].where(enough))
     table["verdict"] = [
-        _verdict(row, is_enough, 1 - confidence) for row, is_enough in zip(rows_of(table), enough, strict=True)
+        _verdict(row, there_are, 1 - confidence)
+        for row, there_are in zip(table.to_dict("records"), enough, strict=True)
     ]
-    several = measures.groupby("method")["seed"].nunique().max() > 1
-    seeds = over_seeds(measures, confidence) if several else over_seeds(measures, confidence).iloc[:0]
+    seeds = over_seeds(measures, confidence)
+    if seeds["num_seeds"].max() < 2:
+        seeds = seeds.iloc[:0]
     columns = ["level", "measure", "stack", "layer", "given", "rho", "low", "high", "p", "p_holm", "number", "verdict"]
     return Relations(table[columns], joined, seeds, _sentence(table, confidence), notes)
 

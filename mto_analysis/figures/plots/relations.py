@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -30,7 +32,7 @@ def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     names = drawn["measure"] + np.where(drawn["given"] == "", "", "\ngiven the others")
     several = drawn["stack"].nunique() > 1
     drawn["name"] = names + ("\n" + drawn["stack"] if several else "")
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         layer: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
         for place, layer in enumerate(rows["layer"].unique())
     }
@@ -51,10 +53,11 @@ def draw_relations(table: pd.DataFrame) -> Figure:
     rows = max(table.groupby("level")[["measure", "given", "stack"]].apply(lambda each: len(each.drop_duplicates())))
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH, 1.0 + 0.34 * rows), layout="constrained")
-        axes = figure.subplots(1, len(levels), sharey=False, squeeze=False)[0]
+        axes = figure.subplots(1, len(levels), squeeze=False)[0]
         for level, ax in zip(levels, axes, strict=True):
             mine = table[table["level"] == level]
             plot_relations(mine, ax=ax)
             ax.set_title(f"{level}\n({int(mine['number'].max())})")
-        axes[0].legend(title="layer depth", loc="best")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, title="layer depth", loc="outside right upper")
     return figure
