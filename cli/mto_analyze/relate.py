@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import ADVANCED, AsJson, OutputOptions, takes
+from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, OutputOptions, takes
 
 MeasureTables = Annotated[
     list[str],
@@ -32,7 +32,7 @@ ScoreColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of
 Confidence = Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")]
 
 
-@takes(OutputOptions, out=Path("relate"))
+@takes(OutputOptions, DrawingOptions, out=Path("relate"))
 def relate(
     context: typer.Context,
     measures: MeasureTables,

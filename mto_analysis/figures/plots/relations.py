@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.aggregates import plot_estimates
-from mto_analysis.figures.plots.style import COLORS, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import describe, looks_of, new_figure, paper_style
 
 __all__ = ["draw_relations", "plot_relations"]
 
@@ -29,19 +27,14 @@ def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     drawn = rows.dropna(subset="rho").rename(columns={"rho": "value", "layer": "method"})
     if drawn.empty:
         raise DataError("no correlation is defined, so there is nothing to draw")
-    names = drawn["measure"] + np.where(drawn["given"] == "", "", "\ngiven the others")
-    several = drawn["stack"].nunique() > 1
-    drawn["name"] = names + ("\n" + drawn["stack"] if several else "")
-    looks: dict[str, dict[str, Any]] = {
-        layer: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
-        for place, layer in enumerate(rows["layer"].unique())
-    }
-    plot_estimates(drawn, looks, by="name", ax=ax)
-    ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    name: pd.Series[str] = drawn["measure"].str.replace("_", " ") + np.where(
+        drawn["given"] == "", "", "\ngiven the others"
+    )
+    drawn["name"] = name + ("\n" + drawn["stack"] if drawn["stack"].nunique() > 1 else "")
+    plot_estimates(drawn, looks_of(rows["layer"].unique()), by="name", ax=ax)
+    ax.axvline(0, color="0.3", linewidth=0.8, zorder=0.5)
     ax.set_xlim(-1.05, 1.05)
     ax.set_xlabel("rank correlation with accuracy")
-    for layer, look in looks.items():
-        ax.plot([], [], linestyle="none", label=layer, **look)
     return ax
 
 
@@ -50,14 +43,16 @@ def draw_relations(table: pd.DataFrame) -> Figure:
     levels = list(dict.fromkeys(table.dropna(subset="rho")["level"]))
     if not levels:
         raise DataError("no correlation is defined, so there is nothing to draw")
-    rows = max(table.groupby("level")[["measure", "given", "stack"]].apply(lambda each: len(each.drop_duplicates())))
+    rows = max(len(each.drop_duplicates(["measure", "given", "stack"])) for _, each in table.groupby("level"))
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 1.0 + 0.34 * rows), layout="constrained")
+        figure = new_figure(1.4 + 0.3 * rows)
         axes = figure.subplots(1, len(levels), squeeze=False)[0]
         for level, ax in zip(levels, axes, strict=True):
             mine = table[table["level"] == level]
             plot_relations(mine, ax=ax)
-            ax.set_title(f"{level}\n({int(mine['number'].max())})")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, title="layer depth", loc="outside right upper")
+            ax.set_title("\n".join([*level.split(", "), f"({mine['number'].max()})"]), fontsize="small")
+        looks = looks_of(table["layer"].unique())
+        handles = [axes[0].plot([], [], label=layer, markersize=4, **look)[0] for layer, look in looks.items()]
+        figure.legend(handles=handles, title="layer depth", loc="outside lower center", ncols=len(handles))
+        describe(figure, note="Spearman's rank correlations, with intervals over methods or runs")
     return figure
