@@ -211,6 +211,38 @@ def verify(
 
 @atlas.command(cls=Command)
 @takes()
+def page(
+    table: Table,
+    out: OutFile = Path("atlas.html"),
+    accuracies: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="CSV of checkpoint, accuracy and perhaps task, drawn against measures."),
+    ] = None,
+    title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Atlas of masked tokens",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a table as a page to sort, filter and plot.
+
+    It is one HTML file that needs no network and no server.
+
+    Example:
+      mto-analyze atlas page atlas --out atlas.html
+    """
+    from mto_analysis.atlas import read_table
+    from mto_analysis.atlas.page import read_accuracies, render_atlas
+    from mto_analysis.runtime.outputs import OutputFolder
+
+    folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
+    rows = read_table(table)
+    given = read_accuracies(accuracies, rows) if accuracies else None
+    content = render_atlas(rows, title=title, accuracies=given).encode()
+    folder.write_bytes(out.name, content)
+    note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)
+
+
+@atlas.command(cls=Command)
+@takes()
 def images(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder, list (.txt) or Parquet file of images.")],
     out: OutFile,

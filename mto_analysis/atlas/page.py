@@ -1,0 +1,182 @@
+"""A table as one HTML file: sort, filter, plot measures over depth, and accuracies against measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mto_analysis.atlas.table import MEASUREMENT
+from mto_analysis.errors import DataError, DataNotFoundError
+from mto_analysis.figures.pages import render_page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["read_accuracies", "render_atlas"]
+
+#: Columns of the page's table, by which it is sorted.
+_COLUMNS = (
+    ("label", "Checkpoint"),
+    ("family", "Family"),
+    ("backbone", "Backbone"),
+    ("epochs", "Epochs"),
+    ("layers", "Layers"),
+    ("first", "First"),
+    ("min", "Min"),
+    ("last", "Last"),
+    ("loss", "Own loss"),
+    ("evidence", "Reading tried on"),
+)
+_ABOUT = {
+    "source": "source",
+    "file_sha256": "sha256 of the file",
+    "hash_compared_with": "compared with",
+    "layout": "layout",
+    "evidence": "reading tried on",
+    "image_size": "image (px)",
+    "patch_size": "patch (px)",
+    "weights": "weights",
+    "loading": "given options",
+    "config": "architecture",
+    "assumptions": "assumed",
+    "mask_rule": "masks",
+    "masks_sha256": "sha256 of the masks",
+    "precision": "precision",
+    "hardware": "hardware",
+    "mto_analysis_version": "mto-analysis",
+    "torch_version": "torch",
+    "contributor": "measured by",
+}
+_DIGITS = 7
+
+
+def read_accuracies(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Read accuracies of checkpoints.
+
+    Args:
+        source: CSV with the columns ``checkpoint`` and ``accuracy``, and ``task`` where there are several.
+        table: Whose checkpoints they are of; others are left out.
+
+    Returns:
+        For each task the accuracy by checkpoint.
+
+    Raises:
+        DataNotFoundError: If there is no such file.
+        DataError: If it is not such a table, an accuracy is given twice, or it names no checkpoint of the table.
+    """
+    import pandas as pd
+
+    path = Path(source)
+    if not path.is_file():
+        raise DataNotFoundError(f"no accuracies at {path}")
+    try:
+        rows = pd.read_csv(path, dtype={"checkpoint": str, "task": str})
+        lacking = [name for name in ("checkpoint", "accuracy") if name not in rows]
+        if lacking:
+            raise ValueError(f"it lacks {' and '.join(lacking)}")
+        rows["accuracy"] = pd.to_numeric(rows["accuracy"])
+    except ValueError as error:
+        raise DataError(f"{path} is not a table of accuracies: {' '.join(str(error).split())}") from error
+    if "task" not in rows:
+        rows["task"] = "accuracy"
+    if (bad := rows[["checkpoint", "task", "accuracy"]].isna().any(axis=1)).any():
+        raise DataError(f"{path}: row {int(bad.to_numpy().argmax()) + 1} lacks a value")
+    twice = rows[rows.duplicated(["checkpoint", "task"])]
+    if len(twice):
+        raise DataError(f"{path} gives {twice['task'].iloc[0]} of {twice['checkpoint'].iloc[0]} twice")
+    known = rows[rows["checkpoint"].isin(table["checkpoint"])]
+    if known.empty:
+        raise DataError(f"{path} names no checkpoint of the table, only {', '.join(rows['checkpoint'].head(3))}, ...")
+    return {
+        str(task): {str(name): float(value) for name, value in zip(of["checkpoint"], of["accuracy"], strict=True)}
+        for task, of in known.groupby("task", sort=False)
+    }
+
+
+def render_atlas(
+    table: pd.DataFrame,
+    *,
+    title: str = "Atlas of masked tokens",
+    accuracies: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """A table as one HTML file that works offline.
+
+    Args:
+        table: From :func:`~mto_analysis.atlas.table.read_table`.
+        title: Heading of the page.
+        accuracies: From :func:`read_accuracies`.
+    """
+    per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
+    several = table.groupby("checkpoint")["stack"].transform("nunique") > 1
+    labels = table["checkpoint"].where(~several, table["checkpoint"] + ", " + table["stack"])
+    names = list(dict.fromkeys(per_layer["measure"]))
+    measures = sorted(names, key=lambda name: (name != "heterogeneity", name != "normalized_heterogeneity", name))
+    keys = ["checkpoint", *MEASUREMENT, "stack"]
+    checkpoints = [_checkpoint(labels[rows.index[0]], rows) for _, rows in per_layer.groupby(keys, sort=False)]
+    return render_page(
+        "atlas",
+        title=title,
+        version=version("mto-analysis"),
+        skip=("plots", "the plots"),
+        data={"checkpoints": [_for_script(each) for each in checkpoints], "accuracies": accuracies or {}},
+        num_checkpoints=table["checkpoint"].nunique(),
+        num_images=int(table["num_images"].max()),
+        image_set=table["image_set"].iloc[0],
+        images_sha256=table["images_sha256"].iloc[0],
+        families=sorted(table["family"].unique()),
+        bases=sorted({each["basis"] for each in checkpoints}),
+        measures=measures,
+        columns=_COLUMNS,
+        rows=[_for_table(each, measures[0]) for each in checkpoints],
+        doubts=any(each["loss"] is not None and each["loss"] >= 1 for each in checkpoints),
+        tasks=list(accuracies or ()),
+    )
+
+
+def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:
+    """A stack of a checkpoint: what is known of it, and its measures over depth."""
+    row = rows.iloc[0]
+    curves = {
+        str(measure): {
+            "depth": curve["layer_depth"].tolist(),
+            **{
+                short: _rounded(curve[name]) for short, name in (("value",) * 2, ("low", "ci_low"), ("high", "ci_high"))
+            },
+        }
+        for measure, curve in rows.sort_values("layer_depth").groupby("measure", sort=False)
+    }
+    own = row["own_loss"] / row["own_loss_of_mean"]
+    return {
+        "label": label,
+        "checkpoint": row["checkpoint"],
+        **{name: row[name] for name in ("family", "backbone", "layout", "style", "evidence")},
+        "basis": row["evidence"].partition(":")[0],
+        "epochs": None if row.isna()["epochs"] else int(row["epochs"]),
+        "layers": int(rows["layer_depth"].max()),
+        "loss": None if own != own else float(own),  # NaN of models that predict no pixels
+        "measures": curves,
+        "about": {words: str(row[name]) for name, words in _ABOUT.items() if row[name] not in ("", "{}")},
+    }
+
+
+def _rounded(values: pd.Series) -> list[float | None]:
+    return [None if value != value else float(f"{value:.{_DIGITS}g}") for value in values]
+
+
+def _for_script(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in checkpoint.items() if name != "about"}
+
+
+def _for_table(checkpoint: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    """As the page shows it without its script."""
+    values = checkpoint["measures"].get(measure, {}).get("value", [])
+    shown = {"first": values[0], "min": min(values), "last": values[-1]} if values else {}
+    loss = checkpoint["loss"]
+    return {
+        **checkpoint,
+        **{name: f"{shown[name]:.4g}" if shown else "" for name in ("first", "min", "last")},
+        "loss": "" if loss is None else f"{loss:.3g}",
+        "doubtful": loss is not None and loss >= 1,
+    }
