@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mto_analysis.errors import StackError
 from mto_analysis.mto.attach import MTO, attach_mto, with_loss
 from mto_analysis.mto.losses import MTOConfig
-from mto_analysis.mto.watch import EvaluationWatch
+from mto_analysis.mto.watch import EvaluationWatch, of_all_processes
 from mto_analysis.taps.hooks import on_output
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
@@ -30,7 +30,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     The loss is added to that of the model's output, so a Trainer that computes another one (label smoothing,
     ``compute_loss_func``) is refused at the end of its first step. Steps are optimizer steps, so warm-up goes on where
     a resumed run is. Logged are ``mto/loss``, ``mto/heterogeneity_0`` ..., and with evaluation
-    ``eval_heterogeneity_0`` ..., as means over processes.
+    ``eval_heterogeneity_0`` ..., as means over processes, and over all images of an evaluation.
 
     Args:
         config: Settings; ``None`` watches H in evaluation only.
@@ -90,8 +90,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self._evaluated is not None and any(name.startswith("eval_") for name in logs):
             found = {f"eval_{name}": value for name, value in self._evaluated.take().items()}
         elif self.mto is not None and "loss" in logs:
-            found = {f"mto/{name}": value for name, value in self.mto.terms.items()}
-        found = _mean_over_processes(found)
+            found = _mean_over_processes({f"mto/{name}": value for name, value in self.mto.terms.items()})
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
@@ -132,8 +131,5 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def _mean_over_processes(values: Mapping[str, float]) -> dict[str, float]:
-    if not (values and torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(values)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, dict(values))
+    parts = of_all_processes(dict(values))
     return {name: sum(part[name] for part in parts if name in part) / sum(name in p for p in parts) for name in values}

@@ -26,7 +26,8 @@ class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
     """For ``Trainer(callbacks=[MTOLightningCallback(...)])``: adds the losses to that of ``training_step``.
 
     Steps are optimizer steps, so warm-up goes on where a resumed run is. Logged are ``mto/loss``,
-    ``mto/heterogeneity_0`` ..., and of validation ``val_heterogeneity_0`` ..., as means over processes.
+    ``mto/heterogeneity_0`` ..., and of validation ``val_heterogeneity_0`` ..., as means over processes, and over all
+    images of a validation.
 
     Args:
         config: Settings; ``None`` watches H in validation only.

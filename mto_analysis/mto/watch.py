@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = ["EvaluationWatch", "Watch", "watch_mto"]
+__all__ = ["EvaluationWatch", "Watch", "of_all_processes", "watch_mto"]
+
+
+_Value = TypeVar("_Value")
 
 
 class _Numbers(Forward):
@@ -73,6 +76,7 @@ class Watch(Attached[_Numbers]):
         self._on_record = on_record
         self._keep, self._warn_after = keep, max(warn_after, every)
         self._forwards = 0  # of the model in training
+        self.num_images = 0  # of the last record
         self._ended: set[int] = set()
         self._warned_of_failure = False
         super().__init__(model, specs, _Numbers)
@@ -125,7 +129,7 @@ class Watch(Attached[_Numbers]):
         whole = [forward for forward in stack.forwards if len(forward.depths) == stack.spec.depth + 1]
         if not whole:
             return {}
-        total = sum(forward.num_images for forward in whole)
+        total = self.num_images = sum(forward.num_images for forward in whole)
         weighted = [(forward.num_images / total, forward.values()) for forward in whole]
         numbers = {key: sum(share * values[key] for share, values in weighted) for key in weighted[0][1]}
         h = [value for key, value in numbers.items() if key.startswith("heterogeneity")]
@@ -141,16 +145,38 @@ class EvaluationWatch(Watch):
     """H of the forwards in evaluation mode, until it is taken."""
 
     def __init__(self, model: nn.Module, specs: Sequence[StackSpec]) -> None:
-        super().__init__(model, specs, 1, None, keep=1_000_000, warn_after=1_000_000_000)
+        self._totals: dict[str, tuple[float, int]] = {}  # sum over images, and their number
+        super().__init__(model, specs, 1, self._add, keep=1, warn_after=1_000_000_000)
+
+    def _add(self, record: dict[str, float]) -> None:
+        named = {name: (self.num_images * value, self.num_images) for name, value in record.items() if name != "step"}
+        self._totals = _totals(self._totals, named)
 
     def _records(self, module: nn.Module) -> bool:
         return not module.training
 
     def take(self) -> dict[str, float]:
-        """Means over the batches since the last call."""
-        records, self.records = self.records, []
-        names = [name for name in (records[0] if records else {}) if name != "step"]
-        return {name: sum(record[name] for record in records) / len(records) for name in names}
+        """Means over the images of all processes since the last call; a collective call."""
+        totals, self._totals = _totals(*of_all_processes(self._totals)), {}
+        return {name: total / count for name, (total, count) in totals.items()}
+
+
+def _totals(*parts: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    found: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before, images = found.get(name, (0.0, 0))
+            found[name] = before + total, images + count
+    return found
+
+
+def of_all_processes(value: _Value) -> list[_Value]:
+    """The values of all processes that torch.distributed knows, by rank; a collective call."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def watch_mto(
