@@ -12,9 +12,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError
-from mto_analysis.images.interface import Images, spread_rows
+from mto_analysis.images.interface import Images, reason_of, spread_rows, unreadable
 from mto_analysis.images.loading import Loader
-from mto_analysis.images.reading import reason_of
 from mto_analysis.models import ModelInfo
 from mto_analysis.models.interface import height_and_width
 
@@ -134,7 +133,7 @@ def image_batches(
             if isinstance(content, Tensor):
                 good.append((name, content))
             elif on_broken is None:
-                raise DataError(f"image {name} cannot be read ({content})")
+                raise unreadable(name, content)
             else:
                 on_broken(BrokenImage(name, content))
         if good:

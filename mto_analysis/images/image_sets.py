@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mto_analysis.errors import DataError, DataNotFoundError
-from mto_analysis.images.interface import Images, choose_rows, spread_rows
+from mto_analysis.images.interface import Images, choose_rows, spread_rows, unreadable
 
 __all__ = ["ImageSet", "bundled_sets", "load_image_set", "summarize_images"]
 
@@ -154,4 +154,4 @@ def _content_sha256(images: Images, row: int) -> str:
     try:
         return hashlib.sha256(images.read(row)).hexdigest()
     except (OSError, ValueError) as error:
-        raise DataError(f"image {images.names[row]} cannot be read ({error})") from error
+        raise unreadable(images.names[row], error) from error

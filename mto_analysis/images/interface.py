@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,16 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
-__all__ = ["Images", "choose_images", "choose_rows", "contents_digest", "naming", "spread_rows"]
+__all__ = [
+    "Images",
+    "choose_images",
+    "choose_rows",
+    "contents_digest",
+    "naming",
+    "reason_of",
+    "spread_rows",
+    "unreadable",
+]
 
 
 class Images(ABC):
@@ -94,10 +104,20 @@ def naming(images: Images, index: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        message = str(error)
-        raise DataError(
-            message if message.startswith("image ") else f"image {images.names[index]} {message}"
-        ) from error
+        raise DataError(f"image {images.names[index]} {error}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line; what PIL reads from memory has an address instead of a name, which says nothing."""
+    return re.sub(r" ?<_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def unreadable(name: str, reason: Exception | str, *, advice: str = "") -> DataError:
+    """The error of an image that cannot be read or decoded; one that names its image already stays as it is."""
+    if isinstance(reason, DataError):
+        return reason
+    words = reason if isinstance(reason, str) else reason_of(reason)
+    return DataError(f"image {name} cannot be read ({words})", advice=advice)
 
 
 class _ChosenImages(Images):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mto_analysis.errors import DataError
 from mto_analysis.images.augmentation import Augmentation, Geometry, fit_to_square
-from mto_analysis.images.interface import Images
-from mto_analysis.images.reading import read_content, read_pixels, reason_of
+from mto_analysis.images.interface import Images, reason_of
+from mto_analysis.images.reading import read_content, read_pixels
 from mto_analysis.images.sampling import ImageSampler, Rows
 
 __all__ = ["HeldImages", "decode_all", "fits_memory"]

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor
 
-from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import decode_pixels
-from mto_analysis.images.interface import Images, naming
+from mto_analysis.images.interface import Images, naming, unreadable
 
-__all__ = ["read_content", "read_pixels", "reason_of"]
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line; what PIL reads from memory has an address instead of a name, which says nothing."""
-    return re.sub(r" ?<_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}".splitlines()[0])
+__all__ = ["read_content", "read_pixels"]
 
 
 def read_content(images: Images, row: int) -> bytes:
@@ -31,8 +23,7 @@ def read_content(images: Images, row: int) -> bytes:
     try:
         return images.read(row)
     except OSError as error:
-        words = f"image {images.names[row]} cannot be read any more ({reason_of(error)})"
-        raise DataError(words, advice="restore it, then resume") from error
+        raise unreadable(images.names[row], error, advice="restore it, then resume") from error
 
 
 def read_pixels(images: Images, row: int, channels: int) -> Tensor:
@@ -41,5 +32,6 @@ def read_pixels(images: Images, row: int, channels: int) -> Tensor:
     Raises:
         DataError: If it is gone, cannot be read, or has values whose range nobody states.
     """
+    content = read_content(images, row)
     with naming(images, row):
-        return decode_pixels(read_content(images, row), channels, images.value_range)
+        return decode_pixels(content, channels, images.value_range)

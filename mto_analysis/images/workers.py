@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mto_analysis.errors import DataError
-from mto_analysis.images.interface import Images
+from mto_analysis.images.interface import Images, reason_of
 from mto_analysis.images.loading import Loader
-from mto_analysis.images.reading import read_pixels, reason_of
+from mto_analysis.images.reading import read_pixels
 from mto_analysis.images.sampling import ImageSampler, Rows
 
 __all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from mto_analysis.errors import DataError
 from mto_analysis.images import EpochData
+from mto_analysis.images.interface import unreadable
 from mto_analysis.images.loading import Loader
 from mto_analysis.images.sampling import Rows
 from mto_analysis.images.workers import BatchPlan
@@ -175,6 +175,6 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
         try:
             image = self._images.open(row)
         except Exception as error:  # decoders fail in many ways
-            raise DataError(f"image {name} cannot be read ({type(error).__name__}: {error})") from None
+            raise unreadable(name, error) from None
         with seeded_globally(self._seed, self._epoch, "augmentation", name):
             return self._transform(image), self._labels[item]

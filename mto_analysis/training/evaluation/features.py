@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError, NumericalError
 from mto_analysis.images import Images, open_images
-from mto_analysis.images.interface import spread_rows
+from mto_analysis.images.interface import spread_rows, unreadable
 from mto_analysis.images.loading import Loader
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import height_and_width
@@ -164,8 +164,7 @@ class _Bytes(Dataset[Tensor]):
         try:
             return self._transform(self._images.open(row))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"image {self._images.names[row]} cannot be read ({reason})") from None
+            raise unreadable(self._images.names[row], error) from None
 
 
 def normalized(images: Tensor, info: ModelInfo) -> Tensor:
