@@ -38,6 +38,7 @@ from mto_analysis import (
 )
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.runtime.outputs import locked_folder
 from mto_analyze import app
 
 FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json"}
@@ -664,6 +665,13 @@ def test_training_commands__say_what_is_skipped(checkpoints, tmp_path: Path) -> 
     images = tmp_path / "images"
     knn = ("evaluate", "knn", "--ckpt", checkpoints["mae"], "--train", images, "--test", images, "-k", 1)
     assert f"{images}: skipped 1 hidden or system folders" in ok(*knn, "--out", tmp_path / "knn").stderr
+    counted = {"hidden or system folders": 1}
+    metadata = json.loads((tmp_path / "knn" / "run.json").read_text())
+    assert metadata["skipped"] == {"train": counted, "test": counted}
+    line = fails(4, *knn, "--out", tmp_path / "strict", "--strict", "-q")
+    assert "skipped 1 hidden or system folders beside the images; move them away" in line
+    with locked_folder(tmp_path / "knn"):
+        assert "is in use by another process" in fails(2, *knn, "--out", tmp_path / "knn", "-q")
     arguments = ("pretrain", "--recipe", "mae_cifar10_tiny", "--images", images, "--dry-run", "--out", tmp_path / "run")
     assert "skipped 1 hidden or system folders" in ok(*arguments, "--set", "batch_size=8").stderr
     line = fails(4, *arguments, "--set", "batch_size=8", "--strict", "-q")

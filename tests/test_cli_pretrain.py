@@ -143,9 +143,13 @@ def image_files(folder):
 def test_broken_image__is_replaced_or_with_strict_an_error(tmp_path):
     folder = image_files(tmp_path / "images")
     (folder / "07.png").write_bytes(b"no image")
+    (folder / "._07.png").write_bytes(b"")
     done = invoke(*START, "--images", folder, "--out", tmp_path / "run", "--set", "epochs=1")
     assert done.exit_code == 0, done.output
     assert "takes the place of 07.png" in done.stderr
+    skipped = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"]
+    assert (list(skipped), skipped["hidden or system files"]) == (["hidden or system files", "07.png"], 1)
+    (folder / "._07.png").unlink()
     done = invoke(*START, "--images", folder, "--out", tmp_path / "strict", "--set", "epochs=1", "--strict")
     assert done.exit_code == 4
     assert "07.png" in done.stderr

@@ -147,6 +147,17 @@ def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_verify_data__and_the_range_of_values_are_those_of_every_run(tmp_path: Path, monkeypatch) -> None:
+    begun: list[Run] = []
+    monkeypatch.setattr("mto_analysis.experiments.do_runs", lambda runs, **_: begun.extend(runs.all))
+    options = ("--images", tmp_path, "--out", tmp_path / "out", "--verify-data", "--value-range", 0, 4095)
+    result = run(write_experiment(tmp_path), *options)
+    assert result.exit_code == 0, result.stderr
+    assert {each.settings.verify_data for each in begun} == {True}
+    assert {each.settings.value_range for each in begun} == {(0, 4095)}
+    assert {each.settings.evaluation.value_range for each in begun} == {(0, 4095)}
+
+
 def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None:
     file = write_experiment(tmp_path, TINY.replace("batch_size = 16", "batch_size = 128"))
     result = run(file, "--images", tmp_path, "--out", tmp_path / "out")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -22,6 +23,7 @@ from mto_analyze.options import (
     Group,
     LoadingOptions,
     OutputOptions,
+    Strict,
     ValueRange,
     WeightsOption,
     Workers,
@@ -80,6 +82,7 @@ class Labelled(Group):
         int | None, typer.Option(min=1, metavar="N", help="Use only N test images, evenly spaced.")
     ] = None
     value_range: ValueRange = None
+    strict: Strict = False
 
 
 class Encoders(LoadingOptions):
@@ -235,7 +238,6 @@ def finetune(context: typer.Context) -> None:
 def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> None:
     """Score by an :class:`Evaluator`, whose images are decoded once."""
     from mto_analysis.training.evaluation import Evaluation, Evaluator
-    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
 
     given = context.params
     here = this_process(given["device"])
@@ -244,19 +246,17 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     chosen |= {"limit": given["train_limit"]}
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
-    _say_skipped(evaluator.train, evaluator.test, quiet=given["quiet"])
-    told = {**evaluation.settings(), **_loading_told(given)}
-    curve = CurveFile(given["out"], told, overwrite=given["overwrite"], writes=here.main)
+    _say_skipped(given, evaluator.train, evaluator.test)
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         return evaluator.evaluate(model, processes=here)
 
-    _score_all(context, protocol, curve, score, here, evaluator.train)
+    with _curve(given, evaluation.settings(), here) as curve:
+        _score_all(context, protocol, curve, score, here, (evaluator.train, evaluator.test))
 
 
 def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedImageModel], ClassifierSettings]) -> None:
     """Score by training a classifier for each checkpoint, in a folder of its own."""
-    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
     from mto_analysis.training.evaluation.classifier_training import classifier_score, train_classifier
     from mto_analysis.training.evaluation.evaluator import Score
     from mto_analysis.training.evaluation.features import LabelledImages, check_classes
@@ -279,13 +279,10 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         LabelledImages(given[name], limit=given[f"{name}_limit"], num_workers=workers, value_range=given["value_range"])
         for name in ("train", "test")
     )
-    _say_skipped(train, test, quiet=given["quiet"])
+    _say_skipped(given, train, test)
     classes = check_classes(train, test)
     told = {name: given[name] for name in ("train", "test", "train_limit", "test_limit", "value_range")}
-    told |= _loading_told(given)
-    curve = CurveFile(
-        given["out"], {"protocol": protocol, **told, "set": options}, overwrite=given["overwrite"], writes=here.main
-    )
+    told |= {"protocol": protocol, "set": options}
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         settings = defaults(model).with_options(options)
@@ -306,19 +303,36 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
         top1, top5, seconds = classifier_score(folder)
         return Score(top1, top5, settings.feature(model), classes, seconds, settings.crop_pct)
 
-    _score_all(context, protocol, curve, score, here, train)
+    with _curve(given, told, here) as curve:
+        _score_all(context, protocol, curve, score, here, (train, test))
 
 
-def _loading_told(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What scores depend on of how checkpoints are loaded."""
-    return {**measuring.loading(given), "weights": _text(given["weights"]), "offline": None}
+@contextmanager
+def _curve(given: Mapping[str, Any], settings: Mapping[str, Any], here: Processes) -> Iterator[CurveFile]:
+    """The curve in ``--out``, while no other process may work on it; with all that its scores depend on."""
+    from mto_analysis.runtime.outputs import locked_folder
+    from mto_analysis.training.evaluation.checkpoint_scores import CurveFile
+
+    told = {**settings, **measuring.loading(given), "weights": _text(given["weights"])}
+    told.pop("offline")
+    with locked_folder(given["out"]) if here.main else nullcontext():
+        yield CurveFile(given["out"], told, overwrite=given["overwrite"], writes=here.main)
 
 
-def _say_skipped(*sources: LabelledImages, quiet: bool) -> None:
-    """Which files beside the images are none."""
+def _say_skipped(given: Mapping[str, Any], *sources: LabelledImages) -> None:
+    """Which files beside the images are none.
+
+    Raises:
+        DataError: If there are any, under ``--strict``.
+    """
+    from mto_analysis.errors import DataError
+
     for each in sources:
         if each.images.skipped:
-            note(f"{each.source}: skipped {each.images.skipped_in_words}", quiet=quiet)
+            words = f"{each.source}: skipped {each.images.skipped_in_words}"
+            if given["strict"]:
+                raise DataError(f"{words} beside the images; move them away, or leave --strict out")
+            note(words, quiet=given["quiet"])
 
 
 def _score_all(
@@ -327,7 +341,7 @@ def _score_all(
     curve: CurveFile,
     score: Callable[[MaskedImageModel, RunCheckpoint], Score],
     here: Processes,
-    train: LabelledImages,
+    images: tuple[LabelledImages, LabelledImages],
 ) -> None:
     """Score what the curve lacks, and the random encoders; then write the rest."""
     from mto_analysis.checkpoints import LoadOptions
@@ -347,7 +361,7 @@ def _score_all(
     def load(checkpoint: RunCheckpoint) -> Encoder:
         return load_encoder(
             checkpoint.source,
-            train.images,
+            images[0].images,
             weights=given["weights"] and given["weights"].value,
             loading=loading,
             settings=Settings(limit=given["train_limit"], device=str(here.device)),
@@ -372,15 +386,16 @@ def _score_all(
         for name, value in random.items():
             say(f"{name}, random weights: {value:.2f} %")
     if here.main:
-        _write(context, protocol, curve, random, len(todo))
+        skipped = {name: dict(each.images.skipped) for name, each in zip(("train", "test"), images, strict=True)}
+        _write(context, curve, random, protocol=protocol, scored=len(todo), skipped=skipped)
 
 
-def _write(context: typer.Context, protocol: str, curve: CurveFile, random: dict[str, float], scored: int) -> None:
+def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], **told: Any) -> None:
     """What was run, and the figure, beside the curve; then the table on the screen."""
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
     table = curve.table()
-    metadata = run_metadata(context.params, protocol=protocol, scored=scored, random=random)
+    metadata = run_metadata(context.params, random=random, **told)
     write_atomically(curve.path.parent / "run.json", json_bytes(metadata))
     names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
     if table["epoch"].nunique() > 1:

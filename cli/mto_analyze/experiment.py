@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import note, settings_of
-from mto_analyze.options import DrawingOptions, EngineName, EngineOptions, Quiet, takes
+from mto_analyze.options import ADVANCED, DrawingOptions, EngineName, EngineOptions, Quiet, ValueRange, takes
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
@@ -56,6 +56,12 @@ Set = Annotated[
         rich_help_panel="Input",
     ),
 ]
+VerifyData = Annotated[
+    bool,
+    typer.Option(
+        "--verify-data", help="Hash all images, so that resumed runs notice replaced ones.", rich_help_panel=ADVANCED
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and the estimated time, and stop.")]
 List = Annotated[bool, typer.Option("--list", help="Print all runs by number, with their progress.")]
 Only = Annotated[
@@ -77,6 +83,8 @@ def experiment(
     jobs: int,
     images: ImagesFolder = None,
     set_: Set = None,
+    verify_data: VerifyData = False,
+    value_range: ValueRange = None,
     dry_run: DryRun = False,
     list_: List = False,
     only: Only = None,
@@ -99,7 +107,9 @@ def experiment(
     from mto_analysis.images import open_images
     from mto_analysis.runtime.outputs import OutputFolder
 
-    chosen = load_experiment(file, settings_of(set_ or []))
+    keys = {"verify_data": "true"} if verify_data else {}
+    keys |= {"value_range": "{},{}".format(*value_range)} if value_range else {}
+    chosen = load_experiment(file, settings_of(set_ or []) | keys)
     found = chosen.images.resolved(images)
     runs = ExperimentRuns(chosen, found, out.absolute())
     runs.check()

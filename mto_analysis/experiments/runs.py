@@ -79,7 +79,7 @@ class Run:
 
         torch.set_num_threads(resources.threads)
         settings = self.settings if resources.device is None else replace(self.settings, device=resources.device)
-        images = open_images(self.source)
+        images = open_images(self.source, value_range=settings.value_range)
         for _ in pretrain(self.recipe, images, self.folder, settings, resume=True, on_note=note, source=self.source):
             pass
 
@@ -153,6 +153,7 @@ class ExperimentRuns:
             train=images.eval_train or images.train,
             test=images.eval_test,
             every=max(1, recipe.epochs // experiment.points),
+            value_range=experiment.value_range,
         )
         return RunSettings(
             seed=seed,
@@ -161,6 +162,8 @@ class ExperimentRuns:
             deterministic=experiment.deterministic,
             num_workers=experiment.num_workers,
             log_every=experiment.log_every,
+            verify_data=experiment.verify_data,
+            value_range=experiment.value_range,
             device=experiment.device,
             evaluation=evaluation,
             evaluate_start=True,

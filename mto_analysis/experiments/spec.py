@@ -141,6 +141,8 @@ class Experiment(Settings):
         deterministic: Exact resume on a GPU too; slower.
         num_workers: Processes of each run that decode images.
         log_every: Steps between rows of each ``metrics.csv``; H is measured on these.
+        verify_data: Hash all training images, so that a resumed run notices any that was replaced.
+        value_range: Values of black and white, of images that are not in eight bits and do not state them.
     """
 
     name: str
@@ -159,6 +161,8 @@ class Experiment(Settings):
     deterministic: bool = False
     num_workers: Natural = 0
     log_every: Count = 20
+    verify_data: bool = False
+    value_range: Annotated[tuple[float, float], Rising()] | None = None
 
     def __post_init__(self) -> None:
         """Check what belongs together, too; the message names the key."""

@@ -77,6 +77,11 @@ class EpochData(ABC):
     def __len__(self) -> int:
         """Number of images, broken ones included."""
 
+    @property
+    @abstractmethod
+    def skipped(self) -> dict[str, Any]:
+        """For ``run.json``: what was skipped beside the images, by kind, and images found broken so far, by name."""
+
     @abstractmethod
     def order(self, epoch: int) -> Rows:
         """The rows of all images in the order of an epoch."""
@@ -193,6 +198,11 @@ class TrainingData(EpochData):
     def __len__(self) -> int:
         """Number of images, broken ones included."""
         return len(self._images.names)
+
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """What was skipped beside the images, by kind, and images found broken so far, by name with the reason."""
+        return {**self._images.skipped, **self.broken}
 
     def order(self, epoch: int) -> Rows:
         """The rows of all images in the order of an epoch."""

@@ -85,7 +85,13 @@ def train(
         data.prepare()
         stepper = Stepper(build(state is None), settings, processes, steps, micro_batch)
         metadata = run_metadata(
-            {}, state="running", identity=identity, layout=layout, settings=settings.metadata(), images=source
+            {},
+            state="running",
+            identity=identity,
+            layout=layout,
+            settings=settings.metadata(),
+            images=source,
+            skipped={**(folder.stored_metadata().get("skipped", {}) if resume else {}), **data.skipped},
         )
         recorder = Recorder(folder, stepper, scores, metadata)
         if state is not None:
@@ -131,6 +137,8 @@ def _epochs(
         speed = whole.speed(recorder.step, stepper.method.settings.batch_size)
         recorder.seconds += whole.seconds()
         batches.close()
+        for each in stepper.processes.exchange(data.skipped):
+            recorder.metadata["skipped"] |= each
         yield recorder.end_epoch(result.learning_rate, speed)
 
 

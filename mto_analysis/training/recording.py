@@ -33,7 +33,7 @@ class Recorder:
         metadata: For ``run.json``.
     """
 
-    def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, metadata: dict[str, Any]) -> None:
         self.folder, self.stepper, self.scorer, self.metadata = folder, stepper, scorer, metadata
         self.method, self.settings, self.processes = stepper.method, stepper.settings, stepper.processes
         #: Optimizer steps that are done, and the seconds of training they took.

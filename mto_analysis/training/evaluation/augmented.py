@@ -86,6 +86,11 @@ class AugmentedData(EpochData):
         """Number of images."""
         return len(self._images.rows)
 
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """What was skipped beside the images, by kind; a broken one is an error."""
+        return dict(self._images.images.skipped)
+
     def order(self, epoch: int) -> Rows:
         """The rows of all images in the order of an epoch."""
         names = [self._images.images.names[row] for row in self._images.rows]
