@@ -1,5 +1,17 @@
-"""``python -m mto_analysis``: the command, where scripts are not on the path."""
+"""The command's entry point, also as ``python -m mto_analysis``, where scripts are not on the path."""
 
-from mto_analyze import app
+import sys
 
-app(prog_name="mto-analyze")
+
+def main() -> None:
+    """Run the command; Ctrl-C while its modules are still imported ends as later: with one line and code 130."""
+    try:
+        from mto_analyze import app
+    except KeyboardInterrupt:
+        sys.stderr.write("mto-analyze: error: interrupted; nothing half-written was left behind\n")
+        raise SystemExit(130) from None
+    app(prog_name="mto-analyze")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner
 
 import mto_analysis
+import mto_analysis.__main__
 from mto_analysis import (
     image_batches,
     load_checkpoint,
@@ -41,7 +42,8 @@ from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.runtime.outputs import locked_folder
 from mto_analyze import app
 
-FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json"}
+RECORD = {"run.json", "run.toml", "methods.md"}
+FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", *RECORD}
 MAE_FILE = GOLDEN / "mae" / "checkpoint.pth"
 SIMMIM_FILE = GOLDEN / "simmim_vit" / "checkpoint.pth"
 ROOT = Path(__file__).parents[1]
@@ -218,7 +220,7 @@ def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
 
     sizes: list[int] = []
     workers: set[int] = set()
-    probe_batches, load_batches = sharing.probe, request.image_batches
+    probe_batches, load_batches = sharing.run_measures, request.image_batches
 
     def watched_probe(model, batches, *positional, **options):
         batches = list(batches)
@@ -230,7 +232,7 @@ def sizes_and_workers(*arguments: object) -> tuple[list[int], set[int]]:
         return load_batches(*positional, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "probe", watched_probe)
+        patch.setattr(sharing, "run_measures", watched_probe)
         patch.setattr(request, "image_batches", watched_batches)
         ok(*arguments)
     return sizes, workers
@@ -435,6 +437,8 @@ def test_commands__have_no_untested_option() -> None:
     commands = typer.main.get_command(app).commands
     options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
     everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
+    assert all("config" in names for name, names in options.items() if not hasattr(commands[name], "commands"))
+    options = {name: names - {"config"} for name, names in options.items()}  # in test_cli_repeating
     further = {
         "definitions",
         "controls",
@@ -442,6 +446,7 @@ def test_commands__have_no_untested_option() -> None:
         "properties",
         "match_visible",
         "difference",
+        "measures",
         "model",
     }  # in test_studies_* and test_probe_live_source
     assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
@@ -531,7 +536,7 @@ def test_second_run__without_overwrite_exits_2_and_changes_nothing(checkpoints, 
     assert "choose another --out or pass --overwrite" in fails(2, *arguments, "--seed", 3)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
     # One file is enough, and it is seen before a model is loaded.
-    for name in FILES - {"run.json"}:
+    for name in FILES - RECORD:
         (out / name).unlink()
     fails(2, "heterogeneity", "--ckpt", "nowhere.pth", "--images", image_folder, "--out", out)
 
@@ -620,13 +625,44 @@ def test_exit_130__when_interrupted(checkpoints, image_folder: Path, out: Path, 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("mto_analysis.probe.sharing.probe", "mto_analysis.figures.plots.heterogeneity.draw_heterogeneity"):
+    for place in (
+        "mto_analysis.probe.sharing.run_measures",
+        "mto_analysis.figures.plots.heterogeneity.draw_heterogeneity",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             result = run("heterogeneity", "--ckpt", checkpoints["mae"], "--images", image_folder, "--out", out, "-q")
         assert result.exit_code == 130
         assert result.stderr.splitlines()[-1] == "mto-analyze: error: interrupted; nothing half-written was left behind"
     assert not [path for path in contents(out.parent) if path.endswith(".tmp")]
+
+
+def test_exit_130__when_interrupted_before_the_command_runs(monkeypatch, capsys) -> None:
+    class Importing:
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "mto_analyze", Importing())
+    with pytest.raises(SystemExit, match="130"):
+        mto_analysis.__main__.main()
+    assert capsys.readouterr().err == "mto-analyze: error: interrupted; nothing half-written was left behind\n"
+
+
+def test_usage_errors__have_one_format(monkeypatch) -> None:
+    for arguments, message in (
+        (["--bogus"], "No such option: --bogus; see `mto-analyze --help`"),
+        (["nosuch"], "No such command 'nosuch'; see `mto-analyze --help`"),
+        (["plot", "--title"], "Option '--title' requires an argument; see `mto-analyze plot --help`"),
+        (["demo", "--limit", "0"], "Invalid value for '--limit': must be greater than or equal to 1; see"),
+        (["tables", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'csv', 'markdown',"),
+        (["pretrain", "--out", ""], "Invalid value for --out: is empty; give a path (. is the current folder); see"),
+        (["inspect", ""], "Invalid value for ckpt: is empty; give a path"),
+    ):
+        assert f"mto-analyze: error: {message}" in fails(2, *arguments)
+    for name in ("", "checkpoints", "evaluate"):  # a group by itself prints its help
+        alone = run(*name.split())
+        assert (alone.exit_code, alone.stderr) == (2, "")
+        assert alone.stdout.startswith(f"Usage: mto-analyze {name}".strip())
 
 
 def test_out_of_memory__is_one_line(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:
@@ -833,7 +869,7 @@ def test_plot__redraws_the_same_figure_from_the_table(
     monkeypatch.setattr("mto_analysis.checkpoints.load_checkpoint", None)  # no model is needed
     ok("plot", tmp_path / "run" / "heterogeneity.csv", "--out", tmp_path / "plot")
     run_files, plot_files = contents(tmp_path / "run"), contents(tmp_path / "plot")
-    assert set(plot_files) == {"heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json"}
+    assert set(plot_files) == {"heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf", "run.json", "run.toml"}
     for name in ("heterogeneity.csv", "heterogeneity.png", "heterogeneity.pdf"):
         assert plot_files[name] == run_files[name], name
 
@@ -882,9 +918,9 @@ def test_demo__writes_figures_and_tables_and_says_what_they_show(out: Path) -> N
     result = ok("demo", "--limit", 8, "--out", out)
     figures = {f"{figure}.{kind}" for figure in ("fig1a", "fig1b") for kind in ("png", "pdf", "csv")}
     maps = {f"fig2-{model}.{kind}" for model in ("mae", "simmim") for kind in ("png", "pdf")}
-    names = figures | maps | {"fig2.csv", "report.html", "run.json"}
+    names = figures | maps | {"fig2.csv", "report.html", "run.json", "run.toml"}
     assert set(contents(out)) == names
-    for name in names - {"run.json"}:
+    for name in names - RECORD:
         assert str(out / name) in result.stdout
     assert result.stdout.startswith("MAE: H goes from 0.")
     assert csv(out, "fig1a.csv")["model"].unique().tolist() == ["MAE", "SimMIM"]

@@ -38,6 +38,15 @@ def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
         ("mae_cifar10+MTO", "1", "3", "knn"),
         ("mae_cifar10+MTO", "2", "3", "knn"),
     ]
+    methods = (tmp_path / "run" / "methods.md").read_text()
+    assert "pre-trained for 2 epochs on 256 images" in methods
+    assert "0.01 (sparsity), 0.01 (embedding) and 0 (ranking), at all layers" in methods
+    assert "The seed was 3; training ran in fp32 on 1 process (cpu)." in methods
+    again = invoke("pretrain", "--config", tmp_path / "run" / "run.toml", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert [row["loss"] for row in rows(tmp_path / "again" / "metrics.csv")] == [
+        row["loss"] for row in rows(tmp_path / "run" / "metrics.csv")
+    ]
     read = invoke("inspect", tmp_path / "run" / "last.pth")
     assert "decoder_num_heads 2" in read.output
 

@@ -224,9 +224,16 @@ def test_rauc__out_holds_tables_and_figures_and_is_not_overwritten(seeds, tmp_pa
     arguments = ("rauc", "--log", seeds, *PAIR, *WINDOW, "--out", out)
     run(*arguments)
     assert sorted(path.name for path in out.iterdir()) == [
-        "curves.csv", "rauc.csv", "rauc.json", "rauc.pdf", "rauc.png",
-        "rauc_windows.csv", "rauc_windows.pdf", "rauc_windows.png", "run.json",
+        "curves.csv", "methods.md", "rauc.csv", "rauc.json", "rauc.pdf", "rauc.png",
+        "rauc_windows.csv", "rauc_windows.pdf", "rauc_windows.png", "run.json", "run.toml",
     ]  # fmt: skip
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".csv"}
+    run("rauc", "--config", out / "run.toml", "--out", tmp_path / "again")
+    assert written == {name: (tmp_path / "again" / name).read_bytes() for name in written}
+    methods = (out / "methods.md").read_text()
+    interval = json.loads((out / "rauc.json").read_text())[0]["interval"]["method"]
+    for fact in (f"interval is by {interval}", "Eq. 6", "epoch 100 to 400"):
+        assert fact in methods
     assert pd.read_csv(out / "rauc.csv")["rauc"].item() == json.loads((out / "rauc.json").read_text())[0]["rauc"]
     columns = ["start", "end", "rauc", "low", "high", "gain", "comparison"]
     assert pd.read_csv(out / "rauc_windows.csv").columns.tolist() == columns

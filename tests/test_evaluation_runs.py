@@ -267,8 +267,11 @@ def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None
     arguments = ["knn", "--ckpt", base, "--ckpt", with_mto, *sources, "--out", out, "-k", 3, "--random-baseline"]
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
-    names = ["curves.csv", "curves.pdf", "curves.png", "random.csv", "run.json", "settings.json"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = ["curves.csv", "curves.pdf", "curves.png", "methods.md", "random.csv", "run.json", "run.toml"]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "settings.json"]
+    methods = (out / "methods.md").read_text()
+    assert "k was 3 and the temperature of the weights 0.07" in methods
+    assert "random weights were scored for comparison" in methods
     table = pd.read_csv(out / "curves.csv")
     assert table["method"].tolist() == ["base"] * 3 + ["base+MTO"] * 3
     assert table["epoch"].tolist() == [1, 2, 3] * 2

@@ -63,8 +63,13 @@ def test_experiment__writes_tables_figures_and_a_page(done: Path) -> None:
         "terms.csv",
         "summary.md",
         "run.json",
+        "run.toml",
+        "methods.md",
         *figures,
     }
+    methods = (out / "methods.md").read_text()
+    assert "Arms MAE and MAE + MTO were each run with the seeds 0 and 1" in methods
+    assert "Settings were chosen on separate runs: MAE" in methods
     curves = pd.read_csv(out / "curves.csv")
     assert len(curves) == 2 * 2 * 3  # methods, seeds, epochs 0 to 2
     assert curves["method"].unique().tolist() == ["MAE", "MAE + MTO"]

@@ -111,6 +111,8 @@ def test_affinity_command__writes_maps_table_and_figures(tmp_path: Path) -> None
         "affinity.png",
         "quadrants.csv",
         "run.json",
+        "run.toml",
+        "methods.md",
     }
     table = pd.read_csv(tmp_path / "quadrants.csv")
     assert table["layer_depth"].tolist() == [depth for depth in range(7) for _ in range(4)]

@@ -28,7 +28,6 @@ __all__ = ["app"]
 app = typer.Typer(
     name="mto-analyze",
     cls=Commands,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text within 80 columns, where nothing in brackets is taken for a style

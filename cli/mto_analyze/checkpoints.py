@@ -23,9 +23,7 @@ from mto_analyze.options import (
 if TYPE_CHECKING:
     from mto_analysis.checkpoints import registry
 
-checkpoints = typer.Typer(
-    cls=CommandGroup, no_args_is_help=True, help="List, download, verify and convert public checkpoints."
-)
+checkpoints = typer.Typer(cls=CommandGroup, help="List, download, verify and convert public checkpoints.")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="Registry id, as printed by `checkpoints list`.")]
 

@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -17,7 +17,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from mto_analysis.errors import explained
 from mto_analysis.runtime.processes import failing_together, is_connected, this_process
+from mto_analyze import repeating
 from mto_analyze.options import PANELS
+from mto_analyze.repeating import read_config, takes_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,12 +30,41 @@ USAGE = 2
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 
-# Options whose empty value would be the current folder.
-_PATHS = ("--out", "--images", "--ckpt", "--masks", "--data", "--train", "--test", "--cache", "--log", "--experiment")
-
 
 class Command(TyperCommand):
-    """A command whose help has its options in panels and ends with an example, within 80 columns."""
+    """A command whose help has its options in panels and ends with an example, within 80 columns.
+
+    Options can come from a file, empty ones are refused, and what was given is kept for the file that repeats the run.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, with the options of ``--config`` for those that are not given."""
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        words = " ".join(ctx.command_path.split()[1:])
+        parameters: dict[str, Any] = {str(each.name): each for each in self.get_params(ctx)}
+        try:
+            given = dict(self.make_parser(ctx).parse_args(list(args))[0])
+            if file := given.pop("config", None):
+                ctx.default_map = read_config(file, words, parameters)
+            given = {**(ctx.default_map or {}), **{name: each for name, each in given.items() if each is not None}}
+            for name, value in given.items():
+                if "" in (value if isinstance(value, (list, tuple)) else [value]):
+                    advice = "; give a path (. is the current folder)" if takes_path(parameters[name]) else ""
+                    raise typer.BadParameter(f"is empty{advice}", param_hint=parameters[name].opts[0])
+            repeating.begin(words, parameters, given)
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run, unless files would be replaced that every run writes."""
+        out, overwrite = ctx.params.get("out"), ctx.params.get("overwrite", False)
+        if isinstance(out, Path):
+            repeating.check_own(out, overwrite=overwrite)
+        return super().invoke(ctx)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """What the command does, without its example."""
@@ -69,6 +100,13 @@ class Command(TyperCommand):
 class CommandGroup(TyperGroup):
     """A group whose help lists its commands under headings, each with the whole first sentence of its help."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; without a command the help is all there is to say."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(USAGE)
+        return super().parse_args(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The commands, by heading."""
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -101,6 +139,11 @@ class Commands(CommandGroup):
             sys.stderr.flush()
             os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse what stands before the command, with errors in the same format."""
+        with _reported():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; fixable errors end with their own code, Ctrl-C with 130.
 
@@ -108,28 +151,15 @@ class Commands(CommandGroup):
         """
         before, warnings.formatwarning = warnings.formatwarning, _one_line
         try:
-            with failing_together(explain, _say_error), _early_exit() as exits:
-                return super().invoke(ctx)
-            raise exits[0]
-        except BrokenPipeError:  # whoever read what is printed has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
-            raise typer.Exit(CLOSED_PIPE) from None
-        except (Exception, KeyboardInterrupt) as error:
-            found = explain(error)
-            if found is None:
-                raise
-            if this_process().count == 1:
-                _say_error(found[0])
-            raise typer.Exit(found[1]) from error
+            with _reported():
+                with failing_together(explain, _say_error), _early_exit() as exits:
+                    return super().invoke(ctx)
+                raise exits[0]
         finally:
             warnings.formatwarning = before
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; one that knows nothing of launchers would run, and write, once in every process."""
-        for name, value in pairwise(["", *args]):
-            empty = value[:-1] if value.endswith("=") else "" if value else name
-            if empty in _PATHS:
-                raise typer.BadParameter("is empty; give a path (. is the current folder)", param_hint=empty)
         found = super().resolve_command(ctx, args)
         count = this_process().count
         if count > 1 and not _is_launchable(found[1]):
@@ -158,6 +188,25 @@ def _say_error(message: str) -> None:
 
 
 @contextmanager
+def _reported() -> Iterator[None]:
+    """Turn an error that can be explained into one line and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BrokenPipeError:  # whoever read what is printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
+        raise typer.Exit(CLOSED_PIPE) from None
+    except (Exception, KeyboardInterrupt) as error:
+        found = explain(error)
+        if found is None:
+            raise
+        if this_process().count == 1:
+            _say_error(found[0])
+        raise typer.Exit(found[1]) from error
+
+
+@contextmanager
 def _early_exit() -> Iterator[list[typer.Exit]]:
     """Take the exit that ``--help`` asks for, which is no failure."""
     found: list[typer.Exit] = []
@@ -183,7 +232,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if format_message is None:
         return None
     path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
-    return " ".join(f"{format_message().rstrip('.')}; see `{path} --help`".split()), USAGE
+    message = format_message().replace("Value error, ", "").replace("Input should be", "must be").rstrip(".")
+    return " ".join(f"{message}; see `{path} --help`".split()), USAGE
 
 
 def as_text(table: pd.DataFrame) -> str:

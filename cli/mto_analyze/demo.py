@@ -8,6 +8,7 @@ import typer
 
 from mto_analyze.console import note
 from mto_analyze.options import DrawingOptions, OutputOptions, takes
+from mto_analyze.repeating import write_record
 
 
 @takes(OutputOptions, DrawingOptions, out=Path("demo"))
@@ -49,7 +50,9 @@ def demo(
     for model, maps in tables.maps.items():
         write_figure(folder, f"fig2-{model.lower()}", draw_affinity(maps, title=model))
     page = folder.write_bytes("report.html", render_report(demo_report(tables), title="Demo: small models").encode())
-    folder.write_json("run.json", run_metadata(context.params, models=tables.models))
+    metadata = run_metadata(context.params, models=tables.models)
+    folder.write_json("run.json", metadata)
+    write_record(out, metadata)
     typer.echo("\n".join(demo_sentences(tables)))
     typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
     typer.echo(f"to explore: open {page} in a browser")

@@ -29,6 +29,7 @@ from mto_analyze.options import (
     Workers,
     takes,
 )
+from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
     from mto_analysis.models import MaskedImageModel
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 evaluate = typer.Typer(
     cls=CommandGroup,
-    no_args_is_help=True,
     help="Score encoders on labelled images: kNN, linear probe, fine-tuning.",
 )
 
@@ -387,17 +387,18 @@ def _score_all(
             say(f"{name}, random weights: {value:.2f} %")
     if here.main:
         skipped = {name: dict(each.images.skipped) for name, each in zip(("train", "test"), images, strict=True)}
-        _write(context, curve, random, protocol=protocol, scored=len(todo), skipped=skipped)
+        told = {"protocol": protocol, "scored": len(todo), "skipped": skipped, "device": here.device_name}
+        _write(context, curve, random, told)
 
 
-def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], **told: Any) -> None:
+def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], told: dict[str, Any]) -> None:
     """What was run, and the figure, beside the curve; then the table on the screen."""
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
     table = curve.table()
-    metadata = run_metadata(context.params, random=random, **told)
+    metadata = run_metadata(context.params, random=random, settings=curve.settings, **told)
     write_atomically(curve.path.parent / "run.json", json_bytes(metadata))
-    names = ["curves.csv", "run.json", *(["random.csv"] if random else [])]
+    names = ["curves.csv", "run.json", *(["random.csv"] if random else []), *write_record(curve.path.parent, metadata)]
     if table["epoch"].nunique() > 1:
         from mto_analysis.figures.files import write_figure
         from mto_analysis.figures.plots.evaluation import draw_accuracy

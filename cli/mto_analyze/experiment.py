@@ -15,6 +15,7 @@ import typer
 
 from mto_analyze.console import note, settings_of
 from mto_analyze.options import ADVANCED, DrawingOptions, EngineName, EngineOptions, Quiet, ValueRange, takes
+from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
@@ -179,7 +180,9 @@ def _write(
     page = summary_page(chosen, results, device=_device(chosen), jobs=jobs, num_images=count)
     folder.write_bytes("summary.md", page.encode())
     metadata = {"experiment": chosen.metadata(), "chosen": results.chosen, "jobs": jobs, "seconds": time.time() - began}
-    folder.write_json("run.json", run_metadata({"data": vars(runs.images)}, **metadata))
+    recorded = run_metadata({"data": vars(runs.images)}, **metadata)
+    folder.write_json("run.json", recorded)
+    write_record(folder.path, recorded)
     _draw(folder, results)  # last: what was measured is on disk
     typer.echo(page)
 

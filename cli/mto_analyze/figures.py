@@ -21,6 +21,7 @@ from mto_analyze.options import (
     WeightsOption,
     takes,
 )
+from mto_analyze.repeating import write_record
 
 
 class Models(LoadingOptions):
@@ -94,4 +95,5 @@ def figures(
     told = measuring.listener(context.params)
     for figure, paths in draw(names or (), out, inputs, overwrite=overwrite, arguments=context.params, listener=told):
         typer.echo(f"{figure.name}: {', '.join(path.name for path in paths)}")
+    write_record(out)
     typer.echo(f"in {out}")

@@ -13,6 +13,7 @@ from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.processes import Processes
 from mto_analyze.console import note, progress
 from mto_analyze.options import LoadingOptions, Precision
+from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
@@ -96,7 +97,7 @@ def request(
 
 
 def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, Any], **metadata: Any) -> None:
-    """Write what a command has measured into ``--out``, with ``run.json``, and say so.
+    """Write what a command has measured into ``--out``, with ``run.json``, ``run.toml`` and ``methods.md``, and say so.
 
     Args:
         given: Values of the options by name.
@@ -106,7 +107,12 @@ def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, 
     """
     from mto_analysis.figures.files import write_outputs
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
+    from mto_analysis.runtime.processes import pick_device
 
     folder = OutputFolder(given["out"], files, overwrite=given["overwrite"])
-    write_outputs(folder, {**outputs, "run.json": run_metadata(given, **metadata)})
-    note(f"wrote {', '.join(files)} to {folder.path}", quiet=given["quiet"])
+    if "device" in given:
+        metadata["device"] = pick_device(given["device"])
+    metadata = run_metadata(given, **metadata)
+    write_outputs(folder, {**outputs, "run.json": metadata})
+    written = [*files, *write_record(folder.path, metadata)]
+    note(f"wrote {', '.join(written)} to {folder.path}", quiet=given["quiet"])

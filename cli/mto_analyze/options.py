@@ -320,6 +320,14 @@ Retries = Annotated[
 ]
 
 
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="TOML file of options, as run.toml of an earlier run; those given here take precedence."
+    ),
+]
+
+
 class Group:
     """Options that stand together."""
 
@@ -432,6 +440,13 @@ class OutputOptions(Group):
     quiet: Quiet = False
 
 
+class EveryCommand(Group):
+    """What every command has."""
+
+    panel = ADVANCED
+    config: Config = None
+
+
 def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) -> Callable[[Command], Command]:
     """Give a command the options of groups, beside its own.
 
@@ -446,7 +461,7 @@ def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) 
     """
     shared = {
         parameter.name: parameter
-        for group in groups
+        for group in (*groups, EveryCommand)
         for parameter in _parameters(group, defaults)
         if parameter.name not in without
     }

@@ -14,6 +14,7 @@ import typer
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import launchable, note, settings_of
 from mto_analyze.options import ADVANCED, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
+from mto_analyze.repeating import RUN_FILE, write_methods, write_run_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -201,7 +202,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
     from mto_analysis.errors import DataError
     from mto_analysis.figures.run_folder import draw_run_folder
     from mto_analysis.images import open_images
-    from mto_analysis.training import plan, pretrain
+    from mto_analysis.training import RunFolder, plan, pretrain
 
     out = values["out"]
     chosen, source, settings = _choose(values)
@@ -230,9 +231,12 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             source=str(source),
         ):
             note(_line(record, chosen.epochs), quiet=quiet)
+            if this_process().main and not resume and not (out / RUN_FILE).exists():
+                write_run_file(out)  # now that the folder is the run's; a resumed run keeps the one it began with
         if this_process().main:
-            drawn = draw_run_folder(out)
-            note(f"wrote {', '.join(path.name for path in drawn)} to {out}", quiet=quiet)
+            drawn = [path.name for path in draw_run_folder(out)]
+            drawn += write_methods(out, RunFolder(out).stored_metadata())
+            note(f"wrote {', '.join(drawn)} to {out}", quiet=quiet)
 
 
 @contextmanager

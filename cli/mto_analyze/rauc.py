@@ -13,6 +13,7 @@ import typer
 
 from mto_analyze.console import note
 from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, Group, OutputOptions, takes
+from mto_analyze.repeating import write_record
 from mto_analyze.tables import Format
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def rauc(
             note(f"note: {text}", quiet=quiet)
     if folder is not None:
         write(folder, table, comparisons, tasks, content, noise_of(given, table))
-        folder.write_json("run.json", run_metadata(given, logs=logs, notes=found))
+        metadata = run_metadata(given, logs=logs, notes=found)
+        folder.write_json("run.json", metadata)
+        write_record(folder.path, {**metadata, "comparisons": content})
         note(f"written to {folder.path}", quiet=quiet or as_json)
 
 

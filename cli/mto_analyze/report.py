@@ -18,6 +18,7 @@ from mto_analyze.options import (
     Show,
     takes,
 )
+from mto_analyze.repeating import write_record
 
 
 @takes(InputOptions, MaskOptions, ModelOptions, OutputOptions, ComputeOptions, without=("out",))
@@ -25,6 +26,7 @@ def report(
     context: typer.Context,
     overwrite: bool,
     quiet: bool,
+    device: str,
     chosen: ImageNames = None,
     show: Show = 4,
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Masked tokens, layer by layer",
@@ -37,14 +39,17 @@ def report(
     Example:
       mto-analyze report --ckpt mae_vit_base_full --images IMAGES --out mae.html
     """
-    from mto_analysis.runtime.outputs import OutputFolder
+    from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
 
     from mto_analysis.figures.report import render_report
     from mto_analysis.figures.report_contents import collect_report
+    from mto_analysis.runtime.processes import pick_device
 
     contents = collect_report(measuring.request(context.params), shown=chosen or show)
     content = render_report(contents, title=title).encode()
     folder.write_bytes(out.name, content)
-    note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)
+    metadata = run_metadata(context.params, models=contents.models, device=pick_device(device))
+    written = ", ".join([f"{out} ({len(content) / 1e6:.1f} MB)", *write_record(out, metadata)])
+    note(f"wrote {written}; open {out.name} in a browser", quiet=quiet)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.options import Overwrite, takes
+from mto_analyze.repeating import write_record
 
 
 class Format(StrEnum):
@@ -58,3 +59,4 @@ def tables(
     folder = OutputFolder(out, texts, overwrite=overwrite)
     for name, text in texts.items():
         typer.echo(folder.write_bytes(name, f"{text}\n".encode()))
+    write_record(out)

@@ -221,6 +221,7 @@ class Request:
                 "config": asdict(model.config),
                 "mask_rule": asdict(rule) if rule else None,
                 "masks": words,
+                "num_images": len(self.settings.rows(self.images)),
                 "own_loss": loss._asdict() if loss else None,
             }
             yield LoadedModel(label, model, masks, loss, metadata)

@@ -6,6 +6,7 @@ values ``--set`` replaces: defaults, then the file, then ``--set``. Every messag
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 import types
@@ -32,6 +33,7 @@ __all__ = [
     "bundled_names",
     "field_types",
     "open_settings",
+    "toml_value",
 ]
 
 T = TypeVar("T")
@@ -315,6 +317,19 @@ def open_settings(
         raise error(f"{text} cannot be read: {reason}") from reason
     values.setdefault("name", path.stem)
     return Reader(text, values, options, error=error), None if bundled else path.parent
+
+
+def toml_value(value: Any) -> str:
+    """A plain value in TOML.
+
+    Example:
+        >>> toml_value(("a", 1, True))
+        '["a", 1, true]'
+    """
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    # TOML writes texts and truths as JSON does, and numbers as Python does (inf).
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (bool, str)) else repr(value)
 
 
 def _parsed(name: str, declared: Any, text: str) -> Any:

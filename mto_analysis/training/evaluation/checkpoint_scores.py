@@ -251,7 +251,7 @@ class CurveFile:
             check_writable(folder)
         self.path = folder / "curves.csv"
         self.writes = writes
-        self._settings = json.loads(json.dumps(dict(settings), default=str))
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
         beside = folder / "settings.json"
         self.rows: list[dict[str, Any]] = []
         if self.path.exists() and not overwrite:
@@ -263,10 +263,10 @@ class CurveFile:
                 before, lacking = None, []
             if before is None or lacking:
                 raise OutputExistsError(f"{self.path} is no curve of ours; choose another --out or pass --overwrite")
-            odd = [name for name, value in self._settings.items() if before.get(name) != value]
+            odd = [name for name, value in self.settings.items() if before.get(name) != value]
             if odd:
                 raise OutputExistsError(
-                    f"{self.path} was begun with {odd[0]} = {before.get(odd[0])}, not {self._settings[odd[0]]};"
+                    f"{self.path} was begun with {odd[0]} = {before.get(odd[0])}, not {self.settings[odd[0]]};"
                     " choose another --out or pass --overwrite"
                 )
         elif not overwrite and (there := self._foreign()):
@@ -280,7 +280,7 @@ class CurveFile:
         there = [name for name in _OWN if (self.path.parent / name).exists()]
         if there == ["settings.json"]:
             try:
-                same = json.loads((self.path.parent / "settings.json").read_text()) == self._settings
+                same = json.loads((self.path.parent / "settings.json").read_text()) == self.settings
             except (OSError, ValueError):
                 same = False
             return [] if same else there
@@ -309,7 +309,7 @@ class CurveFile:
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "settings.json") as file:
-            file.write(json_bytes(self._settings))
+            file.write(json_bytes(self.settings))
             file.flush()  # before anything is replaced there is room for both
             write_atomically(self.path, content)
         (folder / "random.csv").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from mto_analysis.runtime.settings import (
     Rising,
     Share,
     field_types,
+    toml_value,
 )
 from mto_analysis.training.objective import TrainingSettings
 
@@ -178,9 +179,17 @@ class Recipe(TrainingSettings):
         values = self.to_dict()
         values = {name: values.pop(name) for name in ("name", "method", "summary")} | values
         model, sources = values.pop("model"), values.pop("sources")
-        lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-        lines += ["", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items() if value is not None)]
-        lines += ["", "[sources]", *(f"{_toml(source)} = {_toml(names)}" for source, names in sources.items())]
+        lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if value is not None]
+        lines += [
+            "",
+            "[model]",
+            *(f"{name} = {toml_value(value)}" for name, value in model.items() if value is not None),
+        ]
+        lines += [
+            "",
+            "[sources]",
+            *(f"{toml_value(source)} = {toml_value(names)}" for source, names in sources.items()),
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -189,15 +198,3 @@ class PixelRecipe(Recipe):
     """Recipe of a method that predicts pixels."""
 
     target: Literal["pixels", "normalized_pixels", "normalized_channels"]
-
-
-def _toml(value: Any) -> str:
-    """A plain value in TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    return repr(value)

@@ -1,0 +1,214 @@
+"""A paragraph for a paper's methods section, from what ``run.json`` of a run records, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+__all__ = ["methods_paragraph"]
+
+_PAPER = '"Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024)'
+_PROTOCOLS = {
+    "knn": "weighted k-nearest-neighbour classification on features of the frozen encoder",
+    "linear_cached": "logistic regression on cached features of the frozen encoder",
+    "linear_mae": "MAE's linear probe, trained on the frozen encoder",
+    "finetune": "fine-tuning of the whole encoder",
+}
+
+
+def methods_paragraph(command: str, metadata: Mapping[str, Any]) -> str:
+    """What a command did, with versions, data, masks, seeds, layers and intervals.
+
+    Args:
+        command: Words of the command, as ``evaluate knn``.
+        metadata: What its ``run.json`` holds; of ``rauc`` also ``comparisons``, the content of ``rauc.json``.
+
+    Returns:
+        One paragraph of plain text; empty for commands that measure, train and compare nothing.
+
+    Example:
+        >>> methods_paragraph("tables", {})
+        ''
+    """
+    write = _WRITERS.get(command.partition(" ")[0])
+    return "" if write is None else " ".join(each for each in (*write(metadata), _software(metadata)) if each)
+
+
+def _heterogeneity(metadata: Mapping[str, Any]) -> Iterable[str]:
+    given = metadata["arguments"]
+    yield (
+        "The heterogeneity H of masked tokens was measured at every layer depth, from the input of the first block "
+        f"with masked tokens (depth 0) to the output of the last one, by Eq. 2 of {_PAPER}: the entropy (natural "
+        "logarithm) of the softmax over dot products of a masked token with all visible tokens, averaged over masked "
+        "tokens."
+    )
+    yield from _measured(metadata)
+    masks = given.get("masks_per_image", 1)
+    yield (f"Means and 95 % intervals (Student's t) are over images{f', of {masks} masks each' if masks > 1 else ''}.")
+    if given.get("controls"):
+        yield f"Controls were repeated with {given['control_seeds']} seeds."
+    if given.get("difference"):
+        yield "Differences between the two models are paired by image."
+
+
+def _affinity(metadata: Mapping[str, Any]) -> Iterable[str]:
+    kinds = {"softmax": "the softmax over each row of dot products", "dot": "dot products", "cosine": "cosines"}
+    yield f"Affinity maps of all pairs of tokens ({kinds[metadata['arguments']['kind']]}) were computed at every layer."
+    yield from _measured(metadata)
+    yield "Maps are means over images, with masked tokens sorted first." if not metadata["arguments"]["chosen"] else ""
+
+
+def _reconstruct(metadata: Mapping[str, Any]) -> Iterable[str]:
+    yield "Masked patches were reconstructed by each model, and its own training loss was computed for each image."
+    yield from _measured(metadata)
+
+
+def _measured(metadata: Mapping[str, Any]) -> Iterable[str]:
+    """Models, images, masks and precision of a pass over images."""
+    given, models = metadata["arguments"], metadata["models"]
+    source = given.get("images") or "the bundled CIFAR-10 test images"
+    counts = sorted({each["num_images"] for each in models if "num_images" in each})
+    note = "; files that were skipped are listed in run.json" if metadata.get("skipped") else ""
+    yield f"Images: {' or '.join(map(str, counts)) or 'those'} of {source}{note}."
+    for each in models:
+        yield _model(each)
+    precision = given.get("precision", "fp32")
+    yield f"The forward pass was computed in {precision} on {_device(metadata)}."
+
+
+def _model(each: Mapping[str, Any]) -> str:
+    info, loss = each["info"], each.get("own_loss")
+    size = info["image_size"]
+    pixels = f"{size[0]} x {size[1]}" if isinstance(size, (list, tuple)) else f"{size} x {size}"
+    digest = f", SHA-256 {each['sha256'][:12]}" if each["sha256"] else ""
+    words = [f"{each['model']}: {info['family']} ({each['source']}{digest}), {pixels} pixels, masks: {each['masks']}"]
+    if info["assumptions"]:
+        words.append(f"; assumed that {' and that '.join(info['assumptions'])}")
+    if loss:
+        words.append(
+            f"; reconstruction loss {loss['loss']:.4g}, against {loss['predict_the_mean']:.4g} for predicting the mean"
+        )
+    return "".join(words) + "."
+
+
+def _pretrain(metadata: Mapping[str, Any]) -> Iterable[str]:
+    identity, layout = metadata["identity"], metadata["layout"]
+    recipe, mto = identity["recipe"], identity["mto"]
+    yield (
+        f"A {recipe['method']} model ({_pairs(recipe['model'])}) was pre-trained for {recipe['epochs']} epochs on "
+        f"{identity['images']['count']} images ({metadata['images']}) of {recipe['image_size']} pixels with patches of "
+        f"{recipe['patch_size']}, masking {recipe['mask_ratio']:g} of them ({recipe['mask_kind']}, units of "
+        f"{recipe['mask_unit']} pixels), from the recipe {recipe['name']}."
+    )
+    yield (
+        f"The effective batch was {recipe['batch_size']} images, the base learning rate {recipe['base_lr']:g} per "
+        f"{recipe['lr_batch']} images with {recipe['warmup_epochs']:g} epochs of warm-up and a {recipe['schedule']} "
+        f"schedule, weight decay {recipe['weight_decay']:g}, betas {_listed(recipe['betas'])}."
+    )
+    if mto:
+        layers = mto["layers"]
+        yield (
+            f"Masked token optimisation ({_PAPER}) was added with weights {mto['sparsity_weight']:g} (sparsity), "
+            f"{mto['embedding_weight']:g} (embedding) and {mto['ranking_weight']:g} (ranking), at "
+            f"{'all layers' if layers is None else f'layer depths {_listed(layers)}'}."
+        )
+    if identity["init"]:
+        yield f"It began with the weights of {identity['init']}."
+    processes = layout["processes"]
+    yield (
+        f"The seed was {identity['seed']}; training ran in {identity['precision']} on {processes} "
+        f"process{'es' if processes > 1 else ''} ({layout['device']})."
+    )
+
+
+def _evaluate(metadata: Mapping[str, Any]) -> Iterable[str]:
+    given, settings, protocol = metadata["arguments"], metadata["settings"], metadata["protocol"]
+    train, test = (
+        f"{settings[name]}{f' ({given[limit]} of them)' if given[limit] else ''}"
+        for name, limit in (("train", "train_limit"), ("test", "test_limit"))
+    )
+    yield (
+        f"Encoders were scored by {_PROTOCOLS[protocol]}, with training images {train} and test images {test}; scores "
+        "are top-1 accuracies in percent."
+    )
+    if protocol == "knn":
+        yield f"k was {settings['neighbours']} and the temperature of the weights {settings['temperature']:g}."
+    if settings.get("set"):
+        yield f"Settings changed: {_pairs(settings['set'])}."
+    yield f"Checkpoints: {', '.join(map(str, given['ckpt']))}."
+    if metadata["random"]:
+        yield "The same architectures with random weights were scored for comparison."
+    yield f"Encoders ran in {given['precision']} on {_device(metadata)}."
+
+
+def _rauc(metadata: Mapping[str, Any]) -> Iterable[str]:
+    yield (
+        f"Relative areas under the curve (RAUC) were computed by Eq. 6 of {_PAPER} as the area of the target's mean "
+        "curve over that of the baseline's, by the trapezoidal rule, after subtracting the reference score."
+    )
+    for one in metadata["comparisons"]:
+        if one.get("kind") != "comparison":
+            continue
+        interval = one["interval"]
+        origin = "given" if one["reference_given"] else "the baseline at the start"
+        yield (
+            f"{one['target']} ({len(one['seeds_target'])} runs) was compared with {one['baseline']} "
+            f"({len(one['seeds_baseline'])} runs) from {one['axis']} {one['start']:g} to {one['end']:g}, with "
+            f"reference {one['reference']:.4g} ({origin}); the "
+            f"{100 * interval['confidence']:g} % interval is by {interval['method']}."
+        )
+    yield f"Curves were read from {', '.join(dict.fromkeys(one['file'] for one in metadata['logs']))}."
+
+
+def _experiment(metadata: Mapping[str, Any]) -> Iterable[str]:
+    told = metadata["experiment"]
+    arms = _listed(each["name"] for each in told["arms"])
+    yield f"Arms {arms} were each run with the seeds {_listed(told['seeds'])}, in {told['precision']}."
+    for variant in told["variants"]:
+        recipe = variant["recipe"]
+        yield (
+            f"{variant['label']}: {recipe['method']}, recipe {recipe['name']}, {recipe['epochs']} epochs, batch "
+            f"{recipe['batch_size']}, base learning rate {recipe['base_lr']:g}."
+        )
+    yield "Runs of one seed share initial weights, image order, augmentation and masks, and were compared in pairs."
+    evaluation = told["evaluation"]
+    limit = f" with {evaluation['limit']} training images" if evaluation["limit"] else ""
+    yield (
+        f"Encoders were scored every {evaluation['every']} epochs by {_PROTOCOLS[evaluation['protocol']]}{limit}; RAUC "
+        f"(Eq. 6 of {_PAPER}) was computed from these curves, with 95 % intervals over seeds."
+    )
+    if metadata.get("chosen"):
+        yield f"Settings were chosen on separate runs: {_pairs(metadata['chosen'])}."
+
+
+def _device(metadata: Mapping[str, Any]) -> str:
+    processes = metadata.get("processes", 1)
+    return f"{metadata['device']}{f' ({processes} processes)' if processes > 1 else ''}"
+
+
+def _software(metadata: Mapping[str, Any]) -> str:
+    versions = {"PyTorch": "torch", "timm": "timm"}
+    used = [f"{name} {metadata['versions'][key]}" for name, key in versions.items() if key in metadata["versions"]]
+    own = f"mto-analysis {metadata['versions'].get('mto-analysis', '')}".strip()
+    return f"Software: {', '.join([own, *used])}, Python {metadata['python']}."
+
+
+def _listed(values: Iterable[Any]) -> str:
+    *first, last = (f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+_WRITERS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "heterogeneity": _heterogeneity,
+    "affinity": _affinity,
+    "reconstruct": _reconstruct,
+    "report": _heterogeneity,
+    "pretrain": _pretrain,
+    "evaluate": _evaluate,
+    "rauc": _rauc,
+    "experiment": _experiment,
+}
