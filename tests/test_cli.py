@@ -438,7 +438,8 @@ def test_commands__have_no_untested_option() -> None:
     options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
     everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
     assert all("config" in names for name, names in options.items() if not hasattr(commands[name], "commands"))
-    options = {name: names - {"config"} for name, names in options.items()}  # in test_cli_repeating
+    drawing = {"style", "figure_format", "width"}  # in the tests of figures
+    options = {name: names - {"config"} - drawing for name, names in options.items()}  # config: in test_cli_repeating
     further = {
         "definitions",
         "controls",
@@ -450,7 +451,7 @@ def test_commands__have_no_untested_option() -> None:
         "model",
     }  # in test_studies_* and test_probe_live_source
     assert options["heterogeneity"] - everywhere - further == set(HETEROGENEITY_OPTIONS)
-    loading = {"num_heads", "decoder_num_heads", "image_size", "mean", "std", "weights", "offline"}
+    loading = {"num_heads", "decoder_num_heads", "image_size", "mask_ratio", "mean", "std", "weights", "offline"}
     assert options["inspect"] == {"ckpt", "as_json", *loading}
     assert options["demo"] == {"out", "limit", "overwrite", "quiet"}
     assert options["plot"] == {"tables", "title", "out", "overwrite", "quiet"}
