@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from matplotlib.text import Text
 from model_kinds import DIM, NUM, Backbone, DecoderNames, Grid, Inpainting, VisibleArgument, features, random_mask
 from test_mto_attach import build, keep_tokens, traces
 from torch import nn
@@ -11,10 +12,13 @@ from training_models import CASES, draw_mask, make_images
 from watched_models import batch_of, small_mae, small_simmim
 
 from mto_analysis import ImageBatch, MaskRule, heterogeneity, mask_keys, measure
+from mto_analysis.affinity import TokenSplit
 from mto_analysis.errors import StackError
+from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.models.live import LiveModel
 from mto_analysis.mto import StackSpec
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.probe.quadrants import AffinityMaps
 
 RAGGED = random_mask(3, (5, 9, 12))
 
@@ -243,3 +247,20 @@ def test_live_model__is_one_of_ours_and_can_be_copied():
         assert len(each.stack_blocks("encoder")) == each.depth("encoder") == 3
     with pytest.raises(ValueError, match="nothing is predicted"):
         live.reconstruct(features(3), RAGGED)
+
+
+@pytest.mark.parametrize("order", ["places", "visible first"])
+def test_live_model__says_whether_tokens_are_in_the_order_of_patches(order):
+    live, mask = LiveModel(DecoderNames(order, cls=0)), random_mask(3, (5,))
+    maps = AffinityMaps()
+    with torch.no_grad():
+        for layer in live.layer_tokens(features(3), mask):
+            maps("decoder", layer, TokenSplit(layer.mask), ("a", "b", "c"))
+    known = order == "places"
+    assert layer.in_order == live.order_is_known("decoder") == known
+    assert torch.equal(layer.mask, mask if known else mask.sort(dim=1).values)
+    merged = AffinityMaps()
+    merged.put_together([AffinityMaps().kept(), maps.kept()])  # of another process, that saw no image
+    assert [each.in_order for each in merged.maps] == [known] * 3
+    texts = [text.get_text() for text in draw_affinity(merged.maps).findobj(Text)]
+    assert any("decoder: token order" in text for text in texts) == ("token order" in texts) == (not known)

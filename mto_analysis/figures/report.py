@@ -190,7 +190,9 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
     several = len({(each.model, each.stack) for each in explored}) > len({each.model for each in explored})
     models = [
         {
-            "label": f"{each.model}, {each.stack}" if several else each.model,
+            "label": ", ".join(
+                [each.model] + [each.stack] * several + ["token order: places are not known"] * (not each.in_order)
+            ),
             "num_depths": each.num_depths,
             "aspect": each.aspect,
             "left_out": each.left_out,

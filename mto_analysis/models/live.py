@@ -186,8 +186,9 @@ class LiveModel(MaskedImageModel):
         missing = [depth for depth in range(self.depth(stack) + 1) if depth not in layers]
         if missing:
             raise StackError(f"layer depths {missing} of {stack} did not run; pass stacks=... with blocks that do")
+        in_order = self.order_is_known(stack)
         for depth in sorted(layers):
-            yield LayerTokens(depth, *layers.pop(depth))
+            yield LayerTokens(depth, *layers.pop(depth), in_order)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """Not possible: how the model's output becomes pixels is not known."""

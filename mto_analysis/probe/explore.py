@@ -111,6 +111,7 @@ class Explored:
     family: str
     num_depths: int  #: the last layer depth of the stack
     aspect: float  #: columns over rows of the grid of patches
+    in_order: bool  #: whether patches are at their places; else the grid shows tokens in their own order, on no image
     left_out: tuple[int, ...]  #: layer depths with more than :data:`MAX_PATCHES` patches
     images: tuple[ExploredImage, ...]
 
@@ -159,8 +160,10 @@ def explore_shown(shown: ShownModel) -> list[Explored]:
                 for row, image in enumerate(depths):
                     packed = PackedProducts.pack(products[row])
                     image.append(ExploredDepth(layer.depth, masks[row], packed, measured[row], tuple(masses[row])))
-        images = tuple(
-            ExploredImage(name, pixels[row].numpy(), tuple(depths[row])) for row, name in enumerate(shown.names)
+        in_order = model.order_is_known(stack)
+        background = (pixels if in_order else torch.full_like(pixels, 127)).numpy()
+        images = tuple(ExploredImage(name, background[row], tuple(depths[row])) for row, name in enumerate(shown.names))
+        explored.append(
+            Explored(shown.label, stack, info.family, model.depth(stack), aspect, in_order, tuple(left_out), images)
         )
-        explored.append(Explored(shown.label, stack, info.family, model.depth(stack), aspect, tuple(left_out), images))
     return explored

@@ -198,7 +198,8 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
 class AffinityMap(NamedTuple):
     """An affinity map of one layer depth, rows and columns masked first then visible.
 
-    ``image`` is ``None`` for a mean over ``num_images`` images.
+    ``image`` is ``None`` for a mean over ``num_images`` images; ``in_order`` is whether masked and visible tokens are
+    each in the order of patches.
 
     Shapes:
         values: num_patches num_patches
@@ -211,6 +212,7 @@ class AffinityMap(NamedTuple):
     num_masked: int
     kind: AffinityKind
     values: Tensor
+    in_order: bool = True
 
 
 class AffinityMaps:
@@ -234,6 +236,7 @@ class AffinityMaps:
         self.kind = kind
         self.each_image = each_image
         self._sums: dict[tuple[str, int, str | None], tuple[Tensor, int, int]] = {}
+        self._unordered: set[str] = set()  # stacks
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Statistics of a batch at one layer depth; its maps are added to those kept.
@@ -241,6 +244,8 @@ class AffinityMaps:
         Raises:
             ValueError: If a mean is wanted and the number of masked patches differs between images.
         """
+        if not layer.in_order:
+            self._unordered.add(stack)
         if self.each_image:
             parts = [
                 self._add(
@@ -272,8 +277,8 @@ class AffinityMaps:
         return table
 
     def kept(self) -> Any:
-        """Sums of maps over this process's images."""
-        return {key: (total.cpu(), count, num_masked) for key, (total, count, num_masked) in self._sums.items()}
+        """Sums of maps over this process's images, and stacks whose tokens are in unknown order."""
+        return {key: (total.cpu(), *counts) for key, (total, *counts) in self._sums.items()}, self._unordered
 
     def put_together(self, parts: Sequence[Any]) -> None:
         """Keep the sums over all images.
@@ -282,7 +287,8 @@ class AffinityMaps:
             ValueError: If a mean is wanted and the number of masked patches differs between parts.
         """
         self._sums = {}
-        for part in parts:
+        for part, unordered in parts:
+            self._unordered |= unordered
             for key, (total, count, num_masked) in part.items():
                 if key in self._sums:
                     before, images, like = self._sums[key]
@@ -303,7 +309,14 @@ class AffinityMaps:
         """The maps on the CPU, by image, stack and layer depth; of several masks of an image their mean."""
         found = [
             AffinityMap(
-                stack, depth, image, 1 if self.each_image else count, num_masked, self.kind, (total / count).cpu()
+                stack,
+                depth,
+                image,
+                1 if self.each_image else count,
+                num_masked,
+                self.kind,
+                (total / count).cpu(),
+                stack not in self._unordered,
             )
             for (stack, depth, image), (total, count, num_masked) in self._sums.items()
         ]

@@ -13,14 +13,17 @@ __all__ = ["LayerTokens", "last_depth", "run_blocks", "to_layers"]
 class LayerTokens(NamedTuple):
     """Patch tokens at one layer depth.
 
+    ``in_order`` is whether they are in the order of patches, row by row; that of a live model may be unknown.
+
     Shapes:
-        tokens: batch num_patches dim (row-major, no prefix tokens)
-        mask: batch num_patches (on this depth's token grid)
+        tokens: batch num_patches dim (no prefix tokens)
+        mask: batch num_patches (on this depth's token grid, in the order of tokens)
     """
 
     depth: int
     tokens: Tensor
     mask: Tensor
+    in_order: bool = True
 
 
 def run_blocks(x: Tensor, blocks: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[Tensor]:

@@ -209,8 +209,11 @@ def _name_quadrants(ax: Axes, first: AffinityMap) -> None:
             size="x-small",
             bbox=box,
         )
-    ax.set_yticks([border / 2 - 0.5, (border + count) / 2 - 0.5], labels=["masked", "visible"], rotation=90)
-    ax.set_xticks([border / 2 - 0.5, (border + count) / 2 - 0.5], labels=["masked", "visible"])
+    places_of_words, words = [border / 2 - 0.5, (border + count) / 2 - 0.5], ["masked", "visible"]
+    ax.set_yticks(places_of_words, labels=words, rotation=90)
+    ax.set_xticks(places_of_words, labels=words)
+    if not first.in_order:
+        ax.set_xlabel("token order", fontsize="x-small", labelpad=1)
     ax.tick_params(length=0, labelsize="x-small", pad=1)
     for label in ax.get_yticklabels():
         label.set_verticalalignment("center")
@@ -221,7 +224,9 @@ def _note(maps: Sequence[AffinityMap]) -> str:
     what = f"image {first.image}" if first.image else f"mean over {first.num_images} images"
     if first.image is None and first.num_images == 1:
         what = "one image"
+    unordered = sorted({each.stack for each in maps if not each.in_order})
+    order = f"{', '.join(unordered)}: token order, as places of visible tokens are not known\n" if unordered else ""
     return (
-        f"{what}; rows: queries, columns: keys, masked tokens first\n"
+        f"{order}{what}; rows: queries, columns: keys, masked tokens first\n"
         "quadrants: 1st masked-masked, 2nd masked-visible, 3rd visible-masked, 4th visible-visible"
     )
