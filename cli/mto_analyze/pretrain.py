@@ -159,6 +159,14 @@ class Writing(Group):
     log_every: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Write a row of metrics.csv every N steps.")
     ] = None
+    show_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Draw measures and reconstructions every N epochs, into shown/."),
+    ] = None
+    show_measures: Annotated[
+        str | None,
+        typer.Option(metavar="h,NAME,...|all", help="Measures of --show-every.", rich_help_panel=ADVANCED),
+    ] = None
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also write TensorBoard event files.")
     ] = None
@@ -185,8 +193,8 @@ def pretrain(
 ) -> None:
     """Pre-train a masked image model.
 
-    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv where it evaluates, and at the
-    end the figure run.png and .pdf.
+    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv where it evaluates, with
+    --show-every figures in shown/ and measures.csv, and at the end the figure run.png and .pdf.
     Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
 
     Example:
@@ -200,6 +208,7 @@ def pretrain(
 def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool, dry_run: bool, quiet: bool) -> None:
     """Train, or say what training would do."""
     from mto_analysis.errors import DataError
+    from mto_analysis.figures.epoch_figures import EpochFigures
     from mto_analysis.figures.run_folder import draw_run_folder
     from mto_analysis.images import open_images
     from mto_analysis.training import RunFolder, plan, pretrain
@@ -227,6 +236,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             on_step=on_step,
             on_note=lambda line: note(line, quiet=quiet),
             on_broken=lambda broken: note(f"another image takes the place of {broken.name} ({broken.reason})"),
+            show=None if settings.show_every is None else EpochFigures(images, measures=settings.show_measures),
             strict=strict,
             source=str(source),
         ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,15 @@ class Assembly:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Look at the model inside: modes and random state are afterwards as before."""
+        training = self.method.training
+        devices = [self.processes.device] if self.processes.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+        self.method.train(training)
 
     def whole_probed(self) -> Any:
         """The model to evaluate with all its weights; ``None`` on processes that have only a share and need not write.

@@ -17,6 +17,7 @@ from mto_analysis.training.recording import Recorder
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.shares import micro_batch_size
+from mto_analysis.training.showing import Show
 from mto_analysis.training.state import ADVICE, RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
 
@@ -44,6 +45,7 @@ def train(
     overwrite: bool,
     on_step: Callable[[StepRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    show: Show | None = None,
     source: str | None = None,
 ) -> Iterator[EpochRecord]:
     """Carry out a run of any kind; as :func:`~mto_analysis.training.pretrain` but for what is listed here.
@@ -61,6 +63,7 @@ def train(
         overwrite: Replace the run that the folder holds.
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
+        show: Draws and measures the model every ``settings.show_every`` epochs, on the process that writes.
         source: Where the images are, for ``run.json``.
     """
     note = on_note if on_note is not None and processes.main else _silent
@@ -93,7 +96,7 @@ def train(
             images=source,
             skipped={**(folder.stored_metadata().get("skipped", {}) if resume else {}), **data.skipped},
         )
-        recorder = Recorder(folder, stepper, scores, metadata)
+        recorder = Recorder(folder, stepper, scores, show, metadata)
         if state is not None:
             recorder.restore(state)
             note(f"resuming after step {recorder.step} (epoch {recorder.epochs:.2f})")

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from mto_analysis.errors import DataError, OutputError
 from mto_analysis.runtime.outputs import write_atomically
 
@@ -123,19 +126,24 @@ class Table:
             write_atomically(self.path, "".join(kept).encode())
 
     def append(self, row: Mapping[str, Any], columns: Sequence[str]) -> None:
-        """Add a row; the first one of a file fixes the columns, later ones leave blank what they lack.
+        """Add a row as :meth:`extend` does."""
+        self.extend([row], columns)
+
+    def extend(self, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        """Add rows; the first ones of a file fix the columns, later ones leave blank what they lack.
 
         Raises:
-            OutputError: If it cannot be written; nothing of the row is left then.
+            OutputError: If they cannot be written; nothing of them is left then.
         """
         begin = self._columns is None
         if self._columns is None:
             self._columns = list(columns)
-        line = (_line(self._columns) if begin else "") + _line(_cell(row.get(name)) for name in self._columns)
+        names = self._columns
+        lines = [names] * begin + [[_cell(row.get(name)) for name in names] for row in rows]
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
-                file.write(line.encode())
+                file.write("".join(map(_line, lines)).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -210,6 +218,19 @@ class Boards:
             self._events.flush()
         if self._run is not None:
             self._run.log({f"{row['kind']}/{name}": value for name, value in numbers.items()}, step=step)
+
+    def show(self, figures: Mapping[str, bytes], step: int) -> None:
+        """PNG files by name, as images."""
+        for name, png in figures.items() if self._events is not None or self._run is not None else ():
+            with Image.open(io.BytesIO(png)) as image:
+                colours = image.convert("RGB")
+            if self._events is not None:
+                self._events.add_image(f"shown/{name}", np.asarray(colours), step, dataformats="HWC")
+                self._events.flush()
+            if self._run is not None:
+                import wandb as client
+
+                self._run.log({f"shown/{name}": client.Image(colours)}, step=step)
 
     def close(self) -> None:
         """Write what is still held back."""

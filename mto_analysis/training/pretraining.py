@@ -13,6 +13,7 @@ from mto_analysis.training.loop import open_processes, train
 from mto_analysis.training.methods import Method, build_method
 from mto_analysis.training.scoring import EvaluationScorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
+from mto_analysis.training.showing import Show
 from mto_analysis.training.state import RunFolder, run_identity
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def pretrain(
     on_step: Callable[[StepRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     on_broken: Callable[[BrokenImage], None] | None = None,
+    show: Show | None = None,
     strict: bool = False,
     source: str | None = None,
 ) -> Iterator[EpochRecord]:
@@ -45,7 +47,7 @@ def pretrain(
     Args:
         recipe: What is trained, and how.
         images: From :func:`mto_analysis.open_images`.
-        folder: For ``run.json``, ``metrics.csv``, ``curves.csv``, ``last.pth`` and kept checkpoints.
+        folder: For ``run.json``, ``metrics.csv``, ``curves.csv``, ``measures.csv``, ``last.pth`` and kept checkpoints.
         settings: How it is run.
         resume: Go on from ``last.pth``, or begin where there is nothing yet.
         overwrite: Replace the run that the folder holds.
@@ -53,6 +55,8 @@ def pretrain(
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
         on_broken: Called for each image that cannot be decoded; another takes its place.
+        show: Draws and measures the model every ``settings.show_every`` epochs: its figures go to ``shown/`` in the
+            folder, to TensorBoard and to W&B, its rows to ``measures.csv``.
         strict: Make a broken image an error.
         source: Where the images are, for ``run.json``.
 
@@ -101,5 +105,6 @@ def pretrain(
         overwrite=overwrite,
         on_step=on_step,
         on_note=on_note,
+        show=show,
         source=source,
     )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mto_analysis.errors import NumericalError
-from mto_analysis.runtime.outputs import run_metadata
+from mto_analysis.runtime.outputs import run_metadata, write_atomically
 from mto_analysis.training.metrics import Averages, Boards, Table
 from mto_analysis.training.scoring import Scorer
 from mto_analysis.training.settings import EpochRecord
+from mto_analysis.training.showing import Show
 from mto_analysis.training.state import RunFolder, write_checkpoint
 from mto_analysis.training.stepping import Stepper, StepResult
 
@@ -30,11 +31,15 @@ class Recorder:
         folder: The run's.
         stepper: What is trained.
         scorer: Evaluates it.
+        show: Draws it, every so many epochs; or none.
         metadata: For ``run.json``.
     """
 
-    def __init__(self, folder: RunFolder, stepper: Stepper, scorer: Scorer, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: RunFolder, stepper: Stepper, scorer: Scorer, show: Show | None, metadata: dict[str, Any]
+    ) -> None:
         self.folder, self.stepper, self.scorer, self.metadata = folder, stepper, scorer, metadata
+        self._draw = show
         self.method, self.settings, self.processes = stepper.method, stepper.settings, stepper.processes
         #: Optimizer steps that are done, and the seconds of training they took.
         self.step, self.seconds = 0, 0.0
@@ -42,6 +47,7 @@ class Recorder:
         self.last_loss = math.nan
         self._window, self._epoch_means = Averages(), Averages()
         self._metrics, self._curves = Table(folder.metrics, "step"), Table(folder.curves, "epoch")
+        self._measures = Table(folder.measures, "epoch")
         self._pending: list[dict[str, Tensor]] = []
         self._boards: Boards | None = None
 
@@ -66,7 +72,8 @@ class Recorder:
         if self.processes.main:
             self.folder.claim(self.metadata, self.method.files(), resume=resume)
             self._metrics.cut_back(self.step)
-            self._curves.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
+            for table in (self._curves, self._measures):
+                table.cut_back(self.step // self.stepper.steps_per_epoch if self.step else -1)
         self._boards = Boards(
             self.folder.path,
             tensorboard=self.settings.tensorboard and self.processes.main,
@@ -76,6 +83,8 @@ class Recorder:
         )
         if not self.step and self.settings.evaluate_start and self.scorer.wanted:
             self._score(0)
+        if not self.step:
+            self._show(0)
 
     def close(self) -> None:
         """Write what boards hold back."""
@@ -135,6 +144,7 @@ class Recorder:
         self._epoch_means.clear()
         scores = self._score(epoch) if self.scorer.due(epoch, epochs) else {}
         self._write_row("epoch", {**means, "lr": rate, **speed, "seconds": self.seconds, **scores})
+        self._show(epoch)
         keep = self.settings.keep_every
         kept = (keep is not None and epoch % keep == 0) or epoch == epochs
         if kept or epoch % self.settings.save_every == 0:
@@ -204,6 +214,25 @@ class Recorder:
         if self.processes.main and self.scorer.protocol is not None:
             self._curves.append(row, list(row))
         return scores
+
+    def _show(self, epoch: int) -> None:
+        """Draw and measure if it is due, into the run's folder and on boards; a collective call where it is."""
+        every, last = self.settings.show_every, self.method.settings.epochs
+        if self._draw is None or every is None or (epoch % every and epoch != last):
+            return
+        with self.stepper.at_rest():
+            model = self.stepper.whole_probed()  # None but on the process that writes
+            shown = None if model is None else self._draw(model, epoch)
+        if shown is None:
+            return
+        self.folder.shown.mkdir(exist_ok=True)
+        for name, png in shown.figures.items():
+            write_atomically(self.folder.shown / f"{name}-{epoch:04d}.png", png)
+        key = {"method": self._name, "seed": self.settings.seed, "epoch": epoch}
+        if rows := [{**key, **row} for row in shown.rows]:
+            self._measures.extend(rows, list(rows[0]))
+        if self._boards is not None:
+            self._boards.show(shown.figures, self.step)
 
     @property
     def _name(self) -> str:

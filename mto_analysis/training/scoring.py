@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from mto_analysis.models import MaskedImageModel
 
 if TYPE_CHECKING:
@@ -77,13 +75,10 @@ class EvaluationScorer(Scorer):
         """
         if self._score is None:
             raise ValueError("the run has no evaluation")
-        training = trained.method.training
-        devices = [self._processes.device] if self._processes.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with trained.at_rest():
             if self._shared:
                 score = self._evaluator.score(trained.method.probed, processes=self._processes)
             else:
                 model = trained.whole_probed()
                 score = float(self._processes.shared(self._score(model) if model is not None else 0.0))
-        trained.method.train(training)
         return {"score": score}

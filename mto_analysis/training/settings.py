@@ -40,6 +40,8 @@ class RunSettings(Settings):
         log_every: Optimizer steps between rows of ``metrics.csv``; an epoch's last step always has one.
         device: ``auto`` (CUDA, else CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         evaluation: Protocol, images and epochs between evaluations along the run, or none.
+        show_every: Epochs between figures and measures that the caller draws of the model, from epoch 0 on; or none.
+        show_measures: Names of these measures with commas between, or ``all``.
         evaluate_start: Evaluate the random weights too, as epoch 0.
         tensorboard: Also write TensorBoard events to ``tensorboard/``.
         wandb: Project of Weights & Biases to log to as well, or none.
@@ -65,6 +67,8 @@ class RunSettings(Settings):
     log_every: Count = 20
     device: str = "auto"
     evaluation: Evaluation | None = None
+    show_every: Count | None = None
+    show_measures: str = "all"
     evaluate_start: bool = False
     tensorboard: bool = False
     wandb: str | None = None

@@ -63,6 +63,8 @@ class RunFolder:
         self.recipe = self.path / "recipe.toml"
         self.metrics = self.path / "metrics.csv"
         self.curves = self.path / "curves.csv"
+        self.measures = self.path / "measures.csv"
+        self.shown = self.path / "shown"
         self.last = self.path / "last.pth"
         self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf", "svg")}
 
@@ -171,7 +173,8 @@ class RunFolder:
         if not resume:
             for old in self._files():
                 old.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            for whole in (self.path / "tensorboard", self.shown):
+                shutil.rmtree(whole, ignore_errors=True)
         for name, text in files.items():
             write_atomically(self.path / name, text.encode())
         self.write_metadata(metadata)
@@ -182,7 +185,7 @@ class RunFolder:
 
     def _files(self) -> Iterator[Path]:
         yield self.last  # first: without it nothing can be taken for a run that goes on
-        yield from (self.metrics, self.curves, *self.figures.values(), self.path / "wandb-id.txt")
+        yield from (self.metrics, self.curves, self.measures, *self.figures.values(), self.path / "wandb-id.txt")
         yield from self.path.glob("checkpoint-[0-9]*.pth")
         if self.final is not None:
             yield self.final

@@ -1,0 +1,74 @@
+"""Measures over layer depth, a panel each: masked and visible tokens of one measure stand together."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mto_analysis.errors import DataError
+from mto_analysis.figures.plots.style import describe, looks_of, model_curves, new_figure, paper_style
+
+__all__ = ["draw_measures", "plot_measure"]
+
+_COLUMNS = 4
+_LINES = {"masked": "-", "visible": "--", "": "-"}
+
+
+def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
+    """One measure over layer depth, a curve with its interval per model, stack and kind of tokens.
+
+    Args:
+        rows: Of the table of measures, with columns ``model``, and ``kind``: ``masked`` (solid), ``visible`` (dashed)
+            or empty.
+        ax: Where to draw.
+    """
+    curves = model_curves(rows)
+    looks = looks_of([label for label, _ in curves])
+    for label, curve in curves:
+        colour = looks[label]["color"]
+        for kind, line in curve.groupby("kind", sort=False):
+            ax.plot(line["layer_depth"], line["value"], color=colour, linestyle=_LINES[str(kind)], marker=".", ms=3)
+            ax.fill_between(line["layer_depth"], line["ci_low"], line["ci_high"], color=colour, alpha=0.18, linewidth=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def draw_measures(table: pd.DataFrame) -> Figure:
+    """All measures that have a value at each layer depth, in panels; comparisons of two layers and heads are left out.
+
+    Args:
+        table: Of :meth:`~mto_analysis.probe.ProbeResult.table`, with a column ``model``.
+
+    Raises:
+        DataError: If there are none.
+    """
+    compared = table["other_layer_depth"].notna() | (table["measure"] == "normalized_heterogeneity")
+    rows = table[table["head"].isna() & ~compared & table["value"].notna()]
+    if rows.empty:
+        raise DataError("nothing to draw: no measure has a value")
+    parts = rows["measure"].str.extract(r"^(?P<name>.+?)(?:_(?P<kind>masked|visible))?$")
+    rows = rows.assign(name=parts["name"], kind=parts["kind"].fillna(""))
+    names = list(dict.fromkeys(rows["name"]))
+    across = min(_COLUMNS, len(names))
+    down = -(-len(names) // across)
+    with paper_style():
+        figure = new_figure(0.8 + 1.35 * down)
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for ax, name in zip(axes, names, strict=False):
+            plot_measure(rows[rows["name"] == name], ax=ax)
+            ax.set_title(name.replace("_", " "), fontsize="small")
+        for ax in axes[len(names) :]:
+            ax.set_axis_off()
+        labels = [label for label, _ in model_curves(rows)]
+        handles = [
+            *(axes[0].plot([], [], color=look["color"], label=label)[0] for label, look in looks_of(labels).items()),
+            *(
+                axes[0].plot([], [], color="0.3", linestyle=_LINES[kind], label=kind)[0]
+                for kind in ("masked", "visible")
+            ),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        describe(figure, note=f"over layer depth, mean of {rows['num_images'].max()} images with 95 % intervals")
+    return figure
