@@ -132,7 +132,7 @@ def test_feature_vectors__are_pooled_after_a_block_by_hand(generator) -> None:
             Feature("concat", 2, "off"): torch.cat([x[:, 0], mean], dim=1),
             Feature("class", 2, "encoder"): model.norm(x)[:, 0],
         }.items():
-            torch.testing.assert_close(feature_vectors(model, images, feature), expected)
+            torch.testing.assert_close(feature_vectors(model, images, feature)[0], expected)
         with pytest.raises(ValueError, match="layer must lie between 1 and 3"):
             model.encode(images, layer=4)
 
@@ -287,7 +287,7 @@ def test_linear_scores__of_the_bundled_models_agree_with_scikit_learn(name: str,
     model = load_checkpoint(DEMO_CHECKPOINTS[name])
     model = model if trained else random_weights(model, 0)
     images = LabelledImages(str(DEMO_IMAGES))
-    vectors, labels = extract_features(model, images, feature_of(model))
+    ((vectors, labels),) = extract_features(model, images, feature_of(model))
     train, test = vectors[::2], vectors[1::2]
     expected = reference_scores(train, labels[::2], test, 1e-3)
     found = linear_scores(train, labels[::2], test, 10, penalty=1e-3)
@@ -341,7 +341,7 @@ def test_evaluator__gives_the_same_for_any_number_of_workers(sources, tiny_mae) 
     features = [
         extract_features(
             tiny_mae, LabelledImages(str(sources[0]), batch_size=7, num_workers=workers), feature_of(tiny_mae)
-        )
+        )[0]
         for workers in (0, 2)
     ]
     assert torch.equal(features[0].vectors, features[1].vectors)

@@ -32,8 +32,9 @@ from mto_analyze.options import (
 from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
+    from mto_analysis.images import Images
     from mto_analysis.models import MaskedImageModel
-    from mto_analysis.training.evaluation import Score
+    from mto_analysis.training.evaluation import Evaluator, Score
     from mto_analysis.training.evaluation.checkpoint_scores import CurveFile, Encoder, RunCheckpoint
     from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
     from mto_analysis.training.evaluation.features import LabelledImages
@@ -50,6 +51,13 @@ class PoolingOption(StrEnum):
     class_ = "class"
     patches = "patches"
     concat = "concat"
+    attentive = "attentive"
+
+
+class LayersOption(StrEnum):
+    """Which layers."""
+
+    all = "all"
 
 
 class NormOption(StrEnum):
@@ -122,6 +130,10 @@ class Features(Group):
             min=1, metavar="N", help="Block whose tokens are read, from 1; by default as the family's authors do."
         ),
     ] = None
+    layers: Annotated[
+        LayersOption | None,
+        typer.Option(help="Score every layer depth and choose the best on one half of the test images."),
+    ] = None
     norm: Annotated[
         NormOption | None,
         typer.Option(help="The encoder's final norm, a fresh one, or none; by default as the family's authors do."),
@@ -134,7 +146,10 @@ class Scoring(Group):
     panel = ADVANCED
     pooling: Annotated[
         PoolingOption | None,
-        typer.Option(help="Class token, mean of patches, or both concatenated; by default as the family's authors do."),
+        typer.Option(
+            help="Class token, mean of patches, both concatenated, or a mean weighted by attention; by default as the "
+            "family's authors do.",
+        ),
     ] = None
     crop_pct: Annotated[
         float | None,
@@ -183,6 +198,7 @@ def knn(
 
     Writes curves.csv (method epoch score seed ...), settings.json and run.json to --out; with several epochs also
     curves.png and .pdf, with --random-baseline also random.csv. The same command resumes an unfinished curve.
+    --layers all writes layers.csv, heterogeneity.csv, layers.png and .pdf, and run.json instead.
 
     Example:
       mto-analyze evaluate knn --ckpt run --train train.parquet --test test.parquet
@@ -193,10 +209,13 @@ def knn(
 @evaluate.command(cls=Command)
 @launchable
 @takes(Labelled, Encoders, Trained, OutputOptions, DrawingOptions, Features, Scoring, out=Path("evaluation-linear"))
-def linear(context: typer.Context, setting: list[str] | None, cached: Cached = False) -> None:
+def linear(
+    context: typer.Context, setting: list[str] | None, layers: LayersOption | None, cached: Cached = False
+) -> None:
     """Train linear probes on frozen encoders.
 
-    The protocol is MAE's (BatchNorm, LARS, 90 epochs with crops and flips); --cached fits one in seconds.
+    The protocol is MAE's (BatchNorm, LARS, 90 epochs with crops and flips); --cached fits one in seconds, and so does
+    --layers all for every layer depth.
 
     Writes what knn writes, and for each checkpoint a folder with metrics.csv and classifier.pth (not with --cached).
     With --cached, --set takes penalty, tolerance and iterations.
@@ -204,7 +223,7 @@ def linear(context: typer.Context, setting: list[str] | None, cached: Cached = F
     Example:
       mto-analyze evaluate linear --cached --ckpt run --train train --test test
     """
-    if cached:
+    if cached or layers:
         from mto_analysis.runtime.settings import Options, Reader, field_types
         from mto_analysis.training.evaluation import Evaluation
 
@@ -247,6 +266,8 @@ def on_features(context: typer.Context, protocol: str, own: dict[str, Any]) -> N
     evaluation = Evaluation(protocol, given["train"], given["test"], **chosen, **own)  # type: ignore[arg-type]
     evaluator = Evaluator(evaluation, num_workers=given["num_workers"])
     _say_skipped(given, evaluator.train, evaluator.test)
+    if given["layers"]:
+        return _score_layers(context, protocol, evaluator, here)
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         return evaluator.evaluate(model, processes=here)
@@ -335,6 +356,70 @@ def _say_skipped(given: Mapping[str, Any], *sources: LabelledImages) -> None:
             note(words, quiet=given["quiet"])
 
 
+def _load(given: Mapping[str, Any], here: Processes, images: Images, checkpoint: RunCheckpoint) -> Encoder:
+    """A checkpoint on this process's device."""
+    from mto_analysis.checkpoints import LoadOptions
+    from mto_analysis.probe.request import Settings
+    from mto_analysis.training.evaluation.checkpoint_scores import load_encoder
+
+    encoder = load_encoder(
+        checkpoint.source,
+        images,
+        weights=given["weights"] and given["weights"].value,
+        loading=LoadOptions(**{**measuring.loading(given), "weights": "model"}),
+        settings=Settings(limit=given["train_limit"], device=str(here.device)),
+        listener=measuring.listener(given),
+        processes=here,
+    )
+    if encoder.note:
+        note(encoder.note, quiet=given["quiet"])
+    return encoder
+
+
+def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, here: Processes) -> None:
+    """Accuracy and H of every layer depth; the best layer is chosen and scored on different images."""
+    import pandas as pd
+
+    from mto_analysis.figures.files import file_names
+    from mto_analysis.figures.plots.layers import draw_layers
+    from mto_analysis.models.initialization import random_weights
+    from mto_analysis.runtime.outputs import OutputFolder
+    from mto_analysis.training.evaluation.checkpoint_scores import named_checkpoints
+    from mto_analysis.training.evaluation.layers import evaluate_layers, heterogeneity_by_depth, layer_sentences
+
+    given = context.params
+    if given["layer"] or given["pooling"]:
+        raise ValueError("--layers all scores every layer and pooling; leave --layer and --pooling out")
+    files = file_names(["layers.csv", "heterogeneity.csv", "layers", "run.json"])
+    here.on_main(partial(OutputFolder, given["out"], files, overwrite=given["overwrite"]))
+    scores, curves = [], []
+    for checkpoint in named_checkpoints(given["ckpt"], given["label"], given["seed"], offline=given["offline"]):
+        encoder = _load(given, here, evaluator.train.images, checkpoint)
+        name = checkpoint.method if checkpoint.epoch is None else f"{checkpoint.method}, epoch {checkpoint.epoch}"
+        models = {name: encoder.model}
+        if given["random_baseline"]:
+            models[f"{name}, random weights"] = random_weights(encoder.model.cpu(), checkpoint.seed).to(here.device)
+            encoder.model.to(here.device)
+        for label, model in models.items():
+            scores.append(evaluate_layers(evaluator, model, processes=here).assign(model=label, seed=checkpoint.seed))
+            unknown = sorted({*encoder.unknown, *model.info.unsettled_heads})
+            if unknown:
+                note(f"{label}: no H, as the file does not say {', '.join(unknown)}", quiet=given["quiet"])
+            elif here.main:
+                curves.append(heterogeneity_by_depth(evaluator, model).assign(model=label))
+    if not here.main:
+        return
+    table = pd.concat(scores, ignore_index=True)
+    table.insert(0, "model", table.pop("model"))
+    heterogeneity = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=["model", "layer_depth"])
+    outputs = {"layers.csv": table, "heterogeneity.csv": heterogeneity}
+    figure = partial(draw_layers, table, heterogeneity, protocol)
+    measuring.write(given, files, {**outputs, "layers": figure}, protocol=protocol)
+    shown = table[["model", "pooling", "layer", "selection", "score", "ci_low", "ci_high", "chosen"]]
+    typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    typer.echo("\n".join(layer_sentences(table)))
+
+
 def _score_all(
     context: typer.Context,
     protocol: str,
@@ -344,35 +429,15 @@ def _score_all(
     images: tuple[LabelledImages, LabelledImages],
 ) -> None:
     """Score what the curve lacks, and the random encoders; then write the rest."""
-    from mto_analysis.checkpoints import LoadOptions
-    from mto_analysis.probe.request import Settings
-    from mto_analysis.training.evaluation.checkpoint_scores import (
-        load_encoder,
-        named_checkpoints,
-        score_checkpoints,
-        score_random,
-    )
+    from mto_analysis.training.evaluation.checkpoint_scores import named_checkpoints, score_checkpoints, score_random
 
     given = context.params
     say = partial(note, quiet=given["quiet"])
     checkpoints = named_checkpoints(given["ckpt"], given["label"], given["seed"], offline=given["offline"])
-    loading = LoadOptions(**{**measuring.loading(given), "weights": "model"})
-
-    def load(checkpoint: RunCheckpoint) -> Encoder:
-        return load_encoder(
-            checkpoint.source,
-            images[0].images,
-            weights=given["weights"] and given["weights"].value,
-            loading=loading,
-            settings=Settings(limit=given["train_limit"], device=str(here.device)),
-            listener=measuring.listener(given),
-            processes=here,
-        )
+    load = partial(_load, given, here, images[0].images)
 
     def scored(checkpoint: RunCheckpoint) -> Score:
         encoder = load(checkpoint)
-        if encoder.note:
-            say(encoder.note)
         return score(encoder.model, checkpoint)._replace(weights=encoder.weights)
 
     todo = [checkpoint for checkpoint in checkpoints if not curve.holds(checkpoint)]

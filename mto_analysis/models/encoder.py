@@ -43,5 +43,6 @@ class PositionedEncoder(StackedModel):
     def _whole(self, images: Tensor) -> Iterator[Tensor]:
         return run_blocks(self._embed(images), self.blocks)
 
-    def _final_norm(self) -> nn.Module:
+    def final_norm(self) -> nn.Module:
+        """The encoder's final norm."""
         return self.norm

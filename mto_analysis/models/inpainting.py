@@ -92,7 +92,8 @@ class InpaintingViT(StackedModel):
     def _whole(self, images: Tensor) -> Iterator[Tensor]:
         return self._hidden(images, None)
 
-    def _final_norm(self) -> nn.Module:
+    def final_norm(self) -> nn.Module:
+        """The encoder's final norm."""
         return self.norm
 
     def encoder_blocks(self) -> Sequence[nn.Module]:

@@ -172,7 +172,7 @@ class MaskedImageModel(nn.Module, ABC):
 
     A family sets :attr:`stacks`, takes its settings as a frozen dataclass ``config`` and its :class:`ModelInfo`, and
     implements :meth:`depth`, :meth:`_layer_tokens` and :meth:`_reconstruct`; one whose encoder is of use downstream
-    also :meth:`encoder_blocks`, :meth:`_whole` and :meth:`_final_norm`. Images are normalised float tensors
+    also :meth:`encoder_blocks`, :meth:`_whole` and :meth:`final_norm`. Images are normalised float tensors
     ``batch channels height width``; masks are bool ``batch num_patches``, True = masked.
     """
 
@@ -238,12 +238,24 @@ class MaskedImageModel(nn.Module, ABC):
         Raises:
             ValueError: If shapes are off, the family has no encoder that sees whole images, or there is no such block.
         """
-        self._check_images(images)
         depth = len(self.encoder_blocks())
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"layer must lie between 1 and {depth}, the number of blocks, got {layer}")
-        x = next(islice(self._whole(images), layer or depth, None))
-        return self._final_norm()(x) if norm else x
+        x = next(islice(self.encoder_tokens(images), layer or depth, None))
+        return self.final_norm()(x) if norm else x
+
+    def encoder_tokens(self, images: Tensor) -> Iterator[Tensor]:
+        """Encoder tokens of whole images at every layer depth, before the final norm; each depth runs when asked for.
+
+        Shapes:
+            images: batch channels height width
+            yields: batch num_tokens dim, from the input of the first block on
+
+        Raises:
+            ValueError: As :meth:`encode`.
+        """
+        self._check_images(images)
+        return self._whole(images)
 
     def encoder_blocks(self) -> Sequence[nn.Module]:
         """The encoder's blocks in order, for layer-wise learning rates and drop path.
@@ -257,8 +269,12 @@ class MaskedImageModel(nn.Module, ABC):
         """Encoder tokens of whole images at every layer depth, before the final norm."""
         raise ValueError(self._no_encoder)
 
-    def _final_norm(self) -> nn.Module:
-        """The encoder's final norm."""
+    def final_norm(self) -> nn.Module:
+        """The encoder's final norm.
+
+        Raises:
+            ValueError: If the family has no encoder that sees whole images.
+        """
         raise ValueError(self._no_encoder)
 
     @property

@@ -178,7 +178,14 @@ class Request:
             except OptionNeededError as error:
                 if given[error.option] is None:
                     raise
+                if encoder_only and error.option != "num_heads" and given[error.option] == "auto":
+                    self.stand_ins[error.option] = error.stand_in
                 chosen[error.option] = error.stand_in if given[error.option] == "auto" else given[error.option]
+
+    @cached_property
+    def stand_ins(self) -> dict[str, Any]:
+        """What :meth:`encoder` took in place of options that an encoder does not need, and the file does not say."""
+        return {}
 
     def encoder(self) -> MaskedImageModel:
         """The first checkpoint, on its device, for the sake of its encoder: nothing but that need be known.

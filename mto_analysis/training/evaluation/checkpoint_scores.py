@@ -105,11 +105,19 @@ def find_checkpoints(source: str, method: str, seed: int, *, offline: bool = Fal
 
 
 class Encoder(NamedTuple):
-    """A model to be scored; which of the checkpoint's weights it has, and what is to be said about that."""
+    """A model to be scored; which of the checkpoint's weights it has, and what is to be said about that.
+
+    Attributes:
+        model: The model.
+        weights: Which of the checkpoint's.
+        note: What is to be said about that.
+        unknown: Options that the encoder does not need, in place of which the model has any value that fits.
+    """
 
     model: MaskedImageModel
     weights: Weights
     note: str = ""
+    unknown: tuple[str, ...] = ()
 
 
 def load_encoder(
@@ -139,33 +147,39 @@ def load_encoder(
     Raises:
         CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for what the encoder does not use.
     """
+    unknown: dict[str, Any] = {}
 
     def load(source: str, weights: Weights) -> MaskedImageModel:
-        return Request(
+        request = Request(
             [source],
             images,
             settings or ProbeSettings(),
             loading=replace(loading or LoadOptions(), weights=weights),
             listener=listener or Listener(),
             processes=processes or Processes(),
-        ).encoder()
+        )
+        model = request.encoder()
+        unknown.update(request.stand_ins)
+        return model
 
-    if _COPY.search(source):
-        return Encoder(load(source, "model"), "model_ema")
-    number = _NUMBER.search(source)
-    copy = Path(source).with_name(f"checkpoint_copy-{number[1]}.pth") if number else None
-    if copy is not None and copy.exists() and weights != "model":
-        return Encoder(load(str(copy), "model"), "model_ema", f"weights from {copy.name}, the momentum teacher")
-    model = load(source, weights or "model")
-    if weights is None and weights_of(model) == "model_ema":
-        try:
-            return Encoder(load(source, "model_ema"), "model_ema")
-        except CheckpointError:  # it was read just now: only these weights are missing
-            words = (
-                f"{source} holds no model_ema, which the authors of {model.info.family} evaluate; its model is scored"
-            )
-            return Encoder(model, "model", words)
-    return Encoder(model, weights or "model")
+    def choose() -> Encoder:
+        if _COPY.search(source):
+            return Encoder(load(source, "model"), "model_ema")
+        number = _NUMBER.search(source)
+        copy = Path(source).with_name(f"checkpoint_copy-{number[1]}.pth") if number else None
+        if copy is not None and copy.exists() and weights != "model":
+            return Encoder(load(str(copy), "model"), "model_ema", f"weights from {copy.name}, the momentum teacher")
+        model = load(source, weights or "model")
+        if weights is None and weights_of(model) == "model_ema":
+            try:
+                return Encoder(load(source, "model_ema"), "model_ema")
+            except CheckpointError:  # it was read just now: only these weights are missing
+                authors = f"the authors of {model.info.family}"
+                words = f"{source} holds no model_ema, which {authors} evaluate; its model is scored"
+                return Encoder(model, "model", words)
+        return Encoder(model, weights or "model")
+
+    return choose()._replace(unknown=tuple(unknown))
 
 
 def _identity(source: str) -> tuple[str | None, int | None]:

@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         self.feature = feature._replace(norm="off") if trained_norm else feature
         image = _black_image(model)
         with torch.no_grad():
-            dim = feature_vectors(model, image, self.feature).shape[1]
+            dim = feature_vectors(model, image, self.feature)[0].shape[1]
         first: nn.Module = nn.Identity()
         if self.frozen:
             first = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
             returns: batch num_classes
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            vectors = feature_vectors(self.encoder, images, self.feature)
+            (vectors,) = feature_vectors(self.encoder, images, self.feature)
         return self.head(vectors)  # type: ignore[no-any-return]
 
 

@@ -13,7 +13,7 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.knn import knn_scores
 from mto_analysis.runtime.precision import fast_float32
 from mto_analysis.runtime.processes import Processes
-from mto_analysis.training.evaluation.features import LabelledImages, check_classes, extract_features
+from mto_analysis.training.evaluation.features import Features, LabelledImages, check_classes, extract_features
 from mto_analysis.training.evaluation.linear import linear_scores
 from mto_analysis.training.evaluation.protocols import Evaluation, Feature, crop_pct_of, feature_of
 
@@ -109,32 +109,43 @@ class Evaluator:
             raise DataError(str(error)) from None
         feature = feature_of(model, chosen.pooling, chosen.layer, chosen.norm)
         crop_pct = chosen.crop_pct or crop_pct_of(model)
-        train, test = (
+        (train,), (test,) = (
             extract_features(model, images, feature, crop_pct=crop_pct, precision=chosen.precision, processes=processes)
             for images in (self.train, self.test)
         )
-        iterations = None
-        with torch.no_grad(), fast_float32(test.vectors.device):
+        scores, iterations = self.scores(train, test)
+        top5 = accuracy(scores, test.labels, 5) if self.num_classes > 5 else None
+        seconds = time.perf_counter() - start
+        return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, crop_pct, iterations)
+
+    @torch.no_grad()
+    def scores(self, train: Features, test: Features) -> tuple[Tensor, int | None]:
+        """Scores of the test images for each class by the protocol's classifier, and the steps of its solver.
+
+        Args:
+            train: Features of the training images.
+            test: The same feature of the test images.
+        """
+        chosen = self.evaluation
+        with fast_float32(test.vectors.device):
             if chosen.protocol == "knn":
-                scores = knn_scores(
+                votes = knn_scores(
                     *train,
                     test.vectors,
                     self.num_classes,
                     neighbours=chosen.neighbours,
                     temperature=chosen.temperature,
                 )
-            else:
-                scores, iterations, _ = linear_scores(
-                    *train,
-                    test.vectors,
-                    self.num_classes,
-                    penalty=chosen.penalty,
-                    tolerance=chosen.tolerance,
-                    iterations=chosen.iterations,
-                )
-        top5 = accuracy(scores, test.labels, 5) if self.num_classes > 5 else None
-        seconds = time.perf_counter() - start
-        return Score(accuracy(scores, test.labels), top5, feature, self.num_classes, seconds, crop_pct, iterations)
+                return votes, None
+            fit = linear_scores(
+                *train,
+                test.vectors,
+                self.num_classes,
+                penalty=chosen.penalty,
+                tolerance=chosen.tolerance,
+                iterations=chosen.iterations,
+            )
+            return fit.scores, fit.iterations
 
     def score(self, model: MaskedImageModel, *, processes: Processes | None = None) -> float:
         """Top-1 accuracy in percent; arguments as for :meth:`evaluate`."""

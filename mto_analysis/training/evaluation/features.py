@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from mto_analysis.training.methods.method import Pooling
 __all__ = [
     "Features",
     "LabelledImages",
+    "attentive_mean",
     "check_classes",
     "check_colours",
     "extract_features",
@@ -179,6 +181,31 @@ def normalized(images: Tensor, info: ModelInfo) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
+def attentive_mean(patches: Tensor) -> Tensor:
+    r"""Mean of patch tokens weighted by attention, with the mean of all as the query.
+
+    .. math:: \sum_i w_i x_i, \quad w = \mathrm{softmax}_i \left( n(\bar{x})^\top n(x_i) / \sqrt{D} \right),
+
+    where n is layer normalization without weights. Nothing is learned, so that one pass gives it at every layer depth;
+    it is SimPool without its projections.
+
+    Shapes:
+        patches: batch num_patches dim
+        returns: batch dim
+
+    Source:
+        Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?" (ICCV 2023).
+
+    Example:
+        >>> attentive_mean(torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])).round(decimals=3)
+        tensor([[0.9710, 0.0290]])
+    """
+    dim = patches.shape[-1:]
+    query = F.layer_norm(patches.mean(dim=1, keepdim=True), dim, eps=_EPS)
+    logits: Tensor = query @ F.layer_norm(patches, dim, eps=_EPS).mT * dim[0] ** -0.5
+    return (logits.softmax(dim=-1) @ patches)[:, 0]
+
+
 def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
     """One vector per image.
 
@@ -193,40 +220,64 @@ def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
         >>> pooled(torch.tensor([[[1.0], [2.0], [4.0]]]), 1, "patches")
         tensor([[3.]])
     """
+    patches = tokens[:, prefix_tokens:]
+    if pooling == "attentive":
+        return attentive_mean(patches)
     if pooling == "patches":
-        return tokens[:, prefix_tokens:].mean(dim=1)
+        return patches.mean(dim=1)
     if not prefix_tokens:
         raise ValueError("the model has no class token; take the mean of its patches")
     if pooling == "class":
         return tokens[:, 0]
-    return torch.cat([tokens[:, 0], tokens[:, prefix_tokens:].mean(dim=1)], dim=1)
+    return torch.cat([tokens[:, 0], patches.mean(dim=1)], dim=1)
 
 
-def feature_vectors(model: MaskedImageModel, images: Tensor, feature: Feature) -> Tensor:
-    """The feature of each image.
+def feature_vectors(model: MaskedImageModel, images: Tensor, *features: Feature) -> list[Tensor]:
+    """Several features of each image, from one forward of the encoder.
 
     Shapes:
         images: batch channels height width (normalized)
-        returns: batch dim (of ``concat`` 2*dim)
+        returns: batch dim (of ``concat`` 2*dim), for each feature
 
     Raises:
-        ValueError: If the model lacks what the feature asks for.
+        ValueError: If the model lacks what a feature asks for.
     """
-    tokens = model.encode(images, norm=feature.norm == "encoder", layer=feature.layer)
-    vectors = pooled(tokens, model.encoder_prefix_tokens, feature.pooling)
-    return F.layer_norm(vectors, vectors.shape[1:], eps=_EPS) if feature.norm == "fresh" else vectors
+    found: dict[Feature, Tensor] = {}
+    last = max(feature.layer for feature in features)
+    if not 0 <= last <= (depth := len(model.encoder_blocks())):
+        raise ValueError(f"layer must lie between 0 and {depth}, the number of blocks, got {last}")
+    for layer, tokens in enumerate(islice(model.encoder_tokens(images), last + 1)):
+        here = [feature for feature in features if feature.layer == layer]
+        normed = _normed(model, tokens, layer) if any(feature.norm == "encoder" for feature in here) else tokens
+        for feature in here:
+            chosen = normed if feature.norm == "encoder" else tokens
+            vectors = pooled(chosen, model.encoder_prefix_tokens, feature.pooling)
+            found[feature] = F.layer_norm(vectors, vectors.shape[1:], eps=_EPS) if feature.norm == "fresh" else vectors
+    return [found[feature] for feature in features]
+
+
+def _normed(model: MaskedImageModel, tokens: Tensor, layer: int) -> Tensor:
+    """Tokens of a layer depth after the encoder's final norm, which fits the width of the last stage."""
+    norm = model.final_norm()
+    width = getattr(norm, "normalized_shape", tokens.shape[-1:])[-1]
+    if width != tokens.shape[-1]:
+        raise ValueError(
+            f"the final norm has width {width} and the tokens of layer depth {layer} have {tokens.shape[-1]}: give "
+            "another norm, fresh or off"
+        )
+    normed: Tensor = norm(tokens)
+    return normed
 
 
 def extract_features(
     model: MaskedImageModel,
     labelled: LabelledImages,
-    feature: Feature,
-    *,
+    *features: Feature,
     crop_pct: float = 1.0,
     precision: Precision = "fp32",
     processes: Processes | None = None,
-) -> Features:
-    """Features of all images, in the order of their names, float32, on the model's device.
+) -> list[Features]:
+    """Several features of all images from one pass, in the order of their names, float32, on the model's device.
 
     The model is left as it was found, nothing random is sampled, and no graph is kept. Batches are the same however
     many processes share the work, so the features are too.
@@ -234,7 +285,7 @@ def extract_features(
     Args:
         model: Any model with an encoder that sees whole images.
         labelled: With classes.
-        feature: What to make of the tokens.
+        features: What to make of the tokens; all are held at once.
         crop_pct: As for :func:`eight_bits`.
         precision: Autocast precision of the encoder: ``fp32`` (without TF32) or ``bf16``.
         processes: Each takes its share of the batches, and all of them call this; by default this one alone.
@@ -245,21 +296,24 @@ def extract_features(
     """
     like = next(model.parameters())
     here = processes or Processes()
-    parts: dict[int, Tensor] = {}
+    parts: dict[int, list[Tensor]] = {}
     half = torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16")
     with undisturbed(model), half:
         for number, images in labelled.batches(model.info, here.rank, here.count, crop_pct=crop_pct):
             batch = normalized(images.to(like.device, non_blocking=True), model.info).to(like.dtype)
-            parts[number] = feature_vectors(model, batch, feature).float()
+            parts[number] = [vectors.float() for vectors in feature_vectors(model, batch, *features)]
     if here.count > 1:
-        everywhere = here.exchange({number: part.cpu() for number, part in parts.items()})
-        parts = {number: part.to(like.device) for each in everywhere for number, part in each.items()}
-    vectors = torch.cat([parts[number] for number in range(labelled.num_batches)])
-    if not bool(vectors.isfinite().all()):
-        row = int((~vectors.isfinite().all(dim=1)).nonzero()[0])
-        name = labelled.images.names[labelled.rows[row]]
-        raise NumericalError(f"the features of image {name} are not finite; check the checkpoint")
-    return Features(vectors, labelled.labels.to(like.device))
+        everywhere = here.exchange({number: [each.cpu() for each in part] for number, part in parts.items()})
+        parts = {number: [each.to(like.device) for each in part] for one in everywhere for number, part in one.items()}
+    labels = labelled.labels.to(like.device)
+    columns = zip(*(parts[number] for number in range(labelled.num_batches)), strict=True)
+    found = [Features(torch.cat(column), labels) for column in columns]
+    for vectors, _ in found:
+        if not bool(vectors.isfinite().all()):
+            row = int((~vectors.isfinite().all(dim=1)).nonzero()[0])
+            name = labelled.images.names[labelled.rows[row]]
+            raise NumericalError(f"the features of image {name} are not finite; check the checkpoint")
+    return found
 
 
 def check_classes(train: LabelledImages, test: LabelledImages) -> int:

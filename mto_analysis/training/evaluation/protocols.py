@@ -25,8 +25,9 @@ class Feature(NamedTuple):
     """One vector per image: which block's tokens, how they are pooled, and what normalizes them.
 
     Attributes:
-        pooling: The ``class`` token, the mean of the ``patches``, or ``concat``, one beside the other.
-        layer: The block, counted from 1.
+        pooling: The ``class`` token, the mean of the ``patches``, ``concat``, one beside the other, or ``attentive``, a
+            mean weighted by attention, see :func:`~mto_analysis.training.evaluation.features.attentive_mean`.
+        layer: The block, counted from 1; 0 is what enters the first one.
         norm: ``encoder``: the encoder's final norm, of every token; ``fresh``: layer normalization of the pooled vector
             without weights, as of a norm that was never trained; ``off``: nothing.
     """
@@ -67,7 +68,7 @@ def feature_of(
     method, depth = method_of(model), len(model.encoder_blocks())
     default: Pooling = method.probe_pooling if model.encoder_prefix_tokens else "patches"
     chosen = Feature(pooling or default, layer or method.probe_layer(depth), norm or method.probe_norm)
-    if chosen.pooling != "patches" and not model.encoder_prefix_tokens:
+    if chosen.pooling in ("class", "concat") and not model.encoder_prefix_tokens:
         raise ValueError(f"a {model.info.family} model has no class token; take the mean of its patches")
     if not 1 <= chosen.layer <= depth:
         raise ValueError(f"layer must lie between 1 and {depth}, the number of blocks, got {chosen.layer}")

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 #: See :class:`mto_analysis.training.evaluation.protocols.Feature`.
-Pooling = Literal["class", "patches", "concat"]
+Pooling = Literal["class", "patches", "concat", "attentive"]
 Norm = Literal["encoder", "fresh", "off"]
 
 

@@ -1,0 +1,82 @@
+"""Accuracy of an encoder at every layer depth, and heterogeneity beside it: a row of panels per model."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mto_analysis.errors import DataError
+from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
+from mto_analysis.figures.plots.heterogeneity import plot_heterogeneity
+from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.training.evaluation.layers import LAYER_POOLINGS
+
+__all__ = ["draw_layers", "plot_layers"]
+
+
+def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Accuracy over layer depth for each pooling, with 95 % intervals; a ring around the chosen layer.
+
+    Args:
+        scores: Rows of ``layers.csv``, of one model.
+        ax: Where to draw; by default a new figure's axes.
+
+    Raises:
+        DataError: If there is no row.
+    """
+    if scores.empty:
+        raise DataError("there is no accuracy to draw")
+    if ax is None:
+        ax = Figure(figsize=(3.4, 2.4)).subplots()
+    for index, (pooling, label) in enumerate(LAYER_POOLINGS.items()):
+        rows = scores[scores["pooling"] == pooling]
+        if len(rows):
+            color = COLORS[index]
+            ax.plot(
+                rows["layer"],
+                rows["score"],
+                color=color,
+                marker=MARKERS[index],
+                linestyle=LINE_STYLES[index],
+                label=label,
+            )
+            ax.fill_between(rows["layer"], rows["ci_low"], rows["ci_high"], color=color, alpha=0.15, linewidth=0)
+    chosen = scores[scores["chosen"]]
+    ax.plot(chosen["layer"], chosen["score"], "o", markersize=11, markerfacecolor="none", color="black", label="chosen")
+    ax.set_xlabel("Layer depth of the encoder")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str, *, note: bool = True) -> Figure:
+    """A row per model: accuracy at the left, H of its stacks with masked tokens at the right, where it is known.
+
+    Args:
+        scores: Rows of ``layers.csv``.
+        heterogeneity: Rows of ``heterogeneity.csv``; in decoder-style models their depths are those of the decoder.
+        protocol: Of the scores.
+        note: Say above the figure what is shown; leave it out where a caption does.
+    """
+    models = list(scores["model"].unique())
+    with paper_style():
+        figure = Figure(figsize=(PAGE_WIDTH, 1.9 * len(models) + 0.7), layout="constrained")
+        axes = figure.subplots(len(models), 2, squeeze=False)
+        for (left, right), model in zip(axes, models, strict=True):
+            plot_layers(scores[scores["model"] == model], ax=left)
+            left.set_title(model, fontsize=7, loc="left")
+            left.set_ylabel(PROTOCOL_LABELS[protocol])
+            curve = heterogeneity[heterogeneity["model"] == model]
+            if curve.empty:
+                right.set_axis_off()
+                continue
+            plot_heterogeneity(curve, ax=right)
+            right.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        if note:
+            row = scores.iloc[0]
+            text = f"chosen on {row['num_selection']} test images, scored on {row['num_images']} others; 95 % intervals"
+            figure.suptitle(text, fontsize=7, color="0.3")
+    return figure
