@@ -117,6 +117,7 @@ def test_command__scores_every_layer_of_every_model(sources: tuple[Path, Path], 
     assert heterogeneity.groupby("model")["stack"].first().to_dict() == {"mae": "decoder", "simmim": "encoder"}
     assert "is best on 10 images" in result.stdout
     assert {"layers.png", "layers.pdf", "run.json"} < {each.name for each in (tmp_path / "out").iterdir()}
+    assert "one half of the test images" in (tmp_path / "out" / "methods.md").read_text()
     assert run("evaluate", "knn", *both, *images).exit_code == 2  # results are there
     plain = ("--ckpt", tmp_path / "plain.pth", "--num-heads", 3)
     again = ok("evaluate", "linear", *plain, *images, "--set", "penalty=0.01", "--random-baseline", "--overwrite")

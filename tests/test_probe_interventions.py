@@ -322,8 +322,9 @@ def test_command__writes_table_figure_and_json(made: dict[str, Any], tmp_path: P
     assert set(table["from_depth"]) == {1}
     assert [row["effect"] for row in json.loads(result.stdout)] == pytest.approx(table["effect"].tolist())
     assert {each.name for each in tmp_path.iterdir()} == {
-        "interventions.csv", "interventions.png", "interventions.pdf", "run.json",
+        "interventions.csv", "interventions.png", "interventions.pdf", "run.json", "run.toml", "methods.md",
     }  # fmt: skip
+    assert "(cut-visible-to-masked, zero) acted from layer depth 1 on" in (tmp_path / "methods.md").read_text()
     again = ok("intervene", *options, *chosen, "--overwrite", "--no-controls")
     assert "without attention from visible to masked tokens from layer depth 1 on" in again.stdout
     assert run("intervene", *options).exit_code == 2  # results are there

@@ -414,7 +414,8 @@ def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, h
     heterogeneity = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=["model", "layer_depth"])
     outputs = {"layers.csv": table, "heterogeneity.csv": heterogeneity}
     figure = partial(draw_layers, table, heterogeneity, protocol)
-    measuring.write(given, files, {**outputs, "layers": figure}, protocol=protocol)
+    told = {"settings": evaluator.evaluation.settings(), "protocol": protocol, "random": given["random_baseline"]}
+    measuring.write(given, files, {**outputs, "layers": figure}, **told)
     shown = table[["model", "pooling", "layer", "selection", "score", "ci_low", "ci_high", "chosen"]]
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     typer.echo("\n".join(layer_sentences(table)))

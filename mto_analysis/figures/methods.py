@@ -58,6 +58,21 @@ def _affinity(metadata: Mapping[str, Any]) -> Iterable[str]:
     yield "Maps are means over images, with masked tokens sorted first." if not metadata["arguments"]["chosen"] else ""
 
 
+def _intervene(metadata: Mapping[str, Any]) -> Iterable[str]:
+    given = metadata["arguments"]
+    names = given["chosen"] or ["all interventions"]
+    yield (
+        f"Interventions on masked tokens ({', '.join(map(str, names))}) acted from layer depth "
+        f"{_listed(given['from_depth'] or [0])} on in each model's own forward pass: attention was cut by logits of "
+        "minus infinity, tokens were replaced where they enter a block. Effects are mean differences within images, "
+        "with 95 % intervals (Student's t)."
+    )
+    if given["controls"]:
+        yield "As a control, the same was done to equally many masked and visible tokens, sampled at random."
+    yield f"Accuracy is leave-one-out kNN with k = {given['neighbours']} on the mean of visible tokens."
+    yield from _measured(metadata)
+
+
 def _reconstruct(metadata: Mapping[str, Any]) -> Iterable[str]:
     yield "Masked patches were reconstructed by each model, and its own training loss was computed for each image."
     yield from _measured(metadata)
@@ -135,6 +150,11 @@ def _evaluate(metadata: Mapping[str, Any]) -> Iterable[str]:
         yield f"k was {settings['neighbours']} and the temperature of the weights {settings['temperature']:g}."
     if settings.get("set"):
         yield f"Settings changed: {_pairs(settings['set'])}."
+    if given.get("layers"):
+        yield (
+            "Every layer depth was scored; one half of the test images, by a hash of their names, chose the best, and "
+            "the other half gave its score, with Wilson's 95 % interval."
+        )
     yield f"Checkpoints: {', '.join(map(str, given['ckpt']))}."
     if metadata["random"]:
         yield "The same architectures with random weights were scored for comparison."
@@ -205,6 +225,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "heterogeneity": _heterogeneity,
     "affinity": _affinity,
+    "intervene": _intervene,
     "reconstruct": _reconstruct,
     "report": _heterogeneity,
     "pretrain": _pretrain,
