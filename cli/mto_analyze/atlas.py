@@ -214,9 +214,9 @@ def verify(
 def page(
     table: Table,
     out: OutFile = Path("atlas.html"),
-    accuracies: Annotated[
+    scores: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="CSV of checkpoint, accuracy and perhaps task, drawn against measures."),
+        typer.Option(metavar="FILE", help="CSV with model, score and perhaps task, drawn against measures."),
     ] = None,
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Atlas of masked tokens",
     overwrite: Overwrite = False,
@@ -230,13 +230,13 @@ def page(
       mto-analyze atlas page atlas --out atlas.html
     """
     from mto_analysis.atlas import read_table
-    from mto_analysis.atlas.page import read_accuracies, render_atlas
+    from mto_analysis.atlas.page import read_scores, render_atlas
     from mto_analysis.runtime.outputs import OutputFolder
 
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
     rows = read_table(table)
-    given = read_accuracies(accuracies, rows) if accuracies else None
-    content = render_atlas(rows, title=title, accuracies=given).encode()
+    given = read_scores(scores, rows) if scores else None
+    content = render_atlas(rows, title=title, scores=given).encode()
     folder.write_bytes(out.name, content)
     note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)
 

@@ -1,6 +1,6 @@
 (() => {
   const $ = (id) => document.getElementById(id);
-  const { checkpoints, accuracies } = JSON.parse($("data").textContent);
+  const { checkpoints, scores } = JSON.parse($("data").textContent);
   const body = document.querySelector("#checkpoints tbody");
   const rows = [...body.rows];
   const boxOf = (row) => row.querySelector("input");
@@ -195,7 +195,7 @@
     $("families").replaceChildren();
     const task = $("task").value, measure = words($("measure").value);
     const points = rows.filter(isShown).map(of).map((checkpoint) => ({
-      checkpoint, x: summary(checkpoint, $("summary").value), y: accuracies[task][checkpoint.checkpoint],
+      checkpoint, x: summary(checkpoint, $("summary").value), y: scores[task][checkpoint.checkpoint],
     })).filter(({ x, y }) => x !== undefined && y !== undefined);
     svg.setAttribute("role", points.length ? "group" : "img");
     svg.setAttribute("aria-label", `${task} against ${measure} of ${points.length} checkpoints`);

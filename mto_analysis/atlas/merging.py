@@ -78,7 +78,7 @@ def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
                 raise DataError(f"{first} and {name} are of different {what}: {both}; only like tables can be merged")
         about_masks = ["checkpoint", "masks_sha256", "mask_rule"]
         of_a, of_b = (each.groupby(list(MEASUREMENT))[about_masks].first() for each in (table, other))
-        joined = of_a.join(of_b, how="inner", lsuffix="_a", rsuffix="_b")
+        joined = of_a.merge(of_b, left_index=True, right_index=True, suffixes=("_a", "_b"))
         for row in joined[joined["masks_sha256_a"] != joined["masks_sha256_b"]].itertuples():
             raise DataError(
                 f"{row.checkpoint_a} has different masks in {first} ({row.mask_rule_a}) and in {name} "

@@ -1,4 +1,4 @@
-"""A table as one HTML file: sort, filter, plot measures over depth, and accuracies against measures."""
+"""A table as one HTML file: sort, filter, plot measures over depth, and scores against measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mto_analysis.figures.pages import render_page
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["read_accuracies", "render_atlas"]
+__all__ = ["read_scores", "render_atlas"]
 
 #: Columns of the page's table, by which it is sorted.
 _COLUMNS = (
@@ -52,45 +52,45 @@ _ABOUT = {
 _DIGITS = 7
 
 
-def read_accuracies(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Read accuracies of checkpoints.
+def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Read scores of checkpoints, such as accuracies.
 
     Args:
-        source: CSV with the columns ``checkpoint`` and ``accuracy``, and ``task`` where there are several.
+        source: CSV with the columns ``model`` (the checkpoint) and ``score``, and ``task`` where there are several.
         table: Whose checkpoints they are of; others are left out.
 
     Returns:
-        For each task the accuracy by checkpoint.
+        For each task the score by checkpoint.
 
     Raises:
         DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table, an accuracy is given twice, or it names no checkpoint of the table.
+        DataError: If it is not such a table, a score is given twice, or it names no checkpoint of the table.
     """
     import pandas as pd
 
     path = Path(source)
     if not path.is_file():
-        raise DataNotFoundError(f"no accuracies at {path}")
+        raise DataNotFoundError(f"no scores at {path}")
     try:
-        rows = pd.read_csv(path, dtype={"checkpoint": str, "task": str})
-        lacking = [name for name in ("checkpoint", "accuracy") if name not in rows]
+        rows = pd.read_csv(path, dtype={"model": str, "task": str})
+        lacking = [name for name in ("model", "score") if name not in rows]
         if lacking:
             raise ValueError(f"it lacks {' and '.join(lacking)}")
-        rows["accuracy"] = pd.to_numeric(rows["accuracy"])
+        rows["score"] = pd.to_numeric(rows["score"])
     except ValueError as error:
-        raise DataError(f"{path} is not a table of accuracies: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} is not a table of scores: {' '.join(str(error).split())}") from error
     if "task" not in rows:
-        rows["task"] = "accuracy"
-    if (bad := rows[["checkpoint", "task", "accuracy"]].isna().any(axis=1)).any():
+        rows["task"] = "score"
+    if (bad := rows[["model", "task", "score"]].isna().any(axis=1)).any():
         raise DataError(f"{path}: row {int(bad.to_numpy().argmax()) + 1} lacks a value")
-    twice = rows[rows.duplicated(["checkpoint", "task"])]
+    twice = rows[rows.duplicated(["model", "task"])]
     if len(twice):
-        raise DataError(f"{path} gives {twice['task'].iloc[0]} of {twice['checkpoint'].iloc[0]} twice")
-    known = rows[rows["checkpoint"].isin(table["checkpoint"])]
+        raise DataError(f"{path} gives {twice['task'].iloc[0]} of {twice['model'].iloc[0]} twice")
+    known = rows[rows["model"].isin(table["checkpoint"])]
     if known.empty:
-        raise DataError(f"{path} names no checkpoint of the table, only {', '.join(rows['checkpoint'].head(3))}, ...")
+        raise DataError(f"{path} names no checkpoint of the table, only {', '.join(rows['model'].head(3))}, ...")
     return {
-        str(task): {str(name): float(value) for name, value in zip(of["checkpoint"], of["accuracy"], strict=True)}
+        str(task): {str(name): float(value) for name, value in zip(of["model"], of["score"], strict=True)}
         for task, of in known.groupby("task", sort=False)
     }
 
@@ -99,14 +99,14 @@ def render_atlas(
     table: pd.DataFrame,
     *,
     title: str = "Atlas of masked tokens",
-    accuracies: Mapping[str, Mapping[str, float]] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """A table as one HTML file that works offline.
 
     Args:
         table: From :func:`~mto_analysis.atlas.table.read_table`.
         title: Heading of the page.
-        accuracies: From :func:`read_accuracies`.
+        scores: From :func:`read_scores`.
     """
     per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
     several = table.groupby("checkpoint")["stack"].transform("nunique") > 1
@@ -120,7 +120,7 @@ def render_atlas(
         title=title,
         version=version("mto-analysis"),
         skip=("plots", "the plots"),
-        data={"checkpoints": [_for_script(each) for each in checkpoints], "accuracies": accuracies or {}},
+        data={"checkpoints": [_for_script(each) for each in checkpoints], "scores": scores or {}},
         num_checkpoints=table["checkpoint"].nunique(),
         num_images=int(table["num_images"].max()),
         image_set=table["image_set"].iloc[0],
@@ -131,7 +131,7 @@ def render_atlas(
         columns=_COLUMNS,
         rows=[_for_table(each, measures[0]) for each in checkpoints],
         doubts=any(each["loss"] is not None and each["loss"] >= 1 for each in checkpoints),
-        tasks=list(accuracies or ()),
+        tasks=list(scores or ()),
     )
 
 

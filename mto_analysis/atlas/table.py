@@ -123,7 +123,7 @@ def _schema() -> pa.Schema:
     import pyarrow as pa
 
     kinds = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
-    return pa.schema([pa.field(each.name, kinds[each.kind], each.optional) for each in COLUMNS])
+    return pa.schema([pa.field(each.name, kinds[each.kind]) for each in COLUMNS])
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:
