@@ -108,8 +108,8 @@ def heterogeneity(
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
     Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
-    --measures also measures.csv; with --definitions all also definitions.csv, attention.csv, definitions.png and .pdf;
-    with --controls also controls.csv, controls.png and .pdf.
+    --measures also measures.csv, measures.png and .pdf; with --definitions all also definitions.csv, attention.csv,
+    definitions.png and .pdf; with --controls also controls.csv, controls.png and .pdf.
 
     Example:
       mto-analyze heterogeneity --ckpt mae_vit_base_full --images IMAGES --limit 500
@@ -156,7 +156,7 @@ def parts_of(given: Mapping[str, Any]) -> list[Part]:
         raise ValueError(f"--difference compares two checkpoints, got {len(labels)}")
     parts = [Part(("heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity"), _curves)]
     if given["measures"] != "h":
-        parts.append(Part(("measures.csv",), _measures))
+        parts.append(Part(("measures.csv", "measures"), _measures))
     if masks:
         parts.append(Part(tuple(masks), partial(_masks, masks)))
     # Its passes follow the main one, when no other part watches any more.
@@ -200,7 +200,9 @@ def _curves(request: "Request") -> Begun:
 
 
 def _measures(request: "Request") -> Begun:
-    return Begun(lambda study: {"measures.csv": study.measures})
+    from mto_analysis.figures.plots.measures import draw_measures
+
+    return Begun(lambda study: {"measures.csv": study.measures, "measures": partial(draw_measures, study.measures)})
 
 
 def _masks(files: Mapping[str, str], request: "Request") -> Begun:

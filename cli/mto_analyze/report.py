@@ -12,6 +12,7 @@ from mto_analyze.options import (
     ImageNames,
     InputOptions,
     MaskOptions,
+    Measures,
     ModelOptions,
     OutFile,
     OutputOptions,
@@ -29,6 +30,7 @@ def report(
     device: str,
     chosen: ImageNames = None,
     show: Show = 4,
+    measures: Measures = "h",
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Masked tokens, layer by layer",
     out: OutFile = Path("report.html"),
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES, DEMO_MASKS, DemoTables
+from mto_analysis.figures.plots.measures import draw_measures
 from mto_analysis.figures.report import ReportContents
 from mto_analysis.images import Images, choose_images, open_images
 from mto_analysis.images.interface import spread_rows
@@ -47,7 +48,10 @@ def collect_report(request: Request, *, shown: Sequence[str] | int = 4) -> Repor
             reconstructions.extend(found[1])
 
     study = measure_checkpoints(request, watch=recorders.watch, then=look_closely)
-    return ReportContents(study.table, study.models, explored, reconstructions, used_versions(), recorders.maps)
+    figures = {} if request.settings.measures == "h" else {"Measures over layer depth": draw_measures(study.measures)}
+    return ReportContents(
+        study.table, study.models, explored, reconstructions, used_versions(), recorders.maps, figures=figures
+    )
 
 
 def _spread(request: Request, count: int) -> Images:

@@ -48,7 +48,7 @@ def draw_measures(table: pd.DataFrame) -> Figure:
     rows = table[table["head"].isna() & ~compared & table["value"].notna()]
     if rows.empty:
         raise DataError("nothing to draw: no measure has a value")
-    parts = rows["measure"].str.extract(r"^(?P<name>.+?)(?:_(?P<kind>masked|visible))?$")
+    parts = rows["measure"].str.extract(r"^(?P<name>.+?)(?:(?<!_to)_(?P<kind>masked|visible))?$")
     rows = rows.assign(name=parts["name"], kind=parts["kind"].fillna(""))
     names = list(dict.fromkeys(rows["name"]))
     across = min(_COLUMNS, len(names))
