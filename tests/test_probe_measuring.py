@@ -18,6 +18,7 @@ from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.models.live import LiveModel
 from mto_analysis.mto import StackSpec
 from mto_analysis.probe import masks_from_rule, probe
+from mto_analysis.probe.definitions import DefinitionMeasure
 from mto_analysis.probe.quadrants import AffinityMaps
 
 RAGGED = random_mask(3, (5, 9, 12))
@@ -264,3 +265,33 @@ def test_live_model__says_whether_tokens_are_in_the_order_of_patches(order):
     assert [each.in_order for each in merged.maps] == [known] * 3
     texts = [text.get_text() for text in draw_affinity(merged.maps).findobj(Text)]
     assert any("decoder: token order" in text for text in texts) == ("token order" in texts) == (not known)
+
+
+@pytest.mark.parametrize(
+    ("model", "table"),
+    [
+        (Inpainting(cls=1), lambda model: model.pos_embed),
+        (Inpainting(position="grid"), lambda model: model.pos_embed.flatten(2).mT),
+        (Inpainting(position="none"), None),
+        (DecoderNames("places", cls=1), lambda model: model.decoder_pos_embed[:, 1:]),
+        (DecoderNames("visible first", cls=1), None),  # visible tokens are in unknown places
+        (Backbone(registers=4), lambda model: model.vit.pos_embed[:, 5:]),
+    ],
+    ids=["table", "grid", "none", "decoder", "visible first", "registers"],
+)
+def test_live_model__positions_are_taken_off(model, table):
+    live, mask = LiveModel(model), random_mask(3, (5, 9, 12))
+    with torch.no_grad():
+        first = next(live.layer_tokens(features(3), mask))
+        (stack,) = live.stacks
+        measure = DefinitionMeasure(live)
+        split = TokenSplit(first.mask)
+        found = measure(stack, first, split, "abc")
+        if table is None:
+            assert live.position_embedding(stack) is None
+            assert not any(name.endswith(measure.SUFFIX) for name in found)
+            return
+        assert torch.equal(live.position_embedding(stack), table(model))
+        plain = heterogeneity(first.tokens - table(model), split)
+    assert torch.allclose(found["dot" + measure.SUFFIX], plain)
+    assert not torch.allclose(found["dot"], plain)

@@ -20,7 +20,7 @@ from mto_analysis.models.interface import (
     ModelInfo,
     height_and_width,
 )
-from mto_analysis.taps.forward import Forward, NotEntered
+from mto_analysis.taps.forward import Forward, NotEntered, Stack
 from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, hinted_grids, sizes_of, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
@@ -87,10 +87,9 @@ class _Reader(Attached[_Kept]):
             for stack in self._stacks:
                 stack.drop()
 
-    def order_is_known(self, stack: str) -> bool:
-        """Whether the tokens of a stack are known to be in the order of patches."""
-        layouts = [each.layout for each in self._stacks if each.spec.name == stack and each.layout is not None]
-        return all(layout.in_place for layout in layouts)
+    def named(self, stack: str) -> Stack[_Kept]:
+        """A stack by its name."""
+        return next(each for each in self._stacks if each.spec.name == stack)
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,11 @@ class LiveModel(MaskedImageModel):
 
     def order_is_known(self, stack: str) -> bool:
         """Whether the tokens of a stack are in the order of patches, so that maps of them can be drawn."""
-        return self._attach().order_is_known(stack)
+        return self._attach().named(stack).in_order
+
+    def position_embedding(self, stack: str) -> Tensor | None:
+        """What is added to masked tokens for their place, where it is a table and a forward has shown which."""
+        return self._attach().named(stack).position
 
     def close(self) -> None:
         """Remove all hooks from the model."""

@@ -42,9 +42,10 @@ class PropertyMeasure:
         """Take note of a batch at layer depth 0."""
         if layer.depth:
             return {}
-        counts = layer.mask.sum(dim=0)
-        self._counts[stack] = self._counts[stack] + counts if stack in self._counts else counts
-        self._masks[stack] = self._masks.get(stack, 0) + len(layer.mask)
+        if layer.in_order:  # else it is not known how often a position is masked
+            counts = layer.mask.sum(dim=0)
+            self._counts[stack] = self._counts[stack] + counts if stack in self._counts else counts
+            self._masks[stack] = self._masks.get(stack, 0) + len(layer.mask)
         for when, tokens in self._variants(stack, layer):
             first = self._first.setdefault((stack, when), _first_masked(tokens, layer.mask))
             for name, value in (

@@ -425,9 +425,34 @@ class Stack(Generic[_Any]):
         if self.spec.masked_row is not None:
             found = self.spec.masked_row()
             return found if isinstance(found, Tensor) else list(found)
-        position = self.spec.position() if callable(self.spec.position) else self.spec.position
         vectors = torch.cat([token.reshape(-1, token.shape[-1]) for token in self._mask_tokens()])
-        return vectors if position is None else with_position(vectors, position.reshape(-1, position.shape[-1]))
+        return [vectors if table is None else with_position(vectors, table) for table in self._tables()]
+
+    def _tables(self) -> list[Tensor | None]:
+        """What may be added to the mask token: tables of positions ``num_positions dim``, or nothing."""
+        found = self.spec.position() if callable(self.spec.position) else self.spec.position
+        tables = [found] if found is None or isinstance(found, Tensor) else [*found, None]
+        return [None if table is None else table.reshape(-1, table.shape[-1]) for table in tables]
+
+    @property
+    def position(self) -> Tensor | None:
+        """What is added to a masked patch for its place, where tokens are in the order of patches.
+
+        Shapes:
+            returns: 1 num_patches dim
+        """
+        layout = self.layout
+        if layout is None or not self.in_order or self.spec.masked_row is not None or not self.spec.mask_tokens:
+            return None
+        tables = self._tables()  # candidates for rows are these, then these with each rounding
+        table = tables[layout.row % len(tables)]
+        fits = table is not None and len(table) == layout.offset + layout.num_patches
+        return table[None, layout.offset :] if table is not None and fits else None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether tokens are known to be in the order of patches."""
+        return self.layout is None or (self.layout.in_place and self.spec.present == "all")
 
     def _mask_tokens(self) -> list[Tensor]:
         """The learned vectors as they are now: sharded parameters are replaced while a model runs."""

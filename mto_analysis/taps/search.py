@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.taps.stacks import StackSpec, with_position
+from mto_analysis.taps.stacks import StackSpec
 
 __all__ = [
     "Sizes",
@@ -94,7 +94,9 @@ def find_stacks(model: nn.Module) -> list[StackSpec]:
         names[name] = path, lists_path
     named = {pair: name for name, pair in names.items()}
     return [
-        StackSpec(named[path, lists_path], blocks, several, masked_row=_masked_row(model, path, several, lists_path))
+        StackSpec(
+            named[path, lists_path], blocks, several, position=_tables(model, path, several[0].shape[-1], lists_path)
+        )
         for path, lists_path, several, blocks in found
     ]
 
@@ -190,31 +192,14 @@ def _stack_name(token: str, blocks: str, several: bool) -> str:
     return f"{kind[1]}_{role}" if kind else role
 
 
-def _masked_row(model: nn.Module, token: str, several: Sequence[Tensor], blocks: str) -> Callable[[], Sequence[Tensor]]:
-    """Candidates for masked rows: each mask token with each position of its width, the nearest first, and alone."""
-    width, count = several[0].shape[-1], len(several)
+def _tables(model: nn.Module, token: str, width: int, blocks: str) -> Callable[[], list[Tensor]]:
+    """Candidates for positions of a mask token: tables of its width, the nearest first."""
     places = sorted(
         (path for path, tensor in _positions(model) if _is_position(tensor, width)),
         key=lambda path: -max(_shared(path, token), _shared(path, blocks)),
     )
-
-    def rows() -> list[Tensor]:
-        # Read anew in each forward, as sharded parameters are replaced there.
-        vectors = _learned(model, token, count)
-        found = [with_position(vectors, _position_rows(_at(model, path), width)) for path in places]
-        return [*found, vectors]
-
-    return rows
-
-
-def _learned(model: nn.Module, path: str, count: int) -> Tensor:
-    """The mask tokens at a path, ``num_tokens dim``."""
-    found = _at(model, path)
-    if isinstance(found, nn.ParameterList):
-        found = torch.cat([found[index].flatten(0, -2) for index in range(count)])
-    found = found.weight if isinstance(found, nn.Module) else found
-    assert isinstance(found, Tensor)
-    return found.reshape(-1, found.shape[-1])
+    # Read anew in each forward, as sharded parameters are replaced there.
+    return lambda: [_position_rows(_at(model, path), width) for path in places]
 
 
 def _positions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -39,8 +39,8 @@ class StackSpec:
         taps: Instead of ``blocks``, for models that add residuals outside of modules: the points where tokens of layer
             depth 0, 1, ... are read, ``(module, "input")`` or ``(module, "output")``.
         mask_token: The learned vector, or several of them.
-        position: What is added to the mask token, ``num_positions dim`` or a function that returns it; nothing by
-            default. It may hold rows for prefix tokens before those for patches.
+        position: What is added to the mask token, ``num_positions dim`` or a function that returns it, or several of
+            which one fits or none; nothing by default. It may hold rows for prefix tokens before those for patches.
         masked_row: Instead of ``mask_token`` plus ``position``: a function that returns what a masked token is where
             it enters the stack, ``num_positions dim`` or anything that reshapes to it; or several such.
         mask: The mask of the running forward, True = masked: a function that returns it, ``batch num_patches`` in the
@@ -61,7 +61,7 @@ class StackSpec:
     masked_row: Callable[[], Tensor | Sequence[Tensor]] | None = None
     mask: Callable[[], Tensor] | str | None = None
     taps: Sequence[Tap] = ()
-    position: Tensor | Callable[[], Tensor] | None = None
+    position: Tensor | Callable[[], Tensor | Sequence[Tensor]] | None = None
     present: Literal["all", "subset"] = "all"
     suffix_tokens: int = 0
 
