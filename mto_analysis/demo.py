@@ -86,7 +86,8 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
         labels = [label for label in DEMO_CHECKPOINTS if label.startswith(method)]
         settings = Settings(limit=limit, masks=load_masks(masks), batch_size=64)
         sources = [DEMO_CHECKPOINTS[label] for label in labels]
-        listener = Listener(say, say)
+        # Early checkpoints are hardly trained on purpose, of which a warning would be no news.
+        listener = Listener(say, lambda words: None if "early: " in words else say(words))
         request = Request(sources, open_images(DEMO_IMAGES), settings, labels, listener=listener)
         study = measure_checkpoints(request, watch=recorders.watch)
         tables.append(study.table)
@@ -105,17 +106,29 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
 
 
 def demo_sentences(tables: DemoTables) -> list[str]:
-    """What the demo's numbers show, in plain sentences."""
-    sentences = []
-    for model, curve in tables.fig1b.groupby("model", sort=False):
-        first, last = curve.iloc[0], curve.iloc[-1]
-        sentences.append(
-            f"{model}: H goes from {first.heterogeneity:.4f} at layer depth 0 to {last.heterogeneity:.4f} at "
-            f"{last.layer_depth:.0f} (bound {math.log(first.num_visible):.4f}), "
-            f"{1 - last.heterogeneity / first.heterogeneity:.2%} less."
-        )
-    sentences.append(
-        "MAE's H falls at 2 % of training (early) too: a falling curve alone does not show that a model has "
-        "converged. These are small models; nothing here is the paper's own figure."
-    )
-    return sentences
+    """What the demo's numbers show, in three sentences: the models, the effect of training, and what H does not show.
+
+    Percentages are of the maximum of H, the logarithm of the number of visible patches. ``exp(H)`` is the number of
+    visible tokens that an even affinity would be spread over.
+    """
+    curves = {str(model): curve for model, curve in tables.fig1b.groupby("model", sort=False)}
+    share = {model: (100 * curve["normalized"]).tolist() for model, curve in curves.items()}
+    spread = {
+        model: f"{math.exp(curve['heterogeneity'].iloc[-1]):.1f} of {curve['num_visible'].iloc[-1]:.0f}"
+        for model, curve in curves.items()
+    }
+    mae, early, simmim, simmim_early = (share[label] for label in DEMO_CHECKPOINTS)
+    falls = early[-1] < early[0]
+    return [
+        f"After the last block the affinity of a masked token is spread over effectively {spread['MAE']} visible "
+        f"tokens in MAE (H at {mae[-1]:.1f} % of its maximum) and over {spread['SimMIM']} in SimMIM "
+        f"({simmim[-1]:.1f} %).",
+        f"Training changed H there by {mae[-1] - early[-1]:+.1f} points in MAE (from {early[-1]:.1f} % at the early "
+        f"checkpoint) and by {simmim[-1] - simmim_early[-1]:+.1f} in SimMIM (from {simmim_early[-1]:.1f} %).",
+        f"MAE's early checkpoint, at 2 % of training, goes from {early[0]:.1f} % to {early[-1]:.1f} % over depth: "
+        + (
+            "a falling curve alone does not show that a model has converged."
+            if falls
+            else "on these images its curve does not fall."
+        ),
+    ]

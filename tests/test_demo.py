@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,15 +123,22 @@ def test_measure_demo__makes_the_tables_of_both_figures(tables: DemoTables) -> N
 
 def test_demo_sentences__say_what_was_measured(tables: DemoTables) -> None:
     sentences = demo_sentences(tables)
-    assert len(sentences) == 5
-    for label, sentence in zip(FILES, sentences, strict=False):
-        h = tables.fig1b[tables.fig1b["model"] == label]["heterogeneity"].tolist()
-        bound = {"MAE": "2.7726", "SimMIM": "3.1781"}[label.split(",")[0]]
-        assert sentence == (
-            f"{label}: H goes from {h[0]:.4f} at layer depth 0 to {h[-1]:.4f} at {len(h) - 1} (bound {bound}), "
-            f"{100 * (h[0] - h[-1]) / h[0]:.2f}% less."
-        )
-    assert "does not show that a model has converged" in sentences[-1]
+    assert len(sentences) == 3
+    maximum = {"MAE": math.log(16), "SimMIM": math.log(24)}  # of 64 patches 0.25 and 0.375 are visible
+    share = {}
+    for label in FILES:
+        h = tables.fig1b[tables.fig1b["model"] == label]["heterogeneity"]
+        share[label] = (100 * h / maximum[label.split(",")[0]]).tolist()
+    mae, early, simmim, simmim_early = share.values()
+    assert f"(H at {mae[-1]:.1f} % of its maximum)" in sentences[0]
+    spread = 24 ** (simmim[-1] / 100)
+    assert f"over {spread:.1f} of 24 in SimMIM ({simmim[-1]:.1f} %)" in sentences[0]
+    assert f"by {mae[-1] - early[-1]:+.1f} points in MAE (from {early[-1]:.1f} % at" in sentences[1]
+    assert f"by {simmim[-1] - simmim_early[-1]:+.1f} in SimMIM (from {simmim_early[-1]:.1f} %)" in sentences[1]
+    assert f"goes from {early[0]:.1f} % to {early[-1]:.1f} % over depth" in sentences[2]
+    assert "does not show that a model has converged" in sentences[2]
+    rising = tables.fig1b.assign(normalized=tables.fig1b["layer_depth"] / 10)
+    assert "its curve does not fall" in demo_sentences(replace(tables, fig1b=rising))[2]
 
 
 def test_demo_batches__are_the_bundled_images() -> None:

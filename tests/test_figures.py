@@ -500,7 +500,7 @@ class TestPublicFiles:
         figures = [figure.name for figure, _ in draw_public((), out, inputs, listener=Listener(said.append))]
         assert sorted(figures) == ["fig1a", "fig1b", "fig2"]
         assert any(path == "/mae.safetensors" for _, path, _ in server.requests)
-        assert [line for line in said if "own loss" in line and "sha256" in line]
+        assert [line for line in said if "reconstruction loss" in line and "sha256" in line]
         assert set(pd.read_csv(out / "fig1a.csv")["model"]) == {"SimMIM", "MAE"}
         epochs = pd.read_csv(out / "fig1b.csv")
         assert set(epochs["model"]) == {"SimMIM", "SimMIM, random weights"}
@@ -523,7 +523,7 @@ class TestPublicFiles:
         _, place = public_files
         place.mkdir(parents=True)
         (place / "early.safetensors").write_bytes(DEMO_CHECKPOINTS["SimMIM, early"].read_bytes())
-        with pytest.raises(CheckpointError, match="should be simmim_vit_base_800e, but: own loss"):
+        with pytest.raises(CheckpointError, match="should be simmim_vit_base_800e, but: reconstruction loss"):
             list(draw_public((), tmp_path / "out", Inputs(limit=4)))
 
     def test_an_early_checkpoint_takes_the_place_of_random_weights(self, public_files, tmp_path: Path) -> None:

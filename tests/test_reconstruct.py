@@ -191,7 +191,7 @@ def test_reconstruct_command__writes_figure_table_and_metadata(tmp_path: Path) -
     arguments = ["reconstruct", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--image", "9", "--image", "4"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "own loss" in result.stderr
+    assert "reconstruction loss" in result.stderr
     assert "predicting the mean" in result.stderr
     table = pd.read_csv(tmp_path / "out" / "reconstructions.csv", dtype={"image": str})
     assert table["image"].tolist() == ["9", "4"]

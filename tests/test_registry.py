@@ -123,6 +123,13 @@ class TestCommands:
         shown = json.loads(invoke("list", "--family", "mae", "--json").stdout)
         assert {row["family"] for row in shown} == {"mae"}
         assert {"id", "loads", "evidence", "layout", "licence", "source"} <= set(shown[0])
+        assert max(map(len, every)) <= 100
+        swins = invoke("list", "SWIN-B", "--loadable").stdout.splitlines()[1:]
+        found = [row for row in ROWS if row.loads and "swin-b" in f"{row.id} {row.backbone}".lower()]
+        assert [line.split()[0] for line in swins] == [row.id for row in found] != []
+        nothing = invoke("list", "nosuch")
+        assert (nothing.exit_code, len(nothing.stdout.splitlines())) == (0, 1)
+        assert "leave a filter out" in nothing.stderr
 
     def test_list__an_unknown_family_is_a_usage_error(self) -> None:
         result = invoke("list", "--family", "maee")

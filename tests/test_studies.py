@@ -87,7 +87,7 @@ def test_measure_checkpoints__says_masks_losses_and_doubts(checkpoints, images) 
     measure_checkpoints(Request([checkpoints["mae"]], images, listener=Listener(notes.append, warnings.append)))
     assert notes == ["mae: mae (mto_analysis), 16 px; masks: 0.75 of random patches of 4 px (given), seed 0"]
     (warning,) = warnings  # random weights are worse than the mean
-    assert warning.startswith("mae: own loss ")
+    assert warning.startswith("mae: reconstruction loss ")
     assert "predicting the mean" in warning
     assert "no better than the mean, so it is untrained or loaded wrongly (head counts?)" in warning
 
@@ -102,7 +102,7 @@ def test_measure_checkpoints__prints_the_own_loss_of_a_good_model() -> None:
         Request([DEMO_CHECKPOINTS["MAE"]], open_images(DEMO_IMAGES), Settings(limit=16), listener=listener)
     )
     assert warnings == []
-    assert "own loss 0." in notes[1]
+    assert "reconstruction loss 0." in notes[1]
     assert "predicting the mean" in notes[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,13 +78,44 @@ def test_heterogeneity_command__compares_at_the_same_number_of_visible_patches(t
     arguments = ["heterogeneity", "--out", str(tmp_path), "-q", "--limit", "8", "--match-visible"]
     for name in ("MAE", "SimMIM"):
         arguments += ["--ckpt", str(DEMO_CHECKPOINTS[name]), "--label", name]
-    result = CliRunner().invoke(app, [*arguments, "--difference", "--properties"])
+    result = CliRunner().invoke(app, [*arguments, "--properties"])
     assert result.exit_code == 0, result.output
     assert set(pd.read_csv(tmp_path / "heterogeneity.csv")["num_visible"]) == {16}
-    difference = pd.read_csv(tmp_path / "difference.csv")
-    assert difference["layer_depth"].tolist() == [0, 1, 2, 3, 4]
-    assert (difference["difference_ci_low"] > 0).all()
     assert set(pd.read_csv(tmp_path / "properties.csv")["model"]) == {"MAE", "SimMIM"}
+
+
+def test_heterogeneity_command__a_difference_is_of_equal_stacks(tmp_path: Path) -> None:
+    def run(names: tuple[str, str], out: str, *options: str) -> Any:
+        ckpts = [word for name in names for word in ("--ckpt", str(DEMO_CHECKPOINTS[name]))]
+        out = str(tmp_path / out)
+        return CliRunner().invoke(
+            app, ["heterogeneity", "-q", "--limit", "4", "--difference", *ckpts, *options, "--out", out]
+        )
+
+    same = run(("MAE", "MAE, early"), "same")
+    assert (same.exit_code, "visible patches" in same.stderr) == (0, False), same.output
+    difference = pd.read_csv(tmp_path / "same" / "difference.csv")
+    assert difference["layer_depth"].tolist() == [0, 1, 2, 3, 4]
+    assert (difference["difference"] > 0).all()
+    other = run(("MAE", "SimMIM"), "other", "--match-visible")
+    assert other.exit_code == 4
+    assert "in decoder of mae_cifar10_final and in encoder of simmim_cifar10_final, whose layer depths" in other.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_paired_difference__warns_of_other_visible_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of two models of one family whose own masks differ; here one table in which they do."""
+    from mto_analysis.probe import pairing
+
+    whole = pairing.paired_difference
+    monkeypatch.setattr(pairing, "paired_difference", lambda *given: whole(*given).assign(num_visible_second=20.0))
+    ckpts = [word for name in ("MAE", "MAE, early") for word in ("--ckpt", str(DEMO_CHECKPOINTS[name]))]
+    options = ["--limit", "2", "--difference", "-q", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["heterogeneity", *ckpts, *options])
+    assert result.exit_code == 0, result.output
+    assert (
+        "difference.csv compares 16 with 20 visible patches, on which H depends; add --match-visible" in result.stderr
+    )
 
 
 def test_heterogeneity_command__a_difference_needs_two_checkpoints(tmp_path: Path) -> None:

@@ -31,25 +31,38 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Registry id, as printed b
 @checkpoints.command("list", cls=Command)
 @takes()
 def list_(
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="Only ids and backbones that contain this, as vit-b or simmim."),
+    ] = None,
     family: Annotated[str | None, typer.Option(metavar="NAME", help="Only this family.")] = None,
     with_mask_token: Annotated[bool, typer.Option("--with-mask-token", help="Only files with a mask token.")] = False,
+    loadable: Annotated[bool, typer.Option("--loadable", help="Only files that can be measured.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the public checkpoints, with those that have a mask token and a decoder.
+
+    What else is known about one is printed by `info`, and about all with --json.
 
     Example:
       mto-analyze checkpoints list --family mae --with-mask-token
     """
     from mto_analysis.checkpoints.registry import list_checkpoints
 
-    rows = list_checkpoints(family=family, with_mask_token=with_mask_token)
+    rows = [
+        row
+        for row in list_checkpoints(family=family, with_mask_token=with_mask_token)
+        if (row.loads or not loadable) and (text or "").lower() in f"{row.id} {row.backbone}".lower()
+    ]
     if as_json:
         typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
         return
-    lines = [("id", "backbone", "epochs", "mask token", "decoder", "loads", "tried on"), *map(_cells, rows)]
+    lines = [("id", "backbone", "epochs", "mask", "decoder", "loads"), *map(_cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if not rows:
+        note("no checkpoint of the registry is so; leave a filter out")
 
 
 @checkpoints.command(cls=Command)
@@ -146,6 +159,8 @@ def convert(
 
 
 def _cells(row: "registry.Checkpoint") -> tuple[str, ...]:
+    """A row of the list, short enough for 100 columns."""
     length = str(row.epochs) if row.epochs else f"{row.iterations // 1000}k it." if row.iterations else "?"
     truths = ("yes" if truth else "no" for truth in (row.has_mask_token, row.has_decoder, row.loads))
-    return (row.id, row.backbone, length, *truths, row.evidence)
+    backbone = row.backbone if len(row.backbone) <= 17 else f"{row.backbone[:16].rstrip()}…"
+    return (row.id, backbone, length, *truths)

@@ -28,6 +28,7 @@ from mto_analyze.options import (
 )
 
 if TYPE_CHECKING:
+    from mto_analysis.models import MaskedImageModel
     from mto_analysis.probe.request import LoadedModel, Request
     from mto_analysis.probe.study import HeterogeneityStudy, Watch
 
@@ -245,9 +246,28 @@ def _properties(request: "Request") -> Begun:
 
 
 def _difference(labels: Sequence[str], request: "Request") -> Begun:
-    from mto_analysis.probe.pairing import paired_difference
+    from contextlib import nullcontext
 
-    return Begun(lambda study: {"difference.csv": paired_difference(study.per_image, *labels)})
+    from mto_analysis.probe.pairing import check_stacks, paired_difference
+
+    stacks: dict[str, Sequence[str]] = {}
+
+    def watch(model: "MaskedImageModel", label: str) -> Any:
+        stacks[label] = model.stacks
+        check_stacks(stacks)  # before the second model is measured
+        return nullcontext(())
+
+    def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
+        table = paired_difference(study.per_image, *labels)
+        counts = table[["num_visible_first", "num_visible_second"]].iloc[0]
+        if counts.iloc[0] != counts.iloc[1]:
+            request.listener.warn(
+                f"difference.csv compares {counts.iloc[0]:g} with {counts.iloc[1]:g} visible patches, on which H "
+                "depends; add --match-visible, or use normalized_difference"
+            )
+        return {"difference.csv": table}
+
+    return Begun(outputs, watch)
 
 
 def _mask_files(labels: Sequence[str]) -> dict[str, str]:

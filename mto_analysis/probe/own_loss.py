@@ -33,10 +33,10 @@ class OwnLoss(NamedTuple):
 
     def in_words(self) -> str:
         """Both losses in a sentence, and what it means if the model's own is no better."""
-        target = f"{self.target.replace('_', ' ')}{', judged from the loss' if self.judged else ''}"
+        target = f"{self.target.replace('_', ' ')}{', inferred from the loss' if self.judged else ''}"
         text = (
-            f"own loss {self.loss:.4g}, predicting the mean {self.predict_the_mean:.4g} "
-            f"({target}; {self.num_images} image{'s' * (self.num_images > 1)})"
+            f"reconstruction loss {self.loss:.4g} vs {self.predict_the_mean:.4g} for predicting the mean "
+            f"(target: {target}; {self.num_images} image{'s' * (self.num_images > 1)})"
         )
         doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
         return text + doubt * self.suspicious

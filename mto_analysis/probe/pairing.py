@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from mto_analysis.probe.engine import mean_and_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["common_num_visible", "paired_difference", "rule_leaving"]
+__all__ = ["check_stacks", "common_num_visible", "paired_difference", "rule_leaving"]
 
 
 def _unit(info: ModelInfo) -> int:
@@ -78,10 +78,25 @@ def rule_leaving(info: ModelInfo, num_visible: int) -> MaskRule:
     return replace(info.mask_rule, ratio=(units - num_visible // unit - 0.5) / units)
 
 
+def check_stacks(stacks: Mapping[str, Iterable[str]]) -> None:
+    """Whether layer depths of models mean the same.
+
+    Args:
+        stacks: The stacks of each model that hold masked tokens, by its name.
+
+    Raises:
+        DataError: If they differ, as MAE's decoder and SimMIM's encoder do.
+    """
+    words = {name: ", ".join(each) for name, each in stacks.items()}
+    if len({frozenset(each.split(", ")) for each in words.values() if each}) > 1:
+        found = " and ".join(f"in {each} of {name}" for name, each in words.items())
+        raise DataError(f"masked tokens are {found}, whose layer depths do not correspond; leave --difference out")
+
+
 def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     """Second minus first, image by image: mean and 95 % interval of H and of H / log(num_visible).
 
-    Layer depths that both have are compared, stack by stack in order. The interval is that of the pairs, far narrower
+    Layer depths that both have are compared, stack by stack. The interval is that of the pairs, far narrower
     than the two models' own: images on which H is high are high in both.
 
     Args:
@@ -90,7 +105,7 @@ def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.Da
         second: Another.
 
     Raises:
-        DataError: If the two share no image.
+        DataError: If the two share no image, or have their masked tokens in different stacks.
     """
     import pandas as pd
 
@@ -100,16 +115,16 @@ def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.Da
     sides = []
     for model in (first, second):
         mine = frame[frame["model"] == model]
-        order = {stack: index for index, stack in enumerate(mine["stack"].unique())}
         columns = ["heterogeneity", "normalized", "num_visible"]
         means = mine.groupby(["stack", "layer_depth", "image"], sort=False)[columns].mean().reset_index()
-        sides.append(means.assign(order=means["stack"].map(order)))
-    both = sides[0].merge(sides[1], on=["order", "layer_depth", "image"], suffixes=("_first", "_second"))
+        sides.append(means)
+    check_stacks({name: side["stack"].unique() for name, side in zip((first, second), sides, strict=True)})
+    both = sides[0].merge(sides[1], on=["stack", "layer_depth", "image"], suffixes=("_first", "_second"))
     if both.empty:
         raise DataError(f"{first} and {second} were measured on no common image")
     difference = pd.DataFrame(
         {
-            "stack": both["stack_first"],
+            "stack": both["stack"],
             "layer_depth": both["layer_depth"],
             "image": both["image"],
             "difference": both["heterogeneity_second"] - both["heterogeneity_first"],
