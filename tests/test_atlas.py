@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import random
 import re
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +21,8 @@ import pytest
 from conftest import write_images
 from published_files import PUBLISHED
 from servers import Page, Server, serve
-from test_cli import fails, ok, run
+from test_cli import fails, ok, run, start
+from test_experiments import Killing
 
 from mto_analysis.atlas import COLUMNS, Protocol, choose_entries, merge_tables, read_table, sample_table
 from mto_analysis.atlas.page import read_scores, render_atlas
@@ -465,3 +472,72 @@ def test_scores__are_refused_in_words(table: pd.DataFrame, tmp_path: Path, text:
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=told):
         read_scores(tmp_path / "s.csv", table)
+
+
+# with real processes
+
+
+@pytest.fixture
+def slow_world(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Without anything done in this process."""
+    monkeypatch.setenv("MTO_ANALYSIS_CACHE", str(tmp_path / "cache"))
+    with serve({f"/{name}.pth": Page(content) for name, content in files.items()}) as server:
+        yield World(server, write_images(tmp_path / "images", ("a.png", "b.png", "c.png")), tmp_path)
+
+
+def whole_table(process: Any) -> None:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, (out, err)
+
+
+@pytest.mark.slow
+def test_run__interrupted_ten_times_at_random_moments_gives_the_same_table(slow_world: World) -> None:
+    names = slow_world.arguments(*NAMES)
+    arguments = ["atlas", "run", *names, "--images", slow_world.images, "--jobs", 2, "--drop-files", "--out"]
+    began = time.monotonic()
+    whole_table(start(*arguments, slow_world.folder / "whole"))
+    duration = time.monotonic() - began
+    chance = random.Random(0)
+    folders, interrupts, files_seen = [slow_world.folder / "0"], 0, set()
+    while interrupts < 10:
+        process = start(*arguments, folders[-1])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(duration * chance.uniform(0.1, 0.7))
+        if process.poll() is None:
+            interrupts += 1
+            process.send_signal(chance.choice((signal.SIGINT, signal.SIGKILL)))
+            process.communicate(timeout=60)
+            assert process.returncode in (130, -signal.SIGKILL)
+            files_seen.add(len(list(folders[-1].glob("parts/*.parquet"))))
+        else:
+            whole_table(process)
+            folders.append(slow_world.folder / str(len(folders)))
+    whole_table(start(*arguments, folders[-1]))
+    assert len(files_seen) > 2  # they were interrupted at different stages
+    for folder in folders:
+        for name in ("atlas.parquet", "atlas.csv", "images.csv"):
+            assert (folder / name).read_bytes() == (slow_world.folder / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_run__a_killed_process_is_started_again_or_fails_alone(
+    slow_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = slow_world.arguments("beit", "simmim")
+    monkeypatch.setattr(running, "perform", Killing(2))
+    assert slow_world.run("one", *names).exit_code == 0
+    monkeypatch.setattr(running, "perform", Killing(3))
+    result = slow_world.run("two", *names)
+    assert result.exit_code == 1
+    assert "beit: its process died (exit code -9; often memory is short" in result.stderr
+    assert set(read_table(slow_world.folder / "two")["checkpoint"]) == {"simmim"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_run__on_ray_gives_the_same_table(slow_world: World) -> None:
+    arguments = ["atlas", "run", *slow_world.arguments("beit", "simmim"), "--images", slow_world.images, "--out"]
+    for out, *more in (("local",), ("ray", "--engine", "ray")):
+        whole_table(start(*arguments, slow_world.folder / out, *more))
+    local, ray = (slow_world.folder / out / "atlas.parquet" for out in ("local", "ray"))
+    assert ray.read_bytes() == local.read_bytes()

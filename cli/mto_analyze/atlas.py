@@ -16,6 +16,7 @@ from mto_analyze.experiment import engine_of
 from mto_analyze.options import (
     CheckpointOptions,
     ComputeOptions,
+    EngineName,
     EngineOptions,
     Group,
     Images,
@@ -291,8 +292,10 @@ def _protocol(given: Mapping[str, Any]) -> Any:
     from mto_analysis.runtime.processes import pick_device
 
     options: dict[str, Any] = measuring.options_of(Protocol, given)
-    found = {"device": pick_device(given["device"]), "loading": LoadOptions(**measuring.loading(given))}
-    return Protocol(**{**options, "precision": str(given.get("precision", Precision.fp32)), **found})
+    if given["engine"] is EngineName.local:
+        pick_device(given["device"])  # one that is not there is an error now, not of each checkpoint
+    loading = LoadOptions(**measuring.loading(given))
+    return Protocol(**{**options, "precision": str(given.get("precision", Precision.fp32)), "loading": loading})
 
 
 def _teller(*, quiet: bool) -> Any:

@@ -70,7 +70,7 @@ class Protocol:
         measures: As :class:`~mto_analysis.probe.request.Settings` take them; by default all that are per layer.
         precision: Of the model's forward: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.
         batch_size: Images at once; values do not depend on it beyond rounding.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto`` (of the machine that measures), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         loading: What is given for what files leave open.
         contributor: Who measures, for the table.
     """

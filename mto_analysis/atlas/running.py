@@ -20,6 +20,7 @@ from mto_analysis.images import open_images
 from mto_analysis.images.image_sets import ImageSet, load_image_set
 from mto_analysis.runtime.listener import Listener, Progress
 from mto_analysis.runtime.outputs import csv_bytes, locked_folder, write_atomically
+from mto_analysis.runtime.processes import pick_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +97,7 @@ class Measurement:
 
         torch.set_num_threads(resources.threads)
         image_set = replace(load_image_set(self.image_set), name=self.set_name)
-        protocol = self.protocol if resources.device is None else replace(self.protocol, device=resources.device)
+        protocol = replace(self.protocol, device=pick_device(resources.device_for(self.protocol.device)))
         images = image_set.find(open_images(self.images))
         rows, file = measure_entry(self.entry, images, image_set, protocol, Listener(note, note))
         write_atomically(self.part, parquet_bytes(rows))

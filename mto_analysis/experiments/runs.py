@@ -78,7 +78,7 @@ class Run:
         from mto_analysis.training import pretrain
 
         torch.set_num_threads(resources.threads)
-        settings = self.settings if resources.device is None else replace(self.settings, device=resources.device)
+        settings = replace(self.settings, device=resources.device_for(self.settings.device))
         images = open_images(self.source, value_range=settings.value_range)
         for _ in pretrain(self.recipe, images, self.folder, settings, resume=True, on_note=note, source=self.source):
             pass

@@ -30,7 +30,7 @@ class Resources(NamedTuple):
 
     Attributes:
         threads: On the CPU.
-        device: Instead of the task's own, where several GPUs are shared out.
+        device: One of several GPUs that are shared out.
         retries: How often it is started again when its process dies.
         patience: Seconds that it waits for another process on the same task: one that is being ended, on a machine that
             was lost.
@@ -40,6 +40,15 @@ class Resources(NamedTuple):
     device: str | None = None
     retries: int = 2
     patience: float = 10.0
+
+    def device_for(self, asked: str) -> str:
+        """Where a task runs that asked for a device: a GPU of several that are shared out, unless it names one.
+
+        Example:
+            >>> [Resources(device="cuda:1").device_for(asked) for asked in ("auto", "cuda", "cuda:0", "cpu")]
+            ['cuda:1', 'cuda:1', 'cuda:0', 'cpu']
+        """
+        return self.device if self.device and asked in ("auto", "cuda") else asked
 
 
 class Task(Protocol):
