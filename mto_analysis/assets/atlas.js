@@ -198,7 +198,7 @@
       checkpoint, x: summary(checkpoint, $("summary").value), y: scores[task][checkpoint.checkpoint],
     })).filter(({ x, y }) => x !== undefined && y !== undefined);
     svg.setAttribute("role", points.length ? "group" : "img");
-    svg.setAttribute("aria-label", `${task} against ${measure} of ${points.length} checkpoints`);
+    svg.setAttribute("aria-label", `${task} against ${measure} of ${points.length} checkpoint${points.length === 1 ? "" : "s"}`);
     if (!points.length) {
       sayIn(svg, frame, "No checkpoint shown has both.");
       return;
@@ -246,11 +246,12 @@
   }
 
   // ---- events ----
-  for (const id of ["search", "family", "style", "evidence"]) $(id).addEventListener("input", filter);
-  for (const id of ["scale", "bands"]) $(id).addEventListener("input", drawCurves);
-  for (const id of ["task", "summary"]) $(id)?.addEventListener("input", drawScatter);
-  $("measure").addEventListener("input", () => { sort(); draw(); });
-  body.addEventListener("input", draw);
+  $("search").addEventListener("input", filter);
+  for (const id of ["family", "style", "evidence"]) $(id).addEventListener("change", filter);
+  for (const id of ["scale", "bands"]) $(id).addEventListener("change", drawCurves);
+  for (const id of ["task", "summary"]) $(id)?.addEventListener("change", drawScatter);
+  $("measure").addEventListener("change", () => { sort(); draw(); });
+  body.addEventListener("change", draw);
   const choose = (rule) => { rows.forEach((row) => { boxOf(row).checked = rule(row); }); draw(); };
   $("choose").addEventListener("click", () => choose((row) => boxOf(row).checked || isShown(row)));
   $("clear").addEventListener("click", () => choose(() => false));
