@@ -16,7 +16,7 @@ from mto_analysis.errors import StackError
 from mto_analysis.mto.losses import LayerProducts, MTOConfig, MTOTerms, combine_terms, layer_products
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.taps.forward import Forward, Stack
-from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
+from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
 
@@ -328,10 +328,10 @@ def _warn_of_collapse(where: str, last: MTOTerms, config: MTOConfig) -> None:
     h = last.heterogeneity.abs().amax()  # not finite where any is not
     names = ("sparsity", "embedding", "ranking", "heterogeneity")
     values = dict(zip(names, torch.stack([last.sparsity, last.embedding, last.ranking, h]).tolist(), strict=True))
-    for name, value in values.items():
-        if not math.isfinite(value):
+    for name in names[:-1]:
+        if not math.isfinite(values[name]):
             warn_of(f"{where}: {name} is not finite")
-    if values["heterogeneity"] < COLLAPSED:
-        warn_of(f"{where}: heterogeneity of all layers has collapsed to 0")
+    if words := collapse_of([values["heterogeneity"]]):
+        warn_of(f"{where}: {words}")
     if config.sparsity_weight > 0 and values["sparsity"] < _DEAD:
         warn_of(f"{where}: L_spa is dead, each visible token resembles only itself")

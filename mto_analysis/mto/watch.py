@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit, heterogeneity, quadrant_mass
 from mto_analysis.taps.forward import Forward, Stack
-from mto_analysis.taps.hooks import COLLAPSED, Attached, warn_of
+from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
@@ -133,10 +133,8 @@ class Watch(Attached[_Numbers]):
         weighted = [(forward.num_images / total, forward.values()) for forward in whole]
         numbers = {key: sum(share * values[key] for share, values in weighted) for key in weighted[0][1]}
         h = [value for key, value in numbers.items() if key.startswith("heterogeneity")]
-        if not all(map(math.isfinite, h)):
-            warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity is not finite")
-        elif max(h) < COLLAPSED:
-            warn_of(f"{stack.spec.name}, step {self.step - 1}: heterogeneity of all layers has collapsed to 0")
+        if words := collapse_of(h):
+            warn_of(f"{stack.spec.name}, step {self.step - 1}: {words}")
         start = self._key_prefix(stack)
         return {start + key: value for key, value in numbers.items()}
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mto_analysis.models import MaskedImageModel
+from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
-__all__ = ["OwnLoss", "own_loss", "predicts_pixels", "relative_losses"]
+__all__ = ["OwnLoss", "losses_of", "own_loss", "predicts_pixels", "relative_losses"]
 
 
 class OwnLoss(NamedTuple):
@@ -83,17 +83,29 @@ def relative_losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> Te
 def _losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> dict[Target, tuple[Tensor, Tensor]]:
     """The losses of each image and those of predicting the mean, for each target that the model may have."""
     info = model.info
-    if info.criterion is None or not predicts_pixels(model):
+    if not predicts_pixels(model):
         return {}
-    prediction = model.reconstruct(images, mask).float()
-    images = images.float()
+    prediction = model.reconstruct(images, mask)
     stated = None if info.target == "features" else info.target
     targets: tuple[Target, ...] = ("pixels", "normalized_pixels") if stated is None else (stated,)
-    found: dict[Target, tuple[Tensor, Tensor]] = {}
-    for target in targets:
-        loss, mean = (
-            reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion)
-            for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
-        )
-        found[target] = loss, mean
-    return found
+    return {target: losses_of(prediction, images, mask, info, target) for target in targets}
+
+
+def losses_of(
+    prediction: Tensor, images: Tensor, mask: Tensor, info: ModelInfo, target: Target
+) -> tuple[Tensor, Tensor]:
+    """The loss of each image, and that of predicting the mean, of a model that predicts pixels.
+
+    Shapes:
+        prediction: batch channels height width (from ``model.reconstruct``)
+        images: batch channels height width
+        mask: batch num_patches
+        returns: batch; batch
+    """
+    assert info.criterion is not None
+    prediction, images = prediction.float(), images.float()
+    loss, mean = (
+        reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion)
+        for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
+    )
+    return loss, mean

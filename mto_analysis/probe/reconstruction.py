@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mto_analysis.errors import CheckpointError
 from mto_analysis.models import ModelInfo
-from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss, restore_patches
+from mto_analysis.models.targets import Target, restore_patches
 from mto_analysis.models.vit import patchify, unpatchify
 from mto_analysis.probe.engine import undisturbed
+from mto_analysis.probe.own_loss import losses_of
 from mto_analysis.probe.shown import ShownModel
 from mto_analysis.runtime.listener import Listener
 
@@ -191,11 +192,8 @@ def reconstruct_shown(shown: ShownModel) -> list[Reconstruction]:
         raise ValueError(f"{shown.label} ({info.family}) predicts no pixels")
     target = shown.own_loss.target
     with undisturbed(shown.model):
-        prediction = shown.model.reconstruct(images, mask).float()
-    losses, means = (
-        reconstruction_loss(guess, images, mask, info.patch_size, target=target, criterion=info.criterion).tolist()
-        for guess in (prediction, mean_prediction(images, mask, info.patch_size, target=target))
-    )
+        prediction = shown.model.reconstruct(images, mask)
+    losses, means = (each.tolist() for each in losses_of(prediction, images, mask, info, target))
     views = reconstruction_views(prediction, images, mask, info, target=target)
     arrays = [in_colour(view).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for view in views]
     counts = mask.sum(dim=1).tolist()

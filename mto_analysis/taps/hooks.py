@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,10 @@ from mto_analysis.taps.forward import REQUESTED, Forward, NotEntered, Stack
 from mto_analysis.taps.search import holders_of
 from mto_analysis.taps.stacks import StackSpec, find_tokens
 
-__all__ = ["COLLAPSED", "Attached", "CollapseWarning", "on_output", "recomputing", "warn_of"]
+__all__ = ["Attached", "CollapseWarning", "collapse_of", "on_output", "recomputing", "warn_of"]
 
-#: In nats: below this H of every layer, its gradients are gone.
-COLLAPSED = 1e-4
+# In nats: below this H of every layer, its gradients are gone.
+_COLLAPSED = 1e-4
 
 
 class CollapseWarning(UserWarning):
@@ -324,6 +325,18 @@ def recomputing() -> bool:
 def on_output(model: nn.Module, change: Callable[[nn.Module, Any], Any]) -> RemovableHandle:
     """Change what a model returns: ``change`` gets the model and its output, and gives the new one."""
     return model.register_forward_hook(lambda module, args, output: change(module, output))
+
+
+def collapse_of(heterogeneity: Sequence[float]) -> str | None:
+    """What is wrong with H of the layers of a stack, in words.
+
+    Example:
+        >>> collapse_of([0.3, 1e-9]), collapse_of([1e-5, 1e-9])
+        (None, 'heterogeneity of all layers has collapsed to 0')
+    """
+    if not all(map(math.isfinite, heterogeneity)):
+        return "heterogeneity is not finite"
+    return "heterogeneity of all layers has collapsed to 0" if max(heterogeneity) < _COLLAPSED else None
 
 
 def warn_of(message: str) -> None:
