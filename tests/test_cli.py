@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -40,7 +42,7 @@ from mto_analysis import (
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.runtime.outputs import locked_folder
-from mto_analyze import app
+from mto_analyze import app, console
 
 RECORD = {"run.json", "run.toml", "methods.md"}
 FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", *RECORD}
@@ -793,6 +795,24 @@ def test_empty_paths__are_refused_and_not_the_current_folder(option: str, tmp_pa
         line = fails(2, "heterogeneity", "--ckpt", MAE_FILE, *given)
         assert f"Invalid value for {option}: is empty; give a path" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_notes__are_not_glued_to_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    for number in console.progress(range(3), 3, "measuring"):
+        console.note(f"note {number} [of] 3")
+    monkeypatch.undo()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())  # without the terminal's own words
+    for number in range(3):
+        assert re.search(rf"(^|[\r\n])note {number} \[of\] 3\r?\n", text), text
+    assert "measuring" in text
+    assert not console._shown
 
 
 def test_closed_streams__do_not_cost_results(tmp_path: Path) -> None:

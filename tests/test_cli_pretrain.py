@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import sys
 import warnings
 
@@ -25,11 +26,16 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
-def test_pretrain__trains_with_mto_and_evaluates(tmp_path):
+def test_pretrain__trains_with_mto_and_evaluates(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mto_analyze.pretrain"), "SECONDS_BETWEEN_LINES", 0.0)
     options = ["--mto", "--set", "mto.ranking_weight=0", "--eval-every", 1, "--eval-test", DEMO_IMAGES, "--seed", 3]
     done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
     assert "epoch 2/2  loss" in done.stderr
+    assert done.stderr.splitlines()[0] == "recipe:     mae_cifar10 (mae), seed 3, with MTO"
+    assert "training:   2 epochs x 4 steps of 64 images, base learning rate" in done.stderr
+    assert "evaluation: knn every 1 epochs on" in done.stderr
+    assert len(re.findall(r"^step \d/8  epoch [12] loss [\d.]+  \d+ s left$", done.stderr, re.MULTILINE)) >= 5
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
     assert metadata["settings"]["mto"]["ranking_weight"] == 0
     assert metadata["identity"]["seed"] == 3

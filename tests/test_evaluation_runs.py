@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,10 @@ def test_evaluate_knn__writes_a_curve_that_rauc_reads(tmp_path, sources) -> None
     assert result.exit_code == 0, result.output
     names = ["curves.csv", "curves.pdf", "curves.png", "methods.md", "random.csv", "run.json", "run.toml"]
     assert sorted(path.name for path in out.iterdir()) == [*names, "settings.json"]
+    score, chance = pd.read_csv(out / "curves.csv")["score"].iloc[2], pd.read_csv(out / "random.csv")["score"].iloc[0]
+    assert re.search(
+        rf"^base at epoch 3: {score:.2f} %, .* random weights \({chance:.2f} %; ", result.stdout, re.MULTILINE
+    )
     methods = (out / "methods.md").read_text()
     assert "k was 3 and the temperature of the weights 0.07" in methods
     assert "random weights were scored for comparison" in methods

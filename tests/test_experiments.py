@@ -29,6 +29,7 @@ from mto_analysis.experiments.worker import Outcome, Resources, _failure, perfor
 from mto_analysis.rauc import rauc
 from mto_analysis.training import RunFolder
 from mto_analyze import app
+from mto_analyze.experiment import estimate
 
 #: Columns that depend on how fast the machine is.
 TIMING = ["seconds"]
@@ -143,12 +144,14 @@ def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:
     result = run(file, "--images", tmp_path, "--out", tmp_path / "out", "--dry-run", "--set", "seeds=0,1,2")
     assert result.exit_code == 0, result.stderr
     assert "MAE + MTO, seed 2: 2 epochs, 8 steps" in result.stdout
-    assert "9 runs, 9 to do" in result.stdout
-    minutes = [
-        float(each) for each in re.findall(r"([\d.e-]+) (?:minutes of training|of evaluation|in all)", result.stdout)
-    ]
-    assert all(each > 0 for each in minutes)
-    assert minutes[0] + minutes[1] == pytest.approx(minutes[2], rel=0.02)
+    assert re.search(
+        r"9 runs, 9 to do. Estimate: \d+ (s|min) of training .* \+ \d+ (s|min) of evaluation", result.stdout
+    )
+    assert "in all with --jobs 1." in result.stdout
+    assert estimate(469_200, 67_200, 4) == (
+        "Estimate: 130 h (5.4 days) of training (from a few timed steps) + 18.7 h of evaluation (from one of an "
+        "untrained model); 37.2 h in all with --jobs 4, if runs do not slow each other."
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -242,24 +242,48 @@ def as_text(table: pd.DataFrame) -> str:
     return table[columns].to_string(index=False, float_format=lambda value: f"{value:.6g}")
 
 
+# Where bars are shown just now, whose lines would be glued to whatever is written past them.
+_shown: list[Any] = []
+
+
 def note(message: str, *, quiet: bool = False) -> None:
     """Say something on stderr, unless told to be quiet; of several processes the main one speaks."""
-    if not quiet and this_process().main:
-        with suppress(OSError):  # results matter more than words that nobody reads
+    if quiet or not this_process().main:
+        return
+    with suppress(OSError):  # results matter more than words that nobody reads
+        if _shown:
+            _shown[-1].print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
             typer.echo(message, err=True)
 
 
-def progress(items: Iterable[Item], total: int | None, label: str, *, quiet: bool = False) -> Iterator[Item]:
-    """Show a bar on stderr while items pass by; nothing when stderr is not a terminal."""
+@contextmanager
+def bars(*columns: Any, quiet: bool = False) -> Iterator[Any]:
+    """Rich progress bars on stderr, with notes above them; ``None`` where stderr is no terminal.
+
+    Args:
+        columns: Of each bar; by default its description, itself, the count, and the time left.
+        quiet: Show none.
+    """
     if quiet or not this_process().main or not sys.stderr.isatty():
-        yield from items
+        yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield from bar.track(items, total=total, description=label)
+    columns = columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        _shown.append(progress.console)
+        try:
+            yield progress
+        finally:
+            _shown.pop()
+
+
+def progress(items: Iterable[Item], total: int | None, label: str, *, quiet: bool = False) -> Iterator[Item]:
+    """Show a bar on stderr while items pass by; nothing when stderr is not a terminal."""
+    with bars(quiet=quiet) as shown:
+        yield from items if shown is None else shown.track(items, total=total, description=label)
 
 
 def settings_of(texts: Sequence[str]) -> dict[str, str]:

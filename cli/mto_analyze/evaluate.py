@@ -454,12 +454,14 @@ def _score_all(
     if here.main:
         skipped = {name: dict(each.images.skipped) for name, each in zip(("train", "test"), images, strict=True)}
         told = {"protocol": protocol, "scored": len(todo), "skipped": skipped, "device": here.device_name}
+        told["test_images"] = len(images[1].rows)
         _write(context, curve, random, told)
 
 
 def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], told: dict[str, Any]) -> None:
     """What was run, and the figure, beside the curve; then the table on the screen."""
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
+    from mto_analysis.training.evaluation.checkpoint_scores import verdicts
 
     table = curve.table()
     metadata = run_metadata(context.params, random=random, settings=curve.settings, **told)
@@ -472,6 +474,7 @@ def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], t
         names += [path.name for path in write_figure(curve.path.parent, "curves", draw_accuracy(table, random))]
     shown = table.drop(columns=["protocol", "checkpoint", "seconds"]).dropna(axis="columns", how="all")
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
+    typer.echo("\n".join(verdicts(table, random, told["test_images"])))
     note(f"wrote {', '.join(names)} to {curve.path.parent}", quiet=context.params["quiet"])
 
 

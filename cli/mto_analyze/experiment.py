@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note, settings_of
+from mto_analyze.console import bars, note, settings_of
 from mto_analyze.options import ADVANCED, DrawingOptions, EngineName, EngineOptions, Quiet, ValueRange, takes
 from mto_analyze.repeating import write_record
 
@@ -247,12 +247,20 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
             scoring += (1 + math.ceil(run.recipe.epochs / evaluation.every)) * seconds_a_score[run.variant]
         state = "finished" if finished else f"{run.recipe.epochs} epochs, {total_steps(run, count)} steps"
         lines.append(f"{run.name}: {state}")
-    lines.append(
-        f"{len(runs.all)} runs, {left} to do; one after the other about {training / 60:.3g} minutes of training (from "
-        f"a few timed steps) and {scoring / 60:.3g} of evaluation (from one of an untrained model), "
-        f"{(training + scoring) / 60 / jobs:.3g} in all with {jobs} at once if they do not slow each other down"
-    )
+    lines.append(f"{len(runs.all)} runs, {left} to do. {estimate(training, scoring, jobs)}")
     return "\n".join(lines)
+
+
+def estimate(training: float, scoring: float, jobs: int) -> str:
+    """How long runs take that are left, from the seconds of all of them one after the other."""
+    from mto_analysis.runtime.listener import duration
+
+    whole = duration((training + scoring) / jobs)
+    together = ", if runs do not slow each other" if jobs > 1 else ""
+    return (
+        f"Estimate: {duration(training)} of training (from a few timed steps) + {duration(scoring)} of evaluation "
+        f"(from one of an untrained model); {whole} in all with --jobs {jobs}{together}."
+    )
 
 
 @contextmanager
@@ -276,16 +284,11 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
             score = _last_score(progress)
             note(f"[{len(finished)}/{total}] {progress.run.name}: {score}", quiet=quiet)
 
-    if quiet or not sys.stderr.isatty():
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        whole = bars.add_task("all runs", total=sum(total_steps(run, count) for run in runs.all), words="")
+    with bars(*_columns(quiet), quiet=quiet) as shown:
+        if shown is None:
+            yield line
+            return
+        whole = shown.add_task("all runs", total=sum(total_steps(run, count) for run in runs.all), words="")
         tasks: dict[Any, Any] = {}
         steps: dict[Any, int] = {}
 
@@ -293,18 +296,27 @@ def _board(runs: ExperimentRuns, count: int, quiet: bool) -> Iterator[Callable[[
             run = progress.run
             line(progress)
             if progress.state == "going" and run.folder not in tasks:
-                tasks[run.folder] = bars.add_task(run.name, total=progress.total_steps, words="")
+                tasks[run.folder] = shown.add_task(run.name, total=progress.total_steps, words="")
             if progress.state in ("found", "going", "done"):
                 steps[run.folder] = progress.step
                 words = f"epoch {progress.epoch}/{run.recipe.epochs}"
                 words += f", {progress.score:.1f} %" if progress.score is not None else ""
                 if run.folder in tasks:
-                    bars.update(tasks[run.folder], completed=progress.step, words=words)
+                    shown.update(tasks[run.folder], completed=progress.step, words=words)
             if progress.state in ("done", "failed") and run.folder in tasks:
-                bars.remove_task(tasks.pop(run.folder))
-            bars.update(whole, completed=sum(steps.values()), words=f"{len(finished)}/{total}")
+                shown.remove_task(tasks.pop(run.folder))
+            shown.update(whole, completed=sum(steps.values()), words=f"{len(finished)}/{total}")
 
         yield show
+
+
+def _columns(quiet: bool) -> tuple[Any, ...]:
+    """Of the board's bars; none are made where there are no bars, for which rich is not imported."""
+    if quiet or not sys.stderr.isatty():
+        return ()
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    return (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
 
 
 def _last_score(progress: Progress) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analysis.runtime.processes import this_process
-from mto_analyze.console import launchable, note, settings_of
+from mto_analyze.console import bars, launchable, note, settings_of
 from mto_analyze.options import ADVANCED, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
 from mto_analyze.repeating import RUN_FILE, write_methods, write_run_file
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mto_analysis.training import EpochRecord, Recipe, RunSettings, StepRecord
+
+
+#: Of a run whose epochs take longer, where no bar shows that it goes on.
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class NumberFormat(StrEnum):
@@ -226,6 +231,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             if this_process().main:
                 typer.echo(planned)
             return
+        note(_summary(chosen, len(images.names), settings, out), quiet=quiet)
         for record in pretrain(
             chosen,
             images,
@@ -330,6 +336,25 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
     return replace(settings, evaluation=Evaluation(**{"protocol": "knn", "train": str(source), **given}))
 
 
+def _summary(recipe: Recipe, count: int, settings: RunSettings, out: Path) -> str:
+    """What is about to run, in a few lines."""
+    from mto_analysis.images import steps_in_epoch
+
+    here = this_process(settings.device)
+    steps, scored = steps_in_epoch(count, recipe.batch_size), settings.evaluation
+    scoring = f"{scored.protocol} every {scored.every} epochs on {scored.test}" if scored else "none"
+    rows = {
+        "recipe": f"{recipe.name} ({recipe.method}), seed {settings.seed}{', with MTO' if settings.mto else ''}",
+        "images": f"{count} of {recipe.image_size} px, {recipe.mask_ratio:g} of them masked ({recipe.mask_kind})",
+        "training": f"{recipe.epochs} epochs x {steps} steps of {recipe.batch_size} images, base learning rate "
+        f"{recipe.base_lr:g}, weight decay {recipe.weight_decay:g}",
+        "computed": f"{settings.precision} on {here.device_name}, {here.count} process{'es' * (here.count > 1)}",
+        "evaluation": scoring,
+        "output": f"{out} (last.pth every {settings.save_every} epochs); --dry-run estimates memory and time",
+    }
+    return "\n".join(f"{name + ':':<12}{words}" for name, words in rows.items())
+
+
 def _line(record: EpochRecord, epochs: int) -> str:
     terms = " ".join(f"{name} {value:.4g}" for name, value in record.terms.items()) if len(record.terms) > 1 else ""
     score = "" if record.score is None else f"  score {record.score:.2f} %"
@@ -341,25 +366,24 @@ def _line(record: EpochRecord, epochs: int) -> str:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[StepRecord], None] | None]:
-    """A bar over all steps with the time left; nothing where stderr is no terminal."""
-    import sys
+    """A bar over all steps with the time left; where stderr is no terminal, a line now and then."""
+    from mto_analysis.runtime.listener import duration
 
-    if quiet or not sys.stderr.isatty() or not this_process().main:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("pre-training", total=None)
+    with bars(quiet=quiet) as shown:
+        task = None if shown is None else shown.add_task("pre-training", total=None)
+        began = last = time.monotonic()
+        first = 0
 
         def show(record: StepRecord) -> None:
-            bar.update(
-                task,
-                total=record.total_steps,
-                completed=record.step,
-                description=f"epoch {record.epoch + 1} loss {record.loss:.4g}",
-            )
+            nonlocal last, first
+            words = f"epoch {record.epoch + 1} loss {record.loss:.4g}"
+            if shown is not None:
+                shown.update(task, total=record.total_steps, completed=record.step, description=words)
+                return
+            first, now = first or record.step, time.monotonic()
+            if record.step > first and now - last >= SECONDS_BETWEEN_LINES:
+                left = (now - began) / (record.step - first) * (record.total_steps - record.step)
+                note(f"step {record.step}/{record.total_steps}  {words}  {duration(left)} left", quiet=quiet)
+                last = now
 
         yield show

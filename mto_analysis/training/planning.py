@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.images import steps_in_epoch
+from mto_analysis.runtime.listener import duration
 from mto_analysis.runtime.processes import Processes, this_process
 from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.methods import build_method, learning_rate
@@ -102,7 +103,7 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
         *measured.rows(micro),
         (
             "time",
-            _duration(seconds),
+            duration(seconds),
             f"{recipe.batch_size * total / seconds:.0f} images/s in timed steps, reading images not counted",
         ),
     ]
@@ -245,10 +246,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ __all__ = [
     "named_checkpoints",
     "score_checkpoints",
     "score_random",
+    "verdicts",
 ]
 
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
@@ -425,3 +427,41 @@ def score_random(
         if curve.writes:
             write_atomically(path, csv_bytes(_frame(rows)))
     return {str(method): float(part["score"].mean()) for method, part in _frame(rows).groupby("method", sort=False)}
+
+
+def verdicts(table: pd.DataFrame, random: Mapping[str, float], test_images: int) -> list[str]:
+    """A sentence per method: its last scores against the same architecture with random weights.
+
+    A difference counts where it exceeds 1.96 standard errors of two proportions on ``test_images`` images each; that
+    both were scored on the same ones makes the true error smaller.
+
+    Args:
+        table: Rows of ``curves.csv``.
+        random: Top-1 percent of random weights, by method; without any, how to get them.
+        test_images: How many images were scored.
+
+    Example:
+        >>> rows = pd.DataFrame({"method": ["MAE", "MAE"], "epoch": [1, 10], "score": [30.0, 45.0]})
+        >>> verdicts(rows, {"MAE": 28.0}, 1000)
+        ['MAE at epoch 10: 45.00 %, 17.00 points above random weights (28.00 %; +-4.15 by chance on 1000 images).']
+        >>> verdicts(rows, {}, 1000)
+        ['No verdict: --random-baseline scores the same architecture with random weights, to compare with.']
+    """
+    if not random:
+        return ["No verdict: --random-baseline scores the same architecture with random weights, to compare with."]
+    sentences = []
+    for method, value in random.items():
+        mine = table[table["method"] == method]
+        epoch = mine["epoch"].max()  # missing where no checkpoint says its own
+        last = mine if pd.isna(epoch) else mine[mine["epoch"] == epoch]
+        score = float(last["score"].mean())
+        chance = 196 * math.sqrt(sum(share * (1 - share) for share in (score / 100, value / 100)) / test_images)
+        gap = score - value
+        words = (
+            "no different from" if abs(gap) <= chance else f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"
+        )
+        sentences.append(
+            f"{method}{'' if pd.isna(epoch) else f' at epoch {epoch:g}'}: {score:.2f} %, {words} random weights "
+            f"({value:.2f} %; +-{chance:.2f} by chance on {test_images} images)."
+        )
+    return sentences
