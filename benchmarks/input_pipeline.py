@@ -25,7 +25,6 @@ from torchvision import transforms
 
 from mto_analysis.images import TrainingData, open_images
 from mto_analysis.images.augmentation import method_augmentation
-from mto_analysis.images.decoding import to_rgb
 from mto_analysis.masks import MaskRule
 
 TARGET = 1.6
@@ -52,7 +51,7 @@ def smooth_images(count: int) -> Iterator[Image.Image]:
 def given_images(folder: Path, count: int) -> Iterator[Image.Image]:
     images = open_images(folder)
     for row in range(min(count, len(images.names))):
-        yield to_rgb(images.open(row)).resize(SIZE, Image.Resampling.BICUBIC)
+        yield images.open(row).convert("RGB").resize(SIZE, Image.Resampling.BICUBIC)
 
 
 def pil_pass(files: list[Path]) -> Callable[[], int]:

@@ -70,7 +70,7 @@ def affinity(
     scale: ScaleOption = Scale.off_diagonal,
     log: Log = False,
     chosen: ImageNames = None,
-    num_workers: Workers = 0,
+    num_workers: Workers = None,
     strict: Strict = False,
 ) -> None:
     """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.

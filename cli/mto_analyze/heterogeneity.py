@@ -103,7 +103,7 @@ def heterogeneity(
     masks_per_image: MasksPerImage = 1,
     save_masks: SaveMasks = False,
     precision: MeasuringPrecision = Precision.fp32,
-    num_workers: Workers = 0,
+    num_workers: Workers = None,
     strict: Strict = False,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.

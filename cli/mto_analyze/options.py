@@ -262,7 +262,13 @@ DeviceName = Annotated[
     typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.", rich_help_panel=ADVANCED),
 ]
 Workers = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Processes that decode images.", rich_help_panel=ADVANCED)
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Processes that decode images; measuring chooses by their number.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 MeasuringPrecision = Annotated[
     Precision,

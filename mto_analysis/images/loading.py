@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,12 +16,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError, explained
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "usual_workers"]
 
 # Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
 _TIMEOUT = 300
 # Seconds for the signal of a process's end, which may come after its connection is lost.
 _SIGNAL_SECONDS = 0.5
+
+# To start a process takes as long as to decode some of the images; more than some processes gain nothing.
+_IMAGES_PER_WORKER = 128
+_MOST_WORKERS = 12
+
+
+def usual_workers(num_images: int, processes: int = 1) -> int:
+    """How many worker processes to decode images in, unless the user says so: for few images none.
+
+    Args:
+        num_images: Of this process.
+        processes: That share the processor cores.
+
+    Example:
+        >>> usual_workers(8)
+        0
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // processes, _MOST_WORKERS, num_images // _IMAGES_PER_WORKER)
 
 
 class Loader:

@@ -50,7 +50,8 @@ class Settings:
         batch_size: Images at once; results do not depend on it beyond rounding.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: Of the model's forward; H is computed in at least float32.
-        num_workers: Processes that decode images.
+        num_workers: Processes that decode images; by default as many as pay off for their number
+            (:func:`~mto_analysis.images.loading.usual_workers`).
         strict: A broken image is an error.
         measures: Names of :data:`~mto_analysis.probe.measures.MEASURES` in one text or several, or ``"all"`` that a
             model allows; heterogeneity is always among them.
@@ -67,7 +68,7 @@ class Settings:
     batch_size: int = 32
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    num_workers: int = 0
+    num_workers: int | None = None
     strict: bool = False
     measures: str | Sequence[str] = "h"
     keep_masks: bool = False
