@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from mto_analysis.errors import DataError, explained
 from mto_analysis.images import loading
-from mto_analysis.images.loading import Loader
+from mto_analysis.images.loading import Loader, usual_workers
 
 
 class Item(NamedTuple):
@@ -116,3 +116,10 @@ def test_commands__end_with_too_little_shared_memory(command: str, checkpoints, 
     isolated = ["unshare", "-m", "bash", "-c", script, "bash", *map(str, words)]
     done = subprocess.run(isolated, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_usual_workers__none_for_few_images_and_a_core_each(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [usual_workers(count) for count in (0, 8, 127, 128, 600, 100_000)] == [0, 0, 0, 1, 4, 8]
+    assert usual_workers(100_000, processes=4) == 2
+    assert usual_workers(100_000, processes=16) == 0
