@@ -16,6 +16,7 @@ from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info
 from mto_analysis.errors import DataError, HeadCountError, OptionNeededError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, image_batches
 from mto_analysis.images.interface import choose_rows, spread_rows
+from mto_analysis.images.loading import usual_workers
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.adapting import with_config
@@ -341,9 +342,11 @@ class Request:
         rows: Sequence[int],
         *,
         batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
     ) -> Iterator[ImageBatch]:
         """Some images for a model; broken ones are noted, or an error under ``strict``."""
+        if num_workers is None:
+            num_workers = usual_workers(len(rows), self.processes.count)
         return image_batches(
             choose_rows(self.images, rows),
             model.info,

@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from mto_analysis.images import ImageBatch
-from mto_analysis.images.loading import usual_workers
 from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.probe.accumulating import Setup, TokenMeasure
 from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, run_measures, undisturbed
@@ -90,9 +89,7 @@ def _shared(
     anchored = [each for each in objects if isinstance(each, Anchored)]
     if mine and not processes.main and anchored:
         _show_first(model, request.batches(model, rows), masks, anchored)
-    workers = settings.num_workers
-    workers = usual_workers(len(mine), processes.count) if workers is None else workers
-    batches = request.batches(model, mine, num_workers=workers) if mine else iter(())
+    batches = request.batches(model, mine, num_workers=settings.num_workers) if mine else iter(())
     stream = iter(request.listener.progress(batches, -(-len(mine) // settings.batch_size), label))
     first = next(stream, None)
     result = ProbeResult(())
