@@ -201,6 +201,18 @@ def test_run__refuses_what_does_not_belong_together(
     assert (world.folder / "atlas/atlas.csv").read_bytes() == before
 
 
+def test_run__notices_that_a_file_of_ones_own_has_changed(world: World, files: dict[str, bytes]) -> None:
+    path = world.folder / "mine.pth"
+    path.write_bytes(files["beit"])
+    assert world.run("mine", path, "--measures", "h").exit_code == 0
+    assert world.run("mine", path, "--measures", "h").exit_code == 0
+    path.write_bytes(files["conmim"])
+    result = world.run("mine", path, "--measures", "h")
+    assert result.exit_code == 2
+    assert "mine.parquet was measured with file_sha256 " in result.stderr
+    assert "is the folder of a run" in fails(2, "atlas", "merge", path, path, "--out", world.folder / "mine")
+
+
 def test_run__leaves_a_table_of_others_alone(world: World) -> None:
     (world.folder / "theirs").mkdir()
     (world.folder / "theirs/atlas.csv").write_text("mine")
@@ -307,6 +319,9 @@ def test_verify__measures_a_part_again(world: World, table: pd.DataFrame, tmp_pa
     assert f"1 of {rows[0][2]} rows of both tables differ beyond rounding: {first}, " in result.stderr
     said = [line.split() for line in result.stdout.splitlines()[1:]]
     assert [(row[2], row[4]) for row in said] == [(rows[0][2], "False"), ("0", "False")]
+    result = run("atlas", "verify", world.folder / "atlas", *options, "--offline")
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1].endswith("offline nothing is fetched; nothing was verified")
     assert "other images: images (" in fails(2, "atlas", "verify", world.folder / "atlas", "-q")
 
 

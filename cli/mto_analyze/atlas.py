@@ -30,6 +30,7 @@ from mto_analyze.options import (
     Precision,
     Quiet,
     Seed,
+    Workers,
     takes,
 )
 
@@ -92,6 +93,7 @@ def run(
     measures: Measures = "all,-attention,-cka",
     contributor: Annotated[str, typer.Option(metavar="NAME", help="Who measures, for the table.")] = "",
     precision: MeasuringPrecision = Precision.fp32,
+    num_workers: Workers = 0,
 ) -> None:
     """Download, verify and measure checkpoints, one after the other.
 
@@ -102,11 +104,15 @@ def run(
       mto-analyze atlas run --family mae --images VAL --out atlas
     """
     from mto_analysis.atlas import AtlasFolder, choose_entries, measure_all
+    from mto_analysis.checkpoints.registry import list_checkpoints
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
     entries = choose_entries(ids or (), families=family or (), every=every)
     if len(entries) > 1 and any(isinstance(context.params[name], int) for name in ("num_heads", "decoder_num_heads")):
         raise ValueError("a number of heads is of one checkpoint: measure it alone, or give auto")
+    if every:
+        left = len(list_checkpoints()) - len(choose_entries(every=True))
+        note(f"{left} files of the registry cannot be measured, see mto-analyze checkpoints list", quiet=quiet)
     source, chosen = _images(context.params)
     failures = measure_all(
         dict.fromkeys(entries, _protocol(context.params)),
@@ -145,6 +151,8 @@ def merge(
     from mto_analysis.figures.files import write_outputs
     from mto_analysis.runtime.outputs import OutputFolder
 
+    if (out / "parts").is_dir():
+        raise ValueError(f"{out} is the folder of a run, whose table comes from its parts; choose another --out")
     merged, found = merge_tables({str(path): read_table(path) for path in tables})
     outputs = table_outputs(merged)
     write_outputs(OutputFolder(out, outputs, overwrite=overwrite), outputs)
@@ -166,6 +174,7 @@ def verify(
     drop_files: Annotated[
         bool, typer.Option("--drop-files", help="Delete each download once it is measured.", rich_help_panel="Output")
     ] = False,
+    num_workers: Workers = 0,
     offline: Offline = False,
 ) -> None:
     """Measure a random part of a table again, and compare.
@@ -201,6 +210,8 @@ def verify(
             tell=_teller(quiet=quiet),
         )
         again = folder.table()
+    if len(failures) == len(sample.wanted):
+        _report(failures, "nothing was verified")
     summary, found = compare_again(sample, again)
     typer.echo(summary.to_string(index=False, float_format=lambda value: f"{value:.2g}"))
     found.check()

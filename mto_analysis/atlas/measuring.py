@@ -70,6 +70,7 @@ class Protocol:
         measures: As :class:`~mto_analysis.probe.request.Settings` take them; by default all that are per layer.
         precision: Of the model's forward: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.
         batch_size: Images at once; values do not depend on it beyond rounding.
+        num_workers: Processes that decode images.
         device: ``auto`` (of the machine that measures), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         loading: What is given for what files leave open.
         contributor: Who measures, for the table.
@@ -80,6 +81,7 @@ class Protocol:
     measures: str = PER_LAYER
     precision: str = "fp32"
     batch_size: int = 32
+    num_workers: int = 0
     device: str = "cpu"
     loading: LoadOptions = field(default_factory=LoadOptions)
     contributor: str = ""
@@ -90,6 +92,7 @@ class Protocol:
             masks_per_image=self.masks_per_image,
             seed=self.seed,
             batch_size=self.batch_size,
+            num_workers=self.num_workers,
             device=self.device,
             dtype=DTYPES[self.precision],
             strict=True,

@@ -107,8 +107,13 @@ def render_atlas(
         table: From :func:`~mto_analysis.atlas.table.read_table`.
         title: Heading of the page.
         scores: From :func:`read_scores`.
+
+    Raises:
+        DataError: If the table has no measure per layer.
     """
     per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
+    if per_layer.empty:
+        raise DataError("the table has no measure per layer, so there is nothing to draw")
     several = table.groupby("checkpoint")["stack"].transform("nunique") > 1
     labels = table["checkpoint"].where(~several, table["checkpoint"] + ", " + table["stack"])
     names = list(dict.fromkeys(per_layer["measure"]))
@@ -147,7 +152,7 @@ def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:
         }
         for measure, curve in rows.sort_values("layer_depth").groupby("measure", sort=False)
     }
-    own = row["own_loss"] / row["own_loss_of_mean"]
+    known = row["own_loss_of_mean"] > 0  # not of models that predict no pixels, nor on images of one colour
     return {
         "label": label,
         "checkpoint": row["checkpoint"],
@@ -155,7 +160,7 @@ def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:
         "basis": row["evidence"].partition(":")[0],
         "epochs": None if row.isna()["epochs"] else int(row["epochs"]),
         "layers": int(rows["layer_depth"].max()),
-        "loss": None if own != own else float(own),  # NaN of models that predict no pixels
+        "loss": float(row["own_loss"] / row["own_loss_of_mean"]) if known else None,
         "measures": curves,
         "about": {words: str(row[name]) for name, words in _ABOUT.items() if row[name] not in ("", "{}")},
     }

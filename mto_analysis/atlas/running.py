@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mto_analysis.atlas.measuring import Entry, Protocol, measure_entry
 from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_bytes, read_table, table_outputs
+from mto_analysis.checkpoints import checkpoint_sha256
 from mto_analysis.checkpoints.fetching import drop_fetched
 from mto_analysis.errors import ExperimentError, OutputExistsError
 from mto_analysis.experiments.running import Engine
@@ -145,7 +146,10 @@ class AtlasFolder:
         expected: dict[Path, dict[str, Any]] = {
             part: {key: shared[key] for key in SHARED if key in shared} for part in self._measured()
         }
-        expected |= {self.part(entry): {"source": entry.source, **of.identity()} for entry, of in wanted.items()}
+        for entry, protocol in wanted.items():
+            expected[self.part(entry)] = {"source": entry.source, **protocol.identity()}
+            if self.part(entry).exists() and Path(entry.source).exists():  # a file of the user's may have changed since
+                expected[self.part(entry)]["file_sha256"] = checkpoint_sha256(entry.source)
         for part in self._measured():
             row = read_table(part).iloc[0]
             for column, value in expected[part].items():
