@@ -18,9 +18,12 @@ from PIL import Image
 from mto_analysis.figures.pages import render_page
 from mto_analysis.figures.plots.affinity import draw_affinity
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
+from mto_analysis.figures.plots.interventions import draw_interventions
 from mto_analysis.figures.plots.reconstruct import draw_reconstructions, reconstruction_caption
+from mto_analysis.figures.plots.style import looks_of, model_curves
 from mto_analysis.figures.plots.svg import figure_svg
 from mto_analysis.probe.explore import MAX_PATCHES, Explored
+from mto_analysis.probe.interventions import CONDITIONS, INTERVENTIONS, MEASURES, intervention_sentences
 from mto_analysis.probe.quadrants import AffinityMap
 from mto_analysis.probe.reconstruction import Reconstruction
 
@@ -45,6 +48,7 @@ class ReportContents:
         reconstructions: The same images as the models fill them in.
         versions: Of the packages that made the numbers.
         maps: Mean affinity maps of each model, drawn as Fig. 2.
+        interventions: Rows of ``interventions.csv`` of these models, or none.
         figures: More figures by their captions.
     """
 
@@ -54,6 +58,7 @@ class ReportContents:
     reconstructions: Sequence[Reconstruction]
     versions: Mapping[str, str]
     maps: Mapping[str, Sequence[AffinityMap]] = field(default_factory=dict)
+    interventions: pd.DataFrame | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
@@ -64,7 +69,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         contents: What to show.
         title: Heading of the page.
     """
-    reconstructions = list(contents.reconstructions)
+    reconstructions, curves = list(contents.reconstructions), model_curves(contents.table)
     maps = {f"Affinity maps, {model}": draw_affinity(list(each), title=model) for model, each in contents.maps.items()}
     drawn = draw_reconstructions(reconstructions, captioned=False) if reconstructions else None
     return render_page(
@@ -72,7 +77,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         title=title,
         version=contents.versions.get("mto-analysis", ""),
         skip=("explorer", "the explorer"),
-        data=_explorer_data(contents.explored),
+        data={"title": title, **_explorer_data(contents.explored)},
         explorable=any(_depths(each) for each in contents.explored),
         product_error=f"{max((each.product_error for each in contents.explored), default=0):.2g}",
         heterogeneity_error=f"{max((each.heterogeneity_error for each in contents.explored), default=0):.1g}",
@@ -83,10 +88,8 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
             caption: Markup(figure_svg(figure, f"figure{number}"))
             for number, (caption, figure) in enumerate({**maps, **contents.figures}.items())
         },
-        sentences=[_sentence(label, curve) for label, curve in _curves(contents.table)],
-        models=[
-            _model_table(label, curve, _masses(contents.explored, curve)) for label, curve in _curves(contents.table)
-        ],
+        sentences=[_sentence(label, curve) for label, curve in curves],
+        models=[_model_table(label, curve, _masses(contents.explored, curve)) for label, curve in curves],
         reconstructions=Markup(figure_svg(drawn, "reconstructions")) if drawn else None,
         reconstruction_caption=reconstruction_caption(reconstructions) if reconstructions else "",
         losses=[
@@ -99,17 +102,10 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
             }
             for row in reconstructions
         ],
+        interventions=None if contents.interventions is None else _interventions(contents.interventions),
         metadata=[{"label": model["model"], "metadata": _metadata(model)} for model in contents.models],
         versions=contents.versions,
     )
-
-
-def _curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    several = table.groupby("model")["stack"].nunique().max() > 1
-    return [
-        (f"{model}, {stack}" if several else str(model), curve)
-        for (model, stack), curve in table.groupby(["model", "stack"], sort=False)
-    ]
 
 
 def _sentence(label: str, curve: pd.DataFrame) -> str:
@@ -156,6 +152,25 @@ def _model_table(label: str, curve: pd.DataFrame, masses: Mapping[int, np.ndarra
     return {"label": label, "num_images": int(curve["num_images"].max()), "bound": " to ".join(bounds), "rows": rows}
 
 
+def _interventions(table: pd.DataFrame) -> dict[str, Any]:
+    """Figure, sentences and all effects, in words."""
+    names = ("model", "stack", "from_depth", "intervention", "condition", "measure", "effect", "ci_low", "ci_high")
+    words: dict[str, Mapping[str, str]] = {"intervention": INTERVENTIONS, "condition": CONDITIONS, "measure": MEASURES}
+    rows = [
+        [
+            f"{value:.4g}" if isinstance(value, float) else words.get(name, {}).get(str(value), str(value))
+            for name, value in zip(names, row, strict=True)
+        ]
+        for row in table[list(names)].itertuples(index=False)
+    ]
+    return {
+        "figure": Markup(figure_svg(draw_interventions(table), "interventions")),
+        "sentences": intervention_sentences(table),
+        "columns": ["Model", "Stack", "From depth", "Intervention", "Tokens", "Measure", "Effect", "CI low", "CI high"],
+        "rows": rows,
+    }
+
+
 def _metadata(model: Mapping[str, Any]) -> dict[str, str]:
     info, loss = model["info"], model["own_loss"]
     sides = info["image_size"]
@@ -191,7 +206,7 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
     models = [
         {
             "label": ", ".join(
-                [each.model] + [each.stack] * several + ["token order: places are not known"] * (not each.in_order)
+                [each.model] + [each.stack.replace("_", " ")] * several + ["token order: places are not known"] * (not each.in_order)
             ),
             "num_depths": each.num_depths,
             "aspect": each.aspect,
@@ -217,4 +232,6 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
         for each in explored
         if _depths(each)
     ]
+    for model, look in zip(models, looks_of(str(model["label"]) for model in models).values(), strict=True):
+        model["colour"] = look["color"]
     return {"models": models, "images": images, "colours": _MAP_COLOURS}
