@@ -80,7 +80,7 @@ def test_render_report__is_well_formed_with_unique_ids_and_labels(html: str) -> 
             if reference in attributes and attributes[reference] != "depths-title":  # made by the script
                 assert attributes[reference] in ids, (tag, attributes)
     headings = re.findall(r"<h2[^>]*>([^<]*)", html)
-    first = ["Heterogeneity over layer depth", "Explorer", "Figures"]
+    first = ["Explorer", "Heterogeneity over layer depth", "Figures"]
     assert headings == [*first, "Numbers per layer", "Reconstructions", "The run"]
     assert 'aria-live="polite"' in html
 

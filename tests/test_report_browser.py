@@ -26,6 +26,7 @@ from mto_analysis.probe.shown import shown_models
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 By = pytest.importorskip("selenium.webdriver.common.by").By
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -70,6 +71,19 @@ def page(browser: Any, report: Path) -> Any:
     browser.get(report.as_uri())
     yield browser
     assert browser.get_log("browser") == []  # no error, nothing blocked, nothing asked for
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds in a page as it is: rule and first element."""
+    axe = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
+    page.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    page.set_script_timeout(120)
+    run = (
+        "const done = arguments[0]; axe.run().then(({ violations }) => done(violations.map((each) =>"
+        " `${each.id}: ${each.nodes[0].html}`)))"
+    )
+    found: list[str] = page.execute_async_script(run)
+    return found
 
 
 def said(page: Any) -> str:
@@ -133,7 +147,7 @@ def test_explorer__shows_the_librarys_numbers_for_what_is_clicked(page: Any) -> 
     _, mask = tokens_of("MAE", name, 1)
     slider = page.find_element(By.ID, "depth")
     slider.send_keys(Keys.ARROW_RIGHT)
-    assert slider.get_attribute("aria-valuetext") == "layer depth 1 of 4"
+    assert slider.get_attribute("aria-valuetext") == "layer depth 1 of 6"  # the other model has six layers
     chosen = int(mask[0].nonzero()[17])
     patch(page, chosen).click()
     assert patch(page, chosen).get_attribute("aria-selected") == "true"
@@ -160,7 +174,7 @@ def test_explorer__works_by_keyboard_alone(page: Any) -> None:
     page.find_element(By.CSS_SELECTOR, "#images input:checked").send_keys(Keys.ARROW_LEFT)
     _, mask = tokens_of("SimMIM", "0", 0)
     start = int(mask[0].nonzero()[0])
-    only = page.find_elements(By.CSS_SELECTOR, ".patch[tabindex='0']")
+    only = page.find_elements(By.CSS_SELECTOR, "#view-1 .patch[tabindex='0']")
     assert [each.get_attribute("data-patch") for each in only] == [str(start)]
     page.execute_script("arguments[0].focus()", only[0])
     place = start
@@ -216,6 +230,109 @@ def test_explorer__a_click_on_the_map_chooses_its_row(page: Any) -> None:
     height = canvas.size["height"]
     ActionChains(page).move_to_element_with_offset(canvas, 0, int(height * (20.5 / 64 - 0.5))).click().perform()
     check_numbers(page, "MAE", "0", 0, int(mask[0].nonzero()[20]))
+
+
+def test_explorer__shows_two_models_in_step(page: Any) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    assert [page.find_element(By.ID, name).text for name in ("heading-1", "heading-2")] == list(LABELS)
+    slider = page.find_element(By.ID, "depth")
+    slider.send_keys(Keys.END)
+    words = [page.find_element(By.ID, name).text for name in ("said", "said-2")]
+    assert "MAE, image 0, layer depth 4 of 4." in words[0]  # its last, where the other goes on
+    assert "SimMIM, image 0, layer depth 6 of 6." in words[1]
+    thumbnails = page.find_elements(By.CSS_SELECTOR, "#layers-2 button")
+    assert [each.text for each in thumbnails] == [str(depth) for depth in range(7)]
+    thumbnails[2].click()
+    for view in ("layers", "layers-2"):
+        chosen = page.find_element(By.CSS_SELECTOR, f"#{view} button[aria-current]")
+        assert chosen.get_attribute("aria-label") == "Layer depth 2"
+    _, mask = tokens_of("SimMIM", "0", 2)
+    number = int(mask[0].nonzero()[11])
+    page.find_element(By.CSS_SELECTOR, f'#view-2 .patch[data-patch="{number}"]').click()
+    place = f"row {number // 8 + 1}, column {number % 8 + 1}"
+    assert f"Masked patch in {place}:" in page.find_element(By.ID, "said-2").text
+    if tokens_of("MAE", "0", 2)[1][0, number]:
+        assert f"Masked patch in {place}:" in said(page)
+
+    play = page.find_element(By.ID, "play")
+    play.click()
+    WebDriverWait(page, 10).until(lambda _: "layer depth 3" in said(page))
+    assert play.text == "Pause"
+    play.click()
+    assert (play.text, page.find_element(By.ID, "said").get_attribute("aria-live")) == ("Play", "polite")
+    Select(page.find_element(By.ID, "with")).select_by_visible_text("none")
+    assert not page.find_element(By.ID, "view-2").is_displayed()
+
+
+def test_explorer__its_address_holds_what_is_shown(page: Any, report: Path) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    Select(page.find_element(By.ID, "model")).select_by_visible_text("SimMIM")
+    Select(page.find_element(By.ID, "with")).select_by_visible_text("MAE")
+    Select(page.find_element(By.ID, "kind")).select_by_value("dot")
+    page.find_elements(By.CSS_SELECTOR, "#images label")[2].click()
+    page.find_element(By.ID, "depth").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    name = page.find_elements(By.CSS_SELECTOR, "#images input")[2].get_attribute("aria-label").removeprefix("image ")
+    number = int(tokens_of("SimMIM", name, 3)[1][0].nonzero()[9])
+    patch(page, number).click()
+    address, words = page.current_url, [page.find_element(By.ID, each).text for each in ("said", "said-2")]
+    assert all(part in address for part in ("model=SimMIM", "with=MAE", "depth=3", "map=dot", f"image={name}"))
+    page.get("about:blank")
+    page.get(address)
+    assert [page.find_element(By.ID, each).text for each in ("said", "said-2")] == words
+    assert Select(page.find_element(By.ID, "kind")).first_selected_option.get_attribute("value") == "dot"
+    page.get(f"{report.as_uri()}#model=no&with=no&image=no&depth=-4&patch=a,7&map=no")  # shows what there is
+    assert "MAE, image 0, layer depth 0 of 4." in said(page)
+
+
+def test_explorer__values_stand_under_the_pointer_and_a_figure_is_copied(page: Any) -> None:
+    from selenium.webdriver import ActionChains
+
+    tokens, mask = tokens_of("MAE", "0", 0)
+    canvas = page.find_element(By.ID, "map")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    side = canvas.size["height"]
+    row, column = 10, 50  # a masked query, a visible key
+    offset = [int(side * ((at + 0.5) / 64 - 0.5)) for at in (column, row)]
+    ActionChains(page).move_to_element_with_offset(canvas, *offset).perform()
+    order = torch.cat([mask[0].nonzero().flatten(), (~mask[0]).nonzero().flatten()])
+    expected = affinity_matrix(tokens, kind="cosine")[0, order[row], order[column]]
+    text = page.find_element(By.ID, "hover").text
+    assert text.startswith("query: masked, row")
+    assert "key: visible, row" in text
+    assert float(text.rsplit(": ", 1)[1]) == pytest.approx(float(expected), abs=1e-3)
+
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": permissions})
+    page.find_element(By.ID, "copy").click()
+    WebDriverWait(page, 10).until(lambda _: page.find_element(By.ID, "told").text)
+    assert page.find_element(By.ID, "told").text == "Copied: the figure as an image, its caption as text."
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, (error) => done(String(error)))"
+    copied = page.execute_async_script(read)
+    assert said(page) in copied
+    assert page.find_element(By.ID, "said-2").text in copied
+
+
+@pytest.mark.parametrize("width", [390, 1024, 1440])
+def test_report__has_no_violation_that_axe_finds(page: Any, width: int) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for theme in ("light", "dark"):
+        features = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
+        page.refresh()
+        assert violations(page) == [], theme
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_report__prints_figures_without_controls(page: Any) -> None:
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    hidden = [page.find_element(By.ID, name).is_displayed() for name in ("controls", "theme", "hover")]
+    assert hidden == [False] * 3
+    assert page.find_element(By.ID, "map").is_displayed()
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_report__is_light_or_dark_as_the_system_and_the_button_say(page: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``mto-analyze report``: one self-contained HTML file with figures, tables, run metadata and an explorer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,10 @@ def report(
     chosen: ImageNames = None,
     show: Show = 4,
     measures: Measures = "h",
+    interventions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="interventions.csv of these models, written by `intervene`: show it too."),
+    ] = None,
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Masked tokens, layer by layer",
     out: OutFile = Path("report.html"),
 ) -> None:
@@ -47,9 +52,12 @@ def report(
 
     from mto_analysis.figures.report import render_report
     from mto_analysis.figures.report_contents import collect_report
+    from mto_analysis.probe.saved import read_effects
     from mto_analysis.runtime.processes import pick_device
 
-    contents = collect_report(measuring.request(context.params), shown=chosen or show)
+    request = measuring.request(context.params)
+    effects = None if interventions is None else read_effects(interventions, request.labels)
+    contents = replace(collect_report(request, shown=chosen or show), interventions=effects)
     content = render_report(contents, title=title).encode()
     folder.write_bytes(out.name, content)
     metadata = run_metadata(context.params, models=contents.models, device=pick_device(device))

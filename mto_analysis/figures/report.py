@@ -206,7 +206,9 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
     models = [
         {
             "label": ", ".join(
-                [each.model] + [each.stack.replace("_", " ")] * several + ["token order: places are not known"] * (not each.in_order)
+                [each.model]
+                + [each.stack.replace("_", " ")] * several
+                + ["token order: places are not known"] * (not each.in_order)
             ),
             "num_depths": each.num_depths,
             "aspect": each.aspect,

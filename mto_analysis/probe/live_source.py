@@ -11,6 +11,7 @@ from torch import nn
 
 from mto_analysis.checkpoints import RawCheckpoint, open_checkpoint
 from mto_analysis.errors import CheckpointError
+from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.live import LiveModel, inferred_info
 
 __all__ = ["LiveSource"]
@@ -59,7 +60,7 @@ class LiveSource(str):
             raise CheckpointError(f"{self} gives a {type(made).__name__}, which is no torch.nn.Module")
         return made
 
-    def load(self, raw: RawCheckpoint | None) -> LiveModel:
+    def load(self, raw: RawCheckpoint | None) -> MaskedImageModel:
         """The model with its weights, in eval mode, its stacks found and verified on two images of noise.
 
         Raises:
@@ -73,6 +74,8 @@ class LiveSource(str):
             except RuntimeError as error:
                 first = " ".join(str(error).split())
                 raise CheckpointError(f"{raw.path} does not hold the weights of {self}: {first[:300]}") from error
+        if isinstance(model, MaskedImageModel):  # one of this package's own, whose layers and pixels are known
+            return model.eval()
         live = LiveModel(model.eval(), inferred_info(model), factory=self.make)
         live.verify()
         return live

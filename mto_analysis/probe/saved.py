@@ -1,4 +1,4 @@
-"""Saved ``heterogeneity.csv`` tables, read back and put together."""
+"""Saved tables, read back: ``heterogeneity.csv`` of one or several runs, and ``interventions.csv``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pandas as pd
 
 from mto_analysis.errors import DataError, DataNotFoundError
 
-__all__ = ["read_tables"]
+__all__ = ["read_effects", "read_tables"]
 
 _COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
+_WORDS = ("model", "stack", "intervention", "condition", "measure")
+_EFFECTS = (*_WORDS, "from_depth", "effect", "ci_low", "ci_high", "num_images")
 
 
 def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
@@ -33,20 +35,48 @@ def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
     return whole
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_effects(path: str | Path, models: Sequence[str]) -> pd.DataFrame:
+    """The rows of an ``interventions.csv`` that are about some models.
+
+    Args:
+        path: Of the table.
+        models: Their labels.
+
+    Raises:
+        DataNotFoundError: If there is no such file.
+        DataError: If it is not such a table, or is about none of the models.
+    """
+    table = _read(Path(path), _EFFECTS, _WORDS, may_lack=("ci_low", "ci_high"))
+    found = table[table["model"].isin(models)]
+    if found.empty:
+        raise DataError(
+            f"{path} is about {', '.join(table['model'].unique())}, not about {', '.join(models)}; name the models as "
+            "there, with --label"
+        )
+    return found.reset_index(drop=True)
+
+
+def _read(
+    path: Path,
+    columns: Sequence[str] = _COLUMNS,
+    words: Sequence[str] = ("model", "stack"),
+    may_lack: Sequence[str] = (),
+) -> pd.DataFrame:
     if not path.is_file():
         raise DataNotFoundError(f"no table at {path}")
     try:
-        table = pd.read_csv(path, dtype={"model": str, "stack": str})
+        table = pd.read_csv(path, dtype=dict.fromkeys(words, str))
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
-    missing = [column for column in _COLUMNS if column not in table]
+    missing = [column for column in columns if column not in table]
     if missing:
-        raise DataError(f"{path} is not a heterogeneity table: it lacks {', '.join(missing)}")
-    for column in _COLUMNS[2:]:
+        kind = "a heterogeneity table" if columns is _COLUMNS else "a table of interventions"
+        raise DataError(f"{path} is not {kind}: it lacks {', '.join(missing)}")
+    for column in (name for name in columns if name not in words):
         values = pd.to_numeric(table[column], errors="coerce")
-        if values.isna().any():
-            line = int(values.isna().to_numpy().argmax()) + 2
+        wrong = values.isna() & (table[column].notna() | (column not in may_lack))
+        if wrong.any():
+            line = int(wrong.to_numpy().argmax()) + 2
             raise DataError(f"{path}, line {line}: {column} must be a number, got {table[column].iloc[line - 2]!r}")
         table[column] = values
     if table.empty:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.heterogeneity import plot_heterogeneity
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, PAGE_WIDTH, paper_style
+from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, describe, new_axes, new_figure, paper_style
 from mto_analysis.training.evaluation.layers import LAYER_POOLINGS
 
 __all__ = ["draw_layers", "plot_layers"]
@@ -28,8 +28,7 @@ def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     if scores.empty:
         raise DataError("there is no accuracy to draw")
-    if ax is None:
-        ax = Figure(figsize=(3.4, 2.4)).subplots()
+    ax = ax or new_axes(3.4, 2.4)
     for index, (pooling, label) in enumerate(LAYER_POOLINGS.items()):
         rows = scores[scores["pooling"] == pooling]
         if len(rows):
@@ -50,22 +49,21 @@ def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str, *, note: bool = True) -> Figure:
+def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str) -> Figure:
     """A row per model: accuracy at the left, H of its stacks with masked tokens at the right, where it is known.
 
     Args:
         scores: Rows of ``layers.csv``.
         heterogeneity: Rows of ``heterogeneity.csv``; in decoder-style models their depths are those of the decoder.
         protocol: Of the scores.
-        note: Say above the figure what is shown; leave it out where a caption does.
     """
     models = list(scores["model"].unique())
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 1.9 * len(models) + 0.7), layout="constrained")
+        figure = new_figure(1.9 * len(models) + 0.7)
         axes = figure.subplots(len(models), 2, squeeze=False)
         for (left, right), model in zip(axes, models, strict=True):
             plot_layers(scores[scores["model"] == model], ax=left)
-            left.set_title(model, fontsize=7, loc="left")
+            left.set_title(model, fontsize="small", loc="left")
             left.set_ylabel(PROTOCOL_LABELS[protocol])
             curve = heterogeneity[heterogeneity["model"] == model]
             if curve.empty:
@@ -75,8 +73,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
             right.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        if note:
-            row = scores.iloc[0]
-            text = f"chosen on {row['num_selection']} test images, scored on {row['num_images']} others; 95 % intervals"
-            figure.suptitle(text, fontsize=7, color="0.3")
+        row = scores.iloc[0]
+        note = f"chosen on {row['num_selection']} test images, scored on {row['num_images']} others; 95 % intervals"
+        describe(figure, note=note)
     return figure
