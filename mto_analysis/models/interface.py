@@ -296,8 +296,7 @@ class MaskedImageModel(nn.Module, ABC):
     def stack_blocks(self, stack: str) -> Sequence[nn.Module]:
         """The blocks of a stack in order, for watching their attention, or none.
 
-        Watched are those whose ``attn`` has ``qkv``, ``num_heads`` and ``scale`` as in timm, over prefix tokens first,
-        then patches.
+        Their attention is over prefix tokens first, then patches.
         """
         return ()
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
 from mto_analysis.runtime.statistics import t_quantile
-from mto_analysis.taps.attention import has_known_attention, tap_attention
+from mto_analysis.taps.attention import Attended, tap_attention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,20 +128,12 @@ def _reduce(z: Tensor, kinds: Tensor, distances: Tensor | None) -> Tensor:
     return torch.stack([queries[..., place] for queries, place in pairs], dim=-1)
 
 
-class _Seen(NamedTuple):
-    """Of one block, since the last layer depth."""
-
-    queries: Tensor
-    keys: Tensor
-    bias: Tensor | None
-
-
 class Attention(TokenMeasure):
     """:func:`attention_statistics` of every block and head, means over images with intervals.
 
     Watched are the queries and keys that the forward makes anyway, so that nothing is computed twice; those of a block
-    are reduced when the tokens of its output are measured. Blocks whose attention is not known, or is within windows,
-    are left out.
+    are reduced when the tokens of its output are measured. Blocks whose attention is not one softmax over all tokens
+    are left out. Of a live model the attention of all blocks is held until the tokens of a batch are measured.
 
     Args:
         setup: What is known of the pass.
@@ -149,19 +141,17 @@ class Attention(TokenMeasure):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._seen: dict[tuple[str, int], _Seen] = {}
+        self._seen: dict[tuple[str, int], Sequence[Attended]] = {}
+        self._unmet: dict[str, tuple[int, int]] = {}  # by stack: a block, and how often attention was met in it
         self._splits: dict[str, TokenSplit] = {}
         self._masks: dict[tuple[str, int], list[Tensor]] = {}
         # Sums of the numbers and of their squares, 2 (num_heads + 1) statistics; the last head is the mean of all.
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._images: dict[tuple[str, int], int] = {}
         self._blocks = {stack: list(setup.model.stack_blocks(stack)) for stack in setup.model.stacks}
-        unknown = [stack for stack, blocks in self._blocks.items() if not any(map(has_known_attention, blocks))]
-        for stack in unknown:
-            reason = "its blocks have no attention that can be watched (attn.qkv with num_heads, as in timm)"
-            if len(unknown) == len(self._blocks):
-                self.refuse(reason, stack)
-            self.left_out[stack] = reason
+        for stack, blocks in self._blocks.items():
+            if not blocks:
+                self.refuse("its blocks are not known, so their attention cannot be watched", stack)
 
     @contextmanager
     def watching(self) -> Iterator[Attention]:
@@ -176,26 +166,41 @@ class Attention(TokenMeasure):
             self._seen.clear()
             self._splits.clear()
 
-    def _see(self, stack: str, block: int, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
-        self._seen[stack, block] = _Seen(queries, keys, bias)
+    def _see(self, stack: str, block: int, met: Sequence[Attended]) -> None:
+        self._seen[stack, block] = met
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Reduce the attention of the block before; masked are the tokens that it took, those of the depth before."""
         before, self._splits[stack] = self._splits.get(stack), split
-        seen = self._seen.pop((stack, layer.depth), None)
-        if layer.depth == 0 or before is None or seen is None:
+        met = self._seen.pop((stack, layer.depth), ())
+        if layer.depth == 0 or before is None:
             return {}
         num_patches = before.mask.shape[1]
-        if seen.queries.shape[2] < num_patches or len(seen.queries) != len(names):
-            self.left_out.setdefault(stack, f"attention of block {layer.depth} is within windows")
-            return {}
+        over_all = [each for each in met if len(each.queries) == len(names) and each.queries.shape[2] >= num_patches]
+        if len(over_all) == 1:
+            self._add(stack, layer.depth, before.mask, over_all[0])
+        else:
+            self._unmet.setdefault(stack, (layer.depth, len(over_all)))
+        if layer.depth == self.setup.model.depth(stack) and stack in self._unmet:
+            block, number = self._unmet[stack]
+            reason = (
+                f"attention over all tokens of each image was met {number} times in block {block}, not once (within "
+                "windows, to other tokens, or in a kernel of its own)"
+            )
+            if not any(of == stack for of, _ in self._masks):
+                return self.refuse(reason, stack)
+            self.left_out[stack] = reason
+        return {}
+
+    def _add(self, stack: str, block: int, mask: Tensor, seen: Attended) -> None:
+        num_patches = mask.shape[1]
         grid = self.setup.grid_of(stack, num_patches)
         if isinstance(grid, str):
-            self.left_out.setdefault(stack, f"distances of attention: {grid}")
-        distances = None if isinstance(grid, str) else patch_distances(grid, before.mask.device)
-        key = stack, layer.depth
+            self.left_out.setdefault(f"{stack}, distances", grid)
+        distances = None if isinstance(grid, str) else patch_distances(grid, mask.device)
+        key = stack, block
         masks = self._masks.setdefault(key, [])
-        masks.append(attention_statistics(seen.queries, seen.keys, before.mask, seen.bias, distances))
+        masks.append(attention_statistics(*seen[:2], mask, seen.bias, distances))
         if len(masks) == self.setup.masks_per_image:
             found = torch.stack(masks).mean(dim=0)
             found = torch.cat([found, found.mean(dim=1, keepdim=True)], dim=1)
@@ -204,7 +209,6 @@ class Attention(TokenMeasure):
             self._sums[key] = self._sums[key] + total if key in self._sums else total
             self._images[key] = self._images.get(key, 0) + len(found)
             masks.clear()
-        return {}
 
     def rows(self) -> list[Row]:
         """Each statistic by stack, block and head, and of all heads; the layer depth is that of the block's output."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mto_analysis.errors import StackError
+from mto_analysis.taps.attention import MULTI_HEAD, SOFTMAX
 
 __all__ = ["BlockChange", "BlockCut", "StackPass", "blocked", "intervene"]
 
@@ -26,9 +27,6 @@ __all__ = ["BlockChange", "BlockCut", "StackPass", "blocked", "intervene"]
 BlockChange = Callable[[int, Tensor], Tensor]
 #: From the same to the pairs that are cut, ``batch num_tokens num_tokens`` (query, key), or ``None`` for none.
 BlockCut = Callable[[int, Tensor], Tensor | None]
-
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
 @dataclass
@@ -79,8 +77,8 @@ class _Cut(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._scaled(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return self._multi_head(_MULTI_HEAD.bind(*args, **kwargs))
-        if func in _SOFTMAX:
+            return self._multi_head(MULTI_HEAD.bind(*args, **kwargs))
+        if func in SOFTMAX:
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
