@@ -222,9 +222,11 @@ class _Stack:
         for layer, tokens in zip(layers, (*inputs, seen.output), strict=True):
             prefix = tokens.shape[1] - mask.shape[1]
             if prefix < 0 or len(tokens) != len(mask) or not torch.equal(tokens[:, prefix:], layer.tokens):
+                last = layer.depth == len(self.blocks)
                 raise StackError(
-                    f"{self.where}: what enters block {layer.depth + 1}, {list(tokens.shape)}, is not the tokens of "
-                    f"layer depth {layer.depth}, {list(layer.tokens.shape)}, with prefix tokens in front"
+                    f"{self.where}: what {'leaves' if last else 'enters'} block {layer.depth + (not last)} "
+                    f"{list(tokens.shape)} is not the tokens of layer depth {layer.depth} {list(layer.tokens.shape)} "
+                    "with prefix tokens in front, so these cannot be intervened on"
                 )
         return mask, inputs
 
