@@ -197,6 +197,6 @@ def test_intervene__changes_what_enters_by_position_or_name_and_on_a_grid(x: Ten
 def test_blocked__keeps_what_was_left_out_before() -> None:
     cut = torch.tensor([[False, True, False]])
     kept = torch.tensor([[False, True, True]])
-    assert blocked(None, cut).tolist() == [[True, False, True]]
+    assert blocked(None, cut).tolist() == [[0.0, -math.inf, 0.0]]
     assert blocked(kept, cut).tolist() == [[False, False, True]]
     assert blocked(torch.tensor([[1.0, 2.0, -math.inf]]), cut).tolist() == [[1.0, -math.inf, -math.inf]]
