@@ -474,8 +474,13 @@ def test_command__images_are_videos_that_stand_still(tmp_path):
     assert torch.equal(*mask.chunk(2, dim=1))
     expected = measure(model, batch.images[:, None].expand(-1, 4, -1, -1, -1), mask).summary()["heterogeneity"].tolist()
     assert pd.read_csv(tmp_path / "heterogeneity.csv")["heterogeneity"].tolist() == pytest.approx(expected, rel=1e-4)
+    videos = torch.randn(2, 4, 3, 16, 16)
     with pytest.raises(ValueError, match="need equally many masked patches"):
-        measure(model, torch.randn(2, 4, 3, 16, 16), torch.stack([mask[0], mask[1].logical_or(mask[0])]))
+        measure(model, videos, torch.stack([mask[0], mask[1].logical_or(mask[0])]))
+    with pytest.raises(ValueError, match="the mask has 32 patches, the videos have 64; pass grid="):
+        measure(model, videos.repeat(1, 2, 1, 1, 1), mask)
+    with pytest.raises(ValueError, match="samples no masks itself"):
+        measure(model, videos)
 
 
 def test_command__controls_with_new_weights(tmp_path):

@@ -327,6 +327,8 @@ class LiveModel(MaskedImageModel):
 
     def _infer_and_call(self, images: Tensor, mask: Tensor | None) -> None:
         if mask is None:
+            if inspect.signature(self.model.forward).parameters.keys() >= _INDICES:
+                raise ValueError(f"{type(self.model).__name__} samples no masks itself; pass mask=... or call=...")
             try:
                 self.model(images)
             except TypeError as error:
@@ -385,24 +387,31 @@ def inferred_calls(model: nn.Module, grid: tuple[int, ...] | None) -> list[Call]
             return [flat] if grid is None else [flat, square, long]
     if "noise" in names:
         return [keyword("noise", noise)]
-    if {"context_mask", "target_mask"} <= names.keys():
-        return [lambda model, videos, mask: model(videos, **_indices(mask))]
+    if names.keys() >= _INDICES:
+        return [_call_with_indices]
     raise ValueError(
         f"{type(model).__name__}.forward({', '.join(names)}) has no argument bool_masked_pos, mask or noise to pass a "
         "mask by; pass call=lambda model, images, mask: ..., or mask=None for the model's own masks"
     )
 
 
-def _indices(mask: Tensor | None) -> dict[str, list[Tensor]]:
-    """Numbers of visible and masked patches, as V-JEPA 2 takes them."""
+# Of V-JEPA 2, which takes numbers of patches; without them, all are visible and masked at once.
+_INDICES = {"context_mask", "target_mask"}
+
+
+def _call_with_indices(model: nn.Module, videos: Tensor, mask: Tensor | None) -> None:
+    """Call V-JEPA 2 with the numbers of visible and masked patches, which must be all patches."""
     assert mask is not None
     counts = set(mask.sum(dim=1).tolist())
     if len(counts) > 1:
         raise ValueError(
             f"context_mask and target_mask need equally many masked patches, got {min(counts)} to {max(counts)}"
         )
-    numbers = [each.nonzero()[:, 1].view(len(mask), -1) for each in (~mask, mask)]
-    return {"context_mask": numbers[:1], "target_mask": numbers[1:]}
+    visible, masked = (each.nonzero()[:, 1].view(len(mask), -1) for each in (~mask, mask))
+    output = model(videos, context_mask=[visible], target_mask=[masked])
+    encoded = getattr(output, "last_hidden_state", None)
+    if isinstance(encoded, Tensor) and encoded.shape[1] != mask.shape[1]:
+        raise ValueError(f"the mask has {mask.shape[1]} patches, the videos have {encoded.shape[1]}; pass grid=...")
 
 
 def inferred_info(model: nn.Module) -> ModelInfo:

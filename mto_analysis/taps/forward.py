@@ -485,7 +485,12 @@ class Stack(Generic[_Any]):
         offset = positions - patches if positions > 1 else 0
         # Positions are for patches alone, for one class token too, or for all prefix tokens.
         fits = self.spec.present == "subset" or offset in {0, 1, prefix}
-        if prefix < 0 or patches < 1 or offset < 0 or not fits:
+        if prefix < 0:
+            raise self._error(
+                f"tokens {list(tokens.shape)} are fewer than its {patches} patches; pass present='subset' where some "
+                "are missing"
+            )
+        if patches < 1 or offset < 0 or not fits:
             raise self._error(
                 f"tokens {list(tokens.shape)} with {prefix} prefix tokens are {patches} patches, its masked rows have "
                 f"{positions} positions; pass prefix_tokens=..., or present='subset' where some patches are missing"

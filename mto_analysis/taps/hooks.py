@@ -189,8 +189,10 @@ class Attached(Generic[_Any]):
             StackError: With the reason.
         """
         self._settle_candidates()
-        failures, self._failures = self._failures, {}
-        for failure in failures.values():
+        # Of several candidates, one that masked tokens did enter says more.
+        failures = sorted(self._failures.values(), key=lambda each: isinstance(each, NotEntered))
+        self._failures.clear()
+        for failure in failures:
             for stack in self._stacks:
                 stack.drop()
             raise failure
