@@ -72,18 +72,18 @@ def compare_again(sample: Sample, again: pd.DataFrame) -> tuple[pd.DataFrame, Ag
         again: The table of the new measurement, where anything was measured.
 
     Returns:
-        A row per checkpoint with ``rows``, ``compared``, ``largest`` (difference as a fraction of its tolerance) and
-        ``agrees``; and the rows themselves.
+        A row per checkpoint with ``rows``, ``compared``, ``of_tolerance`` (the largest difference, as a fraction of its
+        tolerance) and ``agrees``; and the rows themselves.
 
     Raises:
         DataError: If the new measurement has other masks or images.
     """
     check_comparable({"the table": sample.rows, "the new measurement": again})
     found = agreement(sample.rows, again)
-    of = found.rows.assign(largest=found.rows["difference"] / found.rows["tolerance"]).groupby("checkpoint")
+    of = found.rows.assign(of_tolerance=found.rows["difference"] / found.rows["tolerance"]).groupby("checkpoint")
     summary = sample.rows.groupby("checkpoint").size().to_frame("rows")
     summary["compared"] = of.size().reindex(summary.index, fill_value=0)
-    summary["largest"] = of["largest"].max().reindex(summary.index)
+    summary["of_tolerance"] = of["of_tolerance"].max().reindex(summary.index)
     summary["agrees"] = of["agrees"].all().reindex(summary.index, fill_value=False) & (
         summary["compared"] == summary["rows"]
     )
