@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +35,7 @@ from mto_analyze.options import (
 )
 
 if TYPE_CHECKING:
-    from mto_analysis.atlas.running import Ended, Failure
+    from mto_analysis.atlas.running import Ended
     from mto_analysis.images.image_sets import ImageSet
 
 atlas = typer.Typer(
@@ -43,9 +43,6 @@ atlas = typer.Typer(
 )
 
 Table = Annotated[Path, typer.Argument(metavar="TABLE", help="Table (.parquet, .csv), or the folder of an atlas.")]
-
-# Failures in the message at the end; the file has all.
-_NAMED = 3
 
 
 class ImageSetOptions(Group):
@@ -104,6 +101,7 @@ def run(
       mto-analyze atlas run --family mae --images VAL --out atlas
     """
     from mto_analysis.atlas import AtlasFolder, choose_entries, measure_all
+    from mto_analysis.atlas.running import raise_failures
     from mto_analysis.checkpoints.registry import list_checkpoints
     from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
@@ -126,7 +124,7 @@ def run(
     )
     write_atomically(out / "run.json", json_bytes(run_metadata(context.params)))
     note(f"{len(entries) - len(failures)} of {len(entries)} checkpoints are measured, see {out}", quiet=quiet)
-    _report(failures, f"see {out / 'failures.csv'}, and run the same command again")
+    raise_failures(failures, f"see {out / 'failures.csv'}, and run the same command again")
 
 
 @atlas.command(cls=Command)
@@ -186,6 +184,7 @@ def verify(
       mto-analyze atlas verify atlas --images VAL --image-set val.csv
     """
     from mto_analysis.atlas import AtlasFolder, compare_again, measure_all, read_table, sample_table
+    from mto_analysis.atlas.running import raise_failures
     from mto_analysis.errors import DataError
 
     claimed = read_table(table)
@@ -211,11 +210,11 @@ def verify(
         )
         again = folder.table()
     if len(failures) == len(sample.wanted):
-        _report(failures, "nothing was verified")
+        raise_failures(failures, "nothing was verified")
     summary, found = compare_again(sample, again)
     typer.echo(summary.to_string(index=False, float_format=lambda value: f"{value:.2g}"))
     found.check()
-    _report(failures, "the others agree")
+    raise_failures(failures, "the others agree")
     unmeasured = summary[summary["compared"] < summary["rows"]]["checkpoint"]
     if len(unmeasured):
         raise DataError(f"some measures were not measured again of {', '.join(unmeasured)}; the others agree")
@@ -321,14 +320,3 @@ def _teller(*, quiet: bool) -> Any:
             note(f"{ended.entry.name}: measured", quiet=quiet)
 
     return tell
-
-
-def _report(failures: Sequence[Failure], advice: str) -> None:
-    """End with the code of the first failure, if there is one."""
-    from mto_analysis.experiments.running import RunFailedError
-
-    if failures:
-        words = [f"{each.checkpoint}: {each.reason}" for each in failures[:_NAMED]]
-        some = "; ".join(words + ["..."] * (len(failures) > _NAMED))
-        count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)} failed"
-        raise RunFailedError(f"{count}: {some}; {advice}", failures[0].exit_code)

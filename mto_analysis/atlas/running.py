@@ -15,7 +15,7 @@ from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_b
 from mto_analysis.checkpoints import checkpoint_sha256
 from mto_analysis.checkpoints.fetching import drop_fetched
 from mto_analysis.errors import ExperimentError, OutputExistsError
-from mto_analysis.experiments.running import Engine
+from mto_analysis.experiments.running import Engine, RunFailedError
 from mto_analysis.experiments.worker import Outcome, Resources
 from mto_analysis.images import open_images
 from mto_analysis.images.image_sets import ImageSet, load_image_set
@@ -26,8 +26,10 @@ from mto_analysis.runtime.processes import pick_device
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["AtlasFolder", "Ended", "Failure", "Measurement", "measure_all"]
+__all__ = ["AtlasFolder", "Ended", "Failure", "Measurement", "measure_all", "raise_failures"]
 
+# Failures in a message.
+_NAMED = 3
 _OTHER = "use the same options, or another --out"
 
 
@@ -263,3 +265,16 @@ def _ended(entry: Entry, outcome: Outcome) -> Ended:
     last = outcome.failure.strip().splitlines()[-1]
     failure = Failure(entry.name, entry.source, 1, f"a mistake in the program: {last}")
     return Ended(entry, (*outcome.notes, outcome.failure), failure)
+
+
+def raise_failures(failures: Sequence[Failure], advice: str) -> None:
+    """Say what failed, if anything did.
+
+    Raises:
+        RunFailedError: With the exit code of the first failure; names some of them, ``failures.csv`` has all.
+    """
+    if failures:
+        words = [f"{each.checkpoint}: {each.reason}" for each in failures[:_NAMED]]
+        some = "; ".join(words + ["..."] * (len(failures) > _NAMED))
+        what = "checkpoint failed" if len(failures) == 1 else "checkpoints failed"
+        raise RunFailedError(f"{len(failures)} {what}: {some}; {advice}", failures[0].exit_code)
