@@ -20,7 +20,7 @@ from experiment_cases import TINY, write_experiment
 from typer.testing import CliRunner
 
 from mto_analysis.errors import OutputError
-from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running
+from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running, runs
 from mto_analysis.experiments.results import collect
 from mto_analysis.experiments.running import Engine
 from mto_analysis.experiments.runs import read_curve
@@ -460,3 +460,15 @@ def test_read_curve__of_a_run_that_has_not_begun_is_empty(tmp_path: Path) -> Non
     runs = ExperimentRuns(experiment, experiment.images.resolved(tmp_path), tmp_path / "out")
     assert read_curve(runs.main[0]).empty
     assert not runs.main[0].finished()
+
+
+def test_last_row__is_read_from_the_end_of_a_file_that_is_being_written(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert runs._last_row(path) is None
+    for text, step in (("step,loss\n", None), ("1,0.5\n", "1"), ("2,0", "1"), (".25\n", "2")):
+        with path.open("a") as file:
+            file.write(text)
+        row = runs._last_row(path)
+        assert (row and row["step"]) == step
+    path.write_text("step,loss\n" + "".join(f"{step},0.25\n" for step in range(10_000)) + "10000,")
+    assert runs._last_row(path) == {"step": "9999", "loss": "0.25"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections import deque
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mto_analysis.experiments.worker import Resources
 
 __all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve"]
+
+# Bytes at the end of a file that hold its last row.
+_MOST_OF_A_ROW = 8192
 
 
 @dataclass(frozen=True)
@@ -309,14 +312,24 @@ def read_progress(run: Run) -> RunProgress | None:
 
     Read from the run's folder, so it does not matter where the run is done.
     """
-    try:
-        with RunFolder(run.folder).metrics.open(newline="", encoding="utf-8") as file:
-            last = deque(csv.DictReader(file), maxlen=1)
-        step, epoch = int(last[0]["step"]), int(float(last[0]["epoch"]))
-    except (OSError, IndexError, KeyError, TypeError, ValueError):  # not there yet, or a row is being written
+    folder = RunFolder(run.folder)
+    row, scored = _last_row(folder.metrics), _last_row(folder.curves)
+    if row is None:
         return None
-    curve = read_curve(run)
-    return RunProgress(step, epoch, None if curve.empty else float(curve["score"].iloc[-1]))
+    return RunProgress(int(row["step"]), int(float(row["epoch"])), None if scored is None else float(scored["score"]))
+
+
+def _last_row(path: Path) -> dict[str, str] | None:
+    """The last whole row of a CSV file with short rows, without reading those before; ``None`` where there is none."""
+    try:
+        with path.open("rb") as file:
+            names = file.readline()
+            file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - _MOST_OF_A_ROW))
+            whole, newline, _ = file.read().rpartition(b"\n")  # a row may be being written
+    except OSError:  # not there yet
+        return None
+    last = whole.rpartition(b"\n")[2]
+    return next(csv.DictReader([names.decode(), last.decode()]), None) if newline else None
 
 
 def read_curve(run: Run) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -421,12 +421,15 @@ class Stack(Generic[_Any]):
         several = sum(token.numel() // token.shape[-1] for token in self.spec.mask_tokens)
         return rows // several if several and rows % several == 0 else rows
 
-    def _rows(self) -> Tensor | list[Tensor]:
+    def _rows(self) -> Iterator[Tensor]:
+        """Candidates for masked rows, made one by one: most often the first is the right one."""
         if self.spec.masked_row is not None:
             found = self.spec.masked_row()
-            return found if isinstance(found, Tensor) else list(found)
+            yield from [found] if isinstance(found, Tensor) else found
+            return
         vectors = torch.cat([token.reshape(-1, token.shape[-1]) for token in self._mask_tokens()])
-        return [vectors if table is None else with_position(vectors, table) for table in self._tables()]
+        for table in self._tables():
+            yield vectors if table is None else with_position(vectors, table)
 
     def _tables(self) -> list[Tensor | None]:
         """What may be added to the mask token: tables of positions ``num_positions dim``, or nothing."""

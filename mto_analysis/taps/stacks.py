@@ -8,7 +8,7 @@ whatever order the tokens are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -235,7 +235,7 @@ def with_position(vectors: Tensor, position: Tensor) -> Tensor:
 
 
 def rounded_rows(
-    rows: Callable[[], Tensor | Sequence[Tensor]], mask_tokens: Sequence[Tensor], half: torch.dtype | None
+    rows: Callable[[], Iterable[Tensor]], mask_tokens: Sequence[Tensor], half: torch.dtype | None
 ) -> Iterator[Tensor]:
     """What a masked token may be, ``num_rows dim`` each: as it is, then with the roundings of a model under autocast.
 
@@ -251,12 +251,12 @@ def rounded_rows(
         for only in (mask_tokens, ()) if mask_tokens else ((),):
             mode = _Rounding(half, only)
             with mode:
-                found = rows()
-            yield from _as_rows(tree_map(mode.round, found))
+                found = list(rows())
+            yield from _as_rows(map(mode.round, found))
 
 
-def _as_rows(found: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
-    for each in [found] if isinstance(found, Tensor) else found:
+def _as_rows(found: Iterable[Tensor]) -> Iterator[Tensor]:
+    for each in found:
         yield each.detach().reshape(-1, each.shape[-1])
 
 
