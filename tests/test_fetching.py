@@ -335,8 +335,16 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
     pages |= hub_pages("o/shards", {"model.safetensors.index.json": index, "model-1.safetensors": b"1"})
     pages |= hub_pages("o/shards", {"model-2.safetensors": b"2"}) | hub_pages("o/file", {"x/y.pt": b"3"}, "v1")
     code = """
+        import os
         from mto_analysis.checkpoints import resolve
+        from mto_analysis.checkpoints.fetching import drop_fetched
         from mto_analysis.errors import CheckpointError
+        if os.environ["HF_HUB_OFFLINE"] == "0":  # what is dropped is fetched again
+            folder = resolve("hf://o/shards")
+            blobs = folder.parents[1] / "blobs"
+            held = len(list(blobs.iterdir()))
+            assert drop_fetched("hf://o/shards", folder)
+            assert len(list(blobs.iterdir())) == held - 2
         for source in ("hf://o/plain", "hf://o/shards", "hf://o/file/x/y.pt@v1", "hf://o/file", "hf://o/file/z.pt"):
             try:
                 path = resolve(source)
