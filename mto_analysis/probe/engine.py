@@ -414,7 +414,7 @@ def _measure(
             depth, row = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
             raise NumericalError(
                 f"{name} is not finite in stack {stack} at layer depth {depth} for image {names[row]}; "
-                "try --dtype float32, or check the checkpoint"
+                "try --precision fp32, or check the checkpoint"
             )
     num_masked = np.asarray(counts, dtype=np.int32)
     num_visible = np.asarray(sizes, dtype=np.int32)[:, None] - num_masked
