@@ -14,8 +14,8 @@ PAGE = "demo-report.html"
 MARK = "<!-- demo report -->"
 
 LINK = (
-    f"**[Open the demo's report]({PAGE})**: affinity maps and reconstructions of the bundled models, layer by layer, to "
-    "explore in the browser."
+    f"**[Open the demo's report]({PAGE})**: affinity maps and reconstructions of the bundled models, layer by layer, "
+    "to explore in the browser."
 )
 
 
