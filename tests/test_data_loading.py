@@ -44,6 +44,8 @@ class Numbers(Dataset[Item]):
                 time.sleep(3600)
             if self.what == "fail":
                 raise DataError("image 5.png cannot be read (it is empty)")
+            if self.what == "cut off":  # as the thread does that hands over shared memory to a command that ended
+                sys.excepthook(ConnectionResetError, ConnectionResetError("Connection reset by peer"), None)
             if self.what == "mistake":
                 raise KeyError("x")
         return Item(str(item), torch.full((3,), float(item)))
@@ -87,6 +89,11 @@ def test_loader__says_in_one_line_what_happened_to_a_worker(
     assert found is not None
     assert found[1] == DataError.exit_code
     assert re.search(words, found[0])
+
+
+def test_loader__a_worker_that_is_cut_off_says_nothing_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(read(Loader(Numbers("cut off"), num_workers=1, batch_size=4))) == 2
+    assert capfd.readouterr().err == ""
 
 
 def test_loader__does_not_hide_mistakes() -> None:

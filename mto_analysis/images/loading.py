@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -66,7 +67,8 @@ class Loader:
     ) -> None:
         collate = collate or _stacked
         if num_workers:
-            collate, options = _Sharing(collate), {"timeout": _TIMEOUT, **options}
+            own = {"timeout": _TIMEOUT, "worker_init_fn": _without_tracebacks}
+            collate, options = _Sharing(collate), {**own, **options}
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             num_workers=num_workers,
@@ -92,6 +94,14 @@ class Loader:
                 with suppress(RuntimeError):  # torch's signal handler says it too, wherever the program then is
                     time.sleep(_SIGNAL_SECONDS)
             raise DataError(words) from error
+
+
+def _without_tracebacks(_: int) -> None:
+    """In a worker process: errors of decoding go to the command, which has one line for them.
+
+    What else raises here is the thread that hands over shared memory, when the command has ended meanwhile.
+    """
+    sys.excepthook = lambda *_: None
 
 
 def _stacked(items: Sequence[Any]) -> Any:
