@@ -430,7 +430,12 @@ def test_load_checkpoint__reads_settings_in_parts(tmp_path: Path) -> None:
     for settings in (
         stored,
         {"mae": {"encoder": {"num_heads": 4}, "decoder": {"num_heads": 2, "depth": 4}, "mask": {"mask_ratio": 0.6}}},
-        {"num_heads": 4, "probe": {"num_heads": 1}, "net": {"decoder_num_heads": 2, "num_heads": 8}, "mask_ratio": 0.6},
+        {
+            "num_heads": [4, 4, 4],
+            "probe": {"num_heads": 1},
+            "net": {"decoder_num_heads": 2, "num_heads": 8},
+            "mask_ratio": 0.6,
+        },
     ):
         model = load_checkpoint(with_settings(settings))
         assert (model.config.num_heads, model.config.decoder_num_heads, model.info.mask_ratio) == (4, 2, 0.6)

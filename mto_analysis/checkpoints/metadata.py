@@ -13,7 +13,7 @@ import yaml
 from mto_analysis.checkpoints.conversion import Given
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, OptionNeededError
-from mto_analysis.models.interface import ImageSize, as_image_size
+from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize, as_image_size
 
 __all__ = [
     "arguments",
@@ -89,7 +89,7 @@ def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, places in _stated(raw).items():
-        values = list(places.values())
+        values = [_one(value) if name in HEADS_ASSUMED else value for value in places.values()]
         differ = any(value != values[0] for value in values)
         option = _SETTLED_BY.get(name)
         if option and (differ or isinstance(values[0], str)):
@@ -115,6 +115,11 @@ def _stated(raw: RawCheckpoint) -> dict[str, dict[str, Any]]:
             elif not any(_OTHER_PARTS.search(part) for part in parts):
                 inside.setdefault(own, {})[".".join(place)] = value
     return inside | outside
+
+
+def _one(value: Any) -> Any:
+    """The number that a list repeats, as for each block; anything else as it is."""
+    return value[0] if isinstance(value, (list, tuple)) and len({*map(repr, value)}) == 1 else value
 
 
 def _leaves(settings: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
