@@ -42,6 +42,8 @@ from mto_analysis import (
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.runtime.outputs import locked_folder
+from mto_analysis.training import RunSettings
+from mto_analysis.training.evaluation import Evaluation
 from mto_analyze import app, console
 
 RECORD = {"run.json", "run.toml", "methods.md"}
@@ -439,7 +441,7 @@ def test_commands__have_no_untested_option() -> None:
     commands = typer.main.get_command(app).commands
     options = {name: {parameter.name for parameter in command.params} for name, command in commands.items()}
     everywhere = {"ckpt", "images", "out", "help", "offline"}  # used in nearly every test; offline in test_fetching
-    assert all("config" in names for name, names in options.items() if not hasattr(commands[name], "commands"))
+    assert all("config" in {each.name for each in command.params} for command in COMMANDS.values())
     drawing = {"style", "figure_format", "width"}  # in the tests of figures
     options = {name: names - {"config"} - drawing for name, names in options.items()}  # config: in test_cli_repeating
     further = {
@@ -1122,6 +1124,20 @@ def test_help__fits_80_columns_and_ends_with_an_example_that_parses(name: str, m
     example = text.partition("\nExample:\n")[2].replace("\\\n", "").strip()
     assert example.startswith(f"mto-analyze {name}")
     COMMANDS[name].make_context(name, shlex.split(example.removeprefix(f"mto-analyze {name}")))
+
+
+def test_help__says_what_a_training_takes_by_default() -> None:
+    """The options themselves have none, so that --resume takes those of the run."""
+    given = {each.name: each for each in COMMANDS["pretrain"].params}
+    defaults = RunSettings()
+    assert all(
+        each.default in (None, False) for name, each in given.items() if name in RunSettings.__dataclass_fields__
+    )
+    for name in RunSettings.__dataclass_fields__:
+        value = getattr(defaults, name)
+        if name in given and value not in (None, False):
+            assert f"by default {value}" in given[name].help, name
+    assert f"by default {Evaluation('knn', '', '').every}" in given["eval_every"].help
 
 
 def test_help__has_its_options_in_panels() -> None:

@@ -73,9 +73,12 @@ class Training(Group):
     """What is trained, and how."""
 
     panel = "Model"
-    recipe: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Recipe (mae_cifar10, ...) or TOML file.")] = (
-        None
-    )
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Recipe or TOML file; --dry-run prints its settings with their sources."
+        ),
+    ] = None
     mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False
     set_: Annotated[
         list[str] | None,
@@ -87,7 +90,9 @@ class Training(Group):
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Seed of weights, image order, augmentation, masks and drop path."),
+        typer.Option(
+            metavar="N", help="Seed of weights, image order, augmentation, masks and drop path; by default 0."
+        ),
     ] = None
     ema: Annotated[float | None, typer.Option(metavar="DECAY", help="Also average the weights, with this decay.")] = (
         None
@@ -99,12 +104,13 @@ class Compute(Group):
 
     panel = ADVANCED
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.")
+        str | None,
+        typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps; by default auto."),
     ] = None
-    precision: Annotated[NumberFormat | None, typer.Option(help="Autocast precision.")] = None
-    accumulation: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of micro-batches per step.")] = (
-        None
-    )
+    precision: Annotated[NumberFormat | None, typer.Option(help="Autocast precision; by default fp32.")] = None
+    accumulation: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of micro-batches per step; by default 1.")
+    ] = None
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks (torch.compile).")
     ] = None
@@ -122,7 +128,9 @@ class Compute(Group):
         bool | None,
         typer.Option("--deterministic/--no-deterministic", help="Exact resume on a GPU too; slower."),
     ] = None
-    num_workers: Annotated[int | None, typer.Option(min=0, metavar="N", help="Processes that decode images.")] = None
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Processes that decode images; by default 0.")
+    ] = None
 
 
 class Scoring(Group):
@@ -142,8 +150,10 @@ class Scoring(Group):
     eval_test_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only N images of --eval-test.")
     ] = None
-    eval_protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol.")] = None
-    eval_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs.")] = None
+    eval_protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol; by default knn.")] = None
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs; by default 10.")
+    ] = None
     eval_start: Annotated[
         bool | None, typer.Option("--eval-start/--no-eval-start", help="Also evaluate at epoch 0.")
     ] = None
@@ -153,16 +163,21 @@ class Writing(Group):
     """What is written along the run."""
 
     panel = "Output"
-    save_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Save last.pth every N epochs.")] = None
+    save_every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Save last.pth every N epochs; by default 1.")
+    ] = None
     save_steps: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Also save last.pth every N steps.", rich_help_panel=ADVANCED),
     ] = None
     keep_every: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Keep a numbered checkpoint every N epochs.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Keep a numbered checkpoint every N epochs; by default only the last one."
+        ),
     ] = None
     log_every: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Write a row of metrics.csv every N steps.")
+        int | None, typer.Option(min=1, metavar="N", help="Write a row of metrics.csv every N steps; by default 20.")
     ] = None
     show_every: Annotated[
         int | None,
@@ -170,7 +185,9 @@ class Writing(Group):
     ] = None
     show_measures: Annotated[
         str | None,
-        typer.Option(metavar="h,NAME,...|all", help="Measures of --show-every.", rich_help_panel=ADVANCED),
+        typer.Option(
+            metavar="h,NAME,...|all", help="Measures of --show-every; by default all.", rich_help_panel=ADVANCED
+        ),
     ] = None
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also write TensorBoard event files.")
