@@ -463,6 +463,8 @@ def test_page__holds_the_values_and_escapes_names(world: World, table: pd.DataFr
     page = render_atlas(named, scores={"top-1": {"beit": 80.0}})
     assert page == render_atlas(named, scores={"top-1": {"beit": 80.0}})
     assert "<b>me" not in page
+    untrained = table.assign(own_loss=table["own_loss_of_mean"] * np.where(table["checkpoint"].eq("simmim"), 1.1, 0.5))
+    assert render_atlas(untrained).count('class="doubt"') == 1
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])  # type: ignore[index]
     curves = {each["checkpoint"]: each["measures"] for each in data["checkpoints"]}
     assert set(curves) == set(GOOD)
