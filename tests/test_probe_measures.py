@@ -185,6 +185,12 @@ def test_separability__agrees_with_least_squares_and_the_mahalanobis_distance() 
     assert explained_labels(fitted, tested).item() == pytest.approx(1 - error, abs=1e-5)
     distance = 1.5**2 + 0.5**2
     assert explained_labels(fitted, tested).item() == pytest.approx(distance / (distance + 4), abs=0.1)
+    large = torch.arange(196).expand(1, -1) % 5 < 3  # 118 masked, 78 visible: 32 of each, spread over all
+    place = torch.arange(196.0)[None, :, None] / 195
+    moments = label_moments(place, large)
+    assert moments[1, 1].item() == pytest.approx(1)
+    assert moments[0, 1].item() == pytest.approx(0.5, abs=0.02)
+    assert moments[0, 0].item() == pytest.approx(1 / 3, abs=0.02)
     apart = torch.where(MASK[..., None], 1.0, -1.0)
     assert explained_labels(label_moments(apart, MASK), label_moments(apart, MASK)).item() == pytest.approx(1, abs=1e-4)
 

@@ -17,6 +17,9 @@ from mto_analysis.runtime.statistics import t_quantile
 
 __all__ = ["Separability", "explained_labels", "label_moments"]
 
+#: Tokens of each kind and image that are taken: more of one image tell little that is new, and take time.
+MOST_TOKENS = 32
+
 #: Of the mean second moment of a channel, added to each channel's: below it a difference counts as rounding.
 RIDGE = 1e-6
 
@@ -24,7 +27,8 @@ RIDGE = 1e-6
 def label_moments(tokens: Tensor, mask: Tensor) -> Tensor:
     r"""Second moments of tokens beside a constant and their label, 1 for masked and -1 for visible, summed over images.
 
-    Each kind of tokens has half of the weight of an image, whatever the mask ratio.
+    Each kind of tokens has half of the weight of an image, whatever the mask ratio. Of each kind at most
+    ``MOST_TOKENS`` of an image are taken, spread evenly.
 
     Shapes:
         tokens: batch num_patches dim
@@ -35,12 +39,23 @@ def label_moments(tokens: Tensor, mask: Tensor) -> Tensor:
         >>> label_moments(torch.zeros(1, 3, 1), torch.tensor([[True, False, False]])).diagonal().tolist()
         [0.0, 1.0, 1.0]
     """
-    x, masked = wide(tokens), mask.to("cpu" if tokens.device.type == "mps" else tokens.device)
-    share = torch.where(masked, 0.5 / masked.sum(dim=1, keepdim=True), 0.5 / (~masked).sum(dim=1, keepdim=True))
-    label = torch.where(masked, 1.0, -1.0).double()
-    rows = torch.cat([x, torch.stack([torch.ones_like(label), label], dim=-1)], dim=-1)
-    rows = (rows * share.double().sqrt()[..., None]).flatten(0, 1)
+    share = torch.zeros_like(mask, dtype=torch.float32)
+    for kind in (mask, ~mask):
+        taken = _spread_evenly(kind)
+        share += taken * (0.5 / taken.sum(dim=1, keepdim=True))
+    chosen = share > 0
+    label = wide(torch.where(mask[chosen], 1.0, -1.0))
+    rows = torch.cat([wide(tokens[chosen]), torch.stack([torch.ones_like(label), label], dim=-1)], dim=-1)
+    rows *= wide(share[chosen]).sqrt()[:, None]
     return rows.mT @ rows
+
+
+def _spread_evenly(kind: Tensor) -> Tensor:
+    """At most ``MOST_TOKENS`` of the tokens of a kind in each image, every so many: ``batch num_patches``."""
+    number = kind.sum(dim=1, keepdim=True)
+    place = kind.cumsum(dim=1) - 1
+    most = number.clamp_max(MOST_TOKENS)
+    return kind & ((place * most) // number != ((place - 1) * most) // number)
 
 
 def explained_labels(fitted: Tensor, tested: Tensor) -> Tensor:
