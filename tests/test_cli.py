@@ -897,6 +897,22 @@ def test_plot__redraws_the_same_figure_from_the_table(
         assert plot_files[name] == run_files[name], name
 
 
+def test_plot__draws_in_the_style_format_and_width_that_are_asked_for(tmp_path: Path) -> None:
+    table, out = Path(__file__).parents[1] / "figures/fig1a.csv", tmp_path / "plot"
+    ok("plot", table, "--style", "paper", "--figure-format", "svg", "--width", "86mm", "--out", out, "--quiet")
+    assert {path.suffix for path in out.glob("heterogeneity.*")} == {".csv", ".svg"}
+    width = re.search(r'<svg [^>]*width="([\d.]+)pt"', (out / "heterogeneity.svg").read_text(encoding="utf-8"))
+    assert width is not None
+    assert float(width[1]) / 72 == pytest.approx(86 / 25.4, abs=1e-3)
+    assert "images" in (out / "captions.md").read_text(encoding="utf-8")
+    for option, value, words in (
+        ("--width", "wide", "must be a length such as 3.4in"),
+        ("--width", "1mm", "is not from 1 to 40 inches"),
+        ("--figure-format", "gif", "is not a list of png, pdf, svg"),
+    ):
+        assert words in fails(2, "plot", table, option, value, "--out", tmp_path / "no")
+
+
 def test_plot__compares_tables(measured: Path, tmp_path: Path, monkeypatch) -> None:
     drawn = []
     from mto_analysis.figures.plots import heterogeneity as module
@@ -1147,6 +1163,14 @@ def test_help__has_its_options_in_panels() -> None:
         figures = [] if name == "report" else ["Figures"]
         assert headings == ["Input", "Masks", "Model", "Options", "Output", *figures, "Advanced", "Example"], name
     assert "hf://owner/name[@revision]" in ok("inspect", "--help").stdout  # brackets are no markup
+
+
+def test_help__of_every_command_that_draws_has_the_drawing_options() -> None:
+    evaluations = [("evaluate", protocol) for protocol in ("knn", "linear", "finetune")]
+    names = ("affinity", "demo", "experiment", "figures", "heterogeneity", "intervene", "plot", "pretrain", "rauc")
+    for arguments in (*((name,) for name in (*names, "reconstruct", "relate")), *evaluations):
+        text = ok(*arguments, "--help").stdout
+        assert all(option in text for option in ("--style", "--figure-format", "--width")), arguments
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

@@ -180,7 +180,11 @@ def test_drawing__is_honoured_by_figures_and_their_files(style: str, frame: pd.D
         figure = draw_heterogeneity(frame, title="T")
         write_figure(OutputFolder(tmp_path, names), "h", figure)
         assert names == ["h.svg", "h.png", "h.csv"]
+        with paper_style():
+            inside = figure.get_tightbbox()
     assert figure.get_size_inches()[0] == pytest.approx(86 / 25.4)
+    assert inside.x0 > 0 < inside.y0  # nothing is cut off
+    assert inside.x1 < 86 / 25.4
     with Image.open(tmp_path / "h.png") as image:
         assert image.width / image.info["dpi"][0] == pytest.approx(86 / 25.4, abs=0.01)
     assert b"<svg" in (tmp_path / "h.svg").read_bytes()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -19,6 +20,7 @@ from tiny_models import make_mae, make_simmim, some_images, some_masks
 
 from mto_analysis import DataError, ImageBatch, MaskRule, NumericalError, ProbeResult, heterogeneity, mask_keys
 from mto_analysis.probe import masks_from_file, masks_from_rule, probe, undisturbed
+from mto_analysis.probe.engine import interval_ends
 
 NAMES = tuple(f"{number}.png" for number in range(11))
 
@@ -202,6 +204,19 @@ def test_merge__refuses_the_same_image_twice(tiny_model, generator: torch.Genera
     with pytest.raises(ValueError, match=r"parts overlap: stack \w+, mask 0, image 2\.png was measured twice"):
         first.merge(second)
     assert first.merge() == ProbeResult(first.chunks)
+
+
+def test_interval_ends__stay_where_a_mean_can_be() -> None:
+    table = pd.DataFrame({"mean": [0.1, 0.69, 0.4, math.log(2) + 1e-9, 0.3]})
+    half = pd.Series([0.3, 0.1, 0.1, 0.2, math.nan])
+    low, high = interval_ends("heterogeneity", table["mean"], half, pd.Series([2.0] * 5))
+    assert low[:4].tolist() == pytest.approx([0, 0.59, 0.3, math.log(2) - 0.2])
+    assert high[:4].tolist() == pytest.approx([0.4, math.log(2), 0.5, math.log(2)])
+    assert high[3] >= table["mean"][3]  # rounding takes H over its bound, and the interval with it
+    assert math.isnan(low[4])
+    assert math.isnan(high[4])
+    low, high = interval_ends("difference", table["mean"], half, pd.Series([2.0] * 5))
+    assert low[0] == pytest.approx(-0.2)  # a difference may be negative
 
 
 def test_summary__on_paper(tiny_simmim, generator: torch.Generator) -> None:

@@ -306,7 +306,7 @@ def test_draw_interventions__shows_every_model_and_measure(made: dict[str, Any])
     figure = draw_interventions(table)
     assert len(figure.axes) == 4 * 3
     assert [ax.get_xlabel() for ax in figure.axes[-3:]] == [
-        "change of loss", "change of cosine", "change of kNN accuracy (points)",
+        "change of\nloss", "change of\ncosine", "change of\nkNN accuracy\n(points)",
     ]  # fmt: skip
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(INTERVENTIONS.values())
     with pytest.raises(DataError, match="no effect to draw"):

@@ -443,9 +443,32 @@
       if (button) goTo(Number(button.dataset.depth));
     });
 
+    /** A canvas larger, with what the page lays over it drawn in: frames of chosen patch or row, borders of quadrants. */
+    function withFrames(name) {
+      const side = 560, source = parts[name], canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+      [canvas.width, canvas.height] = [side, Math.round(side * source.height / source.width)];
+      context.imageSmoothingEnabled = false;
+      context.drawImage(source, 0, 0, canvas.width, canvas.height);
+      const { n, masked, order } = prepare(depth()), cells = columns(n), patch = chosen(), cell = side / cells;
+      const frame = (x, y, width, height) => Object.assign(context, { strokeStyle: "#00a8ff", lineWidth: 4 }).strokeRect(x, y, width, height);
+      if (name === "map") {
+        for (const [colour, width] of [["#000", 4], ["#fff", 2]]) {
+          Object.assign(context, { fillStyle: colour });
+          context.fillRect(0, side * masked.length / n - width / 2, side, width);
+          context.fillRect(side * masked.length / n - width / 2, 0, width, side);
+        }
+        frame(2, side * order.indexOf(patch) / n, side - 4, Math.max(side / n, 4));
+      } else if (name === "image") frame(patch % cells * cell + 2, Math.floor(patch / cells) * cell + 2, cell - 4, cell - 4);
+      return canvas;
+    }
+
     return {
       last: () => shown().depths.at(-1).depth,
-      row: () => ({ parts: [parts.original, parts.map, parts.image], caption: `${parts.said.textContent} Left: the image. Middle: the affinity map, masked patches first; ${parts["map-legend"].textContent} Right: weights of the chosen patch over visible ones. ${parts["weights-legend"].textContent}` }),
+      row: () => ({
+        parts: ["original", "map", "image"].map(withFrames),
+        caption: `${parts.said.textContent} Left: the image. Middle: the affinity map, masked patches first, ${parts["map-legend"].textContent} ` +
+          `Right: weights of the chosen patch over visible ones; masked ones are grey. ${parts["weights-legend"].textContent.split(" Hatched")[0]}`,
+      }),
       quieten: (quiet) => parts.said.setAttribute("aria-live", quiet ? "off" : "polite"),
       update() {
         root.hidden = state.shown[which] === NONE;

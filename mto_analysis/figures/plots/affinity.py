@@ -183,7 +183,8 @@ def _add_color_bar(figure: Figure, axes: np.ndarray, image: AxesImage, kind: str
     if scale != "shared":
         bar.ax.minorticks_off()
         bar.set_ticks(list(image.get_clim()), labels=["min", "max"])
-    bar.set_label(f"{KIND_WORDS[kind]}; {SCALES[scale]}", size="small")
+    narrow = figure.get_figwidth() < 4
+    bar.set_label(f"{KIND_WORDS[kind]};{chr(10) if narrow else ' '}{SCALES[scale]}", size="small")
 
 
 def _columns(count: int) -> int:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import Look, describe, looks_of, new_figure, paper_style
+from mto_analysis.figures.plots.style import Look, describe, legend_below, looks_of, new_figure, paper_style
 from mto_analysis.rauc.aggregates import IMPROVEMENT, Aggregates
 
 __all__ = ["draw_aggregates", "plot_bands", "plot_estimates"]
@@ -132,4 +132,4 @@ def _listed(tasks: Sequence[str]) -> str:
 def _legend(figure: Figure, methods: Sequence[str], looks: Looks) -> None:
     ax = figure.axes[-1]
     handles = [ax.plot([], [], label=method, markersize=4, **looks[method])[0] for method in methods]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(methods), 5), handlelength=2.6)
+    legend_below(figure, handles, methods, ncols=5, handlelength=2.6)

@@ -7,10 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from mto_analysis.figures.plots.style import COLORS, describe, looks_of, new_figure, paper_style
+from mto_analysis.figures.plots.style import (
+    COLORS,
+    describe,
+    figure_width,
+    legend_below,
+    looks_of,
+    new_figure,
+    paper_style,
+)
 
 __all__ = ["draw_accuracy_claims", "draw_depth_claims", "plot_epochs_saved", "plot_printed_rauc"]
 
+_GAP = " ", "\n"  # between words of a label, in a wide and in a narrow figure
 _LOOKS = looks_of(["baseline", "with MTO"])
 
 
@@ -38,7 +47,7 @@ def plot_epochs_saved(claims: pd.DataFrame, *, ax: Axes) -> Axes:
     ax.set_yticks(rows, [f"{claim['baseline']}, {claim['backbone']}" for claim in claims.to_dict("records")])
     ax.set_ylim(len(claims) - 0.5, -0.6)
     ax.set_xlim(0, 1.08 * float(claims["baseline_epochs"].max()))
-    ax.set_xlabel("epochs until the baseline's final accuracy")
+    ax.set_xlabel(f"epochs until the{_GAP[figure_width() < 4]}baseline's final accuracy")
     ax.xaxis.set_major_locator(MultipleLocator(200))
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
@@ -77,7 +86,7 @@ def plot_printed_rauc(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     ax.set_yticks(range(len(baselines)), baselines)
     ax.set_ylim(len(baselines) - 0.5, -0.6)
     ax.set_xlim(0.95, 1.12 * float(rows["rauc"].max()) - 0.02)
-    ax.set_xlabel("RAUC of Table 1 (1: no gain)")
+    ax.set_xlabel(f"RAUC of Table 1{_GAP[figure_width() < 4]}(1: no gain)")
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     ax.xaxis.set_major_locator(MultipleLocator(0.2))
@@ -160,12 +169,4 @@ def _depth_key(ax: Axes) -> None:
 def _legend_below(figure: Figure, *axes: Axes) -> None:
     found = [ax.get_legend_handles_labels() for ax in axes]
     handles, labels = ([each for part in parts for each in part] for parts in zip(*found, strict=True))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        handlelength=1.2,
-        columnspacing=1.2,
-        fontsize="small",
-    )
+    legend_below(figure, handles, labels, handlelength=1.2, columnspacing=1.2, fontsize="small")

@@ -8,7 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import describe, looks_of, model_curves, new_axes, new_figure, paper_style
+from mto_analysis.figures.plots.style import (
+    describe,
+    figure_width,
+    legend_below,
+    looks_of,
+    model_curves,
+    new_axes,
+    new_figure,
+    paper_style,
+)
 from mto_analysis.probe.definitions import COSINE_TEMPERATURE
 
 __all__ = ["ATTENTION", "DEFINITIONS", "draw_definitions", "plot_attention", "plot_definition"]
@@ -83,6 +92,7 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
         title: Line above the figure.
     """
     with paper_style():
+        small = "x-small" if figure_width() > 4 else "xx-small"
         figure = new_figure(5.4 if len(attention) else 4.1)
         parts = figure.subfigures(2 if len(attention) else 1, 1, height_ratios=(3, 1.1)[: 2 if len(attention) else 1],
                                   squeeze=False)[:, 0]  # fmt: skip
@@ -103,10 +113,10 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
         if len(attention):
             for ax, (column, words) in zip(parts[1].subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
                 plot_attention(attention, column, ax=ax)
-                ax.set_title(f"attention,\n{words[0]}", fontsize="x-small", pad=2, linespacing=0.95)
+                ax.set_title(f"attention,\n{words[0]}", fontsize=small, pad=2, linespacing=0.95)
                 ax.set_ylabel(words[1], fontsize="small")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        legend_below(figure, handles, labels, ncols=4)
         note = "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding"
         if len(attention):
             note += "\nlast row: the models' own attention, mean and range over heads"

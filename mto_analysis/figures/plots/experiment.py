@@ -14,7 +14,16 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mto_analysis.figures.plots.style import PAGE_WIDTH, describe, looks_of, new_axes, new_figure, paper_style
+from mto_analysis.figures.plots.style import (
+    PAGE_WIDTH,
+    describe,
+    figure_width,
+    legend_below,
+    looks_of,
+    new_axes,
+    new_figure,
+    paper_style,
+)
 from mto_analysis.rauc.intervals import mean_interval
 
 __all__ = [
@@ -116,7 +125,7 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
     """
     panels = list(curves.groupby("recipe", sort=False))
     many = max(part["method"].nunique() for _, part in panels) > _MOST_BANDS
-    columns = 2 if many else min(len(panels), _MOST_COLUMNS)
+    columns = min(2 if many else min(len(panels), _MOST_COLUMNS), _columns_that_fit())
     seeds = curves["seed"].nunique()
     with paper_style():
         figure, axes = _grid_of_panels(len(panels) * (2 if many else 1), columns)
@@ -132,6 +141,11 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
         words = f"mean of {seeds} seeds; {what}: 95 % interval of the mean" if seeds > 1 else "one seed"
         describe(figure, note=words)
     return figure
+
+
+def _columns_that_fit() -> int:
+    """Panels side by side, with room for their legends."""
+    return max(1, int(figure_width() / 2))
 
 
 def _grid_of_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -239,7 +253,7 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
 def _draw_profiles(layers: pd.DataFrame) -> Figure:
     several = layers.groupby("recipe")["stack"].nunique().max() > 1
     panels = list(layers.groupby(["recipe", "stack"], sort=False))
-    columns = min(len(panels), _MOST_COLUMNS)
+    columns = min(len(panels), _MOST_COLUMNS, _columns_that_fit())
     with paper_style():
         figure, axes = _grid_of_panels(len(panels), columns)
         for ((recipe, stack), part), ax in zip(panels, axes, strict=True):
@@ -269,6 +283,4 @@ def depth_legend(figure: Figure, depths: Sequence[int]) -> None:
     colors = _depth_colors(max(depths))
     shown = depths if len(depths) <= 8 else [depths[round(at)] for at in np.linspace(0, len(depths) - 1, 7)]
     handles = [mpl.lines.Line2D([], [], color=colors(depth), label=f"{depth}") for depth in shown]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), title="layer depth", handlelength=1.5
-    )
+    legend_below(figure, handles, [str(depth) for depth in shown], title="layer depth", handlelength=1.5)

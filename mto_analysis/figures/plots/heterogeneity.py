@@ -16,6 +16,7 @@ from mto_analysis.figures.plots.style import (
     Look,
     describe,
     figure_width,
+    legend_below,
     looks_of,
     model_curves,
     new_axes,
@@ -170,7 +171,7 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
             _add_nats(axes[0, 0], curves[0][1])
         else:
             found = [pair for ax in axes.flat for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-            figure.legend(*zip(*found, strict=True), loc="outside lower center", ncols=min(len(found), 4))
+            legend_below(figure, *zip(*found, strict=True), ncols=4)
         describe(figure, title=title, note=_note(frame))
     return figure
 

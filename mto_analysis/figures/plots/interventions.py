@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import COLORS, MARKERS, describe, new_axes, new_figure, paper_style
+from mto_analysis.figures.plots.style import COLORS, MARKERS, describe, legend_below, new_axes, new_figure, paper_style
 from mto_analysis.probe.interventions import CONDITIONS, INTERVENTIONS, MEASURES
 
 __all__ = ["draw_interventions", "plot_effects"]
 
-_ACROSS = {"loss": "loss", "cosine": "cosine", "accuracy": "kNN accuracy (points)"}
+_ACROSS = {"loss": "loss", "cosine": "cosine", "accuracy": "kNN accuracy\n(points)"}
 
 
 def plot_effects(effects: pd.DataFrame, words: Mapping[str, str] = INTERVENTIONS, *, ax: Axes | None = None) -> Axes:
@@ -77,8 +77,8 @@ def draw_interventions(table: pd.DataFrame) -> Figure:
                 f"{model}, {str(stack).replace('_', ' ')}, from layer depth {depth}", fontsize="small", loc="left"
             )
         for ax, measure in zip(axes[-1], measures, strict=True):
-            ax.set_xlabel(f"change of {_ACROSS[measure]}")
+            ax.set_xlabel(f"change of\n{_ACROSS[measure]}")
         handles, labels = next(ax for ax in axes.flat if ax.get_legend_handles_labels()[0]).get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        legend_below(figure, handles, labels)
         describe(figure, note=f"with minus without; 95 % intervals over {table['num_images'].max()} images, paired")
     return figure

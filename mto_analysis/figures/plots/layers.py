@@ -10,7 +10,16 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.heterogeneity import plot_heterogeneity
-from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, MARKERS, describe, new_axes, new_figure, paper_style
+from mto_analysis.figures.plots.style import (
+    COLORS,
+    LINE_STYLES,
+    MARKERS,
+    describe,
+    legend_below,
+    new_axes,
+    new_figure,
+    paper_style,
+)
 from mto_analysis.training.evaluation.layers import LAYER_POOLINGS
 
 __all__ = ["draw_layers", "plot_layers"]
@@ -72,7 +81,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
             plot_heterogeneity(curve, ax=right)
             right.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        legend_below(figure, handles, labels)
         row = scores.iloc[0]
         note = f"chosen on {row['num_selection']} test images, scored on {row['num_images']} others; 95 % intervals"
         describe(figure, note=note)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import Look, looks_of, new_figure, paper_style
+from mto_analysis.figures.plots.style import Look, legend_below, looks_of, new_figure, paper_style
 
 __all__ = ["draw_runs", "plot_runs"]
 
@@ -99,10 +99,5 @@ def draw_runs(
         handles = {
             label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=min(len(handles), 4 if len("".join(handles)) < 40 else 2),
-        )
+        legend_below(figure, handles.values(), handles, ncols=4 if len("".join(handles)) < 40 else 2)
     return figure

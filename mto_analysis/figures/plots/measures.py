@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import describe, looks_of, model_curves, new_figure, paper_style
+from mto_analysis.figures.plots.style import describe, legend_below, looks_of, model_curves, new_figure, paper_style
 
 __all__ = ["draw_measures", "plot_measure"]
 
@@ -69,6 +69,6 @@ def draw_measures(table: pd.DataFrame) -> Figure:
                 for kind in ("masked", "visible")
             ),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        legend_below(figure, handles, [str(handle.get_label()) for handle in handles], ncols=5)
         describe(figure, note=f"over layer depth, mean of {rows['num_images'].max()} images with 95 % intervals")
     return figure

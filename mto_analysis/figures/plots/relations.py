@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.aggregates import plot_estimates
-from mto_analysis.figures.plots.style import describe, looks_of, new_figure, paper_style
+from mto_analysis.figures.plots.style import describe, legend_below, looks_of, new_figure, paper_style
 
 __all__ = ["draw_relations", "plot_relations"]
 
@@ -53,6 +53,6 @@ def draw_relations(table: pd.DataFrame) -> Figure:
             ax.set_title("\n".join([*level.split(", "), f"({mine['number'].max()})"]), fontsize="small")
         looks = looks_of(table["layer"].unique())
         handles = [axes[0].plot([], [], label=layer, markersize=4, **look)[0] for layer, look in looks.items()]
-        figure.legend(handles=handles, title="layer depth", loc="outside lower center", ncols=len(handles))
+        legend_below(figure, handles, [str(handle.get_label()) for handle in handles], title="layer depth")
         describe(figure, note="Spearman's rank correlations, with intervals over methods or runs")
     return figure

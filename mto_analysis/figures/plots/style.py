@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -33,6 +34,7 @@ __all__ = [
     "describe",
     "figure_bytes",
     "figure_width",
+    "legend_below",
     "looks_of",
     "model_curves",
     "new_axes",
@@ -176,8 +178,25 @@ def describe(figure: Figure, *, title: str | None = None, note: str = "") -> Non
     """
     figure.set_label(" ".join(note.split()))
     inside = "" if current_drawing().style == "paper" else _wrapped(note, figure)
-    if heading := "\n".join(filter(None, (title, inside))):
+    if heading := "\n".join(filter(None, (_wrapped(title or "", figure), inside))):
         figure.suptitle(heading, fontsize="small", color="0.3")
+
+
+def legend_below(figure: Figure, handles: Iterable[Artist], labels: Iterable[str], **options: Any) -> None:
+    """A legend below all panels, in as many columns as the figure's width holds.
+
+    Args:
+        figure: Any.
+        handles: Lines or marks.
+        labels: Their names.
+        options: For ``Figure.legend``; ``ncols`` is the largest number of columns.
+    """
+    shown, names = list(handles), list(labels)
+    for columns in range(min(options.pop("ncols", len(shown)), len(shown)), 0, -1):
+        legend = figure.legend(shown, names, loc="outside lower center", ncols=columns, **options)
+        if columns == 1 or legend.get_window_extent().width <= 0.98 * figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _wrapped(note: str, figure: Figure) -> str:
