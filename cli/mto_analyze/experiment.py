@@ -20,6 +20,7 @@ from mto_analyze.repeating import write_record
 if TYPE_CHECKING:
     from mto_analysis.experiments import Experiment, ExperimentRuns, Progress, Results, Run
     from mto_analysis.experiments.running import Engine
+    from mto_analysis.images import Images
     from mto_analysis.runtime.outputs import OutputFolder
 
 FIGURES = ("curves", "rauc", "time", "heterogeneity")
@@ -120,9 +121,10 @@ def experiment(
     part = _part(runs, only, shard)
     files = file_names(FILES)
     folder = OutputFolder(out, files, overwrite=True)  # of this experiment, which run by run is checked
-    count = len(open_images(found.train).names)
+    train = open_images(found.train, value_range=chosen.value_range)
+    count = len(train.names)
     if dry_run:
-        typer.echo(_plan(runs, jobs, count))
+        typer.echo(_plan(runs, jobs, train))
         return
     began = time.time()
     with _board(runs, count, quiet) as tell:
@@ -215,14 +217,12 @@ def _device(chosen: Experiment) -> str:
     return torch.cuda.get_device_name() if cuda or chosen.device.startswith("cuda:") else f"CPU ({platform.machine()})"
 
 
-def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
+def _plan(runs: ExperimentRuns, jobs: int, train: Images) -> str:
     """What ``--dry-run`` prints: a line per run, and how long all of it would take."""
     from mto_analysis.experiments.running import total_steps
-    from mto_analysis.images import open_images
     from mto_analysis.training import build_method, plan
     from mto_analysis.training.evaluation import Evaluator
 
-    images = open_images(runs.images.train)
     lines, training, scoring, left = [], 0.0, 0.0, 0
     seconds: dict[tuple[str, bool], float] = {}
     seconds_a_score: dict[str, float] = {}
@@ -232,7 +232,7 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
         if key not in seconds:  # timed once for each, per step; an arm that waits comes after its candidates
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what noise does to a loss says nothing about the runs
-                seconds[key] = plan(run.recipe, images, run.settings).seconds / run.recipe.epochs
+                seconds[key] = plan(run.recipe, train, run.settings).seconds / run.recipe.epochs
         finished, evaluation = run.finished(), run.settings.evaluation
         if not finished:
             left += 1
@@ -245,7 +245,7 @@ def _plan(runs: ExperimentRuns, jobs: int, count: int) -> str:
                 seconds_a_score[run.variant] = time.perf_counter() - began
             # Of the untrained model, along the run, and at its end.
             scoring += (1 + math.ceil(run.recipe.epochs / evaluation.every)) * seconds_a_score[run.variant]
-        state = "finished" if finished else f"{run.recipe.epochs} epochs, {total_steps(run, count)} steps"
+        state = "finished" if finished else f"{run.recipe.epochs} epochs, {total_steps(run, len(train.names))} steps"
         lines.append(f"{run.name}: {state}")
     lines.append(f"{len(runs.all)} runs, {left} to do. {estimate(training, scoring, jobs)}")
     return "\n".join(lines)
