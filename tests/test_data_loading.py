@@ -127,6 +127,7 @@ def test_commands__end_with_too_little_shared_memory(command: str, checkpoints, 
 
 def test_usual_workers__none_for_few_images_and_a_core_each(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(loading, "_IMAGES_PER_WORKER", 128)
     assert [usual_workers(count) for count in (0, 8, 127, 128, 600, 100_000)] == [0, 0, 0, 1, 4, 8]
     assert usual_workers(100_000, processes=4) == 2
     assert usual_workers(100_000, processes=16) == 0

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import get_all_start_methods
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +25,9 @@ _TIMEOUT = 300
 # Seconds for the signal of a process's end, which may come after its connection is lost.
 _SIGNAL_SECONDS = 0.5
 
-# To start a process takes as long as to decode some of the images; more than some processes gain nothing.
-_IMAGES_PER_WORKER = 128
+# To start a process takes as long as to decode some of the images: longer where it imports everything anew. More than
+# some processes gain nothing.
+_IMAGES_PER_WORKER = 128 if get_all_start_methods()[0] == "fork" else 2048
 _MOST_WORKERS = 12
 
 
