@@ -519,7 +519,7 @@ def test_run__interrupted_ten_times_at_random_moments_gives_the_same_table(slow_
     while interrupts < 10:
         process = start(*arguments, folders[-1])
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(duration * chance.uniform(0.1, 0.5))
+            process.wait(duration * chance.uniform(0.2, 0.9))
         if process.poll() is None:
             interrupts += 1
             process.send_signal(chance.choice((signal.SIGINT, signal.SIGKILL)))
