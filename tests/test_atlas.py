@@ -177,6 +177,30 @@ def test_table__is_the_same_as_csv_and_however_it_was_measured(world: World, tab
     assert (world.folder / "again/atlas.parquet").read_bytes() == parquet_bytes(some)
 
 
+def test_run__interrupted_before_and_after_tasks_resumes(world: World, table: pd.DataFrame) -> None:
+    chance, names = random.Random(0), world.arguments("simmim", "beit", "beit_v2")
+
+    def interrupted(*arguments: Any) -> Outcome:
+        if chance.random() < 0.5:
+            raise KeyboardInterrupt
+        outcome = in_this_process(*arguments)
+        if chance.random() < 0.5:
+            raise KeyboardInterrupt
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "perform", interrupted)
+        for _ in range(10):
+            result = world.run("stopped", *names, "--contributor", "me")
+            if result.exit_code == 0:
+                break
+            assert result.exit_code == 130
+            assert result.stderr.splitlines()[-1] == "mto-analyze: error: interrupted; the same command resumes"
+    assert world.run("stopped", *names, "--contributor", "me").exit_code == 0
+    some = table[table["checkpoint"].isin(["simmim", "beit", "beit_v2"])].reset_index(drop=True)
+    assert (world.folder / "stopped/atlas.parquet").read_bytes() == parquet_bytes(some)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
