@@ -120,7 +120,8 @@ def test_command__scores_every_layer_of_every_model(sources: tuple[Path, Path], 
     assert "one half of the test images" in (tmp_path / "out" / "methods.md").read_text()
     assert run("evaluate", "knn", *both, *images).exit_code == 2  # results are there
     plain = ("--ckpt", tmp_path / "plain.pth", "--num-heads", 3)
-    again = ok("evaluate", "linear", *plain, *images, "--set", "penalty=0.01", "--random-baseline", "--overwrite")
+    more = ("--set", "penalty=0.01", "--random-baseline", "--overwrite", "--figure-format", "png")
+    again = ok("evaluate", "linear", *plain, *images, *more)
     assert "no H, as the file does not say decoder_num_heads" in again.stderr
     assert set(pd.read_csv(tmp_path / "out" / "layers.csv")["model"]) == {"plain", "plain, random weights"}
     assert not len(pd.read_csv(tmp_path / "out" / "heterogeneity.csv"))

@@ -14,8 +14,9 @@ import torch
 from scipy import stats
 from test_cli import ok, run
 from test_models_swin import make_swin
+from test_probe_live_source import Tiny
 from tiny_models import NUM_PATCHES, make_mae, make_simmim, some_images, some_masks
-from torch import Tensor
+from torch import Tensor, nn
 from watched_models import Shrinking
 
 from mto_analysis import save_checkpoint
@@ -328,6 +329,29 @@ def test_command__writes_table_figure_and_json(made: dict[str, Any], tmp_path: P
     again = ok("intervene", *options, *chosen, "--overwrite", "--no-controls")
     assert "without attention from visible to masked tokens from layer depth 1 on" in again.stdout
     assert run("intervene", *options).exit_code == 2  # results are there
+
+
+class Hidden(nn.TransformerEncoderLayer):
+    """A block whose attention calls no softmax."""
+
+    def _sa_block(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weights = (x @ x.mT).exp()
+        return weights / weights.sum(dim=-1, keepdim=True) @ x
+
+
+def make_hidden() -> nn.Module:
+    model = Tiny()
+    model.blocks = nn.ModuleList(Hidden(12, 2, 24, 0.0, batch_first=True) for _ in range(2))
+    return model
+
+
+def test_command__names_the_block_of_a_live_model_that_it_cannot_cut(tmp_path: Path) -> None:
+    model = "test_probe_interventions:make_hidden"
+    options = ("--model", model, "--limit", 3, "--out", tmp_path / "out", "--no-controls")
+    refused = run("intervene", *options, "--intervention", "cut-visible-to-masked")
+    assert refused.exit_code == 3
+    assert f"error: block 1 of encoder of {model}: attention over the 16 tokens" in refused.stderr
+    ok("intervene", *options, "--intervention", "zero")  # needs no attention
 
 
 def test_command__takes_models_of_the_users_code_without_labels(tmp_path: Path, image_folder: Path) -> None:

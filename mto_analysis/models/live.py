@@ -341,6 +341,8 @@ class LiveModel(MaskedImageModel):
         for call in inferred_calls(self.model, self._grid_of(mask)):
             try:
                 call(self.model, images, mask)
+            except StackError:  # of an intervention, which no other way to call the model would change
+                raise
             except (ValueError, RuntimeError, TypeError, IndexError) as error:
                 failures.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                 self._attach().forget()
