@@ -28,12 +28,24 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_mae, make_simmim, some_images, some_masks
 from torch import Tensor
 
-from mto_analysis import CheckpointError, MaskRule, inspect_checkpoint, load_checkpoint, save_checkpoint
+from mto_analysis import (
+    CheckpointError,
+    MaskRule,
+    heterogeneity,
+    image_batches,
+    inspect_checkpoint,
+    load_checkpoint,
+    mask_keys,
+    open_images,
+    save_checkpoint,
+)
 from mto_analysis.checkpoints import checkpoint_sha256, open_checkpoint
 from mto_analysis.checkpoints.conversion import Given, StateDict, block_numbers
 from mto_analysis.checkpoints.layouts import LAYOUTS, Names
 from mto_analysis.checkpoints.reading import read_checkpoint
+from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import HeadCountError
+from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 from mto_analysis.models.vit import relative_position_index
 
 MAE_HEADS = {"num_heads": 4, "decoder_num_heads": 2}
@@ -657,6 +669,25 @@ def test_load_checkpoint__takes_mean_and_std_from_the_preprocessor_unless_given(
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"rescale_factor": 1.0}))
     with pytest.raises(CheckpointError, match="rescale_factor"):
         load_checkpoint(folder)
+
+
+def test_load_checkpoint__a_network_written_for_other_statistics_is_the_same(tmp_path: Path) -> None:
+    state = copy_hf(tmp_path / "half")
+    mean, std = (torch.tensor(each) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    weight, bias = (f"vit.embeddings.patch_embeddings.projection.{name}" for name in ("weight", "bias"))
+    state[bias] = state[bias] + (state[weight] * ((0.5 - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+    state[weight] = state[weight] * (0.5 / std).view(1, 3, 1, 1)
+    save_file(state, tmp_path / "half" / "model.safetensors")
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "half" / "preprocessor_config.json").write_text(json.dumps(settings))
+    found = []
+    for source in (HF_FOLDER, tmp_path / "half"):
+        model = load_checkpoint(source)
+        batch = next(image_batches(open_images(DEMO_IMAGES), model.info, batch_size=2))
+        mask = model.info.mask_rule.sample(mask_keys(batch.names), model.info.grid, model.info.patch_size)
+        with torch.no_grad():
+            found.append([heterogeneity(layer.tokens, layer.mask) for layer in model.layer_tokens(batch.images, mask)])
+    torch.testing.assert_close(*map(torch.stack, found), atol=1e-5, rtol=1e-4)
 
 
 def test_open_checkpoint__is_read_once_for_all_uses(tmp_path: Path, mae_state) -> None:

@@ -295,3 +295,42 @@ def test_live_model__positions_are_taken_off(model, table):
         plain = heterogeneity(first.tokens - table(model), split)
     assert torch.allclose(found["dot" + measure.SUFFIX], plain)
     assert not torch.allclose(found["dot"], plain)
+
+
+class ChannelGroups(nn.Module):
+    """The decoder of SatMAE: a token for each group of channels at each place, whose positions are put together."""
+
+    def __init__(self, groups: int = 3, places: int = 16, dim: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.randn(1, 1 + places, dim - 8))
+        self.decoder_channel_embed = nn.Parameter(torch.randn(1, groups + 1, 8))
+        self.decoder_blocks = nn.ModuleList(nn.TransformerEncoderLayer(dim, 2, 32, batch_first=True) for _ in range(2))
+
+    def positions(self) -> torch.Tensor:
+        places, groups = self.decoder_pos_embed[:, 1:, None], self.decoder_channel_embed[:, :-1]
+        whole = [places.expand(-1, -1, groups.shape[1], -1), groups[:, None].expand(-1, places.shape[1], -1, -1)]
+        return torch.cat(whole, dim=-1).transpose(1, 2).flatten(1, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.rand(tokens.shape[:2]).argsort(dim=1) < 36
+        tokens = torch.where(self.mask[..., None], self.mask_token, tokens) + self.positions()
+        first = torch.cat([self.decoder_pos_embed[:, :1], self.decoder_channel_embed[:, -1:]], dim=-1)
+        tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+def test_measure__tokens_of_channel_groups_with_their_positions():
+    model, inputs = ChannelGroups().eval(), torch.randn(3, 48, 24)
+    blocks, positions = model.decoder_blocks, lambda: model.positions()[0]
+    spec = StackSpec("decoder", blocks, model.mask_token, prefix_tokens=1, position=positions)
+    seen, handles = keep_tokens([list(blocks)])
+    result = measure(model, inputs, stacks=[spec])
+    for handle in handles:
+        handle.remove()
+    assert result.summary()["num_visible"].tolist() == [12.0] * 3
+    expected = torch.stack([heterogeneity(seen[0, depth][:, 1:], model.mask) for depth in range(3)])
+    torch.testing.assert_close(values_of(result), expected.float())

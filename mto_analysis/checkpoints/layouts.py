@@ -210,7 +210,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "SatMAE of channel groups",
         lambda n: n.has("channel_embed", "decoder_channel_embed"),
-        reason="it masks a place in some groups of channels and not in others",
+        reason="a place has a token for each group of channels, masked by itself, and a mask here is one of places; "
+        "its own code can be measured with StackSpec(position=...), see own-model.md",
     ),
     Layout(
         "MAE of two modules",
