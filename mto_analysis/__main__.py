@@ -4,13 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command; Ctrl-C while its modules are still imported ends as later: with one line and code 130."""
+    """Run the command; Ctrl-C before its work begins ends as later: with one line and code 130."""
     try:
         from mto_analyze import app
+
+        app(prog_name="mto-analyze")
     except KeyboardInterrupt:
         sys.stderr.write("mto-analyze: error: interrupted; nothing half-written was left behind\n")
         raise SystemExit(130) from None
-    app(prog_name="mto-analyze")
 
 
 if __name__ == "__main__":
