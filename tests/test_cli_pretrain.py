@@ -224,7 +224,7 @@ def test_pretrain__replaces_no_file_of_another(tmp_path):
     for more in ([], ["--resume"]):
         done = invoke(*START, "--images", DEMO_IMAGES, "--out", tmp_path, *more)
         assert (done.exit_code, mine.read_text()) == (2, "mine\n")
-        assert "holds metrics.csv, of no run" in done.stderr
+        assert "contains metrics.csv, not written by a run" in done.stderr
     recipe = tmp_path / "other" / "recipe.toml"
     recipe.parent.mkdir()
     recipe.write_text(load_recipe("mae_cifar10").to_toml() + "# mine\n")

@@ -123,7 +123,7 @@ def test_read_curves__numbers_that_are_no_measurements_are_refused(table):
 
 def test_read_curves__checks_only_the_methods_that_are_wanted(table):
     assert table(rows("A,1,50 A,2,60 B,1,5 B,1,6"), methods=["A"]).methods == ["A"]
-    with pytest.raises(DataError, match="no log has any of the methods C"):
+    with pytest.raises(DataError, match=r"unknown methods: 'C'. Found in a.csv: 'A'"):
         table(rows("A,1,50 A,2,60"), methods=["C"])
 
 

@@ -117,8 +117,7 @@ def test_control_sentences__say_where_the_curve_leaves_the_bands() -> None:
     bands = control_bands(controls).set_index(["control", "layer_depth"])
     assert bands.loc[("random_weights", 0), ["low", "high"]].tolist() == pytest.approx([0.88, 0.94])
     (sentence,) = control_sentences(curve, controls)
-    assert "outside at layer depth 1 only of random weights" in sentence
-    assert "outside at every layer depth of zero mask token" in sentence
+    assert sentence == "m: layer depths where H differs from its controls: random weights 1; zero mask token 0-1."
 
 
 def test_draw_controls__has_a_panel_per_control_on_one_range() -> None:
@@ -140,7 +139,7 @@ def test_heterogeneity_command__controls_say_how_long_and_what_they_show(tmp_pat
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "mae_cifar10_final: 3 more passes for its controls, about" in result.stderr
-    assert "the curve against the bands of its controls" in result.stdout
+    assert "layer depths where H differs from its controls: " in result.stdout
     assert set(pd.read_csv(tmp_path / "controls.csv")["control"]) == set(CONTROLS)
     assert "shuffled_positions" not in pd.read_csv(tmp_path / "heterogeneity_per_image.csv")
     assert (tmp_path / "definitions.csv").exists()

@@ -152,7 +152,7 @@ def control_bands(controls: pd.DataFrame) -> pd.DataFrame:
 
 
 def control_sentences(table: pd.DataFrame, controls: pd.DataFrame) -> list[str]:
-    """One plain sentence per model and stack: whether its curve leaves the bands of its controls, and where.
+    """A line per model and stack: the layer depths at which its curve leaves the band of each control.
 
     A curve is outside where its own 95 % interval and the band are more than 0.001 of the bound apart; less is no
     finding, and near the bound it is rounding.
@@ -171,18 +171,24 @@ def control_sentences(table: pd.DataFrame, controls: pd.DataFrame) -> list[str]:
             both = curve.merge(band, on="layer_depth")
             above = both["normalized_ci_low"].fillna(both["normalized"]) > both["high"] + _MARGIN
             below = both["normalized_ci_high"].fillna(both["normalized"]) < both["low"] - _MARGIN
-            parts.append(
-                f"{_where(both['layer_depth'].tolist(), (above | below).tolist())} of {CONTROLS[str(control)]}"
-            )
+            outside = both["layer_depth"][above | below].tolist()
+            parts.append(f"{CONTROLS[str(control)]} {_ranges(outside) or 'none'}")
         name = f"{model}, {stack}" if several else str(model)
-        sentences.append(f"{name}: the curve against the bands of its controls: {', '.join(parts)}.")
+        sentences.append(f"{name}: layer depths where H differs from its controls: {'; '.join(parts)}.")
     return sentences
 
 
-def _where(depths: Sequence[int], outside: Sequence[bool]) -> str:
-    left = [str(depth) for depth, out in zip(depths, outside, strict=True) if out]
-    if not left:
-        return "never outside that"
-    if len(left) == len(depths):
-        return "outside at every layer depth"
-    return f"outside at layer depth {' '.join(left)} only"
+def _ranges(depths: Sequence[int]) -> str:
+    """Numbers in rising order, with those in a row as a range.
+
+    Example:
+        >>> _ranges([0, 1, 2, 4])
+        '0-2, 4'
+    """
+    runs: list[list[int]] = []
+    for depth in depths:
+        if runs and depth == runs[-1][1] + 1:
+            runs[-1][1] = depth
+        else:
+            runs.append([depth, depth])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -241,6 +241,7 @@ def read_curves(
     requests = [Request(source.score or score_column, lower_is_better, source.score is not None) for source in parsed]
     chosen, findings = choose(documents, requests)
     curves: list[_Curves] = []
+    logs: list[tuple[Log, Source]] = []
     for source, document, series in zip(parsed, documents, chosen, strict=True):
         log = extract(
             document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
@@ -248,6 +249,7 @@ def read_curves(
         )  # fmt: skip
         which = source.run or run
         number = _as_number(which)
+        logs.append((log, source))
         rows = _named(log, source, methods, None if which is None or number is not None else str(which))
         if "" in rows["method"].cat.categories:
             blank = np.asarray(rows["method"] == "")
@@ -269,8 +271,10 @@ def read_curves(
         findings += [*log.findings, *found, *more]
         curves.append(_Curves(log, source, frame, said, fraction, per_epoch))
     if not curves:
-        there = ", ".join(source.name() for source in parsed)
-        raise DataError(f"no log has any of the methods {', '.join(sorted(methods or ()))}; the logs are {there}")
+        unknown = ", ".join(map(repr, sorted(methods or ())))
+        names = {log.file: sorted(_named(log, source, None, None)["method"].unique()) for log, source in logs}
+        there = "; ".join(f"{Path(file).name}: {', '.join(map(repr, each))}" for file, each in names.items())
+        raise DataError(f"unknown methods: {unknown}. Found in {there}")
     if steps_per_epoch is not None and all(each.log.axis != "steps" for each in curves):
         findings.append(Finding(curves[0].log.file, None, "steps per epoch are not used: no log counts steps"))
     _refuse_different_units(curves)

@@ -128,8 +128,8 @@ class RunFolder:
         if not self.holds_run():
             if (foreign := [each.name for each in self._files() if each.exists()]) and not overwrite:
                 raise OutputExistsError(
-                    f"{self.path} holds {', '.join(foreign)}, of no run, which would be replaced; choose another --out "
-                    "or pass --overwrite"
+                    f"{self.path} contains {', '.join(foreign)}, not written by a run; choose another --out or pass "
+                    "--overwrite"
                 )
             return
         if resume:

@@ -127,7 +127,7 @@ class Evaluation(Settings):
         tolerance: Of the linear classifier: how far its objective may lie above the minimum.
         iterations: Most Newton steps to get there.
         limit: Use so many training images, spread evenly; all by default. Along a run on a CPU the encoder
-            takes nearly all of the time, so this sets the price.
+            takes nearly all of the time, so this determines the cost.
         test_limit: The same for test images.
         precision: Autocast precision of the encoder; ``bf16`` moves scores by a few hundredths of a point.
         batch_size: Images at once through the encoder; the last digits of features depend on it, so it is fixed.
