@@ -15,18 +15,12 @@ from mto_analysis.figures.methods import methods_paragraph
 from mto_analyze import app
 
 MAE = DEMO_CHECKPOINTS["MAE"]
-QUICK = "mto_analysis.figures.plots.style.figure_bytes"
 
 
 def run(*arguments: object, code: int = 0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QUICK, lambda figure, kind: kind.encode())
 
 
 def test_run_file__repeats_its_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

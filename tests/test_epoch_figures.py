@@ -13,6 +13,7 @@ from mto_analysis.rauc.relations import read_measures, read_scores, relate
 from mto_analysis.training import RunSettings
 
 
+@pytest.mark.rendered
 def test_run__shows_itself_at_chosen_epochs_and_trains_as_without(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     wandb = importlib.util.find_spec("wandb") is not None

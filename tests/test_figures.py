@@ -42,12 +42,6 @@ SLOW = [name for name, one in FIGURES.items() if one.slow]
 runner = CliRunner()
 
 
-@pytest.fixture
-def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn but not rendered, where a test looks only at their tables."""
-    monkeypatch.setattr("mto_analysis.figures.plots.style.figure_bytes", lambda figure, kind: b"")
-
-
 def drawn(name: str, **inputs: object):
     bench = Workbench(Inputs(**inputs))
     bench.name = name
@@ -182,7 +176,6 @@ def test_merge_captions__replaces_its_own_and_keeps_the_others_in_order() -> Non
     assert text == "# Mine\n\n## fig1a\n\nfirst\n\n## fig4\n\nnew\n\n## zz\n\nkept\n"
 
 
-@pytest.mark.usefixtures("no_images")
 class TestMeasured:
     def test_other_checkpoints_and_images_are_drawn_with_their_names(
         self, checkpoints: dict[str, Path], image_folder: Path, tmp_path: Path
@@ -488,7 +481,6 @@ def public_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield server, cache / PUBLIC["SimMIM"]
 
 
-@pytest.mark.usefixtures("no_images")
 class TestPublicFiles:
     def test_figures_1_and_2_are_drawn_of_the_fetched_files(self, public_files, tmp_path: Path) -> None:
         server, place = public_files

@@ -135,6 +135,7 @@ def test_write_table__keeps_every_digit(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_csv(path), table)
 
 
+@pytest.mark.rendered
 def test_write_figure__writes_png_and_pdf_the_same_each_time(tmp_path: Path) -> None:
     written = []
     for name in ("one", "two"):

@@ -17,7 +17,7 @@ from mto_analysis import DataError
 from mto_analysis.figures.files import file_names, write_figure
 from mto_analysis.figures.options import DrawingOptions, drawing, inches
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_heterogeneity, plot_share
-from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, figure_bytes, looks_of, paper_style
+from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, looks_of, paper_style
 from mto_analysis.runtime.outputs import OutputFolder
 
 
@@ -173,6 +173,7 @@ def test_draw_heterogeneity__of_one_model_fills_one_panel_with_nats_beside() -> 
     assert not figure.legends
 
 
+@pytest.mark.rendered
 @pytest.mark.parametrize("style", ["screen", "paper", "slides"])
 def test_drawing__is_honoured_by_figures_and_their_files(style: str, frame: pd.DataFrame, tmp_path: Path) -> None:
     with drawing(DrawingOptions(style, ("svg", "png"), inches("86mm"))):
@@ -216,7 +217,7 @@ def test_draw_heterogeneity__draws_one_image_without_a_band() -> None:
     frame[columns] = float("nan")
     figure = draw_heterogeneity(frame)
     assert solid_lines(figure.axes[0])[0].get_ydata().tolist() == (np.array([2.0, 1.0]) / np.log(49)).tolist()
-    assert figure_bytes(figure, "png")
+    assert render(figure, "png")
 
 
 def test_draw_heterogeneity__names_differing_numbers_of_images() -> None:
@@ -244,7 +245,7 @@ def test_plots__leave_global_settings_alone(frame: pd.DataFrame) -> None:
     import matplotlib.pyplot as plt
 
     before = dict(mpl.rcParams)
-    figure_bytes(draw_heterogeneity(frame), "pdf")
+    render(draw_heterogeneity(frame), "pdf")
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
     with paper_style():
@@ -255,17 +256,19 @@ def test_plots__leave_global_settings_alone(frame: pd.DataFrame) -> None:
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.rendered
 def test_figure_bytes__are_the_same_for_the_same_table(frame: pd.DataFrame) -> None:
     for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
-        first, second = (figure_bytes(draw_heterogeneity(frame), kind) for _ in range(2))
+        first, second = (render(draw_heterogeneity(frame), kind) for _ in range(2))
         assert first == second
         assert first.startswith(start)
 
 
+@pytest.mark.rendered
 def test_figure_bytes__have_300_dots_per_inch_and_embedded_fonts(frame: pd.DataFrame) -> None:
     figure = draw_heterogeneity(frame)
-    with Image.open(io.BytesIO(figure_bytes(figure, "png"))) as image:
+    with Image.open(io.BytesIO(render(figure, "png"))) as image:
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert image.size[0] == 2100
-    assert b"/FontFile2" in figure_bytes(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
-    assert b"/Type3" not in figure_bytes(figure, "pdf")
+    assert b"/FontFile2" in render(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
+    assert b"/Type3" not in render(figure, "pdf")

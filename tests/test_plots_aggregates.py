@@ -4,14 +4,13 @@ import pytest
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.aggregates import draw_aggregates, plot_bands, plot_estimates
-from mto_analysis.figures.plots.means_over_seeds import method_look
-from mto_analysis.figures.plots.style import COLUMN_WIDTH
+from mto_analysis.figures.plots.style import COLUMN_WIDTH, looks_of
 from mto_analysis.rauc import Points
 from mto_analysis.rauc.aggregates import aggregate
 from mto_analysis.rauc.comparison import compare_methods
 from mto_analysis.rauc.curves import CurveTable
 
-LOOKS = {"MAE": method_look(0), "MTO": method_look(1)}
+LOOKS = looks_of(["MAE", "MTO"])
 
 
 def panel():

@@ -187,6 +187,7 @@ def test_reconstruction_caption__says_whose_statistics_were_used(study: Reconstr
     assert "mean and standard deviation of the original patch" in caption
 
 
+@pytest.mark.rendered
 def test_reconstruct_command__writes_figure_table_and_metadata(tmp_path: Path) -> None:
     arguments = ["reconstruct", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--image", "9", "--image", "4"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
