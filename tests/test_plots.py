@@ -12,6 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from PIL import Image
+from rendering import render
 
 from mto_analysis import DataError
 from mto_analysis.figures.files import file_names, write_figure
