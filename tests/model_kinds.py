@@ -270,6 +270,51 @@ class Gives(Inpainting):
         return x
 
 
+class Chunk(nn.ModuleList):
+    """A part of the blocks, filled up with nn.Identity so that names count all blocks."""
+
+    def forward(self, x):
+        for each in self:
+            x = each(x)
+        return x
+
+
+class EachView(nn.Module):
+    """A block that takes one tensor, or a list of views."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.norm = block(), nn.LayerNorm(DIM)
+
+    def forward(self, x):
+        return [self.block(each) for each in x] if isinstance(x, list) else self.block(x)
+
+
+class Chunks(Inpainting):
+    """Blocks in chunks, and a list of views whose first one is masked, as DINOv2 trains."""
+
+    def __init__(self, **more):
+        super().__init__(cls=1, registers=4, **more)
+        self.parts = [EachView() for _ in range(4)]
+        self.blocks = nn.ModuleList([Chunk(self.parts[:2]), Chunk([nn.Identity(), nn.Identity(), *self.parts[2:]])])
+
+    def forward(self, x, masks):
+        return self.run([self.tokens(*pair) for pair in zip(x, masks, strict=True)])
+
+
+class TwoLists(Inpainting):
+    """Two lists of blocks that run one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = blocks(2)
+
+    def run(self, x):
+        for each in (*self.blocks, *self.more):
+            x = each(x)
+        return x
+
+
 class Predictor(nn.Module):
     """Sees some of the patches, and masked tokens of others, in the order of their positions or masked ones last."""
 

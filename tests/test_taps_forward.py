@@ -12,6 +12,7 @@ from model_kinds import (
     AddsBetween,
     Backbone,
     Behind,
+    Chunks,
     DecoderNames,
     Gives,
     Grid,
@@ -21,6 +22,7 @@ from model_kinds import (
     Rounds,
     SelfDistillation,
     Shared,
+    TwoLists,
     VisibleArgument,
     block,
     features,
@@ -476,6 +478,30 @@ def test_points__blocks_may_run_without_masked_tokens_before():
     for each in (handle, *outputs):
         each.remove()
     torch.testing.assert_close(mto.loss(), mto_loss(calls[4:], RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", [None, torch.zeros(DIM)], ids=["random", "zero"])
+def test_points__chunks_of_blocks_and_lists_of_views(token):
+    model = Chunks(token=token).train()
+    run = lambda: model([features(3), features(4)], [RAGGED, torch.zeros(4, NUM, dtype=torch.bool)])  # noqa: E731
+    mto, kept = attach_mto(model, CONFIG), []
+    hooks = [each.register_forward_hook(lambda m, args, out: kept.append((args[0][0], out[0]))) for each in model.parts]
+    run()
+    for each in hooks:
+        each.remove()
+    layers = [tokens[:, 5:] for tokens in (kept[0][0], *(out for _, out in kept))]
+    torch.testing.assert_close(mto.loss(), mto_loss(layers, RAGGED, CONFIG).loss, rtol=1e-5, atol=1e-6)
+    assert "argument 'masks'" in mto.describe()
+    two_masked = lambda: model([features(3), features(3, 1)], [RAGGED, RAGGED])  # noqa: E731
+    refused(model, two_masked, "takes tokens in several tensors")  # only one of which would be measured
+
+
+def test_points__lists_that_run_one_after_the_other_are_one_stack():
+    model = TwoLists()
+    run = lambda: model(features(3), RAGGED)  # noqa: E731
+    refused(model, run, r"go on from blocks.2 into more.0; give both lists as one stack.*\[\*blocks, \*more\]")
+    spec = StackSpec("encoder", [*model.blocks, *model.more], model.mask_token, position=model.pos_embed)
+    assert_exact(model, [*model.blocks, *model.more], run, 0, RAGGED, stacks=[spec])
 
 
 def test_points__blocks_that_do_not_run_are_named():

@@ -123,7 +123,14 @@ def _batches(batches: Tensor | Iterable[Any]) -> Iterator[ImageBatch]:
 def _images(batch: Any) -> Tensor:
     found = getattr(batch, "images", batch)
     if isinstance(found, Mapping):
-        found = next((found[name] for name in ("pixel_values", "images", "image", "x") if name in found), None)
+        found = next(
+            (
+                found[name]
+                for name in ("pixel_values", "pixel_values_videos", "images", "image", "videos", "x")
+                if name in found
+            ),
+            None,
+        )
     elif isinstance(found, (tuple, list)):
         found = found[0] if found else None
     if not isinstance(found, Tensor) or found.ndim < 2:

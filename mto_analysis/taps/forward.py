@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -234,6 +235,7 @@ class Stack(Generic[_Any]):
         self.layout: _Layout | None = None
         self.forwards: list[_Any] = []
         self.running: _Any | None = None
+        self.last_output: weakref.ref[Tensor] | None = None  # tokens of its last depth
         self.changes_in_place = True  # until a forward has shown that its blocks do not
         self.last_mask: Tensor | None = None
         modules = [module for module, where in spec.points if where == "output"]

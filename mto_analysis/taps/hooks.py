@@ -220,7 +220,7 @@ class Attached(Generic[_Any]):
         if not recomputing():
             named = dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs)
             self._arguments[id(module)] = {
-                name: value for name, value in named.items() if isinstance(value, Tensor) and value.ndim > 1
+                name: tensor for name, value in named.items() if (tensor := _first_of(value)) is not None
             }
 
     def _call_ends(self, module: nn.Module, *_: Any) -> None:
@@ -253,6 +253,7 @@ class Attached(Generic[_Any]):
                 if self.requested is not None:
                     arguments[REQUESTED] = self.requested
                 found = find_tokens(values)
+                self._refuse_continued(at, found.tokens)
                 stack.orient(found.flat, arguments)
                 stack.start(stack.batch_first(found.flat), found.grid, arguments)
                 if stack.running is not None and isinstance(self._failures.get(at), NotEntered):
@@ -265,7 +266,23 @@ class Attached(Generic[_Any]):
                 raise StackError(f"{stack.where}: its block gives several tensors of tokens; {_WHOLE}")
             if depth == 0:
                 running.carried = found.others
-            running.last = None if depth == stack.spec.depth else found.kept()
+            running.last = found.kept()
+            if depth == stack.spec.depth:
+                running.last, stack.last_output = None, weakref.ref(found.tokens)
+
+    def _refuse_continued(self, at: int, tokens: Tensor) -> None:
+        """Whether what enters a candidate is what another one of the same mask token gave: both are one stack."""
+        entered = self._stacks[at]
+        for other, stack in enumerate(self._stacks):
+            output = stack.last_output() if stack.last_output is not None else None
+            same = {id(token) for token in stack.spec.mask_tokens} & {id(each) for each in entered.spec.mask_tokens}
+            if output is not None and same and other != at and _is_same_memory(output, tokens):
+                several = f"[*{stack.first_path.rpartition('.')[0]}, *{entered.first_path.rpartition('.')[0]}]"
+                found = StackError(
+                    f"{stack.where}: the tokens go on from {stack.last_path} into {entered.first_path}; give both "
+                    f"lists as one stack: stacks=[StackSpec(name, {several}, mask_token=..., position=...)]"
+                )
+                self._failures.setdefault(other, found)
 
     def _goes_on(self, at: int, depth: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Verify that a block takes what the block before it gave, until it is seen to be the same memory."""
@@ -297,6 +314,12 @@ class Attached(Generic[_Any]):
         self._failures.setdefault(at, error)
         if at >= 0:
             self._stacks[at].running = None
+
+
+def _first_of(value: Any) -> Tensor | None:
+    """An argument that may be a mask or images, or the first of a list of such, one per view."""
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return value if isinstance(value, Tensor) and value.ndim > 1 else None
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}

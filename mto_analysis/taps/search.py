@@ -123,7 +123,8 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f"{p}.") for p in found):
             continue
-        blocks = _blocks_of_stages(module) or list(module)
+        # Public code fills chunks of blocks up with nn.Identity, so that their names count all blocks (DINOv2).
+        blocks = [each for each in _blocks_of_stages(module) or module if not isinstance(each, nn.Identity)]
         if blocks and all(type(block) is type(blocks[0]) and _is_block(block) for block in blocks):
             found[path] = blocks
     trained = {path: blocks for path, blocks in found.items() if any(_is_trained(block) for block in blocks)}
