@@ -248,7 +248,6 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             if this_process().main:
                 typer.echo(planned)
             return
-        note(_summary(chosen, len(images.names), settings, out), quiet=quiet)
         for record in pretrain(
             chosen,
             images,
@@ -256,6 +255,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             settings,
             resume=resume,
             overwrite=overwrite,
+            on_begin=lambda: note(_summary(chosen, len(images.names), settings, out), quiet=quiet),
             on_step=on_step,
             on_note=lambda line: note(line, quiet=quiet),
             on_broken=lambda broken: note(f"another image takes the place of {broken.name} ({broken.reason})"),

@@ -43,6 +43,7 @@ def train(
     identity: Mapping[str, Any],
     resume: bool,
     overwrite: bool,
+    on_begin: Callable[[], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     show: Show | None = None,
@@ -61,6 +62,7 @@ def train(
         identity: What makes the run this run; a folder with another one is refused.
         resume: Go on from ``last.pth``, or begin where there is nothing yet.
         overwrite: Replace the run that the folder holds.
+        on_begin: Called before the first step, when all that can fail at once has not.
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
         show: Draws and measures the model every ``settings.show_every`` epochs, on the process that writes.
@@ -103,6 +105,8 @@ def train(
         elif resume:
             note(f"{folder.path} holds no checkpoint yet: starting from the beginning")
         # Only now, when all that can fail at once has not, is anything written.
+        if on_begin is not None:
+            on_begin()
         try:
             recorder.begin(resume=resume)
             yield from _epochs(data, stepper, recorder, micro_batch, on_step)

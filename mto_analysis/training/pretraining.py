@@ -32,6 +32,7 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     evaluate: Callable[[MaskedImageModel], float] | None = None,
+    on_begin: Callable[[], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     on_broken: Callable[[BrokenImage], None] | None = None,
@@ -52,6 +53,7 @@ def pretrain(
         resume: Go on from ``last.pth``, or begin where there is nothing yet.
         overwrite: Replace the run that the folder holds.
         evaluate: Gives the model's score; by default what ``settings.evaluation`` says.
+        on_begin: Called before the first step, when all that can fail at once has not.
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
         on_broken: Called for each image that cannot be decoded; another takes its place.
@@ -103,6 +105,7 @@ def pretrain(
         identity=run_identity(settings, images, **own),
         resume=resume,
         overwrite=overwrite,
+        on_begin=on_begin,
         on_step=on_step,
         on_note=on_note,
         show=show,
