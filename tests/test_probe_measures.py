@@ -9,15 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from model_kinds import Inpainting, features
+from model_kinds import Behind, Inpainting, features
 from torch import Tensor
+from typer.testing import CliRunner
 from watched_models import batch_of, small_mae, small_simmim
 
 from mto_analysis import measure
 from mto_analysis.affinity import TokenSplit
+from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.images import ImageBatch
+from mto_analysis.mto import StackSpec
 from mto_analysis.probe import masks_from_rule, probe
-from mto_analysis.probe.accumulating import EmbeddingRows, groups_of
+from mto_analysis.probe.accumulating import EmbeddingRows, Row, groups_of
 from mto_analysis.probe.frequencies import frequency_amplitudes
 from mto_analysis.probe.measures import MEASURES, names_of
 from mto_analysis.probe.separability import explained_labels, label_moments
@@ -25,6 +28,7 @@ from mto_analysis.probe.similarity import linear_cka, unbiased_hsic
 from mto_analysis.probe.spectra import effective_rank, lidar, mean_cosine, rankme
 from mto_analysis.runtime import plugins
 from mto_analysis.runtime.statistics import jackknife_interval, t_quantile
+from mto_analyze import app
 
 MASK = torch.rand(3, 16, generator=torch.Generator().manual_seed(5)).argsort(dim=1) < torch.tensor([[5], [9], [12]])
 
@@ -320,6 +324,21 @@ def test_live_models__attention_is_of_the_masks_of_its_own_batch() -> None:
     np.testing.assert_allclose(live[numbers], direct[numbers], rtol=1e-4, atol=1e-5)
 
 
+def test_live_models__attention_leaves_tokens_behind_the_patches_out() -> None:
+    front, behind = Inpainting(cls=1, position="none"), Behind(cls=1, position="none")
+    behind.load_state_dict(front.state_dict())
+    mask = MASK.clone()
+    mask[:, 0] = False  # or a masked token would be seen in the place of the class token
+    mask[:, 1] = True
+    spec = StackSpec("encoder", behind.blocks, behind.mask_token, suffix_tokens=1)
+    one, other = (
+        measure(model, features(3), mask, stacks=stacks, measures="attention").table()
+        for model, stacks in ((front, None), (behind, [spec]))
+    )
+    assert one["measure"].str.contains("entropy_visible").any()
+    np.testing.assert_allclose(other["value"], one["value"], rtol=1e-4, atol=1e-5)
+
+
 class _Entry:
     dist = type("dist", (), {"name": "other-distribution"})
 
@@ -348,3 +367,31 @@ def test_plugins__add_measures_and_broken_ones_are_warnings(monkeypatch: pytest.
     messages = [str(each.message) for each in caught]
     assert len(messages) == 2
     assert all("of other-distribution is left out" in message for message in messages)
+
+
+def test_commands__write_one_tidy_table_and_its_figure(tmp_path) -> None:
+    out, model = tmp_path / "out", str(DEMO_CHECKPOINTS["SimMIM"])
+    given = ["heterogeneity", "--ckpt", model, "--limit", "8", "--device", "cpu", "--out", str(out), "--quiet"]
+    result = CliRunner().invoke(app, [*given, "--measures", "cosine,attention"])
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(out / "measures.csv")
+    assert table.columns.tolist() == ["model", *Row._fields]
+    assert {"heterogeneity", "cosine_visible", "attention_entropy_masked"} <= {*table["measure"]}
+    assert (out / "measures.png").stat().st_size > 10_000
+    refused = CliRunner().invoke(app, [*given, "--overwrite", "--measures", "lidar"])
+    assert (refused.exit_code, "--masks-per-image" in refused.output) == (2, True)
+    report = [
+        "report",
+        "--ckpt",
+        model,
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "r.html"),
+        "--quiet",
+    ]
+    result = CliRunner().invoke(app, [*report, "--show", "1", "--measures", "cosine"])
+    assert result.exit_code == 0, result.output
+    assert "Measures over layer depth" in (tmp_path / "r.html").read_text()

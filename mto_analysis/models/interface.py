@@ -300,6 +300,10 @@ class MaskedImageModel(nn.Module, ABC):
         """
         return ()
 
+    def suffix_tokens(self, stack: str) -> int:
+        """Tokens of a stack behind those of patches."""
+        return 0
+
     def order_is_known(self, stack: str) -> bool:
         """Whether the tokens of a stack are in the order of patches, so that they have places in the image."""
         return True

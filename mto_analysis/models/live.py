@@ -247,6 +247,10 @@ class LiveModel(MaskedImageModel):
         """What was found: stacks, prefix tokens, and how masks are known."""
         return self._attach().describe()
 
+    def suffix_tokens(self, stack: str) -> int:
+        """Tokens of a stack behind those of patches, as its description says."""
+        return self._attach().followed[stack].suffix_tokens
+
     def order_is_known(self, stack: str) -> bool:
         """Whether the tokens of a stack are in the order of patches, so that maps of them can be drawn."""
         return self._attach().named(stack).in_order

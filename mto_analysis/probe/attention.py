@@ -200,7 +200,11 @@ class Attention(TokenMeasure):
         distances = None if isinstance(grid, str) else patch_distances(grid, mask.device)
         key = stack, block
         masks = self._masks.setdefault(key, [])
-        masks.append(attention_statistics(*seen[:2], mask, seen.bias, distances))
+        queries, keys, bias = seen
+        if behind := self.setup.model.suffix_tokens(stack):  # in front, where prefix tokens are
+            queries, keys = queries.roll(behind, dims=2), keys.roll(behind, dims=2)
+            bias = None if bias is None else bias.roll((behind, behind), dims=(2, 3))
+        masks.append(attention_statistics(queries, keys, mask, bias, distances))
         if len(masks) == self.setup.masks_per_image:
             found = torch.stack(masks).mean(dim=0)
             found = torch.cat([found, found.mean(dim=1, keepdim=True)], dim=1)
