@@ -10,8 +10,14 @@ from torch import Tensor
 __all__ = ["LayerTokens", "last_depth", "run_blocks", "to_layers"]
 
 
-class LayerTokens(NamedTuple):
-    """Patch tokens at one layer depth.
+class _LayerTokens(NamedTuple):
+    depth: int
+    tokens: Tensor
+    mask: Tensor
+
+
+class LayerTokens(_LayerTokens):
+    """Patch tokens at one layer depth: a triple of depth, tokens and mask.
 
     ``in_order`` is whether they are in the order of patches, row by row; that of a live model may be unknown.
 
@@ -20,10 +26,13 @@ class LayerTokens(NamedTuple):
         mask: batch num_patches (on this depth's token grid, in the order of tokens)
     """
 
-    depth: int
-    tokens: Tensor
-    mask: Tensor
-    in_order: bool = True
+    in_order: bool
+
+    def __new__(cls, depth: int, tokens: Tensor, mask: Tensor, in_order: bool = True) -> LayerTokens:
+        """Keep ``in_order`` beside the triple, which is unpacked as such."""
+        self = super().__new__(cls, depth, tokens, mask)
+        self.in_order = in_order
+        return self
 
 
 def run_blocks(x: Tensor, blocks: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[Tensor]:
