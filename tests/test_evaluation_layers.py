@@ -42,7 +42,7 @@ def test_evaluate_layers__agrees_with_single_evaluations(sources: tuple[Path, Pa
     assert table.groupby("pooling", sort=False)["layer"].apply(list).to_dict() == {
         "patches": [0, 1, 2, 3], "class": [1, 2, 3], "attentive": [0, 1, 2, 3],
     }  # fmt: skip
-    for row in table[table["layer"] > 0].to_dict("records"):
+    for row in table[table["layer"].isin([1, 3])].to_dict("records"):
         alone = Evaluator(Evaluation(protocol, *sources, pooling=row["pooling"], layer=row["layer"], **more))
         both = (row["selection"] * row["num_selection"] + row["score"] * row["num_images"]) / 20
         assert both == pytest.approx(alone.evaluate(model).top1)

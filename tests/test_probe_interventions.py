@@ -326,7 +326,7 @@ def test_command__writes_table_figure_and_json(made: dict[str, Any], tmp_path: P
         "interventions.csv", "interventions.png", "interventions.pdf", "run.json", "run.toml", "methods.md",
     }  # fmt: skip
     assert "(cut-visible-to-masked, zero) acted from layer depth 1 on" in (tmp_path / "methods.md").read_text()
-    again = ok("intervene", *options, *chosen, "--overwrite", "--no-controls")
+    again = ok("intervene", *options, *chosen, "--overwrite", "--no-controls", "--figure-format", "png")
     assert "without attention from visible to masked tokens from layer depth 1 on" in again.stdout
     assert run("intervene", *options).exit_code == 2  # results are there
 
