@@ -263,6 +263,22 @@ def test_mask__one_that_cannot_be_verified_is_warned_about():
     assert mto.loss().isfinite()  # said once
 
 
+def test_mask__one_that_cannot_be_verified_needs_prefix_tokens_that_are_given():
+    class Drops(Inpainting):
+        def forward(self, x, mask):
+            x = nn.functional.dropout(self.tokens(x, mask), 0.3)
+            return self.run(torch.cat([torch.randn(len(x), 2, DIM), x], 1))
+
+    model, run = Drops().train(), lambda: model(features(3), RAGGED)
+    spec = StackSpec("encoder", model.blocks, mask="argument:mask")
+    refused(model, run, "2 of its tokens .* are beside the 16 patches of the mask.*prefix_tokens=", stacks=[spec])
+    spec = StackSpec("encoder", model.blocks, mask="argument:mask", prefix_tokens=2)
+    mto = attach_mto(model, CONFIG, stacks=[spec])
+    expected = plain_way(model.blocks, run, 2, RAGGED)
+    with pytest.warns(UserWarning, match="the mask could not be verified"):
+        torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_mask__an_inverted_argument_is_found_or_refused():
     model = VisibleArgument()
     run = lambda: model(features(3), ~RAGGED)  # noqa: E731

@@ -675,6 +675,11 @@ class Stack(Generic[_Any]):
                         "tokens that the mask calls visible are equal at one position in all images, those that it "
                         "calls masked are not: it is inverted: pass 'argument:~NAME' or the opposite mask"
                     )
+                if given == "auto" and prefix not in (0, self.hint):
+                    raise self._error(
+                        f"{prefix} of its tokens {list(tokens.shape)} are beside the {mask.shape[1]} patches of the "
+                        "mask, and nothing tells which; pass prefix_tokens=..., or suffix_tokens=..."
+                    )
                 self.doubts.append(
                     f"{self.where}: the mask could not be verified, as masked tokens differ at one position between "
                     "images (dropout?) or no position is masked twice; mask_token=... and position=... would verify it"
