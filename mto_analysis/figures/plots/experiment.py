@@ -128,7 +128,7 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
     columns = min(2 if many else min(len(panels), _MOST_COLUMNS), _columns_that_fit())
     seeds = curves["seed"].nunique()
     with paper_style():
-        figure, axes = _grid_of_panels(len(panels) * (2 if many else 1), columns)
+        figure, axes = _grid_of_panels(len(panels) * (2 if many else 1), columns, sharey=not many)
         for number, (recipe, part) in enumerate(panels):
             ax = axes[2 * number if many else number]
             plot_experiment_curves(part, ax=ax, score=score, bands=not many)
@@ -148,10 +148,10 @@ def _columns_that_fit() -> int:
     return max(1, int(figure_width() / 2))
 
 
-def _grid_of_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+def _grid_of_panels(count: int, columns: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     rows = math.ceil(count / columns)
     figure = new_figure(rows * (_PANEL_HEIGHT + 0.5), share=0.6 if columns == 1 else 1)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
     for empty in axes[count:]:
         empty.set_axis_off()
     return figure, axes[:count]

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import (
     Look,
+    base_of,
     describe,
     figure_width,
     legend_below,
@@ -138,8 +139,8 @@ def zoom_to(ax: Axes, lowest: float, highest: float) -> None:
 def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
     """Fig. 1: a panel per model on its own range of H / H_max; epochs of one model share a panel.
 
-    Models are epochs of one where their labels agree up to a comma: ``MAE`` and ``MAE, early``. One curve has an axis
-    in nats beside it.
+    Models are variants of one where their labels agree up to a comma or a plus: ``MAE``, ``MAE, early``, ``MAE + MTO``.
+    One curve has an axis in nats beside it.
 
     Args:
         frame: Rows of ``heterogeneity.csv``, of one or several models.
@@ -152,7 +153,7 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
     looks = looks_of(label for label, _ in curves)
     groups: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for label, curve in curves:
-        groups.setdefault(str(curve["model"].iloc[0]).partition(",")[0], []).append((label, curve))
+        groups.setdefault(base_of(str(curve["model"].iloc[0])), []).append((label, curve))
     if len(groups) > _MOST_PANELS:
         groups = {"all models": curves}
     with paper_style():

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
+from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.style import Look, legend_below, looks_of, new_figure, paper_style
 
 __all__ = ["draw_runs", "plot_runs"]
@@ -82,7 +83,9 @@ def draw_runs(
             if panel in zero:
                 ax.axhline(0, color="0.3", linewidth=0.8)
             plot_runs(mine, looks=looks, bars=whole_places, ax=ax)
-            ax.set_title(str(panel), fontsize="medium")
+            parts = str(panel).split(", ")
+            words = (PROTOCOL_LABELS.get(part, part).removesuffix(" (%)") for part in parts)
+            ax.set_title(", ".join(words), fontsize="medium")
             label = score if isinstance(score, str) else score[str(panel)]
             if index % across == 0 or not isinstance(score, str):
                 ax.set_ylabel(label)

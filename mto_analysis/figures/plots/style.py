@@ -31,6 +31,7 @@ __all__ = [
     "PAPER_STYLE",
     "TEXT_WIDTH",
     "Look",
+    "base_of",
     "describe",
     "figure_bytes",
     "figure_width",
@@ -78,16 +79,9 @@ class Look(TypedDict):
     linestyle: Any
 
 
-# What figures of this project often show together; MTO and an early epoch differ from their baseline by colour.
-_SLOTS = {
-    "MAE": 0,
-    "SimMIM": 1,
-    "MAE, early": 2,
-    "SimMIM, early": 3,
-    "MAE + MTO": 2,
-    "SimMIM + MTO": 3,
-    "with MTO": 2,
-}
+# What figures of this project often show together.
+_SLOTS = {"MAE": 0, "SimMIM": 1, "with MTO": 2}
+_VARIANT = re.compile(r"( \+ |, )")
 _BASELINE = Look(color="0.35", marker="o", linestyle="--")
 
 
@@ -110,11 +104,13 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
     count = len(COLORS)
     taken: set[tuple[int, int]] = set()
     looks: dict[str, Look] = {}
-    for name in sorted(names, key=lambda name: name not in _SLOTS):
+    for name in sorted(names, key=lambda name: (base_of(name) not in _SLOTS, base_of(name) != name)):
         if name == "baseline":
             looks[name] = _BASELINE
             continue
-        first = _SLOTS.get(name, zlib.crc32(name.encode()) % count)
+        base = base_of(name)
+        # "MAE + MTO" and "MAE, early" stand beside "MAE", always in the same other colour.
+        first = (_SLOTS.get(base, zlib.crc32(base.encode())) + 2 * (base != name)) % count
         places = (((first + step) % count, step // count) for step in range(count * count))
         slot, turn = next((place for place in places if place not in taken), (first, 0))
         taken.add((slot, turn))
@@ -138,6 +134,16 @@ def model_curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         (f"{model}, {str(stack).replace('_', ' ')}" if several else str(model), curve)
         for (model, stack), curve in table.groupby(["model", "stack"], sort=False)
     ]
+
+
+def base_of(label: str) -> str:
+    """The model that a label is a variant of: of another epoch, after a comma, or with something added, after a plus.
+
+    Example:
+        >>> base_of("MAE + MTO"), base_of("SimMIM, early"), base_of("mine")
+        ('MAE', 'SimMIM', 'mine')
+    """
+    return _VARIANT.split(label, maxsplit=1)[0]
 
 
 @contextmanager
