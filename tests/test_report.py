@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from report_cases import explorer_data, read_mask, read_products, save_twelve_layers
@@ -213,6 +214,35 @@ def test_render_report__takes_more_figures_with_their_captions(contents: ReportC
     assert len(set(ids)) == len(ids)
     assert all(caption in page.text for caption in more)
     assert [tag for tag, _ in page.tags].count("svg") == 7
+
+
+def test_report_command__shows_interventions_and_models_of_the_users_code(tmp_path: Path) -> None:
+    effects = pd.DataFrame(
+        [
+            {"model": "mine", "stack": "decoder", "from_depth": 0, "intervention": "zero", "condition": condition}
+            | {"measure": "cosine", "effect": -0.25, "ci_low": -0.375, "ci_high": -0.125, "num_images": 2}
+            for condition in ("masked", "some_masked", "some_visible", "difference")
+        ]
+    )
+    effects.to_csv(tmp_path / "interventions.csv", index=False)
+    out = tmp_path / "report.html"
+    model = f"{mae_of_the_demo.__module__}:{mae_of_the_demo.__name__}"
+    command = ["report", "-q", "--model", model, "--limit", "2", "--show", "1", "--out", str(out), "--overwrite"]
+    command += ["--interventions", str(tmp_path / "interventions.csv")]
+    result = CliRunner().invoke(app, [*command, "--label", "mine"])
+    assert result.exit_code == 0, result.output
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "replace by zero" in page.text
+    assert "-0.25" in page.text
+    assert "Losses per image" in page.text  # a model of this package predicts pixels, whoever made it
+    other = CliRunner().invoke(app, [*command, "--label", "other"])
+    assert other.exit_code == 4
+    assert "is about mine, not about other; name the models as there, with --label" in other.stderr
+
+
+def mae_of_the_demo() -> torch.nn.Module:
+    return load_checkpoint(DEMO_CHECKPOINTS["MAE"])
 
 
 def test_collect_report__says_at_once_that_a_image_is_not_there() -> None:

@@ -113,7 +113,7 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
         if len(attention):
             for ax, (column, words) in zip(parts[1].subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
                 plot_attention(attention, column, ax=ax)
-                ax.set_title(f"attention,\n{words[0]}", fontsize=small, pad=2, linespacing=0.95)
+                ax.set_title(f"attention,\n{words[0]}", fontsize=small, pad=2, linespacing=1.1)
                 ax.set_ylabel(words[1], fontsize="small")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         legend_below(figure, handles, labels, ncols=4)
