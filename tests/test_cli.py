@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -44,7 +45,7 @@ from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.runtime.outputs import locked_folder
 from mto_analysis.training import RunSettings
 from mto_analysis.training.evaluation import Evaluation
-from mto_analyze import app, console
+from mto_analyze import app, console, measuring
 
 RECORD = {"run.json", "run.toml", "methods.md"}
 FILES = {"heterogeneity.csv", "heterogeneity_per_image.csv", "heterogeneity.png", "heterogeneity.pdf", *RECORD}
@@ -1180,3 +1181,12 @@ def test_version__is_that_of_the_distribution_and_imports_no_torch() -> None:
     )
     assert "mto_analyze" in shown.stderr
     assert not any(line.rpartition("|")[2].strip() == "torch" for line in shown.stderr.splitlines())
+
+
+def test_measuring__imports_without_garbage_collection_and_turns_it_on_again(monkeypatch):
+    during = []
+    monkeypatch.delitem(sys.modules, "torch")  # as before the first import; all that it would import is there
+    monkeypatch.setattr(measuring.gc, "freeze", lambda: during.append(gc.isenabled()))
+    measuring._import_libraries()
+    assert during == [False]
+    assert gc.isenabled()
