@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from model_kinds import blocks
 from scipy import stats
 from test_cli import ok, run
 from test_models_swin import make_swin
@@ -352,6 +353,47 @@ def test_command__names_the_block_of_a_live_model_that_it_cannot_cut(tmp_path: P
     assert refused.exit_code == 3
     assert f"error: block 1 of encoder of {model}: attention over the 16 tokens" in refused.stderr
     ok("intervene", *options, "--intervention", "zero")  # needs no attention
+
+
+class Transposed(Tiny):
+    """The same model with tokens ``num_tokens batch dim`` in its blocks."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        first, self.blocks = self.blocks, blocks(batch_first=False)
+        self.blocks.load_state_dict(first.state_dict())
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        x = torch.where(mask[..., None], self.mask_token, self.patch(images).flatten(2).mT) + self.pos_embed
+        x = x.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def make_seeded() -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def test_command__takes_blocks_whose_batch_is_second(tmp_path: Path) -> None:
+    options = (
+        "--limit",
+        3,
+        "--figure-format",
+        "png",
+        "--intervention",
+        "cut-visible-to-masked",
+        "--intervention",
+        "mean",
+    )
+    tables = []
+    for made in ("make_seeded", "Transposed"):
+        ok("intervene", "--model", f"test_probe_interventions:{made}", *options, "--out", tmp_path / made)
+        tables.append(pd.read_csv(tmp_path / made / "interventions.csv"))
+    assert tables[0]["effect"].abs().max() > 1e-3
+    assert tables[1]["effect"].tolist() == pytest.approx(tables[0]["effect"].tolist(), abs=1e-5)
 
 
 def test_command__takes_models_of_the_users_code_without_labels(tmp_path: Path, image_folder: Path) -> None:

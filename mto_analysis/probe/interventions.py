@@ -201,6 +201,7 @@ class _Stack:
         self.images, self._asked = images, mask
         if not self.blocks:
             raise StackError(f"{self.where}: its blocks are not known, so nothing can be done to their tokens")
+        self._transposed = False
         self.mask, self.inputs = self.record(images)
         self.prefix = self.inputs[0].shape[1] - self.mask.shape[1]
 
@@ -212,9 +213,12 @@ class _Stack:
             inputs.append(tokens)
             return tokens
 
-        with intervene(self.blocks, change=keep, where=self.where) as seen:
+        with self._intervening(keep, None) as seen:
             layers = list(self.model.layer_tokens(images, self._asked.clone(), self.stack))
         mask = layers[0].mask
+        if not self._transposed and inputs and inputs[0].shape[1] == len(mask) != len(inputs[0]):
+            self._transposed = True  # batch_first=False; verified below
+            return self.record(images)
         if any(layer.mask.shape != mask.shape for layer in layers):
             raise StackError(f"{self.where}: its token grid changes with depth, where interventions are not possible")
         if seen.ran != list(range(1, len(layers))) or seen.output is None:
@@ -254,7 +258,7 @@ class _Stack:
         return seen.output[:, self.prefix :], None
 
     def _intervening(self, change: BlockChange | None, cut: BlockCut | None) -> Any:
-        return intervene(self.blocks, change=change, cut=cut, where=self.where)
+        return intervene(self.blocks, change=change, cut=cut, where=self.where, transposed=self._transposed)
 
     def changed(
         self, intervention: str, group: Group, depth: int, donors: Sequence[Tensor]

@@ -138,10 +138,17 @@ class _Block:
     """One block of a stack in a forward: changes its tokens, cuts its attention, and verifies that it did."""
 
     def __init__(
-        self, number: int, where: str, seen: StackPass, last: bool, change: BlockChange | None, cut: BlockCut | None
+        self,
+        number: int,
+        where: str,
+        seen: StackPass,
+        last: bool,
+        transposed: bool,
+        change: BlockChange | None,
+        cut: BlockCut | None,
     ) -> None:
         self._number, self._where, self._seen, self._last = number, f"block {number} of {where}", seen, last
-        self._change, self._cut = change, cut
+        self._transposed, self._change, self._cut = transposed, change, cut
         self._mode: _Cut | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -150,10 +157,10 @@ class _Block:
             raise StackError(f"{self._where} runs several times in one forward; interventions need one run of each")
         self._seen.ran.append(self._number)
         place, x = _tokens_among(args, kwargs, self._where)
-        tokens = x.flatten(1, -2)
+        tokens = self._batch_first(x)
         if self._change is not None and (changed := self._change(self._number, tokens)) is not tokens:
             tokens = changed
-            new = changed.view(x.shape)
+            new = changed.transpose(0, 1) if self._transposed else changed.view(x.shape)
             if isinstance(place, int):
                 args = (*args[:place], new, *args[place + 1 :])
             else:
@@ -175,7 +182,10 @@ class _Block:
                 raise self._refusal(mode)
         if self._last and output is not None:
             outputs = output if isinstance(output, tuple) else (output,)
-            self._seen.output = _tokens_among(outputs, {}, self._where)[1].flatten(1, -2)
+            self._seen.output = self._batch_first(_tokens_among(outputs, {}, self._where)[1])
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self._transposed else x.flatten(1, -2)
 
     def _refusal(self, mode: _Cut) -> StackError:
         batch, tokens, _ = mode._cut.shape
@@ -205,6 +215,7 @@ def intervene(
     change: BlockChange | None = None,
     cut: BlockCut | None = None,
     where: str = "the stack",
+    transposed: bool = False,
 ) -> Iterator[StackPass]:
     """Change what enters each block, and cut its attention, in the forward that runs inside.
 
@@ -216,6 +227,7 @@ def intervene(
         change: Called with the tokens of each block.
         cut: Called with each block's tokens, as changed.
         where: Name of the stack, for messages.
+        transposed: The blocks' tokens are ``num_tokens batch dim``; what is called still gets the batch first.
 
     Yields:
         What was seen; filled by the forward.
@@ -236,7 +248,7 @@ def intervene(
     handles = []
     try:
         for number, block in enumerate(blocks, start=1):
-            each = _Block(number, where, seen, number == len(blocks), change, cut)
+            each = _Block(number, where, seen, number == len(blocks), transposed, change, cut)
             handles.append(block.register_forward_pre_hook(each.before, with_kwargs=True))
             handles.append(block.register_forward_hook(each.after, with_kwargs=True, always_call=True))
         yield seen
