@@ -80,7 +80,7 @@ def explained_labels(fitted: Tensor, tested: Tensor) -> Tensor:
     left = fitted[:-1, :-1].clone()
     scale = left.diagonal()[:-1].mean()
     left.diagonal()[:-1].add_(RIDGE * scale + torch.finfo(left.dtype).tiny)
-    weights = torch.linalg.solve(left, fitted[:-1, -1])
+    weights = torch.cholesky_solve(fitted[:-1, -1:], torch.linalg.cholesky(left)).squeeze(1)
     residual = torch.cat([weights, weights.new_tensor([-1.0])])
     return 1 - residual @ tested @ residual / tested[-1, -1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,7 +33,8 @@ def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
         for kind, line in curve.groupby("kind", sort=False):
             ax.plot(line["layer_depth"], line["value"], color=colour, linestyle=_LINES[str(kind)], marker=".", ms=3)
             ax.fill_between(line["layer_depth"], line["ci_low"], line["ci_high"], color=colour, alpha=0.18, linewidth=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
     return ax
 
 
@@ -55,12 +58,14 @@ def draw_measures(table: pd.DataFrame) -> Figure:
     down = -(-len(names) // across)
     with paper_style():
         figure = new_figure(0.8 + 1.35 * down)
-        axes = figure.subplots(down, across, squeeze=False).ravel()
+        axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
         for ax, name in zip(axes, names, strict=False):
             plot_measure(rows[rows["name"] == name], ax=ax)
-            ax.set_title(name.replace("_", " "), fontsize="small")
+            ax.set_title(re.sub(" (masked|visible) to", r"\n\1 to", name.replace("_", " ")), fontsize="small")
         for ax in axes[len(names) :]:
             ax.set_axis_off()
+        for ax in axes[max(len(names) - across, 0) : len(names)]:
+            ax.xaxis.set_tick_params(labelbottom=True)  # also above a place that is empty
         labels = [label for label, _ in model_curves(rows)]
         handles = [
             *(axes[0].plot([], [], color=look["color"], label=label)[0] for label, look in looks_of(labels).items()),
