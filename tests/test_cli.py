@@ -884,6 +884,7 @@ def test_plot__redraws_the_same_figure_from_the_table(
         assert plot_files[name] == run_files[name], name
 
 
+@pytest.mark.rendered
 def test_plot__draws_in_the_style_format_and_width_that_are_asked_for(tmp_path: Path) -> None:
     table, out = Path(__file__).parents[1] / "figures/fig1a.csv", tmp_path / "plot"
     ok("plot", table, "--style", "paper", "--figure-format", "svg", "--width", "86mm", "--out", out, "--quiet")
