@@ -132,7 +132,7 @@ def _is_layer(module: nn.Module) -> bool:
 class Found(NamedTuple):
     """Tokens among the arguments of a module, or in what it returned.
 
-    Args:
+    Attributes:
         tokens: As they are there.
         others: More tensors of that shape.
         version: Counts changes in place; ``None`` in inference mode, where nothing does.
