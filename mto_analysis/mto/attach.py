@@ -267,10 +267,10 @@ def attach_mto(
 ) -> MTO:
     """Attach masked token optimisation to an unmodified model; its masked tokens are found by structure.
 
-    Found are a learned mask token, lists of blocks and positions of its width in any submodule, by structure and never by
-    class; what is found is verified in forwards, and what is not needs ``stacks``. Compared with plain loops in the tests:
-    facebookresearch/mae, microsoft/SimMIM (ViT and Swin), LightDXY/BootMAE (both decoders), TencentARC/ConMIM and BEiT,
-    every vision class of Hugging Face with a mask token, lightly's MAE and SimMIM parts, and our own.
+    Found are a learned mask token, lists of blocks and positions of its width in any submodule, by structure and never
+    by class; what is found is verified in forwards, and what is not needs ``stacks``. Compared with plain loops in the
+    tests: facebookresearch/mae, microsoft/SimMIM (ViT and Swin), LightDXY/BootMAE (both decoders), TencentARC/ConMIM
+    and BEiT, every vision class of Hugging Face with a mask token, lightly's MAE and SimMIM parts, and our own.
 
     Keep the handle; the model does not. Attach after copies of the model (EMA) were made and before ``torch.compile``
     runs for the first time. In evaluation mode and without gradients the hooks do nothing.
