@@ -24,7 +24,7 @@ from mto_analysis.checkpoints.statistics import (
     stated_statistics,
     unpublished_statistics,
 )
-from mto_analysis.errors import CheckpointError, OptionNeededError, explained
+from mto_analysis.errors import CheckpointError, HeadCountError, explained
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import ImageSize
 
@@ -128,7 +128,7 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
-    Numbers that must be given are listed in ``needed``; head counts are ``None`` in ``config``.
+    Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
 
     Args:
         source: As for :func:`load_checkpoint`.
@@ -142,7 +142,7 @@ def inspect_checkpoint(
         offline: As for :func:`load_checkpoint`.
 
     Raises:
-        CheckpointError: As :func:`load_checkpoint` would, but for numbers that must be given.
+        CheckpointError: As :func:`load_checkpoint` would, but for missing head counts.
     """
     raw = _opened(source, mmap=True, weights=weights, offline=offline)
     conversion, needed = _converted(raw, Given(num_heads, decoder_num_heads, image_size, mask_ratio))
@@ -151,7 +151,7 @@ def inspect_checkpoint(
         model = build(conversion, materialize=False)
         check_finite(conversion.state)
     config = asdict(conversion.config)
-    config |= {option: None for option in needed if option in config}
+    config |= dict.fromkeys(needed)
     epoch = raw.extras.get("epoch")
     return CheckpointReport(
         path=str(raw.path),
@@ -258,12 +258,12 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
 
 
 def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]:
-    """A conversion, and which numbers it lacks; others stand in for them, which fit all shapes."""
+    """A conversion, and which head counts it lacks; others stand in for them, which fit all shapes."""
     needed: list[str] = []
     while True:
         try:
             return _convert(raw, given), needed
-        except OptionNeededError as error:
+        except HeadCountError as error:
             needed.append(error.option)
             options: dict[str, Any] = {error.option: error.stand_in}
             given = replace(given, **options)

@@ -256,8 +256,8 @@ def _stand_ins(names: list[str]) -> list[Any]:
 
 def _split_root(root: Any, path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict inside what was unpickled, and the entries around it."""
-    kind = root if isinstance(root, Inert) else getattr(root, "__dict__", {}).get(_CLASS)
-    if isinstance(kind, Inert) and not (isinstance(root, dict) and root):
+    kind = root if isinstance(root, Inert) else _kind_of(root)
+    if kind is not None and not (isinstance(root, dict) and root):
         raise CheckpointError(f"{path} holds an object of {kind.name}, not its weights: save its state_dict()")
     if isinstance(root, Tensor) or not isinstance(root, dict) or not root:
         raise CheckpointError(f"{path} holds a {type(root).__name__}, not a dict of tensors")
@@ -311,8 +311,10 @@ def _plain(value: Any, seen: Iterator[int], depth: int = 0) -> Any:
 
     OmegaConf's containers and their entries are objects, which hold what they stand for as an attribute.
     """
-    if isinstance(kind := getattr(value, "__dict__", {}).get(_CLASS), Inert) and kind.name.startswith("omegaconf."):
+    if (kind := _kind_of(value)) is not None and kind.name.startswith("omegaconf."):
         content = vars(value).get("_content", vars(value).get("_val"))
+        if _kind_of(content) is not None:  # no such object holds another one directly
+            return None
         if isinstance(content, list):
             return [_plain(item, seen, depth + 1) for item in content if depth < 8 and next(seen) < _MOST_SETTINGS]
         return None if content == "???" else _plain(content, seen, depth)  # three question marks: missing
@@ -326,6 +328,12 @@ def _plain(value: Any, seen: Iterator[int], depth: int = 0) -> Any:
             if isinstance(name, (str, int)) and name != _CLASS and next(seen) < _MOST_SETTINGS
         }
     return value if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else None
+
+
+def _kind_of(value: Any) -> Inert | None:
+    """The class that a stand-in is for, if it is one."""
+    kind = getattr(value, "__dict__", {}).get(_CLASS)
+    return kind if isinstance(kind, Inert) else None
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:
