@@ -243,8 +243,9 @@ def test_command__writes_tables_figure_and_one_sentence(tmp_path):
     content = json.loads(result.stdout)
     assert content["sentence"].startswith("Across methods H")
     assert {row["layer"] for row in content["relations"]} == {"first", "last", "mean"}
-    names = {"relations.csv", "checkpoints.csv", "seeds.csv", "relations.png", "relations.pdf", "run.json"}
-    assert {path.name for path in out.iterdir()} == names
+    names = {"relations.csv", "checkpoints.csv", "seeds.csv", "relations.png", "relations.pdf"}
+    assert {path.name for path in out.iterdir()} == names | {"run.json", "run.toml", "methods.md"}
+    assert "95 % intervals and Holm's correction" in (out / "methods.md").read_text()
     assert pd.read_csv(out / "relations.csv")["number"].eq(count).all()
     with pytest.raises(DataError, match="nothing to draw"):
         draw_relations(pd.read_csv(out / "relations.csv").assign(rho=math.nan))

@@ -78,6 +78,16 @@ def _reconstruct(metadata: Mapping[str, Any]) -> Iterable[str]:
     yield from _measured(metadata)
 
 
+def _relate(metadata: Mapping[str, Any]) -> Iterable[str]:
+    given = metadata["arguments"]
+    yield (
+        "Spearman's rank correlations of measures with accuracy were computed across methods and within runs, with "
+        f"{100 * given['confidence']:g} % intervals and Holm's correction for their number."
+    )
+    tables = [*given["measures"], *given["scores"]]
+    yield f"Tables: {', '.join(map(str, tables))}."
+
+
 def _measured(metadata: Mapping[str, Any]) -> Iterable[str]:
     """Models, images, masks and precision of a pass over images."""
     given, models = metadata["arguments"], metadata["models"]
@@ -228,6 +238,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "intervene": _intervene,
     "reconstruct": _reconstruct,
     "report": _heterogeneity,
+    "relate": _relate,
     "pretrain": _pretrain,
     "evaluate": _evaluate,
     "rauc": _rauc,
