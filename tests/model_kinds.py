@@ -315,6 +315,19 @@ class TwoLists(Inpainting):
         return x
 
 
+class TwoTokens(Inpainting):
+    """A mask token for each half of the patches, as of two modalities."""
+
+    def __init__(self):
+        super().__init__()
+        self.other_mask_token = nn.Parameter(torch.randn(1, 1, DIM))
+
+    def tokens(self, x, mask):
+        half = torch.arange(NUM)[:, None] < NUM // 2
+        token = torch.where(half, self.mask_token, self.other_mask_token[0])
+        return torch.where(mask[..., None], token, self.embed(x)) + self.positions()
+
+
 class Predictor(nn.Module):
     """Sees some of the patches, and masked tokens of others, in the order of their positions or masked ones last."""
 

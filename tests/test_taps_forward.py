@@ -23,6 +23,7 @@ from model_kinds import (
     SelfDistillation,
     Shared,
     TwoLists,
+    TwoTokens,
     VisibleArgument,
     block,
     features,
@@ -105,6 +106,15 @@ def test_order__a_predictor_sees_a_subset(num_tokens, ordered):
     mto = assert_exact(model, model.blocks, run, 0, lambda: model.true_mask, stacks=[spec])
     assert torch.equal(mto.last_masks["predictor"].nonzero()[:, 1].view(2, 4), some[:, 9:].sort(dim=1).values)
     refused(model, run, "present='subset'")
+
+
+def test_tokens__of_two_kinds_among_the_same_are_one_stack():
+    model = TwoTokens()
+    run = lambda: model.run(model.tokens(features(3), RAGGED))  # noqa: E731 - nothing but tokens tells the mask
+    refused(model, run, "are masked there too; give both as one stack")
+    spec = StackSpec("encoder", model.blocks, [model.mask_token, model.other_mask_token], position=model.pos_embed)
+    assert_exact(model, model.blocks, run, 0, RAGGED, stacks=[spec])
+    refused(model, lambda: model(features(3), RAGGED), "masks 5 to 12 of 16 patches, but")
 
 
 # ---- prefix tokens

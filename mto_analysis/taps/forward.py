@@ -235,6 +235,7 @@ class Stack(Generic[_Any]):
         self.layout: _Layout | None = None
         self.forwards: list[_Any] = []
         self.running: _Any | None = None
+        self.last_input: weakref.ref[Tensor] | None = None  # tokens with masked ones, at layer depth 0
         self.last_output: weakref.ref[Tensor] | None = None  # tokens of its last depth
         self.changes_in_place = True  # until a forward has shown that its blocks do not
         self.last_mask: Tensor | None = None

@@ -256,8 +256,10 @@ class Attached(Generic[_Any]):
                 self._refuse_continued(at, found.tokens)
                 stack.orient(found.flat, arguments)
                 stack.start(stack.batch_first(found.flat), found.grid, arguments)
-                if stack.running is not None and isinstance(self._failures.get(at), NotEntered):
-                    del self._failures[at]  # the stack ran before without masked tokens
+                if stack.running is not None:
+                    if isinstance(self._failures.get(at), NotEntered):
+                        del self._failures[at]  # the stack ran before without masked tokens
+                    self._refuse_other_tokens(at, found.tokens)
         if (running := stack.running) is not None:
             found = find_tokens(values, running.last.tokens if running.last is not None else None)
             running.depths.add(depth)
@@ -269,6 +271,17 @@ class Attached(Generic[_Any]):
             running.last = found.kept()
             if depth == stack.spec.depth:
                 running.last, stack.last_output = None, weakref.ref(found.tokens)
+
+    def _refuse_other_tokens(self, at: int, tokens: Tensor) -> None:
+        """Whether two mask tokens are among the same tokens, so that each stack takes those of the other as visible."""
+        stack = self._stacks[at]
+        for other in self._stacks:
+            if other is not stack and other.last_input is not None and other.last_input() is tokens:
+                raise StackError(
+                    f"{stack.where}: tokens of {other.token_path} are masked there too; give both as one stack: "
+                    "stacks=[StackSpec(name, blocks, mask_token=[..., ...], position=...)]"
+                )
+        stack.last_input = weakref.ref(tokens)
 
     def _refuse_continued(self, at: int, tokens: Tensor) -> None:
         """Whether what enters a candidate is what another one of the same mask token gave: both are one stack."""
