@@ -53,6 +53,6 @@ def demo(
     metadata = run_metadata(context.params, models=tables.models)
     folder.write_json("run.json", metadata)
     write_record(out, metadata)
-    typer.echo("\n".join(demo_sentences(tables)))
     typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
     typer.echo(f"to explore: open {page} in a browser")
+    typer.echo("\n".join(demo_sentences(tables)))
