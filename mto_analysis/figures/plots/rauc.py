@@ -113,9 +113,12 @@ def _mark_saving(ax: Axes, comparison: Comparison) -> None:
     )  # fmt: skip
     ax.plot([reached, reached], [min(comparison.reference, final), final], color="0.2", linewidth=0.8, linestyle="--")
     saved = comparison.share_saved_interval.around(comparison.share_saved, scale=100, default=".0f")
+    # Towards the middle, where the baseline's area is empty.
+    late = reached > (comparison.start + end) / 2
     text = ax.annotate(
-        f"{saved} % saved", xy=(reached, min(comparison.reference, final)), xytext=(3, 3),
-        textcoords="offset points", ha="left", va="bottom", fontsize="small", color="0.2", zorder=4,
+        f"{saved} % saved", xy=(reached, min(comparison.reference, final)), xytext=(-3 if late else 3, 3),
+        textcoords="offset points", ha="right" if late else "left", va="bottom", fontsize="small", color="0.2",
+        zorder=4,
     )  # fmt: skip
     text.set_path_effects([withStroke(linewidth=1.5, foreground="white", alpha=0.8)])
 
