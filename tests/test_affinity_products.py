@@ -183,3 +183,15 @@ def test_cuda__a_probe_waits_for_the_values_of_a_batch_only(monkeypatch):
         with pytest.raises(RuntimeError, match="numpy"):  # values that there are none of here
             engine._measure(model, torch.empty(2, 3, 32, 32), mine, "encoder", ("a", "b"), 0, [of_h])
     assert operators.waiting == ["aten::copy_"]
+
+
+def test_compiled__h_of_a_layer_depth_is_one_graph_that_can_be_fused():
+    mine, tokens = TokenSplit(draw_mask(0, masked=(20, 20, 20), grid=6)), make_tokens(torch.float32)[:, 1:]
+
+    @torch.no_grad()
+    def measured(x):
+        return heterogeneity(x, mine)
+
+    expected = measured(tokens)  # the split has now found out where its tokens are
+    found = torch.compile(measured, fullgraph=True, backend="eager")(tokens)
+    torch.testing.assert_close(found, expected)

@@ -36,7 +36,8 @@ class Scratch:
         It is overwritten by the next result of the same use.
         """
         dtype = dtype or torch.promote_types(like.dtype, torch.float32)
-        if like.device.type != "cpu":  # there allocators keep memory themselves
+        # Elsewhere allocators keep memory themselves, and so does the code that torch.compile makes.
+        if like.device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(shape, dtype=dtype, device=like.device)
         size = math.prod(shape)
         kept = self._kept.get((use, dtype))
