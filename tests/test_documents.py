@@ -239,7 +239,8 @@ def test_results__state_the_values_of_the_figure() -> None:
 
 def test_errors__are_said_in_the_words_of_the_page() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "mto_analysis").rglob("*.py")))
+    files = [path for folder in ("mto_analysis", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
     said = re.sub(r"\"\s*\n\s*f?\"", "", code)  # strings that go on in the next line
     messages = re.findall(r"^- \*([^*]+)\*", page, re.MULTILINE)
     assert len(messages) > 8
