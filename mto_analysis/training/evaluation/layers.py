@@ -167,12 +167,15 @@ def layer_sentences(table: pd.DataFrame) -> list[str]:
         table: Rows of :func:`evaluate_layers`, with a column ``model``.
     """
     sentences = []
+    last = table.groupby("model")["layer"].max()
     for row in table[table["chosen"]].to_dict("records"):
         low, high = row["difference_ci_low"], row["difference_ci_high"]
-        gain = f"{row['difference']:+.2f} points ({low:+.2f} to {high:+.2f})"
+        gain, place = f", {row['difference']:+.2f} points ({low:+.2f} to {high:+.2f}) against the last block", ""
+        if row["layer"] == last[row["model"]]:
+            gain, place = "", ", the last,"
         sentences.append(
-            f"{row['model']}: {LAYER_POOLINGS[row['pooling']]} at layer depth {row['layer']} is best on "
+            f"{row['model']}: {LAYER_POOLINGS[row['pooling']]} at layer depth {row['layer']}{place} is best on "
             f"{row['num_selection']} images; on {row['num_images']} others it has {row['score']:.2f} % "
-            f"({row['ci_low']:.2f} to {row['ci_high']:.2f}), {gain} against the last block."
+            f"({row['ci_low']:.2f} to {row['ci_high']:.2f}){gain}."
         )
     return sentences
