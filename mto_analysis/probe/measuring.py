@@ -54,7 +54,8 @@ def measure(
             and k as for :func:`~mto_analysis.probe.probe`; or ``None`` for masks that the model samples itself (with
             our seed). For models of ours ``None`` is their own rule.
         call: Runs the model on images and a mask, ``call(model, images, mask)``; by default the mask is passed as
-            ``bool_masked_pos`` or ``mask``, or as ``noise`` that gives exactly this mask.
+            ``bool_masked_pos`` or ``mask``, as ``noise`` that gives exactly this mask, or as V-JEPA 2's numbers of
+            patches.
         stacks: Where masked tokens live, for models in which they are not found.
         measures: Names of measures (:data:`~mto_analysis.probe.measures.MEASURES`), in one text or several, or
             ``"all"`` that the model allows (``notes`` say which are left out and why); or functions of tokens, by name.
