@@ -187,10 +187,9 @@ def _hyperparameters(number: int, method: str) -> PaperTable:
     frame = pd.DataFrame({"setting": rows["setting"], "value": rows[method]}).reset_index(drop=True)
     frame["recomputed"] = ""
     frame["note"] = ""
-    notes: tuple[str, ...] = ("Settings: there is nothing to recompute.",)
     if method == "SimMIM":
         frame.loc[frame["setting"] == "schedule", "note"] = "SimMIM's released ViT-B settings use multi-step"
-    return PaperTable(f"supp{number}", f"Supplementary Table {number}. Hyperparameters of {method}", frame, notes)
+    return PaperTable(f"supp{number}", f"Supplementary Table {number}. Hyperparameters of {method}", frame, ())
 
 
 def _claims() -> PaperTable:
