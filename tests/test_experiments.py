@@ -77,8 +77,8 @@ def test_experiment__writes_tables_figures_and_a_page(done: Path) -> None:
         *figures,
     }
     methods = (out / "methods.md").read_text()
-    assert "Arms MAE and MAE + MTO were each run with the seeds 0 and 1" in methods
-    assert "Settings were chosen on separate runs: MAE" in methods
+    assert "Arms no MTO and MTO were each run with the seeds 0 and 1, in fp32." in methods
+    assert "Settings were chosen on separate runs: MAE small." in methods
     curves = pd.read_csv(out / "curves.csv")
     assert len(curves) == 2 * 2 * 3  # methods, seeds, epochs 0 to 2
     assert curves["method"].unique().tolist() == ["MAE", "MAE + MTO"]
