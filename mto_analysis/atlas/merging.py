@@ -18,6 +18,8 @@ __all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe
 #: (fp32), 2e-2 (fp16) and 9e-2 (bf16); deeper models and other hardware round more.
 TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "fp16": 5e-2, "bf16": 1.5e-1}
 _NUMBERS = ("value", "ci_low", "ci_high")
+# What a difference may come from.
+_MADE_WITH = ("precision", "hardware", "mto_analysis_version")
 # Rows named in a message.
 _NAMED = 5
 
@@ -46,11 +48,12 @@ class Agreement(NamedTuple):
         bad = self.rows[~self.rows["agrees"]]
         if bad.empty:
             return
-        words = [
-            f"{row.checkpoint}, {row.stack}, layer depth {row.layer_depth}, {row.measure}: {row.value_a:.6g} "
-            f"({row.precision_a}, {row.hardware_a}) and {row.value_b:.6g} ({row.precision_b}, {row.hardware_b})"
-            for row in bad.head(_NAMED).itertuples()
-        ]
+        words = []
+        for _, row in bad.head(_NAMED).iterrows():
+            made_with = {side: ", ".join(row[f"{name}_{side}"] for name in _MADE_WITH) for side in "ab"}
+            both = " and ".join(f"{row[f'value_{side}']:.6g} ({made_with[side]})" for side in "ab")
+            where = f"{row['checkpoint']}, {row['stack']}, layer depth {row['layer_depth']}, {row['measure']}"
+            words.append(f"{where}: {both}")
         more = "; ..." if len(bad) > _NAMED else ""
         raise DataError(
             f"{len(bad)} of {len(self.rows)} rows of both tables differ beyond rounding: {'; '.join(words)}{more}"
@@ -96,7 +99,7 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
     import numpy as np
 
     key = [*MEASUREMENT, *ROW]
-    columns = ["checkpoint", "precision", "hardware", *_NUMBERS]
+    columns = ["checkpoint", *_MADE_WITH, *_NUMBERS]
     both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))
     rows = both.rename(columns={"checkpoint_a": "checkpoint"})
     of_curve = rows.groupby([each for each in key if not each.endswith("layer_depth")], dropna=False)
