@@ -34,7 +34,7 @@ def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     plot_estimates(drawn, looks_of(rows["layer"].unique()), by="name", ax=ax)
     ax.axvline(0, color="0.3", linewidth=0.8, zorder=0.5)
     ax.set_xlim(-1.05, 1.05)
-    ax.set_xlabel("rank correlation with accuracy")
+    ax.set_xlabel("rank correlation")
     return ax
 
 
@@ -54,5 +54,5 @@ def draw_relations(table: pd.DataFrame) -> Figure:
         looks = looks_of(table["layer"].unique())
         handles = [axes[0].plot([], [], label=layer, markersize=4, **look)[0] for layer, look in looks.items()]
         legend_below(figure, handles, [str(handle.get_label()) for handle in handles], title="layer depth")
-        describe(figure, note="Spearman's rank correlations, with intervals over methods or runs")
+        describe(figure, note="Spearman's rank correlation with accuracy; intervals over methods or runs")
     return figure
