@@ -17,6 +17,13 @@ from mto_analyze import app
 SECONDS = 20
 MEGABYTES = 1000
 
+#: Read, as nothing of them is called: weights under an unknown key, and a function beside the weights.
+HARMLESS = ("root_unknown", "attack_getattr", "attack_getattr_old")
+
+
+def is_harmless(path: Path) -> bool:
+    return path.stem.partition("_")[2] in HARMLESS
+
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
@@ -44,7 +51,8 @@ def check_in_this_process(folder: Path, count: int | None = None) -> None:
     for path in paths:
         with limited(SECONDS):
             result = CliRunner().invoke(app, ["inspect", str(path)])
-        if result.exit_code != 3 or result.stderr.count("\n") != 1 or result.stdout:
+        wanted = (0, 0, True) if is_harmless(path) else (3, 1, False)
+        if (result.exit_code, result.stderr.count("\n"), bool(result.stdout)) != wanted:
             wrong.append(f"{path.name}: exit {result.exit_code}, {result.stderr!r}, {result.exception!r}")
     assert not wrong, "\n".join(wrong)
     assert contents(folder) == before
@@ -108,8 +116,10 @@ def check_as_command(path: Path) -> str | None:
         capture_output=True, text=True, timeout=60, check=False, cwd=path.parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
-    peak = int(done.stdout or 0) / 1024
+    peak = int(done.stdout.split()[-1] if done.stdout else 0) / 1024
     good = done.returncode == 3 and done.stderr.count("\n") == 1 and done.stderr.startswith("mto-analyze: error: ")
+    if is_harmless(path):
+        good = done.returncode == 0 and done.stderr == ""
     if good and peak < MEGABYTES:
         return None
     return f"{path.name}: exit {done.returncode}, {peak:.0f} MB, {done.stderr[-300:]!r}"
