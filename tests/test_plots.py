@@ -273,3 +273,8 @@ def test_figure_bytes__have_300_dots_per_inch_and_embedded_fonts(frame: pd.DataF
         assert image.size[0] == 2100
     assert b"/FontFile2" in render(figure, "pdf")  # TrueType, not the Type 3 that publishers refuse
     assert b"/Type3" not in render(figure, "pdf")
+
+
+def test_colours__are_those_of_seaborns_colour_blind_palette() -> None:
+    seaborn = pytest.importorskip("seaborn")
+    assert set(COLORS) <= set(seaborn.color_palette("colorblind").as_hex())
