@@ -229,3 +229,8 @@ def test_common_window__is_the_longest_that_all_runs_logged(tmp_path):
     assert common_window(groups, ["A"]) == (2.0, 3.0)
     with pytest.raises(DataError, match="fewer than two"):
         common_window(table, ["A", "C"])
+    (tmp_path / "c.csv").write_text(
+        "method,epoch,score\nA,1,5\nA,2,6\nA,2.99,7\nA,3.99,8\nB,1,5\nB,2,6\nB,3,7\nB,4,8\n"
+    )
+    with pytest.raises(DataError, match=r"all runs cover 1 to 3.99, but the epoch is logged .* from 1 to 2 only"):
+        common_window(read_curves([tmp_path / "c.csv"], unit="percent"), ["A", "B"])

@@ -618,6 +618,11 @@ def test_read_log__iterations_of_open_mmlab_are_steps(tmp_path):
     ]
     read = read_curves([write(tmp_path, "old.log.json", "\n".join(map(json.dumps, old)))])
     assert read.frame["epoch"].tolist() == [4000.0, 8000.0]
+    trained = [{"mode": "train", "epoch": 1, "iter": 4000 * e, "loss": 1.0, "lr": 1} for e in (1, 2)]
+    batches = [line | {"iter": 49} for line in old]  # mmcv writes the number of validation batches
+    lines = [line for pair in zip(trained, batches, strict=True) for line in pair]
+    read = read_curves([write(tmp_path, "batches.log.json", "\n".join(map(json.dumps, lines)))])
+    assert (read.axis, read.frame["epoch"].tolist()) == ("step", [4000.0, 8000.0])
 
 
 def test_read_log__several_evaluations_in_an_epoch_are_placed_on_steps(tmp_path):
@@ -638,6 +643,74 @@ def test_read_log__accuracy_lines_of_the_moving_average_are_another_series(tmp_p
     assert table.frame["score"].tolist() == [50.0, 51.0, 52.0]
     assert any("EMA Acc@1 (EMA weights) is not read" in str(one) for one in table.findings)
     assert read_curves([path], score_column="EMA Acc@1").frame["score"].tolist() == [60.0, 61.0, 62.0]
+
+
+@pytest.mark.parametrize(
+    ("test", "first", "second"),
+    [("Test: [ 0/98]\n", "training Acc@1", "Acc@1"), ("", "Acc@1 #1", "Acc@1 #2")],
+)
+def test_read_log__two_accuracies_after_each_epoch_are_two_series(tmp_path, test, first, second):
+    line = "Epoch: [{0}][ 0/10]\n * Acc@1 {1}.0\n" + test + " * Acc@1 {2}.0\n"
+    path = write(tmp_path, "a.txt", "".join(line.format(e, 90 + e, 50 + e) for e in range(3)))
+    assert read_curves([path], score_column=first).frame["score"].tolist() == [90.0, 91.0, 92.0]
+    assert read_curves([path], score_column=second).frame["score"].tolist() == [50.0, 51.0, 52.0]
+    if test:
+        assert read_curves([path]).provenance[0].column == "Acc@1"
+    else:
+        with pytest.raises(DataError, match=r"it has 'Acc@1 #1', 'Acc@1 #2', and nothing tells"):
+            read_curves([path])
+
+
+def test_read_log__an_accuracy_line_may_name_its_split(tmp_path):
+    text = "".join(f"Epoch: [{e}][0/9]\n * Train Acc@1 {90 + e}\n * Val Acc@1 {50 + e}\n" for e in range(3))
+    assert read_curves([write(tmp_path, "a.txt", text)]).frame["score"].tolist() == [50.0, 51.0, 52.0]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_read_log__nan_in_each_row_is_no_value(tmp_path, name):
+    rows = [row for e in range(3) for row in ((e, 1.0, "NaN"), (e, "NaN", 50.0 + e))]
+    texts = [f'{{"epoch": {e}, "train_loss": {loss}, "val_acc": {acc}}}' for e, loss, acc in rows]
+    table = "epoch,train_loss,val_acc\n" + "".join(f"{e},{loss},{acc}\n" for e, loss, acc in rows)
+    content = {"a.csv": table, "a.json": f"[{', '.join(texts)}]", "a.jsonl": "\n".join(texts)}[name]
+    read = read_curves([write(tmp_path, name, content)])
+    assert read.frame["score"].tolist() == [50.0, 51.0, 52.0]
+    assert "each row has one" in str(read.findings[0])
+    missing = write(tmp_path, "keras.csv", "epoch,val_acc,val_loss\n0,NA,NA\n1,51,1\n2,NA,NA\n3,53,1\n")
+    assert read_curves([missing]).findings == ()
+
+
+def test_read_curves__says_what_an_unknown_axis_counts(tmp_path):
+    one, two = (write(tmp_path, f"{axis}.csv", f"{axis},val_acc\n1,50\n2,51\n3,52\n") for axis in ("t", "epoch"))
+    read = read_curves([one], epoch_column="t")
+    assert (read.axis, read.provenance[0].axis) == ("t", "other")
+    assert any("nothing tells what 't' counts" in str(finding) for finding in read.findings)
+    with pytest.raises(DataError, match=r"counts t and .* counts epochs; .*first-epoch=1"):
+        read_curves([Source(one, epoch="t"), two])
+    assert read_curves([Source(one, epoch="t", first_epoch=1), two]).axis == "epoch"
+    named = write(tmp_path, "b.csv", "epochs trained,optimizer updates,val_acc\n1,100,50\n2,200,51\n")
+    axes = [read_curves([named], epoch_column=each).axis for each in ("epochs trained", "optimizer updates")]
+    assert axes == ["epoch", "step"]
+
+
+def test_choose__an_accuracy_beside_a_loss_may_be_of_training(tmp_path):
+    (finding,) = read_curves([write(tmp_path, "a.csv", "epoch,accuracy,loss\n0,50,1\n1,60,1\n")]).findings
+    assert "nothing tells of which images 'accuracy' is" in str(finding)
+
+
+def test_tidy__a_run_of_one_epoch_before_another_can_be_left_out(tmp_path):
+    header = "epoch,train_loss,valid_loss,accuracy,time\n"
+    second = "".join(f"{e},1,1,{50 + e},00:10\n" for e in range(3))
+    path = write(tmp_path, "history.csv", f"{header}0,1,1,40,00:10\n{header}{second}")
+    with pytest.raises(DataError, match="choose with --run"):
+        read_curves([path])
+    assert read_curves([path], run=-1).frame["score"].tolist() == [50.0, 51.0, 52.0]
+    with pytest.raises(DataError, match="every score of 'val_acc' is at 0"):
+        read_curves([write(tmp_path, "val_acc", "".join(f"165000000000{e} {50 + e} 0\n" for e in range(3)))])
+
+
+def test_read_log__a_title_above_the_header_is_no_header(tmp_path):
+    text = "Results of June;\n;\nepoch;val_acc\n1;50,5\n2;60\n"
+    assert read_curves([write(tmp_path, "a.csv", text)]).frame["score"].tolist() == [50.5, 60.0]
 
 
 SPLITS = (("train", 9), ("val", 0))

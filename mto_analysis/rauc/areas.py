@@ -143,7 +143,7 @@ def score_at(curve: Any, epoch: float, *, interpolate: bool = False) -> float:
     if not interpolate:
         raise ValueError(
             f"no score at {epoch:g}, which lies between the logged {epochs[at - 1]:g} and {epochs[at]:g};"
-            " ask for interpolation to take the line between them"
+            " ask for interpolation (--interpolate) to take the line between them"
         )
     return float(np.interp(epoch, epochs, scores))
 

@@ -366,7 +366,7 @@ def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, flo
     """The longest window whose ends every run of these methods has logged, in every group that has them.
 
     Raises:
-        DataError: If there are not two such epochs.
+        DataError: If there are not two such epochs, or if they are less than half of what all runs cover.
     """
     keys = ["seed", *table.groups]
     logged = []
@@ -379,6 +379,12 @@ def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, flo
         shared = np.intersect1d(shared, epochs)
     if shared.size < 2:
         raise DataError("the runs share fewer than two logged epochs; give --start and --end, and --interpolate")
+    first, last = max(each.min() for each in logged), min(each.max() for each in logged)
+    if 2 * (shared[-1] - shared[0]) < last - first:
+        raise DataError(
+            f"all runs cover {first:g} to {last:g}, but the {table.axis} is logged by all of them from {shared[0]:g} to"
+            f" {shared[-1]:g} only; give --start and --end, and --interpolate"
+        )
     return float(shared[0]), float(shared[-1])
 
 

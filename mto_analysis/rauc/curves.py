@@ -197,6 +197,9 @@ class CurveTable:
         }
 
 
+_SAYS_EPOCHS = "--log 'NAME=FILE[first-epoch=1]' (or 0) tells that of epochs"
+
+
 def read_curves(
     sources: Iterable[Source | str | Path],
     *,
@@ -247,6 +250,11 @@ def read_curves(
             document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
             seed_column=seed_column, groups=tuple(groups), axis_column=axis_column,
         )  # fmt: skip
+        if log.axis == "other" and source.first_epoch is not None:
+            log = replace(log, axis="epochs")
+        if log.axis == "other":
+            told = f"nothing tells what {log.axis_column!r} counts: it is taken as it stands; {_SAYS_EPOCHS}"
+            findings.append(Finding(log.file, None, told))
         which = source.run or run
         number = _as_number(which)
         logs.append((log, source))
@@ -392,7 +400,7 @@ def _refuse_different_axes(curves: Sequence[_Curves]) -> None:
             settled = (
                 "--steps-per-epoch turns steps into epochs (1 where each step is an epoch)"
                 if kinds == {"steps", "epochs"}
-                else "name a column that both have with --epoch-column"
+                else f"name a column that both have with --epoch-column, or, if both count epochs, {_SAYS_EPOCHS}"
             )
             raise DataError(
                 f"{curves[0].log.file} counts {said(curves[0])} and {other.log.file} counts {said(other)}; {settled}"

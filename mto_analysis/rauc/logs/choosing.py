@@ -207,6 +207,8 @@ def choose(documents: Sequence[Document], requests: Sequence[Request]) -> tuple[
                 " (or for this log alone with --log 'NAME=FILE[score=...]')"
             )
         findings += _unread(document, series[0])
+        if request.score is None:
+            findings += _maybe_of_training(document, series[0])
     chosen = [series[0] for series in options]
     findings += _refuse_different(documents, chosen, requests)
     return chosen, findings
@@ -290,6 +292,17 @@ def _unread(document: Document, series: Series) -> list[Finding]:
         if others:
             return [Finding(document.file, None, f"{', '.join(others)} (EMA weights) is not read")]
     return []
+
+
+def _maybe_of_training(document: Document, series: Series) -> list[Finding]:
+    """An accuracy and a loss without a split are what Keras calls those of training images."""
+    losses = [each.name for each in series_of(document) if each.metric.kind == "loss" and each.metric.split is None]
+    if series.metric.kind != "accuracy" or series.metric.split is not None or not losses:
+        return []
+    told = (
+        f"nothing tells of which images {series.name!r} is; beside {losses[0]!r} alone it may be of the training ones"
+    )
+    return [Finding(document.file, None, told)]
 
 
 def _refuse_different(

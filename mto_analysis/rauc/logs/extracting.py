@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.choosing import rows_of, series_of
-from mto_analysis.rauc.logs.names import axis_of
+from mto_analysis.rauc.logs.names import axis_of, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, Log, Series, grouped
 
@@ -113,8 +113,7 @@ def _present(document: Document, column: str) -> str:
 def _axis(document: Document, series: Series, there: NDArray[np.bool_], asked: str | None) -> tuple[str, AxisKind]:
     """What the scores are placed on: the named column, or the first axis that most of them have."""
     if asked is not None:
-        known = dict(document.axes)
-        return asked, known.get(asked) or axis_of(asked) or "epochs"
+        return asked, dict(document.axes).get(asked) or axis_of(asked) or _counted(asked)
     shares = []
     for column, kind in document.axes:
         if column != series.column:
@@ -129,6 +128,16 @@ def _axis(document: Document, series: Series, there: NDArray[np.bool_], asked: s
         f"{document.file}: a score without 'epoch' (or 'step'); name its column with --epoch-column,"
         f" it has {', '.join(document.columns.names)}"
     )
+
+
+def _counted(column: str) -> AxisKind:
+    """What a column counts whose name is no usual one of an axis, from the words in it."""
+    words = set(words_of(column))
+    kinds: dict[AxisKind, set[str]] = {
+        "epochs": {"epoch", "epochs"},
+        "steps": {"step", "steps", "iter", "iters", "iteration", "iterations", "update", "updates"},
+    }
+    return next((kind for kind, told in kinds.items() if told & words), "other")
 
 
 def _finer_axis(document: Document, rows: NDArray[np.bool_], epochs: NDArray[np.float64]) -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
 from mto_analysis.rauc.logs.names import MODE_COLUMNS, metric_of, mode_of
 from mto_analysis.rauc.logs.provenance import AxisKind
-from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped
+from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped, nan_is_blank
 from mto_analysis.rauc.logs.tables import axes_of
 
 __all__ = ["is_json", "read_json"]
@@ -58,6 +59,27 @@ def read_json(name: str, data: bytes) -> Document:
     Raises:
         DataError: If it is broken, or holds no curve.
     """
+    document = _read(name, data)
+    return _without_blanks(document) if b"NaN" in data else document
+
+
+def _without_blanks(document: Document) -> Document:
+    """Without NaN where it stands for no value, as in the rows of a data frame."""
+    columns = document.columns
+    assert isinstance(columns, RecordColumns)
+    cells = [[record.get(name) for name in columns.names] for record in columns.records]
+    nan = np.array([[isinstance(cell, float) and cell != cell for cell in row] for row in cells])
+    filled = np.array([[cell is not None for cell in row] for row in cells]) & ~nan
+    if not nan_is_blank(nan, filled):
+        return document
+    records = [{key: each for key, each in record.items() if each == each} for record in columns.records]
+    told = Finding(document.file, None, "NaN stands for no value: each row has one")
+    findings = (*document.findings, told)
+    return replace(document, columns=RecordColumns(records, columns.lines), findings=findings, losses=())
+
+
+def _read(name: str, data: bytes) -> Document:
+    """The rows of JSON lines or of one document."""
     lines = _objects(data)
     if len(lines) > 1 or data.lstrip()[:1] not in (b"{", b"["):
         return _lines(name, data, lines)
@@ -109,7 +131,7 @@ def _lines(name: str, data: bytes, found: Sequence[Any]) -> Document:
     form = "JSON lines"
     if "accuracy/top1" in names or "accuracy_top-1" in names or ("env_info" in names and mode):
         form = "OpenMMLab JSON lines"
-        axes = _open_mmlab_axes(columns, axes)
+        columns, axes = _open_mmlab_places(columns, axes)
     elif {"test_acc1", "train_loss"} <= names:
         form = "MAE JSON lines"
     return Document(
@@ -148,15 +170,17 @@ def _mode(columns: RecordColumns) -> str | None:
     return next((key for key in columns.names if key.lower() in MODE_COLUMNS), None)
 
 
-def _open_mmlab_axes(columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]]) -> tuple[tuple[str, AxisKind], ...]:
+def _open_mmlab_places(
+    columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]]
+) -> tuple[RecordColumns, tuple[tuple[str, AxisKind], ...]]:
     """What a validation line counts: finished epochs or iterations, as the training line before it shows.
 
     In mmengine ``step`` of a validation line is one or the other; in mmcls 0.x ``iter`` of a validation line is the
-    number of validation batches, unless training goes by iterations.
+    number of validation batches: where training goes by iterations, it becomes that of the training line before.
     """
     score = next((key for key in columns.names if metric_of(key).is_top1), None)
     if score is None:
-        return tuple(axes)
+        return columns, tuple(axes)
     _, scored = columns.numbers(score)
     if "step" in columns.names:
         step, _ = columns.numbers("step")
@@ -167,13 +191,20 @@ def _open_mmlab_axes(columns: RecordColumns, axes: Sequence[tuple[str, AxisKind]
                 at = np.flatnonzero(scored)
                 previous = np.searchsorted(training, at) - 1
                 if len(at) and (previous >= 0).all() and (before[training[previous]] == step[at]).all():
-                    return (("step", "steps"), *axes)
-        return (("step", "epochs" if "epoch" in columns.names else "steps"), *axes)
+                    return columns, (("step", "steps"), *axes)
+        return columns, (("step", "epochs" if "epoch" in columns.names else "steps"), *axes)
     if {"iter", "epoch"} <= set(columns.names):
-        counts, epochs = (columns.numbers(key)[0][scored] for key in ("iter", "epoch"))
-        if len(counts) > 1 and (counts[1:] > counts[:-1]).all() and not (epochs[1:] > epochs[:-1]).all():
-            return (("iter", "steps"), *axes)
-    return tuple(axes)
+        (counts, there), (epochs, _) = (columns.numbers(key) for key in ("iter", "epoch"))
+        training = np.flatnonzero(there & ~scored)
+        shown = training if training.size else np.flatnonzero(scored)
+        falls, changes = (np.diff(counts[shown]) <= 0).sum(), (np.diff(epochs[shown]) != 0).sum()
+        if shown.size > 1 and (falls == 0 or 2 * falls < changes):  # by epochs it falls in each; a resumed run, once
+            records = [*columns.records]
+            for at in np.flatnonzero(scored) if training.size else ():
+                before = training[: np.searchsorted(training, at)]
+                records[at] = {**records[at], "iter": counts[before[-1]] if before.size else 0}
+            return RecordColumns(records, columns.lines), (("iter", "steps"), *axes)
+    return columns, tuple(axes)
 
 
 def _refuse_one_evaluation(name: str, record: Mapping[str, Any]) -> None:

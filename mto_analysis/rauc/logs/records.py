@@ -27,13 +27,16 @@ __all__ = [
     "RecordColumns",
     "Series",
     "grouped",
+    "nan_is_blank",
     "number_of",
 ]
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_WRITTEN_NAN = ("nan", "-nan", "+nan", "null", "none", "na", "n/a")
+_WRITTEN_NAN = ("nan", "-nan", "+nan")
+#: What programs and spreadsheets write where there is no value.
+_NO_VALUE = ("", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,15 @@ def number_of(value: Any) -> float:
         return math.nan
     except OverflowError:  # a whole number of hundreds of digits
         return math.inf
+
+
+def nan_is_blank(nan: Flags, filled: Flags) -> bool:
+    """Whether NaN is how a program wrote empty cells: every row has one, and not all in the same columns.
+
+    Shape (rows, columns): where a cell is a written NaN, and where it has a value. A column of NaN alone shows nothing.
+    """
+    nan = nan[:, nan.any(axis=0) & filled.any(axis=0)]
+    return bool(nan.size) and bool(nan.any(axis=1).all() and (nan != nan[0]).any())
 
 
 class Columns(ABC):
@@ -152,7 +164,7 @@ class FrameColumns(Columns):
         present = np.ones(len(values), dtype=np.bool_)
         for at in lost:
             cell = text.iloc[at]
-            if cell in ("", name):
+            if cell == name or cell.lower() in _NO_VALUE:
                 present[at] = False
             elif cell.lower() not in _WRITTEN_NAN:
                 values[at] = number_of(cell)

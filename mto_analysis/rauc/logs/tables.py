@@ -16,7 +16,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
 from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of, split_of_run, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
-from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns
+from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, nan_is_blank
 
 __all__ = ["axes_of", "is_run_table", "is_table", "read_table", "roles_of"]
 
@@ -38,6 +38,9 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     """Column names, the delimiter, and the number of the header's line."""
     lines = data[: 1 << 16].split(b"\n") if b"\n" in data[: 1 << 16] else data.split(b"\n", 2)
     at = next((place for place, line in enumerate(lines) if line.strip(b" \t,;") and not line.startswith(b"sep=")), 0)
+    if re.search(rb"[,;\t]$", lines[at]) and len(_filled(lines[at])) == 1:  # a title in the first cell of a spreadsheet
+        below = (place for place in range(at + 1, min(at + 9, len(lines))) if len(_filled(lines[place])) > 1)
+        at = next(below, at)
     while lines[at].startswith(b"#") and at + 1 < len(lines) and not _numeric(lines[at + 1]):
         at += 1  # a comment; a header after # has numbers below it
     first = lines[at].decode(errors="replace")
@@ -64,6 +67,11 @@ def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
     while len(columns) > 1 and not columns[-1]:
         columns.pop()  # a delimiter at the end of the line; its cells must be empty, which reading checks
     return columns, delimiter, at + 1
+
+
+def _filled(line: bytes) -> list[bytes]:
+    """Cells of a line that hold something."""
+    return [cell for cell in re.split(rb"[,;\t]", line) if cell.strip()]
 
 
 def _numeric(line: bytes) -> bool:
@@ -128,6 +136,7 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
         len(columns) > 1 and all(" - " in column for column in columns[1:])
     ):
         return _chart(name, columns, frame, lines)
+    frame, findings = _without_blanks(name, frame)
     repeated = [column for column in columns if column and columns.count(column) > 1]
     if repeated:
         raise DataError(f"{name}:{header}: the column {repeated[0]!r} comes twice; rename one")
@@ -142,10 +151,20 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
     kind, roles = _format(plain), roles_of(name, known)
     if kind == "mto-analyze curves":  # ours: each row is one score, whichever weights it is of, and top5 goes with it
         roles |= {"mode": None, "scores": tuple(each for each in columns if each.lower() == "score")}
-    document = Document(name, BY_NAME[kind], known, **roles)  # type: ignore[arg-type]
+    document = Document(name, BY_NAME[kind], known, findings=findings, **roles)  # type: ignore[arg-type]
     if document.axes and any(each in columns for each in wanted):
         return _wide_methods(document, wanted)
     return document
+
+
+def _without_blanks(name: str, frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[Finding, ...]]:
+    """Without NaN where it stands for an empty cell, as in a data frame's file."""
+    texts = frame.loc[:, [column.dtype.kind not in "if" for _, column in frame.items()]]
+    written = texts.isin(("NaN", "nan"))
+    if not nan_is_blank(written.to_numpy(), (texts.notna() & ~written).to_numpy()):
+        return frame, ()
+    frame = frame.assign(**texts.mask(written))
+    return frame, (Finding(name, None, "NaN stands for an empty cell: each row has one"),)
 
 
 def is_run_table(columns: Sequence[str], *, unique: bool) -> bool:

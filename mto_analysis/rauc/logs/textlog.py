@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,18 +22,31 @@ __all__ = [
     "read_text_log",
 ]
 
+
+class _Accuracy(NamedTuple):
+    """An accuracy line: ``trained`` counts the epochs before it, ``tested`` says whether a test was seen since."""
+
+    epoch: int
+    score: float
+    line: int
+    trained: int
+    ema: bool
+    tested: bool
+
+
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EPOCH = re.compile(
     r"EPOCH (\d{1,9}) training takes|Epoch:? ?\[(\d{1,9})\] Total time|Epoch:? ?\[(\d{1,9})\]\[ *\d+/\d+\]"
 )
-_ACCURACY = re.compile(r"(?:\*|\b(?:Test|Val|Eval)\w*:(?: *EMA)?) +(Acc|Prec)@1:? +(\S+)")
+_ACCURACY = re.compile(r"(?:\*(?: *[A-Za-z]+)?|\b(?:Test|Val|Eval)\w*:(?: *EMA)?) +(Acc|Prec)@1:? +(\S+)")
 _OF_EMA = re.compile(r"\bema\b", re.IGNORECASE)
+_OF_TEST = re.compile(r"\b(?:Test|Val|Eval)(?:[a-z]*\b)|\b(?:TEST|VALIDATION)\b")
 _OF_TRAINING = re.compile(r"\b(Train(ing)?|TRAIN)\b")
 _VALIDATION = re.compile(r"\b(Epoch|Iter)\(val\) *\[ *(\d{1,9})(?:/ *\d+)?\](?:\[ *\d+(?:/ *\d+)?\])?(.*)")
 _ITERATION = re.compile(r"\bIter(?:\(train\))? *\[ *(\d{1,9})/\d+\]")
 _PAIR = re.compile(r"([A-Za-z][\w/.@-]*): ([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(?=[\s,]|$)")
 _BESIDE = ("eta", "time", "data_time", "memory")
-_TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|(?:\*|:|: *EMA) +(?:Acc|Prec)@1:? ")
+_TEXT_LOG = re.compile(rb"EPOCH \d+ training takes|(?:\*(?: *[A-Za-z]+)?|:|: *EMA) +(?:Acc|Prec)@1:? ")
 _HEAD = 1 << 14
 _METRIC_LINE = re.compile(rb"\d{12,14} \S+(?: \d+)?")
 
@@ -69,9 +83,9 @@ def read_text_log(name: str, data: bytes) -> Document:
         DataError: If no accuracy belongs to an epoch.
     """
     epoch: int | None = None
-    loaded = ema = False
+    loaded = ema = tested = False
     trained = 0
-    rows: list[tuple[int, float, int, int, bool]] = []
+    rows: list[_Accuracy] = []
     homeless: list[int] = []
     spelt = "Acc@1"
     for number, line in _numbered_lines(data):
@@ -80,36 +94,58 @@ def read_text_log(name: str, data: bytes) -> Document:
         elif "Start training" in line:
             loaded = False
         elif accuracy := _ACCURACY.search(line):
-            if _OF_TRAINING.search(line[: accuracy.start()]):
+            if _OF_TRAINING.search(line[: accuracy.start(1)]):
                 continue
+            tested = tested or bool(_OF_TEST.search(line[: accuracy.start(1)]))
             if epoch is None or loaded:
                 homeless.append(number)
                 continue
             try:
                 spelt = f"{accuracy[1]}@1"
-                rows.append(
-                    (epoch, float(accuracy[2].rstrip(",;%")), number, trained, ema or bool(_OF_EMA.search(line)))
-                )
+                score, of_ema = float(accuracy[2].rstrip(",;%")), ema or bool(_OF_EMA.search(line))
+                rows.append(_Accuracy(epoch, score, number, trained, of_ema, tested))
             except ValueError:
                 raise DataError(f"{name}:{number}: {accuracy[2][:60]!r} is not an accuracy") from None
         elif finished := _EPOCH.search(line):
             if not re.search(r"\b(Test|Val|Eval)\w*:", line[: finished.start()]):
-                epoch, loaded, ema = int(finished[1] or finished[2] or finished[3]), False, False
+                epoch, loaded, ema, tested = int(finished[1] or finished[2] or finished[3]), False, False, False
                 trained += 1
-        elif rows and "EMA" in line and re.search("accuracy", line, re.IGNORECASE) and rows[-1][0] == epoch:
-            rows[-1] = (*rows[-1][:4], True)
+        elif rows and "EMA" in line and re.search("accuracy", line, re.IGNORECASE) and rows[-1].epoch == epoch:
+            rows[-1] = rows[-1]._replace(ema=True)
         elif _OF_EMA.search(line) and re.search(r"\b(test|val|eval)", line, re.IGNORECASE):
             ema = True
+        else:
+            tested = tested or bool(_OF_TEST.search(line))
     if not rows:
         raise DataError(f"{name}: no accuracy line (* Acc@1 ...) follows a finished epoch")
     # Records, where a written NaN is a value: in a frame it would be none.
-    records = [{"epoch": epoch, f"EMA {spelt}" if of_ema else spelt: score} for epoch, score, _, _, of_ema in rows]
-    columns = RecordColumns(records, np.array([line for _, _, line, _, _ in rows]))
-    progress = np.array([trained for _, _, _, trained, _ in rows])
+    records = [{"epoch": row.epoch, name: row.score} for row, name in zip(rows, _names(rows, spelt), strict=True)]
+    columns = RecordColumns(records, np.array([row.line for row in rows]))
+    progress = np.array([row.trained for row in rows])
     return Document(
         name, BY_NAME["text"], columns, axes=(("epoch", "epochs"),), progress=progress,
         findings=tuple(grouped(name, homeless, "skipped: an accuracy before training started or went on")),
     )  # fmt: skip
+
+
+def _names(rows: Sequence[_Accuracy], spelt: str) -> list[str]:
+    """What each line's accuracy is called.
+
+    Two different accuracies after most epochs are two series: of training where the lines before say so, else ``#1``
+    and ``#2``, between which the reader must choose.
+    """
+    after: dict[int, list[_Accuracy]] = {}
+    for row in rows:
+        if not row.ema:
+            after.setdefault(row.trained, []).append(row)
+    several = [each for each in after.values() if len({row.score for row in each}) > 1]
+    names = {True: f"EMA {spelt}", False: spelt}
+    if len(several) < 2 or 2 * len(several) <= len(after):
+        return [names[row.ema] for row in rows]
+    if all(each[-1].tested and not each[0].tested for each in several):
+        return [names[row.ema] if row.ema or row.tested else f"training {spelt}" for row in rows]
+    place = {row.line: at for each in after.values() for at, row in enumerate(each, 1)}
+    return [names[True] if row.ema else f"{spelt} #{place[row.line]}" for row in rows]
 
 
 def read_open_mmlab_text(name: str, data: bytes) -> Document:

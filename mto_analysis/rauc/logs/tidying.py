@@ -253,7 +253,10 @@ def _chosen_run(
         return rows, code
     at = int(np.flatnonzero(again)[0])
     line, method = rows["line"].to_numpy()[order][at], rows["method"].iloc[order[at]]
-    if epoch[at] == epoch[at - 1]:
+    twice = (np.diff(epoch) == 0) & (np.diff(curve) == 0) & (curve[1:] == curve[at])
+    if (epoch[curve == curve[at]] == epoch[at]).all():
+        raise DataError(f"{file}:{line}: every score of {method!r} is at {epoch[at]:g}, and nothing tells their order")
+    if twice.sum() > 1:  # once is a run of one epoch, such as of a frozen backbone, before the next
         raise DataError(
             f"{file}:{line}: {method!r} has a second score for epoch {epoch[at]:g};"
             " a column that tells its curves apart is missing (--method-column, --seed-column, --group)"
