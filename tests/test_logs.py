@@ -692,6 +692,12 @@ def test_read_curves__says_what_an_unknown_axis_counts(tmp_path):
     assert axes == ["epoch", "step"]
 
 
+def test_choose__says_why_an_accuracy_is_passed_over(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,val_top5,best_val_acc\n0,80,50\n1,90,60\n")
+    with pytest.raises(DataError, match=r"val_top5 is top-5, best_val_acc is the best one so far; take one"):
+        read_curves([path])
+
+
 def test_choose__an_accuracy_beside_a_loss_may_be_of_training(tmp_path):
     (finding,) = read_curves([write(tmp_path, "a.csv", "epoch,accuracy,loss\n0,50,1\n1,60,1\n")]).findings
     assert "nothing tells of which images 'accuracy' is" in str(finding)
@@ -794,6 +800,15 @@ def test_read_curves__epochs_that_are_shifted_by_one_are_refused(tmp_path, one, 
         assert first.epochs.tolist() == second.epochs.tolist()
     else:
         assert read_curves(paths).frame["epoch"].tolist() == [*one, *two]
+
+
+def test_read_curves__a_shorter_last_step_shows_that_epochs_count_from_0(tmp_path):
+    paths = [
+        write(tmp_path, f"{epochs[0]}.csv", "epoch,val_acc\n" + "".join(f"{e},{40 + e / 2}\n" for e in epochs))
+        for epochs in ((0, 10, 20, 29), (10, 20, 30))
+    ]
+    with pytest.raises(DataError, match=r"0.csv calls the first epoch 0 .* 10.csv calls it 1"):
+        read_curves(paths)
 
 
 def test_read_curves__steps_per_epoch_that_nobody_counts_are_named(tmp_path):

@@ -237,6 +237,7 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
         for each in every
         if each.metric.kind == kind and each.metric.split != "train"
     ]
+    passed = {each.name: _passed_over(each.metric) for each in every if each.metric.kind == "accuracy"}
     if request.lower_is_better:
         told = "no error and no loss found; name its column with --score-column"
     elif training:
@@ -253,9 +254,19 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
             f"no accuracy found; {below[0]} is an error or a loss: take it with --score-column {below[0]!r}"
             " --lower-is-better"
         )
+    elif passed:
+        which = ", ".join(f"{name} is {why}" for name, why in passed.items())
+        told = f"no top-1 accuracy of the epochs found: {which}; take one, if it is meant, with --score-column"
     else:
         told = "no accuracy found (a pre-training log?); name its column with --score-column"
     raise DataError(f"{document.file}: {told}; it has {_all_names(document)}")
+
+
+def _passed_over(metric: Metric) -> str:
+    """Why an accuracy that is not of training images is never taken unasked."""
+    if metric.best:
+        return "the best one so far"
+    return "of single batches" if metric.batch else f"top-{metric.rank if (metric.rank or 0) > 0 else 'k'}"
 
 
 def _refuse_score_beside_training(document: Document, series: Sequence[Series]) -> None:

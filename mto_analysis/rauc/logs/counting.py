@@ -52,6 +52,7 @@ class Counted:
 def _evident(epochs: np.ndarray) -> int | None:
     """What the epochs show: 0, 1, 2 or 4, 9, 14 count from 0; 1, 2, 3 or 5, 10, 15 from 1; 0, 5, 10 shows nothing.
 
+    0, 5, 10, 14 counts from 0, too: each fifth epoch and the last of 15.
     A log that begins with 0 may also have been evaluated before training; its end tells, beside another log's.
     """
     places = np.unique(epochs[:_ENOUGH])  # curves are sorted: the first thousands show the step
@@ -60,6 +61,8 @@ def _evident(epochs: np.ndarray) -> int | None:
     step = float(np.median(np.diff(places)))
     if step == 1:
         return {0.0: 0, 1.0: 1}.get(float(places[0]))
+    if places[0] == 0 and (np.diff(places)[:-1] == step).all() and places[-1] - places[-2] == step - 1:
+        return 0
     return {step - 1: 0, step: 1}.get(float(places[0]))
 
 

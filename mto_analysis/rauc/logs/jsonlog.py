@@ -200,9 +200,9 @@ def _open_mmlab_places(
         falls, changes = (np.diff(counts[shown]) <= 0).sum(), (np.diff(epochs[shown]) != 0).sum()
         if shown.size > 1 and (falls == 0 or 2 * falls < changes):  # by epochs it falls in each; a resumed run, once
             records = [*columns.records]
-            for at in np.flatnonzero(scored) if training.size else ():
-                before = training[: np.searchsorted(training, at)]
-                records[at] = {**records[at], "iter": counts[before[-1]] if before.size else 0}
+            for place in np.flatnonzero(scored) if training.size else ():
+                trained = training[: np.searchsorted(training, place)]
+                records[place] = {**records[place], "iter": counts[trained[-1]] if trained.size else 0}
             return RecordColumns(records, columns.lines), (("iter", "steps"), *axes)
     return columns, tuple(axes)
 
