@@ -256,7 +256,7 @@ def _refuse_none(document: Document, request: Request) -> list[Series]:
         )
     elif passed:
         which = ", ".join(f"{name} is {why}" for name, why in passed.items())
-        told = f"no top-1 accuracy of the epochs found: {which}; take one, if it is meant, with --score-column"
+        told = f"no accuracy found that is of epochs and top-1: {which}; take one, if it is meant, with --score-column"
     else:
         told = "no accuracy found (a pre-training log?); name its column with --score-column"
     raise DataError(f"{document.file}: {told}; it has {_all_names(document)}")
