@@ -813,7 +813,7 @@ def test_closed_streams__do_not_cost_results(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
     script = f"""
         {command} plot h.csv --out drawn 2>&- | true; echo ${{PIPESTATUS[0]}}
-        {command} checkpoints list | true; echo ${{PIPESTATUS[0]}}
+        {command} tables | true; echo ${{PIPESTATUS[0]}}
     """
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
@@ -996,7 +996,7 @@ print("LIBRARY", sorted(heavy & set(sys.modules)))
     ("arguments", "code"),
     [
         pytest.param(["inspect", "none.pth"], 3, marks=pytest.mark.slow),
-        (["plot", "none.csv"], 4),
+        (["rauc", "--log", "none.csv", "--baseline", "a", "--target", "b"], 4),
         (["--help"], 0),
     ],
 )

@@ -242,7 +242,7 @@ def test_evaluate_knn__takes_the_options_of_measuring_commands(tmp_path: Path) -
     path, out = tmp_path / "mae.pth", tmp_path / "out"
     settings = {"mask_ratio": "high"}  # of no use here
     torch.save({"model": load_checkpoint(DEMO_CHECKPOINTS["MAE"]).state_dict(), "args": settings}, path)
-    limits = ("--train-limit", 64, "--test-limit", 16, "-k", 3)
+    limits = ("--train-limit", 32, "--test-limit", 4, "-k", 3)
     arguments = ("knn", "--ckpt", path, "--train", DEMO_IMAGES, "--test", DEMO_IMAGES, *limits, "--out")
     chosen = invoke(*arguments, out, "--num-heads", "auto")
     assert chosen.exit_code == 0, chosen.output
