@@ -328,6 +328,44 @@ class TwoTokens(Inpainting):
         return torch.where(mask[..., None], token, self.embed(x)) + self.positions()
 
 
+class FromPixels(Inpainting):
+    """Gets images and samples its own mask; with what is then done to its tokens before, among or after its blocks."""
+
+    def __init__(self, change, mask, **more):
+        super().__init__(**more)
+        self.change, self.mask = change, mask
+        self.embed = nn.Conv2d(3, DIM, 8, 8)
+
+    def forward(self, images):
+        x = torch.where(self.mask[..., None], self.mask_token, self.embed(images).flatten(2).mT) + self.positions()
+        x = self.change(x)
+        for each in self.blocks:
+            x = each(x)
+        return x
+
+
+class LeavesOut(nn.Module):
+    """A block that gives the first tokens only."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = block()
+
+    def forward(self, x):
+        return self.block(x)[:, :4]
+
+
+class InTurn(nn.Module):
+    """A student that runs once for each view, the masks of all views in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = Inpainting()
+
+    def forward(self, views, masks):
+        return [self.student(*each) for each in zip(views, masks, strict=True)]
+
+
 class Predictor(nn.Module):
     """Sees some of the patches, and masked tokens of others, in the order of their positions or masked ones last."""
 

@@ -14,9 +14,12 @@ from model_kinds import (
     Behind,
     Chunks,
     DecoderNames,
+    FromPixels,
     Gives,
     Grid,
     Inpainting,
+    InTurn,
+    LeavesOut,
     Predictor,
     Residual,
     Rounds,
@@ -222,6 +225,30 @@ def test_prefix__class_tokens_behind_the_patches_are_given_or_refused(position):
     torch.testing.assert_close(mto.loss(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("change", "position", "match"),
+    [
+        (lambda x: x.reshape(1, -1, DIM), "none", r"tokens \[1, 64, 12\] are of 4 images"),  # packed: 64 is a square
+        (lambda x: x.reshape(16, 4, DIM), "none", r"tokens \[16, 4, 12\] are of 4 images"),  # windows
+        (
+            lambda x: torch.cat([torch.randn(4, 9, DIM), x], 1),
+            "none",
+            "nothing tells how many of its 25 tokens",
+        ),  # text
+        (lambda x: torch.cat([x[:, :8], x[:1, :1].expand(4, -1, -1), x[:, 8:]], 1), "none", r"tokens \[8\] are equal"),
+        (lambda x: torch.cat([x[:, :8], 0 * x[:, :1], x[:, 8:]], 1), "learned", r"\[0, 1\] behind their positions"),
+    ],
+    ids=["packed", "windows", "text", "among", "among positions"],
+)
+def test_prefix__rows_and_tokens_that_nothing_tells_apart_are_refused(change, position, match):
+    mask = random_mask(4, (5, 9))
+    mask[:, 0], mask[0, 1:3], mask[0, 9:11] = False, True, True
+    model = FromPixels(change, mask, position=position)
+    if "equal" in match or "behind" in match:
+        model.num_prefix_tokens = 1
+    refused(model, lambda: model(torch.randn(4, 3, 32, 32)), match)
+
+
 # ---- how the mask is known
 
 
@@ -386,6 +413,24 @@ def test_forwards__all_since_the_last_loss_count_by_their_images():
     assert mto.terms["heterogeneity_0"] > 0
 
 
+def test_forwards__of_views_in_turn_have_the_masks_of_their_own_calls():
+    model, masks = InTurn().train(), [RAGGED, RAGGED.flip(1)]
+    views, mto = [features(3), features(3, 1)], attach_mto(model, CONFIG)
+    model(views, masks)
+    student = model.student
+    each = [plain_way(student.blocks, lambda i=i: student(views[i], masks[i]), 0, masks[i]) for i in range(2)]
+    torch.testing.assert_close(mto.loss(), torch.stack(each).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_watch__a_step_whose_second_forward_fails_has_no_record():
+    model = InTurn().train()
+    watch = watch_mto(model, every=1)
+    with pytest.warns(UserWarning, match="step 0 was not recorded.*'mask' masks 5 to 12 of 16 patches"):
+        model.student.register_forward_pre_hook(lambda m, args: (args[0], RAGGED))  # another mask than in the call
+        model([features(3), features(3, 1)], [RAGGED, RAGGED.roll(1, dims=1)])
+    assert watch.records == []
+
+
 def test_watch__takes_the_mean_over_the_forwards_of_a_step():
     class Two(nn.Module):
         def __init__(self):
@@ -534,6 +579,14 @@ def test_points__blocks_that_do_not_run_are_named():
     model = Inpainting()
     spec = StackSpec("encoder", [*model.blocks, block()], model.mask_token, position=model.pos_embed)
     refused(model, lambda: model(features(3), RAGGED), r"blocks \[4\] of encoder did not run", stacks=[spec])
+
+
+def test_points__tokens_left_out_are_not_taken_for_merged_ones():
+    model, mask = Inpainting(position="none"), torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, :2, :2] = True  # whole cells, so that merging would be possible
+    model.blocks = nn.ModuleList([LeavesOut(), LeavesOut()])
+    run = lambda: model(features(2), mask.flatten(1))  # noqa: E731
+    refused(model, run, "of 16 tokens there are 4 at layer depth 1, and nothing tells whether they were merged")
 
 
 def test_points__one_block_may_run_several_times():

@@ -324,6 +324,11 @@ class LiveModel(MaskedImageModel):
             )
         for name, forward in read.items():
             if len(forward.layers[0][0]) != len(images) or forward.leaves_images_out:
+                if (rows := len(forward.layers[0][0])) > len(images):
+                    raise StackError(
+                        f"{name}: {len(images)} images are {rows} rows of tokens (windows, frames, several targets or "
+                        "copies); pass call=... that makes one row of an image, or images that are a row each"
+                    )
                 raise StackError(
                     f"{name}: of {len(images)} images, {forward.num_images} have masked and visible patches"
                 )

@@ -112,11 +112,12 @@ class Watch(Attached[_Numbers]):
         for failure in list(self._failures.values())[: 0 if self._warned_of_failure else 1]:
             self._warned_of_failure = True
             warnings.warn(f"step {self.step} was not recorded: {failure}", stacklevel=4)
+        failed = set(self._failures)  # forwards of such a stack before the one that failed are no whole step
         self._failures.clear()
         record: dict[str, float] = {"step": self.step}
         self.step += 1
-        for stack in self._stacks:
-            record |= self._numbers_of(stack)
+        for at, stack in enumerate(self._stacks):
+            record |= {} if failed & {at, -1} else self._numbers_of(stack)
             stack.drop()
         if len(record) > 1:
             self.records.append(record)

@@ -21,7 +21,10 @@ __all__ = ["REQUESTED", "Forward", "NotEntered", "Stack"]
 #: More prefix tokens than any published model has; beyond, the size of a forward does not fit.
 _MOST_PREFIX = 64
 
-_BEHIND = "are not in front of the patches; pass suffix_tokens=... where they are behind"
+_BEHIND = "are not in front of the patches; pass suffix_tokens=... where they are behind, among them they cannot be"
+
+# More first axes are those of a grid of tokens, not of images.
+_MOST_CHANNELS = 4
 
 #: Name of a mask that we ask a model for, among the arguments of its call.
 REQUESTED = "requested mask"
@@ -470,6 +473,12 @@ class Stack(Generic[_Any]):
         """The layout of tokens from all that is known of it, or an error that says what would settle it."""
         total, positions = tokens.shape[1], self._positions
         told = self._told_by(tokens, arguments)
+        rows = {len(value) for value in arguments.values() if value.ndim > 3}
+        if not told and positions == 1 and rows and len(tokens) not in rows:
+            raise self._error(
+                f"its tokens {list(tokens.shape)} are of {min(rows)} images: several images in a row, or windows, "
+                "frames or copies of an image; pass mask=... with a function that returns the mask of these rows"
+            )
         if self.spec.present == "subset":
             prefix = (self.hint or 0) if self.spec.prefix_tokens == "auto" else self.spec.prefix_tokens
             patches = next(iter(told.values())).shape[1] if told else positions if positions > 1 else total - prefix
@@ -486,7 +495,7 @@ class Stack(Generic[_Any]):
             patches = next(iter(told.values())).shape[1]
             prefix = total - patches
         else:
-            prefix = self._guess_prefix(total, positions)
+            prefix = self._guess_prefix(total, positions, arguments)
             patches = total - prefix
         offset = positions - patches if positions > 1 else 0
         # Positions are for patches alone, for one class token too, or for all prefix tokens.
@@ -530,22 +539,29 @@ class Stack(Generic[_Any]):
         return layout
 
     def _refuse_shift(self, layout: _Layout, places: Tensor, tokens: Tensor) -> None:
-        """Masked tokens in order, but not behind the prefix tokens: there are others after those of patches."""
+        """Masked tokens in order, but not behind the prefix tokens: there are others among or after those of patches."""
         if self._positions == 1 and layout.prefix and len(tokens) > 1:
             alike = (tokens == tokens[:1]).all(dim=-1).all(dim=0) & (places < 0).all(dim=0)  # as class tokens are
-            if bool(alike[-layout.prefix :].all()) and not bool(alike[: layout.prefix].any()):
+            if int(alike.sum()) >= layout.prefix and not bool(alike[: layout.prefix].any()):
                 raise self._error(
-                    f"its last {layout.prefix} tokens are equal in all images, its first are not: "
+                    f"its tokens {alike.nonzero().flatten().tolist()} are equal in all images, its first are not: "
                     f"class or register tokens {_BEHIND}"
                 )
         if self._positions > 1 and self.spec.present == "all":
             slots = torch.arange(places.shape[1], device=places.device).expand_as(places)
-            shift = torch.unique((slots - places % self._positions)[places >= 0])
+            shifts, masked = slots - places % self._positions + layout.offset, places >= 0
+            shift = torch.unique(shifts[masked]) - layout.offset
             if len(shift) == 1 and int(shift) != layout.prefix - layout.offset:
                 raise self._error(
                     f"masked tokens are {int(shift)} behind their positions, not {layout.prefix - layout.offset}: its "
                     f"class or register tokens {_BEHIND}"
                 )
+            # Shifts that grow along the tokens, up to the number of prefix tokens: one of these is among the patches.
+            # Where visible or masked tokens come first, shifts get smaller.
+            grown = torch.where(masked, shifts, -1).cummax(dim=1).values
+            within = bool(((shifts >= 0) & (shifts <= layout.prefix))[masked].all())
+            if len(shift) > 1 and within and bool((shifts == grown)[masked].all()):
+                raise self._error(f"masked tokens are {shift.tolist()} behind their positions: class tokens {_BEHIND}")
 
     def _fit(self, layout: _Layout, places: Tensor, name: str, mask: Tensor, *, passed: bool) -> _Layout | None:
         """The layout with an argument that tells the same mask, inverted or not."""
@@ -586,7 +602,9 @@ class Stack(Generic[_Any]):
         found: dict[str, Tensor] = {}
         if self.spec.mask == "tokens":
             return found
-        for name, value in arguments.items():
+        for name, value in reversed(
+            arguments.items()
+        ):  # those of inner calls first, as outer ones may be for all views
             if not _MASK_NAME.search(name) or _OTHER_NAME.search(name):
                 continue
             mask = _as_mask(value, batch)
@@ -601,8 +619,10 @@ class Stack(Generic[_Any]):
                 found[name] = mask.to(tokens.device)
         return found
 
-    def _guess_prefix(self, total: int, positions: int) -> int:
+    def _guess_prefix(self, total: int, positions: int, arguments: Mapping[str, Tensor]) -> int:
         """Prefix tokens by what the model says of itself; the number of patches must agree with positions or a square.
+
+        Where there are no positions, square patches of that number must fill the images too.
 
         Raises:
             StackError: If nothing agrees.
@@ -615,15 +635,21 @@ class Stack(Generic[_Any]):
                 possible = [total - positions]
         agreed = [prefix for prefix in possible if total - prefix in self._said_patches]
         if self.hint not in agreed:  # both must agree, or the grid is a square
-            agreed = [prefix for prefix in possible if _is_square(total - prefix)] or agreed
+            images = [value for value in arguments.values() if value.ndim == 4 and value.shape[1] <= _MOST_CHANNELS]
+            may_be = [each for each in images if positions == 1] or [None]
+            agreed = [
+                prefix
+                for prefix in possible
+                if _is_square(total - prefix) and any(each is None or _fill(total - prefix, each) for each in may_be)
+            ] or agreed
         if agreed:
             return agreed[0]
         if possible == [self.hint]:  # the grid is no square, and only one number agrees with the positions
             return possible[0]
-        missing = "; pass present='subset' where some patches are missing" if total < positions else ""
+        missing = ", or present='subset' where some patches are missing" if total < positions else ""
         raise self._error(
             f"nothing tells how many of its {total} tokens are class or register tokens (its masked rows have "
-            f"{positions} positions); pass prefix_tokens=...{missing}"
+            f"{positions} positions); pass prefix_tokens=... or suffix_tokens=...{missing}"
         )
 
     def _refuse_zeros(self) -> None:
@@ -647,7 +673,8 @@ class Stack(Generic[_Any]):
             raise NotEntered(
                 f"{self.where}: {name!r} masks {_counts(mask)} patches, but none of its tokens {list(tokens.shape)} "
                 "equals the mask token plus a position: dropout changed the mask token, a norm or something unknown "
-                "was applied (pass position=... or masked_row=...), or it enters other blocks (pass blocks or taps)"
+                "was applied (pass position=... or masked_row=..., or mask='argument:NAME' alone where rows are not "
+                "known bit for bit), or it enters other blocks (pass blocks or taps)"
             )
         else:
             self.unmasked += 1
@@ -697,13 +724,21 @@ class Stack(Generic[_Any]):
         inverted = "; it is inverted: pass mask='argument:~...'" if torch.equal(~expected, found) else ""
         return self._error(
             f"the mask in {name!r} masks {_counts(expected)} of {expected.shape[1]} patches, but tokens that equal the "
-            f"mask token are {_counts(found)}, or others{inverted}; pass mask=..., prefix_tokens=... or position=... "
+            f"mask token are {_counts(found)}, or others{inverted}; pass mask=..., prefix_tokens=..., "
+            "suffix_tokens=... or position=... "
             f"(mask='tokens' where {name!r} is something else)"
         )
 
 
 def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _fill(count: int, images: Tensor) -> bool:
+    """Whether so many square patches fill images."""
+    height, width = images.shape[-2:]
+    side = math.isqrt(height * width // count)
+    return side > 0 and height % side == 0 and width % side == 0 and height * width == count * side**2
 
 
 def _as_mask(value: Tensor, batch: int) -> Tensor | None:

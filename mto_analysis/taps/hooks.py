@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from mto_analysis.errors import StackError
 from mto_analysis.taps.forward import REQUESTED, Forward, NotEntered, Stack
 from mto_analysis.taps.search import holders_of
-from mto_analysis.taps.stacks import StackSpec, find_tokens
+from mto_analysis.taps.stacks import Found, NoTokens, StackSpec, find_tokens
 
 __all__ = ["Attached", "CollapseWarning", "collapse_of", "on_output", "recomputing", "warn_of"]
 
@@ -262,6 +262,7 @@ class Attached(Generic[_Any]):
                     self._refuse_other_tokens(at, found.tokens)
         if (running := stack.running) is not None:
             found = find_tokens(values, running.last.tokens if running.last is not None else None)
+            self._refuse_fewer(stack, depth, found)
             running.depths.add(depth)
             running.take(depth, stack.batch_first(found.flat))
             if len(stack.spec.blocks) == 1 and depth == 1 and _new(found.others, running.carried):
@@ -271,6 +272,18 @@ class Attached(Generic[_Any]):
             running.last = found.kept()
             if depth == stack.spec.depth:
                 running.last, stack.last_output = None, weakref.ref(found.tokens)
+
+    def _refuse_fewer(self, stack: Stack[_Any], depth: int, found: Found) -> None:
+        """Whether tokens became fewer in a way that need not be the merging of cells of a grid."""
+        before = stack.running.last if stack.running is not None else None
+        if before is None or found.grid is not None or found.tokens.shape[-1] != before.tokens.shape[-1]:
+            return
+        count, earlier = (stack.batch_first(each.flat).shape[1] for each in (found, before))
+        if count < earlier:
+            raise StackError(
+                f"{stack.where}: of {earlier} tokens there are {count} at layer depth {depth}, and nothing tells whether "
+                "they were merged or left out; pass taps=[...] at points with one number of tokens"
+            )
 
     def _refuse_other_tokens(self, at: int, tokens: Tensor) -> None:
         """Whether two mask tokens are among the same tokens, so that each stack takes those of the other as visible."""
@@ -320,6 +333,8 @@ class Attached(Generic[_Any]):
 
     def _failed(self, at: int, error: Exception) -> None:
         """Something went wrong in a hook: kept for the next call of ours."""
+        if isinstance(error, NoTokens):
+            error = StackError(f"{self._stacks[at].where}: {error}")
         if not isinstance(error, StackError):
             error = StackError(f"a forward could not be followed: {type(error).__name__}: {error}").with_traceback(
                 error.__traceback__

@@ -240,9 +240,9 @@ def _shared(path: str, other: str) -> int:
 
 
 def path_of(model: nn.Module, wanted: object) -> str:
-    """Path of a module or parameter inside a model, or ``"?"``."""
-    for named in (model.named_modules(remove_duplicate=False), model.named_parameters(remove_duplicate=False)):
-        for path, found in named:
+    """Path of a module, parameter or buffer inside a model, or ``"?"``."""
+    for named in (model.named_modules, model.named_parameters, model.named_buffers):
+        for path, found in named(remove_duplicate=False):
             if found is wanted:
                 return path or type(model).__name__
     return "?"

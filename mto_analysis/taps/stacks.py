@@ -19,7 +19,17 @@ from torch.utils._pytree import tree_map
 
 from mto_analysis.errors import StackError
 
-__all__ = ["Found", "StackSpec", "Tap", "find_rows", "find_tokens", "rounded_rows", "version_of", "with_position"]
+__all__ = [
+    "Found",
+    "NoTokens",
+    "StackSpec",
+    "Tap",
+    "find_rows",
+    "find_tokens",
+    "rounded_rows",
+    "version_of",
+    "with_position",
+]
 
 #: A point where tokens are read: a module's input or its output.
 Tap = tuple[nn.Module, Literal["input", "output"]]
@@ -129,6 +139,10 @@ def _is_layer(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
+class NoTokens(StackError):
+    """A module took or gave nothing that can be tokens."""
+
+
 class Found(NamedTuple):
     """Tokens among the arguments of a module, or in what it returned.
 
@@ -174,13 +188,11 @@ def find_tokens(values: Any, before: Tensor | None = None) -> Found:
     tokens or more.
 
     Raises:
-        StackError: If there is none.
+        NoTokens: If there is none.
     """
     tensors = [each for each in _tensors(values) if each.is_floating_point() and 3 <= each.ndim <= 5]
     if not tensors:
-        raise StackError(
-            "a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]"
-        )
+        raise NoTokens("a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]")
     chosen = tensors[0]
     alike = [each for each in tensors if each.shape == (chosen if before is None else before).shape]
     if alike and chosen.shape != alike[0].shape and math.prod(chosen.shape[1:-1]) >= math.prod(alike[0].shape[1:-1]):
