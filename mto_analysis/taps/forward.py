@@ -539,7 +539,7 @@ class Stack(Generic[_Any]):
         return layout
 
     def _refuse_shift(self, layout: _Layout, places: Tensor, tokens: Tensor) -> None:
-        """Masked tokens in order, but not behind the prefix tokens: there are others among or after those of patches."""
+        """Masked tokens in order, but not behind the prefix tokens: others are among or after those of patches."""
         if self._positions == 1 and layout.prefix and len(tokens) > 1:
             alike = (tokens == tokens[:1]).all(dim=-1).all(dim=0) & (places < 0).all(dim=0)  # as class tokens are
             if int(alike.sum()) >= layout.prefix and not bool(alike[: layout.prefix].any()):

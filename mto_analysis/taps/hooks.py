@@ -281,8 +281,8 @@ class Attached(Generic[_Any]):
         count, earlier = (stack.batch_first(each.flat).shape[1] for each in (found, before))
         if count < earlier:
             raise StackError(
-                f"{stack.where}: of {earlier} tokens there are {count} at layer depth {depth}, and nothing tells whether "
-                "they were merged or left out; pass taps=[...] at points with one number of tokens"
+                f"{stack.where}: of {earlier} tokens there are {count} at layer depth {depth}, and nothing tells "
+                "whether they were merged or left out; pass taps=[...] at points with one number of tokens"
             )
 
     def _refuse_other_tokens(self, at: int, tokens: Tensor) -> None:
