@@ -17,7 +17,7 @@ from mto_analysis.errors import HeadCountError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.adapting import with_config
 from mto_analysis.probe.engine import undisturbed
-from mto_analysis.probe.own_loss import predicts_pixels, relative_losses
+from mto_analysis.probe.own_loss import predicts_pixels, relative_losses, without_pixels
 
 __all__ = ["COMPARED_IMAGES", "HeadCounts", "clearly_lower", "compare_heads", "head_candidates", "lowest_loss"]
 
@@ -80,7 +80,7 @@ def compare_heads(
     compared = [option for option in asked if len(head_candidates(model, option)) > 1]
     reasons = {
         "no image can be read": batch is None,
-        f"a {model.info.family} model predicts no pixels": not predicts_pixels(model),
+        f"a {model.info.family} model {without_pixels(model)}": not predicts_pixels(model),
         "its stages have head counts of their own": not set(auto) <= set(compared),
     }
     reason = next((words for words, true in reasons.items() if true), None)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mto_analysis.models import MaskedImageModel, ModelInfo
+from mto_analysis.models.live import LiveModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
-__all__ = ["OwnLoss", "losses_of", "own_loss", "predicts_pixels", "relative_losses"]
+__all__ = ["OwnLoss", "losses_of", "own_loss", "predicts_pixels", "relative_losses", "without_pixels"]
 
 
 class OwnLoss(NamedTuple):
@@ -47,6 +48,11 @@ def predicts_pixels(model: MaskedImageModel) -> bool:
     return model.info.criterion is not None and model.info.target != "features"
 
 
+def without_pixels(model: MaskedImageModel) -> str:
+    """What is to be said of a model that has no loss on images."""
+    return "does not say how its output becomes pixels" if isinstance(model, LiveModel) else "predicts no pixels"
+
+
 @torch.no_grad()
 def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss | None:
     """Self-check of a loaded model on a few images; ``None`` for families that predict no pixels.
@@ -76,7 +82,7 @@ def relative_losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> Te
     """
     found = [losses / means.mean() for losses, means in _losses(model, images, mask).values()]
     if not found:
-        raise ValueError(f"a {model.info.family} model predicts no pixels, so it has no loss on images")
+        raise ValueError(f"a {model.info.family} model {without_pixels(model)}, so it has no loss on images")
     return min(found, key=lambda each: each.mean().item())
 
 

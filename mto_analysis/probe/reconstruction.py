@@ -15,7 +15,7 @@ from mto_analysis.models import ModelInfo
 from mto_analysis.models.targets import Target, restore_patches
 from mto_analysis.models.vit import patchify, unpatchify
 from mto_analysis.probe.engine import undisturbed
-from mto_analysis.probe.own_loss import losses_of
+from mto_analysis.probe.own_loss import losses_of, without_pixels
 from mto_analysis.probe.shown import ShownModel
 from mto_analysis.runtime.listener import Listener
 
@@ -174,7 +174,9 @@ def reconstruct_models(models: Iterable[ShownModel], listener: Listener | None =
     for shown in models:
         if shown.own_loss is None:
             family = shown.model.info.family
-            without.append(f"{shown.label} ({family}) predicts no pixels, so there is nothing to reconstruct")
+            without.append(
+                f"{shown.label} ({family}) {without_pixels(shown.model)}, so there is nothing to reconstruct"
+            )
             continue
         study.models.append(shown.metadata)
         study.reconstructions += reconstruct_shown(shown)
@@ -189,7 +191,7 @@ def reconstruct_shown(shown: ShownModel) -> list[Reconstruction]:
     """The chosen images of one model, which must predict pixels."""
     info, images, mask = shown.model.info, shown.images, shown.mask
     if shown.own_loss is None or info.criterion is None:
-        raise ValueError(f"{shown.label} ({info.family}) predicts no pixels")
+        raise ValueError(f"{shown.label} ({info.family}) {without_pixels(shown.model)}")
     target = shown.own_loss.target
     with undisturbed(shown.model):
         prediction = shown.model.reconstruct(images, mask)

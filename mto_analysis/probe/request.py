@@ -25,7 +25,7 @@ from mto_analysis.probe.engine import MaskSource, masks_from_file, masks_from_ru
 from mto_analysis.probe.head_counts import COMPARED_IMAGES, HeadCounts, compare_heads
 from mto_analysis.probe.live_source import LiveSource
 from mto_analysis.probe.measures import names_of
-from mto_analysis.probe.own_loss import OwnLoss, own_loss
+from mto_analysis.probe.own_loss import OwnLoss, own_loss, without_pixels
 from mto_analysis.probe.pairing import common_num_visible, rule_leaving
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import chosen_labels
@@ -314,7 +314,7 @@ class Request:
         with undisturbed(model):
             loss = own_loss(model, *batch)
         if loss is None:
-            self.listener.note(f"{label}: predicts no pixels, so its own loss cannot be checked on images")
+            self.listener.note(f"{label}: {without_pixels(model)}, so its own loss cannot be checked on images")
             return None
         say = self.listener.warn if loss.suspicious else self.listener.note
         say(f"{label}: {loss.in_words()}")

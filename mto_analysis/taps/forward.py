@@ -602,9 +602,7 @@ class Stack(Generic[_Any]):
         found: dict[str, Tensor] = {}
         if self.spec.mask == "tokens":
             return found
-        for name, value in reversed(
-            arguments.items()
-        ):  # those of inner calls first, as outer ones may be for all views
+        for name, value in reversed(list(arguments.items())):  # inner calls first: outer ones may be for all views
             if not _MASK_NAME.search(name) or _OTHER_NAME.search(name):
                 continue
             mask = _as_mask(value, batch)
@@ -636,12 +634,9 @@ class Stack(Generic[_Any]):
         agreed = [prefix for prefix in possible if total - prefix in self._said_patches]
         if self.hint not in agreed:  # both must agree, or the grid is a square
             images = [value for value in arguments.values() if value.ndim == 4 and value.shape[1] <= _MOST_CHANNELS]
-            may_be = [each for each in images if positions == 1] or [None]
-            agreed = [
-                prefix
-                for prefix in possible
-                if _is_square(total - prefix) and any(each is None or _fill(total - prefix, each) for each in may_be)
-            ] or agreed
+            free = positions > 1 or not images
+            squares = [prefix for prefix in possible if _is_square(total - prefix)]
+            agreed = [each for each in squares if free or any(_fill(total - each, x) for x in images)] or agreed
         if agreed:
             return agreed[0]
         if possible == [self.hint]:  # the grid is no square, and only one number agrees with the positions
