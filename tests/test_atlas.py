@@ -24,9 +24,10 @@ from servers import Page, Server, serve
 from test_cli import fails, ok, run, start
 from test_experiments import Killing
 
-from mto_analysis.atlas import COLUMNS, Protocol, choose_entries, merge_tables, read_table, sample_table
+from mto_analysis.atlas import COLUMNS, Protocol, choose_entries, compare_again, merge_tables, read_table, sample_table
 from mto_analysis.atlas.page import read_scores, render_atlas
 from mto_analysis.atlas.table import parquet_bytes
+from mto_analysis.atlas.verifying import check_complete
 from mto_analysis.checkpoints import downloading, registry
 from mto_analysis.checkpoints.fetching import drop_fetched
 from mto_analysis.demo import DEMO_IMAGES
@@ -237,6 +238,31 @@ def test_run__notices_that_a_file_of_ones_own_has_changed(world: World, files: d
     assert "is the folder of a run" in fails(2, "atlas", "merge", path, path, "--out", world.folder / "mine")
 
 
+def test_run__refuses_parts_that_do_not_belong_together(world: World, files: dict[str, bytes]) -> None:
+    """Of another version or other images, or that cannot be read; each says what to do."""
+    (world.folder / "own.pth").write_bytes(files["beit"])
+    arguments = ("parts", world.folder / "own.pth", "--measures", "h")
+    world.run(*arguments)
+    folder = world.folder / "parts"
+    part = folder / "parts/own.parquet"
+    rows = read_table(part)
+    for content, told in (
+        (parquet_bytes(rows.assign(mto_analysis_version="0.0.9")), "with mto_analysis_version 0.0.9, now "),
+        (parquet_bytes(rows.assign(images_sha256="0" * 64)), f"with images_sha256 {'0' * 64}, now "),
+        (parquet_bytes(rows)[:-9], "delete it to measure it again"),
+    ):
+        part.write_bytes(content)
+        result = world.run(*arguments)
+        assert result.exit_code in (2, 4)
+        assert told in result.stderr
+    part.write_bytes(parquet_bytes(rows))
+    (folder / "failures.csv").write_text("mine\n1\n")
+    assert "failures.csv is not the list of an earlier run; move it away" in world.run(*arguments).stderr
+    (folder / "failures.csv").unlink()
+    result = world.run(*arguments[:2], "--measures", "none")  # before anything is fetched
+    assert (result.exit_code, "measures are h, " in result.stderr) == (2, True)
+
+
 def test_run__leaves_a_table_of_others_alone(world: World) -> None:
     (world.folder / "theirs").mkdir()
     (world.folder / "theirs/atlas.csv").write_text("mine")
@@ -350,6 +376,37 @@ def test_verify__measures_a_part_again(world: World, table: pd.DataFrame, tmp_pa
     assert "other images: images (" in fails(2, "atlas", "verify", world.folder / "atlas", "-q")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.drop(index=3), r"table lacks 1 row: beit, encoder, layer depth \d, cosine_\w+; the others agree"),
+        (
+            lambda t: t.assign(measure=t["measure"].where(t.index != 3, "h")),
+            r"no measurement of 1 row: beit, .*, h; the",
+        ),
+        (lambda t: t.assign(own_loss=0.1), r"layer depth 0, cosine_masked: own_loss 0.1 \(fp32.*\) and [^;]*$"),
+        (lambda t: t.assign(ci_low=np.nan), r"ci_low nan \("),
+        (lambda t: t.assign(num_images=50), r"num_images 50 \(.* and 3 \("),
+        (lambda t: t.assign(family="mae"), r"family mae \(.* and beit"),
+        (lambda t: t.assign(evidence="original code"), r"evidence original code \("),
+    ],
+)
+def test_verify__notices_all_that_was_changed(
+    table: pd.DataFrame, change: Callable[[pd.DataFrame], pd.DataFrame], told: str
+) -> None:
+    again = table[table["checkpoint"] == "beit"].reset_index(drop=True)
+    again["own_loss"] = 0.5
+    sample = sample_table(change(again.copy()), 1, seed=0, protocol=Protocol())
+    summary, found = compare_again(sample, again)
+    assert not summary["agrees"].any()
+    check = check_complete if found.rows["agrees"].all() else lambda sample, again: found.check()
+    with pytest.raises(DataError, match=told):
+        check(sample, again)
+    whole = sample_table(again, 1, seed=0, protocol=Protocol())
+    assert compare_again(whole, again)[0]["agrees"].all()
+    check_complete(whole, again)
+
+
 def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
     found = [sample_table(table, 0.5, seed=seed, protocol=Protocol()) for seed in (0, 0, 1)]
     assert [each.name for each in found[0].wanted] == [each.name for each in found[1].wanted]
@@ -358,6 +415,8 @@ def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
     assert len(sample_table(table, 0.001, seed=0, protocol=Protocol()).wanted) == 1
     with pytest.raises(ValueError, match="fraction must be above 0 and at most 1, got 0"):
         sample_table(table, 0, seed=0, protocol=Protocol())
+    with pytest.raises(DataError, match=r"\w+ cannot be measured as the table states: measures are h, .*'foo'"):
+        sample_table(table.assign(measures="foo"), 0.1, seed=0, protocol=Protocol())
 
 
 # table
@@ -380,6 +439,14 @@ def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
         (lambda t: t.assign(mask_seed=t.index), r"row 2 \(beit\) has mask_seed 1, and row 1 has 0: all need the same"),
         (lambda t: t.assign(layer_depth=-1), "has layer_depth -1, the smallest is 0"),
         (lambda t: t.iloc[:0], "has no rows"),
+        (lambda t: t.assign(checkpoint="../../x"), "has checkpoint ../../x, which cannot be"),
+        (
+            lambda t: t[["stack"]],
+            r"lacks schema_version, checkpoint, source, file_sha256, hash_compared_with and 38 more",
+        ),
+        (lambda t: t.assign(layer_depth="0.0"), "the column layer_depth: .* invalid value '0.0'"),
+        (lambda t: t.reset_index(names=""), "has unknown a column without a name"),
+        (lambda t: t.iloc[:, [*range(t.shape[1]), 0]], "has the column schema_version twice"),
     ],
 )
 def test_read_table__refuses_what_cannot_be(
@@ -392,6 +459,9 @@ def test_read_table__refuses_what_cannot_be(
 
 
 def test_read_table__refuses_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "semicolon.csv").write_text("schema_version;checkpoint\n1;a,b\n")
+    with pytest.raises(DataError, match="save it with commas between columns and points in numbers"):
+        read_table(tmp_path / "semicolon.csv")
     for name, content in (("t.parquet", b"PAR1nonsense"), ("t.csv", b"\xff\xfe\0"), ("u.csv", b"a,b\n1\n")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match="is not a table of an atlas"):
@@ -426,6 +496,13 @@ def test_choose_entries__by_id_family_and_source(tmp_path: Path) -> None:
         ({}, "give ids, --family or --all"),
         ({"names": ["x/last.pth", "y/last.pth"]}, "two checkpoints are called last; name them apart as NAME=SOURCE"),
         ({"families": ["mea"]}, "did you mean mae"),
+        (
+            {"names": ["mae_vit_base_full=x.pth"]},
+            "mae_vit_base_full is the id of another file, .*; give it another name",
+        ),
+        ({"names": ["..=x.pth"]}, "is not NAME=SOURCE: a name has up to 100 letters"),
+        ({"names": ["x="]}, "is not NAME=SOURCE"),
+        ({"names": [f"{'x' * 101}=x.pth"]}, "is not NAME=SOURCE"),
     ):
         with pytest.raises(ValueError, match=told):
             choose_entries(**arguments)
@@ -444,6 +521,8 @@ def test_image_set__is_found_by_name_and_by_content(tmp_path: Path) -> None:
     chosen = summarize_images(images, "set")
     path = tmp_path / "set.csv"
     ok("atlas", "images", tmp_path / "one", "--out", path)
+    assert load_image_set(path) == chosen
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
     assert load_image_set(path) == chosen
     (tmp_path / "two/val").mkdir(parents=True)
     for name in "abc":
@@ -508,12 +587,31 @@ def test_page__holds_the_values_and_escapes_names(world: World, table: pd.DataFr
         ("model,score\nbeit,3\nbeit,4\n", "gives score of beit twice"),
         ("model,score\nvit,3\n", "names no checkpoint of the table, only vit"),
         ("model,score\nbeit,\n", "row 1 lacks a value"),
+        ("model,score\nbeit,inf\n", "row 1 has a score that is not finite"),
+        ("model,score\n", "it has no rows"),
+        ("model;score\nbeit;3\n", "lacks model and score, and has model;score"),
     ],
 )
 def test_scores__are_refused_in_words(table: pd.DataFrame, tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=told):
         read_scores(tmp_path / "s.csv", table)
+
+
+def test_page__tells_files_of_one_name_apart(table: pd.DataFrame, tmp_path: Path) -> None:
+    one = table[table["checkpoint"] == "beit"]
+    both = pd.concat([one, one.assign(file_sha256="0" * 64), one.assign(weights="model_ema")], ignore_index=True)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', render_atlas(both))[1])  # type: ignore[index]
+    sha256 = one["file_sha256"].iloc[0][:8]
+    assert {each["label"] for each in data["checkpoints"]} == {
+        f"beit, {sha256}, model",
+        "beit, 00000000, model",
+        f"beit, {sha256}, model_ema",
+    }
+    (tmp_path / "s.csv").write_text("model,score\nbeit,0\n")
+    with pytest.raises(DataError, match="a score of beit, which are 2 files in the table"):
+        read_scores(tmp_path / "s.csv", both)
+    assert read_scores(tmp_path / "s.csv", one) == {"score": {"beit": 0.0}}
 
 
 # with real processes

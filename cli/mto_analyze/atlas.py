@@ -185,7 +185,7 @@ def verify(
     """
     from mto_analysis.atlas import AtlasFolder, compare_again, measure_all, read_table, sample_table
     from mto_analysis.atlas.running import raise_failures
-    from mto_analysis.errors import DataError
+    from mto_analysis.atlas.verifying import check_complete
 
     claimed = read_table(table)
     sample = sample_table(claimed, fraction, seed=seed, protocol=_protocol(context.params))
@@ -215,9 +215,7 @@ def verify(
     typer.echo(summary.to_string(index=False, float_format=lambda value: f"{value:.2g}"))
     found.check()
     raise_failures(failures, "the others agree")
-    unmeasured = summary[summary["compared"] < summary["rows"]]["checkpoint"]
-    if len(unmeasured):
-        raise DataError(f"some measures were not measured again of {', '.join(unmeasured)}; the others agree")
+    check_complete(sample, again)
 
 
 @atlas.command(cls=Command)
@@ -247,6 +245,8 @@ def page(
     folder = OutputFolder(out.parent, [out.name], overwrite=overwrite)
     rows = read_table(table)
     given = read_scores(scores, rows) if scores else None
+    for task, of in (given or {}).items():
+        note(f"{task}: given of {len(of)} of {rows['checkpoint'].nunique()} checkpoints", quiet=quiet)
     content = render_atlas(rows, title=title, scores=given).encode()
     folder.write_bytes(out.name, content)
     note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mto_analysis.atlas.table import SCHEMA_VERSION, check_table, join_tables
+from mto_analysis.atlas.table import NAME, SCHEMA_VERSION, check_table, join_tables
 from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256, resolve
 from mto_analysis.checkpoints.registry import (
     Checkpoint,
@@ -29,6 +30,7 @@ from mto_analysis.images import Images
 from mto_analysis.images.image_sets import ImageSet
 from mto_analysis.masks import masks_sha256
 from mto_analysis.models.interface import height_and_width
+from mto_analysis.probe.measures import names_of
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 from mto_analysis.runtime.listener import Listener
@@ -41,8 +43,6 @@ __all__ = ["PER_LAYER", "Entry", "Protocol", "choose_entries", "loading_from", "
 
 #: Without those per head and per pair of layers, of which a deep model has thousands of rows.
 PER_LAYER = "all,-attention,-cka"
-
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class Protocol:
     device: str = "cpu"
     loading: LoadOptions = field(default_factory=LoadOptions)
     contributor: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the measures, before anything is downloaded."""
+        names_of(self.measures)
 
     def settings(self) -> Settings:
         """As a study takes them; an image that cannot be read would be another set, so it is an error."""
@@ -171,18 +175,30 @@ def choose_entries(names: Sequence[str] = (), *, families: Sequence[str] = (), e
 
 
 def _entry(text: str) -> Entry:
-    named = None if Path(text).exists() else _NAMED.fullmatch(text)
-    if named:
-        return Entry(named[1], _absolute(named[2]))
+    name, equals, source = text.partition("=")
+    if equals and not Path(text).exists() and not re.search(r"[/\\]", name):
+        return _named(name, source)
     try:
         row = find_checkpoint(text)
     except CheckpointError:
         stem = re.sub(r"[?#].*", "", text).rstrip("/").rpartition("/")[2]
-        return Entry(re.sub(r"[^\w.-]", "-", Path(stem).stem), _absolute(text))
+        return _named(re.sub(r"[^\w.-]", "-", Path(stem).stem).lstrip(".-"), text)
     if not row.loads:
         why = row.obstacle or ("its layout is not read" if row.has_mask_token else "it has no mask token")
         raise CheckpointError(f"{row.id} cannot be measured: {why}")
     return Entry(row.id, row.id)
+
+
+def _named(name: str, source: str) -> Entry:
+    if not NAME.fullmatch(name) or not source:
+        raise ValueError(f"{name}={source} is not NAME=SOURCE: a name has up to 100 letters, digits, dots, _ and -")
+    with suppress(CheckpointError):
+        known = find_checkpoint(name)
+        if source not in (known.id, known.source):
+            raise ValueError(
+                f"{source}: {name} is the id of another file, {known.source}; give it another name as NAME=SOURCE"
+            )
+    return Entry(name, _absolute(source))
 
 
 def _absolute(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mto_analysis.atlas.table import MEASUREMENT, ROW, check_table, join_tables
 from mto_analysis.errors import DataError
@@ -11,13 +11,19 @@ from mto_analysis.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe", "merge_tables"]
+__all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe", "merge_tables", "row_words"]
 
 #: How far two measurements may be apart, as a fraction of the curve's largest absolute value, by the precision of the
 #: forward; of two precisions the coarser counts. On the bundled models all measures differ from fp64 by up to 4e-6
 #: (fp32), 2e-2 (fp16) and 9e-2 (bf16); deeper models and other hardware round more.
 TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "fp16": 5e-2, "bf16": 1.5e-1}
 _NUMBERS = ("value", "ci_low", "ci_high")
+_OF_LOSS = ("own_loss", "own_loss_of_mean")
+#: What follows from file, images and masks; texts may be put in other words by another version.
+_COUNTS = ("num_images", "num_visible")
+_FROM_FILE = ("family", "style", "layout", "image_size", "patch_size", "config", "assumptions", "own_loss_target")
+#: And from where the file is, which the registry may know.
+_FROM_SOURCE = ("backbone", "epochs", "evidence", "mask_rule")
 # What a difference may come from.
 _MADE_WITH = ("precision", "hardware", "mto_analysis_version")
 # Rows named in a message.
@@ -28,8 +34,9 @@ class Agreement(NamedTuple):
     """How well two tables agree on what both have measured.
 
     Attributes:
-        rows: A row per measure of a layer of both, with both values, ``difference`` (of value and interval the larger,
-            as a fraction of the curve's largest absolute value), ``tolerance`` and ``agrees``.
+        rows: A row per measure of a layer of both, with both values, ``difference`` (of value, interval and own loss
+            the largest, as a fraction of the curve's largest absolute value, or of the loss), ``tolerance``,
+            ``agrees``, and ``differs``: the first column that does not agree.
     """
 
     rows: pd.DataFrame
@@ -49,15 +56,28 @@ class Agreement(NamedTuple):
         if bad.empty:
             return
         words = []
-        for _, row in bad.head(_NAMED).iterrows():
+        # What is said of the checkpoint is in all its rows.
+        named = bad[bad["differs"].isin(_NUMBERS) | ~bad.duplicated(["checkpoint", "differs"])]
+        for _, row in named.head(_NAMED).iterrows():
             made_with = {side: ", ".join(row[f"{name}_{side}"] for name in _MADE_WITH) for side in "ab"}
-            both = " and ".join(f"{row[f'value_{side}']:.6g} ({made_with[side]})" for side in "ab")
-            where = f"{row['checkpoint']}, {row['stack']}, layer depth {row['layer_depth']}, {row['measure']}"
-            words.append(f"{where}: {both}")
-        more = "; ..." if len(bad) > _NAMED else ""
+            of = [row[f"{row['differs']}_{side}"] for side in "ab"]
+            both = " and ".join(
+                f"{f'{each:.6g}' if isinstance(each, float) else each} ({made_with[side]})"
+                for each, side in zip(of, "ab", strict=True)
+            )
+            words.append(f"{row_words(row)}: {row['differs']} {both}")
+        more = "; ..." if len(named) > _NAMED else ""
         raise DataError(
             f"{len(bad)} of {len(self.rows)} rows of both tables differ beyond rounding: {'; '.join(words)}{more}"
         )
+
+
+def row_words(row: Mapping[Any, Any] | pd.Series) -> str:
+    """Which row of a table this is."""
+    import pandas as pd
+
+    more = [f"{name.replace('_', ' ')} {row[name]}" for name in ("head", "other_layer_depth") if not pd.isna(row[name])]
+    return ", ".join([row["checkpoint"], row["stack"], f"layer depth {row['layer_depth']}", row["measure"], *more])
 
 
 def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
@@ -99,16 +119,35 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
     import numpy as np
 
     key = [*MEASUREMENT, *ROW]
-    columns = ["checkpoint", *_MADE_WITH, *_NUMBERS]
+    columns = ["checkpoint", "source", *_MADE_WITH, *_NUMBERS, *_OF_LOSS, *_COUNTS, *_FROM_FILE, *_FROM_SOURCE]
     both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))
     rows = both.rename(columns={"checkpoint_a": "checkpoint"})
     of_curve = rows.groupby([each for each in key if not each.endswith("layer_depth")], dropna=False)
     scale = of_curve["value_a"].transform(lambda each: each.abs().max())
-    apart = np.nan_to_num([np.abs(rows[f"{number}_a"] - rows[f"{number}_b"]) for number in _NUMBERS]).max(axis=0)
-    rows["difference"] = np.where(apart > 0, apart / scale.where(scale > 0, np.nan).to_numpy(), 0.0)
-    rows["difference"] = rows["difference"].fillna(np.inf)  # of a curve that is zero in one table alone
+    same_version = rows["mto_analysis_version_a"] == rows["mto_analysis_version_b"]
+    same_source = same_version & (rows["source_a"] == rows["source_b"])
+
+    def apart(number: str, of: pd.Series) -> pd.Series:
+        first, second = rows[f"{number}_a"], rows[f"{number}_b"]
+        difference = (first - second).abs()
+        # Infinite where only one has it, and of a curve that is zero in one table alone.
+        fraction = (difference / of.where(of > 0)).fillna(np.inf).where(difference > 0, 0.0)
+        return fraction.where(first.isna() == second.isna(), np.inf)
+
+    def unlike(name: str, where: pd.Series) -> pd.Series:
+        return (where & (rows[f"{name}_a"].map(str) != rows[f"{name}_b"].map(str))).map({True: np.inf, False: 0.0})
+
+    differences = {
+        **{name: apart(name, scale) for name in _NUMBERS},
+        **{name: apart(name, rows[f"{name}_a"].abs()) for name in (*_OF_LOSS, *_COUNTS)},
+        **{name: unlike(name, same_version) for name in _FROM_FILE},
+        **{name: unlike(name, same_source) for name in _FROM_SOURCE},
+    }
+    each = np.stack([column.to_numpy(float) for column in differences.values()])
+    rows["difference"] = each.max(axis=0)
     rows["tolerance"] = np.maximum(rows["precision_a"].map(TOLERANCES), rows["precision_b"].map(TOLERANCES))
     rows["agrees"] = rows["difference"] <= rows["tolerance"]
+    rows["differs"] = np.array(list(differences))[(each > rows["tolerance"].to_numpy(float)).argmax(axis=0)]
     return Agreement(rows)
 
 

@@ -64,18 +64,22 @@ def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, 
 
     Raises:
         DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table, a score is given twice, or it names no checkpoint of the table.
+        DataError: If it is not such a table, a score is given twice or is not finite, or it names no checkpoint of the
+            table, or several files of one name.
     """
+    import numpy as np
     import pandas as pd
 
     path = Path(source)
     if not path.is_file():
         raise DataNotFoundError(f"no scores at {path}")
     try:
-        rows = pd.read_csv(path, dtype={"model": str, "task": str})
+        rows = pd.read_csv(path, dtype={"model": str, "task": str}, keep_default_na=False, na_values=[""])
         lacking = [name for name in ("model", "score") if name not in rows]
         if lacking:
-            raise ValueError(f"it lacks {' and '.join(lacking)}")
+            raise ValueError(f"it lacks {' and '.join(lacking)}, and has {', '.join(rows.columns)}")
+        if rows.empty:
+            raise ValueError("it has no rows")
         rows["score"] = pd.to_numeric(rows["score"])
     except ValueError as error:
         raise DataError(f"{path} is not a table of scores: {' '.join(str(error).split())}") from error
@@ -83,12 +87,17 @@ def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, 
         rows["task"] = "score"
     if (bad := rows[["model", "task", "score"]].isna().any(axis=1)).any():
         raise DataError(f"{path}: row {int(bad.to_numpy().argmax()) + 1} lacks a value")
+    if (bad := ~np.isfinite(rows["score"])).any():
+        raise DataError(f"{path}: row {int(bad.to_numpy().argmax()) + 1} has a score that is not finite")
     twice = rows[rows.duplicated(["model", "task"])]
     if len(twice):
         raise DataError(f"{path} gives {twice['task'].iloc[0]} of {twice['model'].iloc[0]} twice")
     known = rows[rows["model"].isin(table["checkpoint"])]
     if known.empty:
         raise DataError(f"{path} names no checkpoint of the table, only {', '.join(rows['model'].head(3))}, ...")
+    files = table.groupby("checkpoint")["file_sha256"].nunique()
+    if several := [name for name in known["model"] if files[name] > 1]:
+        raise DataError(f"{path} gives a score of {several[0]}, which are {files[several[0]]} files in the table")
     return {
         str(task): {str(name): float(value) for name, value in zip(of["model"], of["score"], strict=True)}
         for task, of in known.groupby("task", sort=False)
@@ -114,8 +123,7 @@ def render_atlas(
     per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
     if per_layer.empty:
         raise DataError("the table has no measure per layer, so there is nothing to draw")
-    several = table.groupby("checkpoint")["stack"].transform("nunique") > 1
-    labels = table["checkpoint"].where(~several, table["checkpoint"] + ", " + table["stack"])
+    labels = _labels(per_layer)
     names = list(dict.fromkeys(per_layer["measure"]))
     measures = sorted(names, key=lambda name: (name != "heterogeneity", name != "normalized_heterogeneity", name))
     keys = ["checkpoint", *MEASUREMENT, "stack"]
@@ -138,6 +146,16 @@ def render_atlas(
         doubts=any(each["loss"] is not None and each["loss"] >= 1 for each in checkpoints),
         tasks=list(scores or ()),
     )
+
+
+def _labels(table: pd.DataFrame) -> pd.Series:
+    """Names of curves: the checkpoint, with what tells files, options and stacks of one name apart."""
+    labels = table["checkpoint"]
+    for name in (*MEASUREMENT, "stack"):
+        of = ["checkpoint", *MEASUREMENT] if name == "stack" else "checkpoint"
+        several = table.groupby(of)[name].transform("nunique") > 1
+        labels = labels.where(~several, labels + ", " + (table[name].str[:8] if name == "file_sha256" else table[name]))
+    return labels
 
 
 def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mto_analysis.atlas.measuring import Entry, Protocol, measure_entry
 from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_bytes, read_table, table_outputs
 from mto_analysis.checkpoints import checkpoint_sha256
 from mto_analysis.checkpoints.fetching import drop_fetched
-from mto_analysis.errors import ExperimentError, OutputExistsError
+from mto_analysis.errors import DataError, ExperimentError, OutputExistsError
 from mto_analysis.experiments.running import Engine, RunFailedError
 from mto_analysis.experiments.worker import Outcome, Resources
 from mto_analysis.images import open_images
@@ -130,30 +131,36 @@ class AtlasFolder:
         Raises:
             OutputExistsError: If the folder holds a table that was not measured here.
             ExperimentError: If other images are measured here.
+            DataError: If its list of images or of failures cannot be read.
         """
         if not self._parts.is_dir() and (there := [name for name in TABLE_FILES if (self.path / name).exists()]):
             raise OutputExistsError(f"{self.path} already holds {', '.join(there)} of no run; choose another --out")
         if self.images.exists() and load_image_set(self.images).sha256 != image_set.sha256:
             raise ExperimentError(f"{self.path} holds measurements of other images; {_OTHER}")
+        self.failures()  # is readable, which matters only at the end
         self._parts.mkdir(parents=True, exist_ok=True)
         write_atomically(self.images, image_set.to_csv())
 
-    def left(self, wanted: Mapping[Entry, Protocol]) -> list[Entry]:
+    def left(self, wanted: Mapping[Entry, Protocol], image_set: ImageSet) -> list[Entry]:
         """The checkpoints that are not measured yet.
 
         Raises:
-            ExperimentError: If one was measured in another way, or another one under its name.
+            ExperimentError: If one was measured in another way, on other images or by another version of this package,
+                or another one under its name.
+            DataError: If what was measured cannot be read.
         """
-        shared = next(iter(wanted.values())).identity()
-        expected: dict[Path, dict[str, Any]] = {
-            part: {key: shared[key] for key in SHARED if key in shared} for part in self._measured()
-        }
+        now = next(iter(wanted.values())).identity() | {"images_sha256": image_set.sha256}
+        of_all = {key: now[key] for key in SHARED} | {"mto_analysis_version": version("mto-analysis")}
+        expected: dict[Path, dict[str, Any]] = {part: dict(of_all) for part in self._measured()}
         for entry, protocol in wanted.items():
-            expected[self.part(entry)] = {"source": entry.source, **protocol.identity()}
+            expected[self.part(entry)] = {**of_all, "source": entry.source, **protocol.identity()}
             if self.part(entry).exists() and Path(entry.source).exists():  # a file of the user's may have changed since
                 expected[self.part(entry)]["file_sha256"] = checkpoint_sha256(entry.source)
         for part in self._measured():
-            row = read_table(part).iloc[0]
+            try:
+                row = read_table(part).iloc[0]
+            except DataError as error:
+                raise DataError(f"{error}; delete it to measure it again") from error
             for column, value in expected[part].items():
                 if row[column] != value:
                     raise ExperimentError(f"{part} was measured with {column} {row[column]}, now {value}; {_OTHER}")
@@ -180,8 +187,11 @@ class AtlasFolder:
         if not self._failures.exists():
             return []
         with self._failures.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [Failure(row["checkpoint"], row["source"], int(row["exit_code"]), row["reason"]) for row in rows]
+            try:
+                rows = list(csv.DictReader(file, strict=True))
+                return [Failure(row["checkpoint"], row["source"], int(row["exit_code"]), row["reason"]) for row in rows]
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                raise DataError(f"{self._failures} is not the list of an earlier run; move it away") from error
 
     def _write_failures(self, failures: Sequence[Failure]) -> None:
         import pandas as pd
@@ -229,7 +239,7 @@ def measure_all(
     failures: dict[Entry, Failure] = {}
     with locked_folder(folder.path):
         folder.begin(image_set)
-        left = folder.left(wanted)
+        left = folder.left(wanted, image_set)
         try:
             with engine as begun:
                 going: dict[Future[Outcome], Entry] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLUMNS",
     "MEASUREMENT",
+    "NAME",
     "ROW",
     "SCHEMA_VERSION",
     "SHARED",
@@ -55,7 +57,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("schema_version", "integer", "Of this table."),
-    Column("checkpoint", "text", "Id of the registry, or the name that was given."),
+    Column("checkpoint", "text", "Id of the registry, or the name that was given: letters, digits, dots, _ and -."),
     Column("source", "text", "Where the file is: id of the registry, hub address, URL or path."),
     Column("file_sha256", "text", "SHA-256 of the weights, over all files of a folder in order."),
     Column("hash_compared_with", "text", "What the file's hash was compared with: published, recorded, or neither."),
@@ -107,16 +109,21 @@ MEASUREMENT = ("file_sha256", "weights", "loading")
 #: What a row is of, within a measurement.
 ROW = ("stack", "layer_depth", "measure", "head", "other_stack", "other_layer_depth")
 
+#: Of checkpoints: files are called after them, so a name from a table of somebody's must not lead to another folder.
+NAME = re.compile(r"\w[\w.-]{0,99}")
 _PATTERNS = {
     **dict.fromkeys(("file_sha256", "masks_sha256", "images_sha256"), re.compile("[0-9a-f]{64}")),
     "weights": re.compile("model|model_ema"),
     "style": re.compile("inpainting|decoder"),
     "precision": re.compile("fp64|fp32|fp16|bf16"),
-    **dict.fromkeys(("checkpoint", "stack", "measure"), re.compile(r"\S(.*\S)?")),
+    "checkpoint": NAME,
+    **dict.fromkeys(("stack", "measure"), re.compile(r"\S(.*\S)?")),
 }
 _FLOORS = {"layer_depth": 0, "num_images": 1, "masks_per_image": 1, "patch_size": 1, "num_visible": 1}
 # Rounding of H, which is computed in float32 or better.
 _SLACK = 1e-5
+# Columns named in a message.
+_NAMED = 5
 
 
 def _schema() -> pa.Schema:
@@ -154,18 +161,20 @@ def read_table(source: str | Path) -> pd.DataFrame:
     path = path / TABLE_FILES[0] if path.is_dir() else path
     if not path.is_file():
         raise DataNotFoundError(f"no atlas at {path}")
-    schema = _schema()
+    schema, names = _schema(), _header(path)
     try:
         if path.suffix.lower() == ".csv":
             types = {field.name: field.type for field in schema}
             options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False)
+            _check_columns(path, names)
             content = pyarrow.csv.read_csv(path, convert_options=options)
         else:
             content = pq.read_table(path)
         _check_columns(path, content.column_names)
         found = content.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a table of an atlas: {' '.join(str(error).split())}") from error
+        words = re.sub(r"CSV column #(\d+)", lambda at: f"the column {names[int(at[1])]}", str(error))
+        raise DataError(f"{path} is not a table of an atlas: {' '.join(words.split())}") from error
     table: pd.DataFrame = found.to_pandas().astype({each.name: "Int64" for each in COLUMNS if _is_whole(each)})
     check_table(table, str(path))
     return table
@@ -176,12 +185,29 @@ def _is_whole(column: Column) -> bool:
     return column.kind == "integer" and column.optional
 
 
+def _header(path: Path) -> list[str]:
+    """Column names of a CSV file, whatever else may be wrong with it."""
+    if path.suffix.lower() != ".csv":
+        return []
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(csv.reader([file.readline(2**16)]), [])
+
+
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     known = [each.name for each in COLUMNS]
     lacking, unknown = ([name for name in a if name not in b] for a, b in ((known, columns), (columns, known)))
+    if len(columns) == 1 and ";" in columns[0]:
+        raise DataError(f"{path} has all columns in one: save it with commas between columns and points in numbers")
     if lacking or unknown:
-        words = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        words = [
+            f"{what} {', '.join(repr(name)[1:-1] or 'a column without a name' for name in names[:_NAMED])}"
+            + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            for what, names in (("lacks", lacking), ("has unknown", unknown))
+            if names
+        ]
         raise DataError(f"{path} is not a table of an atlas of version {SCHEMA_VERSION}: it {' and '.join(words)}")
+    if twice := [name for name in known if list(columns).count(name) > 1]:
+        raise DataError(f"{path} has the column {twice[0]} twice")
 
 
 def check_table(table: pd.DataFrame, where: str) -> None:

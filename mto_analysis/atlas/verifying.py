@@ -8,13 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from mto_analysis.atlas.measuring import Entry, Protocol, loading_from
-from mto_analysis.atlas.merging import Agreement, agreement, check_comparable
-from mto_analysis.atlas.table import MEASUREMENT
+from mto_analysis.atlas.merging import Agreement, agreement, check_comparable, row_words
+from mto_analysis.atlas.table import MEASUREMENT, ROW
+from mto_analysis.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Sample", "compare_again", "sample_table"]
+__all__ = ["Sample", "check_complete", "compare_again", "sample_table"]
+
+# Rows named in a message.
+_NAMED = 3
 
 
 class Sample(NamedTuple):
@@ -40,6 +44,7 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
 
     Raises:
         ValueError: If the fraction is not in its range.
+        DataError: If the table states measures or options that there are not.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
@@ -52,14 +57,17 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
         several = (first["checkpoint"] == row["checkpoint"]).sum() > 1
         name = f"{row['checkpoint']}-{number}" if several else row["checkpoint"]
         entry = Entry(name, row["source"], row["file_sha256"])
-        wanted[entry] = replace(
-            protocol,
-            seed=int(row["mask_seed"]),
-            masks_per_image=int(row["masks_per_image"]),
-            measures=row["measures"],
-            precision=row["precision"],
-            loading=replace(loading_from(row["loading"]), weights=row["weights"], offline=protocol.loading.offline),
-        )
+        try:
+            wanted[entry] = replace(
+                protocol,
+                seed=int(row["mask_seed"]),
+                masks_per_image=int(row["masks_per_image"]),
+                measures=row["measures"],
+                precision=row["precision"],
+                loading=replace(loading_from(row["loading"]), weights=row["weights"], offline=protocol.loading.offline),
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{row['checkpoint']} cannot be measured as the table states: {error}") from error
     rows = table.merge(first.iloc[sampled][keys], on=keys)
     return Sample(rows, wanted)
 
@@ -84,7 +92,34 @@ def compare_again(sample: Sample, again: pd.DataFrame) -> tuple[pd.DataFrame, Ag
     summary = sample.rows.groupby("checkpoint").size().to_frame("rows")
     summary["compared"] = of.size().reindex(summary.index, fill_value=0)
     summary["of_tolerance"] = of["of_tolerance"].max().reindex(summary.index)
-    summary["agrees"] = of["agrees"].all().reindex(summary.index, fill_value=False) & (
-        summary["compared"] == summary["rows"]
-    )
+    in_one = _in_one(sample, again)["checkpoint"]
+    summary["agrees"] = of["agrees"].all().reindex(summary.index, fill_value=False) & ~summary.index.isin(in_one)
     return summary.reset_index(), found
+
+
+def check_complete(sample: Sample, again: pd.DataFrame) -> None:
+    """Refuse a table that lacks rows of what was measured again, or has others.
+
+    Raises:
+        DataError: If so; names some of them.
+    """
+    in_one = _in_one(sample, again)
+    words = []
+    for side, what in (("right_only", "the table lacks"), ("left_only", "there is again no measurement of")):
+        rows = in_one[in_one["_merge"] == side]
+        if len(rows):
+            named = "; ".join(row_words(row) for row in rows.head(_NAMED).to_dict("records"))
+            words.append(
+                f"{what} {len(rows)} row{'s' * (len(rows) > 1)}: {named}{'; ...' if len(rows) > _NAMED else ''}"
+            )
+    if words:
+        raise DataError(f"{'; '.join(words)}; the others agree")
+
+
+def _in_one(sample: Sample, again: pd.DataFrame) -> pd.DataFrame:
+    """Rows of what was measured again that only one table has."""
+    names = sample.rows[["checkpoint", *MEASUREMENT]].drop_duplicates()
+    there = names.merge(again[[*MEASUREMENT, *ROW]].drop_duplicates(), on=list(MEASUREMENT))
+    claimed = sample.rows[there.columns].merge(there[list(MEASUREMENT)].drop_duplicates(), on=list(MEASUREMENT))
+    both = claimed.merge(there, how="outer", on=list(there.columns), indicator=True)
+    return both[both["_merge"] != "both"]

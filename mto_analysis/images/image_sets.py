@@ -132,7 +132,7 @@ def load_image_set(source: str | Path) -> ImageSet:
     if not path.is_file():
         raise DataNotFoundError(f"no image set {source}: give a file, or one of {', '.join(bundled_sets())}")
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = list(csv.reader(file))
     except csv.Error as error:
         raise DataError(f"{path} is not a set file: {error}") from error
