@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from matplotlib.text import Text
-from model_kinds import DIM, NUM, Backbone, DecoderNames, Grid, Inpainting, VisibleArgument, features, random_mask
+from model_kinds import (
+    DIM,
+    NUM,
+    Backbone,
+    DecoderNames,
+    FromPixels,
+    Grid,
+    Inpainting,
+    VisibleArgument,
+    features,
+    random_mask,
+)
 from test_mto_attach import build, keep_tokens, traces
 from torch import nn
 from training_models import CASES, draw_mask, make_images
@@ -265,6 +276,14 @@ def test_live_model__says_whether_tokens_are_in_the_order_of_patches(order):
     assert [each.in_order for each in merged.maps] == [known] * 3
     texts = [text.get_text() for text in draw_affinity(merged.maps).findobj(Text)]
     assert any("decoder: token order" in text for text in texts) == ("token order" in texts) == (not known)
+
+
+def test_measure__says_token_order_also_of_masks_of_the_models_own():
+    masks = random_mask(3, (5, 9))
+    shuffled = FromPixels(lambda x: x.flip(1), masks)
+    assert any("in token order" in note for note in measure(shuffled, torch.randn(3, 3, 32, 32)).notes)
+    in_order = FromPixels(lambda x: x, masks)
+    assert not any("in token order" in note for note in measure(in_order, torch.randn(3, 3, 32, 32)).notes)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from model_kinds import (
     Grid,
     Inpainting,
     InTurn,
+    Joins,
     LeavesOut,
     Predictor,
     Residual,
@@ -579,6 +580,25 @@ def test_points__blocks_that_do_not_run_are_named():
     model = Inpainting()
     spec = StackSpec("encoder", [*model.blocks, block()], model.mask_token, position=model.pos_embed)
     refused(model, lambda: model(features(3), RAGGED), r"blocks \[4\] of encoder did not run", stacks=[spec])
+
+
+def test_points__merging_needs_tokens_in_the_order_of_patches():
+    windows = torch.arange(NUM).view(2, 2, 2, 2).transpose(1, 2).flatten()  # 2 x 2 patches one after the other
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[:, :2, :2] = True
+    model = FromPixels(lambda x: x[:, windows], mask.flatten(1))
+    model.blocks = nn.ModuleList([block(), Joins()])
+    spec = StackSpec("encoder", model.blocks, model.mask_token, position=model.pos_embed)
+    refused(model, lambda: model(torch.randn(3, 3, 32, 32)), "its 16 tokens are not in the order", stacks=[spec])
+
+
+def test_points__maps_with_channels_first_are_named():
+    model = Inpainting()
+    model.mask_token = nn.Parameter(torch.randn(1, DIM, 1, 1))
+    with pytest.raises(ValueError, match=r"mask_token \[1, 12, 1, 1\], which is no vector with its width last"):
+        attach_mto(model)
+    with pytest.raises(ValueError, match="mask_token of stack encoder has channels first"):
+        StackSpec("encoder", model.blocks, model.mask_token)
 
 
 def test_points__tokens_left_out_are_not_taken_for_merged_ones():

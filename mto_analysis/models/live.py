@@ -289,7 +289,8 @@ class LiveModel(MaskedImageModel):
             ):
                 other = " but all others" if torch.equal(found, ~mask) else ""
                 raise StackError(
-                    f"{name}: the model does not mask the patches that it is asked to mask{other}; pass call=..."
+                    f"{name}: the model does not mask the patches that it is asked to mask{other}, or its tokens are "
+                    "in another order, which no position tells; pass call=..., or position=..."
                 )
         self._held = _Held(read, tuple(read), mask, images)
         return self._held

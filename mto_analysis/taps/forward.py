@@ -133,6 +133,11 @@ class Forward:
         fine = self.mask.shape[1]
         if count == fine:
             return self.mask, self._numbers
+        if not self.stack.in_order:
+            raise StackError(
+                f"{self.stack.where}: its {fine} tokens are not in the order of patches, so nothing tells which of "
+                f"them became {count}; pass taps=[...] at points with one number of tokens"
+            )
         cell = self._cell_of(count)
         self._merged.add(cell)
         if not self.assuming:
@@ -203,7 +208,7 @@ class _Layout:
         row: Which of the candidates for masked rows fits.
         argument: The caller's argument that holds the mask.
         inverted: Whether True means visible there.
-        in_place: Whether the tokens of patches are in the order of the argument's mask.
+        in_place: Whether the tokens of patches are in the order of their positions, or of the mask in the call.
     """
 
     num_tokens: int
@@ -517,6 +522,9 @@ class Stack(Generic[_Any]):
                 "suffix_tokens=... where tokens behind those of patches are class tokens or padding"
             )
         self._refuse_shift(layout, places, tokens)
+        if positions > 1 and self.spec.present == "all":
+            in_place = torch.equal(places[:, prefix:] >= 0, self._in_patch_order(places, layout))
+            layout = replace(layout, in_place=in_place)
         for name, mask in told.items():
             if mask.shape[1] == patches:
                 # What we ask for is the model's mask only where it got it as it is: noise, say, may give another.

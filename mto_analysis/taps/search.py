@@ -328,6 +328,11 @@ def hinted_grids(model: nn.Module) -> Iterator[tuple[int, ...]]:
 def _seen(model: nn.Module, tokens: dict[str, list[nn.Parameter]], lists: dict[str, list[nn.Module]]) -> str:
     """What a search saw, for its refusal."""
     found = [f"mask token at {path} (width {several[0].shape[-1]})" for path, several in tokens.items()]
+    found += [
+        f"{path} {list(each.shape)}, which is no vector with its width last: maps with channels first are not followed"
+        for path, each in model.named_parameters()
+        if not tokens and _MASK_TOKEN.search(path.rpartition(".")[2]) and each.shape[-1:] == (1,)
+    ]
     blocks = [f"{path} ({len(blocks)})" for path, blocks in lists.items()]
     others = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if blocks:

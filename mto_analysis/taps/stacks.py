@@ -100,6 +100,11 @@ class StackSpec:
             raise ValueError(
                 f"mask of stack {self.name} must be 'argument:NAME', 'argument:~NAME' or 'tokens', got {self.mask!r}"
             )
+        if any(token.ndim > 1 and token.shape[-1] == 1 < token.numel() for token in self.mask_tokens):
+            raise ValueError(
+                f"mask_token of stack {self.name} has channels first, as of maps [batch, channels, height, width], "
+                "which are not followed: give masked_row=... and taps=[...] where tokens have their width last"
+            )
         if self.present not in ("all", "subset"):
             raise ValueError(f"present of stack {self.name} must be 'all' or 'subset', got {self.present!r}")
 
