@@ -184,6 +184,9 @@ def test_tidy__an_evaluation_after_training_is_no_epoch(tmp_path, last):
     assert [str(one).rpartition(": ")[2] for one in table.findings] == ["left out"]
     longer = read_curves([write(tmp_path, "b.csv", f"{head}{epochs}4,499,,54\n")])  # it trained, and logged no loss
     assert longer.frame["score"].tolist()[-1] == 54.0
+    below = "".join(f"{e},{100 * e + 99},,{50 + e}\n{e},{100 * e + 99},1,\n" for e in range(4))  # as Lightning does
+    table = read_curves([write(tmp_path, "c.csv", f"{head}{below}{last}\n")])
+    assert table.frame["score"].tolist() == [50.0, 51.0, 52.0, 53.0]
 
 
 def test_read_curves__names_the_option_that_settles_different_axes(tmp_path):
@@ -800,6 +803,13 @@ def test_read_curves__epochs_that_are_shifted_by_one_are_refused(tmp_path, one, 
         assert first.epochs.tolist() == second.epochs.tolist()
     else:
         assert read_curves(paths).frame["epoch"].tolist() == [*one, *two]
+
+
+def test_read_curves__a_run_counts_once(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,val_acc\n0,50\n1,60\n")
+    with pytest.raises(DataError, match=r"the same run as .*a.csv, given for one method twice"):
+        read_curves([Source(path, "A", "0"), Source(path, "A", "1")])
+    assert len(read_curves([Source(path, "A"), Source(path, "B")]).methods) == 2
 
 
 def test_read_curves__a_shorter_last_step_shows_that_epochs_count_from_0(tmp_path):

@@ -319,6 +319,11 @@ class _Curves:
     def counts_epochs(self) -> bool:
         return self.log.axis == "epochs" or self.steps_per_epoch is not None
 
+    def same_run(self, other: _Curves) -> bool:
+        """Whether it is the same run of one file, for the same method."""
+        same = (self.source.run, self.log.series) == (other.source.run, other.log.series)
+        return same and not set(self.frame["method"]).isdisjoint(other.frame["method"])
+
     def counted(self) -> Counted:
         """What there is to know of how it counts epochs."""
         first = self.source.first_epoch
@@ -455,6 +460,10 @@ def _joined(frames: Sequence[pd.DataFrame], keys: Sequence[str]) -> pd.DataFrame
 
 def _refuse_one_run_from_two_files(curves: Sequence[_Curves], groups: Sequence[str]) -> None:
     """Two files for one method and seed are two runs, or one counted twice."""
+    for at, one in enumerate(curves):
+        for two in curves[at + 1 :]:
+            if one.log.document.sha256 == two.log.document.sha256 and one.same_run(two):
+                raise DataError(f"{two.log.file}: the same run as {one.log.file}, given for one method twice")
     seen: dict[tuple[str, ...], str] = {}
     for each in curves if len(curves) > 1 else ():
         for row in each.frame[["method", "seed", *groups]].drop_duplicates().itertuples(index=False):

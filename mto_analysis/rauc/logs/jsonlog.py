@@ -67,6 +67,8 @@ def _without_blanks(document: Document) -> Document:
     """Without NaN where it stands for no value, as in the rows of a data frame."""
     columns = document.columns
     assert isinstance(columns, RecordColumns)
+    if not all(any(cell != cell for cell in record.values()) for record in columns.records):
+        return document
     cells = [[record.get(name) for name in columns.names] for record in columns.records]
     nan = np.array([[isinstance(cell, float) and cell != cell for cell in row] for row in cells])
     filled = np.array([[cell is not None for cell in row] for row in cells]) & ~nan

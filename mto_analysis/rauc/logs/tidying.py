@@ -130,8 +130,12 @@ def _without_final_test(log: Log, rows: pd.DataFrame) -> tuple[pd.DataFrame, lis
     places, epoch = rows["row"].to_numpy(), rows["epoch"].to_numpy()
     if epoch[-1] <= epoch[:-1].max():
         return rows, []
-    trained = np.diff(np.cumsum(trained_rows(document))[places])
-    if trained[-1] != 0 or not (trained[:-1] > 0).all():
+    training = trained_rows(document)
+    trained = np.diff(np.cumsum(training)[places])
+    # Lightning writes an epoch's training values below its validation: then their own epoch tells.
+    of_training = np.isin(epoch, document.columns.numbers(log.axis_column)[0][training])
+    below = not of_training[-1] and of_training[:-1].all()
+    if not below and (trained[-1] != 0 or not (trained[:-1] > 0).all()):
         return rows, []
     steps = steps_of(document)
     if steps is not None:
