@@ -208,7 +208,7 @@ def test_run__interrupted_before_and_after_tasks_resumes(world: World, table: pd
         (("--limit", 2), "holds measurements of other images; use the same options, or another --out"),
         (("--seed", 4), "was measured with mask_seed 3, now 4"),
         (("--measures", "h"), "was measured with measures all,-attention,-cka, now h"),
-        (("--num-heads", 3), "a number of heads is of one checkpoint"),
+        (("--num-heads", 3), "--num-heads N and --decoder-num-heads N are for one checkpoint"),
         (
             ("--image-set", "cifar10_test_256"),
             "256 of the 256 images of the set cifar10_test_256 are not there: 0 (missing)",

@@ -86,6 +86,8 @@ def test_methods__say_what_was_measured(tmp_path: Path) -> None:
         2,
         "--mask-ratio",
         0.5,
+        "--measures",
+        "cosine,rank",
         "--out",
         tmp_path,
         "-q",
@@ -100,6 +102,7 @@ def test_methods__say_what_was_measured(tmp_path: Path) -> None:
         ),
         *(
             "fp32 on cpu",
+            "In the same pass these were measured: rank and cosine.",
             "95 % intervals (Student's t) are over images, of 2 masks each",
             metadata["models"][0]["sha256"][:12],
         ),

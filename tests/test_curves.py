@@ -187,7 +187,7 @@ def test_on_axis__takes_a_column_or_a_cost_per_epoch(table):
 
 
 def test_runs__names_what_is_there(table):
-    with pytest.raises(DataError, match="no log has the method 'X'; there are A"):
+    with pytest.raises(DataError, match="no log has the method 'X'; found: 'A'"):
         table(rows("A,1,50 A,2,60")).runs("X")
 
 

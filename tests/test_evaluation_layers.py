@@ -122,9 +122,12 @@ def test_command__scores_every_layer_of_every_model(sources: tuple[Path, Path], 
     plain = ("--ckpt", tmp_path / "plain.pth", "--num-heads", 3)
     more = ("--set", "penalty=0.01", "--random-baseline", "--overwrite", "--figure-format", "png")
     again = ok("evaluate", "linear", *plain, *images, *more)
-    assert "no H, as the file does not say decoder_num_heads" in again.stderr
+    assert "no H, as the file does not say decoder_num_heads; give --decoder-num-heads" in again.stderr
     assert set(pd.read_csv(tmp_path / "out" / "layers.csv")["model"]) == {"plain", "plain, random weights"}
     assert not len(pd.read_csv(tmp_path / "out" / "heterogeneity.csv"))
+    settled = (*plain, "--decoder-num-heads", 2, *images, "--overwrite", "--figure-format", "png", "-k", 3)
+    assert "no H" not in ok("evaluate", "knn", *settled).stderr
+    assert pd.read_csv(tmp_path / "out" / "heterogeneity.csv")["stack"].unique().tolist() == ["decoder"]
     refused = run("evaluate", "knn", *both, *images, "--layer", 2, "--overwrite")
     assert refused.exit_code == 2
     assert "leave --layer and --pooling out" in refused.stderr

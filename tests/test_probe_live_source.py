@@ -89,8 +89,8 @@ def test_commands__map_and_report_it(tmp_path):
     [
         ((), 2, "give --ckpt FILE, or --model package.module:factory"),
         (("--model", "nowhere.make"), 2, "a live model is given as package.module:factory, got 'nowhere.make'"),
-        (("--model", "nowhere_at_all:make"), 3, "makes no model (ModuleNotFoundError"),
-        (("--model", "test_probe_live_source:MAKE"), 3, "makes no model (TypeError"),
+        (("--model", "nowhere_at_all:make"), 3, "builds no model (ModuleNotFoundError"),
+        (("--model", "test_probe_live_source:MAKE"), 3, "builds no model (TypeError"),
         (("--model", "builtins:dict"), 3, "gives a dict, which is no torch.nn.Module"),
         (("--model", "test_probe_live_source:make_bare"), 2, "no known structure with masked tokens"),
         (("--model", "test_probe_live_source:make_two"), 2, "several modules with masked tokens"),

@@ -111,6 +111,9 @@ def test_reading__three_kinds_of_tables_and_labels_of_seeds(tmp_path):
     ]  # fmt: skip
     found = read_measures([write(tmp_path / "measures.csv", pd.DataFrame(rows))])
     assert len(found) == 3 * 3 * 3
+    atlas = pd.DataFrame([row for row in rows if row["other_model"] is None])
+    atlas = atlas.rename(columns={"model": "checkpoint"}).drop(columns="other_model")
+    assert read_measures([write(tmp_path / "atlas.csv", atlas)]).equals(found)
     assert set(found["measure"]) == {"heterogeneity", "attention_distance_masked", "cka_visible"}
     assert found.drop_duplicates(["method", "seed"])[["method", "seed"]].to_numpy().tolist() == [
         ["MAE", "0"], ["MAE", "1"], ["SimMIM", "0"],

@@ -12,6 +12,7 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import launchable
 from mto_analyze.options import (
+    AutoWorkers,
     ComputeOptions,
     DrawingOptions,
     ImageNames,
@@ -20,7 +21,6 @@ from mto_analyze.options import (
     ModelOptions,
     OutputOptions,
     Strict,
-    Workers,
     takes,
 )
 
@@ -70,7 +70,7 @@ def affinity(
     scale: ScaleOption = Scale.off_diagonal,
     log: Log = False,
     chosen: ImageNames = None,
-    num_workers: Workers = None,
+    num_workers: AutoWorkers = None,
     strict: Strict = False,
 ) -> None:
     """Map the affinity of all pairs of tokens at every layer depth (Fig. 2), masked tokens first.

@@ -107,7 +107,9 @@ def run(
 
     entries = choose_entries(ids or (), families=family or (), every=every)
     if len(entries) > 1 and any(isinstance(context.params[name], int) for name in ("num_heads", "decoder_num_heads")):
-        raise ValueError("a number of heads is of one checkpoint: measure it alone, or give auto")
+        raise ValueError(
+            "--num-heads N and --decoder-num-heads N are for one checkpoint; measure it alone, or give auto"
+        )
     if every:
         left = len(list_checkpoints()) - len(choose_entries(every=True))
         note(f"{left} files of the registry cannot be measured, see mto-analyze checkpoints list", quiet=quiet)

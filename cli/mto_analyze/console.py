@@ -79,7 +79,8 @@ class Command(TyperCommand):
             argument = parameter.param_type_name == "argument"
             panel = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
             if (record := parameter.get_help_record(ctx)) is not None:
-                panels[panel].append(record)
+                shown, description = record
+                panels[panel].append(((parameter.metavar if argument else None) or shown, description))
         for name, records in panels.items():
             if records:
                 with formatter.section(name):

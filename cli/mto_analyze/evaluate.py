@@ -402,9 +402,11 @@ def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, h
             encoder.model.to(here.device)
         for label, model in models.items():
             scores.append(evaluate_layers(evaluator, model, processes=here).assign(model=label, seed=checkpoint.seed))
-            unknown = sorted({*encoder.unknown, *model.info.unsettled_heads})
+            unknown = {*encoder.unknown, *(option for option in model.info.unsettled_heads if given[option] is None)}
             if unknown:
-                note(f"{label}: no H, as the file does not say {', '.join(unknown)}", quiet=given["quiet"])
+                advice = "".join(f"; give --{each.replace('_', '-')}" for each in sorted(unknown) if "heads" in each)
+                words = f"no H, as the file does not say {', '.join(sorted(unknown))}{advice}"
+                note(f"{label}: {words}", quiet=given["quiet"])
             elif here.main:
                 curves.append(heterogeneity_by_depth(evaluator, model).assign(model=label))
     if not here.main:

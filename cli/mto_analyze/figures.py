@@ -69,7 +69,7 @@ def figures(
     out: Path,
     overwrite: bool,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures and tables, see --list; by default all.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Figures and tables, see --list; by default all.")
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="List the figures and tables, and draw nothing.")] = False,
 ) -> None:

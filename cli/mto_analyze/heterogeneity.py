@@ -13,6 +13,7 @@ from mto_analyze import measuring
 from mto_analyze.console import as_text, launchable
 from mto_analyze.options import (
     ADVANCED,
+    AutoWorkers,
     ComputeOptions,
     DrawingOptions,
     InputOptions,
@@ -23,7 +24,6 @@ from mto_analyze.options import (
     OutputOptions,
     Precision,
     Strict,
-    Workers,
     takes,
 )
 
@@ -103,7 +103,7 @@ def heterogeneity(
     masks_per_image: MasksPerImage = 1,
     save_masks: SaveMasks = False,
     precision: MeasuringPrecision = Precision.fp32,
-    num_workers: Workers = None,
+    num_workers: AutoWorkers = None,
     strict: Strict = False,
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.

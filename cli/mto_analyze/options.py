@@ -262,11 +262,14 @@ DeviceName = Annotated[
     typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.", rich_help_panel=ADVANCED),
 ]
 Workers = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Processes that decode images.", rich_help_panel=ADVANCED)
+]
+AutoWorkers = Annotated[
     int | None,
     typer.Option(
         min=0,
         metavar="N",
-        help="Processes that decode images; measuring chooses by their number.",
+        help="Processes that decode images; by default chosen from the number of images.",
         rich_help_panel=ADVANCED,
     ),
 ]

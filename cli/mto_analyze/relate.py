@@ -13,7 +13,9 @@ from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, OutputOptions,
 MeasureTables = Annotated[
     list[str],
     typer.Option(
-        "--measures", metavar="[NAME=]FILE", help="measures.csv, or heterogeneity.csv of a command or of runs; repeat."
+        "--measures",
+        metavar="[NAME=]FILE",
+        help="measures.csv, heterogeneity.csv of a command or of runs, or atlas.csv; repeat.",
     ),
 ]
 Scores = Annotated[

@@ -20,7 +20,7 @@ from mto_analysis.errors import OutputExistsError
 RUN_FILE = "run.toml"
 METHODS_FILE = "methods.md"
 _FIRST_LINE = "# Repeats this run: mto-analyze"
-_METHODS_LINE = "<!-- Written by mto-analyze from run.json -->"
+_METHODS_LINE = "<!-- Written by mto-analyze -->"
 
 #: What takes a path says so in its placeholder.
 _PATHS = ("PATH", "FILE", "FOLDER", "CKPT", "TABLE")
@@ -33,13 +33,13 @@ class Invocation:
     command: str = ""
     given: dict[str, Any] = field(default_factory=dict)
 
-    def as_toml(self) -> str:
-        """The file that repeats it; files that exist are named by their absolute paths."""
+    def as_toml(self, name: str = RUN_FILE) -> str:
+        """The file, of this name, that repeats it; files that exist are named by their absolute paths."""
         from importlib.metadata import version
 
         from mto_analysis.runtime.settings import toml_value
 
-        lines = [f"{_FIRST_LINE} {self.command} --config {RUN_FILE}", f"# mto-analysis {version('mto-analysis')}"]
+        lines = [f"{_FIRST_LINE} {self.command} --config {name}", f"# mto-analysis {version('mto-analysis')}"]
         values = {"command": self.command, **self.given}
         lines += [f"{key} = {toml_value(_plain(value))}" for key, value in values.items()]
         return "\n".join(lines) + "\n"
@@ -127,7 +127,7 @@ def write_record(out: Path, metadata: Mapping[str, Any] | None = None) -> list[s
 
 def write_run_file(out: Path) -> list[str]:
     """Write the file that repeats the current run."""
-    return _written(out, RUN_FILE, current.as_toml())
+    return _written(out, RUN_FILE, current.as_toml(_beside(out, RUN_FILE).name))
 
 
 def write_methods(out: Path, metadata: Mapping[str, Any]) -> list[str]:

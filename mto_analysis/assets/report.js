@@ -345,7 +345,7 @@
           ? `visible patch, ${place(other, n)}, weight ${number(weightOf.get(other))}` : `masked patch, ${place(other, n)}`);
         if (rank.has(other)) cell.dataset.rank = rank.get(other); else delete cell.dataset.rank;
       }
-      parts["weights-legend"].textContent = `Weight from ${number(least)} to ${number(largest)}; all alike would be ${number(1 / visible.length)}. ` +
+      parts["weights-legend"].textContent = `Weight from ${number(least)} to ${number(largest)}; uniform would be ${number(1 / visible.length)}. ` +
         "Hatched: masked. Framed: chosen. 1 to 3: largest weights.";
       const bound = Math.log(visible.length);
       say(`${model().label}, image ${shown().name}, layer depth ${depth().depth} of ${model().num_depths}. ` +

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from mto_analysis.probe.measures import names_of
 
 __all__ = ["methods_paragraph"]
 
@@ -43,6 +45,8 @@ def _heterogeneity(metadata: Mapping[str, Any]) -> Iterable[str]:
         "tokens."
     )
     yield from _measured(metadata)
+    if others := names_of(given.get("measures", "h"))[1:]:
+        yield f"In the same pass these were measured: {_listed(others)}."
     masks = given.get("masks_per_image", 1)
     yield (f"Means and 95 % intervals (Student's t) are over images{f', of {masks} masks each' if masks > 1 else ''}.")
     if given.get("controls"):
@@ -180,14 +184,20 @@ def _rauc(metadata: Mapping[str, Any]) -> Iterable[str]:
         if one.get("kind") != "comparison":
             continue
         interval = one["interval"]
+        level = f"{100 * interval['confidence']:g} % interval"
+        none = interval["kind"] == "none"
+        spread = f"no {level}: {interval['reason']}" if none else f"the {level} is by {interval['method']}"
         origin = "given" if one["reference_given"] else "the baseline at the start"
         yield (
-            f"{one['target']} ({len(one['seeds_target'])} runs) was compared with {one['baseline']} "
-            f"({len(one['seeds_baseline'])} runs) from {one['axis']} {one['start']:g} to {one['end']:g}, with "
-            f"reference {one['reference']:.4g} ({origin}); the "
-            f"{100 * interval['confidence']:g} % interval is by {interval['method']}."
+            f"{one['target']} ({_runs(one['seeds_target'])}) was compared with {one['baseline']} "
+            f"({_runs(one['seeds_baseline'])}) from {one['axis']} {one['start']:g} to {one['end']:g}, with "
+            f"reference {one['reference']:.4g} ({origin}); {spread}."
         )
     yield f"Curves were read from {', '.join(dict.fromkeys(one['file'] for one in metadata['logs']))}."
+
+
+def _runs(seeds: Sequence[Any]) -> str:
+    return f"{len(seeds)} run{'' if len(seeds) == 1 else 's'}"
 
 
 def _experiment(metadata: Mapping[str, Any]) -> Iterable[str]:

@@ -111,14 +111,16 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
 def _sentence(label: str, curve: pd.DataFrame) -> str:
     first, last = curve.iloc[0], curve.iloc[-1]
     return (
-        f"{label}: H goes from {first.heterogeneity:.4f} at layer depth 0, {_below_bound(first.normalized)} below its "
-        f"bound, to {last.heterogeneity:.4f} at {last.layer_depth:.0f}, {_below_bound(last.normalized)} below."
+        f"{label}: H goes from {first.heterogeneity:.4f} at layer depth {first.layer_depth:.0f} "
+        f"({_below_bound(first.normalized)}) to {last.heterogeneity:.4f} at {last.layer_depth:.0f} "
+        f"({_below_bound(last.normalized)})."
     )
 
 
 def _below_bound(normalized: float) -> str:
-    """How far H lies below its bound, with digits enough for a fall of a millionth."""
-    return f"{100 * max(1 - normalized, 0.0):.3g} %"
+    """How far H lies below its bound, in percent; digits below 0.001 % would show rounding errors."""
+    gap = 100 * (1 - normalized)
+    return f"{'less than 0.001' if gap < 0.001 else f'{gap:.3g}'} % below its bound"
 
 
 def _masses(explored: Sequence[Explored], curve: pd.DataFrame) -> dict[int, np.ndarray]:

@@ -55,7 +55,7 @@ class LiveSource(str):
                 sys.path.insert(0, here)  # as python -m does
             made = resolve_name(self)()
         except Exception as error:
-            raise CheckpointError(f"{self} makes no model ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"{self} builds no model ({type(error).__name__}: {error})") from error
         if not isinstance(made, nn.Module):
             raise CheckpointError(f"{self} gives a {type(made).__name__}, which is no torch.nn.Module")
         return made

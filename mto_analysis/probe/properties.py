@@ -83,7 +83,7 @@ class PropertyMeasure:
     def to_frame(self) -> pd.DataFrame:
         """One row per stack and property, means over images and masks.
 
-        Properties: ``masked_share`` with the least and greatest of a position and ``masked_share_deviation``, its
+        Properties: ``masked_share`` with the min and max over positions and ``masked_share_deviation``, its
         standard deviation over positions, beside ``masked_share_deviation_expected`` of that many independent random
         masks; ``spread``, ``cosine`` and both ``_before_position``. Columns: ``stack property value``.
         """
@@ -95,8 +95,8 @@ class PropertyMeasure:
             mean = share.mean().item()
             rows += [
                 (stack, "masked_share", mean),
-                (stack, "masked_share_least", share.min().item()),
-                (stack, "masked_share_greatest", share.max().item()),
+                (stack, "masked_share_min", share.min().item()),
+                (stack, "masked_share_max", share.max().item()),
                 (stack, "masked_share_deviation", share.std(correction=0).item()),
                 (stack, "masked_share_deviation_expected", math.sqrt(mean * (1 - mean) / self._masks[stack])),
             ]

@@ -258,7 +258,7 @@ class Lidar(_OfEmbeddings):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         if setup.masks_per_image < 2:
-            self.refuse("its views are several masks per image; ask for masks_per_image (--masks-per-image) from 2 on")
+            self.refuse("it needs several masks of an image: masks_per_image (--masks-per-image) of at least 2")
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Take the embeddings of a batch."""

@@ -190,7 +190,7 @@ class CurveTable:
             rows = rows[rows[column] == value]
         if rows.empty:
             inside = "".join(f" with {column} = {value}" for column, value in (group or {}).items())
-            raise DataError(f"no log has the method {method!r}{inside}; there are {', '.join(self.methods)}")
+            raise DataError(f"no log has the method {method!r}{inside}; found: {', '.join(map(repr, self.methods))}")
         return {
             str(seed): Points(run["epoch"].to_numpy(dtype=float), run["score"].to_numpy(dtype=float))
             for seed, run in rows.groupby("seed", sort=False)

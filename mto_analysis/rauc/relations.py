@@ -192,7 +192,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
     """With columns method, seed and epoch, of which the last two may be empty."""
-    name = next((column for column in ("method", "model") if column in table), None)
+    name = next((column for column in ("method", "model", "checkpoint") if column in table), None)
     if name is None:
         raise DataError(f"{path} has neither a column model nor method, so its rows belong to no checkpoint")
     if table.empty:
