@@ -249,6 +249,7 @@ def test_run__refuses_parts_that_do_not_belong_together(world: World, files: dic
     for content, told in (
         (parquet_bytes(rows.assign(mto_analysis_version="0.0.9")), "with mto_analysis_version 0.0.9, now "),
         (parquet_bytes(rows.assign(images_sha256="0" * 64)), f"with images_sha256 {'0' * 64}, now "),
+        (parquet_bytes(rows.assign(checkpoint="other")), "with checkpoint other, now own"),
         (parquet_bytes(rows)[:-9], "delete it to measure it again"),
     ):
         part.write_bytes(content)
@@ -415,6 +416,13 @@ def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
     assert len(sample_table(table, 0.001, seed=0, protocol=Protocol()).wanted) == 1
     with pytest.raises(ValueError, match="fraction must be above 0 and at most 1, got 0"):
         sample_table(table, 0, seed=0, protocol=Protocol())
+    h = table["measure"] == "heterogeneity"  # of a merged table, in which these were measured by somebody else
+    mixed = table.assign(measures=table["measures"].where(~h, "h"), precision=table["precision"].where(~h, "fp64"))
+    wanted = sample_table(mixed[mixed["checkpoint"] == "beit"], 1, seed=0, protocol=Protocol()).wanted
+    assert {entry.name: (how.measures, how.precision) for entry, how in wanted.items()} == {
+        "beit-0": ("all,-attention,-cka", "fp32"),
+        "beit-1": ("h", "fp64"),
+    }
     with pytest.raises(DataError, match=r"\w+ cannot be measured as the table states: measures are h, .*'foo'"):
         sample_table(table.assign(measures="foo"), 0.1, seed=0, protocol=Protocol())
 

@@ -166,3 +166,23 @@ def test_page__is_accessible_and_fits_its_window(page: Any, width: int) -> None:
         assert violations(page) == [], theme
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_page__shows_hostile_and_long_names_as_text(browser: Any, table: pd.DataFrame, tmp_path: Path) -> None:  # noqa: F811
+    hostile, name = "<img src=x onerror=alert(1)></script><script>alert(2)</script>", ("long_name-" * 10)[:99]
+    texts = dict.fromkeys(("family", "backbone", "evidence", "source", "contributor", "hardware", "stack"), hostile)
+    named = table[table["checkpoint"] == "SimMIM"].assign(checkpoint=name, measure='"onmouseover="alert(3)', **texts)
+    path = tmp_path / "hostile.html"
+    both = pd.concat([table, named], ignore_index=True)
+    path.write_text(render_atlas(both, title=hostile, scores={hostile: {name: 0.0, "MAE": 0.0}}), encoding="utf-8")
+    browser.set_window_size(500, 900)
+    browser.get(path.as_uri())
+    browser.find_element(By.ID, "choose").click()
+    assert browser.find_element(By.TAG_NAME, "h1").text == hostile
+    assert browser.find_element(By.ID, "count").text == "5 of 5 shown, 5 chosen, 1 without heterogeneity"
+    choose(browser, "measure", '"onmouseover="alert(3)')
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#scatter circle")) == 1  # of a score of 0
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert violations(browser) == []
+    assert browser.get_log("browser") == []
+    browser.set_window_size(1280, 900)

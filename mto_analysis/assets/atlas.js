@@ -240,7 +240,9 @@
     }
     for (const row of rows) document.querySelector(`[data-about="${row.dataset.row}"]`).hidden = !boxOf(row).checked;
     const shown = rows.filter(isShown).length, picked = rows.filter((row) => boxOf(row).checked).length;
-    $("count").textContent = `${shown} of ${rows.length} shown, ${picked} chosen`;
+    const lacking = picked - chosen().length;
+    $("count").textContent = `${shown} of ${rows.length} shown, ${picked} chosen`
+      + (lacking ? `, ${lacking} without ${words($("measure").value)}` : "");
     drawCurves();
     drawScatter();
   }

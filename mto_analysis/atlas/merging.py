@@ -21,9 +21,9 @@ _NUMBERS = ("value", "ci_low", "ci_high")
 _OF_LOSS = ("own_loss", "own_loss_of_mean")
 #: What follows from file, images and masks; texts may be put in other words by another version.
 _COUNTS = ("num_images", "num_visible")
-_FROM_FILE = ("family", "style", "layout", "image_size", "patch_size", "config", "assumptions", "own_loss_target")
+_FROM_FILE = ("family", "style", "layout", "image_size", "patch_size", "config", "own_loss_target")
 #: And from where the file is, which the registry may know.
-_FROM_SOURCE = ("backbone", "epochs", "evidence", "mask_rule")
+_FROM_SOURCE = ("assumptions", "backbone", "epochs", "evidence", "mask_rule")
 # What a difference may come from.
 _MADE_WITH = ("precision", "hardware", "mto_analysis_version")
 # Rows named in a message.

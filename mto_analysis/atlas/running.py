@@ -151,9 +151,14 @@ class AtlasFolder:
         """
         now = next(iter(wanted.values())).identity() | {"images_sha256": image_set.sha256}
         of_all = {key: now[key] for key in SHARED} | {"mto_analysis_version": version("mto-analysis")}
-        expected: dict[Path, dict[str, Any]] = {part: dict(of_all) for part in self._measured()}
+        expected: dict[Path, dict[str, Any]] = {part: {**of_all, "checkpoint": part.stem} for part in self._measured()}
         for entry, protocol in wanted.items():
-            expected[self.part(entry)] = {**of_all, "source": entry.source, **protocol.identity()}
+            expected[self.part(entry)] = {
+                **of_all,
+                "checkpoint": entry.name,
+                "source": entry.source,
+                **protocol.identity(),
+            }
             if self.part(entry).exists() and Path(entry.source).exists():  # a file of the user's may have changed since
                 expected[self.part(entry)]["file_sha256"] = checkpoint_sha256(entry.source)
         for part in self._measured():

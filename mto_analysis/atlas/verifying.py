@@ -51,11 +51,13 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
     keys = ["checkpoint", *MEASUREMENT]
     first = table.drop_duplicates(keys).sort_values(keys, ignore_index=True)
     sampled = random.Random(seed).sample(range(len(first)), math.ceil(fraction * len(first)))
+    rows = table.merge(first.iloc[sampled][keys], on=keys)
+    # A merged table may have rows of one checkpoint that were measured in several ways.
+    ways = rows.drop_duplicates([*keys, "measures", "precision"]).sort_values(keys, kind="stable", ignore_index=True)
+    several = set(ways["checkpoint"][ways.duplicated("checkpoint")])
     wanted: dict[Entry, Protocol] = {}
-    for number in sorted(sampled):
-        row = first.iloc[number]
-        several = (first["checkpoint"] == row["checkpoint"]).sum() > 1
-        name = f"{row['checkpoint']}-{number}" if several else row["checkpoint"]
+    for number, row in enumerate(ways.to_dict("records")):
+        name = f"{row['checkpoint']}-{number}" if row["checkpoint"] in several else row["checkpoint"]
         entry = Entry(name, row["source"], row["file_sha256"])
         try:
             wanted[entry] = replace(
@@ -68,7 +70,6 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
             )
         except (TypeError, ValueError) as error:
             raise DataError(f"{row['checkpoint']} cannot be measured as the table states: {error}") from error
-    rows = table.merge(first.iloc[sampled][keys], on=keys)
     return Sample(rows, wanted)
 
 
