@@ -63,6 +63,23 @@ def test_trainer__steps_equal_a_loop_with_the_losses(accumulate, tmp_path):
     assert not any(module._forward_hooks for module in model.modules())  # left as it was
 
 
+def test_trainer__losses_of_an_interrupted_run_are_not_added_again(tmp_path):
+    class Interrupts(hf.TrainerCallback):
+        def on_step_end(self, *_, **more):
+            raise KeyboardInterrupt
+
+    model = build(LIBRARIES["hf vit"])
+    run = lambda *callbacks: InOrder(  # noqa: E731
+        model, arguments(tmp_path, max_steps=1), train_dataset=rows_of(0), callbacks=[*callbacks]
+    ).train()
+    with pytest.raises(KeyboardInterrupt):
+        run(first := MTOTrainerCallback(MTOConfig()), Interrupts())
+    assert first.mto.terms
+    with pytest.warns(UserWarning, match="an earlier run that was interrupted"):
+        run(MTOTrainerCallback(MTOConfig()))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_trainer__logs_h_of_evaluation(tmp_path):
     model = build(LIBRARIES["hf vit"])
     settings = arguments(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)

@@ -91,5 +91,8 @@ def test_lightning__logs_h_of_validation():
 
 
 def test_lightning__a_step_without_a_loss_is_refused():
+    module = Module("nothing")
     with pytest.raises(StackError, match="has no loss to add to"):
-        trainer_of(MTOLightningCallback(MTOConfig())).fit(Module("nothing"), loader(0))
+        trainer_of(MTOLightningCallback(MTOConfig())).fit(module, loader(0))
+    assert "training_step" not in vars(module)  # left as it was, so that another run adds the losses once
+    assert not any(part._forward_hooks for part in module.modules())

@@ -58,7 +58,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         specs = self._stacks or find_stacks(inner)
         if self.config is not None:
             self.mto = attach_mto(inner, self.config, stacks=specs)
-            self._handle = on_output(inner, self._add)
+            self._handle = on_output(inner, self._add, self._leave)
         self._evaluated = EvaluationWatch(inner, specs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -97,6 +97,9 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
+        self._leave()
+
+    def _leave(self) -> None:
         for each in (self.mto, self._evaluated):
             if each is not None:
                 each.detach()

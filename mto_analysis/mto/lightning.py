@@ -70,6 +70,10 @@ class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
             found = self._evaluated.take()
             pl_module.log_dict({f"val_{name}": value for name, value in found.items()}, sync_dist=True)
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was, also where training is interrupted."""
+        self.on_fit_end(trainer, pl_module)
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the module as it was."""
         for each in (self.mto, self._evaluated):

@@ -375,9 +375,15 @@ def recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def on_output(model: nn.Module, change: Callable[[nn.Module, Any], Any]) -> RemovableHandle:
-    """Change what a model returns: ``change`` gets the model and its output, and gives the new one."""
-    return model.register_forward_hook(lambda module, args, output: change(module, output))
+def on_output(model: nn.Module, change: Callable[[nn.Module, Any], Any], leave: Callable[[], None]) -> RemovableHandle:
+    """Change what a model returns: ``change`` gets the model and its output, and gives the new one.
+
+    Where one of an earlier run is still there, which was interrupted, its ``leave`` is called, with a warning.
+    """
+    for earlier in [hook for hook in model._forward_hooks.values() if isinstance(hook, _OnOutput)]:
+        warnings.warn("losses of an earlier run that was interrupted are no longer added", stacklevel=4)
+        earlier.leave()
+    return model.register_forward_hook(_OnOutput(model, change, leave))
 
 
 def collapse_of(heterogeneity: Sequence[float]) -> str | None:
@@ -417,6 +423,21 @@ class _Hook:
                 self._tell(target, called, *arguments)
             except Exception as error:  # nothing of ours may stop the user's forward
                 target._failed(self._stack, error)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        """In a copy of the model the hook is empty."""
+        return _empty_hook, ()
+
+
+class _OnOutput:
+    """Changes what its module returns, not what copies of it return."""
+
+    def __init__(self, module: nn.Module, change: Callable[[nn.Module, Any], Any], leave: Callable[[], None]) -> None:
+        self._owner, self._change, self.leave = weakref.ref(module), change, leave
+
+    def __call__(self, called: nn.Module, args: Any, output: Any) -> Any:
+        """The new output."""
+        return self._change(called, output) if self._owner() is called else output
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """In a copy of the model the hook is empty."""
