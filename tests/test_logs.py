@@ -690,6 +690,8 @@ def test_read_curves__says_what_an_unknown_axis_counts(tmp_path):
     with pytest.raises(DataError, match=r"counts t and .* counts epochs; .*first-epoch=1"):
         read_curves([Source(one, epoch="t"), two])
     assert read_curves([Source(one, epoch="t", first_epoch=1), two]).axis == "epoch"
+    steps = write(tmp_path, "steps.csv", "step,val_acc\n0,50\n1,51\n2,52\n")
+    assert read_curves([Source(steps, first_epoch=0), two]).frame["epoch"].tolist() == [1, 2, 3] * 2
     named = write(tmp_path, "b.csv", "epochs trained,optimizer updates,val_acc\n1,100,50\n2,200,51\n")
     axes = [read_curves([named], epoch_column=each).axis for each in ("epochs trained", "optimizer updates")]
     assert axes == ["epoch", "step"]
@@ -699,6 +701,13 @@ def test_choose__says_why_an_accuracy_is_passed_over(tmp_path):
     path = write(tmp_path, "a.csv", "epoch,val_top5,best_val_acc\n0,80,50\n1,90,60\n")
     with pytest.raises(DataError, match=r"val_top5 is top-5, best_val_acc is the best one so far; take one"):
         read_curves([path])
+
+
+def test_choose__the_spread_of_an_accuracy_is_none(tmp_path):
+    path = write(tmp_path, "a.csv", "epoch,val_acc_std,val_acc_mean,val_acc_time\n0,1,50,3\n1,1,60,3\n")
+    assert read_curves([path]).provenance[0].column == "val_acc_mean"
+    with pytest.raises(DataError, match="no accuracy found"):
+        read_curves([write(tmp_path, "b.csv", "epoch,val_acc_std\n0,1\n1,2\n")])
 
 
 def test_choose__an_accuracy_beside_a_loss_may_be_of_training(tmp_path):

@@ -250,7 +250,8 @@ def read_curves(
             document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
             seed_column=seed_column, groups=tuple(groups), axis_column=axis_column,
         )  # fmt: skip
-        if log.axis == "other" and source.first_epoch is not None:
+        per_epoch = source.steps_per_epoch or steps_per_epoch
+        if source.first_epoch is not None and (log.axis == "other" or (log.axis == "steps" and per_epoch is None)):
             log = replace(log, axis="epochs")
         if log.axis == "other":
             told = f"nothing tells what {log.axis_column!r} counts: it is taken as it stands; {_SAYS_EPOCHS}"
@@ -266,7 +267,6 @@ def read_curves(
         if rows.empty:
             continue
         said, found = _unit_of(log, source.unit or unit, lower_is_better)
-        per_epoch = source.steps_per_epoch or steps_per_epoch
         if log.axis != "steps":
             if source.steps_per_epoch is not None:
                 raise DataError(f"{log.file}: steps-per-epoch is for logs that count steps; this one counts {log.axis}")

@@ -8,7 +8,7 @@ from functools import cache
 
 from mto_analysis.rauc.logs.provenance import AxisKind, ScoreKind
 
-__all__ = ["MODE_COLUMNS", "Metric", "axis_of", "metric_of", "mode_of", "split_of_run", "words_of"]
+__all__ = ["BESIDE_METRIC", "MODE_COLUMNS", "Metric", "axis_of", "metric_of", "mode_of", "split_of_run", "words_of"]
 
 _SPLITS = {
     "train": ("train", "training", "trn"),
@@ -25,6 +25,11 @@ _RANKED = {"top", "prec"}  # an accuracy only with a rank: top1, prec@1
 _ERROR = {"err", "error", "errors"}
 _LOSS = {"loss", "losses", "nll", "ce", "xent", "crossentropy", "perplexity", "ppl", "mse", "rmse", "entropy"}
 _SCORES = {"miou", "iou", "map", "ap", "f1", "auc", "auroc", "recall", "precision", "kappa", "mcc", "score", "dice"}
+#: Words of columns beside a metric: how widely it is spread, how it changed, how long it took.
+BESIDE_METRIC = {
+    *("std", "stdev", "sd", "sem", "stderr", "var", "variance", "ci", "lower", "upper"),
+    *("delta", "diff", "difference", "time", "seconds", "runtime", "duration"),
+}
 #: Words that do not tell two metrics apart.
 _NEUTRAL = {
     "epoch",
@@ -168,6 +173,8 @@ def metric_of(name: str) -> Metric:
         kinds = {"loss"}
     known: tuple[ScoreKind, ...] = ("loss", "error", "accuracy", "score")
     kind: ScoreKind = next((one for one in known if one in kinds), "other")
+    if kind in ("accuracy", "error", "loss") and BESIDE_METRIC & set(rest):
+        kind = "other"
     percent = "%" in name or bool({"percent", "pct"} & set(words))
     return Metric(kind, rank, split, weights, best, batch, percent, () if kind == "score" else tuple(rest))
 

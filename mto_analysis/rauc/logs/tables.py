@@ -14,7 +14,7 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.formats import BY_NAME
-from mto_analysis.rauc.logs.names import MODE_COLUMNS, axis_of, metric_of, split_of_run, words_of
+from mto_analysis.rauc.logs.names import BESIDE_METRIC, MODE_COLUMNS, axis_of, metric_of, split_of_run, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, nan_is_blank
 
@@ -28,10 +28,7 @@ _RUN_NAMES = ("name", "run", "run_name", "run_id", "runid", "experiment", "trial
 #: Columns that only a table of runs has.
 _RUN_FACTS = {"state", "runtime", "created", "user", "tags", "notes", "sweep", "hostname"}
 #: Words of columns that are neither scores nor methods.
-_BESIDE = {
-    *("lr", "learning", "time", "seconds", "seed", "memory", "mem", "eta", "norm", "wd", "decay"),
-    *("std", "stdev", "sd", "sem", "stderr", "var", "variance", "ci", "lower", "upper"),
-}
+_BESIDE = {"lr", "learning", "seed", "memory", "mem", "eta", "norm", "wd", "decay", *BESIDE_METRIC}
 
 
 def _header(name: str, data: bytes) -> tuple[list[str], str, int]:
@@ -136,7 +133,7 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
         len(columns) > 1 and all(" - " in column for column in columns[1:])
     ):
         return _chart(name, columns, frame, lines)
-    frame, findings = _without_blanks(name, frame)
+    frame, findings = _without_blanks(name, frame) if b"NaN" in data or b"nan" in data else (frame, ())
     repeated = [column for column in columns if column and columns.count(column) > 1]
     if repeated:
         raise DataError(f"{name}:{header}: the column {repeated[0]!r} comes twice; rename one")
