@@ -133,7 +133,7 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
         len(columns) > 1 and all(" - " in column for column in columns[1:])
     ):
         return _chart(name, columns, frame, lines)
-    frame, findings = _without_blanks(name, frame) if b"NaN" in data or b"nan" in data else (frame, ())
+    frame, findings = _without_blanks(name, frame)
     repeated = [column for column in columns if column and columns.count(column) > 1]
     if repeated:
         raise DataError(f"{name}:{header}: the column {repeated[0]!r} comes twice; rename one")
@@ -156,7 +156,7 @@ def read_table(name: str, data: bytes, wanted: Collection[str] = ()) -> Document
 
 def _without_blanks(name: str, frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[Finding, ...]]:
     """Without NaN where it stands for an empty cell, as in a data frame's file."""
-    texts = frame.loc[:, [column.dtype.kind not in "if" for _, column in frame.items()]]
+    texts = frame.select_dtypes(exclude=["number", "category"])
     written = texts.isin(("NaN", "nan"))
     if not nan_is_blank(written.to_numpy(), (texts.notna() & ~written).to_numpy()):
         return frame, ()
