@@ -675,7 +675,8 @@ def test_out_of_memory__is_one_line(checkpoints, image_folder: Path, out: Path, 
 
 def test_exit_codes__are_documented() -> None:
     text = " ".join(ok("--help").stdout.split())
-    assert "Exit codes: 0 fine, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted." in text
+    codes = "0 success, 2 usage or output exists, 3 checkpoint, 4 data, 5 numerical, 130 interrupted."
+    assert f"Exit codes: {codes}" in text
 
 
 def test_disk_errors__are_one_line_and_leave_nothing(checkpoints, image_folder: Path, out: Path, monkeypatch) -> None:

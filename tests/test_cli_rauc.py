@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from mto_analysis.figures.methods import methods_paragraph
 from mto_analyze import app
 
 LOGS = Path(__file__).parent / "logs"
@@ -70,6 +71,10 @@ def test_rauc__json_has_the_ratio_and_both_areas(log):
     assert result["rauc"] == pytest.approx(slow.rauc(MAE, MTO, 100, 400))
     assert (result["numerator"], result["denominator"], result["reference"]) == (2450.0, 2000.0, 60.0)
     assert result["interval"]["text"] == "no interval: one seed"
+    versions = dict.fromkeys(("mto-analysis", "torch", "timm"), "1")
+    metadata = {"comparisons": [result], "logs": [{"file": "a.csv"}], "versions": versions, "python": "3"}
+    assert "MTO (1 run) was compared with MAE (1 run)" in (text := methods_paragraph("rauc", metadata))
+    assert "; no 95 % interval: one seed." in text
     assert result["reason"] is None
 
 

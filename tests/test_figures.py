@@ -506,7 +506,9 @@ class TestPublicFiles:
         self, public_files, tmp_path: Path
     ) -> None:
         _, place = public_files
-        with pytest.raises(CheckpointError, match=f"Google Drive wants a browser.*put the file into {place}"):
+        with pytest.raises(
+            CheckpointError, match=f"files on Google Drive must be downloaded by hand.*put the file into {place}"
+        ):
             list(draw_public((), tmp_path / "out", Inputs(limit=2)))
         assert (place.parent / PUBLIC["MAE"] / "mae.safetensors").is_file()
         assert not (tmp_path / "out").exists()

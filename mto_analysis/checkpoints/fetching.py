@@ -122,7 +122,7 @@ def _from_address(entry: Checkpoint | None, url: str, offline: bool, cache: str 
         if there is None:
             choose = f"choose the file of {entry.id if entry else 'your model'}, " if "/folders/" in url else ""
             raise CheckpointError(
-                f"Google Drive wants a browser: open {url}, {choose}click Download, "
+                f"files on Google Drive must be downloaded by hand: open {url}, {choose}click Download, "
                 f"put the file into {folder.absolute()} (any name), and run this again"
             )
         check_digest(there, digest)

@@ -76,8 +76,7 @@ def write_figure(folder: OutputFolder | Path, stem: str, figure: Figure, *, capt
             folder.write_bytes(name, content)
         else:
             write_atomically(path / name, content)
-    note = "; ".join(line.rstrip(";") for line in str(figure.get_label()).splitlines())
-    words = caption if caption is not None else note if options.style == "paper" else ""
+    words = caption if caption is not None else str(figure.get_label()) if options.style == "paper" else ""
     if words:
         add_captions(path, {stem: words})
     return [path / name for name in files]

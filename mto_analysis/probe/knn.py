@@ -34,7 +34,7 @@ def knn_scores(
         labels: Their classes.
         test: Features of test images.
         num_classes: Classes in all.
-        neighbours: How many vote; all, where there are fewer.
+        neighbours: Number of neighbours; all, where there are fewer.
         temperature: How fast the weight falls with the cosine.
         leave_one_out: ``test`` are the training vectors in the same order, and none votes for itself.
 

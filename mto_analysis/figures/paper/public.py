@@ -55,8 +55,8 @@ def draw_public(
         Each figure, and its files.
 
     Raises:
-        CheckpointError: If a file cannot be fetched (says where to put one that wants a browser), is not whole, or does
-            no better than predicting the mean.
+        CheckpointError: If a file cannot be fetched (says where to put one that must be downloaded by hand), is not
+            whole, or does no better than predicting the mean.
     """
     inputs, listener = inputs or Inputs(), listener or Listener()
     wanted = [each.name for each in find_figures(list(names) or ("fig1a", "fig1b", "fig2"), inputs=inputs)]
@@ -92,7 +92,7 @@ def draw_public(
 
 
 def _fetched(offline: bool, listener: Listener) -> dict[str, Path]:
-    """All files before the first is measured; what can be fetched is, also if another wants a browser."""
+    """All files before the first is measured; what can be fetched is, also if another must be downloaded by hand."""
     found: dict[str, Path] = {}
     missing: list[CheckpointError] = []
     for label, name in PUBLIC.items():

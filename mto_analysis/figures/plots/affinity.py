@@ -228,6 +228,6 @@ def _note(maps: Sequence[AffinityMap]) -> str:
     unordered = sorted({each.stack for each in maps if not each.in_order})
     order = f"{', '.join(unordered)}: token order, as places of visible tokens are not known\n" if unordered else ""
     return (
-        f"{order}{what}; rows: queries, columns: keys, masked tokens first\n"
+        f"{order}{what}; rows: queries, columns: keys, masked tokens first;\n"
         "quadrants: 1st masked-masked, 2nd masked-visible, 3rd visible-masked, 4th visible-visible"
     )

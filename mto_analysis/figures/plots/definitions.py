@@ -119,7 +119,7 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
         legend_below(figure, handles, labels, ncols=4)
         note = "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding"
         if len(attention):
-            note += "\nlast row: the models' own attention, mean and range over heads"
+            note += ";\nlast row: the models' own attention, mean and range over heads"
         describe(figure, title=title, note=note)
     return figure
 

@@ -182,7 +182,7 @@ def _add_nats(ax: Axes, curve: pd.DataFrame) -> None:
     bounds = np.log(curve["num_visible"].to_numpy())
     if np.ptp(bounds) < 1e-9 and bounds[0] > 0:
         nats = ax.secondary_yaxis("right", functions=(lambda share: share * bounds[0], lambda h: h / bounds[0]))
-        nats.set_ylabel("H (nats)")
+        nats.set_ylabel("$H$ (nats)")
 
 
 def _bound(curves: Sequence[tuple[str, pd.DataFrame]]) -> str:

@@ -69,17 +69,18 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
     models = list(scores["model"].unique())
     with paper_style():
         figure = new_figure(1.9 * len(models) + 0.7)
-        axes = figure.subplots(len(models), 2, squeeze=False)
-        for (left, right), model in zip(axes, models, strict=True):
+        axes = figure.subplots(len(models), 1 if heterogeneity.empty else 2, squeeze=False)
+        for (left, *right), model in zip(axes, models, strict=True):
             plot_layers(scores[scores["model"] == model], ax=left)
             left.set_title(model, fontsize="small", loc="left")
             left.set_ylabel(PROTOCOL_LABELS[protocol])
             curve = heterogeneity[heterogeneity["model"] == model]
-            if curve.empty:
-                right.set_axis_off()
-                continue
-            plot_heterogeneity(curve, ax=right)
-            right.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
+            for ax in right:
+                if curve.empty:
+                    ax.set_axis_off()
+                    continue
+                plot_heterogeneity(curve, ax=ax)
+                ax.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         legend_below(figure, handles, labels)
         row = scores.iloc[0]

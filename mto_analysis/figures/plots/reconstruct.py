@@ -52,7 +52,7 @@ def reconstruction_caption(rows: Sequence[Reconstruction]) -> str:
     """What must be said beside such a figure: where masks are, what was undone with whose statistics."""
     text = (
         "Masked patches are grey. Losses are each model's own, on masked patches, beside that of predicting the mean. "
-        "Visible patches are not trained to be predicted."
+        "Models are not trained to predict visible patches."
     )
     for number in sorted({row.num_channels for row in rows} - {1, 3}):
         shown = "the first is shown in grey" if number < 3 else "the first three are shown as red, green and blue"
