@@ -104,6 +104,8 @@ def request(
         told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
     images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
     settings = options_of(Settings, given)
+    if settings.get("match_visible"):  # then a ratio is only of use where a file's own cannot be read
+        settings["mask_ratio"] = None
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
     settings["dtype"] = DTYPES[given.get("precision", Precision.fp32)]
     return Request(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mto_analysis.checkpoints.containers import first_line
-from mto_analysis.checkpoints.conversion import Conversion, Given, build, check_finite, zero_biases
+from mto_analysis.checkpoints.conversion import Conversion, Given, build, check_finite, untrained_tokens, zero_biases
 from mto_analysis.checkpoints.fetching import resolve
 from mto_analysis.checkpoints.layouts import recognize, without_holder
 from mto_analysis.checkpoints.metadata import refuse_other_depth, section, whole
@@ -166,13 +166,15 @@ def inspect_checkpoint(
     )
 
 
-def checkpoint_info(raw: RawCheckpoint, image_size: ImageSize | None = None) -> ModelInfo:
+def checkpoint_info(
+    raw: RawCheckpoint, image_size: ImageSize | None = None, mask_ratio: float | None = None
+) -> ModelInfo:
     """What names, shapes and settings of an opened checkpoint say about its model; weights are not looked at.
 
     Raises:
         CheckpointError: If the file is not recognised, or its settings do not fit together.
     """
-    return _converted(raw, Given(image_size=image_size))[0].info
+    return _converted(raw, Given(image_size=image_size, mask_ratio=mask_ratio))[0].info
 
 
 def open_checkpoint(
@@ -249,6 +251,8 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
             conversion = replace(conversion, config=replace(conversion.config, **known), info=info)
     info, assumed = conversion.info, conversion.info.assumptions + given.assumed_heads
     assumed += tuple(note for note in zero_biases(conversion.state.tensors) if note not in assumed)
+    if raw.config is not None:  # transformers starts mask tokens as zeros, and classifiers never train them
+        assumed += untrained_tokens(raw.tensors)
     unsettled = given.unsettled_heads or info.unsettled_heads  # also before the file was converted to our own layout
     source = info.mask_rule_source
     if given.origins.get("mask_ratio") == "given":

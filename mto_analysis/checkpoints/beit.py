@@ -98,7 +98,7 @@ def convert_conmim(raw: RawCheckpoint, given: Given) -> Conversion:
 
 
 def convert_hf_beit(raw: RawCheckpoint, given: Given) -> Conversion:
-    """Hugging Face ``BeitForMaskedImageModeling``: names of the hub's files and those of transformers 5.
+    """Hugging Face BEiT with a mask token, whatever its head: names of the hub's files and those of transformers 5.
 
     Layer norms use the config's epsilon (1e-12), so numbers are those of Hugging Face; the original has 1e-6.
 
@@ -107,8 +107,8 @@ def convert_hf_beit(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     config = hf_config(raw)
     state = StateDict(dict(raw.tensors))
-    # The final norm and the head come after everything that is measured; which norm it is depends on the config.
-    state.drop(r"(beit\.)?(layernorm|pooler\.layernorm)\..*", r"lm_head\..*")
+    # The final norm and heads of any kind come after everything that is measured; which norm depends on the config.
+    state.drop(r"(beit\.)?(layernorm|pooler\.layernorm)\..*", r"(?!beit\.).*")
     state.rename(
         (r"^beit\.embeddings\.position_embeddings$", "pos_embed"),
         (r"^beit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -137,10 +137,12 @@ def _encoder(raw: RawCheckpoint, given: Given) -> Encoder:
     state = StateDict(dict(raw.tensors))
     state.drop(r"lm_head\..*", r"cls_pt_(layers|norm|lm_head)\..*", r"projectors\..*")
     rename_beit(state)
+    settings = arguments(raw, given)
     return read_encoder(
         state,
         given,
-        image_size=size(arguments(raw, given), "input_size"),
+        stated=settings.get("num_heads"),
+        image_size=size(settings, "input_size"),
         published={**ENCODER_HEADS, _EVA_WIDTH: _EVA_HEADS},
     )
 
@@ -172,13 +174,14 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
     # Rotations are as wide as a head.
     width = stored["cos"].shape[-1] if "cos" in stored and stored["cos"].ndim == 2 else 0
     dim = state.shape("cls_token", 3)[2]
+    settings = arguments(raw, given)
     encoder = read_encoder(
         state,
         given,
-        stated=dim // width if width and dim % width == 0 else None,
+        stated=dim // width if width and dim % width == 0 else settings.get("num_heads"),
         mlp_dim=state.shape("blocks.0.mlp.fc2.weight", 2)[1],
         published=_EVA02_HEADS,
-        image_size=size(arguments(raw, given), "input_size"),
+        image_size=size(settings, "input_size"),
     )
     grid = Grid.of(encoder.model.image_size, encoder.model.patch_size).sides
     mlp_norm = "blocks.0.mlp.norm.weight" in state.tensors
@@ -188,5 +191,5 @@ def convert_eva02(raw: RawCheckpoint, given: Given) -> Conversion:
         if table.shape != computed[name].shape or not torch.allclose(table.float(), computed[name], atol=1e-3):
             raise CheckpointError(f"rope.freqs_{name} holds other rotations than {grid[0]} x {grid[1]} patches have")
     encoder = encoder.published(blockwise_rule(_EVA_MASKED, "EVA-02", model, of=_EVA_PATCHES), CLIP)
-    conversion = encoder.trained_with(arguments(raw, given), own=CLIP).conversion("eva02")
+    conversion = encoder.trained_with(settings, own=CLIP).conversion("eva02")
     return replace(conversion, make=EVA02, config=model)

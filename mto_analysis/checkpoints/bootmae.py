@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
 from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
-from mto_analysis.checkpoints.metadata import section, size, within
+from mto_analysis.checkpoints.metadata import arguments, flag, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -26,7 +26,7 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
     Source:
         LightDXY/BootMAE, ``models/modeling_pretrain.py``.
     """
-    arguments = section(raw.extras, "args")
+    settings = arguments(raw, given)
     state = StateDict(dict(raw.tensors))
     state.rename(
         (r"^decode_blocks\.", "pixel_blocks."),
@@ -47,7 +47,9 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
     fitting = [each for each in range(1, dim + 1) if dim % each == 0 and decoder_dim // each * each == attn_dim]
     if not fitting:
         raise CheckpointError(f"attention {attn_dim} wide in a pixel decoder of {decoder_dim} fits no number of heads")
-    num_heads = given.choose("num_heads", dim, published=ENCODER_HEADS, fitting=fitting)
+    num_heads = given.choose(
+        "num_heads", dim, stated=settings.get("num_heads"), published=ENCODER_HEADS, fitting=fitting
+    )
     if num_heads not in fitting:
         raise CheckpointError(
             f"num_heads={num_heads} contradicts the file, whose pixel decoder has attention {attn_dim} wide; "
@@ -58,7 +60,7 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
     state.fuse_qkv("blocks.")
     state.split_qkv("pixel_blocks.", "feature_blocks.")
     tables = ("pos_embed", "pixel_pos_embed")
-    grid = fit_positions(state, given, *tables, patch_size=patch_size, stated=size(arguments, "input_size"))
+    grid = fit_positions(state, given, *tables, patch_size=patch_size, stated=size(settings, "input_size"))
     model = BootMAEConfig(
         image_size=grid.image_size,
         patch_size=patch_size,
@@ -74,8 +76,8 @@ def convert_bootmae(raw: RawCheckpoint, given: Given) -> Conversion:
         feature_depth=block_numbers(state.tensors, "feature_blocks."),
         feature_dim=state.shape("feature_pred.weight", 2)[0],
     )
-    mean, std = IMAGENET if arguments.get("imagenet_default_mean_and_std") is True else HALF
-    masked = within(arguments, "mask_num", 0) / grid.num_patches
+    mean, std = IMAGENET if flag(settings, "imagenet_default_mean_and_std") else HALF
+    masked = within(settings, "mask_num", 0) / grid.num_patches
     stated = 0 < masked < 1
     info = ModelInfo(
         family="bootmae",

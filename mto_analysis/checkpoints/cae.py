@@ -7,7 +7,7 @@ from typing import Any
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
 from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
-from mto_analysis.checkpoints.metadata import arguments, openmmlab_config, section, size, whole
+from mto_analysis.checkpoints.metadata import arguments, flag, openmmlab_config, section, size, whole
 from mto_analysis.checkpoints.openmmlab import mm_heads, openmmlab_state
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
@@ -81,13 +81,13 @@ def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: in
         channels=channels,
         dim=dim,
         depth=block_numbers(state.tensors, "blocks."),
-        num_heads=given.choose("num_heads", dim, stated=whole(settings, "num_heads"), published=ENCODER_HEADS),
+        num_heads=given.choose("num_heads", dim, stated=settings.get("num_heads"), published=ENCODER_HEADS),
         mlp_dim=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state.tensors else None,
         decoder_depth=block_numbers(state.tensors, "decoder_blocks."),
         decoder_dim=decoder_dim,
         decoder_num_heads=given.choose(
-            "decoder_num_heads", decoder_dim, stated=whole(settings, "decoder_num_heads"), published=ENCODER_HEADS
+            "decoder_num_heads", decoder_dim, stated=settings.get("decoder_num_heads"), published=ENCODER_HEADS
         ),
         decoder_mlp_dim=state.shape("decoder_blocks.0.mlp_cross.fc1.weight", 2)[0],
     )
@@ -96,7 +96,7 @@ def _cae(state: StateDict, given: Given, settings: Mapping[str, Any], masked: in
     fraction = (num_masked or 0) / grid.num_patches if stated else masked / _PUBLISHED_PATCHES
     if not stated and grid.num_patches != _PUBLISHED_PATCHES:
         source = f"rule: the fraction of the {source}"
-    statistics = HALF if settings.get("imagenet_default_mean_and_std") is False else IMAGENET
+    statistics = HALF if flag(settings, "imagenet_default_mean_and_std") is False else IMAGENET
     info = ModelInfo(
         family="cae",
         style="decoder",

@@ -16,13 +16,16 @@ from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
 __all__ = [
+    "MASK_TOKENS",
     "Conversion",
     "Given",
     "StateDict",
     "block_numbers",
     "build",
     "check_finite",
+    "one_count",
     "some_names",
+    "untrained_tokens",
     "zero_biases",
 ]
 
@@ -31,6 +34,9 @@ ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
 MAE_DECODER_HEADS = {512: 16}
 
 _LISTED = 6
+
+#: Ends of the names of mask tokens.
+MASK_TOKENS = ("mask_token", "mask_tokens", "masked_embed")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Given:
         option: str,
         width: int,
         *,
-        stated: int | None = None,
+        stated: object = None,
         published: Mapping[int, int] | None = None,
         fitting: Sequence[int] = (1,),
     ) -> int:
@@ -65,19 +71,26 @@ class Given:
         Args:
             option: ``num_heads`` or ``decoder_num_heads``.
             width: Channels that the heads share.
-            stated: What the file itself says.
+            stated: What the file itself says: a number, or a list of one for each block.
             published: Heads by width of the family's published files.
             fitting: Numbers that fit the file's shapes, where not all that divide the width do.
 
         Raises:
             HeadCountError: If nobody knows; a guess would be wrong in silence.
-            CheckpointError: If the user contradicts the file, or the heads do not divide the width.
+            CheckpointError: If the user contradicts the file, the file states no number that holds for all blocks and
+                none is given, or the heads do not divide the width.
         """
         given: int | None = getattr(self, option)
         flag = f"--{option.replace('_', '-')}"
-        if stated is not None and given is not None and given != stated:
-            raise CheckpointError(f"{option}={given} contradicts the file, which has {stated} heads; leave {flag} out")
-        heads = stated or given or (published or {}).get(width)
+        known = one_count(stated)
+        if stated is not None and known is None and given is None:
+            raise CheckpointError(
+                f"the file states {option}={stated!r}, only one number for all blocks is read; "
+                f"give {flag} if they have the same one"
+            )
+        if known is not None and given is not None and given != known:
+            raise CheckpointError(f"{option}={given} contradicts the file, which has {known} heads; leave {flag} out")
+        heads = known or given or (published or {}).get(width)
         if heads is None:
             raise HeadCountError(
                 f"the number of attention heads is not in the file and not published for width {width}; "
@@ -87,7 +100,7 @@ class Given:
             )
         if heads < 1 or width % heads:
             raise CheckpointError(f"{option}={heads} does not divide the width {width}")
-        self.origins.setdefault(option, "file" if stated else "given" if given else "published")
+        self.origins.setdefault(option, "file" if known else "given" if given else "published")
         return heads
 
     @property
@@ -247,6 +260,18 @@ class Conversion:
     loaded: bool = False
 
 
+def one_count(value: object) -> int | None:
+    """A positive whole number, or the one that a list repeats for each block; ``None`` for anything else.
+
+    Example:
+        >>> one_count(12), one_count([6, 6]), one_count([3, 6])
+        (12, 6, None)
+    """
+    if isinstance(value, (list, tuple)):
+        value = value[0] if len({*map(repr, value)}) == 1 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
 def block_numbers(names: Iterable[str], prefix: str) -> int:
     """Number of blocks ``prefix0``, ``prefix1``, ...
 
@@ -338,6 +363,21 @@ def zero_biases(names: Iterable[str]) -> tuple[str, ...]:
     stacks = {match[1] for match in found} - {match[1] for match in found if match[2] == "bias"}
     words = "biases of query, key and value are zero in {}: the file has none"
     return (words.format(", ".join(sorted(stacks))),) if stacks else ()
+
+
+def untrained_tokens(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What is said where a mask token is all zeros, as before training.
+
+    Example:
+        >>> untrained_tokens({"mask_token": torch.ones(1, 1, 4)})
+        ()
+    """
+    zero = [name for name, each in tensors.items() if name.endswith(MASK_TOKENS) and not bool(each.count_nonzero())]
+    words = (
+        "a mask token that is all zeros ({}) is of use; it was probably never trained, so the curves "
+        "say how visible tokens fill empty ones, not what the model learned of masks"
+    )
+    return (words.format(zero[0]),) if zero else ()
 
 
 def check_finite(state: StateDict) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers
+from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, block_numbers, one_count
 from mto_analysis.checkpoints.metadata import (
     count,
+    flag,
     hf_config,
     numbers,
     ratio,
@@ -104,8 +105,9 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
     patch_size, placed = _STRIDE << min(pools, 4), replace(given, image_size=grid.image_size)
     stated = None if given.image_size else grid.image_size
     fit_positions(state, placed, "decoder_pos_embed", patch_size=patch_size, prefix_tokens=0, stated=stated)
-    stage_heads = numbers(config.get("num_heads"))
-    first = int(stage_heads[0]) if stage_heads else None
+    stage_heads = config.get("num_heads")
+    if stage_heads is not None and not (isinstance(stage_heads, (list, tuple)) and all(map(one_count, stage_heads))):
+        raise CheckpointError(f"its config has num_heads={stage_heads!r}, which must be whole numbers, one for each stage")
     local = _LOCAL if config.get("masked_unit_attention") is None else config["masked_unit_attention"]
     if not isinstance(local, (list, tuple)) or not all(isinstance(each, bool) for each in local):
         raise CheckpointError(f"config.json: masked_unit_attention must be a list of true and false, got {local!r}")
@@ -120,8 +122,8 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
             kernel=kernel,
             dim=dim,
             depths=tuple(end - start for start, end in zip([0, *starts], [*starts, blocks], strict=True)),
-            num_heads=tuple(int(each) for each in stage_heads)
-            if stage_heads and given.choose("num_heads", dim, stated=first)
+            num_heads=tuple(stage_heads)
+            if stage_heads and given.choose("num_heads", dim, stated=stage_heads[0])
             else given.choose("num_heads", dim, published=_HEADS),
             unit=unit,
             local=tuple(local),
@@ -151,7 +153,7 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
         image_size=model.image_size,
         patch_size=model.patch_size,
         mask_rule=MaskRule("block", stated_ratio or _RATIO, model.unit_px),
-        target="pixels" if config.get("normalize_pixel_loss") is False else "normalized_pixels",
+        target="pixels" if flag(config, "normalize_pixel_loss") is False else "normalized_pixels",
         criterion="l2",
         mask_rule_source="file" if stated_ratio else "published Hiera",
         assumptions=notes,

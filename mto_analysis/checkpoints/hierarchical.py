@@ -133,11 +133,12 @@ def convert_ijepa(raw: RawCheckpoint, given: Given) -> Conversion:
         (r"^predictor\.", ""),
     )
     dim = state.shape("patch_embed.proj.weight", 4)[0]
-    num_heads = given.choose("num_heads", dim, published=_GIANT_HEADS)
+    settings = arguments(raw, given)
+    num_heads = given.choose("num_heads", dim, stated=settings.get("num_heads"), published=_GIANT_HEADS)
     conversion = mae_model(
         state,
         replace(given, decoder_num_heads=given.decoder_num_heads or num_heads),
-        arguments(raw, given),
+        settings,
         published=_GIANT_HEADS,
         feature_dim=dim,
     )

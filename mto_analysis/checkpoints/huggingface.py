@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict, some_names
+from mto_analysis.checkpoints.conversion import MASK_TOKENS, Conversion, Given, StateDict, some_names
 from mto_analysis.checkpoints.metadata import whole
 from mto_analysis.checkpoints.positions import Grid
 from mto_analysis.checkpoints.reading import RawCheckpoint
@@ -26,7 +26,6 @@ __all__ = ["architecture", "convert_library"]
 
 _LISTED = 4
 _MASK_ARGUMENTS = {"bool_masked_pos", "noise", "target_mask"}
-_MASK_TOKENS = ("mask_token", "mask_tokens")
 _TOKEN_OPTION = "use_mask_token"
 
 
@@ -100,14 +99,6 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
         raise CheckpointError("config.json states the attention heads; leave --num-heads out")
     if given.decoder_num_heads is not None:
         raise CheckpointError("config.json states the attention heads; leave --decoder-num-heads out")
-    untrained = [
-        key for key, tensor in raw.tensors.items() if key.endswith(_MASK_TOKENS) and not bool(tensor.count_nonzero())
-    ]
-    if untrained:
-        assumptions.append(
-            f"a mask token that is all zeros ({untrained[0]}) is of use; it was probably never trained, so the curves "
-            "say how visible tokens fill empty ones, not what the model learned of masks"
-        )
     # Merged tokens are masked or visible as a whole, so masks are made of units of the last stage.
     merged = 2 ** max(len(getattr(config, "depths", ())) - 1, 0)
     rule = info.mask_rule if merged == 1 else MaskRule("block", info.mask_ratio, info.patch_size * merged)
@@ -163,7 +154,7 @@ def _masked_part(model: PreTrainedModel) -> PreTrainedModel:
     """
     from transformers import PreTrainedModel
 
-    tokens = {id(each) for path, each in model.named_parameters() if path.endswith(_MASK_TOKENS)}
+    tokens = {id(each) for path, each in model.named_parameters() if path.endswith(MASK_TOKENS)}
     if not tokens:
         raise CheckpointError(f"{type(model).__name__} has no mask token as config.json describes it")
     found = [
@@ -212,7 +203,7 @@ def _quiet() -> Iterator[None]:
 def _fresh(model: PreTrainedModel) -> PreTrainedModel:
     """New weights; transformers starts most mask tokens as zeros, where pre-training starts them near zero."""
     for path, parameter in model.named_parameters():
-        if path.endswith(_MASK_TOKENS) and not bool(parameter.count_nonzero()):
+        if path.endswith(MASK_TOKENS) and not bool(parameter.count_nonzero()):
             torch.nn.init.trunc_normal_(parameter, std=getattr(model.config, "initializer_range", 0.02))
     return model
 

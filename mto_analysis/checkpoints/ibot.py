@@ -29,7 +29,8 @@ def convert_ibot(raw: RawCheckpoint, given: Given) -> Conversion:
         bytedance/ibot, ``models/vision_transformer.py``, ``loader.py``.
     """
     state = _student(raw)
-    encoder = read_encoder(state, given, published=_HEADS, overshoot=_OVERSHOOT)
+    heads = arguments(raw, given).get("num_heads")
+    encoder = read_encoder(state, given, stated=heads, published=_HEADS, overshoot=_OVERSHOOT)
     return replace(encoder, rule=_rule(raw, given, encoder.model.patch_size)).conversion("ibot")
 
 

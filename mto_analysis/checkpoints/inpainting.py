@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.metadata import whole
+from mto_analysis.checkpoints.metadata import flag, whole
 from mto_analysis.checkpoints.positions import Grid, fit_positions, fit_relative_positions
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
@@ -89,7 +89,7 @@ class Encoder:
             own: The statistics that the script uses unless it is told to use ImageNet's.
         """
         changed, total = self, num_patches(self.model)
-        if isinstance(imagenet := settings.get("imagenet_default_mean_and_std"), bool):
+        if (imagenet := flag(settings, "imagenet_default_mean_and_std")) is not None:
             changed = replace(changed, statistics=IMAGENET if imagenet else own)
         masked = whole(settings, "num_mask_patches")
         if masked is not None and masked < total:
@@ -122,7 +122,7 @@ def read_encoder(
     state: StateDict,
     given: Given,
     *,
-    stated: int | None = None,
+    stated: object = None,
     image_size: ImageSize | None = None,
     published: Mapping[int, int] = ENCODER_HEADS,
     eps: float = 1e-6,

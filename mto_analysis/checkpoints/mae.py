@@ -15,7 +15,7 @@ from mto_analysis.checkpoints.conversion import (
     StateDict,
     block_numbers,
 )
-from mto_analysis.checkpoints.metadata import arguments, count, hf_config, ratio, size, whole, within
+from mto_analysis.checkpoints.metadata import arguments, count, flag, hf_config, ratio, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
@@ -168,15 +168,15 @@ def mae_model(
         "decoder_num_heads": (None, decoder_dim, decoder_published),
     }
     for option, (stored, width, known) in heads.items():
-        stated_heads = stored or whole(settings, option)
+        stated_heads = stored or settings.get(option)
         read[option] = given.choose(option, width, stated=stated_heads, published=known)
     model = architecture(**{**read, **own})
     stated_ratio = ratio(settings, given)
     target: Literal["pixels", "normalized_pixels", "features"] | None = None
     if model.feature_dim is not None:
         target = "features"
-    elif isinstance(settings.get("norm_pix_loss"), bool):
-        target = "normalized_pixels" if settings["norm_pix_loss"] else "pixels"
+    elif (normalized := flag(settings, "norm_pix_loss")) is not None:
+        target = "normalized_pixels" if normalized else "pixels"
     info = ModelInfo(
         family=make.__name__.lower(),
         style="decoder",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mto_analysis.checkpoints.conversion import Given
+from mto_analysis.checkpoints.conversion import Given, one_count
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, OptionNeededError
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize, as_image_size
@@ -19,6 +19,7 @@ __all__ = [
     "arguments",
     "count",
     "criterion",
+    "flag",
     "hf_config",
     "numbers",
     "openmmlab_config",
@@ -89,7 +90,7 @@ def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, places in _stated(raw).items():
-        values = [_one(value) if name in HEADS_ASSUMED else value for value in places.values()]
+        values = [(name in HEADS_ASSUMED and one_count(value)) or value for value in places.values()]
         differ = any(value != values[0] for value in values)
         option = _SETTLED_BY.get(name)
         if option and (differ or isinstance(values[0], str)):
@@ -115,11 +116,6 @@ def _stated(raw: RawCheckpoint) -> dict[str, dict[str, Any]]:
             elif not any(_OTHER_PARTS.search(part) for part in parts):
                 inside.setdefault(own, {})[".".join(place)] = value
     return inside | outside
-
-
-def _one(value: Any) -> Any:
-    """The number that a list repeats, as for each block; anything else as it is."""
-    return value[0] if isinstance(value, (list, tuple)) and len({*map(repr, value)}) == 1 else value
 
 
 def _leaves(settings: Mapping[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -148,6 +144,17 @@ def count(settings: Mapping[str, Any], name: str) -> int | None:
     if (value := whole(settings, name)) is None:
         raise CheckpointError(f"config.json: {name} must be a positive whole number, got {settings[name]!r}")
     return value
+
+
+def flag(settings: Mapping[str, Any], name: str) -> bool | None:
+    """True or false, also as 1 and 0; ``None`` for anything else, as where there is none.
+
+    Example:
+        >>> flag({"norm_pix_loss": 0}, "norm_pix_loss"), flag({}, "norm_pix_loss")
+        (False, None)
+    """
+    value = settings.get(name)
+    return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
 def within(settings: Mapping[str, Any], name: str, default: float) -> float:

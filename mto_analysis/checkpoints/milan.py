@@ -8,7 +8,7 @@ from typing import Any
 
 from mto_analysis.checkpoints.conversion import Conversion, Given, StateDict
 from mto_analysis.checkpoints.mae import mae_model
-from mto_analysis.checkpoints.metadata import arguments
+from mto_analysis.checkpoints.metadata import arguments, flag
 from mto_analysis.checkpoints.openmmlab import MM_MAE_NAMES, mm_mae_settings, openmmlab_state
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.models import MILAN
@@ -43,7 +43,7 @@ def _milan(state: StateDict, given: Given, settings: Mapping[str, Any]) -> Conve
     state.split_qkv("decoder_blocks.")
     # Trained on pixels, for comparison, where the file says so; a width alone does not tell.
     ratio_from = "ratio: file" if conversion.info.mask_rule_source == "file" else "published ratio"
-    pixels = settings.get("use_clip") is False and conversion.config.feature_dim is None
+    pixels = flag(settings, "use_clip") is False and conversion.config.feature_dim is None
     info = replace(
         conversion.info,
         family="milan",

@@ -17,7 +17,6 @@ from mto_analysis.checkpoints.metadata import (
     section,
     size,
     slowfast_config,
-    whole,
 )
 from mto_analysis.checkpoints.positions import ADVICE
 from mto_analysis.checkpoints.reading import RawCheckpoint
@@ -79,7 +78,7 @@ def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
     head = section(config, "head")
     return {
         "num_heads": mm_heads(raw),
-        "decoder_num_heads": whole(section(config, "neck"), "decoder_num_heads"),
+        "decoder_num_heads": section(config, "neck").get("decoder_num_heads"),
         "image_size": section(config, "backbone").get("img_size"),
         "mask_ratio": section(config, "backbone").get("mask_ratio"),
         # The published models have it, and the head's own default is not to.
@@ -88,9 +87,9 @@ def mm_mae_settings(raw: RawCheckpoint) -> dict[str, Any]:
     }
 
 
-def mm_heads(raw: RawCheckpoint) -> int | None:
+def mm_heads(raw: RawCheckpoint) -> object:
     """Heads of the encoder, where the config names them; a name such as ``base`` stands for the published ones."""
-    return whole(section(openmmlab_config(raw), "backbone", "arch"), "num_heads")
+    return section(openmmlab_config(raw), "backbone", "arch").get("num_heads")
 
 
 def mm_image_size(raw: RawCheckpoint) -> ImageSize | None:
@@ -233,7 +232,7 @@ def convert_slowfast_maskfeat(raw: RawCheckpoint, given: Given) -> Conversion:
     encoder = read_encoder(
         state,
         given,
-        stated=whole(section(config, "MVIT"), "NUM_HEADS"),
+        stated=section(config, "MVIT").get("NUM_HEADS"),
         image_size=size(section(config, "DATA"), "TRAIN_CROP_SIZE"),
     )
     rule, source = blockwise_rule(_MASKFEAT_MASKED, "MaskFeat", encoder.model, min_block=_MASKFEAT_LEAST)

@@ -53,7 +53,7 @@ _WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_
 _WRAPPER_PREFIXES = ("module.", "model.", "net.")
 _IS_EMA = "mto_analysis.ema"
 _CLASS = "mto_analysis.class"
-_EMA_PREFIX = re.compile(r"ema_model\.(module\.)?")
+_EMA_PART = re.compile(r"^((?:\w+\.)*?)ema_model\.(module\.)?")
 
 # The pickles of that format: magic number, version, system, the saved object, names of storages.
 _LEGACY_PICKLES = 5
@@ -356,15 +356,16 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path, size: int) -> None
 
 def _unwrapped(tensors: dict[str, Tensor], path: Path, *, ema: bool) -> dict[str, Tensor]:
     """Tensors without what wrappers put in front of their names; the model's own, or its moving average."""
-    bare = {_WRAPPER_PARTS.sub("", name): tensor for name, tensor in tensors.items()}
+    # torch's AveragedModel counts its updates beside the model.
+    bare = {_WRAPPER_PARTS.sub("", name): tensor for name, tensor in tensors.items() if name != "n_averaged"}
     while prefix := next((each for each in _WRAPPER_PREFIXES if bare and all(n.startswith(each) for n in bare)), None):
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
-    if len(bare) < len(tensors):
+    if len(bare) < len(tensors.keys() - {"n_averaged"}):
         raise CheckpointError(f"{path} holds tensors twice, under names with and without the prefix of a wrapper")
-    average = {_EMA_PREFIX.sub("", name, count=1): each for name, each in bare.items() if _EMA_PREFIX.match(name)}
+    average = {_EMA_PART.sub(r"\1", name): each for name, each in bare.items() if _EMA_PART.match(name)}
     if ema and not average:
         raise CheckpointError(f"{path} holds no moving average of the weights (ema_model, {', '.join(_EMA_KEYS)})")
     if average and not ema:
-        bare = {name: tensor for name, tensor in bare.items() if not _EMA_PREFIX.match(name)}
+        bare = {name: tensor for name, tensor in bare.items() if not _EMA_PART.match(name)}
         return _unwrapped(bare, path, ema=False)
     return _unwrapped(average, path, ema=False) if average else bare

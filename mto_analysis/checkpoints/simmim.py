@@ -23,6 +23,7 @@ from mto_analysis.checkpoints.metadata import (
 )
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, PixelTarget, convert_windows
+from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.models.interface import ImageSize, height_and_width
@@ -50,7 +51,7 @@ def convert_simmim(raw: RawCheckpoint, given: Given) -> Conversion:
     rename_beit(state)
     refuse_other(section(config, "MODEL", "VIT"), "its config", QK_SCALE=None)
     encoder = read_encoder(
-        state, given, stated=whole(section(config, "MODEL", "VIT"), "NUM_HEADS"), image_size=size(data, "IMG_SIZE")
+        state, given, stated=section(config, "MODEL", "VIT").get("NUM_HEADS"), image_size=size(data, "IMG_SIZE")
     )
     return simmim_vit(encoder, data, given)
 
@@ -113,7 +114,7 @@ def mask_rule(data: Mapping[str, Any], given: Given) -> tuple[MaskRule, str] | N
 
 
 def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
-    """Hugging Face ``SwinForMaskedImageModeling`` and its SwinV2 twin: names of the hub's files and of transformers 5.
+    """Hugging Face Swin and SwinV2 with a mask token, whatever the head: names of the hub's files and transformers 5.
 
     Where windows or merges do not divide the grid of tokens, transformers pads it, so its own code is asked.
 
@@ -122,9 +123,16 @@ def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
     """
     config = hf_config(raw)
     image_size, window = size(config, "image_size"), count(config, "window_size")
-    if _is_padded(given.image_size or image_size, count(config, "patch_size"), window, numbers(config.get("depths"))):
+    patch_size, depths = count(config, "patch_size"), numbers(config.get("depths"))
+    if any(name.startswith("swin.") for name in raw.tensors):
+        # Nothing but a table of absolute positions is made for the size that config.json states.
+        resizable = "swin.embeddings.position_embeddings" not in raw.tensors
+        image_size = given.image_size if given.image_size and resizable else image_size
+        _refuse_small_maps(given.image_size or image_size, patch_size, window, depths, resizable=resizable)
+    if _is_padded(given.image_size or image_size, patch_size, window, depths):
         return convert_library(raw, given)
     state = StateDict(dict(raw.tensors))
+    state.drop(r"(?!swin(v2)?\.|decoder\.).*")  # heads of other tasks
     state.rename(
         (r"^swin(v2)?\.", ""),
         (r"^embeddings\.position_embeddings$", "absolute_pos_embed"),
@@ -148,6 +156,31 @@ def convert_hf_swin(raw: RawCheckpoint, given: Given) -> Conversion:
         pretrained=numbers(config.get("pretrained_window_sizes")),
         eps=within(config, "layer_norm_eps", 1e-5),
     )
+
+
+def _refuse_small_maps(
+    image_size: ImageSize | None,
+    patch_size: int | None,
+    window: int | None,
+    depths: Sequence[float] | None,
+    *,
+    resizable: bool,
+) -> None:
+    """Refuse a Swin of version 1 with a map smaller than its window, whose table transformers does not shrink.
+
+    Raises:
+        CheckpointError: With the smallest size that works.
+    """
+    if image_size is None or patch_size is None or window is None or depths is None:
+        return
+    last = patch_size << len(depths) - 1
+    smallest = -(-min(height_and_width(image_size)) // last)
+    if smallest < window:
+        advice = f"give --image-size, from {window * last}" if resizable else "its positions are for no larger ones"
+        raise CheckpointError(
+            f"its windows of {window} tokens are larger than the last map of images of {image_size} px "
+            f"({smallest} tokens), which transformers does not run; {advice}"
+        )
 
 
 def _is_padded(

@@ -148,13 +148,15 @@ class Request:
         """How many patches all models leave visible, where that was asked for."""
         if not self.settings.match_visible:
             return None
-        opened = zip(self.sources, self._opened, strict=True)
-        return common_num_visible([self._info(source, raw) for source, raw in opened])
+        infos = [self._info(source, raw) for source, raw in zip(self.sources, self._opened, strict=True)]
+        if self.loading.mask_ratio is not None and not any("given" in info.mask_rule_source for info in infos):
+            raise ValueError("match_visible decides the mask, and all files state their ratio; leave mask_ratio out")
+        return common_num_visible(infos)
 
     def _info(self, source: str | Path, raw: RawCheckpoint | None) -> ModelInfo:
         if raw is None or isinstance(source, LiveSource):
             return self._load(source, raw).info
-        return checkpoint_info(raw, self.loading.image_size)
+        return checkpoint_info(raw, self.loading.image_size, self.loading.mask_ratio)
 
     def _load(self, source: str | Path, raw: RawCheckpoint | None, *, encoder_only: bool = False) -> MaskedImageModel:
         """Load a checkpoint; numbers given for several are for those that need them, as is ``auto``.
