@@ -445,6 +445,31 @@ def test_load_checkpoint__measures_the_vision_tower_of_a_larger_model(make, towe
         assert torch.allclose(layer.tokens, whole[:, whole.shape[1] - 16 :], atol=1e-4)
 
 
+def test_load_checkpoint__drops_the_heads_of_other_tasks(tmp_path):
+    config = hf.BeitConfig(**VIT | {"vocab_size": 5, "use_relative_position_bias": True}, use_mask_token=True)
+    model = hf.BeitForImageClassification(config).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter) * ("mask_token" not in name))
+    model.save_pretrained(tmp_path)
+    ours, images, mask = load_checkpoint(tmp_path), torch.randn(2, 3, 16, 16), torch.arange(16).gt(6).expand(2, -1)
+    assert any("probably never trained" in each for each in ours.info.assumptions)
+    assert {"classifier.weight", "classifier.bias"} <= set(inspect_checkpoint(tmp_path).dropped)
+    with torch.no_grad():
+        layers = list(ours.layer_tokens(images, mask))
+    for layer, whole in zip(layers, hidden_states(model, images, mask), strict=True):
+        assert torch.allclose(layer.tokens, whole[:, 1:], atol=1e-5)
+
+
+def test_load_checkpoint__a_window_larger_than_its_map_needs_larger_images(tmp_path):
+    config = hf.SwinConfig(**SWIN | {"window_size": 8, "num_heads": [2, 2], "encoder_stride": 8})
+    hf.SwinForMaskedImageModeling(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"windows of 8 tokens are larger than .*; give --image-size, from 64"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path, image_size=64).info.image_size == 64
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_load_checkpoint__adds_a_shared_table_of_positions_to_those_of_blocks(own, tmp_path):
     settings = VIT | {"vocab_size": 5, "use_shared_relative_position_bias": True, "use_relative_position_bias": own}

@@ -135,6 +135,9 @@ def test_load_checkpoint__reads_hieras_target_and_refuses_its_other_forms(tmp_pa
     assert hiera(tmp_path / "0", normalize_pixel_loss=False).target == "pixels"
     assert hiera(tmp_path / "1", normalize_pixel_loss="absent").target == "normalized_pixels"
     assert hiera(tmp_path / "2", mask_ratio=0.7).mask_ratio == 0.7
+    for number, stated in enumerate((2, "two", [1.5, 1, 2, 4])):
+        with pytest.raises(CheckpointError, match=r"num_heads=.*, not a whole number for each stage"):
+            hiera(tmp_path / f"heads{number}", num_heads=stated)
     for number, (change, message) in enumerate(
         {
             "masked_unit_attention": ([1, 0], "masked_unit_attention must be a list of true and false"),
@@ -447,6 +450,12 @@ def test_load_checkpoint__reads_settings_in_parts(tmp_path: Path) -> None:
     [
         ({"a": {"num_heads": 4}, "b": {"num_heads": 8}}, r"state hyper_parameters\.a\.num_heads = 4 and", "num_heads"),
         ({"model": {"num_heads": "${heads}"}}, r"num_heads = '\$\{heads\}'; give --num-heads", "num_heads"),
+        (
+            {"num_heads": [2, 4]},
+            r"num_heads=\[2, 4\], only one number for all .*; give --num-heads",
+            "num_heads",
+        ),
+        ({"num_heads": 8.0}, "states num_heads=8.0, only one number", "num_heads"),
         ({"model": {"decoder": {"depth": 3}}}, "state decoder_depth=3, the weights have 4", None),
         ({"data": {"image_size": 96}}, "states images of 96 x 96 px, pos_embed is for 64 patches", "image_size"),
         ({"image_size": "64"}, "image_size = '64'; give --image-size", "image_size"),
@@ -465,9 +474,9 @@ def test_load_checkpoint__refuses_settings_in_parts_that_contradict(settings, me
         option: dict[str, Any] = {"num_heads": {}, "image_size": {"image_size": 64}, "mask_ratio": {"mask_ratio": 0.6}}
         info = load_checkpoint(raw, **MAE_HEADS, **option[given]).info
         assert given != "mask_ratio" or (info.mask_ratio, info.mask_rule_source) == (0.6, "given")
-        if given != "num_heads":
+        if given != "num_heads" or "only one number" in message:
             with pytest.raises(CheckpointError, match=message):
-                inspect_checkpoint(raw, **MAE_HEADS)
+                inspect_checkpoint(raw, **{name: each for name, each in MAE_HEADS.items() if name != given})
 
 
 # Objects of other software.

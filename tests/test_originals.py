@@ -71,12 +71,15 @@ def test_load_checkpoint__reads_the_moving_average_on_request(tmp_path: Path) ->
     root = torch.load(ORIGINALS / "mae_lite" / "checkpoint_ema.pth", weights_only=True)
     name = "module.ema_model.module.mask_token"
     root["model"][name] = root["model"][name] + 1
-    torch.save(root, tmp_path / "file.pth")
     heads = {"num_heads": 12, "decoder_num_heads": 3}
-    own, average = (
-        load_checkpoint(tmp_path / "file.pth", weights=each, **heads).state_dict() for each in ("model", "model_ema")
-    )
-    torch.testing.assert_close(average["mask_token"], own["mask_token"] + 1)
-    assert all(torch.equal(own[key], average[key]) for key in own if key != "mask_token")
+    for holder in ("", "network.model."):
+        held = root | {"model": {f"{holder}{key}": each for key, each in root["model"].items()}}
+        torch.save(held, tmp_path / "file.pth")
+        own, average = (
+            load_checkpoint(tmp_path / "file.pth", weights=each, **heads).state_dict()
+            for each in ("model", "model_ema")
+        )
+        torch.testing.assert_close(average["mask_token"], own["mask_token"] + 1)
+        assert all(torch.equal(own[key], average[key]) for key in own if key != "mask_token")
     with pytest.raises(CheckpointError, match="holds no moving average"):
         load_checkpoint(ORIGINALS / "cae_2022" / "checkpoint.pth", weights="model_ema")

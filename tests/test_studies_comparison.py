@@ -8,19 +8,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 from watched_models import batch_of, small_mae, small_simmim
 
-from mto_analysis.demo import DEMO_CHECKPOINTS
-from mto_analysis.errors import DataError
+from mto_analysis.checkpoints import LoadOptions
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
+from mto_analysis.errors import DataError, OptionNeededError
+from mto_analysis.images import open_images
 from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.models import ModelInfo
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.probe.pairing import common_num_visible, paired_difference, rule_leaving
 from mto_analysis.probe.properties import PropertyMeasure
-from mto_analysis.probe.request import Settings
+from mto_analysis.probe.request import Request, Settings
 from mto_analyze import app
 
+GOLDEN = Path(__file__).parent / "golden"
 MAE_B = ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16))
 SIMMIM_B = ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6, 32))
 
@@ -40,6 +44,23 @@ def test_rule_leaving__numbers_between_units_and_ragged_masks_are_refused() -> N
     assert common_num_visible([SIMMIM_B]) == 76
     with pytest.raises(ValueError, match="match_visible decides"):
         Settings(match_visible=True, mask_ratio=0.5)
+
+
+def test_request__options_of_one_file_among_several(tmp_path: Path) -> None:
+    stored = torch.load(GOLDEN / "mae" / "checkpoint.pth", weights_only=True)
+    for name, args in {"a": {"num_heads": [2, 4], "mask_ratio": [0.5, 0.9]}, "b": {"num_heads": 4}}.items():
+        torch.save({"model": stored.get("model", stored), "args": args}, tmp_path / name)
+    images, matched = open_images(DEMO_IMAGES), Settings(limit=2, match_visible=True)
+    files = [tmp_path / "a", tmp_path / "b"]
+    heads: dict[str, Any] = {"num_heads": 4, "decoder_num_heads": 2}
+    with pytest.raises(OptionNeededError, match=r"mask_ratio of .* give --mask-ratio"):
+        list(Request(files, images, matched, loading=LoadOptions(**heads)).models([]))
+    request = Request(files, images, matched, loading=LoadOptions(**heads, mask_ratio=0.9))
+    assert [each.metadata["mask_rule"]["ratio"] for each in request.models([])] == [pytest.approx(57.5 / 64)] * 2
+    with pytest.raises(ValueError, match="no file needs a ratio; leave mask_ratio out"):
+        list(Request(files[1:], images, matched, loading=LoadOptions(**heads, mask_ratio=0.9)).models([]))
+    with pytest.raises(OptionNeededError, match=r"num_heads=\[2, 4\]"):
+        list(Request(files, images, Settings(limit=2, mask_ratio=0.5)).models([]))
 
 
 def test_paired_difference__is_that_of_the_pairs_and_narrower_than_both() -> None:

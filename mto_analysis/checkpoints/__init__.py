@@ -24,9 +24,9 @@ from mto_analysis.checkpoints.statistics import (
     stated_statistics,
     unpublished_statistics,
 )
-from mto_analysis.errors import CheckpointError, HeadCountError, explained
+from mto_analysis.errors import CheckpointError, HeadCountError, OptionNeededError, explained
 from mto_analysis.models import MaskedImageModel, ModelInfo
-from mto_analysis.models.interface import ImageSize
+from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
 __all__ = [
     "CheckpointReport",
@@ -174,7 +174,7 @@ def checkpoint_info(
     Raises:
         CheckpointError: If the file is not recognised, or its settings do not fit together.
     """
-    return _converted(raw, Given(image_size=image_size, mask_ratio=mask_ratio))[0].info
+    return _converted(raw, Given(image_size=image_size, mask_ratio=mask_ratio), OptionNeededError)[0].info
 
 
 def open_checkpoint(
@@ -261,13 +261,17 @@ def _convert(raw: RawCheckpoint, given: Given) -> Conversion:
     return replace(conversion, info=info)
 
 
-def _converted(raw: RawCheckpoint, given: Given) -> tuple[Conversion, list[str]]:
+def _converted(
+    raw: RawCheckpoint, given: Given, lacking: type[OptionNeededError] = HeadCountError
+) -> tuple[Conversion, list[str]]:
     """A conversion, and which head counts it lacks; others stand in for them, which fit all shapes."""
     needed: list[str] = []
     while True:
         try:
             return _convert(raw, given), needed
-        except HeadCountError as error:
+        except lacking as error:
+            if error.option not in HEADS_ASSUMED:
+                raise
             needed.append(error.option)
             options: dict[str, Any] = {error.option: error.stand_in}
             given = replace(given, **options)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mto_analysis.errors import CheckpointError, HeadCountError
+from mto_analysis.errors import CheckpointError, HeadCountError, OptionNeededError
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
@@ -77,16 +77,18 @@ class Given:
 
         Raises:
             HeadCountError: If nobody knows; a guess would be wrong in silence.
-            CheckpointError: If the user contradicts the file, the file states no number that holds for all blocks and
-                none is given, or the heads do not divide the width.
+            OptionNeededError: If the file states no number that holds for all blocks, and none is given.
+            CheckpointError: If the user contradicts the file, or the heads do not divide the width.
         """
         given: int | None = getattr(self, option)
         flag = f"--{option.replace('_', '-')}"
         known = one_count(stated)
         if stated is not None and known is None and given is None:
-            raise CheckpointError(
+            raise OptionNeededError(
                 f"the file states {option}={stated!r}, only one number for all blocks is read; "
-                f"give {flag} if they have the same one"
+                f"give {flag} if they have the same one",
+                option,
+                fitting[0],
             )
         if known is not None and given is not None and given != known:
             raise CheckpointError(f"{option}={given} contradicts the file, which has {known} heads; leave {flag} out")

@@ -107,7 +107,7 @@ def _hiera(state: StateDict, given: Given, config: Mapping[str, Any]) -> Convers
     fit_positions(state, placed, "decoder_pos_embed", patch_size=patch_size, prefix_tokens=0, stated=stated)
     stage_heads = config.get("num_heads")
     if stage_heads is not None and not (isinstance(stage_heads, (list, tuple)) and all(map(one_count, stage_heads))):
-        raise CheckpointError(f"its config has num_heads={stage_heads!r}, which must be whole numbers, one for each stage")
+        raise CheckpointError(f"its config has num_heads={stage_heads!r}, not a whole number for each stage")
     local = _LOCAL if config.get("masked_unit_attention") is None else config["masked_unit_attention"]
     if not isinstance(local, (list, tuple)) or not all(isinstance(each, bool) for each in local):
         raise CheckpointError(f"config.json: masked_unit_attention must be a list of true and false, got {local!r}")

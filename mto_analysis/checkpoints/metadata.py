@@ -86,7 +86,7 @@ def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
     name in a part; parts that differ give the list of their values.
 
     Raises:
-        CheckpointError: If parts state different head counts or image sizes, or text, and no option settles it.
+        OptionNeededError: If parts state different head counts or image sizes, or text, and no option settles it.
     """
     found: dict[str, Any] = {}
     for name, places in _stated(raw).items():
@@ -96,7 +96,7 @@ def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
         if option and (differ or isinstance(values[0], str)):
             if getattr(given, option) is None:
                 words = " and ".join(f"{place} = {value!r}" for place, value in list(places.items())[:_LISTED])
-                raise CheckpointError(f"its settings state {words}; give --{option.replace('_', '-')}")
+                raise OptionNeededError(f"its settings state {words}; give --{option.replace('_', '-')}", option)
         else:
             found[name] = values if differ else values[0]
     return found

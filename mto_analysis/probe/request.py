@@ -150,7 +150,7 @@ class Request:
             return None
         infos = [self._info(source, raw) for source, raw in zip(self.sources, self._opened, strict=True)]
         if self.loading.mask_ratio is not None and not any("given" in info.mask_rule_source for info in infos):
-            raise ValueError("match_visible decides the mask, and all files state their ratio; leave mask_ratio out")
+            raise ValueError("match_visible decides the mask, and no file needs a ratio; leave mask_ratio out")
         return common_num_visible(infos)
 
     def _info(self, source: str | Path, raw: RawCheckpoint | None) -> ModelInfo:
@@ -180,7 +180,7 @@ class Request:
             try:
                 return load_checkpoint(raw, **chosen)
             except OptionNeededError as error:
-                if given[error.option] is None:
+                if given.get(error.option) is None:
                     raise
                 if encoder_only and error.option != "num_heads" and given[error.option] == "auto":
                     self.stand_ins[error.option] = error.stand_in
