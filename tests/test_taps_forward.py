@@ -250,6 +250,18 @@ def test_prefix__rows_and_tokens_that_nothing_tells_apart_are_refused(change, po
     refused(model, lambda: model(torch.randn(4, 3, 32, 32)), match)
 
 
+def test_prefix__a_mask_of_all_tokens_may_hold_class_tokens():
+    class OfAll(Inpainting):
+        def forward(self, x, mask):
+            return super().forward(x, mask[:, 2:])
+
+    model, mask = OfAll(cls=2), nn.functional.pad(RAGGED, (2, 0))
+    run = lambda: model(features(3), mask)  # noqa: E731
+    refused(model, run, "is of all 18 tokens, and masks none of the first 2.*pass prefix_tokens=2")
+    spec = StackSpec("encoder", model.blocks, model.mask_token, position=model.pos_embed, prefix_tokens=2)
+    assert_exact(model, model.blocks, run, 2, RAGGED, stacks=[spec])
+
+
 # ---- how the mask is known
 
 

@@ -353,7 +353,7 @@ class LiveModel(MaskedImageModel):
                 call(self.model, images, mask)
             except StackError:  # of an intervention, which no other way to call the model would change
                 raise
-            except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
                 failures.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                 self._attach().forget()
             else:

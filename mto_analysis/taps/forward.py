@@ -497,8 +497,11 @@ class Stack(Generic[_Any]):
                     f"says that it has {said}; pass prefix_tokens={said}, or mask=... with a mask of the patches"
                 )
         elif told:
-            patches = next(iter(told.values())).shape[1]
+            name, mask = next(iter(told.items()))
+            patches = mask.shape[1]
             prefix = total - patches
+            if prefix == 0 and self.hint:
+                self._refuse_mask_of_all(tokens, name, mask, self.hint)
         else:
             prefix = self._guess_prefix(total, positions, arguments)
             patches = total - prefix
@@ -545,6 +548,17 @@ class Stack(Generic[_Any]):
         if layout.argument is None and not callable(self.spec.mask):
             self._refuse_zeros()
         return layout
+
+    def _refuse_mask_of_all(self, tokens: Tensor, name: str, mask: Tensor, hint: int) -> None:
+        """A mask as long as the tokens, whose first entries seem to be of class or register tokens."""
+        total, first = tokens.shape[1], tokens[:, :hint]
+        alike = len(tokens) > 1 and bool((first == first[:1]).all())
+        grid = _is_square(total - hint) and not _is_square(total)
+        if not bool(mask[:, :hint].any()) and (alike or grid):
+            raise self._error(
+                f"the mask in {name!r} is of all {total} tokens, and masks none of the first {hint}, which the model "
+                f"says to be class or register tokens; pass prefix_tokens={hint}, or 0 where these are patches"
+            )
 
     def _refuse_shift(self, layout: _Layout, places: Tensor, tokens: Tensor) -> None:
         """Masked tokens in order, but not behind the prefix tokens: others are among or after those of patches."""
