@@ -37,7 +37,8 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """A test file that cannot be imported fails: the option for docstrings of missing extras would only skip it."""
     report = yield
-    if report.skipped and "unable to import module" in str(report.longrepr):
+    is_test = isinstance(collector, pytest.File) and collector.path.name.startswith("test_")
+    if is_test and report.skipped and "unable to import module" in str(report.longrepr):
         report.outcome = "failed"
     return report
 
