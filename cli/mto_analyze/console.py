@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
@@ -29,6 +30,20 @@ Item = TypeVar("Item")
 USAGE = 2
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards, too."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Command(TyperCommand):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import note
+from mto_analyze.console import no_collection, note
 from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, Group, OutputOptions, takes
 from mto_analyze.repeating import write_record
 from mto_analyze.tables import Format
@@ -159,9 +159,11 @@ def rauc(
     Example:
       mto-analyze rauc --log curves.csv --baseline MAE --start 100 --end 400
     """
-    from mto_analysis.figures.files import file_names
-    from mto_analysis.rauc.records import aggregate_record, as_record
-    from mto_analysis.runtime.outputs import OutputFolder, run_metadata
+    with no_collection():
+        from mto_analysis.figures.files import file_names
+        from mto_analysis.rauc.comparison import compare_methods  # noqa: F401
+        from mto_analysis.rauc.records import aggregate_record, as_record
+        from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
     given = context.params
     files = file_names([*FILES, *WINDOW_FILES, *AGGREGATE_FILES, "run.json"])
