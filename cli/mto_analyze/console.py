@@ -34,7 +34,7 @@ CLOSED_PIPE = 141
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards, too."""
+    """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards."""
     if not gc.isenabled():
         yield
         return
