@@ -1190,7 +1190,7 @@ def test_version__is_that_of_the_distribution_and_imports_no_torch() -> None:
 def test_measuring__imports_without_garbage_collection_and_turns_it_on_again(monkeypatch):
     during = []
     monkeypatch.delitem(sys.modules, "torch")  # as before the first import; all that it would import is there
-    monkeypatch.setattr(measuring.gc, "freeze", lambda: during.append(gc.isenabled()))
+    monkeypatch.setattr(gc, "freeze", lambda: during.append(gc.isenabled()))
     measuring._import_libraries()
     assert during == [False]
     assert gc.isenabled()
