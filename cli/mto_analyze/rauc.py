@@ -161,7 +161,6 @@ def rauc(
     """
     with no_collection():
         from mto_analysis.figures.files import file_names
-        from mto_analysis.rauc.comparison import compare_methods  # noqa: F401
         from mto_analysis.rauc.records import aggregate_record, as_record
         from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
