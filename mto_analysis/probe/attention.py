@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean
 from mto_analysis.taps.attention import Attended, tap_attention
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class Attention(TokenMeasure):
             number = self._images[stack, block]
             means = (sums[0] / number).cpu()
             spread = ((sums[1].cpu() / number - means.square()).clamp_min(0) * (number / max(number - 1, 1))).sqrt()
-            half = spread * float(t_quantile(number - 1)) / math.sqrt(number)
+            half = spread * float(reach_of_mean(number))
             for at, name in enumerate(ATTENTION_STATISTICS):
                 measure = f"attention_{name}"
                 heads = [*range(1, len(means)), None]

@@ -21,7 +21,7 @@ from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
 from mto_analysis.probe.measures import Measure, Measures, measuring
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 from mto_analysis.runtime.precision import full_float32
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,7 +208,7 @@ class ProbeResult:
         groups = per_image.groupby(["stack", "layer_depth"], sort=False)
         mean, std = groups.mean(), groups.std(ddof=1)
         count = groups.size()
-        half = std.mul(t_quantile(count - 1) / np.sqrt(count), axis=0)
+        half = std.mul(reach_of_mean(count), axis=0)
         visible = frame.groupby(["stack", "layer_depth"], sort=False)["num_visible"]
         masks = frame.groupby(["stack", "layer_depth"], sort=False)["mask"].nunique()
         ends = {
@@ -269,7 +269,7 @@ def mean_and_interval(frame: pd.DataFrame, keys: Sequence[str], columns: Sequenc
     per_image = frame.groupby([*keys, "image"], sort=False)[[*columns, "num_visible"]].mean()
     groups = per_image.groupby(list(keys), sort=False)
     mean, count = groups.mean(), groups.size()
-    half = groups.std(ddof=1).mul(t_quantile(count - 1) / np.sqrt(count), axis=0)
+    half = groups.std(ddof=1).mul(reach_of_mean(count), axis=0)
     table = mean[[]].copy()
     for column in columns:
         table[column] = mean[column]

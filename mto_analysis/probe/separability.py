@@ -13,7 +13,7 @@ from torch import Tensor
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure, groups_of, wide
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean
 
 __all__ = ["Separability", "explained_labels", "label_moments"]
 
@@ -122,7 +122,7 @@ class Separability(TokenMeasure):
             shares = np.array([explained_labels(total - each, each).item() for each in groups.values()])
             weights = np.array([self._counts[stack, group] for group in groups])
             value = float((weights * shares).sum() / weights.sum())
-            half = float(t_quantile(len(shares) - 1) * shares.std(ddof=1) / np.sqrt(len(shares)))
+            half = float(shares.std(ddof=1) * reach_of_mean(len(shares)))
             num_images = int(weights.sum()) // self.setup.masks_per_image
             found.append(Row(stack, depth, "separability", value, value - half, value + half, num_images))
         return found

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mto_analysis.rauc.areas import LARGEST_RATIO, Points, epochs_to_score, share_saved
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
 
 __all__ = [
     "BOOTSTRAP_SEED",
@@ -227,7 +227,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     x = np.asarray(values, dtype=np.float64)
     if x.size < 2:
         raise ValueError(f"values must come from two or more runs, got {x.size}")
-    half = float(t_quantile(x.size - 1, confidence)) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    half = float(x.std(ddof=1) * reach_of_mean(x.size, confidence))
     return float(x.mean()) - half, float(x.mean()) + half
 
 

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.rauc.curves import Source, read_curves
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
 
 __all__ = [
     "FEWEST_METHODS",
@@ -302,7 +302,7 @@ def over_seeds(measures: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame
     keys = ["method", "epoch", "stack", "layer_depth", "measure"]
     groups = measures.groupby(keys, sort=False, dropna=False)["value"]
     table = groups.agg(["mean", "std", "size"]).reset_index()
-    half = t_quantile(table["size"] - 1, confidence) * table["std"] / np.sqrt(table["size"])
+    half = table["std"] * reach_of_mean(table["size"], confidence)
     low, high = table["mean"] - half, table["mean"] + half
     return table.assign(value=table["mean"], ci_low=low, ci_high=high, num_seeds=table["size"])[
         [*keys, "value", "ci_low", "ci_high", "num_seeds"]

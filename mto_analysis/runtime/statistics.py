@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["jackknife_interval", "t_quantile"]
+__all__ = ["jackknife_interval", "reach_of_mean", "t_quantile"]
 
 
 def t_quantile(freedom: ArrayLike, confidence: float = 0.95) -> NDArray[np.float64]:
@@ -30,6 +30,24 @@ def t_quantile(freedom: ArrayLike, confidence: float = 0.95) -> NDArray[np.float
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     return np.asarray(stdtrit(freedom, 0.5 + confidence / 2), dtype=np.float64)
+
+
+def reach_of_mean(count: ArrayLike, confidence: float = 0.95) -> NDArray[np.float64]:
+    """How many standard deviations of its observations Student's interval of a mean reaches to either side.
+
+    Args:
+        count: Observations, a number or an array; NaN comes back for fewer than two.
+        confidence: Nominal coverage, between 0 and 1.
+
+    Raises:
+        ValueError: If ``confidence`` is not between 0 and 1.
+
+    Example:
+        >>> reach_of_mean([3, 5]).round(3).tolist()
+        [2.484, 1.242]
+    """
+    count = np.asarray(count)
+    return np.asarray(t_quantile(count - 1, confidence) / np.sqrt(count), dtype=np.float64)
 
 
 def jackknife_interval(value: float, without: Mapping[int, float], counts: Mapping[int, int]) -> tuple[float, float]:

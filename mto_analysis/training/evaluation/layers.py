@@ -18,7 +18,7 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe import probe
 from mto_analysis.runtime.processes import Processes
 from mto_analysis.runtime.randomness import keyed_uniform, name_keys
-from mto_analysis.runtime.statistics import t_quantile
+from mto_analysis.runtime.statistics import reach_of_mean
 from mto_analysis.training.evaluation.evaluator import Evaluator
 from mto_analysis.training.evaluation.features import extract_features, normalized
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of
@@ -100,7 +100,7 @@ def evaluate_layers(
         interval = binomtest(int(mine.sum()), len(mine)).proportion_ci(method="wilson")
         last = right[feature._replace(layer=features[-1].layer)][~selecting]
         difference = 100.0 * (mine.astype(float) - last)
-        half = float(t_quantile(len(mine) - 1)) * difference.std(ddof=1) / len(mine) ** 0.5
+        half = float(difference.std(ddof=1) * reach_of_mean(len(mine)))
         rows.append(
             {
                 **feature._asdict(),
