@@ -122,9 +122,6 @@ def token_products(tokens: Tensor, split: TokenSplit, *, with_visible: bool = Fa
         tokens: batch num_tokens dim (the split's prefix tokens, then patches)
         returns: of visible with masked tokens ``most_visible batch most_masked``; if wanted, of visible tokens with
             each other ``most_visible batch most_visible``
-
-    Raises:
-        ValueError: If tokens do not fit the mask.
     """
     num_tokens = split.prefix_tokens + split.num_patches
     if tokens.ndim != 3 or tokens.shape[:2] != (len(split.num_masked), num_tokens):

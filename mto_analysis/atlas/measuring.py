@@ -125,9 +125,6 @@ class Protocol:
 def loading_from(text: str) -> LoadOptions:
     """The inverse of :meth:`Protocol.given`.
 
-    Raises:
-        DataError: If it is not JSON of such options.
-
     Example:
         >>> loading_from('{"num_heads": 12}').num_heads
         12
@@ -212,20 +209,8 @@ def measure_entry(
 ) -> tuple[pd.DataFrame, Path]:
     """Fetch a checkpoint, compare its hash, and measure it.
 
-    Args:
-        entry: Which.
-        images: Those of the set.
-        image_set: Their names and hashes.
-        protocol: How.
-        listener: Takes notes, warnings and progress.
-
     Returns:
         Its rows of the table, and where the file is.
-
-    Raises:
-        CheckpointError: If it cannot be fetched, is another file, or cannot be used.
-        DataError: If an image cannot be read, or does not fit the model.
-        NumericalError: If a value is not finite.
     """
     path = resolve(entry.source, offline=protocol.loading.offline)
     published = find_published(entry.source, path)

@@ -47,11 +47,7 @@ class Agreement(NamedTuple):
         return float((self.rows["difference"] / self.rows["tolerance"]).max()) if len(self.rows) else 0.0
 
     def check(self) -> None:
-        """Refuse what does not agree.
-
-        Raises:
-            DataError: If a difference is larger than its tolerance; names checkpoints, layers and values.
-        """
+        """Refuse what does not agree."""
         bad = self.rows[~self.rows["agrees"]]
         if bad.empty:
             return
@@ -85,9 +81,6 @@ def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
 
     Args:
         tables: By a name for messages.
-
-    Raises:
-        DataError: If they are not; names both tables, and the checkpoint where masks differ.
     """
     (first, table), *others = tables.items()
     for name, other in others:

@@ -61,11 +61,6 @@ def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, 
 
     Returns:
         For each task the score by checkpoint.
-
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table, a score is given twice or is not finite, or it names no checkpoint of the
-            table, or several files of one name.
     """
     import numpy as np
     import pandas as pd
@@ -116,9 +111,6 @@ def render_atlas(
         table: From :func:`~mto_analysis.atlas.table.read_table`.
         title: Heading of the page.
         scores: From :func:`read_scores`.
-
-    Raises:
-        DataError: If the table has no measure per layer.
     """
     per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
     if per_layer.empty:

@@ -283,11 +283,7 @@ def _ended(entry: Entry, outcome: Outcome) -> Ended:
 
 
 def raise_failures(failures: Sequence[Failure], advice: str) -> None:
-    """Say what failed, if anything did.
-
-    Raises:
-        RunFailedError: With the exit code of the first failure; names some of them, ``failures.csv`` has all.
-    """
+    """Say what failed, if anything did."""
     if failures:
         words = [f"{each.checkpoint}: {each.reason}" for each in failures[:_NAMED]]
         some = "; ".join(words + ["..."] * (len(failures) > _NAMED))

@@ -216,9 +216,6 @@ def check_table(table: pd.DataFrame, where: str) -> None:
     Args:
         table: With the columns of :data:`COLUMNS`.
         where: It is from, for messages.
-
-    Raises:
-        DataError: If not; names column and row, counted from 1.
     """
     import numpy as np
 

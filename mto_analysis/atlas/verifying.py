@@ -99,11 +99,7 @@ def compare_again(sample: Sample, again: pd.DataFrame) -> tuple[pd.DataFrame, Ag
 
 
 def check_complete(sample: Sample, again: pd.DataFrame) -> None:
-    """Refuse a table that lacks rows of what was measured again, or has others.
-
-    Raises:
-        DataError: If so; names some of them.
-    """
+    """Refuse a table that lacks rows of what was measured again, or has others."""
     in_one = _in_one(sample, again)
     words = []
     for side, what in (("right_only", "the table lacks"), ("left_only", "there is again no measurement of")):

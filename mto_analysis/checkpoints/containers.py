@@ -31,11 +31,7 @@ MOST_HEADER_BYTES = 16 * 2**20
 
 
 def check_container(path: Path) -> None:
-    """Check that a file is whole as far as its format tells, without reading the weights.
-
-    Raises:
-        CheckpointError: If it is empty, truncated, a web page or anything else but a checkpoint.
-    """
+    """Check that a file is whole as far as its format tells, without reading the weights."""
     start = first_bytes(path)
     if start.startswith(ARCHIVE):
         pickle_of_archive(path)
@@ -46,11 +42,7 @@ def check_container(path: Path) -> None:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Enough to tell what a file is.
-
-    Raises:
-        CheckpointError: If it may not be read.
-    """
+    """Enough to tell what a file is."""
     try:
         with path.open("rb") as file:
             return file.read(512)
@@ -102,11 +94,7 @@ def first_line(error: BaseException) -> str:
 
 
 def pickle_of_archive(path: Path) -> bytes:
-    """The pickle inside an archive of torch, once all that is stored there proved to be intact.
-
-    Raises:
-        CheckpointError: If the archive is damaged, or another one than torch writes.
-    """
+    """The pickle inside an archive of torch, once all that is stored there proved to be intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

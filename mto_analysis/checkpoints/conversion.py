@@ -74,11 +74,6 @@ class Given:
             stated: What the file itself says: a number, or a list of one for each block.
             published: Heads by width of the family's published files.
             fitting: Numbers that fit the file's shapes, where not all that divide the width do.
-
-        Raises:
-            HeadCountError: If nobody knows; a guess would be wrong in silence.
-            OptionNeededError: If the file states no number that holds for all blocks, and none is given.
-            CheckpointError: If the user contradicts the file, or the heads do not divide the width.
         """
         given: int | None = getattr(self, option)
         flag = f"--{option.replace('_', '-')}"
@@ -141,11 +136,7 @@ class StateDict:
             self.dropped.append(self.origin.pop(name))
 
     def rename(self, *rules: tuple[str, str]) -> None:
-        """Apply regular expressions in order to every name.
-
-        Raises:
-            CheckpointError: If two tensors end with the same name.
-        """
+        """Apply regular expressions in order to every name."""
         renamed: dict[str, Tensor] = {}
         origin: dict[str, str] = {}
         for name, tensor in self.tensors.items():
@@ -208,33 +199,21 @@ class StateDict:
                     self.put({f"{stem}.k.bias": torch.zeros_like(bias)}, origin)
 
     def put(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """Add tensors that were made from one of the file.
-
-        Raises:
-            CheckpointError: If a name is taken.
-        """
+        """Add tensors that were made from one of the file."""
         for name, tensor in tensors.items():
             if name in self.tensors:
                 raise CheckpointError(f"{origin} and {self.origin[name]} are the same tensor under two names")
             self.tensors[name], self.origin[name] = tensor, origin
 
     def take(self, name: str) -> Tensor:
-        """Remove and return a tensor.
-
-        Raises:
-            CheckpointError: If it is missing.
-        """
+        """Remove and return a tensor."""
         if name not in self.tensors:
             raise CheckpointError(f"the file lacks {name}")
         self.origin.pop(name)
         return self.tensors.pop(name)
 
     def shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Shape of a tensor that the architecture is read from.
-
-        Raises:
-            CheckpointError: If it is missing or has another number of axes.
-        """
+        """Shape of a tensor that the architecture is read from."""
         if name not in self.tensors:
             raise CheckpointError(f"the file lacks {name}")
         shape = tuple(self.tensors[name].shape)
@@ -277,9 +256,6 @@ def one_count(value: object) -> int | None:
 def block_numbers(names: Iterable[str], prefix: str) -> int:
     """Number of blocks ``prefix0``, ``prefix1``, ...
 
-    Raises:
-        CheckpointError: If there is none, or one in between is missing.
-
     Example:
         >>> block_numbers(["blocks.0.norm1.weight", "blocks.1.norm1.weight"], "blocks.")
         2
@@ -301,9 +277,6 @@ def build(conversion: Conversion, *, materialize: bool = True, copy: bool = Fals
         conversion: From a family's converter.
         materialize: Without it only names and shapes are checked, and the model keeps no weights.
         copy: Copy weights that are float32 already, as they are mapped from a file that may change.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unknown, of another shape, or not finite; the message names it.
     """
     state = conversion.state
     try:
@@ -383,11 +356,7 @@ def untrained_tokens(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def check_finite(state: StateDict) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        CheckpointError: If a value is infinite or not a number; the message names the tensor.
-    """
+    """Refuse weights that are not numbers."""
     for name, tensor in state.tensors.items():
         # A float64 sum of what is stored in 32 bits cannot overflow; it needs no mask as large as the tensor.
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64).item()):

@@ -42,9 +42,6 @@ def download(url: str, target: Path, *, digest: str = "") -> Path:
         url: Where.
         target: Where to; its folder is made. Beside it, ``target.sha256`` records the hash.
         digest: ``algorithm:beginning`` of the hash it must have, where known.
-
-    Raises:
-        CheckpointError: If it cannot be fetched whole; what there is of it stays in ``target.part``.
     """
     part = target.with_name(f"{target.name}.part")
     with _as_our_errors(url, target), _alone(target):
@@ -69,9 +66,6 @@ def check_digest(path: Path, digest: str = "", *, record: Path | None = None) ->
         path: The file.
         digest: ``algorithm:beginning`` as published, or empty.
         record: The file beside which the hash is recorded, if that is not ``path`` itself.
-
-    Raises:
-        CheckpointError: If it is another file than the one published or first seen.
     """
     algorithm, _, beginning = (digest or "sha256:").partition(":")
     with path.open("rb") as file:

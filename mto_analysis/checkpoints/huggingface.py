@@ -61,9 +61,6 @@ def convert_library(raw: RawCheckpoint, given: Given) -> Conversion:
     """A model as transformers builds it from ``config.json``: its own classes only, never code of the folder.
 
     Weights are those that were read safely before; transformers gets them as tensors.
-
-    Raises:
-        CheckpointError: If transformers is missing or has no such class, or nothing says the size of its images.
     """
     name, settings = architecture(raw) or "", dict(raw.config or {})
     cls, version = _class_named(name)
@@ -147,11 +144,7 @@ def _class_named(name: str) -> tuple[type[PreTrainedModel], str]:
 
 
 def _masked_part(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost model that takes a mask and holds all mask tokens: a classifier's encoder, a vision tower.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
+    """The innermost model that takes a mask and holds all mask tokens: a classifier's encoder, a vision tower."""
     from transformers import PreTrainedModel
 
     tokens = {id(each) for path, each in model.named_parameters() if path.endswith(MASK_TOKENS)}
@@ -211,11 +204,7 @@ def _fresh(model: PreTrainedModel) -> PreTrainedModel:
 def _loaded(
     cls: type[PreTrainedModel], config: Any, tensors: dict[str, torch.Tensor], options: dict[str, bool]
 ) -> PreTrainedModel:
-    """The model with exactly these weights, in float32.
-
-    Raises:
-        CheckpointError: If some are missing, unknown or of another shape.
-    """
+    """The model with exactly these weights, in float32."""
     with _quiet(), _failures(cls.__name__):
         model, found = cls.from_pretrained(
             None,

@@ -140,9 +140,6 @@ def read_encoder(
         eps: Of the layer norms.
         overshoot: Of resized positions.
         mlp_dim: Width of the hidden layers, where no ``fc1`` tells.
-
-    Raises:
-        CheckpointError: If shapes fit no model, or nothing tells the image size.
     """
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     table = f"position_biases.0.{_TABLE}"

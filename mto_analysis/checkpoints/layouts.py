@@ -273,11 +273,7 @@ def without_holder(raw: RawCheckpoint) -> RawCheckpoint:
 
 
 def recognize(raw: RawCheckpoint) -> tuple[str, Converter]:
-    """The name of a file's layout, and what reads it.
-
-    Raises:
-        CheckpointError: If no rule fits, or the layout is known but cannot be read; says which mask token there is.
-    """
+    """The name of a file's layout, and what reads it."""
     if "mto_analysis" in raw.metadata:
         return "mto_analysis", convert_native
     names = Names.of(raw)

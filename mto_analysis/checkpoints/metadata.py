@@ -84,9 +84,6 @@ def arguments(raw: RawCheckpoint, given: Given) -> dict[str, Any]:
 
     Of a decoder's part, depth and head count have ``decoder_`` in front. A name on the outside counts before the same
     name in a part; parts that differ give the list of their values.
-
-    Raises:
-        OptionNeededError: If parts state different head counts or image sizes, or text, and no option settles it.
     """
     found: dict[str, Any] = {}
     for name, places in _stated(raw).items():
@@ -134,11 +131,7 @@ def whole(settings: Mapping[str, Any], name: str) -> int | None:
 
 
 def count(settings: Mapping[str, Any], name: str) -> int | None:
-    """A positive whole number of a ``config.json``, or ``None`` where it is not named.
-
-    Raises:
-        CheckpointError: If it is something else.
-    """
+    """A positive whole number of a ``config.json``, or ``None`` where it is not named."""
     if settings.get(name) is None:
         return None
     if (value := whole(settings, name)) is None:
@@ -158,11 +151,7 @@ def flag(settings: Mapping[str, Any], name: str) -> bool | None:
 
 
 def within(settings: Mapping[str, Any], name: str, default: float) -> float:
-    """A number, or the default where there is none: numpy scalars of a pickle count as absent, as does ``None``.
-
-    Raises:
-        CheckpointError: If it is text or a list.
-    """
+    """A number, or the default where there is none: numpy scalars of a pickle count as absent, as does ``None``."""
     value = settings.get(name)
     if isinstance(value, (str, list)):
         raise CheckpointError(f"the file's {name} must be a number, got {value!r}")
@@ -170,11 +159,7 @@ def within(settings: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def ratio(settings: Mapping[str, Any], given: Given, name: str = "mask_ratio") -> float | None:
-    """A fraction between 0 and 1, or ``None`` where there is none; given in place of one that is not read.
-
-    Raises:
-        OptionNeededError: If it is no number, or outside of that range, and none is given.
-    """
+    """A fraction between 0 and 1, or ``None`` where there is none; given in place of one that is not read."""
     value = settings.get(name)
     if isinstance(value, (str, list, tuple)) or not 0 < within(settings, name, 0.5) < 1:
         if given.mask_ratio is None:
@@ -218,11 +203,7 @@ def numbers(value: Any) -> tuple[float, ...] | None:
 
 
 def criterion(loss: Mapping[str, Any]) -> Literal["l1", "l2"] | None:
-    """Error that a loss of OpenMMLab names, if any.
-
-    Raises:
-        CheckpointError: If it is another one than L1 and L2.
-    """
+    """Error that a loss of OpenMMLab names, if any."""
     stated = loss.get("criterion")
     if stated is None:
         return None
@@ -238,9 +219,6 @@ def refuse_other(settings: Mapping[str, Any], where: str, **known: Any) -> None:
 
     Example:
         >>> refuse_other({"act": "gelu"}, "its config", act="gelu")
-
-    Raises:
-        CheckpointError: That names the first of them.
     """
     for name, value in known.items():
         stated = value if settings.get(name) is None else settings[name]
@@ -255,9 +233,6 @@ def refuse_other_depth(raw: RawCheckpoint, model: Any) -> None:
     Args:
         raw: The file.
         model: Configuration of the model that the weights are for.
-
-    Raises:
-        CheckpointError: That names the setting.
     """
     swin = [section(raw.extras, "config", "MODEL", name) for name in ("VIT", "SWIN", "SWINV2")]
     mm, settings = openmmlab_config(raw), raw.config or section(raw.extras, "config")
@@ -278,11 +253,7 @@ def refuse_other_depth(raw: RawCheckpoint, model: Any) -> None:
 
 
 def hf_config(raw: RawCheckpoint) -> Mapping[str, Any]:
-    """The ``config.json`` of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: If there is none, or it asks for another activation than GELU or for no biases that are there.
-    """
+    """The ``config.json`` of a Hugging Face folder."""
     if raw.config is None:
         raise CheckpointError("needs its config.json beside it; give the whole folder")
     refuse_other(raw.config, "config.json", hidden_act="gelu", decoder_hidden_act="gelu")
@@ -313,11 +284,7 @@ def _openmmlab_model(text: str) -> Mapping[str, Any]:
 
 
 def _check_openmmlab(model: Mapping[str, Any]) -> None:
-    """Refuse layers and channel orders that no converter builds.
-
-    Raises:
-        CheckpointError: That names the setting.
-    """
+    """Refuse layers and channel orders that no converter builds."""
     data = section(model, "data_preprocessor")
     colours = numbers(data.get("mean")) or (0.0,) * 3
     if data and len(colours) > 1 and not (data.get("to_rgb") or data.get("bgr_to_rgb")):

@@ -58,12 +58,7 @@ _MARK = _Value("mark")
 
 
 def foreign_names(stream: IO[bytes], count: int = 1) -> list[str]:
-    """Names, as ``module.name``, of the objects that pickles ask for which follow each other in a stream.
-
-    Raises:
-        CheckpointError: If one asks for something that is only there to be called, or to exhaust the machine.
-        Exception: Of any kind if one is damaged.
-    """
+    """Names, as ``module.name``, of the objects that pickles ask for which follow each other in a stream."""
     names: set[str] = set()
     for _ in range(count):
         _follow(stream, names)

@@ -47,11 +47,7 @@ class Grid:
 
     @classmethod
     def of(cls, image_size: ImageSize, patch_size: int) -> Grid:
-        """The grid of an image.
-
-        Raises:
-            CheckpointError: If patches do not divide it, or there are too many.
-        """
+        """The grid of an image."""
         height, width = height_and_width(image_size)
         if height < 1 or width < 1 or height % patch_size or width % patch_size:
             raise CheckpointError(f"patches of {patch_size} px do not divide an image of {height} x {width} px")
@@ -102,9 +98,6 @@ def fit_positions(
         prefix_tokens: Rows of a table that belong to no patch.
         stated: Image size that the file states.
         overshoot: What DINO's code adds to the new sides before it divides by the old ones.
-
-    Raises:
-        CheckpointError: If tables differ, sizes contradict each other, or nothing tells the sides.
     """
     counts = {name: state.shape(name, 3)[1] - prefix_tokens for name in tables}
     if len(set(counts.values())) > 1:
@@ -143,9 +136,6 @@ def fit_relative_positions(
         index: Name of its index, ``num_tokens num_tokens``, which may be missing.
         patch_size: Side of a patch in pixels.
         stated: Image size that the file states.
-
-    Raises:
-        CheckpointError: If table, index and sizes contradict each other.
     """
     rows = state.shape(table, 2)[0]
     origin, offsets = state.origin[table], rows - 3

@@ -142,9 +142,6 @@ def list_checkpoints(*, family: str | None = None, with_mask_token: bool = False
         family: Only this family.
         with_mask_token: Only files with a mask token.
 
-    Raises:
-        ValueError: If there is no such family.
-
     Example:
         >>> [each.id for each in list_checkpoints(family="simmim_vit")]
         ['simmim_vit_base_800e']
@@ -158,9 +155,6 @@ def list_checkpoints(*, family: str | None = None, with_mask_token: bool = False
 
 def find_checkpoint(name: str) -> Checkpoint:
     """The row of an id.
-
-    Raises:
-        CheckpointNotFoundError: If there is none; names the nearest.
 
     Example:
         >>> find_checkpoint("mae_vit_base_full").has_decoder

@@ -166,11 +166,7 @@ def _refuse_small_maps(
     *,
     resizable: bool,
 ) -> None:
-    """Refuse a Swin of version 1 with a map smaller than its window, whose table transformers does not shrink.
-
-    Raises:
-        CheckpointError: With the smallest size that works.
-    """
+    """Refuse a Swin of version 1 with a map smaller than its window, whose table transformers does not shrink."""
     if image_size is None or patch_size is None or window is None or depths is None:
         return
     last = patch_size << len(depths) - 1

@@ -77,11 +77,7 @@ class Statistics:
         return found if std is None else replace(found, std=tuple(std), std_source="given")
 
     def check(self, channels: int) -> None:
-        """Refuse what does not fit a model.
-
-        Raises:
-            CheckpointError: If the numbers are not one for each channel, or a deviation is not positive.
-        """
+        """Refuse what does not fit a model."""
         both = (("mean", self.mean, self.mean_source), ("std", self.std, self.std_source))
         for name, values, source in both:
             if len(values) != channels:

@@ -39,14 +39,6 @@ class Verification:
 def verify_checkpoint(source: str | Path, loading: LoadOptions | None = None) -> Verification:
     """Check a checkpoint as far as it can be checked without running it.
 
-    Args:
-        source: As for :func:`~mto_analysis.checkpoints.load_checkpoint`.
-        loading: As there.
-
-    Raises:
-        CheckpointError: If it cannot be read or recognised, lacks a tensor or has one too many, of a wrong shape or
-            with values that are not finite, or if its hash is not the published or recorded one.
-
     Example:
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS
         >>> verify_checkpoint(DEMO_CHECKPOINTS["MAE"]).report.info.family
@@ -67,9 +59,6 @@ def compare_hash(path: Path, sha256: str, entry: Checkpoint | None) -> tuple[str
         path: The file or folder.
         sha256: Of its weights.
         entry: The row of the registry that it claims to be, if any.
-
-    Raises:
-        CheckpointError: If it is another one.
     """
     compared = []
     if entry is not None and entry.digest and path.is_file():

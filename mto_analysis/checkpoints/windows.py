@@ -66,9 +66,6 @@ def convert_windows(
         rule: Mask rule that a config states, and where it comes from.
         eps: Of the layer norms.
         outer_eps: Of those of patches and merges.
-
-    Raises:
-        CheckpointError: If shapes fit no model.
     """
     dim, channels, patch_size, _ = state.shape("patch_embed.proj.weight", 4)
     num_stages = block_numbers(state.tensors, "stages.")
@@ -194,11 +191,7 @@ def _windows(size: ImageSize, window: int, patch_size: int, num_stages: int) -> 
 
 
 def _pretrained_windows(state: StateDict, windows: Sequence[int], stated: Sequence[float] | None) -> list[int]:
-    """For each stage the window by which offsets are scaled, 0 for its own: what is stated must give what is stored.
-
-    Raises:
-        CheckpointError: If a table of coordinates is of no window.
-    """
+    """For each stage the window by which offsets are scaled, 0 for its own: what is stated must give what is stored."""
     found = []
     for stage, window in enumerate(windows):
         name = f"stages.{stage}.0.block.attn.relative_coords_table"
@@ -223,11 +216,7 @@ def _pretrained_windows(state: StateDict, windows: Sequence[int], stated: Sequen
 
 
 def _grids_of_shift_mask(state: StateDict, window: int) -> list[tuple[int, int]]:
-    """Grids of the first stage that a stored shift mask fits, ``num_windows x window^2 x window^2``.
-
-    Raises:
-        CheckpointError: If it fits none.
-    """
+    """Grids of the first stage that a stored shift mask fits, ``num_windows x window^2 x window^2``."""
     for name in sorted(state.tensors):
         if (match := re.fullmatch(r"stages\.(\d+)\.\d+\.block\.attn_mask", name)) is not None:
             stored, stage = state.tensors[name], int(match[1])

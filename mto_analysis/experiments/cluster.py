@@ -26,9 +26,6 @@ class RayEngine(Engine):
         threads: CPUs of each task; by default the cores of the smallest node are shared out.
         gpus: GPUs of each task, also fractions; by default those of the smallest node with any are shared out.
         retries: How often a task is done again whose node or process dies.
-
-    Raises:
-        ValueError: If Ray is not installed or the cluster cannot be reached.
     """
 
     def __init__(

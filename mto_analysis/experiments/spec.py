@@ -105,11 +105,7 @@ class Images:
     eval_test: str = "test.parquet"
 
     def resolved(self, folder: Path | None) -> Images:
-        """With absolute paths, so that every process finds them.
-
-        Raises:
-            DataNotFoundError: If one is not there; says which.
-        """
+        """With absolute paths, so that every process finds them."""
 
         def find(name: str) -> str:
             path = (folder or Path()).expanduser() / Path(name).expanduser()

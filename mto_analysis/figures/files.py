@@ -83,11 +83,7 @@ def write_figure(folder: OutputFolder | Path, stem: str, figure: Figure, *, capt
 
 
 def add_captions(folder: Path, captions: Mapping[str, str], *, order: Sequence[str] = ()) -> None:
-    """Add captions to the caption file of a folder, or replace those of the same names.
-
-    Raises:
-        DataError: If there is such a file, and it is no text.
-    """
+    """Add captions to the caption file of a folder, or replace those of the same names."""
     path = folder / CAPTIONS
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -28,9 +28,6 @@ class DrawingOptions:
         formats: Some of :data:`FORMATS`.
         width: Of every figure, in inches; by default the style's, or what the figure needs.
 
-    Raises:
-        ValueError: If the style or a format is unknown, or the width is not from 1 to 40 inches.
-
     Example:
         >>> DrawingOptions("paper", ("pdf",), inches("122mm")).formats
         ('pdf',)
@@ -77,9 +74,6 @@ def drawing(options: DrawingOptions) -> Iterator[None]:
 
 def inches(text: str) -> float:
     """A width in inches from a number with its unit (``in``, ``mm``, ``cm``, or TeX's ``pt``); without one, inches.
-
-    Raises:
-        ValueError: If it is no length.
 
     Example:
         >>> round(inches("345pt"), 2), inches("3.4")

@@ -63,12 +63,7 @@ class ReportContents:
 
 
 def render_report(contents: ReportContents, *, title: str = "Masked tokens, layer by layer") -> str:
-    """The report as one HTML file.
-
-    Args:
-        contents: What to show.
-        title: Heading of the page.
-    """
+    """The report as one HTML file."""
     reconstructions, curves = list(contents.reconstructions), model_curves(contents.table)
     maps = {f"Affinity maps, {model}": draw_affinity(list(each), title=model) for model, each in contents.maps.items()}
     drawn = draw_reconstructions(reconstructions, captioned=False) if reconstructions else None

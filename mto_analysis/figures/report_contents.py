@@ -28,11 +28,6 @@ def collect_report(request: Request, *, shown: Sequence[str] | int = 4) -> Repor
     Args:
         request: What to measure.
         shown: Names of the images for explorer and reconstructions, or how many of those measured, spread evenly.
-
-    Raises:
-        CheckpointError: If a checkpoint cannot be used.
-        DataError: If no image can be read, or one to be shown is not there.
-        NumericalError: If a value is not finite.
     """
     # Names that are not there are an error now, not after measuring.
     chosen = None if isinstance(shown, int) else choose_images(request.images, shown)
@@ -82,12 +77,7 @@ def used_versions() -> dict[str, str]:
 
 
 def demo_report(tables: DemoTables, *, shown: int = 4) -> ReportContents:
-    """The bundled models on a few of the bundled images in full, for the report.
-
-    Args:
-        tables: What :func:`measure_demo` measured.
-        shown: Number of images.
-    """
+    """The bundled models on a few of the bundled images in full, for the report."""
     images = open_images(DEMO_IMAGES)
     names = [images.names[index * len(images.names) // shown] for index in range(shown)]
     explored: list[Explored] = []

@@ -58,11 +58,7 @@ class _Samples(NamedTuple):
 
 
 def decode_image(content: bytes, value_range: ValueRange | None = None) -> Image.Image:
-    """Decode to eight-bit RGB; raises whatever the decoder raises.
-
-    Raises:
-        DataError: If the values are not of eight bits and nobody states their range.
-    """
+    """Decode to eight-bit RGB; raises whatever the decoder raises."""
     found = decode_samples(content, 3, value_range)
     if isinstance(found, Image.Image):
         return found
@@ -81,10 +77,6 @@ def decode_samples(content: bytes, channels: int, value_range: ValueRange | None
         content: The encoded file.
         channels: Of the model.
         value_range: Values of black and white, in place of those that the format states.
-
-    Raises:
-        DataError: If the range is not known or does not fit, or the image has another number of channels.
-        ValueError: If the content is no image, or holds values that are not finite.
     """
     samples = _opened(content)
     if isinstance(samples, Image.Image):

@@ -60,9 +60,6 @@ class ImageSet:
         """The images of this set in a source, under the names of the set; others of the source are left out.
 
         An image is looked up by name, then by content, so folders may be laid out in any way.
-
-        Raises:
-            DataError: If images are missing or have other contents; names them.
         """
         rows = {name: row for row, name in enumerate(images.names)}
         found: dict[str, int] = {}
@@ -100,9 +97,6 @@ def summarize_images(images: Images, name: str, *, limit: int | None = None) -> 
         images: From :func:`~mto_analysis.images.open_images`.
         name: Of the set.
         limit: Number of images, spread evenly over the sorted names; all by default.
-
-    Raises:
-        DataError: If an image cannot be read.
     """
     rows = {each: row for row, each in enumerate(images.names)}
     chosen = ImageSet(name, dict.fromkeys(rows, "")).limited(limit).digests
@@ -119,10 +113,6 @@ def load_image_set(source: str | Path) -> ImageSet:
 
     Args:
         source: Name of a bundled set, or a ``.csv`` file with the columns ``image`` and ``sha256``.
-
-    Raises:
-        DataNotFoundError: If there is neither; names the bundled ones.
-        DataError: If it is not a set file.
 
     Example:
         >>> len(load_image_set("cifar10_test_256").digests)

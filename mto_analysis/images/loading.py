@@ -34,10 +34,6 @@ _MOST_WORKERS = 12
 def usual_workers(num_images: int, processes: int = 1) -> int:
     """How many worker processes to decode images in, unless the user says so: for few images none.
 
-    Args:
-        num_images: Of this process.
-        processes: That share the processor cores.
-
     Example:
         >>> usual_workers(8)
         0
@@ -80,11 +76,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over batches.
-
-        Raises:
-            DataError: If an image cannot be read, or a worker process ends or hangs.
-        """
+        """Iterate over batches."""
         try:
             for batch in self._loader:
                 yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))

@@ -46,9 +46,6 @@ def decode_all(
 
     Shapes:
         returns: images height channels width (uint8, or float32), or the name of the first image of another size
-
-    Raises:
-        DataError: If an image cannot be read or none can be decoded.
     """
     total = len(images.names)
     pixels: Tensor | None = None

@@ -81,11 +81,7 @@ def _class_names(schema: Any) -> list[str]:
 
 
 def _image_column(schema: Any, path: Path) -> str:
-    """The column ``image``, or the only one that could hold images.
-
-    Raises:
-        DataError: If there is none, or several.
-    """
+    """The column ``image``, or the only one that could hold images."""
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -106,9 +102,6 @@ def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
     """Open one Parquet file, or the shards of a folder, as one row of images.
 
     Names are the row, and with several shards the shard and the row (``train-00000-of-00002:17``).
-
-    Raises:
-        DataError: If a file cannot be read or has no column of images.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

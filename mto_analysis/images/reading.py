@@ -15,10 +15,6 @@ def read_content(images: Images, row: int) -> bytes:
 
     A file that is gone is an error and no broken image: the data are not those the run began with, and to go on
     without would make another run of it.
-
-    Raises:
-        DataError: If it is gone or cannot be read.
-        ValueError: If the source holds no image there; to be treated as a broken one.
     """
     try:
         return images.read(row)
@@ -27,11 +23,7 @@ def read_content(images: Images, row: int) -> bytes:
 
 
 def read_pixels(images: Images, row: int, channels: int) -> Tensor:
-    """One image for training, see :func:`~mto_analysis.images.decoding.decode_pixels`.
-
-    Raises:
-        DataError: If it is gone, cannot be read, or has values whose range nobody states.
-    """
+    """One image for training, see :func:`~mto_analysis.images.decoding.decode_pixels`."""
     content = read_content(images, row)
     with naming(images, row):
         return decode_pixels(content, channels, images.value_range)

@@ -44,14 +44,6 @@ def crop_matrices(
     Shapes:
         start, length, flip: batch
         returns: batch size side
-
-    Args:
-        start: First pixel of the crop.
-        length: Pixels of the crop.
-        flip: Which to mirror, or None.
-        side: Pixels of the image.
-        size: Pixels of the result.
-        interpolation: The kernel.
     """
     shape = (-1, 1, 1)
     start, length = start.to(torch.float32).view(shape), length.to(torch.float32).view(shape)

@@ -31,9 +31,6 @@ class ImageSampler:
         mask_rule: How masks are sampled.
         patch_size: Of the model, in pixels.
         seed: Of the run.
-
-    Raises:
-        ValueError: If patches do not fit the image, or the mask rule not the patches.
     """
 
     names: Sequence[str]
@@ -87,11 +84,7 @@ class ImageSampler:
         return self.mask_rule.sample(mask_keys(names, seed=self.seed, epoch=epoch), (side, side), self.patch_size)
 
     def candidates(self, row: int, epoch: int) -> Iterator[int]:
-        """The row itself, then those to try in its place if it is broken: the same on every process.
-
-        Raises:
-            DataError: When so many are broken that none of the candidates was good.
-        """
+        """The row itself, then those to try in its place if it is broken: the same on every process."""
         yield row
         key = self.keys[row : row + 1]
         numbers = keyed_uniform(key, _REPLACEMENTS, seed=self.seed, epoch=epoch, purpose="replacement")

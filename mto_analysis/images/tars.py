@@ -58,9 +58,6 @@ def open_tars(path: Path) -> _TarImages:
 
     Names are the path inside the tar, after the tar's own name where there are several. Labels are the ``.cls`` files
     of WebDataset shards if there are any; else the class is the image's folder, or the tar's name.
-
-    Raises:
-        DataError: If a tar cannot be read or none holds an image.
     """
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 

@@ -132,11 +132,7 @@ class CroppedBatches:
         )
 
     def run(self, plans: Sequence[BatchPlan]) -> Iterator[CroppedBatch]:
-        """Carry out plans, in order; broken images are in the batches.
-
-        Raises:
-            DataError: If an image cannot be read, or a worker process ended.
-        """
+        """Carry out plans, in order; broken images are in the batches."""
         self._plans.plans = plans
         for batch in self._loader:
             if batch.failure is not None:

@@ -21,10 +21,6 @@ def with_config(model: MaskedImageModel, config: Any) -> MaskedImageModel:
     Args:
         model: Stays as it is; the result shares its weights.
         config: Of the new one.
-
-    Raises:
-        ValueError: If the configuration does not fit itself.
-        RuntimeError: If shapes differ.
     """
     with torch.device("meta"):
         changed = type(model)(config, model.info)

@@ -36,12 +36,7 @@ def initialization_of(model: MaskedImageModel) -> str:
 
 
 def random_weights(model: MaskedImageModel, seed: int) -> MaskedImageModel:
-    """A copy of a model with the weights its pre-training starts from; fixed position tables and buffers stay.
-
-    Args:
-        model: The architecture.
-        seed: As for :func:`initialize`.
-    """
+    """A copy of a model with the weights its pre-training starts from; fixed position tables and buffers stay."""
     if isinstance(model, LiveModel):
         return model.with_new_weights(seed)
     fresh = copy.deepcopy(model)

@@ -66,9 +66,6 @@ def check_heads(width: int, heads: int, name: str = "num_heads") -> None:
         width: Channels.
         heads: Attention heads.
         name: Of the setting, for the message.
-
-    Raises:
-        ValueError: If it does not.
     """
     if heads < 1 or width % heads:
         raise ValueError(f"{name} must divide the width {width}, got {heads}")

@@ -48,11 +48,7 @@ class _Kept(Forward):
         self.layers[depth] = kept, self.mask_for(patches.shape[1])[0]
 
     def verify(self) -> None:
-        """Whether tokens that were kept are still those that were seen.
-
-        Raises:
-            StackError: If they are not.
-        """
+        """Whether tokens that were kept are still those that were seen."""
         changed = [depth for depth, (tokens, version) in self._as_seen.items() if version_of(tokens) != version]
         self._as_seen.clear()
         if changed and not self.stack.changes_in_place:
@@ -67,11 +63,7 @@ class _Reader(Attached[_Kept]):
         return True
 
     def read(self) -> dict[str, _Kept]:
-        """The forwards since the last call, one per stack.
-
-        Raises:
-            StackError: If a check failed, or a stack ran several times.
-        """
+        """The forwards since the last call, one per stack."""
         try:
             self._raise_failure()
             for stack in self._stacks:
@@ -126,9 +118,6 @@ class LiveModel(MaskedImageModel):
         stacks: Where masked tokens live; found by structure by default.
         call: Runs the model on images and a mask; by default by an argument of a known name.
         factory: Makes such a model with new weights, for controls that need it.
-
-    Raises:
-        ValueError: If no structure fits, or nothing tells how to pass a mask.
     """
 
     def __init__(
@@ -196,11 +185,7 @@ class LiveModel(MaskedImageModel):
     _reconstruct = reconstruct
 
     def with_new_weights(self, seed: int) -> LiveModel:
-        """The same architecture with weights as its factory starts them.
-
-        Raises:
-            ValueError: Without a factory.
-        """
+        """The same architecture with weights as its factory starts them."""
         if self._factory is None:
             raise ValueError(f"new weights of {self.info.family} need factory=..., which makes such a model")
         with torch.random.fork_rng():
@@ -218,9 +203,6 @@ class LiveModel(MaskedImageModel):
         Shapes:
             images: batch channels height width
             returns: batch num_patches
-
-        Raises:
-            StackError: If no token is masked.
         """
         read = self._forward(images, None)
         first = next(iter(read.values()))
@@ -229,12 +211,7 @@ class LiveModel(MaskedImageModel):
         return mask
 
     def verify(self) -> None:
-        """Find the stacks, and check on two images of noise that exactly the tokens asked for are masked.
-
-        Raises:
-            ValueError: If the model cannot be called with a mask.
-            StackError: If masked tokens are not found, or not where they are asked for.
-        """
+        """Find the stacks, and check on two images of noise that exactly the tokens asked for are masked."""
         info = self.info
         height, width = height_and_width(info.image_size)
         with torch.no_grad(), torch.random.fork_rng():
@@ -376,9 +353,6 @@ def inferred_calls(model: nn.Module, grid: tuple[int, ...] | None) -> list[Call]
 
     ``bool_masked_pos`` and ``mask`` get the mask, ``batch num_patches`` or on the grid; ``noise`` (ViTMAE) gets noise
     that sorts visible patches to the front, ``context_mask`` and ``target_mask`` (V-JEPA 2) get numbers of patches.
-
-    Raises:
-        ValueError: If it has none of these arguments.
     """
     names = inspect.signature(model.forward).parameters
 
@@ -427,11 +401,7 @@ def _call_with_indices(model: nn.Module, videos: Tensor, mask: Tensor | None) ->
 
 
 def inferred_info(model: nn.Module) -> ModelInfo:
-    """How to feed a live model: its own ``info``, or what its configuration or patch embedding says.
-
-    Raises:
-        ValueError: If neither says the size of images and patches.
-    """
+    """How to feed a live model: its own ``info``, or what its configuration or patch embedding says."""
     if isinstance(said := getattr(model, "info", None), ModelInfo):
         return said
     places = [getattr(model, "config", None), *(getattr(part, "patch_embed", None) for part in model.modules())]

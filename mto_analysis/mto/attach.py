@@ -84,11 +84,7 @@ class _Losses(Forward):
             self.waiting.clear()
 
     def finish(self, step: int) -> MTOTerms:
-        """The terms of this stack in this forward.
-
-        Raises:
-            StackError: If tokens have no gradient, or not all blocks ran.
-        """
+        """The terms of this stack in this forward."""
         for depth, tokens in sorted(self.waiting.items()):
             if not tokens.requires_grad:
                 raise StackError(
@@ -303,11 +299,7 @@ def attach_mto(
 
 
 def with_loss(output: Any, extra: Tensor) -> Any:
-    """What a model or a training step returned, with more loss: a loss, a tuple that starts with one, or a mapping.
-
-    Raises:
-        StackError: If it has none.
-    """
+    """What a model or a training step returned, with more loss: a loss, a tuple that starts with one, or a mapping."""
     if isinstance(output, Tensor) and not output.ndim:
         return output + extra
     loss = output.get("loss") if isinstance(output, Mapping) else (output[0] if isinstance(output, tuple) else None)

@@ -49,11 +49,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._failure: StackError | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Attach to the model.
-
-        Raises:
-            ValueError: If no structure fits.
-        """
+        """Attach to the model."""
         inner = unwrap(model)
         specs = self._stacks or find_stacks(inner)
         if self.config is not None:
@@ -67,11 +63,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.mto.step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what went wrong in the forwards of the step.
-
-        Raises:
-            StackError: If a check failed, or the Trainer did not use the loss of the model's output.
-        """
+        """Say what went wrong in the forwards of the step."""
         failure, self._failure = self._failure, None
         added, self._added = self._added, []
         if failure is not None:

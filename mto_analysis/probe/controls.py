@@ -45,9 +45,6 @@ class ControlMeasure:
     ``shuffled_positions``: the same tokens, but which of them are called masked is drawn anew, as many per image: H
     where the two kinds do not differ. ``visible_null``: the affinity of each visible token over the other visible
     tokens, over log(num_visible - 1): H without any masked token.
-
-    Args:
-        seed: Of the shuffled masks.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -88,9 +88,6 @@ class Definitions:
 def measure_definitions(request: Request) -> tuple[HeterogeneityStudy, pd.DataFrame, pd.DataFrame]:
     """Measure H under every definition and the model's own attention, in one pass.
 
-    Args:
-        request: What to measure.
-
     Returns:
         The study as without definitions, the table of definitions, and that of attention.
     """

@@ -130,11 +130,7 @@ class Explored:
 
 
 def explore_shown(shown: ShownModel) -> list[Explored]:
-    """Run the chosen images through each stack of a model and keep the dot products of their tokens.
-
-    Raises:
-        NumericalError: If a dot product is not finite.
-    """
+    """Run the chosen images through each stack of a model and keep the dot products of their tokens."""
     model, info = shown.model, shown.model.info
     colours = in_colour(to_pixels(shown.images, info)).clamp(0, 1)
     pixels = (colours * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)

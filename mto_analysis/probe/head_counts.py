@@ -72,9 +72,6 @@ def compare_heads(
         batch: Normalised images and their masks, or ``None`` where none can be read.
         asked: The counts that the file does not state, as the user gave them.
         encoder_only: The decoder is of no use but for the loss: its count is neither asked for nor doubted.
-
-    Raises:
-        HeadCountError: If a count is ``auto`` and none has a clearly lower loss than all others.
     """
     auto = [option for option, count in asked.items() if count == "auto"]
     compared = [option for option in asked if len(head_candidates(model, option)) > 1]

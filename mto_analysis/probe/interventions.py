@@ -94,9 +94,6 @@ def token_groups(mask: Tensor, names: Sequence[str], *, seed: int = 0) -> dict[s
         names: Of the images, on which the random choice depends.
         seed: Of the same.
 
-    Raises:
-        DataError: If an image has only one visible token, which leaves none for the control.
-
     Example:
         >>> groups = token_groups(torch.tensor([[True, True, True, False, False]]), ["a"])
         >>> {name: int(group.target.sum()) for name, group in groups.items()}
@@ -484,9 +481,6 @@ def effects(per_image: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``model stack from_depth intervention condition measure num_target num_visible intact effect ci_low ci_high
     num_images``; cosine and loss as they are, accuracy in percent.
-
-    Args:
-        per_image: Values of :class:`InterventionStudy`.
     """
     import pandas as pd
 

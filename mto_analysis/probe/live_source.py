@@ -28,11 +28,7 @@ class LiveSource(str):
     weights: Path | None
 
     def __new__(cls, factory: str, weights: Path | None = None) -> Self:
-        """Check the form of the name.
-
-        Raises:
-            ValueError: If it is not ``package.module:factory``.
-        """
+        """Check the form of the name."""
         module, _, name = factory.partition(":")
         if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
             raise ValueError(f"a live model is given as package.module:factory, got {factory!r}")
@@ -45,11 +41,7 @@ class LiveSource(str):
         return None if self.weights is None else open_checkpoint(self.weights)
 
     def make(self) -> nn.Module:
-        """Call the factory.
-
-        Raises:
-            CheckpointError: If it cannot be imported, or does not make a model.
-        """
+        """Call the factory."""
         try:
             if (here := str(Path.cwd())) not in sys.path:
                 sys.path.insert(0, here)  # as python -m does
@@ -61,12 +53,7 @@ class LiveSource(str):
         return made
 
     def load(self, raw: RawCheckpoint | None) -> MaskedImageModel:
-        """The model with its weights, in eval mode, its stacks found and verified on two images of noise.
-
-        Raises:
-            CheckpointError: If the weights are not those of the model.
-            StackError: If masked tokens are not found, or not where they are asked for.
-        """
+        """The model with its weights, in eval mode, its stacks found and verified on two images of noise."""
         model = self.make()
         if raw is not None:
             try:

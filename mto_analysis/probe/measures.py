@@ -103,9 +103,6 @@ def names_of(measures: str | Sequence[str]) -> tuple[str, ...]:
     Args:
         measures: Names, or in one text with commas between.
 
-    Raises:
-        ValueError: If one is unknown; lists the known ones.
-
     Example:
         >>> names_of("cka, rank"), names_of(["h"])
         (('h', 'cka', 'rank'), ('h',))
@@ -129,9 +126,6 @@ def measuring(measures: Measures, setup: Setup) -> Iterator[list[TokenMeasure]]:
 
     With ``"all"``, those that the model does not allow are left out and say why in ``left_out``; those that were named
     raise.
-
-    Raises:
-        ValueError: If a measure is unknown, or named and not possible with this model or these masks.
     """
     if isinstance(measures, Mapping):
         made: list[TokenMeasure] = [Function(name, function, setup) for name, function in measures.items()]

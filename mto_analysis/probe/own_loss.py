@@ -76,9 +76,6 @@ def relative_losses(model: MaskedImageModel, images: Tensor, mask: Tensor) -> Te
         images: batch channels height width
         mask: batch num_patches
         returns: batch
-
-    Raises:
-        ValueError: If the family predicts no pixels.
     """
     found = [losses / means.mean() for losses, means in _losses(model, images, mask).values()]
     if not found:

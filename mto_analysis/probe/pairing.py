@@ -42,9 +42,6 @@ def _native(info: ModelInfo) -> int:
 def common_num_visible(infos: Sequence[ModelInfo]) -> int:
     """The largest number of visible patches, up to the smallest native one, that the masks of all models can leave.
 
-    Raises:
-        ValueError: If a model's masks differ in their number, or no number fits all.
-
     Example:
         >>> mae = ModelInfo("mae", "decoder", 224, 16, MaskRule("random", 0.75, 16))
         >>> simmim = ModelInfo("simmim_vit", "inpainting", 224, 16, MaskRule("block", 0.6, 32))
@@ -60,9 +57,6 @@ def common_num_visible(infos: Sequence[ModelInfo]) -> int:
 
 def rule_leaving(info: ModelInfo, num_visible: int) -> MaskRule:
     """The model's own mask rule, with the ratio that leaves so many patches visible.
-
-    Raises:
-        ValueError: If the rule cannot.
 
     Example:
         >>> from mto_analysis.masks import mask_keys
@@ -83,9 +77,6 @@ def check_stacks(stacks: Mapping[str, Iterable[str]]) -> None:
 
     Args:
         stacks: The stacks of each model that hold masked tokens, by its name.
-
-    Raises:
-        DataError: If they differ, as MAE's decoder and SimMIM's encoder do.
     """
     words = {name: ", ".join(each) for name, each in stacks.items()}
     if len({frozenset(each.split(", ")) for each in words.values() if each}) > 1:
@@ -103,9 +94,6 @@ def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.Da
         per_image: Rows of ``heterogeneity_per_image.csv`` with both models, on the same images.
         first: A model.
         second: Another.
-
-    Raises:
-        DataError: If the two share no image, or have their masked tokens in different stacks.
     """
     import pandas as pd
 

@@ -72,9 +72,6 @@ def quadrant_statistics(tokens: Tensor, mask: Tensor | TokenSplit) -> Mapping[st
         mask: batch num_patches
         returns: name -> batch
 
-    Raises:
-        ValueError: If shapes disagree, or a row of ``mask`` masks no patch or every patch.
-
     Example:
         >>> numbers = quadrant_statistics(torch.ones(1, 4, 2), torch.tensor([[True, False, False, False]]))
         >>> numbers["q2_mass"], numbers["q2_dot_mean"], numbers["q4_dot_std"]
@@ -225,9 +222,6 @@ class AffinityMaps:
     Args:
         kind: ``softmax``, ``dot`` or ``cosine``.
         each_image: Keep the map of every image it sees; choose few.
-
-    Raises:
-        ValueError: If the kind is unknown.
     """
 
     def __init__(self, kind: AffinityKind = "softmax", *, each_image: bool = False) -> None:
@@ -239,11 +233,7 @@ class AffinityMaps:
         self._unordered: set[str] = set()  # stacks
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Statistics of a batch at one layer depth; its maps are added to those kept.
-
-        Raises:
-            ValueError: If a mean is wanted and the number of masked patches differs between images.
-        """
+        """Statistics of a batch at one layer depth; its maps are added to those kept."""
         if not layer.in_order:
             self._unordered.add(stack)
         if self.each_image:
@@ -281,11 +271,7 @@ class AffinityMaps:
         return {key: (total.cpu(), *counts) for key, (total, *counts) in self._sums.items()}, self._unordered
 
     def put_together(self, parts: Sequence[Any]) -> None:
-        """Keep the sums over all images.
-
-        Raises:
-            ValueError: If a mean is wanted and the number of masked patches differs between parts.
-        """
+        """Keep the sums over all images."""
         self._sums = {}
         for part, unordered in parts:
             self._unordered |= unordered

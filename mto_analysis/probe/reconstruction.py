@@ -165,11 +165,7 @@ class ReconstructionStudy:
 
 
 def reconstruct_models(models: Iterable[ShownModel], listener: Listener | None = None) -> ReconstructionStudy:
-    """Reconstruct the chosen images with each model; one that predicts no pixels is left out with a warning.
-
-    Raises:
-        CheckpointError: If no model predicts pixels.
-    """
+    """Reconstruct the chosen images with each model; one that predicts no pixels is left out with a warning."""
     study, without = ReconstructionStudy(), []
     for shown in models:
         if shown.own_loss is None:

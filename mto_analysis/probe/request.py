@@ -192,11 +192,7 @@ class Request:
         return {}
 
     def encoder(self) -> MaskedImageModel:
-        """The first checkpoint, on its device, for the sake of its encoder: nothing but that need be known.
-
-        Raises:
-            CheckpointError: If it cannot be used.
-        """
+        """The first checkpoint, on its device, for the sake of its encoder: nothing but that need be known."""
         label = self.labels[0]
         model = self._load(self.sources[0], self._opened[0], encoder_only=True)
         model = model.to(self.settings.device, self.settings.dtype)
@@ -210,10 +206,6 @@ class Request:
 
         Args:
             checked: Rows of the images that its own loss is computed on; by default some of those to be measured.
-
-        Raises:
-            CheckpointError: If a checkpoint cannot be used.
-            DataError: If an image is broken under ``strict``.
         """
         self._describe_images()
         for source, raw, label in zip(self.sources, self._opened, self.labels, strict=True):

@@ -17,12 +17,7 @@ _EFFECTS = (*_WORDS, "from_depth", "effect", "ci_low", "ci_high", "num_images")
 
 
 def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
-    """Read one or several tables as one; models of the same name are told apart by the folder of their table.
-
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is not a heterogeneity table, or a model is in it twice.
-    """
+    """Read one or several tables as one; models of the same name are told apart by the folder of their table."""
     tables = [_read(Path(path)) for path in paths]
     names = [set(table["model"]) for table in tables]
     for index, (path, table) in enumerate(zip(paths, tables, strict=True)):
@@ -36,16 +31,7 @@ def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
 
 
 def read_effects(path: str | Path, models: Sequence[str]) -> pd.DataFrame:
-    """The rows of an ``interventions.csv`` that are about some models.
-
-    Args:
-        path: Of the table.
-        models: Their labels.
-
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table, or is about none of the models.
-    """
+    """The rows of an ``interventions.csv`` that are about some models."""
     table = _read(Path(path), _EFFECTS, _WORDS, may_lack=("ci_low", "ci_high"))
     found = table[table["model"].isin(models)]
     if found.empty:

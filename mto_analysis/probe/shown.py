@@ -36,11 +36,7 @@ class ShownModel:
 
 
 def show(loaded: LoadedModel, images: Images) -> ShownModel:
-    """Prepare and mask all of some images for a loaded model; the caller measures under ``undisturbed``.
-
-    Raises:
-        DataError: If an image cannot be read.
-    """
+    """Prepare and mask all of some images for a loaded model; the caller measures under ``undisturbed``."""
     model = loaded.model
     batch = next(image_batches(images, model.info, batch_size=len(images.names)))
     pixels, mask = masked_batch(model, batch, loaded.masks)
@@ -48,12 +44,7 @@ def show(loaded: LoadedModel, images: Images) -> ShownModel:
 
 
 def shown_models(request: Request) -> Iterator[ShownModel]:
-    """Load one checkpoint after the other, with all images of the request for each; their own loss is that of these.
-
-    Raises:
-        CheckpointError: If a checkpoint cannot be used.
-        DataError: If an image cannot be read.
-    """
+    """Load one checkpoint after the other, with all images of the request for each; their own loss is that of these."""
     rows = request.settings.rows(request.images)
     chosen = choose_rows(request.images, rows)
     for loaded in request.models(checked=rows):

@@ -36,9 +36,6 @@ def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
         second: ... num_second num_images num_images
         returns: ... num_first num_second (any number)
 
-    Raises:
-        ValueError: If there are fewer than 4 images.
-
     Source:
         Song et al. (JMLR 2012); as in Nguyen, Raghu and Kornblith (ICLR 2021, arXiv:2010.15327), Eq. (3).
     """

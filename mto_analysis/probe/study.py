@@ -85,11 +85,6 @@ def measure_checkpoints(
         watch: What else to measure in the same pass; its numbers are columns of ``measured``.
         then: Called with each model after its pass, while it is in memory.
 
-    Raises:
-        CheckpointError: If a checkpoint cannot be used.
-        DataError: If no image can be read, or one is broken under ``strict``.
-        NumericalError: If a value is not finite.
-
     Example:
         >>> from mto_analysis.images import open_images
         >>> from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES

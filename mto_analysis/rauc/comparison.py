@@ -136,11 +136,7 @@ def shared_epochs(runs: Collection[Points]) -> Vector:
 
 
 def mean_curve(runs: Mapping[str, Points]) -> Points:
-    """Mean over runs, at every epoch that one of them logged and all of them cover.
-
-    Raises:
-        ValueError: If no epoch is covered by all.
-    """
+    """Mean over runs, at every epoch that one of them logged and all of them cover."""
     epochs = shared_epochs(runs.values())
     if not epochs.size:
         raise ValueError("the runs have no epoch in common")
@@ -182,9 +178,6 @@ def compare(
         origin: Where training starts on the epoch axis; see :func:`mto_analysis.rauc.areas.share_saved`.
         names: What to call the two.
         group: Values of the grouping columns, for the record.
-
-    Raises:
-        ValueError: If a run is unusable or does not cover the window, or no seed pairs where pairing is demanded.
 
     Example:
         >>> mae = {0: ([0, 50, 100], [50.0, 60.0, 64.0]), 1: ([0, 50, 100], [50.4, 60.1, 64.3])}
@@ -363,11 +356,7 @@ def _one_seed(said: str, how: str, confidence: float) -> tuple[Interval, Interva
 
 
 def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, float]:
-    """The longest window whose ends every run of these methods has logged, in every group that has them.
-
-    Raises:
-        DataError: If there are not two such epochs, or if they are less than half of what all runs cover.
-    """
+    """The longest window whose ends every run of these methods has logged, in every group that has them."""
     keys = ["seed", *table.groups]
     logged = []
     for method in methods:
@@ -391,11 +380,7 @@ def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, flo
 def compare_methods(
     table: CurveTable, pairs: Sequence[tuple[str, str]], windows: Sequence[tuple[float, float]], **options: Any
 ) -> list[Comparison]:
-    """Every pair of methods in every window (and group), in that order: the rows of a table like the paper's Table 1.
-
-    Raises:
-        DataError: If a method is not there or does not cover a window.
-    """
+    """Every pair of methods in every window (and group), in that order: the rows of the paper's Table 1."""
     results = []
     for baseline, target in pairs:
         for group in _groups(table, baseline, target):
@@ -459,9 +444,6 @@ def window_grid(
     Returns:
         Tidy table ``start end rauc low high gain``: NaN where undefined, no interval where a side has one run, and the
         baseline's mean gain in score units.
-
-    Raises:
-        ValueError: If both share fewer than two epochs.
 
     Example:
         >>> grid = window_grid(([0, 50, 100], [50.0, 60.0, 64.0]), ([0, 50, 100], [52.0, 63.0, 66.0]))

@@ -63,9 +63,6 @@ class Source(Settings):
     def parse(cls, text: str) -> Source:
         """Read the command line's form, ``[NAME[@SEED]=]FILE[[option=value,...]]``; an existing file is that file.
 
-        Raises:
-            DataError: If an option is unknown or its value is none.
-
         Example:
             >>> Source.parse("MAE@2=runs/log.txt[score=test_acc1,unit=percent]").score
             'test_acc1'
@@ -88,11 +85,7 @@ class Source(Settings):
 
     @classmethod
     def of(cls, options: Mapping[str, Any], where: str) -> Source:
-        """A log from its options by name, as a TOML list has them.
-
-        Raises:
-            DataError: If an option is unknown, its value is none, or there is no file.
-        """
+        """A log from its options by name, as a TOML list has them."""
         given = {key.replace("-", "_"): str(value) for key, value in options.items()}
         reader = Reader(where, {}, Options(given, where), error=DataError)
         return reader.read(cls, path=reader.take("file", Path))
@@ -122,9 +115,6 @@ def listed_sources(path: Path) -> list[Source]:
     """The logs of a TOML list: tables ``[[log]]`` with ``file``, ``method``, ``seed`` and the options of a log.
 
     Files are relative to the list.
-
-    Raises:
-        DataError: If it is no such list.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -180,11 +170,7 @@ class CurveTable:
         return [str(name) for name in self.frame["method"].unique()]
 
     def runs(self, method: str, group: Mapping[str, str] | None = None) -> dict[str, Points]:
-        """The runs of one method, by seed.
-
-        Raises:
-            DataError: If there is no such method (in this group).
-        """
+        """The runs of one method, by seed."""
         rows = self.frame[self.frame["method"] == method]
         for column, value in (group or {}).items():
             rows = rows[rows[column] == value]
@@ -234,10 +220,6 @@ def read_curves(
         epoch_column: Name of the epoch.
         method_column: Name of the method column.
         seed_column: Name of the seed column.
-
-    Raises:
-        DataError: If a file cannot be read, mixes units or runs, leaves open what its score is, or files have
-            different scores or count epochs differently.
     """
     parsed = [source if isinstance(source, Source) else Source(Path(source)) for source in sources]
     documents = [open_log(source.path, {*(methods or ()), *wanted}) for source in parsed]
@@ -357,11 +339,7 @@ def _as_number(run: int | str | None) -> int | None:
 
 
 def _unit_of(log: Log, unit: Unit, lower: bool) -> tuple[Unit, list[Finding]]:
-    """The unit to read a series in, and a word where it is odd.
-
-    Raises:
-        DataError: If nothing tells what the scores are, or they point the wrong way.
-    """
+    """The unit to read a series in, and a word where it is odd."""
     series = log.series
     kind = series.metric.kind
     if lower and kind == "accuracy":
@@ -482,9 +460,6 @@ def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float
         table: Curves over epochs.
         axis: ``images``, ``hours`` or any other cost of an epoch.
         per_epoch: That cost of one epoch, one for all or by method; without it the table's column ``axis`` is used.
-
-    Raises:
-        DataError: If neither is there, or the axis does not rise with the epoch.
     """
     frame = table.frame
     if per_epoch is not None:

@@ -156,9 +156,6 @@ def no_interval(method: str, reason: str, confidence: float, runs: int) -> Inter
 def paired_moments(numerators: ArrayLike, denominators: ArrayLike) -> Moments:
     """Means over runs whose numerator and denominator belong together (same seed).
 
-    Raises:
-        ValueError: If the two differ in length or hold fewer than two runs.
-
     Example:
         >>> paired_moments([4.0, 6.0], [2.0, 4.0]).covariance
         1.0
@@ -185,9 +182,6 @@ def unpaired_moments(target_areas: ArrayLike, baseline_areas: ArrayLike, referen
         target_areas: A2 per target run.
         baseline_areas: A1 per baseline run.
         reference_areas: R per baseline run; constant for an explicit reference.
-
-    Raises:
-        ValueError: If a side has fewer than two runs.
     """
     a2, a1, r = (np.asarray(x, dtype=np.float64) for x in (target_areas, baseline_areas, reference_areas))
     if min(a2.size, a1.size) < 2 or a1.shape != r.shape:

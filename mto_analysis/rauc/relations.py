@@ -106,9 +106,6 @@ def partial_rank_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike, confi
         x, y: number
         given: number others
 
-    Raises:
-        ValueError: If a value is not finite or lengths differ.
-
     Example:
         >>> x = np.arange(12.0)
         >>> round(partial_rank_correlation(x, x + [0, 3] * 6, x[:, None]).value, 3)  # nothing is left of x
@@ -214,10 +211,6 @@ def read_measures(paths: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         Columns ``method seed epoch stack layer_depth measure value``.
-
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table, or has a checkpoint that another one has.
     """
     tables = []
     for text in paths:
@@ -264,10 +257,6 @@ def read_scores(paths: Sequence[str], *, score: str | None = None) -> pd.DataFra
 
     Returns:
         Columns ``method seed epoch score``; the epoch is NaN where there is none.
-
-    Raises:
-        DataNotFoundError: If there is no such file.
-        DataError: If it is not such a table.
     """
     tables = []
     for text in paths:
@@ -410,10 +399,6 @@ def relate(
         layers: Which layer depths stand for a checkpoint: ``first``, ``last``, ``mean``, or numbers.
         given: Measures that H is considered given; by default all others.
         confidence: Of the intervals.
-
-    Raises:
-        DataError: If no checkpoint has both.
-        ValueError: If a layer or measure is unknown.
     """
     if unknown := set(given or ()) - set(measures["measure"]):
         raise ValueError(f"measures are {', '.join(measures['measure'].unique())}; got {', '.join(sorted(unknown))}")

@@ -43,22 +43,14 @@ _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matpl
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one.
-
-    Raises:
-        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
-    """
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        OSError: If the folder cannot be written or the disk is full; nothing is left behind then.
-    """
+    """A file to write to that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -79,11 +71,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(folder: Path) -> None:
-    """Whether a folder can be written, found out by writing; folders that it lacks are made and removed again.
-
-    Raises:
-        OutputError: If it cannot.
-    """
+    """Whether a folder can be written, found out by writing; folders that it lacks are made and removed again."""
     lacking = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +91,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if need be.
 
     The lock ends with this process, however it ends, and worker processes do not inherit it.
-
-    Raises:
-        OutputExistsError: If ``folder`` is a file.
-        OutputError: If the folder cannot be written.
-        RunInUseError: If another process holds the lock.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file, and a run needs a folder; choose another --out")
@@ -159,10 +142,6 @@ class OutputFolder:
         path: The folder; made when the first file is written.
         names: File names that the run will write.
         overwrite: Replace these files when they exist.
-
-    Raises:
-        OutputExistsError: If one of the files exists and ``overwrite`` is false, or ``path`` is not a folder.
-        OutputError: If the folder cannot be written.
     """
 
     def __init__(self, path: str | Path, names: Iterable[str], *, overwrite: bool = False) -> None:
@@ -243,11 +222,7 @@ def labels_of(sources: Sequence[str | Path]) -> list[str]:
 
 
 def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -> list[str]:
-    """The labels that were given, or those of :func:`labels_of`.
-
-    Raises:
-        ValueError: If there is not one different label per checkpoint.
-    """
+    """The labels that were given, or those of :func:`labels_of`."""
     names = list(labels) if labels else labels_of(sources)
     if len(names) != len(sources) or len(set(names)) != len(names):
         raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")

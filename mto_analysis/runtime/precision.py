@@ -58,9 +58,6 @@ def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
     """Inside, products of float32 tensors are made in full precision, whatever the user chose.
 
     No TF32 on CUDA; on a CPU no bf16, and :func:`fast_float32`.
-
-    Args:
-        device: Where the tensors are.
     """
     cuda: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn

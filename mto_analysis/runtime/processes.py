@@ -49,14 +49,7 @@ class OtherProcessError(MTOAnalysisError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run; without a launcher it is the only one.
-
-    Args:
-        rank: Its number.
-        count: How many there are.
-        local_rank: Its number on its machine.
-        device_name: Where its models are.
-    """
+    """This process among those of its run; without a launcher it is the only one."""
 
     rank: int = 0
     count: int = 1
@@ -92,11 +85,7 @@ class Processes:
         return items[start:end]
 
     def exchange(self, value: Value) -> list[Value]:
-        """The values of all processes, by rank; a collective call.
-
-        Raises:
-            OtherProcessError: If another process failed instead, or ended without a word.
-        """
+        """The values of all processes, by rank; a collective call."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -188,9 +177,6 @@ def this_process(device: str | None = None) -> Processes:
 
     Args:
         device: Where its models are to be, ``auto`` for CUDA where there is one; each process gets its own GPU.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
     """
 
     def number(names: tuple[str, ...], default: int) -> int:
@@ -205,9 +191,6 @@ def pick_device(name: str) -> str:
     """``auto`` is CUDA if there is one, else the CPU; MPS is taken only when asked for, as it can be silently wrong.
 
     Under a launcher, CUDA is this process's own GPU.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
     """
     return this_process(name).device_name
 
@@ -240,9 +223,6 @@ def failing_together(
     Args:
         explain: An error as one line and an exit code, or ``None`` for one that is a mistake in the program.
         say: Takes the line of the first failure, in the process where it happened.
-
-    Raises:
-        OtherProcessError: In the other processes, with the same line.
     """
     here = this_process()
     if here.count == 1:

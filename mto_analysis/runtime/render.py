@@ -21,9 +21,6 @@ def render(table: pd.DataFrame, kind: str, *, title: str = "", notes: Sequence[s
         title: Above the table, or in its caption; not in CSV, which holds nothing but the table.
         notes: Below the table, or in its caption; not in CSV.
 
-    Raises:
-        ValueError: If ``kind`` is no form.
-
     Example:
         >>> table = pd.DataFrame({"method": ["MAE", "MTO"], "rauc": [1, 1.3]})
         >>> print(render(table, "text"))

@@ -100,11 +100,7 @@ class Settings:
     """Base of frozen dataclasses whose fields are settings: their choices and ranges are checked when one is made."""
 
     def __post_init__(self) -> None:
-        """Check each value by itself.
-
-        Raises:
-            ValueError: If a value is none of its choices or out of its range.
-        """
+        """Check each value by itself."""
         for name, declared in field_types(type(self)).items():
             _check(name, declared, getattr(self, name))
 
@@ -175,11 +171,7 @@ class Reader:
         return key in self._left
 
     def take(self, key: str, declared: Any, default: Any = MISSING) -> Any:
-        """A value of a declared type: what ``--set`` says, else the file, else the default.
-
-        Raises:
-            ValueError: If it is missing and has no default, or of another type, or out of range.
-        """
+        """A value of a declared type: what ``--set`` says, else the file, else the default."""
         name, options = self._name(key), self.options
         self._known.append(key)
         value = self._left.pop(key, None)
@@ -209,9 +201,6 @@ class Reader:
             kind: Its class.
             start: One whose values are the defaults.
             values: Fields that are no settings here, or that the caller has read.
-
-        Raises:
-            ValueError: If a value is unknown, missing or wrong, or values do not go together.
         """
         values |= self.given({name: each for name, each in field_types(kind).items() if name not in values})
         self.end()
@@ -239,22 +228,14 @@ class Reader:
         return self._tables[-1]
 
     def tables(self, key: str) -> list[Reader]:
-        """An array of tables; each is called by its ``name`` or ``label``, so that ``--set`` can find it.
-
-        Raises:
-            ValueError: If it is no array.
-        """
+        """An array of tables; each is called by its ``name`` or ``label``, so that ``--set`` can find it."""
         found = self.raw(key, [])
         if not isinstance(found, list):
             raise self._error(f"{self.where}: {self._name(key)} must be an array of tables ([[{self._name(key)}]])")
         return [self.inner(each, key, _called(each, number)) for number, each in enumerate(found, start=1)]
 
     def end(self) -> None:
-        """No key may be left.
-
-        Raises:
-            ValueError: If one is; names it and those that are known.
-        """
+        """No key may be left."""
         for table in self._tables:
             table.end()
         unknown = [(self.where, self._name(key)) for key in self._left]
@@ -298,9 +279,6 @@ def open_settings(
 
     Returns:
         The reader, and the folder of a user's file.
-
-    Raises:
-        ValueError: If there is none, or it is not TOML.
     """
     text, path = str(name_or_path), Path(name_or_path).expanduser()
     bundled = text in bundled_names(kind)

@@ -17,9 +17,6 @@ def t_quantile(freedom: ArrayLike, confidence: float = 0.95) -> NDArray[np.float
         freedom: Degrees of freedom, a number or an array; NaN comes back where they are not positive.
         confidence: Nominal coverage, between 0 and 1.
 
-    Raises:
-        ValueError: If ``confidence`` is not between 0 and 1.
-
     Example:
         >>> t_quantile([2, 4]).round(3).tolist()
         [4.303, 2.776]
@@ -38,9 +35,6 @@ def reach_of_mean(count: ArrayLike, confidence: float = 0.95) -> NDArray[np.floa
     Args:
         count: Observations, a number or an array; NaN comes back for fewer than two.
         confidence: Nominal coverage, between 0 and 1.
-
-    Raises:
-        ValueError: If ``confidence`` is not between 0 and 1.
 
     Example:
         >>> reach_of_mean([3, 5]).round(3).tolist()

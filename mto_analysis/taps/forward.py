@@ -90,11 +90,7 @@ class Forward:
         return self._coming is not None
 
     def settle(self) -> bool:
-        """Look at the mask itself where counts were assumed, and say whether they are right.
-
-        Raises:
-            StackError: If the mask does not pass its checks.
-        """
+        """Look at the mask itself where counts were assumed, and say whether they are right."""
         if self.mask is None or self._coming is None:
             return True
         assumed, checked, self._coming = self._numbers, self._coming.wait(), None
@@ -124,9 +120,6 @@ class Forward:
         """The mask on a grid of ``count`` patches, and how many of each image are masked.
 
         Swin joins 2 x 2 tokens, masked or visible together.
-
-        Raises:
-            StackError: If the grid does not come from merging, or the mask cuts through merged tokens.
         """
         if self.mask is None:
             raise StackError(f"{self.spec.name}: the forward has no mask")
@@ -268,11 +261,7 @@ class Stack(Generic[_Any]):
         self.where = f"{spec.name} ({self.token_path} into {self.first_path})"
 
     def orient(self, tokens: Tensor, arguments: Mapping[str, Tensor]) -> None:
-        """Find out whether tokens are ``num_tokens batch dim``, from the number of images in the call.
-
-        Raises:
-            StackError: If the blocks may take such tokens, and nothing tells.
-        """
+        """Find out whether tokens are ``num_tokens batch dim``, from the number of images in the call."""
         batches = {len(value) for value in arguments.values() if value.ndim > 2}
         if callable(self.spec.mask):
             batches = {len(self.spec.mask())}
@@ -290,11 +279,7 @@ class Stack(Generic[_Any]):
         return tokens[:, : tokens.shape[1] - self.spec.suffix_tokens] if self.spec.suffix_tokens else tokens
 
     def start(self, tokens: Tensor, grid: tuple[int, ...] | None, arguments: Mapping[str, Tensor]) -> None:
-        """The tokens of layer depth 0: find the mask.
-
-        Raises:
-            StackError: If a check fails.
-        """
+        """The tokens of layer depth 0: find the mask."""
         self.running = None
         found = self._find(tokens, arguments)
         if found is None:
@@ -318,9 +303,6 @@ class Stack(Generic[_Any]):
 
         Shapes:
             checked: 4 batch num_patches (the mask, patches found to be masked, those expected to be, masked prefix)
-
-        Raises:
-            StackError: If one fails.
         """
         mask, found, expected, prefix = checked.unbind()
         if prefix.any():
@@ -643,9 +625,6 @@ class Stack(Generic[_Any]):
         """Prefix tokens by what the model says of itself; the number of patches must agree with positions or a square.
 
         Where there are no positions, square patches of that number must fill the images too.
-
-        Raises:
-            StackError: If nothing agrees.
         """
         possible = [prefix for prefix in dict.fromkeys((self.hint or 0, 0)) if total - prefix >= 0]
         if positions > 1:

@@ -183,11 +183,7 @@ class Attached(Generic[_Any]):
                     handle.remove()
 
     def _raise_failure(self) -> None:
-        """Raise what went wrong in a hook since the last call.
-
-        Raises:
-            StackError: With the reason.
-        """
+        """Raise what went wrong in a hook since the last call."""
         self._settle_candidates()
         # Of several candidates, one that masked tokens did enter says more.
         failures = sorted(self._failures.values(), key=lambda each: isinstance(each, NotEntered))

@@ -232,10 +232,6 @@ def intervene(
     Yields:
         What was seen; filled by the forward.
 
-    Raises:
-        StackError: In the forward, if a block runs twice, has no tokens, or its attention was not met exactly once.
-        ValueError: In the forward, if all pairs of a query are cut.
-
     Example:
         >>> block = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True).eval()
         >>> x, diagonal = torch.randn(1, 3, 4), torch.eye(3, dtype=torch.bool)[None]

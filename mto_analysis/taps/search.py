@@ -41,12 +41,7 @@ _LAYERS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Conv1d, nn.Conv2d, nn.Conv3d,
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, FullyShardedDataParallel and torch.compile.
-
-    Raises:
-        ValueError: For nn.DataParallel, whose replicas no hook can follow, and for FullyShardedDataParallel that joins
-            the mask token with other parameters.
-    """
+    """The model inside DistributedDataParallel, FullyShardedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError("nn.DataParallel copies the model in every step; use DistributedDataParallel")
@@ -67,10 +62,6 @@ def find_stacks(model: nn.Module) -> list[StackSpec]:
     """Candidates for the stacks of a model: each of its mask tokens with each list of blocks that it may enter.
 
     Frozen copies (teachers) are left out where something else is trained.
-
-    Raises:
-        ValueError: If there is no mask token or no list of blocks of its width, or if mask tokens of equal modules are
-            all trained; says what was seen and how to give the stacks.
     """
     tokens, lists = _mask_tokens(model), _block_lists(model)
     found = [

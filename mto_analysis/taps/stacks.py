@@ -191,9 +191,6 @@ def find_tokens(values: Any, before: Tensor | None = None) -> Found:
 
     The first; but for one whose shape is that of the tokens before where the first (attention weights, say) has as many
     tokens or more.
-
-    Raises:
-        NoTokens: If there is none.
     """
     tensors = [each for each in _tensors(values) if each.is_floating_point() and 3 <= each.ndim <= 5]
     if not tensors:

@@ -159,11 +159,7 @@ class Assembly:
         return terms if self.mto is None else {**terms, "mto": self.mto.loss()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            CheckpointError: If it is of another model.
-        """
+        """Go on from a state."""
         try:
             sharding.load_whole_state(
                 self.method, self.optimizer, state["method"], state["optimizer"], sharded=self.settings.fsdp

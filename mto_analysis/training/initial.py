@@ -24,14 +24,8 @@ _NO_ARCHITECTURE = ("layer_scale", "feature_dim")
 class InitialWeights:
     """The weights of a checkpoint, for a model of the same architecture.
 
-    Args:
-        source: As for :func:`~mto_analysis.load_checkpoint`; also an encoder alone, under the names of the model.
-
     Attributes:
         notes: What a user should know after :meth:`give_to`, one line each.
-
-    Raises:
-        CheckpointError: If nothing is there, or it cannot be read.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -40,11 +34,7 @@ class InitialWeights:
         self.notes: list[str] = []
 
     def give_to(self, model: MaskedImageModel) -> None:
-        """Put the weights into a model, whose others stay as they are.
-
-        Raises:
-            CheckpointError: If the checkpoint is of another architecture; says what differs.
-        """
+        """Put the weights into a model, whose others stay as they are."""
         own, tensors = model.state_dict(), self._tensors(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         odd = [

@@ -100,11 +100,7 @@ class Table:
         self._columns: list[str] | None = None
 
     def cut_back(self, last: int) -> None:
-        """Drop rows beyond ``last``, and a line that was cut while it was written.
-
-        Raises:
-            DataError: If the file is not such a table.
-        """
+        """Drop rows beyond ``last``, and a line that was cut while it was written."""
         try:
             lines = self.path.read_bytes().decode(errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
@@ -130,11 +126,7 @@ class Table:
         self.extend([row], columns)
 
     def extend(self, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-        """Add rows; the first ones of a file fix the columns, later ones leave blank what they lack.
-
-        Raises:
-            OutputError: If they cannot be written; nothing of them is left then.
-        """
+        """Add rows; the first ones of a file fix the columns, later ones leave blank what they lack."""
         begin = self._columns is None
         if self._columns is None:
             self._columns = list(columns)
@@ -165,11 +157,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def check_boards(*, tensorboard: bool, wandb: bool) -> None:
-    """Whether the packages are there that a run is to log to as well.
-
-    Raises:
-        ValueError: If one is not installed; says how to fix it.
-    """
+    """Whether the packages are there that a run is to log to as well."""
     for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
         if wanted and importlib.util.find_spec(name) is None:
             raise ValueError(f"--{name} needs the package {name}: pip install {name}")
@@ -184,9 +172,6 @@ class Boards:
         wandb: Project, or none. ``WANDB_MODE=offline`` keeps it on this machine.
         step: Steps that are done already; events beyond are of a run that was cut off.
         config: Shown beside the run.
-
-    Raises:
-        ValueError: If the package is not installed.
     """
 
     def __init__(

@@ -24,11 +24,6 @@ def slow_copy(student: _Module) -> _Module:
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move each weight of the teacher towards the student's: ``momentum * teacher + (1 - momentum) * student``.
 
-    Args:
-        teacher: Changed in place; buffers stay.
-        student: Of the same structure.
-        momentum: 1 for no change.
-
     Example:
         >>> teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         >>> _ = teacher.weight.data.fill_(1.0), student.weight.data.fill_(2.0)

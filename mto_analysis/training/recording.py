@@ -57,11 +57,7 @@ class Recorder:
         return self.step / self.stepper.steps_per_epoch
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the resume state of a checkpoint.
-
-        Raises:
-            CheckpointError: If it is of another model.
-        """
+        """Go on from the resume state of a checkpoint."""
         self.stepper.load(state)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self._window.load(state["window"])
@@ -92,11 +88,7 @@ class Recorder:
             self._boards.close()
 
     def add(self, result: StepResult, *, look: bool) -> None:
-        """One more step, and its losses, which are looked at now or within the next ones.
-
-        Raises:
-            NumericalError: If a loss is not finite.
-        """
+        """One more step, and its losses, which are looked at now or within the next ones."""
         self.step += 1
         self._pending.append(result.losses)
         if look or len(self._pending) >= _LOOK_EVERY:
@@ -171,10 +163,6 @@ class Recorder:
         Args:
             seconds: Of training so far.
             kept: Whether to keep one of this epoch.
-
-        Raises:
-            NumericalError: If weights are not finite.
-            OutputError: If it cannot be written.
         """
         if not self.stepper.finite():
             raise NumericalError(f"weights are not finite after step {self.step}; {self.last_good()}")

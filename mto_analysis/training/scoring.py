@@ -68,11 +68,7 @@ class EvaluationScorer(Scorer):
         return self._score is not None
 
     def score(self, trained: Assembly) -> Mapping[str, float | None]:
-        """Top-1 percent.
-
-        Raises:
-            ValueError: If the run has no evaluation.
-        """
+        """Top-1 percent."""
         if self._score is None:
             raise ValueError("the run has no evaluation")
         with trained.at_rest():

@@ -112,9 +112,6 @@ def read_mto(reader: Reader, base: MTOConfig | None = None) -> MTOConfig:
     Args:
         reader: Of the table.
         base: Where to begin without a preset.
-
-    Raises:
-        ValueError: If there is no such setting, or a value is wrong.
     """
     preset = reader.take("preset", Literal["default", "paper"], None)
     start = MTOConfig.paper() if preset == "paper" else MTOConfig() if preset or base is None else base

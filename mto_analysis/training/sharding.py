@@ -14,11 +14,7 @@ __all__ = ["is_sharded", "load_whole_state", "local", "shard", "synchronise", "w
 
 
 def shard(method: nn.Module, device: torch.device) -> None:
-    """Share a method's weights out, each block by itself and the rest together; in place, names stay.
-
-    Raises:
-        ValueError: If only one process was launched.
-    """
+    """Share a method's weights out, each block by itself and the rest together; in place, names stay."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise ValueError("fsdp shares weights over processes: start several with torchrun or accelerate launch")
     from torch.distributed.device_mesh import init_device_mesh

@@ -8,9 +8,6 @@ __all__ = ["micro_batch_size"]
 def micro_batch_size(batch_size: int, *, processes: int, accumulation: int) -> int:
     """Images in one forward of one process.
 
-    Raises:
-        ValueError: If the effective batch cannot be shared out evenly.
-
     Example:
         >>> micro_batch_size(4096, processes=8, accumulation=4)
         128

@@ -211,9 +211,6 @@ def check_randomness(path: Path, identity: Mapping[str, Any], metadata: Mapping[
         path: Of the run, for the message.
         identity: The stored one.
         metadata: From :func:`~mto_analysis.runtime.outputs.run_metadata`, when the run began.
-
-    Raises:
-        CheckpointError: Names the version that wrote the run.
     """
     written = identity.get("randomness", 1)
     if written != RANDOMNESS:
@@ -319,11 +316,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a torch file, whole or not at all, one tensor after the other.
-
-    Raises:
-        OutputError: If the folder cannot be written or the disk is full; the file that was there stays.
-    """
+    """Write a torch file, whole or not at all, one tensor after the other."""
     guarded: _Guarded | None = None
     try:
         with atomic_file(path) as file:

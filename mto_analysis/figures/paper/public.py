@@ -53,10 +53,6 @@ def draw_public(
 
     Yields:
         Each figure, and its files.
-
-    Raises:
-        CheckpointError: If a file cannot be fetched (says where to put one that must be downloaded by hand), is not
-            whole, or does no better than predicting the mean.
     """
     inputs, listener = inputs or Inputs(), listener or Listener()
     wanted = [each.name for each in find_figures(list(names) or ("fig1a", "fig1b", "fig2"), inputs=inputs)]

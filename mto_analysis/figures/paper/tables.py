@@ -229,9 +229,6 @@ def paper_table(name: str) -> PaperTable:
     Args:
         name: One of ``TABLE_NAMES``; ``table2`` and ``2`` are the same.
 
-    Raises:
-        ValueError: If there is no such table.
-
     Example:
         >>> paper_table("2").frame["recomputed"].tolist()
         ['2.36', '2.09', '', '2.09']

@@ -80,10 +80,6 @@ def scale_limits(arrays: Sequence[np.ndarray], scale: Scale) -> list[tuple[float
     A token resembles itself most: at full range the diagonal is bright and all else dark. ``off-diagonal`` therefore
     leaves it out.
 
-    Args:
-        arrays: Square maps.
-        scale: One of :data:`SCALES`.
-
     Example:
         >>> scale_limits([np.array([[9.0, 1.0], [2.0, 9.0]])], "off-diagonal")
         [(1.0, 2.0)]

@@ -28,9 +28,6 @@ def plot_estimates(rows: pd.DataFrame, looks: Looks, *, by: str = "statistic", a
         looks: Colour, marker and line style of each method.
         by: The column whose values are the rows of the panel.
         ax: Where to draw.
-
-    Raises:
-        DataError: If there are no rows.
     """
     if rows.empty:
         raise DataError("nothing to draw: no rows")
@@ -77,13 +74,7 @@ def plot_bands(rows: pd.DataFrame, looks: Looks, *, x: str, y: str, steps: bool 
 
 
 def draw_aggregates(found: Aggregates, *, axis: str, score: str) -> Figure:
-    """Estimates and profiles by each measure, probability of improvement, and sample efficiency, in one figure.
-
-    Args:
-        found: What was estimated.
-        axis: What the curves run over.
-        score: Label of the score.
-    """
+    """Estimates and profiles by each measure, probability of improvement, and sample efficiency, in one figure."""
     methods = list(dict.fromkeys(found.scores["method"]))
     looks = looks_of(methods)
     estimates = found.estimates

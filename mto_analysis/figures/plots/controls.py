@@ -34,9 +34,6 @@ def plot_control(curve: pd.DataFrame, band: pd.DataFrame, *, look: Look | None =
         band: Rows of :func:`~mto_analysis.probe.controls.control_bands`, of the same and of one control.
         look: Of the curve.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If there is no curve.
     """
     if curve.empty:
         raise DataError("there is no curve to draw")

@@ -57,9 +57,6 @@ def plot_definition(table: pd.DataFrame, definition: str, *, ax: Axes | None = N
         table: Rows of ``definitions.csv``.
         definition: Which.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If the table has no such definition.
     """
     ax = ax or new_axes(2.5, 2)
     rows = table[table["definition"] == definition]

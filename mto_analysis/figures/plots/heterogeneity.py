@@ -64,9 +64,6 @@ def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Args:
         frame: Rows of ``heterogeneity.csv``.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If a column is missing.
     """
     curves = _curves(frame)
     ax = _prepare(ax)
@@ -98,9 +95,6 @@ def plot_share(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Args:
         frame: Rows of ``heterogeneity.csv``.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If a column is missing.
     """
     curves = _curves(frame)
     return _plot_shares(curves, looks_of(label for label, _ in curves), _prepare(ax))
@@ -145,9 +139,6 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
     Args:
         frame: Rows of ``heterogeneity.csv``, of one or several models.
         title: Line above the figure.
-
-    Raises:
-        DataError: If a column is missing.
     """
     curves = _curves(frame)
     looks = looks_of(label for label, _ in curves)

@@ -25,9 +25,6 @@ def plot_effects(effects: pd.DataFrame, words: Mapping[str, str] = INTERVENTIONS
         effects: Rows of ``interventions.csv``, of one model, stack, depth and measure.
         words: Intervention to its name, from top to bottom.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If there is nothing to draw.
     """
     if effects.empty:
         raise DataError("there is no effect to draw")

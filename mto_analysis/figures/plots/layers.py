@@ -31,9 +31,6 @@ def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Args:
         scores: Rows of ``layers.csv``, of one model.
         ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        DataError: If there is no row.
     """
     if scores.empty:
         raise DataError("there is no accuracy to draw")

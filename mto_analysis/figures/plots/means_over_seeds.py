@@ -26,9 +26,6 @@ def plot_runs(rows: pd.DataFrame, *, looks: Mapping[str, Look] | None = None, ba
         looks: Of the methods, where panels of one figure must agree.
         bars: Draw intervals as bars, where places between the points are no results; else as a band.
         ax: Where to draw.
-
-    Raises:
-        DataError: If a column is missing, or there are no rows.
     """
     missing = [column for column in COLUMNS[1:] if column not in rows]
     if missing or rows.empty:

@@ -43,9 +43,6 @@ def draw_measures(table: pd.DataFrame) -> Figure:
 
     Args:
         table: Of :meth:`~mto_analysis.probe.ProbeResult.table`, with a column ``model``.
-
-    Raises:
-        DataError: If there are none.
     """
     compared = table["other_layer_depth"].notna() | (table["measure"] == "normalized_heterogeneity")
     rows = table[table["head"].isna() & ~compared & table["value"].notna()]

@@ -28,16 +28,7 @@ VIEWS = {
 
 
 def plot_view(reconstruction: Reconstruction, view: str, *, ax: Axes | None = None) -> Axes:
-    """One view of a reconstruction, without axes; pixels stay squares.
-
-    Args:
-        reconstruction: One image through one model.
-        view: A key of :data:`VIEWS`.
-        ax: Where to draw; by default a new figure's axes.
-
-    Raises:
-        ValueError: If the view is unknown.
-    """
+    """One view of a reconstruction, without axes; pixels stay squares."""
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
     ax = ax or new_axes(1.5, 1.5)
@@ -73,9 +64,6 @@ def draw_reconstructions(rows: Sequence[Reconstruction], *, captioned: bool = Tr
     Args:
         rows: As in :attr:`~mto_analysis.probe.reconstruction.ReconstructionStudy.reconstructions`.
         captioned: Draw :func:`reconstruction_caption` below.
-
-    Raises:
-        ValueError: If there is nothing to draw.
     """
     if not rows:
         raise ValueError("there must be a reconstruction to draw, got none")

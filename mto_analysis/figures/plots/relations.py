@@ -20,9 +20,6 @@ def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     Args:
         rows: Of :attr:`~mto_analysis.rauc.relations.Relations.table`, of one level.
         ax: Where to draw.
-
-    Raises:
-        DataError: If no correlation is defined.
     """
     drawn = rows.dropna(subset="rho").rename(columns={"rho": "value", "layer": "method"})
     if drawn.empty:

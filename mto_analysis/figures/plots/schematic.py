@@ -77,9 +77,6 @@ def plot_style(ax: Axes, style: str, *, tokens: Sequence[bool] = TOKENS) -> Axes
         ax: Where to draw; 7.2 units wide, 5.1 high.
         style: ``inpainting`` (masked tokens enter the encoder) or ``decoder`` (they enter only the decoder).
         tokens: True where masked.
-
-    Raises:
-        ValueError: If there is no such style.
     """
     if style not in ("inpainting", "decoder"):
         raise ValueError(f"style must be inpainting or decoder, got {style!r}")
@@ -129,13 +126,7 @@ def _levels(ax: Axes, x: float, low: float, high: float) -> None:
 
 
 def plot_losses_on_affinity(ax: Axes, *, num_masked: int = 5, num_visible: int = 3) -> Axes:
-    """The affinity matrix in quadrants: rows that L_spa sharpens, the quadrant that H, and so L_e and L_r, is made of.
-
-    Args:
-        ax: Where to draw; rows and columns masked first.
-        num_masked: Of the small example.
-        num_visible: Of the small example.
-    """
+    """The affinity matrix in quadrants: rows that L_spa sharpens, and the quadrant of H, and so of L_e and L_r."""
     count = num_masked + num_visible
     ax.set_xlim(-1.1, count + 3.6)
     ax.set_ylim(count + 0.15, -1.1)
@@ -179,11 +170,7 @@ def plot_losses_on_affinity(ax: Axes, *, num_masked: int = 5, num_visible: int =
 
 
 def plot_losses_over_depth(ax: Axes) -> Axes:
-    """What the losses ask of H over layer depth: high at depth 0, then lower step by step. A drawing, no measurement.
-
-    Args:
-        ax: Where to draw.
-    """
+    """What the losses ask of H over layer depth: high at depth 0, then lower step by step; not measured."""
     depth = np.arange(5)
     h = np.array([0.86, 0.66, 0.47, 0.31, 0.2])
     ax.plot(depth, h, color=_INK, marker="o", markersize=4, linewidth=1.1, zorder=3)

@@ -27,9 +27,6 @@ def plot_losses(rows: pd.DataFrame, terms: Sequence[str] = (), *, ax: Axes) -> A
         rows: Columns ``epoch loss`` and one per term.
         terms: Drawn where there are several.
         ax: Where to draw.
-
-    Raises:
-        DataError: If there are no rows, or a column is missing.
     """
     shown = ["loss", *(terms if len(terms) > 1 else ())]
     if rows.empty or (lacking := [name for name in ("epoch", *shown) if name not in rows]):

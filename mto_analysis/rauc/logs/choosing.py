@@ -224,11 +224,7 @@ def _identity(series: Series) -> tuple[object, ...]:
 
 
 def _refuse_none(document: Document, request: Request) -> list[Series]:
-    """Say why no series can be taken.
-
-    Raises:
-        DataError: Always.
-    """
+    """Say why no series can be taken."""
     every = [each for each in series_of(document) if each.method is None]
     training = [each.name for each in every if each.metric.split == "train" and each.metric.is_top1]
     below = [
@@ -319,11 +315,7 @@ def _maybe_of_training(document: Document, series: Series) -> list[Finding]:
 def _refuse_different(
     documents: Sequence[Document], chosen: Sequence[Series], requests: Sequence[Request]
 ) -> list[Finding]:
-    """The logs' metrics must be the same, unless each was named for its log.
-
-    Raises:
-        DataError: If two are not.
-    """
+    """The logs' metrics must be the same, unless each was named for its log."""
     findings: list[Finding] = []
     for other in range(1, len(chosen)):
         first = next((at for at in range(other) if not _comparable(documents, chosen, (at, other))), None)

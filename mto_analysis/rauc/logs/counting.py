@@ -71,9 +71,6 @@ def count_alike(logs: Sequence[Counted], epochs: EpochCount) -> tuple[float, lis
 
     Returns:
         Where training starts on the epoch axis (-1 where the first epoch is called 0, else 0), and what was assumed.
-
-    Raises:
-        DataError: If logs count differently and ``epochs`` is ``as-written``.
     """
     logs = [log for log in logs if log.counts_epochs]
     zero = [log for log in logs if log.first == 0]

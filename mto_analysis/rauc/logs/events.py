@@ -41,9 +41,6 @@ def read_events(name: str, files: Sequence[Path]) -> Document:
     """Scalars of all tags over ``step``, from the event files of one run in order of their names.
 
     Values are 32-bit, so 82.314 comes back as 82.31400299; they are rounded to the seven digits that they hold.
-
-    Raises:
-        DataError: If tensorboard is not installed, or a record is damaged.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

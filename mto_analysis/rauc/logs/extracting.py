@@ -98,11 +98,7 @@ def extract(
 
 
 def _present(document: Document, column: str) -> str:
-    """A column that an option names.
-
-    Raises:
-        DataError: If it is not there.
-    """
+    """A column that an option names."""
     for spelling in (str, str.lower):
         for name in document.columns.names:
             if spelling(name) == spelling(column.strip()):

@@ -54,11 +54,7 @@ def _parse(text: bytes | str) -> Any:
 
 
 def read_json(name: str, data: bytes) -> Document:
-    """Objects of JSON lines or of one document.
-
-    Raises:
-        DataError: If it is broken, or holds no curve.
-    """
+    """Objects of JSON lines or of one document."""
     document = _read(name, data)
     return _without_blanks(document) if b"NaN" in data else document
 

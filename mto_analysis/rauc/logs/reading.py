@@ -162,11 +162,7 @@ def _sheet(name: str, raw: bytes) -> bytes:
 
 
 def _open_folder(path: Path, wanted: Collection[str]) -> Document:
-    """The log of a run's folder: the only one in it, or the only one of which a curve can be read.
-
-    Raises:
-        DataError: If there is none, or there are several.
-    """
+    """The log of a run's folder: the only one in it, or the only one of which a curve can be read."""
     patterns = [depth + name for name in _LOG_NAMES for depth in ("", "*/", "*/*/")]
     found = dict.fromkeys(file for pattern in patterns for file in sorted(path.glob(pattern)))
     files = [file for file in found if file.is_file() and not file.name.startswith(".")]

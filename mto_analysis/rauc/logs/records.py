@@ -91,11 +91,7 @@ class Columns(ABC):
         self._labels: dict[str, pd.Categorical] = {}
 
     def numbers(self, name: str) -> tuple[Floats, Flags]:
-        """Values, NaN where there is no number; and where there is a value at all (a written NaN is one).
-
-        Raises:
-            DataError: If a cell of a table is no number.
-        """
+        """Values, NaN where there is no number; and where there is a value at all (a written NaN is one)."""
         if name not in self._numbers:
             self._numbers[name] = self._read_numbers(name)
         return self._numbers[name]

@@ -201,11 +201,7 @@ def axes_of(names: Sequence[str]) -> tuple[tuple[str, AxisKind], ...]:
 
 
 def roles_of(name: str, columns: FrameColumns) -> dict[str, object]:
-    """Which columns of a table are axes, method, seed and mode.
-
-    Raises:
-        DataError: If every row is of another run.
-    """
+    """Which columns of a table are axes, method, seed and mode."""
     plain = {column.lower(): column for column in reversed(columns.names)}
     method = plain.get("method")
     if method is None:

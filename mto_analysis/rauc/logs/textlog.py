@@ -78,9 +78,6 @@ def read_text_log(name: str, data: bytes) -> Document:
 
     A resumed run evaluates the loaded weights before it trains on; that line repeats an epoch and is left out. An
     accuracy without training since the one before it is of the EMA weights, if the lines say so, or a repetition.
-
-    Raises:
-        DataError: If no accuracy belongs to an epoch.
     """
     epoch: int | None = None
     loaded = ema = tested = False
@@ -149,11 +146,7 @@ def _names(rows: Sequence[_Accuracy], spelt: str) -> list[str]:
 
 
 def read_open_mmlab_text(name: str, data: bytes) -> Document:
-    """Validation lines with their metrics; the first bracket is the epoch, or the iteration of ``Iter(val)``.
-
-    Raises:
-        DataError: If no validation line has a metric.
-    """
+    """Validation lines with their metrics; the first bracket is the epoch, or the iteration of ``Iter(val)``."""
     rows, lines = [], []
     words = set()
     iteration = 0
@@ -184,11 +177,7 @@ def read_open_mmlab_text(name: str, data: bytes) -> Document:
 
 
 def read_metric_file(name: str, data: bytes) -> Document:
-    """One metric of an MLflow run, called like its file.
-
-    Raises:
-        DataError: If a line is broken.
-    """
+    """One metric of an MLflow run, called like its file."""
     score = name.replace("\\", "/").rpartition("/")[2]
     records = []
     for number, line in enumerate(data.decode(errors="replace").strip().split("\n"), 1):

@@ -45,9 +45,6 @@ def tidy(
         unit: What scores are.
         run: Which run to take of a file that holds several.
         must: Whether a file that holds one run must have this one.
-
-    Raises:
-        DataError: If an epoch is negative, units are mixed or impossible, or a file holds several runs.
     """
     findings: list[Finding] = []
     missing = [column for column in groups if column not in rows]

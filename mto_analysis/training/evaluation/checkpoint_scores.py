@@ -85,9 +85,6 @@ def find_checkpoints(source: str, method: str, seed: int, *, offline: bool = Fal
     """All ``checkpoint-*.pth`` of a run's folder in the order of their numbers, or the one that ``source`` is.
 
     Numbers are taken as they are: ours count finished epochs, the original MAE's count from 0.
-
-    Raises:
-        CheckpointNotFoundError: If a folder holds neither a run nor a Hugging Face model.
     """
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -145,9 +142,6 @@ def load_encoder(
         settings: Device of the model, and how many of the images there are.
         listener: Takes notes and warnings.
         processes: All of them call this; by default this one alone.
-
-    Raises:
-        CheckpointError: As :func:`mto_analysis.load_checkpoint`, but for what the encoder does not use.
     """
     unknown: dict[str, Any] = {}
 
@@ -211,10 +205,6 @@ def named_checkpoints(
         methods: One per source.
         seeds: One per source, or one for all.
         offline: Never touch the network.
-
-    Raises:
-        ValueError: If there are not as many names or seeds as sources.
-        DataError: If two checkpoints would share a row of the curve.
     """
     if methods and len(methods) != len(sources):
         raise ValueError(f"give one --label per --ckpt: {len(sources)} checkpoints, {len(methods)} labels")
@@ -249,11 +239,6 @@ class CurveFile:
         settings: What scores depend on; a curve that was begun with others is refused.
         overwrite: Begin anew.
         writes: Whether this process writes; of several, one does.
-
-    Raises:
-        OutputExistsError: If the folder holds a curve with other settings, a pre-training run, or results of another
-            command that would be replaced, or is a file. Nothing is changed before the first row is written.
-        OutputError: If the folder cannot be written.
     """
 
     def __init__(
@@ -307,11 +292,7 @@ class CurveFile:
         return any(_key(row) == checkpoint.key for row in self.rows)
 
     def add(self, checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, Any]:
-        """Write one more row; rows are in the order of method, seed and epoch.
-
-        Raises:
-            OSError: If the file cannot be written; the rows before it stay.
-        """
+        """Write one more row; rows are in the order of method, seed and epoch."""
         row = _row(checkpoint, score, protocol)
         self.rows.append(row)
         if self.writes:

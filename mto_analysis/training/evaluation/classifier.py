@@ -83,10 +83,6 @@ def build_classifier(
     """A classifier on a copy of a model, with drop path, in which nothing learns that no logit depends on.
 
     A position bias that all blocks share becomes one per block, and a sin-cos table learns unless it is to be frozen.
-
-    Raises:
-        DataError: If the model has no encoder that sees whole images.
-        ValueError: If it has no class token and its settings ask for one.
     """
     model = copy.deepcopy(model)
     try:

@@ -87,11 +87,7 @@ class ClassifierSettings(TrainingSettings):
         return self.base_lr * self.lr_scale(self.batch_size)
 
     def feature(self, model: MaskedImageModel) -> Feature:
-        """What the classifier reads of a model; in fine-tuning a fresh norm is trained.
-
-        Raises:
-            ValueError: If the model lacks it.
-        """
+        """What the classifier reads of a model; in fine-tuning a fresh norm is trained."""
         fresh = self.protocol == "finetune" and self.pooling == "patches" and model.encoder_prefix_tokens > 0
         layer = self.layer or len(model.encoder_blocks())
         return feature_of(model, self.pooling, layer, self.norm or ("fresh" if fresh else "encoder"))

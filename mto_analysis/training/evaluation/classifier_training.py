@@ -34,12 +34,7 @@ __all__ = ["ClassifierObjective", "classifier_score", "train_classifier"]
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy of a classifier.
-
-    Args:
-        student: The classifier.
-        settings: Its own.
-    """
+    """Cross-entropy of a classifier."""
 
     masked = False
     student: Classifier
@@ -161,12 +156,6 @@ def train_classifier(
         overwrite: Begin anew whatever the folder holds.
         on_step: Called after each step, for a progress bar.
         on_note: Called with what a user should know, one line at a time.
-
-    Raises:
-        CheckpointError: If the folder holds another training or one by other random numbers, or is damaged.
-        DataError: If the model has no encoder that can be used, or the images do not fit together.
-        NumericalError: If the loss is not finite; names the step.
-        ValueError: If the batch cannot be shared out, or mixup has no pairs.
     """
     run = run or RunSettings()
     processes = open_processes(run)

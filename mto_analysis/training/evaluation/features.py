@@ -64,9 +64,6 @@ class LabelledImages:
         batch_size: Images in a batch.
         num_workers: Processes that decode; results do not depend on it.
         value_range: As for :func:`mto_analysis.open_images`.
-
-    Raises:
-        DataError: If the images have no labels.
     """
 
     def __init__(
@@ -126,11 +123,7 @@ class LabelledImages:
 
 
 def check_colours(info: ModelInfo) -> None:
-    """Labelled images are read in colour.
-
-    Raises:
-        DataError: If the model expects another number of channels.
-    """
+    """Labelled images are read in colour."""
     if info.channels != 3:
         raise DataError(f"labelled images are read with 3 channels, and the model has {info.channels}: it has no score")
 
@@ -141,9 +134,6 @@ def eight_bits(info: ModelInfo, crop_pct: float) -> Callable[[Image.Image], Tens
     Args:
         info: Has the side of the crop.
         crop_pct: That side over the resized shorter one, rounded down to pixels; 1 for as much as possible.
-
-    Raises:
-        DataError: If the model's images are not in colour.
     """
     check_colours(info)
     from timm.data import create_transform  # type: ignore[attr-defined]
@@ -213,9 +203,6 @@ def pooled(tokens: Tensor, prefix_tokens: int, pooling: Pooling) -> Tensor:
         tokens: batch num_tokens dim (prefix tokens first)
         returns: batch dim (``concat``: batch 2*dim, the class token first)
 
-    Raises:
-        ValueError: If the class token is asked for and there is none.
-
     Example:
         >>> pooled(torch.tensor([[[1.0], [2.0], [4.0]]]), 1, "patches")
         tensor([[3.]])
@@ -238,9 +225,6 @@ def feature_vectors(model: MaskedImageModel, images: Tensor, *features: Feature)
     Shapes:
         images: batch channels height width (normalized)
         returns: batch dim (of ``concat`` 2*dim), for each feature
-
-    Raises:
-        ValueError: If the model lacks what a feature asks for.
     """
     found: dict[Feature, Tensor] = {}
     last = max(feature.layer for feature in features)
@@ -289,10 +273,6 @@ def extract_features(
         crop_pct: As for :func:`eight_bits`.
         precision: Autocast precision of the encoder: ``fp32`` (without TF32) or ``bf16``.
         processes: Each takes its share of the batches, and all of them call this; by default this one alone.
-
-    Raises:
-        ValueError: If the model has no such encoder.
-        NumericalError: If a feature is not finite.
     """
     like = next(model.parameters())
     here = processes or Processes()
@@ -317,11 +297,7 @@ def extract_features(
 
 
 def check_classes(train: LabelledImages, test: LabelledImages) -> int:
-    """The number of classes, the same in both.
-
-    Raises:
-        DataError: If training and test images differ in their classes, or there is only one.
-    """
+    """The number of classes, the same in both."""
     if train.class_names and test.class_names and train.class_names != test.class_names:
         odd = sorted(set(train.class_names) ^ set(test.class_names))
         which = f"; only one of them has {', '.join(odd[:3])}" if odd else ""

@@ -68,10 +68,6 @@ def evaluate_layers(
         difference_ci_high chosen num_selection num_images``; accuracies in percent. ``selection`` is that on the half
         that chooses; the interval of ``score`` is Wilson's, that of the ``difference`` to the last block of the same
         pooling Student's t of the images' differences; both 95 %.
-
-    Raises:
-        DataError: If the model's family has no encoder that can be used, or there are too few test images.
-        NumericalError: If a feature is not finite.
     """
     import pandas as pd
     from scipy.stats import binomtest
@@ -143,9 +139,6 @@ def heterogeneity_by_depth(evaluator: Evaluator, model: MaskedImageModel) -> pd.
 
     Returns:
         Rows of :meth:`~mto_analysis.probe.engine.ProbeResult.summary`.
-
-    Raises:
-        NumericalError: If H is not finite.
     """
     return probe(model, _batches(evaluator, model)).summary()
 

@@ -61,9 +61,6 @@ def feature_of(
         facebookresearch/mae ``FINETUNE.md`` (``--cls_token``); LightDXY/BootMAE ``scripts/linear`` (``--global_pool``,
         ``--depth``); microsoft/unilm BEiT ``run_linear_eval.py``, from whose code base ConMIM is; microsoft/SimMIM
         publishes no probe, and averages patches in fine-tuning (``USE_MEAN_POOLING``).
-
-    Raises:
-        ValueError: If the family has no such encoder or block, or no class token where one is asked for.
     """
     method, depth = method_of(model), len(model.encoder_blocks())
     default: Pooling = method.probe_pooling if model.encoder_prefix_tokens else "patches"
