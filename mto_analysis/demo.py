@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
     from mto_analysis.probe.quadrants import AffinityMap
 
-__all__ = [
-    "DEMO_CHECKPOINTS",
-    "DEMO_IMAGES",
-    "DEMO_MASKS",
-    "demo_batches",
-    "demo_sentences",
-    "measure_demo",
-]
-
 _ASSETS = Path(__file__).parent / "assets"
 
 #: MAE and SimMIM, trained for about ten epochs on CIFAR-10 with the original code; early means 2 % of that.

@@ -25,8 +25,6 @@ from mto_analysis.affinity.split import TokenSplit
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.runtime.precision import fast_float32
 
-__all__ = ["masked_rows_entropy", "token_products", "visible_rows_entropy"]
-
 # Subnormal numbers take a processor a hundred times as long: weights, slopes and their products stay above them.
 # Weights of e^-60 of the greatest change no sum in float32 and none that matters in float64.
 _LEAST_LOGIT = -60.0

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["dot_products", "multiply", "multiply_sum", "product_dtype", "summands"]
-
 _HALF = (torch.bfloat16, torch.float16)
 _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype_out") and torch.version.hip is None
 

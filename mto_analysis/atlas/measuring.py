@@ -39,8 +39,6 @@ from mto_analysis.runtime.precision import DTYPES
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PER_LAYER", "Entry", "Protocol", "choose_entries", "loading_from", "measure_entry"]
-
 #: Without those per head and per pair of layers, of which a deep model has thousands of rows.
 PER_LAYER = "all,-attention,-cka"
 

@@ -11,8 +11,6 @@ from mto_analysis.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TOLERANCES", "Agreement", "agreement", "check_comparable", "describe", "merge_tables", "row_words"]
-
 #: How far two measurements may be apart, as a fraction of the curve's largest absolute value, by the precision of the
 #: forward; of two precisions the coarser counts. On the bundled models all measures differ from fp64 by up to 4e-6
 #: (fp32), 2e-2 (fp16) and 9e-2 (bf16); deeper models and other hardware round more.

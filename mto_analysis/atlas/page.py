@@ -14,8 +14,6 @@ from mto_analysis.figures.pages import render_page
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["read_scores", "render_atlas"]
-
 #: Columns of the page's table, by which it is sorted.
 _COLUMNS = (
     ("label", "Checkpoint"),

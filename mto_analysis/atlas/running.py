@@ -27,8 +27,6 @@ from mto_analysis.runtime.processes import pick_device
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["AtlasFolder", "Ended", "Failure", "Measurement", "measure_all", "raise_failures"]
-
 # Failures in a message.
 _NAMED = 3
 _OTHER = "use the same options, or another --out"

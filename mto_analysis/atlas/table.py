@@ -16,22 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = [
-    "COLUMNS",
-    "MEASUREMENT",
-    "NAME",
-    "ROW",
-    "SCHEMA_VERSION",
-    "SHARED",
-    "TABLE_FILES",
-    "Column",
-    "check_table",
-    "join_tables",
-    "parquet_bytes",
-    "read_table",
-    "table_outputs",
-]
-
 #: Raised whenever a column changes its name or its meaning; tables of other versions are refused.
 SCHEMA_VERSION = 1
 

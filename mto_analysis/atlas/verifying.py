@@ -15,8 +15,6 @@ from mto_analysis.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Sample", "check_complete", "compare_again", "sample_table"]
-
 # Rows named in a message.
 _NAMED = 3
 

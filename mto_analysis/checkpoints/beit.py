@@ -25,8 +25,6 @@ from mto_analysis.masks import MaskRule
 from mto_analysis.models import EVA02, EVA02Config
 from mto_analysis.models.eva02 import rotary_table
 
-__all__ = ["HF_BLOCK_NAMES", "convert_beit", "convert_beit_v2", "convert_conmim", "convert_eva02", "convert_hf_beit"]
-
 _BEIT_MASKED = 75
 _EVA_WIDTH, _EVA_HEADS = 1408, 16
 _EVA_MASKED, _EVA_PATCHES = 105, 256

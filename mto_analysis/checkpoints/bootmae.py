@@ -11,8 +11,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
 
-__all__ = ["convert_bootmae"]
-
 _PUBLISHED_RATIO = 0.75
 
 

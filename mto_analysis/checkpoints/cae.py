@@ -14,8 +14,6 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
 
-__all__ = ["convert_cae", "convert_mm_cae"]
-
 # Of 14 x 14 patches.
 _PUBLISHED_PATCHES = 196
 _MASKED, _MM_MASKED = 98, 75

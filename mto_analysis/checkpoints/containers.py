@@ -10,19 +10,6 @@ from safetensors import safe_open
 
 from mto_analysis.errors import CheckpointError
 
-__all__ = [
-    "ARCHIVE",
-    "LEGACY_TORCH_MAGIC",
-    "MOST_HEADER_BYTES",
-    "check_container",
-    "check_safetensors_header",
-    "first_bytes",
-    "first_line",
-    "holds_safetensors",
-    "pickle_of_archive",
-    "refuse_other_content",
-]
-
 ARCHIVE = b"PK\x03\x04"
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 

@@ -15,20 +15,6 @@ from mto_analysis.errors import CheckpointError, HeadCountError, OptionNeededErr
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize
 
-__all__ = [
-    "MASK_TOKENS",
-    "Conversion",
-    "Given",
-    "StateDict",
-    "block_numbers",
-    "build",
-    "check_finite",
-    "one_count",
-    "some_names",
-    "untrained_tokens",
-    "zero_biases",
-]
-
 #: Attention heads of published widths, where no shape tells (formats differ in name only): width -> heads.
 ENCODER_HEADS = {768: 12, 1024: 16, 1280: 16}
 MAE_DECODER_HEADS = {512: 16}

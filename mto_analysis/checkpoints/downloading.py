@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     import requests
 
-__all__ = ["check_digest", "download", "recorded_digest"]
-
 #: Seconds to wait for a connection, and for the next bytes.
 TIMEOUT = (10.0, 60.0)
 #: Times that a transfer is taken up again before giving up; the next run goes on from there.

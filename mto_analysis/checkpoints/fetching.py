@@ -18,8 +18,6 @@ from mto_analysis.checkpoints.reading import weight_files
 from mto_analysis.checkpoints.registry import Checkpoint, find_checkpoint, find_source
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["cache_folder", "drop_fetched", "resolve"]
-
 _REVISION = r"refs/(?:pr|convert)/\w+|[^/@]+"
 _HUB = re.compile(
     rf"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<early>{_REVISION}))?(?:/(?P<file>[^@]+))?(?:@(?P<late>{_REVISION}))?"

@@ -26,8 +26,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import Hiera, HieraConfig, ModelInfo
 
-__all__ = ["convert_hf_hiera", "convert_hiera"]
-
 # Of the first stage, by its width: tiny, small and base; base_plus; large; huge.
 _HEADS = {96: 1, 112: 2, 144: 2, 256: 4}
 _DECODER_HEADS = {512: 16}

@@ -14,8 +14,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MCMAE, GreenMIM, GreenMIMConfig, HiViT, HiViTConfig, MCMAEConfig
 
-__all__ = ["convert_greenmim", "convert_hivit", "convert_ijepa", "convert_mcmae"]
-
 _INNER = 4
 _HIVIT_HEADS = {512: 8}
 _GIANT_HEADS = {**ENCODER_HEADS, 1408: 16}

@@ -22,8 +22,6 @@ from mto_analysis.models.live import LiveModel, inferred_info
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["architecture", "convert_library"]
-
 _LISTED = 4
 _MASK_ARGUMENTS = {"bool_masked_pos", "noise", "target_mask"}
 _TOKEN_OPTION = "use_mask_token"

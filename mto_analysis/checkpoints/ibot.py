@@ -12,8 +12,6 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.checkpoints.windows import OUR_SWIN_NAMES, convert_windows
 from mto_analysis.masks import MaskRule
 
-__all__ = ["convert_ibot", "convert_ibot_swin"]
-
 _HEADS = {384: 6, **ENCODER_HEADS}
 _RATIO = 0.3
 _OVERSHOOT = 0.1

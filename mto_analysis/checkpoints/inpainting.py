@@ -15,8 +15,6 @@ from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
 
-__all__ = ["CLIP", "HALF", "IMAGENET", "Encoder", "block_rule", "blockwise_rule", "read_encoder", "rename_beit"]
-
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 # The published ViT-B masks 2 x 2 patches at once (32 px of 16 px patches); files of other sizes that do not say follow.
 _UNIT_IN_PATCHES = 2

@@ -32,8 +32,6 @@ from mto_analysis.checkpoints.simmim import convert_hf_swin, convert_simmim, con
 from mto_analysis.errors import CheckpointError
 from mto_analysis.runtime.plugins import plugins
 
-__all__ = ["LAYOUTS", "Layout", "Names", "recognize", "without_holder"]
-
 
 class Names(frozenset[str]):
     """Tensor names of a file, with the questions that rules ask."""

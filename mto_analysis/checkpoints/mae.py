@@ -22,8 +22,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import MAE, MAEConfig, ModelInfo
 
-__all__ = ["convert_hf_vitmae", "convert_mae", "convert_mae_lite", "convert_split_mae", "mae_model"]
-
 _PUBLISHED_RATIO = 0.75
 _HF_EPS = 1e-12
 _LITE_HEADS = {192: 12, 384: 12, 768: 12}

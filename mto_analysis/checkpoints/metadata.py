@@ -15,24 +15,6 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, OptionNeededError
 from mto_analysis.models.interface import HEADS_ASSUMED, ImageSize, as_image_size
 
-__all__ = [
-    "arguments",
-    "count",
-    "criterion",
-    "flag",
-    "hf_config",
-    "numbers",
-    "openmmlab_config",
-    "ratio",
-    "refuse_other",
-    "refuse_other_depth",
-    "section",
-    "size",
-    "slowfast_config",
-    "whole",
-    "within",
-]
-
 # Where training scripts, Lightning and Hydra keep their settings; later ones count first.
 _SETTINGS = ("cfg", "config", "hparams", "args", "hyper_parameters")
 #: Settings that must be known, and the argument that gives each.

@@ -13,8 +13,6 @@ from mto_analysis.checkpoints.openmmlab import MM_MAE_NAMES, mm_mae_settings, op
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.models import MILAN
 
-__all__ = ["convert_milan", "convert_mm_milan"]
-
 
 def convert_milan(raw: RawCheckpoint, given: Given) -> Conversion:
     """Files of zejiangh/MILAN. Training chose visible patches by CLIP's attention; our masks are random.

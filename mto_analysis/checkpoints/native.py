@@ -50,8 +50,6 @@ from mto_analysis.models import (
 from mto_analysis.runtime.outputs import write_atomically
 from mto_analysis.runtime.plugins import plugins
 
-__all__ = ["convert_native", "save_checkpoint", "stored_info"]
-
 _VERSION = 1
 _POSITIONS = ("pos_embed", "decoder_pos_embed", "pixel_pos_embed")
 _FAMILIES: dict[str, tuple[type[MaskedImageModel], type]] = {

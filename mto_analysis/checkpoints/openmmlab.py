@@ -27,21 +27,6 @@ from mto_analysis.masks import MaskRule
 from mto_analysis.models import MFF, MFFConfig
 from mto_analysis.models.interface import ImageSize, height_and_width
 
-__all__ = [
-    "MM_MAE_NAMES",
-    "convert_mm_beit",
-    "convert_mm_beit_v2",
-    "convert_mm_mae",
-    "convert_mm_maskfeat",
-    "convert_mm_mff",
-    "convert_mm_swin",
-    "convert_openmixup_simmim",
-    "convert_slowfast_maskfeat",
-    "mm_heads",
-    "mm_mae_settings",
-    "openmmlab_state",
-]
-
 #: Of MAE's decoder, after :func:`openmmlab_state`.
 MM_MAE_NAMES = (
     (r"^neck\.decoder_blocks\.(\d+)\.ln([12])\.", r"decoder_blocks.\1.norm\2."),

@@ -8,8 +8,6 @@ from typing import Any, Literal
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.models.interface import ImageSize
 
-__all__ = ["LoadOptions"]
-
 
 @dataclass(frozen=True)
 class LoadOptions:

@@ -15,8 +15,6 @@ from typing import IO, Any
 
 from mto_analysis.errors import CheckpointError
 
-__all__ = ["foreign_names"]
-
 # A training dict of a ViT-H with its optimizer has some 100 000 instructions, nested 10 deep.
 _MOST_INSTRUCTIONS = 1_000_000
 _MOST_BYTES_COPIED = 256 * 2**20

@@ -16,8 +16,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models.interface import ImageSize, as_image_size, height_and_width
 from mto_analysis.models.vit import relative_position_index, sincos_table
 
-__all__ = ["ADVICE", "Grid", "fit_positions", "fit_relative_positions"]
-
 # Indices grow with the fourth power of the side: a damaged file must not fill the memory.
 _MOST_OFFSET_PATCHES = 40 * 40
 # Beyond it a single image's affinities fill tens of gigabytes; published models have up to 64 x 64 patches.

@@ -18,8 +18,6 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.interface import IMAGENET_MEAN
 from mto_analysis.models.vit import relative_position_index
 
-__all__ = ["published_families", "published_metadata", "published_state"]
-
 _TABLE = "relative_position_bias_table"
 #: Rows of ConMIM's head for visual tokens, which its pre-training never uses but its files hold.
 _VOCABULARY = 8192

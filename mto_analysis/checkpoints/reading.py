@@ -38,8 +38,6 @@ from mto_analysis.checkpoints.containers import (
 from mto_analysis.checkpoints.pickles import foreign_names
 from mto_analysis.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = ["RawCheckpoint", "Weights", "checkpoint_sha256", "read_checkpoint", "weight_files"]
-
 # First match wins; a file without any of them is a flat dict of tensors (Hugging Face, timm).
 _ROOT_KEYS = ("model", "state_dict", "model_state", "module", "student")
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "model_average")

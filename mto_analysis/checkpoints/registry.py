@@ -17,15 +17,6 @@ from mto_analysis.checkpoints.inpainting import CLIP, HALF, IMAGENET
 from mto_analysis.checkpoints.layouts import LAYOUTS
 from mto_analysis.errors import CheckpointNotFoundError
 
-__all__ = [
-    "Checkpoint",
-    "find_checkpoint",
-    "find_published",
-    "find_source",
-    "layout_evidence",
-    "list_checkpoints",
-]
-
 _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 _CLAIMS = Path(__file__).parents[1] / "assets/claims.csv"
 

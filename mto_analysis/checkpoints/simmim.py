@@ -29,8 +29,6 @@ from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig
 from mto_analysis.models.interface import ImageSize, height_and_width
 from mto_analysis.models.targets import NEIGHBOURHOOD
 
-__all__ = ["convert_hf_swin", "convert_simmim", "convert_simmim_swin", "simmim_vit"]
-
 _PUBLISHED_RATIO = 0.6
 
 

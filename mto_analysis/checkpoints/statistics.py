@@ -20,8 +20,6 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
 
-__all__ = ["IMAGE_CHANNELS", "Statistics", "prepared_size", "stated_statistics", "unpublished_statistics"]
-
 #: Of a colour image; what is published of means and deviations is for these.
 IMAGE_CHANNELS = 3
 _LARGEST_BYTE = 255

@@ -12,8 +12,6 @@ from mto_analysis.checkpoints.downloading import recorded_digest
 from mto_analysis.checkpoints.registry import Checkpoint, find_published
 from mto_analysis.errors import CheckpointError
 
-__all__ = ["Verification", "compare_hash", "verify_checkpoint"]
-
 
 @dataclass(frozen=True)
 class Verification:

@@ -18,7 +18,6 @@ from mto_analysis.models.interface import ImageSize, as_image_size, height_and_w
 from mto_analysis.models.windows import shift_mask, window_coordinates
 
 PixelTarget = Literal["pixels", "locally_normalized_pixels"]
-__all__ = ["OUR_SWIN_NAMES", "bias_tables", "convert_windows", "window_of_table"]
 
 _TABLE = "relative_position_bias_table"
 _PUBLISHED_RATIO = 0.6

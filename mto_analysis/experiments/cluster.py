@@ -9,8 +9,6 @@ from typing import Any
 from mto_analysis.experiments.running import Engine, threads_for
 from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
 
-__all__ = ["RayEngine"]
-
 # Seconds until another node's process on the same task is gone, when the node itself was lost.
 _PATIENCE = 120.0
 

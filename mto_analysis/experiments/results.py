@@ -19,8 +19,6 @@ from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TIME", "Results", "collect"]
-
 #: The axis of equal time: seconds of training, evaluations not counted. A step of a method lasts the median over all
 #: its runs, so other work on the machine, a pause or a restart leaves no trace.
 TIME = "seconds"

@@ -16,8 +16,6 @@ from mto_analysis.errors import MTOAnalysisError
 from mto_analysis.experiments.runs import ExperimentRuns, Run, read_progress
 from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
 
-__all__ = ["Engine", "LocalEngine", "Progress", "RunFailedError", "do_runs", "threads_for", "total_steps"]
-
 # Seconds between two looks at how far runs are.
 _LOOK_EVERY = 0.5
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from mto_analysis.experiments.worker import Resources
 
-__all__ = ["ExperimentRuns", "Run", "best_candidate", "read_curve"]
-
 # Bytes at the end of a file that hold its last row.
 _MOST_OF_A_ROW = 8192
 

@@ -26,8 +26,6 @@ from mto_analysis.training.evaluation import Evaluation
 from mto_analysis.training.recipes import Recipe, load_recipe
 from mto_analysis.training.settings import Precision, read_mto
 
-__all__ = ["Arm", "Candidate", "Choice", "Experiment", "Images", "Variant", "experiment_names", "load_experiment"]
-
 #: So many candidates at most, or the choice itself becomes a search that the seeds of the experiment pay for.
 MOST_CANDIDATES = 6
 

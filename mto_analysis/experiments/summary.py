@@ -15,8 +15,6 @@ from mto_analysis.rauc.comparison import Comparison
 from mto_analysis.rauc.intervals import Interval, mean_interval
 from mto_analysis.runtime.render import render
 
-__all__ = ["config_words", "summary_page", "verdict"]
-
 
 def summary_page(experiment: Experiment, results: Results, *, device: str, jobs: int, num_images: int) -> str:
     """The page as Markdown.

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple, Protocol
 
 from mto_analysis.errors import MTOAnalysisError, RunInUseError, explained
 
-__all__ = ["Outcome", "Resources", "Task", "attempt", "main", "perform"]
-
 _PROGRAM = "from mto_analysis.experiments.worker import main; main()"
 
 

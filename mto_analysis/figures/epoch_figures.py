@@ -19,8 +19,6 @@ from mto_analysis.probe.request import masked_batch
 from mto_analysis.probe.shown import ShownModel
 from mto_analysis.training.showing import Shown
 
-__all__ = ["EpochFigures"]
-
 
 class EpochFigures:
     """Measures and draws a model on a few images, always the same, under its own mask rule with seed 0.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     #: A table (``NAME.csv``), bytes, metadata (``.json``), or what draws a figure (``NAME``: a file per format).
     Output = pd.DataFrame | bytes | Mapping[str, Any] | Callable[[], Figure]
 
-__all__ = ["CAPTIONS", "add_captions", "file_names", "merge_captions", "write_figure", "write_outputs"]
-
 #: File of the captions, beside the figures; a figure that is drawn anew replaces its own paragraph in it.
 CAPTIONS = "captions.md"
 

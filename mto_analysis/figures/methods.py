@@ -7,8 +7,6 @@ from typing import Any
 
 from mto_analysis.probe.measures import names_of
 
-__all__ = ["methods_paragraph"]
-
 _PAPER = '"Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024)'
 _PROTOCOLS = {
     "knn": "weighted k-nearest-neighbour classification on features of the frozen encoder",

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "STYLES", "DrawingOptions", "current_drawing", "drawing", "inches"]
-
 #: ``screen`` has its notes inside the figure, ``paper`` keeps them for the caption and has serif type, ``slides`` has
 #: large type and heavy lines.
 STYLES = ("screen", "paper", "slides")

@@ -14,8 +14,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-__all__ = ["render_page"]
-
 _ASSETS = Path(__file__).parents[1] / "assets"
 
 

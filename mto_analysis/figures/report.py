@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["ReportContents", "render_report"]
-
 # Viridis at 33 places; the script draws straight lines between them.
 _MAP_COLOURS = [[round(255 * value) for value in mpl.colormaps["viridis"](at / 32)[:3]] for at in range(33)]
 

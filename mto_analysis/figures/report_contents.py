@@ -19,8 +19,6 @@ from mto_analysis.probe.shown import ShownModel, show, shown_models
 from mto_analysis.probe.study import measure_checkpoints
 from mto_analysis.runtime.outputs import run_metadata
 
-__all__ = ["collect_report", "demo_report", "used_versions"]
-
 
 def collect_report(request: Request, *, shown: Sequence[str] | int = 4) -> ReportContents:
     """Measure checkpoints on the same images and look at a few of them closely.

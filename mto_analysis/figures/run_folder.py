@@ -9,8 +9,6 @@ from mto_analysis.figures.files import write_figure
 from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
 from mto_analysis.training.state import RunFolder
 
-__all__ = ["draw_run_folder"]
-
 # With fewer epochs, means over them would be a line of few points: single steps say more.
 _FEW_EPOCHS = 10
 

@@ -17,8 +17,6 @@ from mto_analysis.images.loading import Loader
 from mto_analysis.models import ModelInfo
 from mto_analysis.models.interface import height_and_width
 
-__all__ = ["BrokenImage", "ImageBatch", "image_batches", "preprocessing"]
-
 
 class ImageBatch(NamedTuple):
     """Preprocessed images with their names.

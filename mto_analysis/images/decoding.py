@@ -21,8 +21,6 @@ from torch import Tensor
 
 from mto_analysis.errors import DataError
 
-__all__ = ["ValueRange", "decode_image", "decode_pixels", "decode_samples", "range_in_words"]
-
 #: The values of black and of white.
 ValueRange = tuple[float, float]
 

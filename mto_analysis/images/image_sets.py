@@ -15,8 +15,6 @@ from pathlib import Path
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.images.interface import Images, choose_rows, spread_rows, unreadable
 
-__all__ = ["ImageSet", "bundled_sets", "load_image_set", "summarize_images"]
-
 _BUNDLED = Path(__file__).parents[1] / "assets" / "image_sets"
 _COLUMNS = ["image", "sha256"]
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -14,17 +14,6 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
-__all__ = [
-    "Images",
-    "choose_images",
-    "choose_rows",
-    "contents_digest",
-    "naming",
-    "reason_of",
-    "spread_rows",
-    "unreadable",
-]
-
 
 class Images(ABC):
     """Named images that can be opened one by one."""

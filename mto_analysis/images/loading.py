@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError, explained
 
-__all__ = ["Loader", "usual_workers"]
-
 # Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
 _TIMEOUT = 300
 # Seconds for the signal of a process's end, which may come after its connection is lost.

@@ -16,8 +16,6 @@ from mto_analysis.images.interface import Images, reason_of
 from mto_analysis.images.reading import read_content, read_pixels
 from mto_analysis.images.sampling import ImageSampler, Rows
 
-__all__ = ["HeldImages", "decode_all", "fits_memory"]
-
 LARGEST = 2 * 1024**3  # bytes of all images together
 _LOOKED_AT = 64
 

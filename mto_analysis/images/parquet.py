@@ -12,8 +12,6 @@ from typing import Any
 from mto_analysis.errors import DataError
 from mto_analysis.images.interface import Images
 
-__all__ = ["open_parquet"]
-
 
 class _ParquetImages(Images):
     """Image cells, bytes or a struct with ``bytes`` and ``path``, in groups of rows; one group at a time is in memory.

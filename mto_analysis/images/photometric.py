@@ -15,8 +15,6 @@ from torchvision.transforms.v2 import functional
 from mto_analysis.runtime.randomness import Keys, keyed_uniform
 from mto_analysis.runtime.settings import Fraction, Positive, Rising, Settings, Within
 
-__all__ = ["CONMIM_TEACHER", "Photometric"]
-
 _ADJUST = (
     functional.adjust_brightness,
     functional.adjust_contrast,

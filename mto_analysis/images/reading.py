@@ -7,8 +7,6 @@ from torch import Tensor
 from mto_analysis.images.decoding import decode_pixels
 from mto_analysis.images.interface import Images, naming, unreadable
 
-__all__ = ["read_content", "read_pixels"]
-
 
 def read_content(images: Images, row: int) -> bytes:
     """The encoded file of an image.

@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Interpolation", "crop_matrices", "resample", "shift_matrices"]
-
 Interpolation = Literal["bicubic", "bilinear"]
 
 _UNIT = 2.0**14

@@ -15,8 +15,6 @@ from mto_analysis.images.augmentation import Augmentation, Geometry
 from mto_analysis.masks import MaskRule, mask_keys
 from mto_analysis.runtime.randomness import Keys, keyed_permutation, keyed_uniform, name_keys
 
-__all__ = ["ImageSampler", "Rows"]
-
 Rows = npt.NDArray[np.int64]
 _REPLACEMENTS = 64  # tries to find a good image in place of a broken one
 

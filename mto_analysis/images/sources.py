@@ -17,8 +17,6 @@ from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.images.decoding import ValueRange
 from mto_analysis.images.interface import Images
 
-__all__ = ["SUFFIXES", "open_images"]
-
 SUFFIXES = tuple(
     f".{each}"
     for each in (

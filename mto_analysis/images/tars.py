@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 from mto_analysis.errors import DataError
 from mto_analysis.images.interface import Images
 
-__all__ = ["open_tars"]
-
-
 _END = bytes(1024)  # the two blocks of zeros that end an archive
 
 

@@ -23,8 +23,6 @@ from mto_analysis.images.sampling import ImageSampler, Rows
 from mto_analysis.images.workers import BatchPlan, CroppedBatch, CroppedBatches
 from mto_analysis.masks import MaskRule
 
-__all__ = ["EpochData", "TrainBatch", "TrainingData", "steps_in_epoch"]
-
 
 class TrainBatch(NamedTuple):
     """Augmented images with their masks, on the device.

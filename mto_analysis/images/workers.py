@@ -17,8 +17,6 @@ from mto_analysis.images.loading import Loader
 from mto_analysis.images.reading import read_pixels
 from mto_analysis.images.sampling import ImageSampler, Rows
 
-__all__ = ["BatchPlan", "CroppedBatch", "CroppedBatches"]
-
 
 class BatchPlan(NamedTuple):
     """One micro-batch before anything is read; its place is step, micro-batch of the step, and process."""

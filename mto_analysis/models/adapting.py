@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.interface import MaskedImageModel
 
-__all__ = ["fix_key_biases", "set_drop_path", "with_config"]
-
 
 def with_config(model: MaskedImageModel, config: Any) -> MaskedImageModel:
     """The same weights in an architecture whose shapes are the same, such as one of other numbers of heads.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CrossAttention"]
-
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries over keys and values from elsewhere.

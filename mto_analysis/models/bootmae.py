@@ -16,8 +16,6 @@ from mto_analysis.models.interface import ImageSize, ModelInfo
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
-__all__ = ["BootMAE", "BootMAEConfig"]
-
 
 @dataclass(frozen=True)
 class BootMAEConfig:

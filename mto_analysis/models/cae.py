@@ -16,8 +16,6 @@ from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
 from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
-__all__ = ["CAE", "CAEConfig"]
-
 
 @dataclass(frozen=True)
 class CAEConfig:

@@ -10,8 +10,6 @@ from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import ModelInfo
 from mto_analysis.taps.tokens import last_depth
 
-__all__ = ["ConMIM", "ConMIMConfig"]
-
 
 @dataclass(frozen=True)
 class ConMIMConfig(InpaintingConfig):

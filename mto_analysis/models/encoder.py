@@ -11,8 +11,6 @@ from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import VisiblePatches
 from mto_analysis.taps.tokens import run_blocks
 
-__all__ = ["PositionedEncoder"]
-
 
 class PositionedEncoder(StackedModel):
     """A family whose encoder gives all patches of an image their positions and runs its blocks one after the other.

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from mto_analysis.models.inpainting import InpaintingConfig, InpaintingViT
 from mto_analysis.models.interface import ModelInfo
 
-__all__ = ["EVA02", "EVA02Config", "rotary_table"]
-
 
 @dataclass(frozen=True)
 class EVA02Config(InpaintingConfig):

@@ -13,8 +13,6 @@ from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import VisiblePatches, finer_mask, patch_embedding
 from mto_analysis.models.windows import window_stages
 
-__all__ = ["GreenMIM", "GreenMIMConfig"]
-
 
 @dataclass(frozen=True)
 class GreenMIMConfig(MAEConfig):

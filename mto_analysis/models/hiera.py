@@ -16,8 +16,6 @@ from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import VisiblePatches, coarser_mask, feed_forward, finer_mask, transformer_blocks
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
-__all__ = ["Hiera", "HieraConfig"]
-
 _EMBED_STRIDE = 4
 
 

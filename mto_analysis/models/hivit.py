@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import VisiblePatches, feed_forward, transformer_blocks
 
-__all__ = ["HiViT", "HiViTConfig"]
-
 _INNER = 4
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from mto_analysis.models.interface import MaskedImageModel
 from mto_analysis.models.live import LiveModel
 
-__all__ = ["initialization_of", "initialize", "mask_token_names", "random_weights", "with_mask_token"]
-
 _STD = 0.02
 
 #: Families of the BEiT code base: their own deviation cuts everything off, and branches shrink with the block.

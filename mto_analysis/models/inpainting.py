@@ -15,8 +15,6 @@ from mto_analysis.models.stacked import StackedModel
 from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
-__all__ = ["InpaintingConfig", "InpaintingViT"]
-
 
 @dataclass(frozen=True)
 class InpaintingConfig:

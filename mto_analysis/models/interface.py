@@ -14,18 +14,6 @@ from torch import Tensor, nn
 from mto_analysis.masks import MaskRule, check_mask
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = [
-    "HEADS_ASSUMED",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "ImageSize",
-    "MaskedImageModel",
-    "ModelInfo",
-    "as_image_size",
-    "check_heads",
-    "height_and_width",
-]
-
 #: Side of a square image in pixels, or its height and width.
 ImageSize = int | tuple[int, int]
 

@@ -26,8 +26,6 @@ from mto_analysis.taps.search import find_stacks, hinted_grids, sizes_of, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
 from mto_analysis.taps.tokens import LayerTokens
 
-__all__ = ["Call", "LiveModel", "inferred_info"]
-
 #: Calls a model on images with a mask ``batch num_patches``, or ``None`` for the model's own.
 Call = Callable[[nn.Module, Tensor, Tensor | None], Any]
 

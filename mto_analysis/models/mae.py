@@ -14,8 +14,6 @@ from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
 from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
-__all__ = ["MAE", "MAEConfig"]
-
 
 @dataclass(frozen=True)
 class MAEConfig:

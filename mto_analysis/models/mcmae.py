@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import VisiblePatches, finer_mask, transformer_blocks
 
-__all__ = ["MCMAE", "MCMAEConfig"]
-
 
 @dataclass(frozen=True)
 class MCMAEConfig(MAEConfig):

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.mae import MAE, MAEConfig
 
-__all__ = ["MFF", "MFFConfig"]
-
 
 @dataclass(frozen=True)
 class MFFConfig(MAEConfig):

@@ -14,8 +14,6 @@ from mto_analysis.models.mae import MAE, MAEConfig
 from mto_analysis.models.vit import feed_forward
 from mto_analysis.taps.tokens import run_blocks
 
-__all__ = ["MILAN"]
-
 
 class MILAN(MAE):
     """Masked image pretraining on language assisted representation. Layer 0 is the decoder's input.

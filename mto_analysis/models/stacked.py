@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mto_analysis.models.interface import MaskedImageModel
 from mto_analysis.taps.tokens import LayerTokens, to_layers
 
-__all__ = ["StackedModel"]
-
 
 class StackedModel(MaskedImageModel):
     """A family implements :meth:`stack_blocks` and :meth:`_hidden`; depths and tokens of patches follow."""

@@ -17,8 +17,6 @@ from mto_analysis.models.vit import coarser_mask, patch_embedding
 from mto_analysis.models.windows import window_stages
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
-__all__ = ["SimMIMSwin", "SwinConfig"]
-
 
 @dataclass(frozen=True)
 class SwinConfig:

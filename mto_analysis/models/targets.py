@@ -11,19 +11,6 @@ from torch.nn import functional as F
 
 from mto_analysis.models.vit import patchify, unpatchify
 
-__all__ = [
-    "NEIGHBOURHOOD",
-    "Target",
-    "mean_prediction",
-    "normalize_channels",
-    "normalize_locally",
-    "normalize_patches",
-    "patch_loss",
-    "reconstruction_loss",
-    "restore_patches",
-    "target_patches",
-]
-
 Target = Literal["pixels", "normalized_pixels", "normalized_channels", "locally_normalized_pixels"]
 
 #: Side in pixels of the neighbourhood of a locally normalised pixel.

@@ -10,20 +10,6 @@ from timm.layers import Mlp, PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = [
-    "RelativePositionBias",
-    "VisiblePatches",
-    "coarser_mask",
-    "feed_forward",
-    "finer_mask",
-    "patch_embedding",
-    "patchify",
-    "relative_position_index",
-    "sincos_table",
-    "transformer_blocks",
-    "unpatchify",
-]
-
 
 def transformer_blocks(
     dim: int,

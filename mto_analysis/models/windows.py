@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from mto_analysis.models.vit import RelativePositionBias, feed_forward, relative_position_index, transformer_blocks
 
-__all__ = ["PatchMerging", "WindowBlock", "window_coordinates", "window_stages"]
-
 # Between regions that the cyclic shift brought together; the original adds it rather than minus infinity.
 _APART = -100.0
 _MOST_LOGIT_SCALE = 4.605170185988092  # log 100

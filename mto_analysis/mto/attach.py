@@ -20,8 +20,6 @@ from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
 
-__all__ = ["MTO", "attach_mto", "with_loss"]
-
 # In nats, mean or sum over rows: below this every visible token resembles only itself.
 _DEAD = 1e-4
 

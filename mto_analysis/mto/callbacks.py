@@ -21,8 +21,6 @@ try:
 except ImportError as error:
     raise ImportError("MTOTrainerCallback needs transformers: pip install mto-analysis[libraries]") from error
 
-__all__ = ["MTOTrainerCallback"]
-
 
 class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """For ``Trainer(callbacks=[MTOTrainerCallback(...)])``: adds the losses to the model's own, and logs them and H.

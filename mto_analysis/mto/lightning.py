@@ -19,8 +19,6 @@ except ImportError:
     except ImportError as error:
         raise ImportError("MTOLightningCallback needs Lightning: pip install mto-analysis[lightning]") from error
 
-__all__ = ["MTOLightningCallback"]
-
 
 class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
     """For ``Trainer(callbacks=[MTOLightningCallback(...)])``: adds the losses to that of ``training_step``.

@@ -20,18 +20,6 @@ from mto_analysis.affinity import TokenSplit
 from mto_analysis.affinity.entropies import masked_rows_entropy, token_products, visible_rows_entropy
 from mto_analysis.runtime.settings import Natural, NonNegative, Positive, Rising, Settings
 
-__all__ = [
-    "LayerProducts",
-    "MTOConfig",
-    "MTOTerms",
-    "combine_terms",
-    "embedding_loss",
-    "layer_products",
-    "mto_loss",
-    "ranking_loss",
-    "sparsity_loss",
-]
-
 Similarity = Literal["dot", "scaled_dot", "cosine"]
 
 # The values of settings that are one of a few words.

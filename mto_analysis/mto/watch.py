@@ -16,9 +16,6 @@ from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = ["EvaluationWatch", "Watch", "of_all_processes", "watch_mto"]
-
-
 _Value = TypeVar("_Value")
 
 

@@ -16,8 +16,6 @@ from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens, MaskedImageModel
 from mto_analysis.runtime.randomness import name_keys
 
-__all__ = ["KINDS", "EmbeddingRows", "Row", "Setup", "TokenMeasure", "groups_of", "kind_means", "wide"]
-
 #: Kinds of tokens, in the order of :func:`kind_means`.
 KINDS = ("masked", "visible")
 

@@ -23,8 +23,6 @@ from mto_analysis.taps.attention import Attended, tap_attention
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ATTENTION_STATISTICS", "Attention", "attention_statistics", "patch_distances"]
-
 #: Columns: share of a query's attention on keys of the other kind, and its entropy (nats) among these keys; then of
 #: queries of each kind the entropy among all keys, and the mean distance of the patches attended to (in patches).
 ATTENTION_STATISTICS = (

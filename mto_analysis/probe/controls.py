@@ -25,8 +25,6 @@ from mto_analysis.probe.study import HeterogeneityStudy
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CONTROLS", "ControlMeasure", "Controls", "control_bands", "control_sentences"]
-
 #: What each control is, as figure and sentences name it.
 CONTROLS = {
     "random_weights": "random weights",

@@ -19,8 +19,6 @@ from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints, mo
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Definitions", "measure_definitions"]
-
 
 class Definitions:
     """Watches models for :func:`measure_checkpoints` and makes the two tables from what it saw."""

@@ -17,8 +17,6 @@ from torch.nn.functional import layer_norm, normalize
 from mto_analysis.affinity import TokenSplit, row_entropy
 from mto_analysis.models import LayerTokens, MaskedImageModel
 
-__all__ = ["COSINE_TEMPERATURE", "DEFINITIONS", "Definition", "DefinitionMeasure"]
-
 #: Cosines lie between -1 and 1; divided by this, a softmax can tell them apart.
 COSINE_TEMPERATURE = 0.1
 

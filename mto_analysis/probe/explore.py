@@ -17,8 +17,6 @@ from mto_analysis.probe.engine import undisturbed
 from mto_analysis.probe.reconstruction import in_colour, to_pixels
 from mto_analysis.probe.shown import ShownModel
 
-__all__ = ["MAX_PATCHES", "Explored", "ExploredDepth", "ExploredImage", "PackedProducts", "explore_shown"]
-
 #: Larger token grids (the first stages of a Swin) are left out: a map of 576 patches takes half a megabyte.
 MAX_PATCHES = 400
 

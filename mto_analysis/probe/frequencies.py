@@ -11,8 +11,6 @@ from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import TokenMeasure
 
-__all__ = ["Frequency", "frequency_amplitudes"]
-
 
 def frequency_amplitudes(tokens: Tensor, mask: Tensor, grid: Sequence[int]) -> Tensor:
     r"""Amplitude of low and of high spatial frequencies of visible tokens, and the logarithm of their ratio.

@@ -19,8 +19,6 @@ from mto_analysis.models.adapting import with_config
 from mto_analysis.probe.engine import undisturbed
 from mto_analysis.probe.own_loss import predicts_pixels, relative_losses, without_pixels
 
-__all__ = ["COMPARED_IMAGES", "HeadCounts", "clearly_lower", "compare_heads", "head_candidates", "lowest_loss"]
-
 #: Images that decide between two counts.
 COMPARED_IMAGES = 64
 # Images that the search looks at: for a count to choose, one that was given, and one of a published width, of which

@@ -26,20 +26,6 @@ from mto_analysis.taps.interventions import BlockChange, BlockCut, intervene
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "CONDITIONS",
-    "INTERVENTIONS",
-    "MEASURES",
-    "Group",
-    "InterventionStudy",
-    "cut_pairs",
-    "effects",
-    "intervene_on_checkpoints",
-    "intervention_sentences",
-    "token_groups",
-    "with_targets",
-]
-
 #: What is done to the target tokens where they enter a block, and what that is called in figures.
 INTERVENTIONS = {
     "cut_visible_to_masked": "cut visible to masked (Q3)",

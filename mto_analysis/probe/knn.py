@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["knn_scores"]
-
 #: Cosines held at once.
 _MOST_VALUES = 2**24
 

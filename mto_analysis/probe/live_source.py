@@ -14,8 +14,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.models.live import LiveModel, inferred_info
 
-__all__ = ["LiveSource"]
-
 
 class LiveSource(str):
     """``package.module:factory``, a function without arguments that returns a model, and the file of its weights.

@@ -19,8 +19,6 @@ from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["AffinityStudy", "MapRecorders", "map_checkpoints", "quadrant_table"]
-
 QUADRANT_NAMES = {1: "masked-masked", 2: "masked-visible", 3: "visible-masked", 4: "visible-visible"}
 
 

@@ -19,8 +19,6 @@ from mto_analysis.probe.similarity import CKA
 from mto_analysis.probe.spectra import Cosine, Lidar, Rank, RankMe
 from mto_analysis.runtime.plugins import Plugin, plugins
 
-__all__ = ["MEASURES", "Function", "Measure", "Measures", "PluginFunction", "known_measures", "measuring", "names_of"]
-
 #: A number per image from its tokens ``batch num_patches dim`` at one layer depth.
 Measure = Callable[[Tensor, TokenSplit], Tensor]
 

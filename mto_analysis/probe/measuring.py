@@ -23,8 +23,6 @@ from mto_analysis.runtime.randomness import name_keys
 from mto_analysis.taps.search import hinted_grids, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = ["measure"]
-
 
 def measure(
     model: nn.Module,

@@ -14,8 +14,6 @@ from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.live import LiveModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
-__all__ = ["OwnLoss", "losses_of", "own_loss", "predicts_pixels", "relative_losses", "without_pixels"]
-
 
 class OwnLoss(NamedTuple):
     """The model's own loss and that of predicting the mean, averaged over images."""

@@ -17,8 +17,6 @@ from mto_analysis.probe.engine import mean_and_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_stacks", "common_num_visible", "paired_difference", "rule_leaving"]
-
 
 def _unit(info: ModelInfo) -> int:
     """Patches that are masked or left visible together."""

@@ -16,8 +16,6 @@ from mto_analysis.models import LayerTokens, MaskedImageModel
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PropertyMeasure"]
-
 
 class PropertyMeasure:
     """Collects the properties during a probe, as a layer measure that adds no column.

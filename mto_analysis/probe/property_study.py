@@ -13,8 +13,6 @@ from mto_analysis.probe.properties import PropertyMeasure
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Properties"]
-
 
 class Properties:
     """Watches models for :func:`~mto_analysis.probe.study.measure_checkpoints`."""

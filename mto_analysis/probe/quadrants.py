@@ -19,8 +19,6 @@ from mto_analysis.affinity.products import multiply
 from mto_analysis.models import LayerTokens
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 
-__all__ = ["QUADRANT_STATISTICS", "AffinityKind", "AffinityMap", "AffinityMaps", "quadrant_statistics"]
-
 #: What an affinity says of two tokens: share of a row's softmax (the paper's psi), dot product, or cosine.
 AffinityKind = Literal["softmax", "dot", "cosine"]
 

@@ -22,18 +22,6 @@ from mto_analysis.runtime.listener import Listener
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "MASK_GREY",
-    "Reconstruction",
-    "ReconstructionStudy",
-    "Views",
-    "in_colour",
-    "reconstruct_models",
-    "reconstruct_shown",
-    "reconstruction_views",
-    "to_pixels",
-]
-
 #: Colour of masked patches, in pixels from 0 to 1.
 MASK_GREY = 0.5
 

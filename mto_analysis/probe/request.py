@@ -31,8 +31,6 @@ from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import chosen_labels
 from mto_analysis.runtime.processes import Processes
 
-__all__ = ["LoadedModel", "Request", "Settings", "masked_batch"]
-
 _CHECKED_IMAGES = 16
 
 

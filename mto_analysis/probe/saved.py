@@ -9,8 +9,6 @@ import pandas as pd
 
 from mto_analysis.errors import DataError, DataNotFoundError
 
-__all__ = ["read_effects", "read_tables"]
-
 _COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
 _WORDS = ("model", "stack", "intervention", "condition", "measure")
 _EFFECTS = (*_WORDS, "from_depth", "effect", "ci_low", "ci_high", "num_images")

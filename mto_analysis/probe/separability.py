@@ -15,8 +15,6 @@ from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure, groups_of, wide
 from mto_analysis.runtime.statistics import reach_of_mean
 
-__all__ = ["Separability", "explained_labels", "label_moments"]
-
 #: Tokens of each kind and image that are taken: more of one image tell little that is new, and take time.
 MOST_TOKENS = 32
 

@@ -16,8 +16,6 @@ from mto_analysis.probe.engine import LayerMeasure, MaskSource, ProbeResult, run
 from mto_analysis.probe.measures import Measures, measuring
 from mto_analysis.probe.request import Request, masked_batch
 
-__all__ = ["Anchored", "Shared", "shared_probe"]
-
 
 @runtime_checkable
 class Shared(Protocol):

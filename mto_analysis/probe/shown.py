@@ -14,8 +14,6 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.own_loss import OwnLoss
 from mto_analysis.probe.request import LoadedModel, Request, masked_batch
 
-__all__ = ["ShownModel", "show", "shown_models"]
-
 
 @dataclass(frozen=True)
 class ShownModel:

@@ -13,8 +13,6 @@ from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import KINDS, Row, Setup, TokenMeasure, wide
 from mto_analysis.runtime.statistics import jackknife_interval
 
-__all__ = ["CKA", "linear_cka", "unbiased_hsic"]
-
 #: Fewer images have no unbiased HSIC.
 _FEWEST_IMAGES = 4
 

@@ -15,8 +15,6 @@ from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import KINDS, EmbeddingRows, Row, Setup, TokenMeasure, groups_of
 from mto_analysis.runtime.statistics import jackknife_interval
 
-__all__ = ["Cosine", "Lidar", "Rank", "RankMe", "effective_rank", "lidar", "mean_cosine", "rankme"]
-
 #: Added to each share of a spectrum by RankMe and LiDAR.
 _SHARE_EPSILON = 1e-7
 

@@ -22,8 +22,6 @@ from mto_analysis.probe.sharing import shared_probe
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeterogeneityStudy", "Watch", "measure_checkpoints", "model_first", "together"]
-
 _PER_IMAGE = ("model", "stack", "layer_depth", "image", "mask", "num_masked", "num_visible", "heterogeneity")
 
 #: What else to measure in the same pass, given the model and its label; entered before the pass and left after it.

@@ -23,20 +23,6 @@ from mto_analysis.rauc.comparison import Comparison, shared_epochs, thinned
 from mto_analysis.rauc.curves import CurveTable
 from mto_analysis.rauc.intervals import BOOTSTRAP_SEED, FEWEST_RUNS_TO_RESAMPLE, RESAMPLES, divide
 
-__all__ = [
-    "IMPROVEMENT",
-    "INTERVAL_METHOD",
-    "MEASURES",
-    "Aggregates",
-    "aggregate",
-    "iqm",
-    "mean_of_tasks",
-    "median_of_tasks",
-    "performance_profile",
-    "probability_of_improvement",
-    "stratified_bootstrap",
-]
-
 Vector = NDArray[np.float64]
 #: The scores of each task's runs, along the last axis.
 Tasks = Sequence[Vector]

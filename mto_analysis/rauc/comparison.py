@@ -39,19 +39,6 @@ from mto_analysis.rauc.intervals import (
     unpaired_moments,
 )
 
-__all__ = [
-    "Comparison",
-    "Pairing",
-    "common_window",
-    "compare",
-    "compare_methods",
-    "mean_curve",
-    "scores_at",
-    "shared_epochs",
-    "thinned",
-    "window_grid",
-]
-
 Pairing = Literal["auto", "seed", "none"]
 Vector = NDArray[np.float64]
 

@@ -26,8 +26,6 @@ from mto_analysis.rauc.logs.records import grouped
 from mto_analysis.rauc.logs.tidying import Unit, curve_starts, tidy
 from mto_analysis.runtime.settings import Options, Positive, Reader, Settings, Within
 
-__all__ = ["CurveTable", "Source", "listed_sources", "on_axis", "read_curves"]
-
 #: File names that say nothing about the method; the folder's name does.
 _NAMELESS = ("log", "log_rank0", "summary", "metrics", "trainer_state", "scalars", "events")
 

@@ -19,26 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from mto_analysis.rauc.areas import LARGEST_RATIO, Points, epochs_to_score, share_saved
 from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
 
-__all__ = [
-    "BOOTSTRAP_SEED",
-    "FEWEST_RUNS_TO_RESAMPLE",
-    "RESAMPLES",
-    "Interval",
-    "Moments",
-    "bca_paired",
-    "bca_unpaired",
-    "decimals",
-    "difference_band",
-    "difference_interval",
-    "divide",
-    "fieller",
-    "mean_interval",
-    "no_interval",
-    "paired_moments",
-    "saved_interval",
-    "unpaired_moments",
-]
-
 Vector = NDArray[np.float64]
 
 #: Below this many runs the bootstrap has too few distinct samples to say anything (4 runs: 35).

@@ -14,18 +14,6 @@ from mto_analysis.rauc.intervals import Interval, no_interval
 if TYPE_CHECKING:
     from mto_analysis.rauc.aggregates import Aggregates
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "aggregate_record",
-    "aggregate_table",
-    "as_frame",
-    "as_record",
-    "details",
-    "ratio_in_words",
-    "table1",
-]
-
-
 #: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
 _MOST_CROSSINGS = 20
 

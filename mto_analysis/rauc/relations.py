@@ -24,20 +24,6 @@ from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.rauc.curves import Source, read_curves
 from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
 
-__all__ = [
-    "FEWEST_METHODS",
-    "FEWEST_RUNS",
-    "Correlation",
-    "Relations",
-    "holm",
-    "over_seeds",
-    "partial_rank_correlation",
-    "rank_correlation",
-    "read_measures",
-    "read_scores",
-    "relate",
-]
-
 Vector = NDArray[np.float64]
 
 #: With fewer methods than this, plus one per measure that is held constant, nothing is concluded across methods.

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Listener", "Progress", "duration"]
-
 #: Wraps items that pass by, given their number and a label.
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 

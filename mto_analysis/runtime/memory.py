@@ -8,8 +8,6 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["Scratch", "lasting_memory"]
-
 
 def lasting_memory(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Memory for what is kept while a model runs.

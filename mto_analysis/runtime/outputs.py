@@ -22,22 +22,6 @@ from mto_analysis.errors import OutputError, OutputExistsError, RunInUseError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "OutputFolder",
-    "atomic_file",
-    "check_writable",
-    "chosen_labels",
-    "csv_bytes",
-    "file_word",
-    "file_words",
-    "folder_in_use",
-    "json_bytes",
-    "labels_of",
-    "locked_folder",
-    "run_metadata",
-    "write_atomically",
-]
-
 _LOCK = ".lock"
 _REPORTED_PACKAGES = ("mto-analysis", "torch", "timm", "numpy", "pandas", "matplotlib", "pillow", "safetensors")
 

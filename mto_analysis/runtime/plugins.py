@@ -8,8 +8,6 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Plugin", "plugins"]
-
 _Result = TypeVar("_Result")
 
 

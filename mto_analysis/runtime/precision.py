@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "fast_float32", "full_float32"]
-
 #: Number formats by the words of options and tables.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

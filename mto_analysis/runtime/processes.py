@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["OtherProcessError", "Processes", "failing_together", "is_connected", "pick_device", "this_process"]
-
 Value = TypeVar("Value")
 
 # The names of torchrun (and accelerate on GPUs), then those of the MPI launchers that accelerate uses on CPUs.

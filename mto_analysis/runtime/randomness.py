@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["keyed_permutation", "keyed_uniform", "name_keys"]
-
 Keys = npt.NDArray[np.uint64]
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)

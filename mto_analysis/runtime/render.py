@@ -9,8 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["render"]
-
 
 def render(table: pd.DataFrame, kind: str, *, title: str = "", notes: Sequence[str] = ()) -> str:
     r"""A table as text; columns of numbers are aligned right.

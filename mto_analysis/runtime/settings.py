@@ -17,25 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-__all__ = [
-    "Below1",
-    "Count",
-    "Fraction",
-    "Natural",
-    "NonNegative",
-    "Options",
-    "Positive",
-    "Reader",
-    "Rising",
-    "Settings",
-    "Share",
-    "Within",
-    "bundled_names",
-    "field_types",
-    "open_settings",
-    "toml_value",
-]
-
 T = TypeVar("T")
 
 _TRUE = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

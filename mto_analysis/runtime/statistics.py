@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["jackknife_interval", "reach_of_mean", "t_quantile"]
-
 
 def t_quantile(freedom: ArrayLike, confidence: float = 0.95) -> NDArray[np.float64]:
     """Two-sided quantile of Student's t: an interval reaches this many standard errors to either side.

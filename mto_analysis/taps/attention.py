@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["MULTI_HEAD", "SOFTMAX", "Attended", "AttentionListener", "tap_attention"]
-
 #: Functions whose last dimension are the weights of keys, where attention is written out.
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 #: Arguments of ``multi_head_attention_forward`` by name.

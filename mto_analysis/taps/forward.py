@@ -16,8 +16,6 @@ from mto_analysis.errors import StackError
 from mto_analysis.taps.search import hinted_patches, hinted_prefix, path_of
 from mto_analysis.taps.stacks import Found, StackSpec, find_rows, rounded_rows, with_position
 
-__all__ = ["REQUESTED", "Forward", "NotEntered", "Stack"]
-
 #: More prefix tokens than any published model has; beyond, the size of a forward does not fit.
 _MOST_PREFIX = 64
 

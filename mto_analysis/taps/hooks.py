@@ -18,8 +18,6 @@ from mto_analysis.taps.forward import REQUESTED, Forward, NotEntered, Stack
 from mto_analysis.taps.search import holders_of
 from mto_analysis.taps.stacks import Found, NoTokens, StackSpec, find_tokens
 
-__all__ = ["Attached", "CollapseWarning", "collapse_of", "on_output", "recomputing", "warn_of"]
-
 # In nats: below this H of every layer, its gradients are gone.
 _COLLAPSED = 1e-4
 

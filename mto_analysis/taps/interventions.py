@@ -21,8 +21,6 @@ from torch.overrides import TorchFunctionMode
 from mto_analysis.errors import StackError
 from mto_analysis.taps.attention import MULTI_HEAD, SOFTMAX
 
-__all__ = ["BlockChange", "BlockCut", "StackPass", "blocked", "intervene"]
-
 #: From a block's number, counted from 1, and its tokens ``batch num_tokens dim`` to what it gets in their place.
 BlockChange = Callable[[int, Tensor], Tensor]
 #: From the same to the pairs that are cut, ``batch num_tokens num_tokens`` (query, key), or ``None`` for none.

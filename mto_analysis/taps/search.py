@@ -17,18 +17,6 @@ from torch import Tensor, nn
 
 from mto_analysis.taps.stacks import StackSpec
 
-__all__ = [
-    "Sizes",
-    "find_stacks",
-    "hinted_grids",
-    "hinted_patches",
-    "hinted_prefix",
-    "holders_of",
-    "path_of",
-    "sizes_of",
-    "unwrap",
-]
-
 _MASK_TOKEN = re.compile(r"mask\w*(token|embed|vector|query)|(token|embed|vector|query)\w*mask", re.IGNORECASE)
 _PREFIX_TOKEN = re.compile(r"(^|_)(cls|class|dist|distillation|reg|register|storage|prefix)s?_?(token|embed)")
 _DECODES = re.compile(r"decod|predict|pixel_|feature_")

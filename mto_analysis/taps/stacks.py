@@ -19,18 +19,6 @@ from torch.utils._pytree import tree_map
 
 from mto_analysis.errors import StackError
 
-__all__ = [
-    "Found",
-    "NoTokens",
-    "StackSpec",
-    "Tap",
-    "find_rows",
-    "find_tokens",
-    "rounded_rows",
-    "version_of",
-    "with_position",
-]
-
 #: A point where tokens are read: a module's input or its output.
 Tap = tuple[nn.Module, Literal["input", "output"]]
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["LayerTokens", "last_depth", "run_blocks", "to_layers"]
-
 
 class _LayerTokens(NamedTuple):
     depth: int

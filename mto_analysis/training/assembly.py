@@ -23,8 +23,6 @@ from mto_analysis.training.randomness import step_randomness
 if TYPE_CHECKING:
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["Assembly", "total_loss"]
-
 
 def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of all terms in float32."""

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["choose_attention", "prepare_blocks", "transformer_blocks_of"]
-
 _RECOMPILE_LIMIT = 64
 
 

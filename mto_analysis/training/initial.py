@@ -15,8 +15,6 @@ from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel
 
-__all__ = ["InitialWeights"]
-
 #: Of a config, but held by tensors of the checkpoint or by other parts of the model than those that are read.
 _NO_ARCHITECTURE = ("layer_scale", "feature_dim")
 

@@ -21,8 +21,6 @@ from mto_analysis.training.showing import Show
 from mto_analysis.training.state import ADVICE, RunFolder, differences, run_layout
 from mto_analysis.training.stepping import Stepper
 
-__all__ = ["open_processes", "train"]
-
 
 def open_processes(settings: RunSettings) -> Processes:
     """The processes of a run, each with its device."""

@@ -21,8 +21,6 @@ from mto_analysis.runtime.outputs import write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Averages", "Boards", "Table", "check_boards", "heterogeneity_by_layer", "layer_of"]
-
 _HETEROGENEITY = re.compile(r"(?:(?P<stack>.+?)[._/])?heterogeneity_(?P<depth>\d+)")
 
 

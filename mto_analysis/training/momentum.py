@@ -8,8 +8,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-__all__ = ["follow", "slow_copy"]
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from mto_analysis.runtime.settings import Below1, Count, Fraction, NonNegative, Positive, Rising, Settings, Share
 
-__all__ = ["Batch", "Objective", "TrainingSettings"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Settings):

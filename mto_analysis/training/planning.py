@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mto_analysis.training.recipes import Recipe
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["Plan", "plan"]
-
 # Images in the probe steps: activations are measured at both, and grow linearly with the batch.
 _PROBES = (1, 3)
 _TIMED_STEPS = 2

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mto_analysis.images import BrokenImage, Images
     from mto_analysis.training.recipes import Recipe
 
-__all__ = ["pretrain"]
-
 
 def pretrain(
     recipe: Recipe,

@@ -17,8 +17,6 @@ from mto_analysis.masks import mask_keys
 if TYPE_CHECKING:
     from mto_analysis.training.methods.recipe import Recipe
 
-__all__ = ["noise_batch", "seeded_globally", "step_randomness"]
-
 
 @contextlib.contextmanager
 def step_randomness(seed: int, step: int, process: int, device: torch.device) -> Iterator[None]:

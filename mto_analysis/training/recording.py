@@ -18,8 +18,6 @@ from mto_analysis.training.showing import Show
 from mto_analysis.training.state import RunFolder, write_checkpoint
 from mto_analysis.training.stepping import Stepper, StepResult
 
-__all__ = ["Recorder"]
-
 # Steps after which losses are looked at, at the latest: reading them waits for the device.
 _LOOK_EVERY = 50
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from mto_analysis.training.assembly import Assembly
     from mto_analysis.training.settings import RunSettings
 
-__all__ = ["EvaluationScorer", "Scorer"]
-
 
 class Scorer(ABC):
     """Scores what is trained, every so many epochs and at the end."""

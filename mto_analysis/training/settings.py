@@ -10,8 +10,6 @@ from mto_analysis.mto import MTOConfig
 from mto_analysis.runtime.settings import Count, Natural, Options, Reader, Rising, Settings, Within
 from mto_analysis.training.evaluation.protocols import Evaluation
 
-__all__ = ["EpochRecord", "Precision", "RunSettings", "StepRecord", "mto_config", "read_mto"]
-
 Precision = Literal["fp32", "bf16", "fp16"]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from mto_analysis.training.blocks import transformer_blocks_of
 
-__all__ = ["is_sharded", "load_whole_state", "local", "shard", "synchronise", "whole", "whole_state"]
-
 
 def shard(method: nn.Module, device: torch.device) -> None:
     """Share a method's weights out, each block by itself and the rest together; in place, names stay."""

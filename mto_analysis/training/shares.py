@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["micro_batch_size"]
-
 
 def micro_batch_size(batch_size: int, *, processes: int, accumulation: int) -> int:
     """Images in one forward of one process.

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from mto_analysis.models import MaskedImageModel
 
-__all__ = ["Show", "Shown"]
-
 
 class Shown(NamedTuple):
     """What is shown of an epoch.

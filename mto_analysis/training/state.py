@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     from mto_analysis.runtime.processes import Processes
     from mto_analysis.training.settings import RunSettings
 
-__all__ = [
-    "ADVICE",
-    "RANDOMNESS",
-    "RunFolder",
-    "check_randomness",
-    "differences",
-    "read_checkpoint",
-    "run_differences",
-    "run_identity",
-    "run_layout",
-    "write_checkpoint",
-]
-
 #: What to do after a failure; an experiment is taken up by its own command instead.
 ADVICE = "fix it and go on with --resume"
 

@@ -16,8 +16,6 @@ from mto_analysis.training.assembly import Assembly, total_loss
 from mto_analysis.training.objective import Batch
 from mto_analysis.training.randomness import step_randomness
 
-__all__ = ["StepResult", "Stepper"]
-
 
 class StepResult(NamedTuple):
     """What a step gave; tensors stay on the device, so that nothing waits for it.

@@ -12,8 +12,6 @@ from mto_analysis.figures.paper.inputs import TABLE_FORMS, Drawn, Inputs, map_st
 if TYPE_CHECKING:
     from mto_analysis.figures.paper.workbench import Workbench
 
-__all__ = ["FIGURES", "PaperFigure", "find_figures"]
-
 #: ``measured``: from checkpoints; ``published``: from numbers that the paper states; ``drawn``: a schematic.
 Origin = Literal["measured", "published", "drawn"]
 

@@ -12,8 +12,6 @@ from mto_analysis.figures.paper.inputs import Drawn, Inputs
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import OutputFolder, run_metadata
 
-__all__ = ["draw_paper"]
-
 
 def draw_paper(
     names: Iterable[str],

@@ -20,8 +20,6 @@ from mto_analysis.rauc.curves import CurveTable, read_curves
 from mto_analysis.rauc.intervals import mean_interval
 from mto_analysis.rauc.records import as_frame
 
-__all__ = ["ablation_table", "accuracy_curves", "depth_curves", "style_curves"]
-
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
 _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
 _LOSSES = ("L_spa", "L_e", "L_r")

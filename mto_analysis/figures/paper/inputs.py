@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["TABLE_FORMS", "Drawn", "Inputs", "map_stems", "table_texts"]
-
 #: Forms of a table beside its CSV, by the endings of their files.
 TABLE_FORMS: Mapping[str, str] = {"md": "markdown", "tex": "latex"}
 

@@ -14,8 +14,6 @@ from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.probe.controls import CONTROLS, control_bands, control_sentences
 from mto_analysis.probe.quadrants import AffinityMap
 
-__all__ = ["controls", "definitions", "fig1a", "fig1b", "fig2", "map_table"]
-
 _NO_PROOF = (
     "A falling curve alone does not show that a model has converged: random weights can give one (see controls)."
 )

@@ -6,8 +6,6 @@ from mto_analysis.figures.paper.inputs import Drawn, table_texts
 from mto_analysis.figures.paper.tables import paper_table
 from mto_analysis.figures.paper.workbench import Workbench
 
-__all__ = ["table"]
-
 
 def table(bench: Workbench) -> Drawn:
     """One of the paper's tables; the columns ``recomputed`` and ``reference needed`` are computed from the others."""

@@ -21,8 +21,6 @@ from mto_analysis.probe.request import LoadedModel, Request, Settings
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.processes import pick_device
 
-__all__ = ["PUBLIC", "draw_public"]
-
 #: The paper's own models, by their ids in the registry. The decoder of MAE is only in the "full" file.
 PUBLIC = {"SimMIM": "simmim_vit_base_800e", "MAE": "mae_vit_base_full"}
 

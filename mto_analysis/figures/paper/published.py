@@ -14,8 +14,6 @@ from mto_analysis.figures.paper.workbench import Workbench
 from mto_analysis.figures.plots.claims import draw_accuracy_claims, draw_depth_claims
 from mto_analysis.figures.plots.schematic import draw_schematic
 
-__all__ = ["fig3", "fig4", "supp_fig1", "supp_fig2"]
-
 #: Supplementary Fig. 1 compares these two.
 STYLES = {"SimMIM": "inpainting", "MAE": "decoder"}
 

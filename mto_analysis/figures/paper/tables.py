@@ -10,8 +10,6 @@ import pandas as pd
 
 from mto_analysis.rauc import Points, curve_points, rauc, reference_for
 
-__all__ = ["TABLE_NAMES", "PaperTable", "paper_table", "printed"]
-
 
 @dataclass(frozen=True)
 class PaperTable:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mto_analysis.probe.request import Request
     from mto_analysis.probe.study import Watch
 
-__all__ = ["Curves", "Maps", "Scrutiny", "Workbench"]
-
 #: What ends the label of a bundled model at 2 % of its training.
 EARLY = ", early"
 

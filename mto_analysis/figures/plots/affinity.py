@@ -17,8 +17,6 @@ from matplotlib.image import AxesImage
 from mto_analysis.figures.plots.style import describe, figure_width, new_axes, new_figure, paper_style
 from mto_analysis.probe.quadrants import AffinityMap
 
-__all__ = ["KIND_WORDS", "SCALES", "Scale", "draw_affinity", "plot_affinity_map", "scale_limits"]
-
 #: How values become colours, as a colour bar says it.
 SCALES = {
     "off-diagonal": "colours from min to max off the diagonal of each map",

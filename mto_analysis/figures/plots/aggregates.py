@@ -14,8 +14,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import Look, describe, legend_below, looks_of, new_figure, paper_style
 from mto_analysis.rauc.aggregates import IMPROVEMENT, Aggregates
 
-__all__ = ["draw_aggregates", "plot_bands", "plot_estimates"]
-
 Looks = Mapping[str, Look]
 _PANEL_HEIGHT = 2.1
 

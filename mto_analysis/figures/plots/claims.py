@@ -17,8 +17,6 @@ from mto_analysis.figures.plots.style import (
     paper_style,
 )
 
-__all__ = ["draw_accuracy_claims", "draw_depth_claims", "plot_epochs_saved", "plot_printed_rauc"]
-
 _GAP = " ", "\n"  # between words of a label, in a wide and in a narrow figure
 _LOOKS = looks_of(["baseline", "with MTO"])
 

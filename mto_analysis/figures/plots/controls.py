@@ -23,8 +23,6 @@ from mto_analysis.figures.plots.style import (
     paper_style,
 )
 
-__all__ = ["draw_controls", "plot_control"]
-
 
 def plot_control(curve: pd.DataFrame, band: pd.DataFrame, *, look: Look | None = None, ax: Axes | None = None) -> Axes:
     """One model's H / log(num_visible) over layer depth, and the band of one control behind it, grey.

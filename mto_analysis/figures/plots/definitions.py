@@ -20,8 +20,6 @@ from mto_analysis.figures.plots.style import (
 )
 from mto_analysis.probe.definitions import COSINE_TEMPERATURE
 
-__all__ = ["ATTENTION", "DEFINITIONS", "draw_definitions", "plot_attention", "plot_definition"]
-
 _SIMILARITIES = {
     "dot": "dot product",
     "scaled_dot": r"dot product $/\,\sqrt{D}$",

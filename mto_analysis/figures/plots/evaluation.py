@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.figures.plots.style import COLUMN_WIDTH, looks_of, new_axes, new_figure, paper_style
 
-__all__ = ["PROTOCOL_LABELS", "draw_accuracy", "plot_accuracy"]
-
 #: What the scores of each protocol are.
 PROTOCOL_LABELS = {
     "knn": "kNN accuracy (%)",

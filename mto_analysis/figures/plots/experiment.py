@@ -26,17 +26,6 @@ from mto_analysis.figures.plots.style import (
 )
 from mto_analysis.rauc.intervals import mean_interval
 
-__all__ = [
-    "depth_legend",
-    "draw_experiment_curves",
-    "draw_trajectories",
-    "plot_experiment_curves",
-    "plot_final_scores",
-    "plot_profiles",
-    "plot_trajectories",
-    "scale_heterogeneity",
-]
-
 _PANEL_HEIGHT = 2.6
 _MOST_COLUMNS = 3
 _MOST_BANDS = 4

@@ -25,8 +25,6 @@ from mto_analysis.figures.plots.style import (
     paper_style,
 )
 
-__all__ = ["REQUIRED_COLUMNS", "draw_heterogeneity", "plot_heterogeneity", "plot_share", "zoom_to"]
-
 REQUIRED_COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
 
 # More panels than this would be too small to read; all models then share one.

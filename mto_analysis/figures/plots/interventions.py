@@ -13,8 +13,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import COLORS, MARKERS, describe, legend_below, new_axes, new_figure, paper_style
 from mto_analysis.probe.interventions import CONDITIONS, INTERVENTIONS, MEASURES
 
-__all__ = ["draw_interventions", "plot_effects"]
-
 _ACROSS = {"loss": "loss", "cosine": "cosine", "accuracy": "kNN accuracy\n(points)"}
 
 

@@ -22,8 +22,6 @@ from mto_analysis.figures.plots.style import (
 )
 from mto_analysis.training.evaluation.layers import LAYER_POOLINGS
 
-__all__ = ["draw_layers", "plot_layers"]
-
 
 def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Accuracy over layer depth for each pooling, with 95 % intervals; a ring around the chosen layer.

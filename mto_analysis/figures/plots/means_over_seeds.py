@@ -13,8 +13,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.style import Look, legend_below, looks_of, new_figure, paper_style
 
-__all__ = ["draw_runs", "plot_runs"]
-
 COLUMNS = ("panel", "method", "place", "score", "low", "high", "num_seeds")
 
 

@@ -12,8 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import describe, legend_below, looks_of, model_curves, new_figure, paper_style
 
-__all__ = ["draw_measures", "plot_measure"]
-
 _COLUMNS = 4
 _LINES = {"masked": "-", "visible": "--", "": "-"}
 

@@ -21,8 +21,6 @@ from mto_analysis.rauc.comparison import Comparison, mean_curve, scores_at
 from mto_analysis.rauc.intervals import mean_interval
 from mto_analysis.rauc.records import ratio_in_words
 
-__all__ = ["plot_rauc", "plot_rauc_windows", "rauc_figure", "rauc_windows_figure"]
-
 Runs = Mapping[str, Points]
 
 _PANEL_HEIGHT = 2.7

@@ -16,8 +16,6 @@ from mto_analysis.figures.plots.style import describe, figure_width, new_axes, p
 if TYPE_CHECKING:
     from mto_analysis.probe.reconstruction import Reconstruction
 
-__all__ = ["VIEWS", "draw_reconstructions", "plot_view", "reconstruction_caption"]
-
 #: Field of :class:`~mto_analysis.probe.reconstruction.Reconstruction` and its title, in reading order.
 VIEWS = {
     "original": "original",

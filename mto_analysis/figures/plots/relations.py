@@ -11,8 +11,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.aggregates import plot_estimates
 from mto_analysis.figures.plots.style import describe, legend_below, looks_of, new_figure, paper_style
 
-__all__ = ["draw_relations", "plot_relations"]
-
 
 def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     """A point per correlation with its interval; the layers of a measure stand one below the other.

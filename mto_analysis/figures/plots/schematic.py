@@ -11,8 +11,6 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from mto_analysis.figures.plots.style import COLORS, figure_width, paper_style
 
-__all__ = ["draw_schematic", "plot_losses_on_affinity", "plot_style"]
-
 # Losses keep their colours through all panels; dark enough for text.
 _VISIBLE, _SPA, _E, _R = COLORS[0], "#00785a", "#b34700", "#9c3f8d"
 _INK = "0.15"

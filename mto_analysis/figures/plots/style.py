@@ -22,27 +22,6 @@ from mto_analysis.figures.options import current_drawing
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "COLORS",
-    "COLUMN_WIDTH",
-    "LINE_STYLES",
-    "MARKERS",
-    "PAGE_WIDTH",
-    "PAPER_STYLE",
-    "TEXT_WIDTH",
-    "Look",
-    "base_of",
-    "describe",
-    "figure_bytes",
-    "figure_width",
-    "legend_below",
-    "looks_of",
-    "model_curves",
-    "new_axes",
-    "new_figure",
-    "paper_style",
-]
-
 #: Widths in inches of what commands and reports draw, over one and two columns.
 COLUMN_WIDTH = 3.4
 PAGE_WIDTH = 7.0

@@ -8,8 +8,6 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-__all__ = ["figure_svg"]
-
 
 def figure_svg(figure: Figure, name: str) -> str:
     """A figure as an ``<svg>`` element, the same text for the same figure.

@@ -14,8 +14,6 @@ from mto_analysis.figures.plots.evaluation import plot_accuracy
 from mto_analysis.figures.plots.experiment import depth_legend, plot_trajectories, scale_heterogeneity
 from mto_analysis.figures.plots.style import COLORS, LINE_STYLES, describe, new_figure, paper_style
 
-__all__ = ["draw_run", "plot_losses"]
-
 # Terms below this share of the loss are drawn on their own axis.
 _SMALL = 0.1
 

@@ -22,9 +22,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.names import Metric, metric_of, mode_of
 from mto_analysis.rauc.logs.records import Document, Finding, Series
 
-__all__ = ["Request", "choose", "has_curve", "rows_of", "series_of"]
-
-
 #: Words of columns that measure no model: val_time is no sign of a validation metric.
 _BESIDE = {"time", "lr", "runtime", "seconds", "second", "speed", "samples", "steps", "mem", "memory", "eta"}
 

@@ -13,8 +13,6 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.logs.records import Finding
 from mto_analysis.rauc.logs.tidying import curve_starts
 
-__all__ = ["Counted", "EpochCount", "count_alike"]
-
 _ENOUGH = 4096
 EpochCount = Literal["as-written", "completed"]
 

@@ -15,8 +15,6 @@ from mto_analysis.rauc.logs.names import split_of_run
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns
 
-__all__ = ["is_events", "read_events"]
-
 _FRAME = struct.Struct("<QI")  # length of the record, checksum of the length; another checksum follows the record
 
 

@@ -14,8 +14,6 @@ from mto_analysis.rauc.logs.names import axis_of, words_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, Log, Series, grouped
 
-__all__ = ["extract", "progress_of", "steps_of", "trained_rows"]
-
 
 def extract(
     document: Document,

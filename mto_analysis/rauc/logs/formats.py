@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "Format"]
-
 
 @dataclass(frozen=True)
 class Format:

@@ -18,8 +18,6 @@ from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped, nan_is_blank
 from mto_analysis.rauc.logs.tables import axes_of
 
-__all__ = ["is_json", "read_json"]
-
 _LOSSES = ("train_loss", "test_loss")
 
 

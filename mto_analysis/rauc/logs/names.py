@@ -8,8 +8,6 @@ from functools import cache
 
 from mto_analysis.rauc.logs.provenance import AxisKind, ScoreKind
 
-__all__ = ["BESIDE_METRIC", "MODE_COLUMNS", "Metric", "axis_of", "metric_of", "mode_of", "split_of_run", "words_of"]
-
 _SPLITS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev", "heldout", "holdout"),

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["AXIS_NAMES", "AxisKind", "Provenance", "ScoreKind", "axis_label", "score_label"]
-
 AxisKind = Literal["epochs", "steps", "images", "hours", "other"]
 ScoreKind = Literal["accuracy", "error", "loss", "score", "other"]
 

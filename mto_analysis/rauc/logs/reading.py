@@ -18,8 +18,6 @@ from mto_analysis.rauc.logs.choosing import has_curve
 from mto_analysis.rauc.logs.records import Document
 from mto_analysis.runtime.plugins import plugins
 
-__all__ = ["open_log"]
-
 _HEAD = 65536
 #: A compressed log of more than this is no log.
 _LARGEST = 1 << 31

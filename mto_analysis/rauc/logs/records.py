@@ -17,20 +17,6 @@ from mto_analysis.rauc.logs.formats import Format
 from mto_analysis.rauc.logs.names import Metric
 from mto_analysis.rauc.logs.provenance import AxisKind
 
-__all__ = [
-    "Columns",
-    "Document",
-    "Finding",
-    "FrameColumns",
-    "Log",
-    "LogFormat",
-    "RecordColumns",
-    "Series",
-    "grouped",
-    "nan_is_blank",
-    "number_of",
-]
-
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 

@@ -18,8 +18,6 @@ from mto_analysis.rauc.logs.names import BESIDE_METRIC, MODE_COLUMNS, axis_of, m
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, FrameColumns, nan_is_blank
 
-__all__ = ["axes_of", "is_run_table", "is_table", "read_table", "roles_of"]
-
 _EXTREMES = ("__MIN", "__MAX")
 _UNITS = "epochs?|ep|steps?|iters?"
 _WIDE = re.compile(rf"(?:({_UNITS})[ _@:-]*)?(\d+(?:\.\d+)?)(?:[ _-]?({_UNITS}))?", re.IGNORECASE)

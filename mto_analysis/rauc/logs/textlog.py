@@ -13,15 +13,6 @@ from mto_analysis.rauc.logs.formats import BY_NAME
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, RecordColumns, grouped
 
-__all__ = [
-    "is_metric_file",
-    "is_open_mmlab_text",
-    "is_text_log",
-    "read_metric_file",
-    "read_open_mmlab_text",
-    "read_text_log",
-]
-
 
 class _Accuracy(NamedTuple):
     """An accuracy line: ``trained`` counts the epochs before it, ``tested`` says whether a test was seen since."""

@@ -22,8 +22,6 @@ from mto_analysis.rauc.logs.records import Finding, Log, grouped
 
 Places = NDArray[np.integer[Any]]
 
-__all__ = ["Unit", "curve_starts", "tidy"]
-
 Unit = Literal["auto", "percent", "fraction", "raw"]
 
 

@@ -24,8 +24,6 @@ from mto_analysis.training.evaluation.classifier_settings import ClassifierSetti
 from mto_analysis.training.evaluation.features import LabelledImages, check_colours
 from mto_analysis.training.randomness import seeded_globally
 
-__all__ = ["AugmentedData", "LabelledBatch"]
-
 
 class LabelledBatch(NamedTuple):
     """Augmented images on the device, with what they are to be taken for.

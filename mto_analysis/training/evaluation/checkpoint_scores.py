@@ -38,19 +38,6 @@ from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.evaluator import Score
 from mto_analysis.training.evaluation.protocols import weights_of
 
-__all__ = [
-    "COLUMNS",
-    "CurveFile",
-    "Encoder",
-    "RunCheckpoint",
-    "find_checkpoints",
-    "load_encoder",
-    "named_checkpoints",
-    "score_checkpoints",
-    "score_random",
-    "verdicts",
-]
-
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
 COLUMNS = (
     *("method", "epoch", "score", "seed", "protocol", "top5"),

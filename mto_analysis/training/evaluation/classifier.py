@@ -17,8 +17,6 @@ from mto_analysis.models.interface import height_and_width
 from mto_analysis.training.evaluation.classifier_settings import ClassifierSettings
 from mto_analysis.training.evaluation.features import feature_vectors
 
-__all__ = ["Classifier", "build_classifier", "build_optimizer", "layer_of"]
-
 _EPS = 1e-6
 
 

@@ -23,8 +23,6 @@ from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
 from mto_analysis.training.objective import TrainingSettings
 
-__all__ = ["ClassifierSettings", "finetune_settings", "linear_settings"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(TrainingSettings):

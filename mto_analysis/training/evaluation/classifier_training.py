@@ -30,8 +30,6 @@ from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.state import RunFolder, run_identity
 
-__all__ = ["ClassifierObjective", "classifier_score", "train_classifier"]
-
 
 class ClassifierObjective(Objective):
     """Cross-entropy of a classifier."""

@@ -17,8 +17,6 @@ from mto_analysis.training.evaluation.features import Features, LabelledImages, 
 from mto_analysis.training.evaluation.linear import linear_scores
 from mto_analysis.training.evaluation.protocols import Evaluation, Feature, crop_pct_of, feature_of
 
-__all__ = ["Evaluator", "Score", "accuracy", "score"]
-
 
 class Score(NamedTuple):
     """Accuracy on the test images in percent; ``top5`` where there are more than five classes.

@@ -24,18 +24,6 @@ from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.evaluation.protocols import Feature, Precision
 from mto_analysis.training.methods.method import Pooling
 
-__all__ = [
-    "Features",
-    "LabelledImages",
-    "attentive_mean",
-    "check_classes",
-    "check_colours",
-    "extract_features",
-    "feature_vectors",
-    "normalized",
-    "pooled",
-]
-
 #: Decoded images up to this size in all are kept in memory between two evaluations.
 _MOST_KEPT = 4 * 2**30
 _EPS = 1e-6  # of a fresh norm, as in every family's fine-tuning

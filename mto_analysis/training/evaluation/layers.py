@@ -27,8 +27,6 @@ from mto_analysis.training.methods.method import Norm, Pooling
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LAYER_POOLINGS", "evaluate_layers", "heterogeneity_by_depth", "layer_features", "layer_sentences"]
-
 #: How tokens are pooled at every layer depth, and what that is called in figures.
 LAYER_POOLINGS: dict[Pooling, str] = {
     "patches": "mean of patches",

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LinearFit", "LogisticRegression", "linear_scores"]
-
 #: Logits held at once.
 _MOST_VALUES = 2**24
 _EPS = 1e-6  # as MAE's BatchNorm

@@ -13,8 +13,6 @@ from mto_analysis.runtime.settings import Count, Positive, Rising, Settings, Sha
 from mto_analysis.training.methods import method_of
 from mto_analysis.training.methods.method import Norm, Pooling
 
-__all__ = ["Evaluation", "Feature", "Precision", "Protocol", "crop_pct_of", "feature_of", "is_small", "weights_of"]
-
 Protocol = Literal["knn", "linear_cached"]
 Precision = Literal["fp32", "bf16"]
 

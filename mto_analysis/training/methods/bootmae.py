@@ -20,8 +20,6 @@ from mto_analysis.training.methods.method import Method
 from mto_analysis.training.methods.recipe import PixelRecipe
 from mto_analysis.training.momentum import follow, slow_copy
 
-__all__ = ["BootMAEMethod", "BootMAERecipe", "neighbour_weights"]
-
 # Of the original's layer norm on features.
 _FEATURE_EPS = 1e-6
 

@@ -18,8 +18,6 @@ from mto_analysis.training.methods.method import Method, half_cosine
 from mto_analysis.training.methods.recipe import Recipe
 from mto_analysis.training.momentum import follow, slow_copy
 
-__all__ = ["ConMIMMethod", "ConMIMRecipe", "contrastive_loss"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConMIMRecipe(Recipe):

@@ -13,8 +13,6 @@ from mto_analysis.models.targets import patch_loss, target_patches
 from mto_analysis.training.methods.method import Method, warmup_then_cosine
 from mto_analysis.training.methods.recipe import PixelRecipe
 
-__all__ = ["MAEMethod", "MAERecipe"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MAERecipe(PixelRecipe):

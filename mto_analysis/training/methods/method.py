@@ -20,16 +20,6 @@ from mto_analysis.training.objective import Objective
 from mto_analysis.training.randomness import noise_batch
 from mto_analysis.training.sharding import is_sharded
 
-__all__ = [
-    "Method",
-    "Norm",
-    "Pooling",
-    "half_cosine",
-    "parameter_groups",
-    "peak_learning_rate",
-    "warmup_then_cosine",
-]
-
 #: See :class:`mto_analysis.training.evaluation.protocols.Feature`.
 Pooling = Literal["class", "patches", "concat", "attentive"]
 Norm = Literal["encoder", "fresh", "off"]

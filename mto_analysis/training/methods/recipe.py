@@ -24,8 +24,6 @@ from mto_analysis.training.objective import TrainingSettings
 if TYPE_CHECKING:
     from mto_analysis.images import Augmentation
 
-__all__ = ["PixelRecipe", "Recipe"]
-
 R = TypeVar("R", bound="Recipe")
 
 #: What ``--set`` may not touch: these name the recipe or say where it comes from.

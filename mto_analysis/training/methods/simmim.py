@@ -15,8 +15,6 @@ from mto_analysis.runtime.settings import Rising
 from mto_analysis.training.methods.method import Method, half_cosine
 from mto_analysis.training.methods.recipe import PixelRecipe
 
-__all__ = ["SimMIMMethod", "SimMIMRecipe"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SimMIMRecipe(PixelRecipe):
