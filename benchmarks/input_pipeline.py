@@ -1,6 +1,6 @@
 """Reading ImageNet-size JPEG files for training, ours against a plain PIL pipeline: at least 1.6 times as fast.
 
-Both read the same 500 x 375 files of quality 90 and give normalised float32 batches of 224 px after MAE's random
+Both read the same 500 x 375 files of quality 90 and give normalized float32 batches of 224 px after MAE's random
 resized crop and flip, one process, one thread, passes in turn. Ours are the batches of ``TrainingData``, keyed
 augmentation and masks included; PIL's are open, convert, ``RandomResizedCrop`` (bicubic), flip, ``ToTensor``,
 ``Normalize``, stack, as in facebookresearch/mae, without masks. Rates are images per second of processor time.

@@ -72,7 +72,7 @@ class Training:
         self.model = model.train().to(device)
         for token in (self.model.mask_token, self.model.cls_token):
             torch.nn.init.normal_(token, std=0.02)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.images = torch.randn(size, 3, 224, 224, device=device)
         info = self.model.info
         self.mask = info.mask_rule.sample(mask_keys(map(str, range(size))), info.grid, info.patch_size).to(device)
@@ -86,9 +86,9 @@ class Training:
         loss = reconstruction_loss(prediction.float(), self.images, self.mask, patch).mean()
         if mto is not None:
             loss = loss + mto.loss()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
 
 
 class Stopwatch:

@@ -1,7 +1,7 @@
 """What each loss alone does to H at every layer depth in a short real run; nothing is claimed beyond what is printed.
 
 Each run starts from a bundled checkpoint (trained on CIFAR-10 with the original code) or from random weights, and
-trains the model's own loss, plus one loss of masked token optimisation, on the first 192 bundled images. H is
+trains the model's own loss, plus one loss of masked token optimization, on the first 192 bundled images. H is
 measured on the other 64 with fixed masks, in eval mode. The same masks and order of images in every run.
 
 Run: ``python benchmarks/ranking_direction.py`` (about three minutes on one idle core).
@@ -67,7 +67,7 @@ def measure(model: MaskedImageModel, images: Images) -> tuple[list[float], float
 
 
 def train(model: MaskedImageModel, images: Images, config: MTOConfig | None, steps: int, rate: float) -> None:
-    optimiser = torch.optim.AdamW(model.train().parameters(), lr=rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate, weight_decay=0.05)
     mto = None if config is None else attach_mto(model, config, check_every=0)
     order = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -76,9 +76,9 @@ def train(model: MaskedImageModel, images: Images, config: MTOConfig | None, ste
         loss = own_loss(model, images.train[chosen], mask)
         if mto is not None:
             loss = loss + mto.loss()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     if mto is not None:
         mto.detach()
 

@@ -1,4 +1,4 @@
-"""Measure and optimise masked tokens in masked image models.
+"""Measure and optimize masked tokens in masked image models.
 
 After "Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024). Axis names, everywhere:
 ``batch num_patches num_masked num_visible num_tokens dim depth channels height width``. A mask is a bool tensor

@@ -70,7 +70,7 @@ class ExperimentError(MTOAnalysisError, ValueError):
 
 
 class CheckpointError(MTOAnalysisError, ValueError):
-    """A checkpoint cannot be read, recognised or loaded strictly (exit code 3)."""
+    """A checkpoint cannot be read, recognized or loaded strictly (exit code 3)."""
 
     exit_code = 3
 

@@ -1,6 +1,6 @@
 """Each equation and rule again, as slow plain loops written from the paper and the original papers alone.
 
-Nothing is shared with the package: lists and numbers, no tensors, no vectorised tricks. A vision transformer's forward
+Nothing is shared with the package: lists and numbers, no tensors, no vectorized tricks. A vision transformer's forward
 is here too (NumPy, float64), for architectures without golden files.
 """
 

@@ -700,7 +700,7 @@ def test_open_checkpoint__is_read_once_for_all_uses(tmp_path: Path, mae_state) -
     assert raw.sha256 == digest
 
 
-def test_layouts__recognise_the_golden_files(golden: Golden) -> None:
+def test_layouts__recognize_the_golden_files(golden: Golden) -> None:
     names = Names(read_checkpoint(golden.source).tensors)
     matching = [layout.name for layout in LAYOUTS if layout.matches(names)]
     assert matching[0] == golden.load().info.layout

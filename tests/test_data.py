@@ -120,7 +120,7 @@ def test_open_images__says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def prepared_by_hand(image: Image.Image, side: int) -> np.ndarray:
-    """Shorter side to ``side`` by bicubic interpolation, centre crop, 0..1, normalised: PIL and NumPy alone."""
+    """Shorter side to ``side`` by bicubic interpolation, centre crop, 0..1, normalized: PIL and NumPy alone."""
     image = image.convert("RGB")
     width, height = image.size
     size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
@@ -140,7 +140,7 @@ def test_image_batches__prepare_as_pil_alone_does(tmp_path: Path, size: tuple[in
     np.testing.assert_allclose(images[0].numpy(), prepared_by_hand(image, 16), atol=2e-6)
 
 
-def test_image_batches__use_the_models_own_size_and_normalisation(tmp_path: Path) -> None:
+def test_image_batches__use_the_models_own_size_and_normalization(tmp_path: Path) -> None:
     solid(100).save(tmp_path / "p.png")
     info = ModelInfo("x", "decoder", 24, 4, MaskRule("random", 0.75, 4), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
     (batch,) = image_batches(open_images(tmp_path), info)

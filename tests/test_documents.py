@@ -17,7 +17,7 @@ import pytest
 import typer
 import yaml
 from conftest import write_images
-from documents import ROOT, Block, blocks, indented_code, pages
+from documents import ROOT, Block, blocks, indented_code, notebooks, pages
 from typer.testing import CliRunner
 
 from mto_analysis.checkpoints.registry import list_checkpoints
@@ -247,6 +247,20 @@ def test_errors__are_said_in_the_words_of_the_page() -> None:
     for message in messages:
         for part in re.split(r"\b[XN]\b", message):  # X and N stand for what differs
             assert part.strip() in said, message
+
+
+#: What is said otherwise: torch and the paper spell -ize, and masked image modelling speaks of images.
+OTHER_WORDS = re.compile(
+    r"\w*(?:initial|minim|normal|optim|quant|recogn|regular|solar|synchron|vector)is(?:e[ds]?|ing|er|ation)s?\b|pictures?\b",
+    re.IGNORECASE,
+)
+
+
+def test_words__are_spelt_one_way() -> None:
+    code = [path for folder in ("mto_analysis", "cli") for path in (ROOT / folder).rglob("*.py")]
+    for path in (*(page for page in pages() if page.name != "CHANGELOG.md"), *notebooks(), *code):
+        found = set(OTHER_WORDS.findall(path.read_text(encoding="utf-8")))
+        assert found <= {"when_minimised"}, path  # a column of the published tables
 
 
 def test_citation__is_of_this_version() -> None:

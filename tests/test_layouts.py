@@ -1,4 +1,4 @@
-"""Every published layout: recognised from the file alone, tokens as the reference has them, damage refused by name."""
+"""Every published layout: recognized from the file alone, tokens as the reference has them, damage refused by name."""
 
 from __future__ import annotations
 

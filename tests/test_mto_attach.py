@@ -150,13 +150,13 @@ def test_attach__loss_and_gradients_equal_the_slow_way(case):
 def test_attach__trains_for_some_steps(case):
     model = build(case)
     mto = attach_mto(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(3):
         loss, _ = case.run(model, step)
         loss = loss + mto.loss()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         assert loss.isfinite()
         assert all(value == value for value in mto.terms.values())
     several = len(case.stacks(model)) > 1

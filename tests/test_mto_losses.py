@@ -133,10 +133,10 @@ def test_ranking_loss__derivatives_sum_to_zero(direction):
 
 def one_step(tokens, loss, lr=0.05):
     """Tokens after one gradient descent step on a loss of theirs."""
-    optimiser = torch.optim.SGD([tokens], lr=lr)
+    optimizer = torch.optim.SGD([tokens], lr=lr)
     before = loss()
     before.backward()
-    optimiser.step()
+    optimizer.step()
     assert loss() < before
     return tokens.detach()
 

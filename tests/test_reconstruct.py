@@ -64,7 +64,7 @@ def study() -> ReconstructionStudy:
     return reconstruct_models(demo_models("MAE", "SimMIM"))
 
 
-def test_restore_patches__undoes_normalisation_exactly() -> None:
+def test_restore_patches__undoes_normalization_exactly() -> None:
     patches = torch.randn(2, 5, 48, dtype=torch.float64) * 3 + 1
     assert torch.allclose(restore_patches(normalize_patches(patches), like=patches), patches, atol=1e-12)
 

@@ -46,7 +46,7 @@ def install(tmp_path, monkeypatch):
     plugins.cache_clear()
 
 
-def test_layouts__of_a_plugin_are_recognised(install, tmp_path):
+def test_layouts__of_a_plugin_are_recognized(install, tmp_path):
     torch.save({"token_of_mine": torch.zeros(1), "encoder.weight": torch.zeros(2)}, tmp_path / "mine.pth")
     with pytest.raises(CheckpointError, match="a layout that is unknown"):
         load_checkpoint(tmp_path / "mine.pth")

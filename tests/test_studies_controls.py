@@ -1,4 +1,4 @@
-"""Controls: initialisation, changed mask tokens, shuffled masks, the null, bands and sentences, the command."""
+"""Controls: initialization, changed mask tokens, shuffled masks, the null, bands and sentences, the command."""
 
 from __future__ import annotations
 

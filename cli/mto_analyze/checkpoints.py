@@ -108,7 +108,7 @@ def fetch(
 def verify(context: typer.Context, ckpt: Checkpoint, as_json: AsJson = False) -> None:
     """Check that a checkpoint is complete.
 
-    Its layout is recognised, every tensor is there and finite, and its hash is the published one or that of the first
+    Its layout is recognized, every tensor is there and finite, and its hash is the published one or that of the first
     download. Exit code 3 if not.
 
     Example:

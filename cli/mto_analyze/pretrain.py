@@ -79,7 +79,7 @@ class Training(Group):
             metavar="NAME|FILE", help="Recipe or TOML file; --dry-run prints its settings with their sources."
         ),
     ] = None
-    mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimisation.")] = False
+    mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimization.")] = False
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, model.KEY, or mto.KEY; repeatable."),

@@ -37,7 +37,7 @@ class Page:
 PAGES = (
     Page("Measuring", "mto_analysis", "Checkpoints, images, masks, and heterogeneity layer by layer."),
     Page(
-        "Masked token optimisation", "mto_analysis.mto", "The losses (Eqs. 3-5), as functions or attached to a model."
+        "Masked token optimization", "mto_analysis.mto", "The losses (Eqs. 3-5), as functions or attached to a model."
     ),
     Page("RAUC", "mto_analysis.rauc", "The ratio of areas under two learning curves (Eq. 6).", RAUC),
     Page("Pre-training", "mto_analysis.training", "Recipes, methods and the training loop.", TRAINING),

@@ -6,7 +6,7 @@
   // ---- copies: a figure with its caption, on white as on paper ----
   const tell = (text) => { $("told").textContent = text; };
 
-  /** Pictures in rows, each row with its own caption below; the caption is also the text of the copy. */
+  /** Images in rows, each row with its own caption below; the caption is also the text of the copy. */
   function compose(rows) {
     const side = 560, gap = 24, size = 22, width = Math.max(...rows.map(({ parts }) => parts.length)) * (side + gap) + gap;
     const canvas = document.createElement("canvas"), context = canvas.getContext("2d"), font = `${size}px system-ui, sans-serif`;

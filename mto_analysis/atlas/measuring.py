@@ -249,7 +249,7 @@ def _columns_of(study: HeterogeneityStudy, published: Checkpoint | None) -> dict
         "family": info["family"],
         "style": info["style"],
         "layout": info["layout"],
-        # A file may be another one than the registry says, so what was recognised decides.
+        # A file may be another one than the registry says, so what was recognized decides.
         "evidence": (published.evidence if published and published.layout == info["layout"] else "")
         or layout_evidence(info["layout"]),
         "backbone": published.backbone if published else "",

@@ -1,4 +1,4 @@
-"""From a checkpoint as published to a model: safe reading, recognising the layout, one converter per origin."""
+"""From a checkpoint as published to a model: safe reading, recognizing the layout, one converter per origin."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_checkpoint(
     weights: Weights = "model",
     offline: bool = False,
 ) -> MaskedImageModel:
-    """Load a masked image model as published: recognised from the file alone, strictly, without running foreign code.
+    """Load a masked image model as published: recognized from the file alone, strictly, without running foreign code.
 
     Reads MAE, SimMIM (ViT, Swin, SwinV2), BootMAE, BEiT, BEiT v2, data2vec vision, ConMIM, CAE, MILAN, Hiera, HiViT,
     MCMAE, GreenMIM, MAE-Lite, I-JEPA, iBOT (ViT, Swin), EVA and EVA-02 as their authors saved them; folders of Hugging
@@ -126,7 +126,7 @@ def inspect_checkpoint(
     weights: Weights = "model",
     offline: bool = False,
 ) -> CheckpointReport:
-    """Recognise a checkpoint and check that all its tensors are there and finite, without keeping the weights.
+    """Recognize a checkpoint and check that all its tensors are there and finite, without keeping the weights.
 
     Head counts that must be given are listed in ``needed`` and ``None`` in ``config``.
 
@@ -172,7 +172,7 @@ def checkpoint_info(
     """What names, shapes and settings of an opened checkpoint say about its model; weights are not looked at.
 
     Raises:
-        CheckpointError: If the file is not recognised, or its settings do not fit together.
+        CheckpointError: If the file is not recognized, or its settings do not fit together.
     """
     return _converted(raw, Given(image_size=image_size, mask_ratio=mask_ratio), OptionNeededError)[0].info
 

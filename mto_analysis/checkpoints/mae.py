@@ -47,7 +47,7 @@ def convert_split_mae(raw: RawCheckpoint, given: Given) -> Conversion:
 
 
 def convert_mae_lite(raw: RawCheckpoint, given: Given) -> Conversion:
-    """Files of wangsr126/mae-lite: MAE's names; 12 heads in small encoders too. It always predicts normalised patches.
+    """Files of wangsr126/mae-lite: MAE's names; 12 heads in small encoders too. It always predicts normalized patches.
 
     Distilled models come with their teacher, which is left out.
 

@@ -86,7 +86,7 @@ def convert_mm_mae(raw: RawCheckpoint, given: Given) -> Conversion:
     """MAE of mmpretrain, and EVA's MAE-style model, which predicts features.
 
     The stored position tables hold the row first, the original's the column; a table is just used as it is. Published
-    models were trained on normalised patches.
+    models were trained on normalized patches.
 
     Source:
         open-mmlab/mmpretrain, ``mmpretrain/models/selfsup/mae.py``, ``models/necks/mae_neck.py``.

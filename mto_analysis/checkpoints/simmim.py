@@ -97,7 +97,7 @@ def convert_simmim_swin(raw: RawCheckpoint, given: Given) -> Conversion:
 
 
 def _target(config: Any) -> PixelTarget:
-    """Pixels, or pixels normalised by their neighbourhood, of which only the default size is known."""
+    """Pixels, or pixels normalized by their neighbourhood, of which only the default size is known."""
     settings = section(config, "MODEL", "SIMMIM", "NORM_TARGET")
     if settings.get("ENABLE") is not True:
         return "pixels"

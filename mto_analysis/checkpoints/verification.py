@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole and the file it claims to be: recognised, every tensor checked, its hash compared."""
+"""Whether a checkpoint is whole and the file it claims to be: recognized, every tensor checked, its hash compared."""
 
 from __future__ import annotations
 

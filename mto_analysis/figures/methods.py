@@ -135,7 +135,7 @@ def _pretrain(metadata: Mapping[str, Any]) -> Iterable[str]:
     if mto:
         layers = mto["layers"]
         yield (
-            f"Masked token optimisation ({_PAPER}) was added with weights {mto['sparsity_weight']:g} (sparsity), "
+            f"Masked token optimization ({_PAPER}) was added with weights {mto['sparsity_weight']:g} (sparsity), "
             f"{mto['embedding_weight']:g} (embedding) and {mto['ranking_weight']:g} (ranking), at "
             f"{'all layers' if layers is None else f'layer depths {_listed(layers)}'}."
         )

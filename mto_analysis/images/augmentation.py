@@ -176,7 +176,7 @@ class Augmentation(Settings):
         return result.flip(-1) if flip else result
 
     def finish(self, images: Tensor, keys: Keys, *, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Colour changes and normalisation: the images (which are used up) and, if asked for, their second view.
+        """Colour changes and normalization: the images (which are used up) and, if asked for, their second view.
 
         Shapes:
             images: batch channels height width (0..255)
@@ -186,12 +186,12 @@ class Augmentation(Settings):
         second = None
         if self.second_view is not None:
             changed = self.second_view.apply(images, keys, seed=seed, epoch=epoch, purpose="second view")
-            second = self._normalised(changed)
+            second = self._normalized(changed)
         if self.color_jitter is not None:
             images = self.color_jitter.apply(images, keys, seed=seed, epoch=epoch, purpose="colour")
-        return self._normalised(images), second
+        return self._normalized(images), second
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         mean = torch.tensor([255 * value for value in self.mean], device=images.device).view(1, -1, 1, 1)
         factor = torch.tensor([1 / (255 * value) for value in self.std], device=images.device).view(1, -1, 1, 1)
         return images.sub_(mean).mul_(factor)
@@ -235,7 +235,7 @@ def method_augmentation(method: str, image_size: int) -> Augmentation:
     bootmae   LightDXY/BootMAE ``datasets.py`` (``resize_scale`` 0.2): as MAE, mean and std 0.5
     simmim    microsoft/SimMIM ``data_simmim.py``: 0.67 to 1, torchvision's default kernel, bilinear; flip
     conmim    TencentARC/ConMIM ``datasets.py``: 0.08 to 1 (its default), bicubic; flip; the teacher sees the
-              same crop with colour jitter, grey, blur and solarisation, the student sees it plain
+              same crop with colour jitter, grey, blur and solarization, the student sees it plain
     cifar     32 px images: shifted by up to 4 px with reflected borders; flip
     ========  ==========================================================================================
 

@@ -37,7 +37,7 @@ class BrokenImage(NamedTuple):
 
 
 def preprocessing(info: ModelInfo) -> Callable[[Image.Image | Tensor], Tensor]:
-    """What a model expects: resized to cover its input (bicubic), centre crop, channels normalised.
+    """What a model expects: resized to cover its input (bicubic), centre crop, channels normalized.
 
     Eight-bit images are resized in eight bits, by PIL; others, of any number of channels, as they are.
 

@@ -100,7 +100,7 @@ class HeldImages:
         return next(candidate for candidate in self._sampler.candidates(row, epoch) if candidate not in self._broken)
 
     def augmented(self, rows: Rows, geometry: Geometry, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """On the device: cut, resized, mirrored, coloured and normalised.
+        """On the device: cut, resized, mirrored, coloured and normalized.
 
         Shapes:
             returns: batch channels image_size image_size (float32), and the same or None

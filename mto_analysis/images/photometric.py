@@ -1,4 +1,4 @@
-"""Colour changes of a batch of images, each image with its own sampled strength: jitter, grey, blur, solarisation.
+"""Colour changes of a batch of images, each image with its own sampled strength: jitter, grey, blur, solarization.
 
 The strengths are functions of (seed, epoch, image); torchvision applies them, to one image at a time.
 """
@@ -27,7 +27,7 @@ _NUMBERS = 16  # random numbers per image, whatever is switched on, so that sett
 
 @dataclass(frozen=True)
 class Photometric(Settings):
-    """Random colour changes, in this order: jitter, grey, blur, solarisation.
+    """Random colour changes, in this order: jitter, grey, blur, solarization.
 
     Args:
         brightness: Factor sampled from 1 - this to 1 + this.

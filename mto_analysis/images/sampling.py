@@ -66,7 +66,7 @@ class ImageSampler:
         return self.augmentation.place(numbers, heights, widths)
 
     def finish(self, images: Tensor, rows: Rows, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Colours and normalisation, see :meth:`Augmentation.finish`."""
+        """Colours and normalization, see :meth:`Augmentation.finish`."""
         return self.augmentation.finish(images, self.keys[rows], seed=self.seed, epoch=epoch)
 
     def masks(self, rows: Rows, epoch: int) -> Tensor:

@@ -28,7 +28,7 @@ class TrainBatch(NamedTuple):
     """Augmented images with their masks, on the device.
 
     Shapes:
-        images: batch channels height width (float32, normalised)
+        images: batch channels height width (float32, normalized)
         second_images: batch channels height width (the same geometry, other colours), or None
         mask: batch num_patches
     """

@@ -116,6 +116,6 @@ class RegressorBlock(nn.Module):
         """
         placed = x + positions
         y = self.cross_attn(self.norm1_q(placed), self.norm1_k(placed), self.norm1_v(x))
-        # The original goes on from the normalised sum, not from the sum.
+        # The original goes on from the normalized sum, not from the sum.
         x = self.norm2_cross(x + self.gamma_1_cross * y)
         return x + self.gamma_2_cross * self.mlp_cross(x)  # type: ignore[no-any-return]

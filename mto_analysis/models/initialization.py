@@ -46,7 +46,7 @@ def random_weights(model: MaskedImageModel, seed: int) -> MaskedImageModel:
 def initialize(model: MaskedImageModel, seed: int) -> None:
     """Give a model the weights its pre-training starts from; what does not train, such as position tables, stays.
 
-    The own initialisation of MAE, SimMIM's ViT, BootMAE, ConMIM and BEiT; other families get truncated normals of
+    The own initialization of MAE, SimMIM's ViT, BootMAE, ConMIM and BEiT; other families get truncated normals of
     deviation 0.02. The global random state is not touched.
 
     Args:

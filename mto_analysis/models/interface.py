@@ -157,7 +157,7 @@ class MaskedImageModel(nn.Module, ABC):
 
     A family sets :attr:`stacks`, takes its settings as a frozen dataclass ``config`` and its :class:`ModelInfo`, and
     implements :meth:`depth`, :meth:`_layer_tokens` and :meth:`_reconstruct`; one whose encoder is of use downstream
-    also :meth:`encoder_blocks`, :meth:`_whole` and :meth:`final_norm`. Images are normalised float tensors
+    also :meth:`encoder_blocks`, :meth:`_whole` and :meth:`final_norm`. Images are normalized float tensors
     ``batch channels height width``; masks are bool ``batch num_patches``, True = masked.
     """
 
@@ -183,7 +183,7 @@ class MaskedImageModel(nn.Module, ABC):
             mask: batch num_patches
 
         Args:
-            images: Normalised images.
+            images: Normalized images.
             mask: True where masked.
             stack: Which of :attr:`stacks`; ``None`` means the only one.
 
@@ -216,7 +216,7 @@ class MaskedImageModel(nn.Module, ABC):
             returns: batch num_tokens dim (:attr:`encoder_prefix_tokens` first, then patches, row-major)
 
         Args:
-            images: Normalised images.
+            images: Normalized images.
             norm: Apply the encoder's final norm; fine-tuning replaces it where it averages patches.
             layer: Output of which block, counted from 1; later blocks are not run. By default of the last one.
 

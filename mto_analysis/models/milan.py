@@ -44,7 +44,7 @@ def _update_masked(block: nn.Module, masked: Tensor, x: Tensor) -> Tensor:
 
 
 class PromptingBlock(nn.Module):
-    """Attention of masked tokens, normalised, to all tokens, of which visible ones are not; then an MLP."""
+    """Attention of masked tokens, normalized, to all tokens, of which visible ones are not; then an MLP."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, eps: float) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from mto_analysis.models.vit import patchify, unpatchify
 
 Target = Literal["pixels", "normalized_pixels", "normalized_channels", "locally_normalized_pixels"]
 
-#: Side in pixels of the neighbourhood of a locally normalised pixel.
+#: Side in pixels of the neighbourhood of a locally normalized pixel.
 NEIGHBOURHOOD = 47
 
 # The originals' own constants in the denominator: MAE's, and BootMAE's.
@@ -97,7 +97,7 @@ def target_patches(images: Tensor, patch_size: int, target: Target) -> Tensor:
 def restore_patches(patches: Tensor, like: Tensor, *, channels: int | None = None) -> Tensor:
     """Undo :func:`normalize_patches`: the mean and deviation of each patch of ``like`` are put back.
 
-    A model that predicts normalised patches says nothing of a patch's brightness and contrast. To show its prediction
+    A model that predicts normalized patches says nothing of a patch's brightness and contrast. To show its prediction
     they are taken from the original, which such an image must say.
 
     Shapes:
@@ -106,7 +106,7 @@ def restore_patches(patches: Tensor, like: Tensor, *, channels: int | None = Non
         returns: batch num_patches values
 
     Args:
-        patches: Normalised.
+        patches: Normalized.
         like: With the statistics.
         channels: Undo :func:`normalize_channels` of so many instead.
 
@@ -188,7 +188,7 @@ def patch_loss(
 
 
 def mean_prediction(images: Tensor, mask: Tensor, patch_size: int, *, target: Target = "pixels") -> Tensor:
-    """The trivial prediction: each image's mean visible colour, or zero where patches are normalised.
+    """The trivial prediction: each image's mean visible colour, or zero where patches are normalized.
 
     Shapes:
         images: batch channels height width

@@ -155,7 +155,7 @@ def shift_mask(grid: tuple[int, int], window: int, shift: int) -> Tensor:
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 tokens into one of twice the width; version 1 normalises before the reduction, version 2 after.
+    """Join 2 x 2 tokens into one of twice the width; version 1 normalizes before the reduction, version 2 after.
 
     Channels run over the tokens at (row, column) (0, 0), (1, 0), (0, 1), (1, 1), as in the original.
     """

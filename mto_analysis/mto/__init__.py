@@ -1,4 +1,4 @@
-"""Masked token optimisation: the paper's three losses, attached to anyone's training code."""
+"""Masked token optimization: the paper's three losses, attached to anyone's training code."""
 
 from mto_analysis.mto.attach import MTO, attach_mto
 from mto_analysis.mto.losses import MTOConfig, MTOTerms, embedding_loss, mto_loss, ranking_loss, sparsity_loss

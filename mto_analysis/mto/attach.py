@@ -1,4 +1,4 @@
-"""Masked token optimisation in a foreign training loop: the losses, collected during the model's own forward."""
+"""Masked token optimization in a foreign training loop: the losses, collected during the model's own forward."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def attach_mto(
     stacks: Sequence[StackSpec] | None = None,
     check_every: int = 100,
 ) -> MTO:
-    """Attach masked token optimisation to an unmodified model; its masked tokens are found by structure.
+    """Attach masked token optimization to an unmodified model; its masked tokens are found by structure.
 
     Found are a learned mask token, lists of blocks and positions of its width in any submodule, by structure and never
     by class; what is found is verified in forwards, and what is not needs ``stacks``. Compared with plain loops in the

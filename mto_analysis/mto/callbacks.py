@@ -1,4 +1,4 @@
-"""Masked token optimisation in other people's trainers, without a subclass and without a change of their code."""
+"""Masked token optimization in other people's trainers, without a subclass and without a change of their code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked token optimisation in Lightning, by a callback and without a change of the module."""
+"""Masked token optimization in Lightning, by a callback and without a change of the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three losses of masked token optimisation, Eqs. (3)-(5), their sum, and its settings.
+"""The three losses of masked token optimization, Eqs. (3)-(5), their sum, and its settings.
 
 Weights are not printed in the paper, and as printed L_spa is a sum that can reach hundreds beside a reconstruction
 loss below 1. So weights and reduction are settings: :meth:`MTOConfig.paper` is the literal reading, ``MTOConfig()`` a
@@ -58,7 +58,7 @@ def sparsity_loss(
 
     .. math:: L_{spa} = -\sum_{i \notin \delta_M} \sum_j p_{ij} \log p_{ij}, \quad p = \psi(X_0 X_0^\top)
 
-    Minimising it sharpens what visible tokens attend to. The supplement shows that with two or more equal masked tokens
+    Minimizing it sharpens what visible tokens attend to. The supplement shows that with two or more equal masked tokens
     the minimum prefers visible ones. It assumes equal masked tokens (not so where positions were added), and a row
     includes the token itself: growing visible norms drive the loss to 0 without touching a masked token.
 
@@ -98,7 +98,7 @@ def _reduce_rows(rows: Tensor, split: TokenSplit, reduction: Literal["sum", "mea
 
 
 def embedding_loss(heterogeneity: Tensor, *, eps: float = 1e-6) -> Tensor:
-    r"""Reciprocal of the heterogeneity at layer depth 0, Eq. (4); minimising it raises H_0.
+    r"""Reciprocal of the heterogeneity at layer depth 0, Eq. (4); minimizing it raises H_0.
 
     .. math:: L_e = 1 / (H_0 + \epsilon)
 
@@ -122,8 +122,8 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
 
     .. math:: L_r = \sum_{l=1}^{L} \log(1 + e^{H_l - H_{l-1}})
 
-    This is the direction of the paper's text: minimising it makes H fall with depth. The printed exponent has the
-    opposite sign (``as_printed``), and minimising that makes H rise. Either way the loss does not change when all H
+    This is the direction of the paper's text: minimizing it makes H fall with depth. The printed exponent has the
+    opposite sign (``as_printed``), and minimizing that makes H rise. Either way the loss does not change when all H
     shift together: its derivatives sum to 0.
 
     Shapes:
@@ -149,7 +149,7 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
 
 @dataclass(frozen=True)
 class MTOConfig(Settings):
-    """Settings of masked token optimisation.
+    """Settings of masked token optimization.
 
     The defaults keep every term of the order of 1: L_spa as a mean over rows, a larger epsilon, small weights. Of six
     candidates they had the best linear probe in the mean over small MAE and SimMIM models after three epochs of
@@ -270,7 +270,7 @@ def _group_heterogeneity(group: Sequence[tuple[LayerProducts, Tensor]]) -> Tenso
 def mto_loss(
     layers: Sequence[Tensor], mask: Tensor | Sequence[Tensor], config: MTOConfig | None = None, *, step: int = 0
 ) -> MTOTerms:
-    """Masked token optimisation from the tokens of all layer depths (Algorithm 1).
+    """Masked token optimization from the tokens of all layer depths (Algorithm 1).
 
     For a model's own training step :func:`attach_mto` does the same without keeping the tokens of all layers.
 

@@ -38,7 +38,7 @@ _IN_PASS = ("shuffled_positions", "visible_null")
 
 
 class ControlMeasure:
-    """Controls that need no other forward, as a layer measure; columns are normalised, from 0 to 1.
+    """Controls that need no other forward, as a layer measure; columns are normalized, from 0 to 1.
 
     ``shuffled_positions``: the same tokens, but which of them are called masked is drawn anew, as many per image: H
     where the two kinds do not differ. ``visible_null``: the affinity of each visible token over the other visible

@@ -141,7 +141,7 @@ def _logits(x: Tensor, num_masked: int, norms: Tensor) -> Iterator[Tensor]:
     normed = layer_norm(x, x.shape[-1:])
     normed_dots = across(normed)
     yield from (normed_dots, normed_dots / root)
-    # All layer-normalised tokens have the norm sqrt(dim).
+    # All layer-normalized tokens have the norm sqrt(dim).
     yield normed_dots / (root**2 * COSINE_TEMPERATURE)
     yield of_directions(normed - normed.mean(dim=1, keepdim=True)) / COSINE_TEMPERATURE
 

@@ -38,7 +38,7 @@ class PackedProducts:
 
     @classmethod
     def pack(cls, products: np.ndarray) -> PackedProducts:
-        """Quantise a matrix; only its lower triangle is looked at.
+        """Quantize a matrix; only its lower triangle is looked at.
 
         Example:
             >>> packed = PackedProducts.pack(np.array([[1.0, 2.0], [2.0, 5.0]]))

@@ -67,7 +67,7 @@ def compare_heads(
 
     Args:
         model: With some counts.
-        batch: Normalised images and their masks, or ``None`` where none can be read.
+        batch: Normalized images and their masks, or ``None`` where none can be read.
         asked: The counts that the file does not state, as the user gave them.
         encoder_only: The decoder is of no use but for the loss: its count is neither asked for nor doubted.
     """
@@ -149,7 +149,7 @@ def lowest_loss(
 
     Args:
         model: Any model that predicts pixels.
-        images: Normalised for it.
+        images: Normalized for it.
         mask: True where masked.
         options: Counts to search for, of ``num_heads`` and ``decoder_num_heads``.
         wanted: Those of them that matter; by default all.

@@ -45,7 +45,7 @@ def measure(
 
     Args:
         model: An instance, compiled or not (then the module inside runs).
-        batches: Normalised images ``batch channels height width``, or an iterable of such (named by row number), of
+        batches: Normalized images ``batch channels height width``, or an iterable of such (named by row number), of
             ``(images, labels)`` as a DataLoader gives, of dicts with ``pixel_values``, or of objects with ``names``
             and ``images``.
         mask: A bool tensor ``batch num_patches`` for a single batch; a rule, which needs the grid; a function of names

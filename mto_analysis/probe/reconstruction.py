@@ -40,7 +40,7 @@ class Views(NamedTuple):
 
 
 def to_pixels(images: Tensor, info: ModelInfo) -> Tensor:
-    """Undo a model's input normalisation.
+    """Undo a model's input normalization.
 
     Shapes:
         images: batch channels height width
@@ -84,7 +84,7 @@ def reconstruction_views(
 
     Shapes:
         prediction: batch channels height width (from ``model.reconstruct``)
-        images: batch channels height width (normalised for the model)
+        images: batch channels height width (normalized for the model)
         mask: batch num_patches
 
     Args:
@@ -92,7 +92,7 @@ def reconstruction_views(
         images: What it predicts.
         mask: True where masked.
         info: Of the model.
-        target: Space of the prediction. If it is normalised, each predicted patch is given the mean and deviation of
+        target: Space of the prediction. If it is normalized, each predicted patch is given the mean and deviation of
             the original patch (of each of its channels), which the model does not predict.
     """
     size = info.patch_size

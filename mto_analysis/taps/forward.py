@@ -650,7 +650,7 @@ class Stack(Generic[_Any]):
         if bool(self._is_zero()):
             raise self._error(
                 "its mask token is all zeros, so that blank patches equal it, and no argument holds the mask; "
-                "pass mask='argument:NAME' or a function that returns the mask, or initialise the mask token"
+                "pass mask='argument:NAME' or a function that returns the mask, or initialize the mask token"
             )
 
     # ---- forwards without a mask, and masks that are only told

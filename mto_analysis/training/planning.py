@@ -96,7 +96,7 @@ def plan(recipe: Recipe, images: Images, settings: RunSettings, *, processes: in
         *(("initial weights", "", line) for line in (start.notes if start is not None else ())),
         *_group_rows(stepper),
         ("precision", settings.precision, f"on {here.device}"),
-        ("masked token optimisation", "on" if settings.mto else "off", str(settings.mto or "")),
+        ("masked token optimization", "on" if settings.mto else "off", str(settings.mto or "")),
         ("", "", ""),
         *measured.rows(micro),
         (

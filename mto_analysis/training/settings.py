@@ -20,7 +20,7 @@ class RunSettings(Settings):
     Args:
         seed: Of weights, order, augmentation, masks and drop path.
         init: A checkpoint of the recipe's architecture whose weights the run begins with, or none.
-        mto: Masked token optimisation, or none.
+        mto: Masked token optimization, or none.
         precision: Autocast precision of the forward pass: ``fp32`` (none), ``bf16``, or ``fp16`` with loss scaling.
         accumulation: Micro-batches whose gradients are summed for one optimizer step.
         compile: Compile each transformer block.

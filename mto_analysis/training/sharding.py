@@ -24,7 +24,7 @@ def shard(method: nn.Module, device: torch.device) -> None:
     fully_shard(method, mesh=mesh)
 
 
-def synchronise(method: nn.Module, wanted: bool) -> None:
+def synchronize(method: nn.Module, wanted: bool) -> None:
     """Whether the next backward pass adds the gradients of all processes."""
     method.set_requires_gradient_sync(wanted)  # type: ignore[operator]
 

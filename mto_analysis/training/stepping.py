@@ -57,7 +57,7 @@ class Stepper(Assembly):
                 batch = next(batches)
                 last = number == count - 1
                 clip = self.method.clips_micro_batches and not last
-                with self._synchronised(last or clip), self._watched(watch and last, step, measured):
+                with self._synchronized(last or clip), self._watched(watch and last, step, measured):
                     if self.mto is not None:
                         self.mto.step = step  # its warm-up counts optimizer steps
                     terms = self.losses(batch)
@@ -93,10 +93,10 @@ class Stepper(Assembly):
         return contextlib.nullcontext() if self.settings.compile else fast_float32(self.processes.device)
 
     @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
+    def _synchronized(self, last: bool) -> Iterator[None]:
         """Gradients meet in the last backward pass of a step only."""
         if self.settings.fsdp:
-            sharding.synchronise(self.method, last)
+            sharding.synchronize(self.method, last)
         elif not last and self.wrapped is not self.method:
             with self.wrapped.no_sync():  # type: ignore[operator]
                 yield

@@ -129,7 +129,7 @@ def _is_wide(model: MaskedImageModel) -> bool:
 
 
 #: Common to all four methods' fine-tuning scripts.
-_REGULARISED: dict[str, Any] = {
+_REGULARizED: dict[str, Any] = {
     "protocol": "finetune",
     "pooling": "patches",
     "epochs": 100,
@@ -150,7 +150,7 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
 
     Learning rate, batch, layer decay, warm-up and length are the paper's. It is silent on how its base rates scale; the
     method's own code decides: MAE per 256 images, SimMIM's 5e-3 is the rate at its batch of 2048 (1.25e-3 per 512),
-    BootMAE and ConMIM do not scale. Of ConMIM's five peak rates 4e-3 is that of its script. Regularisation (mixup,
+    BootMAE and ConMIM do not scale. Of ConMIM's five peak rates 4e-3 is that of its script. Regularization (mixup,
     cutmix, RandAugment, erasing, smoothing, drop path) is the same in all four scripts; SimMIM clips gradients at 5.
 
     Source:
@@ -165,4 +165,4 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
         values |= {"crop_scale": (0.5, 1.0), "ema": None, "source": f"{_PAPER}, for small images"}
     values |= {"undecayed": method.undecayed(model), "crop_pct": crop_pct_of(model)}
-    return ClassifierSettings(**{"source": _PAPER, **_REGULARISED, **values})
+    return ClassifierSettings(**{"source": _PAPER, **_REGULARizED, **values})

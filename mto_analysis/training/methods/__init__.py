@@ -1,4 +1,4 @@
-"""The pre-training methods: what each one trains and minimises, with its metadata on its class."""
+"""The pre-training methods: what each one trains and minimizes, with its metadata on its class."""
 
 from __future__ import annotations
 

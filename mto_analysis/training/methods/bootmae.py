@@ -1,4 +1,4 @@
-"""BootMAE's losses: normalised pixels, and features of a slow copy of the encoder that sees the whole image."""
+"""BootMAE's losses: normalized pixels, and features of a slow copy of the encoder that sees the whole image."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class BootMAEMethod(Method):
     - ``pixels``: squared error of pixels that are centred and scaled in each patch and channel
       (:func:`~mto_analysis.models.targets.normalize_channels`);
     - ``features``: squared error between predicted features and patch tokens of the slow copy's last block, before its
-      norm, of the whole image; both are layer-normalised without weights. Its weight rises over the first
+      norm, of the whole image; both are layer-normalized without weights. Its weight rises over the first
       ``feature_ramp`` of the run, epoch by epoch.
 
     The slow copy follows all weights after each step, with a momentum that rises from epoch to epoch.

@@ -1,4 +1,4 @@
-"""MAE's loss: squared error on masked patches, of pixels or of patches that are normalised one by one."""
+"""MAE's loss: squared error on masked patches, of pixels or of patches that are normalized one by one."""
 
 from __future__ import annotations
 

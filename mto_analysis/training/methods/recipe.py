@@ -118,7 +118,7 @@ class Recipe(TrainingSettings):
         return {name: kind for name, kind in field_types(cls.config).items() if name not in _GIVEN}
 
     def augmentation(self) -> Augmentation:
-        """How its images are cropped, flipped and normalised."""
+        """How its images are cropped, flipped and normalized."""
         from mto_analysis.images import Augmentation
 
         return Augmentation(
