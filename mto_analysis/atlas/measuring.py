@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.atlas.table import NAME, SCHEMA_VERSION, check_table, join_tables
 from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256, resolve
@@ -35,9 +36,6 @@ from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.precision import DTYPES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Without those per head and per pair of layers, of which a deep model has thousands of rows.
 PER_LAYER = "all,-attention,-cka"
@@ -241,8 +239,6 @@ def measure_entry(
 
 def _columns_of(study: HeterogeneityStudy, published: Checkpoint | None) -> dict[str, Any]:
     """What is known of the model, the same in all its rows."""
-    import pandas as pd
-
     (model,) = study.models
     info, loss = model["info"], model["own_loss"] or {}
     return {

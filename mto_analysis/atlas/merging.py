@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from mto_analysis.atlas.table import MEASUREMENT, ROW, check_table, join_tables
 from mto_analysis.errors import DataError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: How far two measurements may be apart, as a fraction of the curve's largest absolute value, by the precision of the
 #: forward; of two precisions the coarser counts. On the bundled models all measures differ from fp64 by up to 4e-6
@@ -68,8 +67,6 @@ class Agreement(NamedTuple):
 
 def row_words(row: Mapping[Any, Any] | pd.Series) -> str:
     """Which row of a table this is."""
-    import pandas as pd
-
     more = [f"{name.replace('_', ' ')} {row[name]}" for name in ("head", "other_layer_depth") if not pd.isna(row[name])]
     return ", ".join([row["checkpoint"], row["stack"], f"layer depth {row['layer_depth']}", row["measure"], *more])
 
@@ -157,8 +154,6 @@ def merge_tables(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, Agre
         ValueError: If there are not two tables.
         DataError: If images or masks are unlike, or values differ by more than the tolerance of their precision.
     """
-    import pandas as pd
-
     if len(tables) < 2:
         raise ValueError(f"give at least two different tables to merge, got {len(tables)}")
     check_comparable(tables)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from mto_analysis.atlas.table import MEASUREMENT
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.figures.pages import render_page
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Columns of the page's table, by which it is sorted.
 _COLUMNS = (
@@ -61,7 +60,6 @@ def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, 
         For each task the score by checkpoint.
     """
     import numpy as np
-    import pandas as pd
 
     path = Path(source)
     if not path.is_file():

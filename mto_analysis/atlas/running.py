@@ -9,7 +9,9 @@ from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from mto_analysis.atlas.measuring import Entry, Protocol, measure_entry
 from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_bytes, read_table, table_outputs
@@ -23,9 +25,6 @@ from mto_analysis.images.image_sets import ImageSet, load_image_set
 from mto_analysis.runtime.listener import Listener, Progress
 from mto_analysis.runtime.outputs import csv_bytes, locked_folder, write_atomically
 from mto_analysis.runtime.processes import pick_device
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Failures in a message.
 _NAMED = 3
@@ -197,8 +196,6 @@ class AtlasFolder:
                 raise DataError(f"{self._failures} is not the list of an earlier run; move it away") from error
 
     def _write_failures(self, failures: Sequence[Failure]) -> None:
-        import pandas as pd
-
         if failures:
             write_atomically(self._failures, csv_bytes(pd.DataFrame(failures, columns=list(Failure._fields))))
         else:

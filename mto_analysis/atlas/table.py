@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import pandas as pd
+
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.runtime.outputs import csv_bytes
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
 
 #: Raised whenever a column changes its name or its meaning; tables of other versions are refused.
@@ -237,8 +238,6 @@ def check_table(table: pd.DataFrame, where: str) -> None:
 
 def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables below each other, in the one order that all tables have."""
-    import pandas as pd
-
     joined = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[each.name for each in COLUMNS])
     keys = ["checkpoint", *MEASUREMENT, "measure", *ROW]
     return joined.sort_values(list(dict.fromkeys(keys)), ignore_index=True)[[each.name for each in COLUMNS]]

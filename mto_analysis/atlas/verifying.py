@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from mto_analysis.atlas.measuring import Entry, Protocol, loading_from
 from mto_analysis.atlas.merging import Agreement, agreement, check_comparable, row_words
 from mto_analysis.atlas.table import MEASUREMENT, ROW
 from mto_analysis.errors import DataError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Rows named in a message.
 _NAMED = 3

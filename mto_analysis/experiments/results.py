@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.experiments.runs import ExperimentRuns, best_candidate, read_curve
@@ -15,9 +16,6 @@ from mto_analysis.rauc.comparison import Comparison, Pairing, compare
 from mto_analysis.rauc.records import as_frame
 from mto_analysis.training import RunFolder
 from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: The axis of equal time: seconds of training, evaluations not counted. A step of a method lasts the median over all
 #: its runs, so other work on the machine, a pause or a restart leaves no trace.
@@ -62,8 +60,6 @@ class Results:
 
     def rauc_table(self) -> pd.DataFrame:
         """Rows of :func:`~mto_analysis.rauc.records.as_frame`, over epochs and over seconds."""
-        import pandas as pd
-
         tables = [as_frame(self.comparisons), as_frame(self.timed, TIME)]
         return pd.concat([each for each in tables if len(each)] or tables[:1], ignore_index=True)
 
@@ -74,8 +70,6 @@ def collect(runs: ExperimentRuns) -> Results:
     Raises:
         DataError: If a run has no curve yet.
     """
-    import pandas as pd
-
     curves, layers, speeds, terms = [], [], [], []
     for run in runs.main:
         curve = read_curve(run)

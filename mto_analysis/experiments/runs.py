@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import pandas as pd
+
 from mto_analysis.errors import DataError, ExperimentError
 from mto_analysis.experiments.spec import Arm, Choice, Experiment, Images, Variant
 from mto_analysis.mto import MTOConfig
@@ -17,8 +19,6 @@ from mto_analysis.training import Recipe, RunFolder, RunSettings
 from mto_analysis.training.state import run_differences
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mto_analysis.experiments.worker import Resources
 
 # Bytes at the end of a file that hold its last row.
@@ -253,8 +253,6 @@ class ExperimentRuns:
 
     def chosen_table(self) -> pd.DataFrame:
         """Scores of all candidates and of the baseline so far: ``variant candidate seed final mean``."""
-        import pandas as pd
-
         rows = []
         for run in self.choosing:
             curve = read_curve(run)
@@ -335,8 +333,6 @@ def read_curve(run: Run) -> pd.DataFrame:
 
     Columns: ``epoch score protocol``.
     """
-    import pandas as pd
-
     path = RunFolder(run.folder).curves
     if not path.exists():
         return pd.DataFrame({"epoch": [], "score": [], "protocol": []})

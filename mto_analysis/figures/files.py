@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from mto_analysis.errors import DataError
 from mto_analysis.figures.options import current_drawing
 from mto_analysis.runtime.outputs import OutputFolder, write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     #: A table (``NAME.csv``), bytes, metadata (``.json``), or what draws a figure (``NAME``: a file per format).
@@ -42,8 +43,6 @@ def file_names(names: Iterable[str]) -> list[str]:
 
 def write_outputs(folder: OutputFolder, outputs: Mapping[str, Output]) -> None:
     """Write what a result consists of, each file whole or not at all: what was measured first, then the figures."""
-    import pandas as pd
-
     for name, content in sorted(outputs.items(), key=lambda item: callable(item[1])):
         if isinstance(content, bytes):
             folder.write_bytes(name, content)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
@@ -28,7 +29,6 @@ from mto_analysis.probe.quadrants import AffinityMap
 from mto_analysis.probe.reconstruction import Reconstruction
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 # Viridis at 33 places; the script draws straight lines between them.

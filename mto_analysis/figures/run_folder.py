@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 from mto_analysis.errors import DataError
 from mto_analysis.figures.files import write_figure
 from mto_analysis.training.metrics import heterogeneity_by_layer, layer_of
@@ -21,8 +23,6 @@ def draw_run_folder(path: str | Path) -> list[Path]:
     Raises:
         DataError: If the folder holds no ``metrics.csv`` of a run, or one without rows.
     """
-    import pandas as pd
-
     from mto_analysis.figures.plots.training_curves import draw_run
 
     folder = RunFolder(path)

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +20,6 @@ from mto_analysis.models import LayerTokens
 from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
 from mto_analysis.runtime.statistics import reach_of_mean
 from mto_analysis.taps.attention import Attended, tap_attention
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Columns: share of a query's attention on keys of the other kind, and its entropy (nats) among these keys; then of
 #: queries of each kind the entropy among all keys, and the mean distance of the patches attended to (in patches).
@@ -248,8 +246,6 @@ class Attention(TokenMeasure):
         Block l takes the tokens of layer depth l - 1 and gives those of layer depth l.
         Columns: ``stack block head``, then ``ATTENTION_STATISTICS``.
         """
-        import pandas as pd
-
         rows = [
             (stack, block, head, *values)
             for (stack, block), sums in self._sums.items()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,9 +21,6 @@ from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
 from mto_analysis.probe.request import LoadedModel, Request
 from mto_analysis.probe.sharing import shared_probe
 from mto_analysis.probe.study import HeterogeneityStudy
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: What each control is, as figure and sentences name it.
 CONTROLS = {
@@ -116,8 +113,6 @@ class Controls:
 
         Columns: ``model stack layer_depth control seed``, then ``normalized`` with its 95 % interval over images.
         """
-        import pandas as pd
-
         keys, tables = ["model", "stack", "layer_depth"], []
         for control in _IN_PASS:
             frame = study.measured.assign(normalized=study.measured[control]).dropna(subset="normalized")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.accumulating import Setup
@@ -15,9 +15,6 @@ from mto_analysis.probe.definitions import DEFINITIONS, DefinitionMeasure
 from mto_analysis.probe.engine import LayerMeasure, mean_and_interval
 from mto_analysis.probe.request import Request
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints, model_first
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Definitions:
@@ -37,8 +34,6 @@ class Definitions:
 
     def attention_table(self) -> pd.DataFrame:
         """Rows of :meth:`Attention.to_frame` per model."""
-        import pandas as pd
-
         tables = [watch.to_frame().assign(model=label) for label, watch in self._attention.items()]
         return model_first(pd.concat(tables, ignore_index=True))
 
@@ -50,8 +45,6 @@ class Definitions:
         ``heterogeneity`` and ``normalized`` with their 95 % intervals over images, ``num_visible num_images``.
         ``position`` is ``without`` in a second row of layer depth 0 where the position embedding can be taken off.
         """
-        import pandas as pd
-
         keys = ["model", "stack", "layer_depth"]
         frame = study.measured
         bound = np.log(np.maximum(frame["num_visible"], 2))

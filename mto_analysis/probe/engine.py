@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from mto_analysis.probe.measures import Measure, Measures, measuring
 from mto_analysis.runtime.memory import Scratch, lasting_memory
 from mto_analysis.runtime.precision import full_float32
 from mto_analysis.runtime.statistics import reach_of_mean
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = [
     "LayerMeasure",
@@ -127,8 +124,6 @@ class ProbeResult:
 
         Columns: ``stack layer_depth image mask num_masked num_visible``, then one per measure.
         """
-        import pandas as pd
-
         parts = []
         for chunk in self.chunks:
             depths, batch = chunk.num_masked.shape
@@ -156,8 +151,6 @@ class ProbeResult:
         Args:
             compared: Results of other models on the same images by name, for measures between models.
         """
-        import pandas as pd
-
         columns = [column for measure in self.measures for column in measure.columns]
         found: list[Row] = []
         frame = self.to_frame()

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,9 +23,6 @@ from mto_analysis.probe.engine import mean_and_interval, undisturbed
 from mto_analysis.probe.knn import knn_scores
 from mto_analysis.probe.request import LoadedModel, Request, masked_batch
 from mto_analysis.taps.interventions import BlockChange, BlockCut, intervene
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: What is done to the target tokens where they enter a block, and what that is called in figures.
 INTERVENTIONS = {
@@ -303,8 +301,6 @@ def intervene_on_checkpoints(
         >>> study.table["measure"].tolist()
         ['loss', 'cosine', 'accuracy']
     """
-    import pandas as pd
-
     unknown = [each for each in interventions if each not in INTERVENTIONS]
     if unknown or not interventions:
         raise ValueError(f"interventions are {', '.join(INTERVENTIONS)}, got {', '.join(unknown) or 'none'}")
@@ -336,8 +332,6 @@ class _Study:
 
     def run(self, neighbours: int) -> pd.DataFrame:
         """A row per stack, depth, intervention, condition, measure and image."""
-        import pandas as pd
-
         request, settings, model = self._request, self._request.settings, self._loaded.model
         rows = settings.rows(request.images)
         batches = request.batches(model, rows, num_workers=settings.num_workers)
@@ -407,8 +401,6 @@ class _Study:
             kept.setdefault(name, []).append(values.cpu())
 
     def _frames(self, neighbours: int) -> Iterator[pd.DataFrame]:
-        import pandas as pd
-
         values = {key: {name: torch.cat(each) for name, each in kept.items()} for key, kept in self._values.items()}
         labels = {stack: self._labels(names) for stack, names in self._names.items()}
         for (stack, *_), kept in values.items():
@@ -468,8 +460,6 @@ def effects(per_image: pd.DataFrame) -> pd.DataFrame:
     Columns: ``model stack from_depth intervention condition measure num_target num_visible intact effect ci_low ci_high
     num_images``; cosine and loss as they are, accuracy in percent.
     """
-    import pandas as pd
-
     keys = [*_KEYS, "condition", "measure"]
     sides = [
         per_image[per_image["condition"] == condition].set_index([*_KEYS, "measure", "image"])

@@ -6,18 +6,16 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.probe.engine import LayerMeasure
 from mto_analysis.probe.quadrants import QUADRANT_STATISTICS, AffinityKind, AffinityMap, AffinityMaps
 from mto_analysis.probe.request import Request
 from mto_analysis.probe.study import HeterogeneityStudy, measure_checkpoints
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 QUADRANT_NAMES = {1: "masked-masked", 2: "masked-visible", 3: "visible-masked", 4: "visible-visible"}
 
@@ -110,8 +108,6 @@ def quadrant_table(measured: pd.DataFrame) -> pd.DataFrame:
     num_masked num_visible num_images``. ``row_entropy`` is that of the quadrant's rows over all columns, so the same
     for the first and second, and for the third and fourth quadrant. Deviations are within an image, then averaged.
     """
-    import pandas as pd
-
     keys = ["model", "stack", "layer_depth"]
     groups = measured.groupby(keys, sort=False)
     means = groups.mean(numeric_only=True).assign(num_images=groups["image"].nunique()).reset_index()

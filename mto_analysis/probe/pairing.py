@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo
 from mto_analysis.probe.engine import mean_and_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def _unit(info: ModelInfo) -> int:
@@ -93,8 +90,6 @@ def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.Da
         first: A model.
         second: Another.
     """
-    import pandas as pd
-
     frame = per_image.assign(
         normalized=per_image["heterogeneity"] / np.log(np.maximum(per_image["num_visible"], 2)),
     )

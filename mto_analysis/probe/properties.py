@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens, MaskedImageModel
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class PropertyMeasure:
@@ -85,8 +83,6 @@ class PropertyMeasure:
         standard deviation over positions, beside ``masked_share_deviation_expected`` of that many independent random
         masks; ``spread``, ``cosine`` and both ``_before_position``. Columns: ``stack property value``.
         """
-        import pandas as pd
-
         rows: list[tuple[str, str, float]] = []
         for stack, counts in self._counts.items():
             share = counts.double() / self._masks[stack]

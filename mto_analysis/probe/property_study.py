@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.engine import LayerMeasure
 from mto_analysis.probe.properties import PropertyMeasure
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Properties:
@@ -28,7 +26,5 @@ class Properties:
 
     def table(self) -> pd.DataFrame:
         """Rows of :meth:`PropertyMeasure.to_frame`, per model."""
-        import pandas as pd
-
         tables = [measure.to_frame().assign(model=label) for label, measure in self._measures.items()]
         return pd.concat(tables, ignore_index=True)[["model", "stack", "property", "value"]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from mto_analysis.probe.engine import undisturbed
 from mto_analysis.probe.own_loss import losses_of, without_pixels
 from mto_analysis.probe.shown import ShownModel
 from mto_analysis.runtime.listener import Listener
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Colour of masked patches, in pixels from 0 to 1.
 MASK_GREY = 0.5
@@ -146,8 +144,6 @@ class ReconstructionStudy:
 
         Columns: ``model image target criterion loss predict_the_mean num_masked``.
         """
-        import pandas as pd
-
         columns = ("model", "image", "target", "criterion", "loss", "predict_the_mean", "num_masked")
         return pd.DataFrame([{name: getattr(row, name) for name in columns} for row in self.reconstructions])
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.engine import LayerMeasure, ProbeResult
 from mto_analysis.probe.request import LoadedModel, Request
 from mto_analysis.probe.sharing import shared_probe
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _PER_IMAGE = ("model", "stack", "layer_depth", "image", "mask", "num_masked", "num_visible", "heterogeneity")
 
@@ -91,8 +89,6 @@ def measure_checkpoints(
         >>> measure_checkpoints(request).table["layer_depth"].tolist()
         [0, 1, 2, 3, 4]
     """
-    import pandas as pd
-
     study = HeterogeneityStudy(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), [], broken=request.broken)
     results: dict[str, ProbeResult] = {}
     for loaded in request.models():

@@ -10,16 +10,14 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from mto_analysis.errors import DataError, OutputError
 from mto_analysis.runtime.outputs import write_atomically
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _HETEROGENEITY = re.compile(r"(?:(?P<stack>.+?)[._/])?heterogeneity_(?P<depth>\d+)")
 
@@ -41,8 +39,6 @@ def heterogeneity_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: Of ``metrics.csv``, those of steps or those of epochs.
     """
-    import pandas as pd
-
     parts = []
     for column in rows:
         if (found := layer_of(str(column))) is not None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from mto_analysis.errors import DataNotFoundError
 from mto_analysis.runtime.outputs import chosen_labels, file_words
 from mto_analysis.runtime.render import render
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 #: Forms of a table beside its CSV, by the endings of their files.

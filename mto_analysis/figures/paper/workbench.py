@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from mto_analysis.figures.paper.inputs import Inputs
 from mto_analysis.runtime.listener import Listener
 
 # Tables and schematics are drawn at this bench too, and need not wait for torch.
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mto_analysis.probe.quadrants import AffinityMap
     from mto_analysis.probe.request import Request
     from mto_analysis.probe.study import Watch
@@ -91,8 +91,6 @@ class Workbench:
     @cached_property
     def scrutiny(self) -> Scrutiny:
         """Definitions, attention, properties and controls of every model."""
-        import pandas as pd
-
         from mto_analysis.probe.controls import Controls
         from mto_analysis.probe.definition_study import Definitions
         from mto_analysis.probe.property_study import Properties
@@ -117,8 +115,6 @@ class Workbench:
 
     def _measure_all(self, watch: Watch = lambda model, label: nullcontext(())) -> tuple[Curves, pd.DataFrame]:
         """Curves of every model, and the values per image."""
-        import pandas as pd
-
         from mto_analysis.probe.study import measure_checkpoints
 
         tables, measured, models = [], [], []

@@ -9,18 +9,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from mto_analysis.figures.options import current_drawing
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Widths in inches of what commands and reports draw, over one and two columns.
 COLUMN_WIDTH = 3.4

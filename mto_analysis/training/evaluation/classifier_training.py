@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -191,8 +192,6 @@ def train_classifier(
 
 def classifier_score(folder: str | Path) -> tuple[float, float | None, float]:
     """Top-1 and, for more than five classes, top-5 accuracy of a complete run, in percent, and the seconds it took."""
-    import pandas as pd
-
     rows = pd.read_csv(RunFolder(folder).metrics)
     last = rows[rows["kind"] == "epoch"].iloc[-1]
     return float(last["score"]), None if pd.isna(last["top5"]) else float(last["top5"]), float(last["seconds"])

@@ -7,9 +7,9 @@ and the other half says what it is worth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mto_analysis.errors import DataError
@@ -23,9 +23,6 @@ from mto_analysis.training.evaluation.evaluator import Evaluator
 from mto_analysis.training.evaluation.features import extract_features, normalized
 from mto_analysis.training.evaluation.protocols import Feature, crop_pct_of, feature_of
 from mto_analysis.training.methods.method import Norm, Pooling
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: How tokens are pooled at every layer depth, and what that is called in figures.
 LAYER_POOLINGS: dict[Pooling, str] = {
@@ -67,7 +64,6 @@ def evaluate_layers(
         that chooses; the interval of ``score`` is Wilson's, that of the ``difference`` to the last block of the same
         pooling Student's t of the images' differences; both 95 %.
     """
-    import pandas as pd
     from scipy.stats import binomtest
 
     features, chosen = _features(evaluator, model), evaluator.evaluation
