@@ -249,7 +249,11 @@ def test_read_tables__says_what_is_wrong(table: pd.DataFrame, tmp_path: Path) ->
 
 def test_definitions__leave_the_study_as_it_was(checkpoints, images) -> None:
     definitions = Definitions()
-    study = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(limit=2)), watch=definitions.watch)
+    request = Request([checkpoints["mae"]], images, Settings(limit=2, measures="attention"))
+    study = measure_checkpoints(request, watch=definitions.watch)
+    # Attention is watched for both, once.
+    assert "attention_distance_masked" in set(study.measures["measure"])
+    assert not study.measures.duplicated(["stack", "layer_depth", "measure", "head"]).any()
     before = study.measured.copy()
     first, again = definitions.table(study), definitions.table(study)
     pd.testing.assert_frame_equal(first, again)

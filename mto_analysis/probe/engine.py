@@ -336,7 +336,7 @@ def probe(
         raise ValueError(f"masks_per_image must be at least 1, got {masks_per_image}")
     setup = Setup(model, tuple(grid or model.info.mask_grid), masks_per_image, compared=True)
     source = masks or masks_from_rule(model.info)
-    with measuring(measures, setup) as made:
+    with measuring(measures, setup, layer_measures) as made:
         return run_measures(setup, batches, source, [*made, *layer_measures], stacks=stacks, train_mode=train_mode)
 
 

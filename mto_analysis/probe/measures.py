@@ -119,8 +119,8 @@ def _asked(measures: str | Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def measuring(measures: Measures, setup: Setup) -> Iterator[list[TokenMeasure]]:
-    """Measures for one pass, watching the model inside.
+def measuring(measures: Measures, setup: Setup, given: Sequence[object] = ()) -> Iterator[list[TokenMeasure]]:
+    """Measures for one pass, watching the model inside; none of a class that the pass is given an object of already.
 
     With ``"all"``, those that the model does not allow are left out and say why in ``left_out``; those that were named
     raise.
@@ -130,7 +130,8 @@ def measuring(measures: Measures, setup: Setup) -> Iterator[list[TokenMeasure]]:
     else:
         setup.strict = "all" not in _asked(measures)
         known = known_measures()
-        made = [known[name](setup) for name in names_of(measures)]
+        there = set(map(type, given))
+        made = [known[name](setup) for name in names_of(measures) if known[name] not in there]
     with ExitStack() as watched:
         watched.callback(setup.release)
         for each in made:

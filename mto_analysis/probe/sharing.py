@@ -66,7 +66,7 @@ def shared_probe(
         All chunks in the order of images; none if no image could be read.
     """
     setup = Setup(model, model.info.mask_grid, masks_per_image, compared=len(request.sources) > 1)
-    with measuring(measures, setup) as made:
+    with measuring(measures, setup, layer_measures) as made:
         source = masks if keep_masks is None else _kept(masks, keep_masks)
         return _shared(request, setup, masks, source, label, [*made, *layer_measures], keep_masks)
 
