@@ -57,12 +57,7 @@ class DemoTables:
 
 
 def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambda message: None) -> DemoTables:
-    """Measure the bundled models on the bundled images and masks.
-
-    Args:
-        limit: Number of images; all 256 by default.
-        say: Takes notes for the user.
-    """
+    """Measure the bundled models on the bundled images and masks."""
     import pandas as pd
 
     from mto_analysis.masks import load_masks

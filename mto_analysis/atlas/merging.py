@@ -72,11 +72,7 @@ def row_words(row: Mapping[Any, Any] | pd.Series) -> str:
 
 
 def check_comparable(tables: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse tables that are not of the same images and masks.
-
-    Args:
-        tables: By a name for messages.
-    """
+    """Refuse tables that are not of the same images and masks."""
     (first, table), *others = tables.items()
     for name, other in others:
         a, b = table.iloc[0], other.iloc[0]

@@ -101,13 +101,7 @@ def render_atlas(
     title: str = "Atlas of masked tokens",
     scores: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
-    """A table as one HTML file that works offline.
-
-    Args:
-        table: From :func:`~mto_analysis.atlas.table.read_table`.
-        title: Heading of the page.
-        scores: From :func:`read_scores`.
-    """
+    """A table as one HTML file that works offline."""
     per_layer = table[table["head"].isna() & table["other_layer_depth"].isna()]
     if per_layer.empty:
         raise DataError("the table has no measure per layer, so there is nothing to draw")

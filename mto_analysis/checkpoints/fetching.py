@@ -82,10 +82,6 @@ def drop_fetched(source: str | Path, path: Path) -> bool:
 
     What was given by its path or put into the cache by hand is nobody's to delete.
 
-    Args:
-        source: What it was asked for with.
-        path: Where :func:`resolve` found it.
-
     Returns:
         Whether it was deleted.
     """

@@ -210,12 +210,7 @@ def refuse_other(settings: Mapping[str, Any], where: str, **known: Any) -> None:
 
 
 def refuse_other_depth(raw: RawCheckpoint, model: Any) -> None:
-    """Refuse weights of fewer or more blocks than the settings beside them state: a truncated file loads, too.
-
-    Args:
-        raw: The file.
-        model: Configuration of the model that the weights are for.
-    """
+    """Refuse weights of fewer or more blocks than the settings beside them state: a truncated file loads, too."""
     swin = [section(raw.extras, "config", "MODEL", name) for name in ("VIT", "SWIN", "SWINV2")]
     mm, settings = openmmlab_config(raw), raw.config or section(raw.extras, "config")
     slowfast = section(slowfast_config(raw), "MVIT")

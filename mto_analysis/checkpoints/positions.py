@@ -29,14 +29,7 @@ ADVICE = "give --image-size (HEIGHTxWIDTH in pixels)"
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows and columns of patches, as a model is to be built.
-
-    Args:
-        rows: Of patches.
-        columns: Of patches.
-        patch_size: Side of a patch in pixels.
-        notes: What was assumed or changed, as printed.
-    """
+    """Rows and columns of patches, as a model is to be built."""
 
     rows: int
     columns: int

@@ -29,14 +29,7 @@ _ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each channel of pixels scaled to 0..1.
-
-    Args:
-        mean: Of each channel.
-        std: Of each channel.
-        mean_source: Where the means come from, as printed.
-        std_source: The same of the deviations; by default as the means.
-    """
+    """Mean and standard deviation of each channel of pixels scaled to 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

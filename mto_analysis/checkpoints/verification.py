@@ -51,13 +51,7 @@ def verify_checkpoint(source: str | Path, loading: LoadOptions | None = None) ->
 
 
 def compare_hash(path: Path, sha256: str, entry: Checkpoint | None) -> tuple[str, ...]:
-    """Compare a checkpoint's hash with what is known of it: which of ``published`` and ``recorded`` there were.
-
-    Args:
-        path: The file or folder.
-        sha256: Of its weights.
-        entry: The row of the registry that it claims to be, if any.
-    """
+    """Compare a checkpoint's hash with what is known of it: which of ``published`` and ``recorded`` there were."""
     compared = []
     if entry is not None and entry.digest and path.is_file():
         algorithm, beginning = entry.digest.split(":")

@@ -82,13 +82,7 @@ class Outcome(NamedTuple):
 def perform(
     task: Task, resources: Resources, begun: Callable[[subprocess.Popen[bytes]], bool] | None = None
 ) -> Outcome:
-    """Do a task in a process of its own, and start that again if it dies: it goes on from what is on disk.
-
-    Args:
-        task: Ready to begin.
-        resources: For it.
-        begun: Takes the process; false ends it, and no other is started.
-    """
+    """Do a task in a process of its own, and start that again if it dies: it goes on from what is on disk."""
     notes: list[str] = []
     until = time.monotonic() + resources.patience
     for _ in range(resources.retries + 1):

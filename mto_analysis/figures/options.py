@@ -21,11 +21,6 @@ _UNITS = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}
 class DrawingOptions:
     """How figures are drawn and written.
 
-    Args:
-        style: One of :data:`STYLES`.
-        formats: Some of :data:`FORMATS`.
-        width: Of every figure, in inches; by default the style's, or what the figure needs.
-
     Example:
         >>> DrawingOptions("paper", ("pdf",), inches("122mm")).formats
         ('pdf',)

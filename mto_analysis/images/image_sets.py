@@ -27,10 +27,6 @@ class ImageSet:
     """Images by name, each with the SHA-256 of its encoded file.
 
     Masks depend on names and values on contents, so both are fixed. The order of the images means nothing.
-
-    Args:
-        name: Of the set.
-        digests: SHA-256 of each image by its name.
     """
 
     name: str
@@ -89,13 +85,7 @@ class ImageSet:
 
 
 def summarize_images(images: Images, name: str, *, limit: int | None = None) -> ImageSet:
-    """The set that some images are: reads and hashes each.
-
-    Args:
-        images: From :func:`~mto_analysis.images.open_images`.
-        name: Of the set.
-        limit: Number of images, spread evenly over the sorted names; all by default.
-    """
+    """The set that some images are: reads and hashes each."""
     rows = {each: row for row, each in enumerate(images.names)}
     chosen = ImageSet(name, dict.fromkeys(rows, "")).limited(limit).digests
     return ImageSet(name, {each: _content_sha256(images, rows[each]) for each in chosen})

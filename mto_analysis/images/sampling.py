@@ -21,15 +21,7 @@ _REPLACEMENTS = 64  # tries to find a good image in place of a broken one
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """What is sampled for the images of a source, each by (seed, epoch, name).
-
-    Args:
-        names: Of the images; a row is a place in them.
-        augmentation: What is sampled for an image.
-        mask_rule: How masks are sampled.
-        patch_size: Of the model, in pixels.
-        seed: Of the run.
-    """
+    """What is sampled for the images of a source, each by (seed, epoch, name)."""
 
     names: Sequence[str]
     augmentation: Augmentation

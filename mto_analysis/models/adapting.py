@@ -14,12 +14,7 @@ from mto_analysis.models.interface import MaskedImageModel
 
 
 def with_config(model: MaskedImageModel, config: Any) -> MaskedImageModel:
-    """The same weights in an architecture whose shapes are the same, such as one of other numbers of heads.
-
-    Args:
-        model: Stays as it is; the result shares its weights.
-        config: Of the new one.
-    """
+    """The same weights in an architecture whose shapes are the same, such as one of other numbers of heads."""
     with torch.device("meta"):
         changed = type(model)(config, model.info)
     changed.load_state_dict(model.state_dict(), strict=True, assign=True)

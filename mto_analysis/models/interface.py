@@ -48,13 +48,7 @@ def as_image_size(height: int, width: int) -> ImageSize:
 
 
 def check_heads(width: int, heads: int, name: str = "num_heads") -> None:
-    """Refuse a number of attention heads that does not divide the width they share.
-
-    Args:
-        width: Channels.
-        heads: Attention heads.
-        name: Of the setting, for the message.
-    """
+    """Refuse a number of attention heads that does not divide the width they share."""
     if heads < 1 or width % heads:
         raise ValueError(f"{name} must divide the width {width}, got {heads}")
 

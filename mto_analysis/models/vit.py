@@ -24,14 +24,6 @@ def transformer_blocks(
 
     The BEiT code base has biases for queries and values only; its key bias is zero here, which changes nothing: a
     constant added to all keys shifts every logit of a query alike.
-
-    Args:
-        dim: Width of the residual stream.
-        depth: Number of blocks.
-        num_heads: Attention heads.
-        mlp_dim: Width of the hidden layer.
-        eps: Of the layer norms.
-        layer_scale: Initial factor on each branch, or none.
     """
     block = partial(
         Block,
@@ -80,11 +72,6 @@ def coarser_mask(mask: Tensor, grid: tuple[int, int], factor: int) -> Tensor | N
     Shapes:
         mask: batch factor*rows*factor*columns
         returns: batch rows*columns
-
-    Args:
-        mask: True where masked.
-        grid: Rows and columns of the coarser grid.
-        factor: Side of a square.
 
     Example:
         >>> coarser_mask(torch.tensor([[True, True, False, False]]).repeat(1, 2), (1, 2), 2)

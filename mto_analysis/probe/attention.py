@@ -130,9 +130,6 @@ class Attention(TokenMeasure):
     Watched are the queries and keys that the forward makes anyway, so that nothing is computed twice; those of a block
     are reduced when the tokens of its output are measured. Blocks whose attention is not one softmax over all tokens
     are left out. Of a live model the attention of all blocks is held until the tokens of a batch are measured.
-
-    Args:
-        setup: What is known of the pass.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -77,12 +77,7 @@ def _visible_null(x: Tensor, num_masked: int) -> Tensor:
 
 
 class Controls:
-    """Watches the passes of :func:`~mto_analysis.probe.study.measure_checkpoints`, and runs others after each.
-
-    Args:
-        request: That is measured.
-        seeds: How many random weights, and how many random mask tokens.
-    """
+    """Watches the passes of :func:`~mto_analysis.probe.study.measure_checkpoints`, and runs others after each."""
 
     def __init__(self, request: Request, seeds: int = 3) -> None:
         if seeds < 1:

@@ -120,12 +120,7 @@ def _choose(
 
 
 def head_candidates(model: MaskedImageModel, option: str) -> list[int]:
-    """The model's own head count, and the others that divide the width into heads of 8 to 128 channels.
-
-    Args:
-        model: Whose configuration names widths and head counts.
-        option: ``num_heads`` or ``decoder_num_heads``.
-    """
+    """The model's own head count, and the others that divide the width into heads of 8 to 128 channels."""
     own, width = getattr(model.config, option, None), getattr(model.config, _WIDTHS[option], None)
     if not isinstance(own, int) or not isinstance(width, int):
         return []

@@ -84,11 +84,6 @@ def paired_difference(per_image: pd.DataFrame, first: str, second: str) -> pd.Da
 
     Layer depths that both have are compared, stack by stack. The interval is that of the pairs, far narrower
     than the two models' own: images on which H is high are high in both.
-
-    Args:
-        per_image: Rows of ``heterogeneity_per_image.csv`` with both models, on the same images.
-        first: A model.
-        second: Another.
     """
     frame = per_image.assign(
         normalized=per_image["heterogeneity"] / np.log(np.maximum(per_image["num_visible"], 2)),

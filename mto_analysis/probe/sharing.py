@@ -52,16 +52,6 @@ def shared_probe(
     Parts are whole batches, so values are those of one process bit for bit. Sums over images (maps, attention) are
     equal to rounding.
 
-    Args:
-        request: Names images, settings and processes.
-        model: To probe.
-        masks: Where masks come from.
-        label: Of the progress bar.
-        masks_per_image: Masks per image.
-        measures: As for :func:`~mto_analysis.probe.engine.probe`.
-        layer_measures: As for :func:`~mto_analysis.probe.engine.probe`.
-        keep_masks: Takes the masks of all images by name.
-
     Returns:
         All chunks in the order of images; none if no image could be read.
     """

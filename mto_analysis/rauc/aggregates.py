@@ -210,10 +210,6 @@ def aggregate(table: CurveTable, comparisons: Sequence[Comparison]) -> list[Aggr
 
     A run has two measures: its score at E2; and its RAUC, its area above S1(E1) over the mean area of the baseline's
     runs on that task, whose mean over runs is the task's RAUC. The baseline is resampled with the runs.
-
-    Args:
-        table: Curves with grouping columns; a combination of their values is a task.
-        comparisons: Of :func:`mto_analysis.rauc.comparison.compare_methods` on this table.
     """
     windows: dict[tuple[float, float], list[Comparison]] = {}
     for one in comparisons:

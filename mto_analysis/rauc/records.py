@@ -25,14 +25,7 @@ SCHEMA_VERSION = 1
 def as_record(
     comparison: Comparison, axis: str = "epoch", logs: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A comparison as JSON has it: numbers, null where undefined, words for the intervals, and what was read.
-
-    Args:
-        comparison: The comparison.
-        axis: What ``start`` and ``end`` count.
-        logs: What was read from each log, see :meth:`~mto_analysis.rauc.logs.provenance.Provenance.record`.
-        notes: What a reader should know about the logs; the comparison's own notes follow.
-    """
+    """A comparison as JSON has it: numbers, null where undefined, words for the intervals, and what was read."""
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", "axis": axis, **vars(comparison)}
     record |= {"logs": list(logs), "notes": [*notes, *comparison.notes]}
     for key, value in record.items():

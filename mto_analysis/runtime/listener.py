@@ -12,13 +12,7 @@ Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 @dataclass(frozen=True)
 class Listener:
-    """Takes notes, warnings and progress; by default nobody listens.
-
-    Args:
-        note: Takes notes for the user.
-        warn: Takes warnings for the user.
-        progress: Wraps batches, given their number and a label.
-    """
+    """Takes notes, warnings and progress; by default nobody listens."""
 
     note: Callable[[str], None] = lambda message: None
     warn: Callable[[str], None] = lambda message: None

@@ -252,12 +252,6 @@ def open_settings(
 ) -> tuple[Reader, Path | None]:
     """A reader of a settings file that comes with the package, by name, or of one of the user's own, by its path.
 
-    Args:
-        kind: ``recipes`` or ``experiments``.
-        name_or_path: Which.
-        options: What replaces its values.
-        error: Class of the errors.
-
     Returns:
         The reader, and the folder of a user's file.
     """

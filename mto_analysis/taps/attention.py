@@ -113,10 +113,6 @@ def tap_attention(blocks: Sequence[nn.Module], listener: AttentionListener) -> I
     It is met in ``scaled_dot_product_attention``, ``multi_head_attention_forward`` or a softmax over pairs of tokens,
     so after rotary positions and norms of queries and keys. No function of torch is replaced.
 
-    Args:
-        blocks: In order.
-        listener: Called after the forward of each block.
-
     Example:
         >>> block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
         >>> with torch.no_grad(), tap_attention([block], lambda number, met: print(number, list(met[0].queries.shape))):

@@ -30,15 +30,7 @@ def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
 
 
 class Assembly:
-    """The model with its teachers, optimizer, loss scaling, moving average and MTO, on this process.
-
-    Args:
-        method: The student with its losses, optimizer and schedule, before its first step.
-        settings: The run's.
-        processes: The processes of the run.
-        steps_per_epoch: Optimizer steps.
-        micro_batch: Images in a forward of one process.
-    """
+    """The model with its teachers, optimizer, loss scaling, moving average and MTO, on this process."""
 
     def __init__(
         self, method: Objective, settings: RunSettings, processes: Processes, steps_per_epoch: int, micro_batch: int
@@ -136,11 +128,7 @@ class Assembly:
         return self._whole
 
     def published(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a checkpoint holds for others, by the method; ``None`` on processes that do not write.
-
-        Args:
-            state: From :meth:`state`.
-        """
+        """What a checkpoint holds for others, by the method; ``None`` on processes that do not write."""
         whole = self._whole_method(state)
         return None if whole is None else whole.published(None if self.ema is None else self.ema.module)
 

@@ -82,12 +82,7 @@ class Averages:
 
 
 class Table:
-    """A CSV file that grows by whole rows and survives being cut off anywhere.
-
-    Args:
-        path: Of the file.
-        key: Column that counts up, by which rows are dropped on resume.
-    """
+    """A CSV file that grows by whole rows and survives being cut off anywhere."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key

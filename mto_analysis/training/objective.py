@@ -74,13 +74,7 @@ class Batch(Protocol):
 
 
 class Objective(nn.Module, ABC):
-    """What a run trains, by pre-training or as a classifier.
-
-    Args:
-        student: The model that is trained.
-        settings: Of its training.
-        name: In the column ``method`` of tables.
-    """
+    """What a run trains, by pre-training or as a classifier."""
 
     #: Whether the student sees masked images, whose H is measured along the run.
     masked: ClassVar[bool] = True
@@ -123,11 +117,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def published(self, average: Any = None) -> dict[str, Any]:
-        """What a checkpoint holds for others.
-
-        Args:
-            average: Moving average of the student, where there is one.
-        """
+        """What a checkpoint holds for others."""
 
     @property
     def probed(self) -> Any:

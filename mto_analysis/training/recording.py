@@ -23,15 +23,7 @@ _LOOK_EVERY = 50
 
 
 class Recorder:
-    """Keeps count of a run, and writes; all processes call it, and the main one writes.
-
-    Args:
-        folder: The run's.
-        stepper: What is trained.
-        scorer: Evaluates it.
-        show: Draws it, every so many epochs; or none.
-        metadata: For ``run.json``.
-    """
+    """Keeps count of a run, and writes; all processes call it, and the main one writes."""
 
     def __init__(
         self, folder: RunFolder, stepper: Stepper, scorer: Scorer, show: Show | None, metadata: dict[str, Any]
@@ -156,12 +148,7 @@ class Recorder:
         )
 
     def save(self, seconds: float, *, kept: bool = False) -> None:
-        """Write ``last.pth``, and before it the checkpoint that is kept, if one is due; a collective call.
-
-        Args:
-            seconds: Of training so far.
-            kept: Whether to keep one of this epoch.
-        """
+        """Write ``last.pth``, and before it the checkpoint that is kept, if one is due; a collective call."""
         if not self.stepper.finite():
             raise NumericalError(f"weights are not finite after step {self.step}; {self.last_good()}")
         state = self.stepper.state()

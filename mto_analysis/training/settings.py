@@ -105,12 +105,7 @@ def mto_config(options: Mapping[str, Any], base: MTOConfig | None = None) -> MTO
 
 
 def read_mto(reader: Reader, base: MTOConfig | None = None) -> MTOConfig:
-    """Settings of MTO from a table: a preset, and what is changed in it.
-
-    Args:
-        reader: Of the table.
-        base: Where to begin without a preset.
-    """
+    """Settings of MTO from a table: a preset, and what is changed in it."""
     preset = reader.take("preset", Literal["default", "paper"], None)
     start = MTOConfig.paper() if preset == "paper" else MTOConfig() if preset or base is None else base
     return reader.read(MTOConfig, start)

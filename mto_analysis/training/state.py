@@ -192,13 +192,7 @@ class RunFolder:
 
 
 def check_randomness(path: Path, identity: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run whose random numbers this version no longer samples.
-
-    Args:
-        path: Of the run, for the message.
-        identity: The stored one.
-        metadata: From :func:`~mto_analysis.runtime.outputs.run_metadata`, when the run began.
-    """
+    """Refuse to go on with a run whose random numbers this version no longer samples."""
     written = identity.get("randomness", 1)
     if written != RANDOMNESS:
         version = metadata.get("versions", {}).get("mto-analysis", "of unknown number")

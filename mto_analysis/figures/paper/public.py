@@ -41,14 +41,6 @@ def draw_public(
     No early SimMIM is published. Fig. 1(b) shows the final one beside checkpoints given in ``inputs``, or beside the
     same architecture with random weights.
 
-    Args:
-        names: Figures of models; by default Figs. 1(a), 1(b) and 2.
-        out: As for :func:`~mto_analysis.figures.paper.drawing.draw_paper`, as are the others.
-        inputs: Images and settings; checkpoints are those of Fig. 1(b) beside the final SimMIM.
-        overwrite: As there.
-        arguments: As there.
-        listener: As there.
-
     Yields:
         Each figure, and its files.
     """

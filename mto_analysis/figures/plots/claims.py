@@ -97,13 +97,7 @@ def _mark(ax: Axes, epochs: pd.Series[float], rows: range, method: str, label: s
 
 
 def draw_accuracy_claims(claims: pd.DataFrame, rauc: pd.DataFrame, *, says: str) -> Figure:
-    """Both statements side by side: epochs saved (left), areas (right).
-
-    Args:
-        claims: As for :func:`plot_epochs_saved`.
-        rauc: As for :func:`plot_printed_rauc`.
-        says: Line above: what this is drawn from, and what it is not.
-    """
+    """Both statements side by side: epochs saved (left), areas (right)."""
     height = 1.25 + 0.27 * max(len(claims), rauc["baseline"].nunique())
     with paper_style():
         figure = new_figure(height)

@@ -25,14 +25,7 @@ from mto_analysis.figures.plots.style import (
 
 
 def plot_control(curve: pd.DataFrame, band: pd.DataFrame, *, look: Look | None = None, ax: Axes | None = None) -> Axes:
-    """One model's H / log(num_visible) over layer depth, and the band of one control behind it, grey.
-
-    Args:
-        curve: Rows of ``heterogeneity.csv``, of one model and stack.
-        band: Rows of :func:`~mto_analysis.probe.controls.control_bands`, of the same and of one control.
-        look: Of the curve.
-        ax: Where to draw; by default a new figure's axes.
-    """
+    """One model's H / log(num_visible) over layer depth, and the band of one control behind it, grey."""
     if curve.empty:
         raise DataError("there is no curve to draw")
     look = look or Look(color=COLORS[0], marker="o", linestyle="-")
@@ -51,13 +44,7 @@ def plot_control(curve: pd.DataFrame, band: pd.DataFrame, *, look: Look | None =
 
 
 def draw_controls(table: pd.DataFrame, bands: pd.DataFrame, words: Mapping[str, str]) -> Figure:
-    """A row per model and stack, whose panels share their range; a column per control.
-
-    Args:
-        table: Rows of ``heterogeneity.csv``.
-        bands: Rows of :func:`~mto_analysis.probe.controls.control_bands`.
-        words: Control to its name.
-    """
+    """A row per model and stack, whose panels share their range; a column per control."""
     curves = model_curves(table)
     looks = looks_of(label for label, _ in curves)
     with paper_style():

@@ -80,13 +80,7 @@ def plot_experiment_curves(
 
 
 def plot_final_scores(curves: pd.DataFrame, *, ax: Axes | None = None, score: str = "top-1 accuracy (%)") -> Axes:
-    """Score at the last epoch, a row per method: the mean over seeds with its 95 % interval, and each seed as a dot.
-
-    Args:
-        curves: Rows of ``curves.csv``: ``method epoch score seed``.
-        ax: Where to draw; a new figure without.
-        score: Label of the score.
-    """
+    """Score at the last epoch, a row per method: the mean over seeds with its 95 % interval, and each seed as a dot."""
     ax = ax or new_axes(PAGE_WIDTH / 2, _PANEL_HEIGHT)
     looks = looks_of(curves["method"].astype(str))
     names = []
@@ -106,12 +100,7 @@ def plot_final_scores(curves: pd.DataFrame, *, ax: Axes | None = None, score: st
 
 
 def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy (%)") -> Figure:
-    """A panel per recipe with all its arms; where they are many, without bands and with their final scores beside.
-
-    Args:
-        curves: Rows of ``curves.csv``.
-        score: Label of the score.
-    """
+    """A panel per recipe with all its arms; where they are many, without bands and with their final scores beside."""
     panels = list(curves.groupby("recipe", sort=False))
     many = max(part["method"].nunique() for _, part in panels) > _MOST_BANDS
     columns = min(2 if many else min(len(panels), _MOST_COLUMNS), _columns_that_fit())

@@ -110,13 +110,7 @@ def _plot_shares(curves: Sequence[tuple[str, pd.DataFrame]], looks: Mapping[str,
 
 
 def zoom_to(ax: Axes, lowest: float, highest: float) -> None:
-    """Let an axis of H / H_max show a range of values from 0, or, where all are near the bound, from the lowest.
-
-    Args:
-        ax: The axes; one that does not begin at 0 says so.
-        lowest: The lowest value that is shown.
-        highest: The highest.
-    """
+    """Let an axis of H / H_max show a range of values from 0, or, where all are near the bound, from the lowest."""
     zoomed = lowest > 0.5
     top = 1.0 if highest > 0.7 else highest
     bottom = lowest if zoomed else 0.0
@@ -133,10 +127,6 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
 
     Models are variants of one where their labels agree up to a comma or a plus: ``MAE``, ``MAE, early``, ``MAE + MTO``.
     One curve has an axis in nats beside it.
-
-    Args:
-        frame: Rows of ``heterogeneity.csv``, of one or several models.
-        title: Line above the figure.
     """
     curves = _curves(frame)
     looks = looks_of(label for label, _ in curves)

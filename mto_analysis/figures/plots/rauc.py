@@ -43,14 +43,6 @@ def plot_rauc(
 
     Grey: area of the baseline above the reference. Colour: what the target adds, hatched where it lags. With several
     seeds the curve is their mean and the bars are Student's interval of that mean.
-
-    Args:
-        comparison: The numbers to show.
-        baseline: Runs of the baseline by seed.
-        target: Runs of the target by seed.
-        ax: Where to draw; a new figure without.
-        axis: What the curves run over.
-        score: Label of the score.
     """
     ax = ax or new_axes(COLUMN_WIDTH, _PANEL_HEIGHT)
     looks = looks_of([comparison.baseline, comparison.target])

@@ -57,12 +57,7 @@ def reconstruction_caption(rows: Sequence[Reconstruction]) -> str:
 
 
 def draw_reconstructions(rows: Sequence[Reconstruction], *, captioned: bool = True) -> Figure:
-    """All models and images: blocks of models two abreast, each with its mean loss in the title.
-
-    Args:
-        rows: As in :attr:`~mto_analysis.probe.reconstruction.ReconstructionStudy.reconstructions`.
-        captioned: Draw :func:`reconstruction_caption` below.
-    """
+    """All models and images: blocks of models two abreast, each with its mean loss in the title."""
     if not rows:
         raise ValueError("there must be a reconstruction to draw, got none")
     models = list(dict.fromkeys(row.model for row in rows))

@@ -13,12 +13,7 @@ from mto_analysis.figures.plots.style import describe, legend_below, looks_of, n
 
 
 def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
-    """A point per correlation with its interval; the layers of a measure stand one below the other.
-
-    Args:
-        rows: Of :attr:`~mto_analysis.rauc.relations.Relations.table`, of one level.
-        ax: Where to draw.
-    """
+    """A point per correlation with its interval; the layers of a measure stand one below the other."""
     drawn = rows.dropna(subset="rho").rename(columns={"rho": "value", "layer": "method"})
     if drawn.empty:
         raise DataError("no correlation is defined, so there is nothing to draw")

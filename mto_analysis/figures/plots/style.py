@@ -166,14 +166,7 @@ def describe(figure: Figure, *, title: str | None = None, note: str = "") -> Non
 
 
 def legend_below(figure: Figure, handles: Iterable[Artist], labels: Iterable[str], **options: Any) -> None:
-    """A legend below all panels, in as many columns as the figure's width holds.
-
-    Args:
-        figure: Any.
-        handles: Lines or marks.
-        labels: Their names.
-        options: For ``Figure.legend``; ``ncols`` is the largest number of columns.
-    """
+    """A legend below all panels, in as many columns as the figure's width holds."""
     shown, names = list(handles), list(labels)
     for columns in range(min(options.pop("ncols", len(shown)), len(shown)), 0, -1):
         legend = figure.legend(shown, names, loc="outside lower center", ncols=columns, **options)
@@ -191,12 +184,7 @@ def _wrapped(note: str, figure: Figure) -> str:
 
 
 def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as the bytes of a file, the same bytes for the same figure.
-
-    Args:
-        figure: What to write.
-        kind: ``png``, ``pdf`` or ``svg``.
-    """
+    """A figure as the bytes of a file, the same bytes for the same figure."""
     buffer = io.BytesIO()
     # No creation date, so that a figure redrawn from the same table is the same file.
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {"Software": None})

@@ -186,12 +186,6 @@ def named_checkpoints(
     """All checkpoints of several sources, with the names and seeds that are given, else those of their runs.
 
     A source that does not say its method is called by its file or folder; its seed is 0.
-
-    Args:
-        sources: As for :func:`find_checkpoints`.
-        methods: One per source.
-        seeds: One per source, or one for all.
-        offline: Never touch the network.
     """
     if methods and len(methods) != len(sources):
         raise ValueError(f"give one --label per --ckpt: {len(sources)} checkpoints, {len(methods)} labels")
@@ -347,14 +341,7 @@ def score_checkpoints(
     score: Callable[[RunCheckpoint], Score],
     protocol: str,
 ) -> Iterator[dict[str, Any]]:
-    """Score what the curve does not hold yet; each row is in the file before it is yielded.
-
-    Args:
-        checkpoints: In the order to score them.
-        curve: To be continued.
-        score: Loads and scores one.
-        protocol: For the table.
-    """
+    """Score what the curve does not hold yet; each row is in the file before it is yielded."""
     for checkpoint in checkpoints:
         if not curve.holds(checkpoint):
             yield curve.add(checkpoint, score(checkpoint), protocol)
@@ -370,13 +357,6 @@ def score_random(
     """Score the architecture of each method with the random weights that its pre-training begins with.
 
     They go to ``random.csv`` beside the curve, not into it; what is there already is not scored again.
-
-    Args:
-        checkpoints: The first of each method and seed gives the architecture, its seed that of the weights.
-        curve: The curve they belong to.
-        load: Loads a checkpoint.
-        score: Scores a model.
-        protocol: For the table.
 
     Returns:
         Mean accuracy over seeds, by method.

@@ -33,12 +33,7 @@ LAYER_POOLINGS: dict[Pooling, str] = {
 
 
 def layer_features(model: MaskedImageModel, norm: Norm | None = None) -> list[Feature]:
-    """The features of every layer depth, from the input of the first block on; a class token is still the same there.
-
-    Args:
-        model: With an encoder that sees whole images.
-        norm: In place of the family's.
-    """
+    """The features of every layer depth, from the input of the first block on, whose class token is not the image's."""
     chosen = feature_of(model, norm=norm).norm
     depths = range(len(model.encoder_blocks()) + 1)
     poolings: list[Pooling] = [each for each in LAYER_POOLINGS if each != "class" or model.encoder_prefix_tokens]
@@ -52,11 +47,6 @@ def evaluate_layers(
 
     One half of the test images, by a hash of their names, chooses the layer and pooling with the highest accuracy;
     ``score`` is the accuracy on the other half. Memory grows by 4 bytes x width for each image and feature.
-
-    Args:
-        evaluator: Protocol and images.
-        model: With an encoder that sees whole images.
-        processes: As for :meth:`Evaluator.evaluate`.
 
     Returns:
         A row per pooling and layer: ``pooling layer norm selection score ci_low ci_high difference difference_ci_low

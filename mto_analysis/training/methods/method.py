@@ -214,14 +214,6 @@ def warmup_then_cosine(
 ) -> float:
     """MAE's schedule, of pre-training as of classifiers: a linear warm-up, and a half cosine over what is left.
 
-    Args:
-        done: What is done of the run, in any unit.
-        total: The whole run.
-        warmup: The warm-up.
-        peak: Rate after the warm-up.
-        start: Rate at the beginning.
-        end: Rate at the end.
-
     Source:
         facebookresearch/mae ``util/lr_sched.py``.
 
