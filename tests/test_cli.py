@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -1050,6 +1051,10 @@ def whole(path: Path) -> bool:
         return content.endswith(b"IEND\xaeB`\x82")
     if path.suffix == ".html":
         return content.rstrip().endswith(b"</html>")
+    if path.suffix == ".toml":
+        return bool(tomllib.loads(content.decode()))
+    if path.suffix == ".md":
+        return content.endswith(b"\n")
     return content.rstrip().endswith(b"%%EOF")
 
 

@@ -102,9 +102,11 @@ def test_with_config__shares_weights_and_refuses_other_shapes() -> None:
     assert changed.blocks[0].attn.qkv.weight.data_ptr() == mae.blocks[0].attn.qkv.weight.data_ptr()
 
 
-@pytest.mark.parametrize("command", ["heterogeneity", pytest.param("reconstruct", marks=pytest.mark.slow)])
-def test_commands__choose_and_doubt_head_counts(command: str, unstated: Path, tmp_path: Path) -> None:
-    arguments = [command, "--ckpt", str(unstated), "--limit", "32", "--decoder-num-heads"]
+@pytest.mark.parametrize(
+    "command", [["heterogeneity", "--limit", "32"], pytest.param(["reconstruct"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_commands__choose_and_doubt_head_counts(command: list[str], unstated: Path, tmp_path: Path) -> None:
+    arguments = [*command, "--ckpt", str(unstated), "--decoder-num-heads"]
     chosen = CliRunner().invoke(app, [*arguments, "auto", "--num-heads", "auto", "--out", str(tmp_path / "a")])
     assert chosen.exit_code == 0, chosen.output
     assert "mae: compared head counts: num_heads 4 and decoder_num_heads 4, own loss" in chosen.stderr
