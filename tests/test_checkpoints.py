@@ -45,8 +45,8 @@ from mto_analysis.checkpoints.layouts import LAYOUTS, Names
 from mto_analysis.checkpoints.reading import read_checkpoint
 from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import HeadCountError
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD
 from mto_analysis.models.vit import relative_position_index
+from mto_analysis.runtime.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 MAE_HEADS = {"num_heads": 4, "decoder_num_heads": 2}
 MAE_FILE = GOLDEN / "mae" / "checkpoint.pth"

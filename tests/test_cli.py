@@ -974,13 +974,14 @@ def test_demo__is_quiet_and_overwrites_when_asked(out: Path) -> None:
 # Real processes.
 
 
-def test_help__imports_nothing_heavy() -> None:
+def test_help_and_registry__import_nothing_heavy() -> None:
     code = """
 import sys
 from mto_analyze import app
-for command in ([], ["heterogeneity"], ["demo"], ["inspect"], ["plot"]):
+helps = [[*command, "--help"] for command in ([], ["heterogeneity"], ["demo"], ["inspect"], ["plot"])]
+for command in (*helps, ["checkpoints", "list"], ["checkpoints", "info", "mae_vit_base_full"]):
     try:
-        app([*command, "--help"])
+        app(command)
     except SystemExit as stop:
         assert not stop.code, command
 heavy = {"torch", "torchvision", "timm", "matplotlib", "pandas", "numpy", "seaborn", "scipy", "pyarrow", "PIL"}

@@ -73,8 +73,7 @@ def test_claims__name_layouts_families_and_files_that_exist() -> None:
     for claim in claims.values():
         assert claim.basis in ("original code", "slow reference", "")
         assert bool(claim.original) == (claim.basis == "original code")
-        if claim.basis:
-            assert layouts[claim.layout].convert
+        assert bool(claim.basis) == bool(layouts[claim.layout].convert)
         if claim.basis == "slow reference":
             assert any(name in claim.layout for name in references), claim
         if claim.golden.startswith("originals/"):

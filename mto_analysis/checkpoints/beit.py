@@ -8,9 +8,6 @@ import torch
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict
 from mto_analysis.checkpoints.inpainting import (
-    CLIP,
-    HALF,
-    IMAGENET,
     Encoder,
     block_rule,
     blockwise_rule,
@@ -24,6 +21,7 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import EVA02, EVA02Config
 from mto_analysis.models.eva02 import rotary_table
+from mto_analysis.runtime.pixels import CLIP, HALF, IMAGENET
 
 _BEIT_MASKED = 75
 _EVA_WIDTH, _EVA_HEADS = 1408, 16

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
 from mto_analysis.checkpoints.metadata import arguments, flag, size, within
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import BootMAE, BootMAEConfig, ModelInfo
+from mto_analysis.runtime.pixels import HALF, IMAGENET
 
 _PUBLISHED_RATIO = 0.75
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mto_analysis.checkpoints.conversion import ENCODER_HEADS, Conversion, Given, StateDict, block_numbers
-from mto_analysis.checkpoints.inpainting import HALF, IMAGENET
 from mto_analysis.checkpoints.metadata import arguments, flag, openmmlab_config, section, size, whole
 from mto_analysis.checkpoints.openmmlab import mm_heads, openmmlab_state
 from mto_analysis.checkpoints.positions import fit_positions
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import CAE, CAEConfig, ModelInfo
+from mto_analysis.runtime.pixels import HALF, IMAGENET
 
 # Of 14 x 14 patches.
 _PUBLISHED_PATCHES = 196

@@ -13,7 +13,8 @@ from mto_analysis.checkpoints.positions import Grid, fit_positions, fit_relative
 from mto_analysis.errors import CheckpointError
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import InpaintingConfig, InpaintingViT, ModelInfo
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
+from mto_analysis.models.interface import ImageSize
+from mto_analysis.runtime.pixels import HALF, IMAGENET
 
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 # The published ViT-B masks 2 x 2 patches at once (32 px of 16 px patches); files of other sizes that do not say follow.
@@ -22,14 +23,6 @@ _UNIT_IN_PATCHES = 2
 _PUBLISHED_PATCHES = 196
 # Patches of the smallest rectangle of BEiT's masks.
 _MIN_BLOCK = 16
-
-#: Mean and standard deviation of pixels: ImageNet's, those that scale to -1..1, and those of CLIP's images.
-IMAGENET: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
-HALF: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP: tuple[tuple[float, ...], tuple[float, ...]] = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
 
 
 def rename_beit(state: StateDict) -> None:

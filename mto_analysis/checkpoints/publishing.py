@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mto_analysis.models import MaskedImageModel
-from mto_analysis.models.interface import IMAGENET_MEAN
 from mto_analysis.models.vit import relative_position_index
+from mto_analysis.runtime.pixels import IMAGENET_MEAN
 
 _TABLE = "relative_position_bias_table"
 #: Rows of ConMIM's head for visual tokens, which its pre-training never uses but its files hold.

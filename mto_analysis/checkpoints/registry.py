@@ -1,7 +1,7 @@
 """Every public checkpoint of masked image modelling that we know of, as data: where it is, what it holds.
 
-The rows are ``assets/registry.csv``. Whether a file loads is not written there but asked of the layouts; what reading
-them was tried on is in ``assets/claims.csv``.
+The rows are ``assets/registry.csv``. Which layouts are read, and what reading them was tried on, is
+``assets/claims.csv``, which a test compares with the converters.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mto_analysis.checkpoints.inpainting import CLIP, HALF, IMAGENET
-from mto_analysis.checkpoints.layouts import LAYOUTS
 from mto_analysis.errors import CheckpointNotFoundError
+from mto_analysis.runtime.pixels import CLIP, HALF, IMAGENET
 
 _REGISTRY = Path(__file__).parents[1] / "assets/registry.csv"
 _CLAIMS = Path(__file__).parents[1] / "assets/claims.csv"
@@ -31,7 +30,7 @@ class Claim:
         family: Of the registry.
         layout: Name of their layout.
         basis: ``original code`` (tokens of every layer equal those of the original code), ``slow reference`` (those of
-            a second implementation, written in the tests from the original's rules), or nothing: only names fit.
+            a second implementation, written in the tests from the original's rules), or nothing: it is not read.
         original: The original code and its commit or version.
         golden: Where the tests hold its tokens; else they were compared once.
     """
@@ -46,7 +45,7 @@ class Claim:
         """In words, as printed beside each file."""
         if self.basis == "original code":
             return f"original code: {self.original}{'' if self.golden else ' (compared once)'}"
-        return self.basis or "key names only"
+        return self.basis
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class Checkpoint:
     @property
     def loads(self) -> bool:
         """Whether it holds a mask token, nothing is known to be in the way, and its layout is one we read."""
-        read = any(each.name == self.layout and each.convert for each in LAYOUTS)
-        return self.has_mask_token and not self.obstacle and read
+        claim = _claims().get(self.family)
+        return self.has_mask_token and not self.obstacle and claim is not None and bool(claim.basis)
 
     @property
     def evidence(self) -> str:

@@ -18,7 +18,8 @@ from mto_analysis.checkpoints.metadata import (
 )
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError
-from mto_analysis.models.interface import IMAGENET_MEAN, IMAGENET_STD, ImageSize
+from mto_analysis.models.interface import ImageSize
+from mto_analysis.runtime.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 #: Of a colour image; what is published of means and deviations is for these.
 IMAGE_CHANNELS = 3

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from mto_analysis.masks import MaskRule, check_mask
+from mto_analysis.runtime.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mto_analysis.taps.tokens import LayerTokens
 
 #: Side of a square image in pixels, or its height and width.
@@ -22,9 +23,6 @@ HEADS_ASSUMED = {
     "num_heads": "the encoder has as many heads as published models of its width",
     "decoder_num_heads": "the decoder has as many heads as published models of its width",
 }
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def height_and_width(size: ImageSize) -> tuple[int, int]:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from mto_analysis.errors import StackError
 from mto_analysis.masks import MaskRule, check_mask, mask_keys
 from mto_analysis.models.interface import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MaskedImageModel,
     ModelInfo,
     height_and_width,
 )
+from mto_analysis.runtime.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mto_analysis.taps.forward import Forward, NotEntered, Stack
 from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, hinted_grids, sizes_of, unwrap
