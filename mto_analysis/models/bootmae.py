@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ImageSize, ModelInfo
-from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, sincos_table, transformer_blocks
+from mto_analysis.models.interface import ModelInfo
+from mto_analysis.models.vit import (
+    VisiblePatches,
+    ViTConfig,
+    feed_forward,
+    patch_embedding,
+    sincos_table,
+    transformer_blocks,
+)
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
 
 @dataclass(frozen=True)
-class BootMAEConfig:
+class BootMAEConfig(ViTConfig):
     """Architecture of a :class:`BootMAE`; the published ViT-B by default.
 
     Both decoders take the encoder's number of heads. Where it does not divide a decoder's width, heads are
     ``width // num_heads`` wide and attention is a little narrower than the residual stream: 504 of 512 for ViT-B.
     """
 
-    image_size: ImageSize = 224
-    patch_size: int = 16
-    channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     decoder_dim: int = 512
     decoder_mlp_dim: int = 2048
     decoder_depth: int = 2

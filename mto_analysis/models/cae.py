@@ -12,25 +12,18 @@ from torch import Tensor, nn
 
 from mto_analysis.models.attention import CrossAttention
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
-from mto_analysis.models.vit import VisiblePatches, feed_forward, patch_embedding, transformer_blocks
+from mto_analysis.models.interface import ModelInfo, check_heads
+from mto_analysis.models.vit import VisiblePatches, ViTConfig, feed_forward, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
 
 @dataclass(frozen=True)
-class CAEConfig:
+class CAEConfig(ViTConfig):
     """Architecture of a :class:`CAE`; the published ViT-B by default.
 
     A regressor of another width than the encoder, ``decoder_dim``, starts with a projection and its norm.
     """
 
-    image_size: ImageSize = 224
-    patch_size: int = 16
-    channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     layer_scale: float | None = 0.1
     decoder_dim: int = 768
     decoder_depth: int = 4
@@ -40,7 +33,7 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_heads(self.dim, self.num_heads)
+        super().__post_init__()
         check_heads(self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")
 
 

@@ -10,36 +10,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
+from mto_analysis.models.interface import ModelInfo
 from mto_analysis.models.stacked import StackedModel
-from mto_analysis.models.vit import RelativePositionBias, patch_embedding, transformer_blocks
+from mto_analysis.models.vit import RelativePositionBias, ViTConfig, patch_embedding, transformer_blocks
 from mto_analysis.taps.tokens import run_blocks
 
 
 @dataclass(frozen=True)
-class InpaintingConfig:
+class InpaintingConfig(ViTConfig):
     """Architecture of an :class:`InpaintingViT`; that of the published SimMIM, BEiT and ConMIM ViT-B by default.
 
     ``position_bias`` is one relative position table for all blocks (``shared``), one per block (``per_block``) or none;
     ``absolute_positions`` adds a learned embedding to every token, masked ones too.
     """
 
-    image_size: ImageSize = 224
-    patch_size: int = 16
-    channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     layer_scale: float | None = 0.1
     position_bias: Literal["shared", "per_block"] | None = "shared"
     absolute_positions: bool = False
     final_norm: bool = True
     eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_heads(self.dim, self.num_heads)
 
 
 class InpaintingViT(StackedModel):

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.models.encoder import PositionedEncoder
-from mto_analysis.models.interface import ImageSize, ModelInfo, check_heads
-from mto_analysis.models.vit import VisiblePatches, patch_embedding, sincos_table, transformer_blocks, unpatchify
+from mto_analysis.models.interface import ModelInfo, check_heads
+from mto_analysis.models.vit import (
+    VisiblePatches,
+    ViTConfig,
+    patch_embedding,
+    sincos_table,
+    transformer_blocks,
+    unpatchify,
+)
 from mto_analysis.taps.tokens import last_depth, run_blocks
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(ViTConfig):
     """Architecture of an :class:`MAE`; widths of the published ViT-B by default.
 
     ``feature_dim`` is the width of what the decoder predicts where that is features instead of pixels; ``class_token``
     is whether one is in both stacks.
     """
 
-    image_size: ImageSize = 224
-    patch_size: int = 16
-    channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
@@ -40,7 +40,7 @@ class MAEConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_heads(self.dim, self.num_heads)
+        super().__post_init__()
         check_heads(self.decoder_dim, self.decoder_num_heads, "decoder_num_heads")
 
 

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from timm.layers import Mlp, PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from mto_analysis.models.interface import ImageSize, check_heads
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of a plain ViT encoder; ViT-B by default."""
+
+    image_size: ImageSize = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_heads(self.dim, self.num_heads)
 
 
 def transformer_blocks(
