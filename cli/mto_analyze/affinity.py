@@ -12,6 +12,7 @@ from mto_analysis.runtime.processes import this_process
 from mto_analyze import measuring
 from mto_analyze.console import launchable
 from mto_analyze.options import (
+    FIGURES,
     AutoWorkers,
     ComputeOptions,
     DrawingOptions,
@@ -48,14 +49,17 @@ class Scale(StrEnum):
     shared = "shared"
 
 
-KindOption = Annotated[Kind, typer.Option(help="softmax (the paper's psi), dot or cosine.")]
+KindOption = Annotated[Kind, typer.Option(metavar="NAME", help="softmax (the paper's psi), dot or cosine.")]
 ScaleOption = Annotated[
     Scale,
     typer.Option(
-        help="Colour scale: from min to max of each map off its diagonal, per-map with it, as in the paper, or shared."
+        metavar="NAME",
+        help="Colours from min to max of each map: off-diagonal, per-map (with its diagonal, as in the paper) or "
+        "shared by all.",
+        rich_help_panel=FIGURES,
     ),
 ]
-Log = Annotated[bool, typer.Option("--log", help="Logarithmic colours, for a softmax.")]
+Log = Annotated[bool, typer.Option("--log", help="Logarithmic colours, of a softmax.", rich_help_panel=FIGURES)]
 
 
 @launchable

@@ -14,6 +14,7 @@ from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.experiment import engine_of
 from mto_analyze.options import (
+    OUTPUT,
     CheckpointOptions,
     ComputeOptions,
     EngineName,
@@ -42,6 +43,9 @@ atlas = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help="Measure every public checkpoint alike, in one table to share."
 )
 
+DropFiles = Annotated[
+    bool, typer.Option("--drop-files", help="Delete each download once it is measured.", rich_help_panel=OUTPUT)
+]
 Table = Annotated[Path, typer.Argument(metavar="TABLE", help="Table (.parquet, .csv), or the folder of an atlas.")]
 
 
@@ -55,7 +59,7 @@ class ImageSetOptions(Group):
         typer.Option(
             "--image-set",
             metavar="NAME|FILE",
-            help="Images by name and hash, which --images must hold; by default all that it holds.",
+            help="Images by name and hash that --images must hold; by default all of it.",
         ),
     ] = None
     limit: Limit = None
@@ -83,12 +87,17 @@ def run(
         typer.Argument(metavar="CKPT", help="Registry ids; or other checkpoints, as SOURCE or NAME=SOURCE."),
     ] = None,
     family: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="All of this family of the registry; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="All of this family of the registry; repeatable.", rich_help_panel="Model"),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All of the registry that can be measured.")] = False,
-    drop_files: Annotated[bool, typer.Option("--drop-files", help="Delete each download once it is measured.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="All of the registry that can be measured.", rich_help_panel="Model")
+    ] = False,
+    drop_files: DropFiles = False,
     measures: Measures = "all,-attention,-cka",
-    contributor: Annotated[str, typer.Option(metavar="NAME", help="Who measures, for the table.")] = "",
+    contributor: Annotated[
+        str, typer.Option(metavar="NAME", help="Who measures, for the table.", rich_help_panel=OUTPUT)
+    ] = "",
     precision: MeasuringPrecision = Precision.fp32,
     num_workers: Workers = 0,
 ) -> None:
@@ -169,11 +178,9 @@ def verify(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Keep the new measurements here, and resume.", rich_help_panel="Output"),
+        typer.Option(metavar="FOLDER", help="Keep the new measurements here, and resume.", rich_help_panel=OUTPUT),
     ] = None,
-    drop_files: Annotated[
-        bool, typer.Option("--drop-files", help="Delete each download once it is measured.", rich_help_panel="Output")
-    ] = False,
+    drop_files: DropFiles = False,
     num_workers: Workers = 0,
     offline: Offline = False,
 ) -> None:
@@ -229,7 +236,9 @@ def page(
         Path | None,
         typer.Option(metavar="FILE", help="CSV with model, score and perhaps task, drawn against measures."),
     ] = None,
-    title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Atlas of masked tokens",
+    title: Annotated[
+        str, typer.Option(metavar="TEXT", help="Heading of the page.", rich_help_panel=OUTPUT)
+    ] = "Atlas of masked tokens",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

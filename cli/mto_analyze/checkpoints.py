@@ -10,6 +10,8 @@ from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.inspect import in_words
 from mto_analyze.options import (
+    INPUT,
+    OUTPUT,
     AsJson,
     Checkpoint,
     FileOptions,
@@ -35,9 +37,13 @@ def list_(
         str | None,
         typer.Argument(metavar="[TEXT]", help="Only ids and backbones that contain this, as vit-b or simmim."),
     ] = None,
-    family: Annotated[str | None, typer.Option(metavar="NAME", help="Only this family.")] = None,
-    with_mask_token: Annotated[bool, typer.Option("--with-mask-token", help="Only files with a mask token.")] = False,
-    loadable: Annotated[bool, typer.Option("--loadable", help="Only files that can be measured.")] = False,
+    family: Annotated[str | None, typer.Option(metavar="NAME", help="Only this family.", rich_help_panel=INPUT)] = None,
+    with_mask_token: Annotated[
+        bool, typer.Option("--with-mask-token", help="Only files with a mask token.", rich_help_panel=INPUT)
+    ] = False,
+    loadable: Annotated[
+        bool, typer.Option("--loadable", help="Only files that can be measured.", rich_help_panel=INPUT)
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the public checkpoints, with those that have a mask token and a decoder.
@@ -90,7 +96,8 @@ def fetch(
     ckpt: Checkpoint,
     offline: Offline = False,
     cache: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Download folder, instead of the default cache.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Download folder, instead of the default cache.", rich_help_panel=OUTPUT),
     ] = None,
 ) -> None:
     """Download a checkpoint (resuming a partial download) and print its path.
@@ -137,9 +144,9 @@ def convert(
     offline: bool,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint to our own layout.
+    """Convert a checkpoint to the layout of this package.
 
-    It is a safetensors file with all metadata inside, which loads back bit for bit.
+    The result is a safetensors file that includes all metadata and loads back bit for bit.
 
     Example:
       mto-analyze checkpoints convert mae_vit_base_full --out mae.safetensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -19,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from mto_analysis.errors import explained
 from mto_analysis.runtime.processes import failing_together, is_connected, this_process
 from mto_analyze import repeating
-from mto_analyze.options import PANELS
+from mto_analyze.options import ADVANCED, PANELS
 from mto_analyze.repeating import read_config, takes_path
 
 if TYPE_CHECKING:
@@ -92,9 +93,12 @@ class Command(TyperCommand):
         panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *PANELS)}
         for parameter in self.get_params(ctx):
             argument = parameter.param_type_name == "argument"
-            panel = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            panel = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or ADVANCED
             if (record := parameter.get_help_record(ctx)) is not None:
                 shown, description = record
+                if parameter.default is None:  # of a flag that a resumed run keeps: its opposite is of little use
+                    shown = shown.partition(" / ")[0]
+                description = re.sub(r"\s*\[x>=[\d.]+\]$|; x>=[\d.]+(?=\])", "", description)
                 panels[panel].append(((parameter.metavar if argument else None) or shown, description))
         for name, records in panels.items():
             if records:

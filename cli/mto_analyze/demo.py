@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze.console import note
-from mto_analyze.options import DrawingOptions, OutputOptions, takes
+from mto_analyze.options import INPUT, DrawingOptions, OutputOptions, takes
 from mto_analyze.repeating import write_record
 
 
@@ -17,7 +17,9 @@ def demo(
     out: Path,
     overwrite: bool,
     quiet: bool,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only N of the 256 images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only N of the 256 images.", rich_help_panel=INPUT)
+    ] = None,
 ) -> None:
     """Measure bundled small MAE and SimMIM models, offline.
 

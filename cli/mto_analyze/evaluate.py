@@ -80,7 +80,7 @@ class Labelled(Group):
 
     panel = "Input"
     train: Annotated[
-        str, typer.Option(metavar="PATH", help="Labelled training images: folder of classes, Parquet, tar shards.")
+        str, typer.Option(metavar="PATH", help="Labelled training images: folder of classes, Parquet or tar.")
     ]
     test: Annotated[str, typer.Option(metavar="PATH", help="Labelled test images.")]
     train_limit: Annotated[
@@ -99,7 +99,7 @@ class Encoders(LoadingOptions):
     ckpt: Annotated[
         list[str],
         typer.Option(
-            "--ckpt", metavar="CKPT", help="Checkpoint, or folder of a run (all its checkpoint-*.pth); repeatable."
+            "--ckpt", metavar="CKPT", help="Checkpoint, or folder of a run with its checkpoint-*.pth; repeatable."
         ),
     ]
     label: Annotated[
@@ -107,16 +107,14 @@ class Encoders(LoadingOptions):
     ] = None
     seed: Annotated[
         list[int] | None,
-        typer.Option(
-            "--seed", metavar="N", help="Seed of each --ckpt, or one for all; by default the run's own, else 0."
-        ),
+        typer.Option("--seed", metavar="N", help="Seed of each --ckpt, or of all; by default the run's own, else 0."),
     ] = None
     weights: Annotated[
         WeightsOption | None,
-        typer.Option(help="Trained weights or momentum teacher; by default as the family's authors evaluate."),
+        typer.Option(metavar="NAME", help="model or model_ema (momentum teacher); by default as published."),
     ] = None
     random_baseline: Annotated[
-        bool, typer.Option("--random-baseline", help="Also score the same architecture with random weights.")
+        bool, typer.Option("--random-baseline", help="Also score the architecture with random weights.")
     ] = False
 
 
@@ -126,17 +124,15 @@ class Features(Group):
     panel = ADVANCED
     layer: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Block whose tokens are read, from 1; by default as the family's authors do."
-        ),
+        typer.Option(min=1, metavar="N", help="Block whose tokens are read, from 1; by default as published."),
     ] = None
     layers: Annotated[
         LayersOption | None,
-        typer.Option(help="Score every layer depth and choose the best on one half of the test images."),
+        typer.Option(metavar="all", help="Score all layer depths; choose the best on half of the test images."),
     ] = None
     norm: Annotated[
         NormOption | None,
-        typer.Option(help="The encoder's final norm, a fresh one, or none; by default as the family's authors do."),
+        typer.Option(metavar="NAME", help="encoder (its own final norm), fresh or off; by default as published."),
     ] = None
 
 
@@ -147,8 +143,9 @@ class Scoring(Group):
     pooling: Annotated[
         PoolingOption | None,
         typer.Option(
-            help="Class token, mean of patches, both concatenated, or a mean weighted by attention; by default as the "
-            "family's authors do.",
+            metavar="NAME",
+            help="class (token), patches (their mean), concat (both) or attentive (weighted mean); by default as "
+            "published.",
         ),
     ] = None
     crop_pct: Annotated[
@@ -156,12 +153,13 @@ class Scoring(Group):
         typer.Option(
             "--crop-pct",
             metavar="SHARE",
-            help="Centre crop of the test images as a share of their resized shorter side; by default as in the "
-            "original: 0.875 (224 of 256), and 1 up to 64 px.",
+            help="Centre crop of test images, of their resized shorter side; by default 0.875, and 1 up to 64 px.",
         ),
     ] = None
     device: DeviceName = "auto"
-    precision: Annotated[EncoderPrecision, typer.Option(help="Autocast precision.")] = EncoderPrecision.fp32
+    precision: Annotated[EncoderPrecision, typer.Option(metavar="FORMAT", help="Autocast: fp32 or bf16.")] = (
+        EncoderPrecision.fp32
+    )
     num_workers: Workers = 0
 
 

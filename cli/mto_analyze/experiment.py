@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import bars, note, settings_of
-from mto_analyze.options import ADVANCED, DrawingOptions, EngineName, EngineOptions, Quiet, ValueRange, takes
+from mto_analyze.options import (
+    ADVANCED,
+    INPUT,
+    OUTPUT,
+    RUNS,
+    DrawingOptions,
+    EngineName,
+    EngineOptions,
+    Quiet,
+    ValueRange,
+    takes,
+)
 from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
@@ -38,7 +49,7 @@ Out = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Folder of the experiment; the same command resumes it.",
-        rich_help_panel="Output",
+        rich_help_panel=OUTPUT,
     ),
 ]
 ImagesFolder = Annotated[
@@ -46,7 +57,7 @@ ImagesFolder = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Folder with train.parquet and test.parquet, unless the file names the images.",
-        rich_help_panel="Input",
+        rich_help_panel=INPUT,
     ),
 ]
 Set = Annotated[
@@ -55,7 +66,7 @@ Set = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="A key of the file (seeds, ...) or of all recipes (epochs, ...); repeatable.",
-        rich_help_panel="Input",
+        rich_help_panel=INPUT,
     ),
 ]
 VerifyData = Annotated[
@@ -64,16 +75,21 @@ VerifyData = Annotated[
         "--verify-data", help="Hash all images, so that resumed runs notice replaced ones.", rich_help_panel=ADVANCED
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print runs, epochs and the estimated time, and stop.")]
-List = Annotated[bool, typer.Option("--list", help="Print all runs by number, with their progress.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print runs, epochs and the estimated time, and stop.", rich_help_panel=RUNS)
+]
+List = Annotated[
+    bool, typer.Option("--list", help="Print all runs by number, with their progress.", rich_help_panel=RUNS)
+]
 Only = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Only the run with this number of --list, for schedulers.")
+    int | None, typer.Option(min=1, metavar="N", help="Only the run with this number of --list.", rich_help_panel=RUNS)
 ]
 Shard = Annotated[
-    str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts, with the runs it depends on.")
+    str | None,
+    typer.Option(metavar="I/N", help="Only the I-th of N parts, with the runs it needs.", rich_help_panel=RUNS),
 ]
 KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="When a run fails, continue with the others and report at the end.")
+    bool, typer.Option("--keep-going", help="When a run fails, continue with the others.", rich_help_panel=RUNS)
 ]
 
 

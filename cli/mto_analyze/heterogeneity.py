@@ -41,17 +41,18 @@ class Definitions(StrEnum):
 
 
 DefinitionsOption = Annotated[
-    Definitions, typer.Option(help="all: also cosine, matched norms ..., and the model's own attention.")
+    Definitions,
+    typer.Option(metavar="NAME", help="paper; or all: also cosine, matched norms, attention and others."),
 ]
 ControlsOption = Annotated[
     bool,
-    typer.Option("--controls", help="Also measure random weights, other mask tokens ... (prints the time needed)."),
+    typer.Option("--controls", help="Also measure controls: random weights, other mask tokens and others."),
 ]
 PropertiesOption = Annotated[
     bool,
     typer.Option(
         "--properties",
-        help="Also measure the paper's three properties of masked tokens.",
+        help="Also measure the paper's three properties.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -59,21 +60,19 @@ Difference = Annotated[
     bool,
     typer.Option(
         "--difference",
-        help="Also write paired per-image differences (second minus first checkpoint).",
+        help="Also write paired differences (second - first).",
         rich_help_panel=ADVANCED,
     ),
 ]
 ControlSeeds = Annotated[
     int,
-    typer.Option(
-        min=1, metavar="N", help="Random weights and mask tokens tried by --controls.", rich_help_panel=ADVANCED
-    ),
+    typer.Option(min=1, metavar="N", help="Seeds of the random controls.", rich_help_panel=ADVANCED),
 ]
 MatchVisible = Annotated[
     bool,
     typer.Option(
         "--match-visible",
-        help="Leave equally many patches visible for all models.",
+        help="The same number of visible patches for all models.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -108,9 +107,8 @@ def heterogeneity(
 ) -> None:
     """Measure heterogeneity (Eq. 2) at every layer depth and draw Fig. 1.
 
-    Writes heterogeneity.csv, heterogeneity_per_image.csv, heterogeneity.png and .pdf, and run.json to --out; with
-    --measures also measures.csv, measures.png and .pdf; with --definitions all also definitions.csv, attention.csv,
-    definitions.png and .pdf; with --controls also controls.csv, controls.png and .pdf.
+    Writes heterogeneity.csv, heterogeneity_per_image.csv, the figure and run.json to --out; --measures, --definitions
+    all and --controls write a table and a figure each.
 
     Example:
       mto-analyze heterogeneity --ckpt mae_vit_base_full --images IMAGES --limit 500

@@ -48,11 +48,11 @@ def intervene(
     ] = None,
     from_depth: Annotated[
         list[int] | None,
-        typer.Option(min=0, metavar="DEPTH", help="Layer depth from which on it acts, by default 0; repeatable."),
+        typer.Option(min=0, metavar="DEPTH", help="Layer depth from which on it acts; by default 0; repeatable."),
     ] = None,
-    controls: Annotated[bool, typer.Option(help="Also do the same to as many visible tokens, and compare.")] = True,
+    controls: Annotated[bool, typer.Option(help="Also do the same to as many visible tokens.")] = True,
     neighbours: Annotated[
-        int, typer.Option("-k", "--neighbours", min=1, metavar="K", help="Neighbours of kNN, where images have labels.")
+        int, typer.Option("-k", "--neighbours", min=1, metavar="K", help="Neighbours of kNN, if images have labels.")
     ] = 20,
     as_json: AsJson = False,
     num_workers: Workers = 0,

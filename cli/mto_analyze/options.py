@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-#: Headings of the help, in this order; a command's own options stand under ``Options``.
-PANELS = ("Input", "Masks", "Model", "Evaluation", "Options", "Output", "Figures", "Advanced")
-ADVANCED = "Advanced"
+#: Headings of the help, in this order; a command's own options stand under ``Method`` unless they say otherwise.
+PANELS = ("Input", "Masks", "Model", "Method", "Evaluation", "Runs", "Output", "Figures", "Advanced")
+INPUT, METHOD, RUNS, OUTPUT, FIGURES, ADVANCED = (PANELS[at] for at in (0, 3, 5, 6, 7, 8))
 
 Command = Callable[..., None]
 
@@ -114,15 +115,20 @@ Limit = Annotated[
 ImageNames = Annotated[
     list[str] | None,
     typer.Option(
-        "--image", metavar="NAME", help="Use this image (path below --images, or row number) instead; repeatable."
+        "--image",
+        metavar="NAME",
+        help="Only this image (path below --images, or row number); repeatable.",
+        rich_help_panel=INPUT,
     ),
 ]
-Show = Annotated[int, typer.Option(min=1, metavar="N", help="Without --image: number of images shown.")]
+Show = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Without --image: number of images shown.", rich_help_panel=INPUT)
+]
 ValueRange = Annotated[
     tuple[float, float] | None,
     typer.Option(
         metavar="LOW HIGH",
-        help="Values of black and white, for images of other than 8 bits (TIFF, .npy).",
+        help="Black and white values of images other than 8-bit.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -152,13 +158,11 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        metavar="package.module:factory",
-        help="Model returned by a function of your own code, which is run; repeat to compare.",
+        metavar="MODULE:FACTORY",
+        help="Model that a function of your own code returns; repeat to compare.",
     ),
 ]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", metavar="NAME", help="Name of each model, in order; repeat.")
-]
+Labels = Annotated[list[str] | None, typer.Option("--label", metavar="NAME", help="Name of each model, in order.")]
 Heads = Annotated[
     int | None,
     typer.Option("--num-heads", min=1, metavar="N", help="Attention heads of the encoder, if not in the file."),
@@ -189,7 +193,7 @@ StatedRatio = Annotated[
     float | None,
     typer.Option(
         metavar="RATIO",
-        help="Fraction of patches masked in pre-training, if the file's is not one number.",
+        help="Fraction masked in pre-training, if the file's is not one number.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -198,7 +202,7 @@ ImageSize = Annotated[
     typer.Option(
         parser=image_size,
         metavar="PX|HxW",
-        help="Image size, instead of the file's; positions are resized as by its authors.",
+        help="Image size; positions are resized to it.",
     ),
 ]
 Mean = Annotated[
@@ -206,7 +210,7 @@ Mean = Annotated[
     typer.Option(
         parser=numbers,
         metavar="M,M,M",
-        help="Mean of each channel (pixels in 0..1), instead of the file's.",
+        help="Channel means, pixels in 0..1; by default the file's.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -215,43 +219,44 @@ Std = Annotated[
     typer.Option(
         parser=numbers,
         metavar="S,S,S",
-        help="Standard deviation of each channel, instead of the file's.",
+        help="Channel standard deviations; by default the file's.",
         rich_help_panel=ADVANCED,
     ),
 ]
 Weights = Annotated[
-    WeightsOption, typer.Option(help="model_ema: the momentum teacher or moving average, where the file holds one.")
+    WeightsOption, typer.Option(metavar="NAME", help="model, or model_ema: the momentum teacher or moving average.")
 ]
 WeightsOrFile = Annotated[
     str,
     typer.Option(
         "--weights",
-        metavar="model|model_ema|FILE",
-        help="model_ema: the moving average that a file holds beside the model. With --model: the file of its weights.",
+        metavar="NAME|FILE",
+        help="model, or model_ema: the momentum teacher or moving average. With --model: the file of its weights.",
     ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.", rich_help_panel=ADVANCED)]
 
 # Output.
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for results.")]
-OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bar; warnings still show.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for results.", rich_help_panel=OUTPUT)]
+OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No notes and no progress bar, only warnings.", rich_help_panel=OUTPUT),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 
 # Figures.
 DrawingStyle = Annotated[
-    Style, typer.Option(help="paper: serif type, notes in captions.md instead of the figure; slides: large type.")
+    Style, typer.Option(metavar="NAME", help="screen, paper (serif; notes in captions.md) or slides.")
 ]
-FigureFormat = Annotated[
-    Any, typer.Option(parser=formats, metavar="FORMAT,...", help="Formats of the figures: pdf, png, svg.")
-]
+FigureFormat = Annotated[Any, typer.Option(parser=formats, metavar="FORMAT,...", help="Any of pdf, png and svg.")]
 FigureWidth = Annotated[
     Any,
     typer.Option(
         parser=figure_width,
         metavar="LENGTH",
-        help="Width of the figures, such as 86mm, 3.4in or 345pt; by default the style's.",
+        help="Width, such as 86mm, 3.4in or 345pt; by default the style's.",
     ),
 ]
 
@@ -259,7 +264,7 @@ FigureWidth = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.", rich_help_panel=ADVANCED)]
 DeviceName = Annotated[
     str,
-    typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps.", rich_help_panel=ADVANCED),
+    typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=ADVANCED),
 ]
 Workers = Annotated[
     int, typer.Option(min=0, metavar="N", help="Processes that decode images.", rich_help_panel=ADVANCED)
@@ -269,39 +274,42 @@ AutoWorkers = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Processes that decode images; by default chosen from the number of images.",
+        help="Processes that decode images; by default automatic.",
         rich_help_panel=ADVANCED,
     ),
 ]
 MeasuringPrecision = Annotated[
     Precision,
-    typer.Option(help="Precision of the model; H is always computed in fp32 or better.", rich_help_panel=ADVANCED),
+    typer.Option(
+        metavar="FORMAT",
+        help="fp32, bf16, fp16 or fp64, of the model.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 Accumulation = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Number of micro-batches per optimizer step.", rich_help_panel=ADVANCED)
+    int, typer.Option(min=1, metavar="N", help="Micro-batches per optimizer step.", rich_help_panel=ADVANCED)
 ]
 
 
 Measures = Annotated[
     str,
     typer.Option(
-        metavar="h,NAME,...|all",
-        help="Also in the same pass: cka, rank, rankme, lidar, attention, frequency, cosine, separability; "
-        "all,-NAME: all others.",
+        metavar="h,NAME,...",
+        help="Also: cka, rank, rankme, lidar, attention, frequency, cosine, separability; all; all,-NAME: all others.",
     ),
 ]
 
 # Engines.
-Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes at a time on a machine.")]
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Processes at a time on a machine.")]
 EngineOption = Annotated[
     EngineName,
-    typer.Option(help="local: processes of this machine; ray: a Ray cluster.", rich_help_panel=ADVANCED),
+    typer.Option(metavar="NAME", help="local (this machine) or ray (a Ray cluster).", rich_help_panel=ADVANCED),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Address of the Ray cluster; by default RAY_ADDRESS, or a local one is started.",
+        help="Of the Ray cluster; by default RAY_ADDRESS, else a new local one.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -310,7 +318,7 @@ Threads = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="CPUs of each process; by default those of the machine / --jobs.",
+        help="CPUs per process; by default those of the machine / --jobs.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -319,28 +327,26 @@ Gpus = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="GPUs of each process on Ray, also fractions; by default those of a node / --jobs.",
+        help="GPUs per process on Ray, also 0.5; by default those of a node / --jobs.",
         rich_help_panel=ADVANCED,
     ),
 ]
 Retries = Annotated[
     int,
-    typer.Option(min=0, metavar="N", help="Restarts of a run whose process or node dies.", rich_help_panel=ADVANCED),
+    typer.Option(min=0, metavar="N", help="Restarts of a run whose process or node died.", rich_help_panel=ADVANCED),
 ]
 
 
 Config = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="TOML file of options, as run.toml of an earlier run; those given here take precedence."
-    ),
+    typer.Option(metavar="FILE", help="TOML file of options, such as an earlier run.toml."),
 ]
 
 
 class Group:
     """Options that stand together."""
 
-    panel: ClassVar[str] = "Options"
+    panel: ClassVar[str] = METHOD
 
     @classmethod
     def applied(cls, given: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -416,6 +422,7 @@ class ComputeOptions(Group):
 class EngineOptions(Group):
     """Where the processes of a command run, and how many at a time."""
 
+    panel = RUNS
     jobs: Jobs = 1
     engine: EngineOption = EngineName.local
     address: Address = None
@@ -478,7 +485,11 @@ def takes(*groups: type[Group], without: tuple[str, ...] = (), **defaults: Any) 
     def decorate(command: Command) -> Command:
         hints = get_type_hints(command, include_extras=True)
         declared = inspect.signature(command).parameters
-        own = [each.replace(annotation=hints[name]) for name, each in declared.items() if name not in shared]
+        own = [
+            each.replace(annotation=_in_panel(hints[name], METHOD))
+            for name, each in declared.items()
+            if name not in shared
+        ]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
@@ -505,11 +516,16 @@ def _parameters(group: type[Group], defaults: dict[str, Any]) -> list[inspect.Pa
     ):  # own ones first
         if name == "panel":
             continue
-        kind, info = get_args(hints[name])
-        info = copy(info)
-        info.rich_help_panel = info.rich_help_panel or group.panel
         default = defaults.get(name, getattr(group, name, inspect.Parameter.empty))
-        found.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-        )
+        annotation = _in_panel(hints[name], group.panel)
+        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return found
+
+
+def _in_panel(annotation: Any, panel: str) -> Any:
+    """An annotated option under a heading, unless it names its own; anything else as it is."""
+    if len(parts := get_args(annotation)) != 2 or not isinstance(parts[1], OptionInfo):
+        return annotation
+    info = copy(parts[1])
+    info.rich_help_panel = info.rich_help_panel or panel
+    return Annotated[parts[0], info]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import DrawingOptions, OutputOptions, takes
+from mto_analyze.options import FIGURES, DrawingOptions, OutputOptions, takes
 
 
 @takes(OutputOptions, DrawingOptions, out=Path("plot"))
@@ -16,7 +16,9 @@ def plot(
     out: Path,
     overwrite: bool,
     tables: Annotated[list[Path], typer.Argument(metavar="TABLE", help="heterogeneity.csv of one or several runs.")],
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the figure.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Title of the figure.", rich_help_panel=FIGURES)
+    ] = None,
 ) -> None:
     """Redraw Fig. 1 from saved tables; several tables are drawn together.
 

@@ -14,7 +14,7 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import bars, launchable, note, settings_of
-from mto_analyze.options import ADVANCED, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
+from mto_analyze.options import ADVANCED, RUNS, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
 from mto_analyze.repeating import RUN_FILE, write_methods, write_run_file
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ class Images(Group):
 
     panel = "Input"
     images: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Folder, list, Parquet file or shards, or tar shards of images.")
+        Path | None, typer.Option(metavar="PATH", help="Folder, list, Parquet file or shards, or tar shards.")
     ] = None
     value_range: ValueRange = None
     verify_data: Annotated[
         bool | None,
         typer.Option(
             "--verify-data/--no-verify-data",
-            help="Hash all images, so that --resume notices replaced ones.",
+            help="Hash all images; --resume then finds replaced ones.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -62,7 +62,7 @@ class Images(Group):
         bool | None,
         typer.Option(
             "--in-memory/--not-in-memory",
-            help="Hold decoded images in memory; by default if they are small.",
+            help="Keep decoded images in memory; by default small ones.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -75,24 +75,20 @@ class Training(Group):
     panel = "Model"
     recipe: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|FILE", help="Recipe or TOML file; --dry-run prints its settings with their sources."
-        ),
+        typer.Option(metavar="NAME|FILE", help="Recipe or TOML file; --dry-run prints its settings."),
     ] = None
     mto: Annotated[bool, typer.Option("--mto", help="Add masked token optimization.")] = False
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, model.KEY, or mto.KEY; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, model.KEY or mto.KEY; repeatable."),
     ] = None
     init: Annotated[
         str | None,
-        typer.Option(metavar="CKPT", help="Start from the weights of this checkpoint, of the recipe's architecture."),
+        typer.Option(metavar="CKPT", help="Start from this checkpoint's weights."),
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="Seed of weights, image order, augmentation, masks and drop path; by default 0."
-        ),
+        typer.Option(metavar="N", help="Seed of everything random; by default 0."),
     ] = None
     ema: Annotated[float | None, typer.Option(metavar="DECAY", help="Also average the weights, with this decay.")] = (
         None
@@ -105,11 +101,13 @@ class Compute(Group):
     panel = ADVANCED
     device: Annotated[
         str | None,
-        typer.Option(metavar="DEVICE", help="auto (CUDA, else CPU), cpu, cuda, cuda:N or mps; by default auto."),
+        typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; by default auto."),
     ] = None
-    precision: Annotated[NumberFormat | None, typer.Option(help="Autocast precision; by default fp32.")] = None
+    precision: Annotated[
+        NumberFormat | None, typer.Option(metavar="FORMAT", help="Autocast: fp32, bf16 or fp16; by default fp32.")
+    ] = None
     accumulation: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of micro-batches per step; by default 1.")
+        int | None, typer.Option(min=1, metavar="N", help="Micro-batches per step; by default 1.")
     ] = None
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks (torch.compile).")
@@ -120,9 +118,7 @@ class Compute(Group):
     ] = None
     fsdp: Annotated[
         bool | None,
-        typer.Option(
-            "--fsdp/--no-fsdp", help="Shard parameters, gradients and optimizer state across processes (FSDP)."
-        ),
+        typer.Option("--fsdp/--no-fsdp", help="Shard parameters, gradients and optimizer state (FSDP)."),
     ] = None
     deterministic: Annotated[
         bool | None,
@@ -145,12 +141,14 @@ class Scoring(Group):
     ] = None
     eval_train_limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Use only N images of --eval-train: they determine the time on a CPU."),
+        typer.Option(min=1, metavar="N", help="Use only N images of --eval-train."),
     ] = None
     eval_test_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only N images of --eval-test.")
     ] = None
-    eval_protocol: Annotated[AlongRun | None, typer.Option(help="Evaluation protocol; by default knn.")] = None
+    eval_protocol: Annotated[AlongRun | None, typer.Option(metavar="NAME", help="knn or linear; by default knn.")] = (
+        None
+    )
     eval_every: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Evaluate every N epochs; by default 10.")
     ] = None
@@ -172,22 +170,18 @@ class Writing(Group):
     ] = None
     keep_every: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Keep a numbered checkpoint every N epochs; by default only the last one."
-        ),
+        typer.Option(min=1, metavar="N", help="Keep a numbered checkpoint every N epochs."),
     ] = None
     log_every: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Write a row of metrics.csv every N steps; by default 20.")
+        int | None, typer.Option(min=1, metavar="N", help="Write to metrics.csv every N steps; by default 20.")
     ] = None
     show_every: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Draw measures and reconstructions every N epochs, into shown/."),
+        typer.Option(min=1, metavar="N", help="Draw measures and reconstructions every N epochs."),
     ] = None
     show_measures: Annotated[
         str | None,
-        typer.Option(
-            metavar="h,NAME,...|all", help="Measures of --show-every; by default all.", rich_help_panel=ADVANCED
-        ),
+        typer.Option(metavar="h,NAME,...", help="Measures of --show-every; by default all.", rich_help_panel=ADVANCED),
     ] = None
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Also write TensorBoard event files.")
@@ -197,9 +191,13 @@ class Writing(Group):
     ] = None
 
 
-Resume = Annotated[bool, typer.Option("--resume", help="Resume from last.pth; other options may be left out.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Resume from last.pth; other options may be left out.", rich_help_panel=RUNS),
+]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would happen, with memory and time; write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Print settings, memory and time; write nothing.", rich_help_panel=RUNS),
 ]
 
 
@@ -215,9 +213,9 @@ def pretrain(
 ) -> None:
     """Pre-train a masked image model.
 
-    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv where it evaluates, with
-    --show-every figures in shown/ and measures.csv, and at the end the figure run.png and .pdf.
-    Start it with `torchrun --nproc-per-node N -m mto_analyze pretrain ...` or `accelerate launch` for many GPUs.
+    Writes run.json, recipe.toml, metrics.csv, last.pth, kept checkpoints, curves.csv if it evaluates, and the figure
+    run; --show-every also writes shown/ and measures.csv. On several GPUs start it with torchrun or accelerate launch:
+    `torchrun --nproc-per-node N -m mto_analyze pretrain ...`. Flags have an opposite (--no-compile), for --resume.
 
     Example:
       mto-analyze pretrain --recipe mae_cifar10 --images IMAGES --out run

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import no_collection, note
-from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, Group, OutputOptions, takes
+from mto_analyze.options import ADVANCED, OUTPUT, AsJson, DrawingOptions, Group, OutputOptions, takes
 from mto_analyze.repeating import write_record
 from mto_analyze.tables import Format
 
@@ -64,7 +64,9 @@ class PairingOption(StrEnum):
     NONE = "none"
 
 
-Form = Annotated[Format, typer.Option("--format", help="Format of the table.")]
+Form = Annotated[
+    Format, typer.Option("--format", metavar="NAME", help="text, csv, markdown or latex.", rich_help_panel=OUTPUT)
+]
 
 
 class Logs(Group):
@@ -98,14 +100,16 @@ class Window(Group):
         None
     )
     interpolate: Annotated[bool, typer.Option("--interpolate", help="Allow E1 and E2 between logged epochs.")] = False
-    axis: Annotated[Axis, typer.Option(help="Axis of the curves, and of E1 and E2.")] = Axis.EPOCH
-    unit: Annotated[UnitOption, typer.Option(help="Scores are 0-100, 0-1, or no accuracies (raw).")] = UnitOption.AUTO
+    axis: Annotated[Axis, typer.Option(metavar="NAME", help="Axis of the curves: epoch, images or hours.")] = Axis.EPOCH
+    unit: Annotated[UnitOption, typer.Option(metavar="NAME", help="auto, percent (0-100), fraction (0-1) or raw.")] = (
+        UnitOption.AUTO
+    )
     lower_is_better: Annotated[
         bool, typer.Option("--lower-is-better", help="Scores are errors or losses: compare 100 - error, or -loss.")
     ] = False
     confidence: Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")] = 0.95
     pairing: Annotated[
-        PairingOption, typer.Option(help="Pair runs of equal first scores (auto) or equal seeds, or none.")
+        PairingOption, typer.Option(metavar="NAME", help="Pair runs by equal first score (auto), by seed, or none.")
     ] = PairingOption.AUTO
 
 
@@ -126,9 +130,9 @@ class Reading(Group):
             min=0.0, metavar="POINTS", help="A mean gain of the baseline up to this counts as none, in points."
         ),
     ] = 0.01
-    epochs: Annotated[
-        EpochOption, typer.Option(help="Count epochs as the logs do, or as epochs completed, from 1.")
-    ] = EpochOption.AS_WRITTEN
+    epochs: Annotated[EpochOption, typer.Option(metavar="NAME", help="as-written, or completed: counted from 1.")] = (
+        EpochOption.AS_WRITTEN
+    )
     run: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="Run of a file that holds several: its position (-1 is the last) or name."),

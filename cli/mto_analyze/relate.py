@@ -8,27 +8,35 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import ADVANCED, AsJson, DrawingOptions, OutputOptions, takes
+from mto_analyze.options import ADVANCED, INPUT, AsJson, DrawingOptions, OutputOptions, takes
 
 MeasureTables = Annotated[
     list[str],
     typer.Option(
         "--measures",
         metavar="[NAME=]FILE",
-        help="measures.csv, heterogeneity.csv of a command or of runs, or atlas.csv; repeat.",
+        help="measures.csv, heterogeneity.csv of a command or of runs, or atlas.csv; repeatable.",
+        rich_help_panel=INPUT,
     ),
 ]
 Scores = Annotated[
     list[str],
-    typer.Option("--scores", metavar="[NAME=]FILE", help="CSV with model and score, or any log of rauc; repeat."),
+    typer.Option(
+        "--scores",
+        metavar="[NAME=]FILE",
+        help="CSV with model and score, or any log that rauc reads; repeatable.",
+        rich_help_panel=INPUT,
+    ),
 ]
 Layers = Annotated[
     list[str] | None,
-    typer.Option("--layer", metavar="first|last|mean|N", help="Layer depth; repeat; by default first, last and mean."),
+    typer.Option(
+        "--layer", metavar="first|last|mean|N", help="Layer depth; repeatable; by default first, last and mean."
+    ),
 ]
 Given = Annotated[
     list[str] | None,
-    typer.Option("--given", metavar="MEASURE", help="Hold this constant for H; repeat; by default all others."),
+    typer.Option("--given", metavar="MEASURE", help="Hold this constant for H; repeatable; by default all others."),
 ]
 ScoreColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the score.", rich_help_panel=ADVANCED)]
 Confidence = Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")]
@@ -48,10 +56,11 @@ def relate(
     confidence: Confidence = 0.95,
     as_json: AsJson = False,
 ) -> None:
-    """Relate measures to accuracy: rank correlations, H given the others, corrected for their number.
+    """Relate measures to accuracy: rank correlations, and those of H given the other measures.
 
-    Prints one plain sentence per question. Writes relations.csv, checkpoints.csv (what was joined), seeds.csv (measures
-    over the seeds of each method), relations.png and .pdf, and run.json to --out.
+    Prints one plain sentence per question; p values are corrected for the number of questions. Writes
+    relations.csv, checkpoints.csv (what was joined), seeds.csv (measures over the seeds of each method), the figure
+    relations and run.json to --out.
 
     Example:
       mto-analyze relate --measures runs/heterogeneity.csv --scores runs/curves.csv

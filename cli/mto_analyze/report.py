@@ -9,6 +9,8 @@ import typer
 from mto_analyze import measuring
 from mto_analyze.console import note
 from mto_analyze.options import (
+    INPUT,
+    OUTPUT,
     ComputeOptions,
     ImageNames,
     InputOptions,
@@ -34,9 +36,15 @@ def report(
     measures: Measures = "h",
     interventions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="interventions.csv of these models, written by `intervene`: show it too."),
+        typer.Option(
+            metavar="FILE",
+            help="Also show this interventions.csv of the same models.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
-    title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Masked tokens, layer by layer",
+    title: Annotated[
+        str, typer.Option(metavar="TEXT", help="Heading of the page.", rich_help_panel=OUTPUT)
+    ] = "Masked tokens, layer by layer",
     out: OutFile = Path("report.html"),
 ) -> None:
     """Write a page to explore one or several checkpoints in a browser.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mto_analyze.options import Overwrite, takes
+from mto_analyze.options import INPUT, OUTPUT, Overwrite, takes
 from mto_analyze.repeating import write_record
 
 
@@ -28,11 +28,16 @@ SUFFIXES = {"text": "txt", "csv": "csv", "markdown": "md", "latex": "tex"}
 def tables(
     table: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="1, 2, 3, supp1 to supp6 or claims; by default all. Repeatable."),
+        typer.Option(
+            metavar="NAME", help="1, 2, 3, supp1 to supp6 or claims; repeatable; by default all.", rich_help_panel=INPUT
+        ),
     ] = None,
-    form: Annotated[Format, typer.Option("--format", help="Format of the tables.")] = Format.TEXT,
+    form: Annotated[
+        Format, typer.Option("--format", metavar="NAME", help="text, csv, markdown or latex.", rich_help_panel=OUTPUT)
+    ] = Format.TEXT,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder for one file per table, instead of the screen.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write one file per table here, and print none.", rich_help_panel=OUTPUT),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

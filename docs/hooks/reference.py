@@ -109,4 +109,4 @@ def _command(name: str, command: Any) -> Iterator[str]:
 
 
 def _panel(parameter: Any) -> str:
-    return getattr(parameter, "rich_help_panel", None) or "Options"
+    return getattr(parameter, "rich_help_panel", None) or "Input"  # an argument
