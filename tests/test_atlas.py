@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_images
+from image_files import write_images
 from published_files import PUBLISHED
 from servers import Page, Server, serve
 from test_cli import fails, ok, run, start

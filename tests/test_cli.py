@@ -24,8 +24,8 @@ import pandas as pd
 import pytest
 import torch
 import typer
-from conftest import write_images
 from golden_files import GOLDEN
+from image_files import write_images
 from PIL import Image
 from tiny_models import make_mae, make_simmim
 from typer.testing import CliRunner

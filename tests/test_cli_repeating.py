@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from image_files import write_images
 from typer.testing import CliRunner
 
 from mto_analysis.demo import DEMO_CHECKPOINTS

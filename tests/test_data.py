@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_images
+from image_files import write_images
 from PIL import Image
 from tiny_models import make_simmim
 

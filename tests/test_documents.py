@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import typer
 import yaml
-from conftest import write_images
 from documents import ROOT, Block, blocks, indented_code, notebooks, pages
+from image_files import write_images
 from typer.testing import CliRunner
 
 from mto_analysis.checkpoints.registry import list_checkpoints

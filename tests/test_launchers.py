@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_images
+from image_files import write_images
 from labelled_images import write_parquet
 from pretraining_cases import SMALL_MAE, Stopped, contents, rows, run, same, small_recipe, stop_after
 from typer.testing import CliRunner

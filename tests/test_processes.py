@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import write_images
+from image_files import write_images
 from labelled_images import write_parquet
 from test_mto_attach import CONFIG, build
 from tiny_models import make_mae

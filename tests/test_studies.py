@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import write_images
 from golden_files import GOLDEN
+from image_files import write_images
 
 from mto_analysis import DataError, MaskRule, image_batches, load_checkpoint, mask_keys, open_images
 from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256
