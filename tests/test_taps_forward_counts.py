@@ -12,7 +12,7 @@ from training_models import NUM, draw_mask, make_images
 
 from mto_analysis.errors import StackError
 from mto_analysis.mto import attach_mto, mto_loss
-from mto_analysis.taps import forward
+from mto_analysis.taps import forward, rows
 
 # Of the others the number of masked patches differs between the images of a batch.
 UNIFORM = sorted(CASES.keys() - {"conmim", "ours mae", "ours simmim"})
@@ -33,7 +33,7 @@ class Far:
 
 @pytest.fixture
 def far(monkeypatch):
-    monkeypatch.setattr(forward, "_is_far", lambda mask: True)
+    monkeypatch.setattr(rows, "is_far", lambda tokens: True)
     monkeypatch.setattr(forward, "_Coming", Far)
     monkeypatch.setattr(Far, "asked", 0)
     return Far

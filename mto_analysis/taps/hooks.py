@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mto_analysis.errors import StackError
-from mto_analysis.taps.forward import REQUESTED, Forward, NotEntered, Stack
+from mto_analysis.taps.forward import Forward, NotEntered, Stack
+from mto_analysis.taps.layout import REQUESTED
 from mto_analysis.taps.search import holders_of
 from mto_analysis.taps.stacks import Found, NoTokens, StackSpec, find_tokens
 

@@ -1,21 +1,13 @@
-"""What a stack is, which rows its masked tokens have where they enter it, and where tokens equal such a row.
-
-A masked token that enters a stack is the mask token plus, in most models, a position. So tokens that equal that sum bit
-for bit, for any position, are the masked ones: in every code base, whatever form the caller's own mask has and in
-whatever order the tokens are.
-"""
+"""What a stack is, and the tokens among what its modules take and give."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from mto_analysis.errors import StackError
 
@@ -196,114 +188,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (tuple, list, Mapping)):
         for value in values.values() if isinstance(values, Mapping) else values:
             yield from _tensors(value)
-
-
-class _Rounding(TorchFunctionMode):
-    """Round learned tensors to half precision wherever a function takes them, as models under autocast do."""
-
-    def __init__(self, dtype: torch.dtype, only: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._dtype, self._only = dtype, only
-        self._made: list[Any] = []  # results of functions, which are not learned; kept, so that no id is used again
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*tree_map(self.round, args), **tree_map(self.round, kwargs or {}))
-        self._made.append(result)
-        return result
-
-    def round(self, value: Any) -> Any:
-        """A learned tensor in half precision; anything else as it is."""
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        with torch._C.DisableTorchFunction():
-            if self._only:
-                chosen = any(value is each for each in self._only)
-            else:
-                chosen = not any(value is each for each in self._made)
-            return value.detach().to(self._dtype) if chosen else value
-
-
-def with_position(vectors: Tensor, position: Tensor) -> Tensor:
-    """Rows of masked tokens: each vector with each position, vectors first.
-
-    Shapes:
-        vectors: num_tokens dim
-        position: num_positions dim
-        returns: num_tokens * num_positions, dim
-    """
-    return (vectors[:, None] + position).flatten(0, 1)
-
-
-def rounded_rows(
-    rows: Callable[[], Iterable[Tensor]], mask_tokens: Sequence[Tensor], half: torch.dtype | None
-) -> Iterator[Tensor]:
-    """What a masked token may be, ``num_rows dim`` each: as it is, then with the roundings of a model under autocast.
-
-    Some models bring the mask token to the dtype of the patches that it joins, some the position too.
-
-    Args:
-        rows: Makes them from learned tensors.
-        mask_tokens: The learned vectors among these, where they are known.
-        half: The dtype of half precision, if there is any.
-    """
-    yield from _as_rows(rows())
-    if half is not None:
-        for only in (mask_tokens, ()) if mask_tokens else ((),):
-            mode = _Rounding(half, only)
-            with mode:
-                found = list(rows())
-            yield from _as_rows(map(mode.round, found))
-
-
-def _as_rows(found: Iterable[Tensor]) -> Iterator[Tensor]:
-    for each in found:
-        yield each.detach().reshape(-1, each.shape[-1])
-
-
-def find_rows(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Which of some rows each token equals, bit for bit; -1 where it equals none.
-
-    Shapes:
-        tokens: batch num_tokens dim
-        rows: num_rows dim
-        returns: batch num_tokens
-
-    Example:
-        >>> find_rows(torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        tensor([[ 1, -1]])
-    """
-    tokens, rows = tokens.detach(), rows.detach().to(tokens.device, tokens.dtype)
-    if len(rows) == 1:
-        return _equal(tokens, rows).to(torch.int64) - 1
-    # Rows are looked up by a number made of their bits; then the candidate itself is compared. On a CPU a part of the
-    # width is enough to tell rows apart and saves time; to ask a GPU whether it is would be to wait for it.
-    step = 1 if tokens.is_cuda else max(1, tokens.shape[-1] // 32)
-    keys, order = _keys(rows[:, ::step]).sort()
-    if step > 1 and bool((keys[1:] == keys[:-1]).any()):
-        step = 1
-        keys, order = _keys(rows).sort()
-    wanted = _keys(tokens[..., ::step])
-    at = torch.searchsorted(keys, wanted).clamp_(max=len(rows) - 1)
-    near, places = keys[at] == wanted, order[at]
-    if not tokens.is_cuda and not bool(near.any()):
-        return torch.full_like(places, -1)
-    same = _equal(tokens, rows.index_select(0, places.flatten()).view(tokens.shape))
-    return torch.where(near & same, places, -1)
-
-
-def _equal(tokens: Tensor, rows: Tensor) -> Tensor:
-    if tokens.is_cuda:  # a third of the memory to pass over
-        return torch.eq(tokens, rows).all(dim=-1)
-    return torch.sub(tokens, rows).abs_().amax(dim=-1) == 0  # on a CPU four times as fast
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _keys(x: Tensor) -> Tensor:
-    """A number for each row, made of its bits."""
-    bits = (x + 0.0).contiguous().view(_BITS[x.element_size()]).to(torch.int64)  # + 0.0: the same for -0.0 and 0.0
-    weights = torch.arange(1, 2 * bits.shape[-1], 2, device=x.device) * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019
-    return (bits * weights).sum(dim=-1)
