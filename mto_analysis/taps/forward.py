@@ -337,9 +337,9 @@ class Stack(Generic[_Any]):
             name, mask = next(iter(told.items()))
             raise NotEntered(
                 f"{self.where}: {name!r} masks {counts_in_words(mask)} patches, but none of its tokens "
-                f"{list(tokens.shape)} equals the mask token plus a position: dropout changed the mask token, a norm or something unknown "
-                "was applied (pass position=... or masked_row=..., or mask='argument:NAME' alone where rows are not "
-                "known bit for bit), or it enters other blocks (pass blocks or taps)"
+                f"{list(tokens.shape)} equals the mask token plus a position: dropout changed the mask token, a norm "
+                "or something unknown was applied (pass position=... or masked_row=..., or mask='argument:NAME' alone "
+                "where rows are not known bit for bit), or it enters other blocks (pass blocks or taps)"
             )
         else:
             self.unmasked += 1
