@@ -113,9 +113,6 @@ class TokenSplit:
             per_image: Further arguments of ``reduce``, ``batch ...`` each, of which it gets the rows of its images.
             only_products: ``reduce`` takes nothing of the tokens but :func:`dot_products`, and so may get them in half
                 precision where these are as exact.
-
-        Raises:
-            ValueError: If tokens do not fit the mask.
         """
         if tokens.ndim != 3 or tokens.shape[:2] != self.mask.shape:
             raise ValueError(

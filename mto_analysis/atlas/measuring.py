@@ -144,10 +144,6 @@ def choose_entries(names: Sequence[str] = (), *, families: Sequence[str] = (), e
         families: All of these families that can be measured.
         every: All of the registry that can be measured.
 
-    Raises:
-        ValueError: If nothing is asked for, a family is unknown, or two have the same name.
-        CheckpointError: If one that is asked for by its id cannot be measured; says why.
-
     Example:
         >>> [entry.name for entry in choose_entries(families=["simmim_vit"])]
         ['simmim_vit_base_800e']

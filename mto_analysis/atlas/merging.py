@@ -145,10 +145,6 @@ def merge_tables(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, Agre
 
     Returns:
         The table, and how well the tables agree.
-
-    Raises:
-        ValueError: If there are not two tables.
-        DataError: If images or masks are unlike, or values differ by more than the tolerance of their precision.
     """
     if len(tables) < 2:
         raise ValueError(f"give at least two different tables to merge, got {len(tables)}")

@@ -107,11 +107,7 @@ class Measurement:
 
 
 class AtlasFolder:
-    """The folder of an atlas: a part for each checkpoint, from which the table is made.
-
-    Args:
-        path: The folder.
-    """
+    """The folder of an atlas: a part for each checkpoint, from which the table is made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,13 +119,7 @@ class AtlasFolder:
         return self._parts / f"{entry.name}.parquet"
 
     def begin(self, image_set: ImageSet) -> None:
-        """Write down which images are measured.
-
-        Raises:
-            OutputExistsError: If the folder holds a table that was not measured here.
-            ExperimentError: If other images are measured here.
-            DataError: If its list of images or of failures cannot be read.
-        """
+        """Write down which images are measured."""
         if not self._parts.is_dir() and (there := [name for name in TABLE_FILES if (self.path / name).exists()]):
             raise OutputExistsError(f"{self.path} already holds {', '.join(there)} of no run; choose another --out")
         if self.images.exists() and load_image_set(self.images).sha256 != image_set.sha256:
@@ -139,13 +129,7 @@ class AtlasFolder:
         write_atomically(self.images, image_set.to_csv())
 
     def left(self, wanted: Mapping[Entry, Protocol], image_set: ImageSet) -> list[Entry]:
-        """The checkpoints that are not measured yet.
-
-        Raises:
-            ExperimentError: If one was measured in another way, on other images or by another version of this package,
-                or another one under its name.
-            DataError: If what was measured cannot be read.
-        """
+        """The checkpoints that are not measured yet."""
         now = next(iter(wanted.values())).identity() | {"images_sha256": image_set.sha256}
         of_all = {key: now[key] for key in SHARED} | {"mto_analysis_version": version("mto-analysis")}
         expected: dict[Path, dict[str, Any]] = {part: {**of_all, "checkpoint": part.stem} for part in self._measured()}
@@ -229,11 +213,6 @@ def measure_all(
 
     Returns:
         What failed, in the order of ``wanted``.
-
-    Raises:
-        DataError: If the images are not those of the set.
-        ExperimentError: If the folder holds measurements of other images or in another way.
-        RunInUseError: If another process works on the folder.
     """
     image_set.find(open_images(images))
     failures: dict[Entry, Failure] = {}

@@ -38,10 +38,6 @@ def sample_table(table: pd.DataFrame, fraction: float, *, seed: int, protocol: P
         fraction: Of its checkpoints, above 0 and up to 1; at least one is sampled.
         seed: Of the sample.
         protocol: Batch size and device; everything that numbers depend on is as in the table.
-
-    Raises:
-        ValueError: If the fraction is not in its range.
-        DataError: If the table states measures or options that there are not.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
@@ -80,9 +76,6 @@ def compare_again(sample: Sample, again: pd.DataFrame) -> tuple[pd.DataFrame, Ag
     Returns:
         A row per checkpoint with ``rows``, ``compared``, ``of_tolerance`` (the largest difference, as a fraction of its
         tolerance) and ``agrees``; and the rows themselves.
-
-    Raises:
-        DataError: If the new measurement has other masks or images.
     """
     check_comparable({"the table": sample.rows, "the new measurement": again})
     found = agreement(sample.rows, again)

@@ -65,11 +65,7 @@ class Results:
 
 
 def collect(runs: ExperimentRuns) -> Results:
-    """Read what all runs left.
-
-    Raises:
-        DataError: If a run has no curve yet.
-    """
+    """Read what all runs left."""
     curves, layers, speeds, terms = [], [], [], []
     for run in runs.main:
         curve = read_curve(run)

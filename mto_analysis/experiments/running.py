@@ -138,9 +138,6 @@ def do_runs(
         part: Only these, and those that they wait for.
         keep_going: Do the other runs when one fails, and report at the end.
         tell: Takes progress.
-
-    Raises:
-        RunFailedError: If a run fails, or its process dies again and again.
     """
     with engine or LocalEngine() as begun:
         _Doing(runs, begun, num_images, tell, shared=part is not None, keep_going=keep_going).do(part or runs.all)

@@ -85,11 +85,7 @@ class Run:
             pass
 
     def check(self) -> None:
-        """Whether what its folder holds, if anything, is this run.
-
-        Raises:
-            ExperimentError: If it is another one; says what differs.
-        """
+        """Whether what its folder holds, if anything, is this run."""
         folder = RunFolder(self.folder)
         if not folder.metadata.exists():
             return
@@ -116,9 +112,6 @@ class ExperimentRuns:
         experiment: What is run.
         images: With absolute paths.
         folder: Of the whole experiment.
-
-    Raises:
-        ExperimentError: If two runs would share a folder, or a folder holds another run.
     """
 
     def __init__(self, experiment: Experiment, images: Images, folder: Path) -> None:
@@ -139,11 +132,7 @@ class ExperimentRuns:
         return (*self.choosing, *self.main)
 
     def check(self) -> None:
-        """Whether what the folder holds belongs to this experiment.
-
-        Raises:
-            ExperimentError: If a run's folder holds another run.
-        """
+        """Whether what the folder holds belongs to this experiment."""
         for run in self.all:
             run.check()
 
@@ -209,11 +198,7 @@ class ExperimentRuns:
         return all(each.finished() for each in self.needed(run))
 
     def only(self, number: int) -> tuple[Run, ...]:
-        """One run by its number, from 1 on.
-
-        Raises:
-            ExperimentError: If there is no such run, or it waits for others.
-        """
+        """One run by its number, from 1 on."""
         if not 1 <= number <= len(self.all):
             raise ExperimentError(f"runs are numbered from 1 to {len(self.all)}, got {number}; see --list")
         run = self.all[number - 1]
@@ -222,11 +207,7 @@ class ExperimentRuns:
         return (run,)
 
     def shard(self, index: int, count: int) -> tuple[Run, ...]:
-        """Every ``count``-th run, from the ``index``-th on (from 1).
-
-        Raises:
-            ValueError: If there is no such shard.
-        """
+        """Every ``count``-th run, from the ``index``-th on (from 1)."""
         if not 1 <= index <= count:
             raise ValueError(f"a shard is I/N with I from 1 to N, got {index}/{count}")
         return self.all[index - 1 :: count]
@@ -262,11 +243,7 @@ class ExperimentRuns:
         return pd.DataFrame(rows, columns=["variant", "candidate", "seed", "final", "mean"])
 
     def resolve(self, run: Run) -> Run:
-        """A waiting run with the settings that were chosen for its variant.
-
-        Raises:
-            DataError: If a candidate's run is missing.
-        """
+        """A waiting run with the settings that were chosen for its variant."""
         choice = self.experiment.choice
         if not run.waits or choice is None:
             return run

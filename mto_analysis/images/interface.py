@@ -36,19 +36,10 @@ class Images(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image file.
-
-        Raises:
-            OSError: If the file is gone or cannot be read.
-            ValueError: If the row holds no image.
-        """
+        """The encoded image file."""
 
     def open(self, index: int) -> Image.Image:
-        """One image in eight-bit RGB; raises whatever the decoder raises.
-
-        Raises:
-            DataError: If nobody states the range of its values.
-        """
+        """One image in eight-bit RGB; raises whatever the decoder raises."""
         with naming(self, index):
             return decode_image(self.read(index), self.value_range)
 
@@ -121,11 +112,7 @@ class _ChosenImages(Images):
 
 
 def choose_images(images: Images, names: Sequence[str]) -> Images:
-    """The named images alone, in the order asked for; their masks are the same, as masks hang on names.
-
-    Raises:
-        DataError: If there is no image of a name.
-    """
+    """The named images alone, in the order asked for; their masks are the same, as masks hang on names."""
     row_of = {name: row for row, name in enumerate(images.names)}
     missing = [name for name in names if name not in row_of]
     if missing:

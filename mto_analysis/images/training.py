@@ -51,10 +51,6 @@ def steps_in_epoch(count: int, batch_size: int) -> int:
         count: Training images.
         batch_size: Images of a step, over all processes and micro-batches.
 
-    Raises:
-        ValueError: If the batch size is not positive.
-        DataError: If there are too few images for one batch.
-
     Example:
         >>> steps_in_epoch(50_000, 4096)
         12
@@ -207,12 +203,7 @@ class TrainingData(EpochData):
         return self._sampler.order(epoch)
 
     def prepare(self) -> bool:
-        """Decode small images into memory, once; the first batch does it if nobody did. True if they are held there.
-
-        Raises:
-            DataError: If an image cannot be read, is broken (with ``strict``) or is of another size than the others
-                where ``in_memory`` was asked for.
-        """
+        """Decode small images into memory, once; the first batch does it if nobody did. True if they are held there."""
         if self._source is None:
             self._source = self._held() or CroppedBatches(
                 self._images, self._sampler, num_workers=self._workers, pin=self._device.type == "cuda"

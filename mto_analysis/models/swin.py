@@ -149,9 +149,6 @@ class SimMIMSwin(StackedModel):
         Shapes:
             mask: batch num_patches (of the first stage)
             returns: for each stage batch num_patches (of that stage)
-
-        Raises:
-            ValueError: If a merge would join masked and visible tokens, so that its result is neither.
         """
         masks = [mask]
         for grid in self.config.grids[1:]:

@@ -52,12 +52,7 @@ class PaperFigure:
         return _drawings()[self.name](bench)
 
     def check(self, inputs: Inputs) -> None:
-        """Refuse what this figure cannot use.
-
-        Raises:
-            ValueError: If it is drawn from published numbers and checkpoints or images are given, or it has no use
-                for an experiment.
-        """
+        """Refuse what this figure cannot use."""
         if self.origin != "measured" and (inputs.checkpoints or inputs.images is not None):
             raise ValueError(f"{self.name} takes no checkpoints or images: it is {_ORIGIN_WORDS[self.origin]}")
         if inputs.experiment is not None and not self.takes_experiment:
@@ -179,9 +174,6 @@ def _drawings() -> Mapping[str, Callable[[Workbench], Drawn]]:
 
 def find_figures(names: Iterable[str] = (), *, inputs: Inputs | None = None) -> Sequence[PaperFigure]:
     """The figures of these names; without names, all that the inputs can be drawn in.
-
-    Raises:
-        ValueError: If there is no such figure, or it has no use for the inputs.
 
     Example:
         >>> [each.name for each in find_figures(["table2", "fig3"])]

@@ -34,10 +34,6 @@ def draw_paper(
 
     Yields:
         Each figure, and its files.
-
-    Raises:
-        ValueError: If a name is unknown or an input does not fit; before anything is measured.
-        OutputExistsError: If a file exists and ``overwrite`` is false; before anything is measured.
     """
     inputs = inputs or Inputs()
     figures = find_figures(names, inputs=inputs)

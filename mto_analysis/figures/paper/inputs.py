@@ -34,10 +34,6 @@ class Inputs:
         device: ``auto``, ``cpu``, ``cuda`` ...
         value_range: Values of black and white, of images that are not in eight bits and do not state them.
         loading: Fields of :class:`~mto_analysis.checkpoints.LoadOptions`, for the checkpoints.
-
-    Raises:
-        ValueError: If there are labels, but not one different label per checkpoint.
-        DataNotFoundError: If the experiment's folder is not there.
     """
 
     checkpoints: tuple[str, ...] = ()

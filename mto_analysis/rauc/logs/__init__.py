@@ -45,9 +45,6 @@ def read_log(
         epoch_column: Name of the epoch.
         method_column: Name of a table's method column.
         seed_column: Name of a table's seed column.
-
-    Raises:
-        DataError: If it cannot be read, has no known format, no score, or several that could be meant.
     """
     document = open_log(path)
     (series,), findings = choose([document], [Request(score_column)])

@@ -176,11 +176,7 @@ def _all_names(document: Document) -> str:
 
 
 def choose(documents: Sequence[Document], requests: Sequence[Request]) -> tuple[list[Series], list[Finding]]:
-    """One series of each document, all of the same metric, and what to know about the choice.
-
-    Raises:
-        DataError: If a log has none, or several that are equally good, or the logs have different ones.
-    """
+    """One series of each document, all of the same metric, and what to know about the choice."""
     options: list[list[Series]] = []
     for document, request in zip(documents, requests, strict=True):
         if request.score is not None:

@@ -35,9 +35,6 @@ def extract(
         seed_column: Column of the seed.
         groups: Columns to keep as text, if they are there.
         axis_column: Column to keep as numbers, if it is there.
-
-    Raises:
-        DataError: If a column is missing, nothing tells the epochs, or a cell is no number.
     """
     columns, file = document.columns, document.file
     asked = {each: _present(document, each) for each in (epoch_column, method_column, seed_column) if each is not None}

@@ -35,9 +35,6 @@ def open_log(path: str | Path, wanted: Collection[str] = ()) -> Document:
     Args:
         path: A file, or the folder of a run.
         wanted: Methods that are compared: a table may have columns called like them.
-
-    Raises:
-        DataError: If it cannot be read, has no known format, or a folder holds no log or several.
     """
     path = Path(path)
     try:

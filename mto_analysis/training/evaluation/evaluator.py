@@ -91,11 +91,6 @@ class Evaluator:
             processes: All of them call this at once; each encodes its share of the images and all return the same
                 score. Without them the caller does everything alone.
 
-        Raises:
-            DataError: If the model's family has no encoder that can be used.
-            NumericalError: If a feature is not finite.
-            ValueError: If the evaluation asks for a block or token that the model lacks.
-
         Warns:
             UserWarning: If the linear classifier did not reach its tolerance.
         """

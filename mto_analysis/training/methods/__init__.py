@@ -46,9 +46,6 @@ def build_student(recipe: Recipe, *, seed: int, start: InitialWeights | None = N
         recipe: Settings.
         seed: Of the weights; the global random state stays as it is.
         start: Weights to begin with instead, as far as there are any.
-
-    Raises:
-        CheckpointError: If these are of another architecture.
     """
     method = METHODS[recipe.method]
     info = ModelInfo(
