@@ -18,7 +18,7 @@ from mto_analysis import DataError
 from mto_analysis.figures.files import file_names, write_figure
 from mto_analysis.figures.options import DrawingOptions, drawing, inches
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_heterogeneity, plot_share
-from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, looks_of, paper_style
+from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, looks_of, paper_style, shown_together
 from mto_analysis.runtime.outputs import OutputFolder
 
 
@@ -121,8 +121,12 @@ def test_looks_of__follow_from_the_label_alone() -> None:
     alone = {name: looks_of([name])[name] for name in ("MAE", "SimMIM", "my model", "a/b")}
     for names in (["SimMIM", "MAE"], ["a/b", "MAE"], ["my model", "SimMIM"]):
         assert looks_of(names) == {name: alone[name] for name in names}
-    many = looks_of(f"model {number}" for number in range(20))
-    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in many.values()}) == 20
+    many = looks_of(f"model {number}" for number in range(60))
+    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in many.values()}) == 60
+    assert many == looks_of(reversed(many)), "their order is of no matter"
+    some = [name for name in many if looks_of([name])[name] != many[name]]  # alone they need not give way
+    with shown_together(many):
+        assert looks_of(some) == {name: many[name] for name in some}
     assert looks_of(["baseline"])["baseline"]["color"] == "0.35"
 
 

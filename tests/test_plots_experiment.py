@@ -123,7 +123,7 @@ def test_trajectories__of_one_epoch_are_profiles_over_layer_depth(layers: pd.Dat
     one = layers[layers["epoch"] == 1].assign(stack="first")
     figure = draw_trajectories(pd.concat([one, one.assign(stack="second"), one.assign(recipe="other")]))
     assert [ax.get_title() for ax in figure.axes] == ["MAE, first", "MAE, second", "other, first"]
-    assert all(ax.get_xlabel() == "layer depth" and len(ax.get_lines()) == 2 for ax in figure.axes)
+    assert all(ax.get_xlabel() == "Layer depth" and len(ax.get_lines()) == 2 for ax in figure.axes)
 
 
 @pytest.mark.parametrize("draw", ["curves", "layers"])

@@ -100,6 +100,8 @@ def test_plot_rauc_windows__the_most_uncertain_window_is_the_palest():
     )  # fmt: skip
     alpha = plot_rauc_windows(grid).collections[0].get_alpha()
     assert alpha[1, 1] < 0.2 < 0.8 < min(alpha[0, 0], alpha[1, 0])
+    fallen = plot_rauc_windows(grid.assign(rauc=[1.2, 1.3, -9.0], low=[1.15, 1.25, -80.0], high=[1.25, 1.35, 0.5]))
+    assert next(text for text in fallen.texts if text.get_text() == "-9.00").get_color() == "black"  # legible on pale
     one_run = grid.assign(low=np.nan, high=np.nan)
     ax = plot_rauc_windows(one_run)
     assert ax.collections[0].get_array().count() == 3

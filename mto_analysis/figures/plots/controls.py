@@ -13,6 +13,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.heterogeneity import zoom_to
 from mto_analysis.figures.plots.style import (
     COLORS,
+    LAYER_DEPTH,
     Look,
     describe,
     figure_width,
@@ -68,7 +69,7 @@ def draw_controls(table: pd.DataFrame, bands: pd.DataFrame, words: Mapping[str, 
             for ax in axes[:, 0]:
                 ax.set_ylabel(f"{label}\n$H\\,/\\,H_{{\\mathrm{{max}}}}$", fontsize="small")
         for ax in axes.flat[max(len(words) - across, 0) : len(words)]:
-            ax.set_xlabel("Layer depth", fontsize="small")
+            ax.set_xlabel(LAYER_DEPTH, fontsize="small")
         describe(
             figure,
             note="colour: the model; grey crosses: the control of the panel; "

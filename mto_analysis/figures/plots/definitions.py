@@ -9,9 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import (
+    LAYER_DEPTH,
     describe,
-    figure_width,
-    legend_below,
     looks_of,
     model_curves,
     new_axes,
@@ -20,6 +19,7 @@ from mto_analysis.figures.plots.style import (
 )
 from mto_analysis.probe.definitions import COSINE_TEMPERATURE
 
+# Rows and columns of panels; a cosine does not see norms, so that its definitions with matched norms are the raw one.
 _SIMILARITIES = {
     "dot": "dot product",
     "scaled_dot": r"dot product $/\,\sqrt{D}$",
@@ -27,16 +27,18 @@ _SIMILARITIES = {
     "centred_cosine": f"centred cosine / {COSINE_TEMPERATURE:g}",
 }
 _TOKENS = {
-    "raw": "raw tokens",
-    "layer_norm": "layer-normalized tokens",
-    "matched_each": "each norm as at depth 0",
-    "matched_kind": "mean norms as at depth 0",
+    "raw": "raw\ntokens",
+    "layer_norm": "layer-normalized\ntokens",
+    "matched_each": "each norm\nas at depth 0",
+    "matched_kind": "mean norms\nas at depth 0",
 }
-#: The panels of each row; a cosine does not see norms, so that its definitions with matched norms are the raw one.
-DEFINITIONS = (
-    *([(similarity, tokens) for tokens in _TOKENS] for similarity in ("dot", "scaled_dot")),
-    [(similarity, tokens) for similarity in ("cosine", "centred_cosine") for tokens in ("raw", "layer_norm")],
-)
+_GRID = [
+    [
+        "legend" if "cosine" in similarity and "matched" in tokens else similarity + f"_{tokens}" * (tokens != "raw")
+        for tokens in _TOKENS
+    ]
+    for similarity in _SIMILARITIES
+]
 #: Columns of ``attention.csv`` and what they are.
 ATTENTION = {
     "mass_masked_to_visible": ("masked to visible", "share of attention"),
@@ -79,42 +81,41 @@ def plot_definition(table: pd.DataFrame, definition: str, *, ax: Axes | None = N
 
 
 def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str | None = None) -> Figure:
-    """All definitions, a row per similarity and a panel per form of tokens; below, the models' own attention.
+    """All definitions, a row per similarity and a column per form of tokens; below, the models' own attention.
 
     Args:
         table: Rows of ``definitions.csv``.
         attention: Rows of ``attention.csv``; may be empty.
         title: Line above the figure.
     """
-    with paper_style():
-        small = "x-small" if figure_width() > 4 else "xx-small"
-        figure = new_figure(5.4 if len(attention) else 4.1)
-        parts = figure.subfigures(2 if len(attention) else 1, 1, height_ratios=(3, 1.1)[: 2 if len(attention) else 1],
-                                  squeeze=False)[:, 0]  # fmt: skip
-        axes = parts[0].subplots(len(DEFINITIONS), len(_TOKENS), sharey=True)
-        for row, panels in zip(axes, DEFINITIONS, strict=True):
-            for ax, (similarity, tokens) in zip(row, panels, strict=True):
-                plot_definition(table, similarity if tokens == "raw" else f"{similarity}_{tokens}", ax=ax)
-                first = " (Eq. 2)" if (similarity, tokens) == ("dot", "raw") else ""
-                ax.set_title(
-                    f"{_SIMILARITIES[similarity]}{first}\n{_TOKENS[tokens]}",
-                    fontsize="x-small",
-                    pad=2,
-                    linespacing=0.95,
-                )
-            row[0].set_ylabel(r"$H\,/\,H_{\mathrm{max}}$", fontsize="small")
-        for ax in axes[-1]:
-            ax.set_xlabel("Layer depth", fontsize="small")
-        if len(attention):
-            for ax, (column, words) in zip(parts[1].subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
-                plot_attention(attention, column, ax=ax)
-                ax.set_title(f"attention,\n{words[0]}", fontsize=small, pad=2, linespacing=1.1)
-                ax.set_ylabel(words[1], fontsize="small")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        legend_below(figure, handles, labels, ncols=4)
+    both = len(attention) > 0
+    with paper_style(label for label, _ in model_curves(table)):
+        figure = new_figure(5.6 if both else 4.2)
+        above, *below = figure.subfigures(1 + both, 1, height_ratios=(3, 1)[: 1 + both], squeeze=False)[:, 0]
+        axes = above.subplot_mosaic(_GRID, sharey=True)
+        for row, (names, similarity) in enumerate(zip(_GRID, _SIMILARITIES.values(), strict=True)):
+            for column, name in enumerate(names):
+                if name == "legend":
+                    continue
+                plot_definition(table, name, ax=axes[name])
+                if row == 0:
+                    axes[name].set_title(list(_TOKENS.values())[column], fontsize="small", pad=3)
+                if row + 1 < len(_GRID) and _GRID[row + 1][column] != "legend":
+                    axes[name].tick_params(labelbottom=False)
+                else:
+                    axes[name].set_xlabel(LAYER_DEPTH, fontsize="small")
+            axes[names[0]].set_ylabel(f"{similarity}\n$H\\,/\\,H_{{\\mathrm{{max}}}}$", fontsize="small")
+        axes["dot"].annotate("Eq. 2", (0.95, 0.5), xycoords="axes fraction", ha="right", size="small", color="0.3")
+        axes["legend"].set_axis_off()
+        axes["legend"].legend(*axes["dot"].get_legend_handles_labels(), loc="center")
         note = "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding"
-        if len(attention):
-            note += ";\nlast row: the models' own attention, mean and range over heads"
+        for part in below:
+            part.suptitle("the models' own attention", fontsize="small")
+            for ax, (column, words) in zip(part.subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
+                plot_attention(attention, column, ax=ax)
+                ax.set_title(words[0].replace(" ", "\n", 1), fontsize="small", pad=3)
+                ax.set_ylabel(words[1], fontsize="small")
+            note += "; own attention: mean and range over heads"
         describe(figure, title=title, note=note)
     return figure
 

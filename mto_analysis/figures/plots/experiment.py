@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.figures.plots.style import (
+    LAYER_DEPTH,
     PAGE_WIDTH,
     describe,
     figure_width,
@@ -105,7 +106,7 @@ def draw_experiment_curves(curves: pd.DataFrame, *, score: str = "top-1 accuracy
     many = max(part["method"].nunique() for _, part in panels) > _MOST_BANDS
     columns = min(2 if many else min(len(panels), _MOST_COLUMNS), _columns_that_fit())
     seeds = curves["seed"].nunique()
-    with paper_style():
+    with paper_style(curves["method"].astype(str)):
         figure, axes = _grid_of_panels(len(panels) * (2 if many else 1), columns, sharey=not many)
         for number, (recipe, part) in enumerate(panels):
             ax = axes[2 * number if many else number]
@@ -178,7 +179,7 @@ def plot_profiles(layers: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look = looks[str(method)]
         ax.plot(band.index, band["mean"], label=str(method), **look)
         _fill(ax, band, look["color"])
-    ax.set_xlabel("layer depth")
+    ax.set_xlabel(LAYER_DEPTH)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -232,7 +233,7 @@ def _draw_profiles(layers: pd.DataFrame) -> Figure:
     several = layers.groupby("recipe")["stack"].nunique().max() > 1
     panels = list(layers.groupby(["recipe", "stack"], sort=False))
     columns = min(len(panels), _MOST_COLUMNS, _columns_that_fit())
-    with paper_style():
+    with paper_style(layers["method"].astype(str)):
         figure, axes = _grid_of_panels(len(panels), columns)
         for ((recipe, stack), part), ax in zip(panels, axes, strict=True):
             plot_profiles(part, ax=ax)

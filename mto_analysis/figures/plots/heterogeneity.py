@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import (
+    LAYER_DEPTH,
     Look,
     base_of,
     describe,
@@ -42,7 +43,7 @@ def _curves(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _prepare(ax: Axes | None) -> Axes:
     ax = ax or new_axes()
-    ax.set_xlabel("Layer depth")
+    ax.set_xlabel(LAYER_DEPTH)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -94,12 +95,12 @@ def plot_share(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         frame: Rows of ``heterogeneity.csv``.
         ax: Where to draw; by default a new figure's axes.
     """
-    curves = _curves(frame)
-    return _plot_shares(curves, looks_of(label for label, _ in curves), _prepare(ax))
+    return _plot_shares(_curves(frame), _prepare(ax))
 
 
-def _plot_shares(curves: Sequence[tuple[str, pd.DataFrame]], looks: Mapping[str, Look], ax: Axes) -> Axes:
+def _plot_shares(curves: Sequence[tuple[str, pd.DataFrame]], ax: Axes) -> Axes:
     ends = ("normalized_ci_low", "normalized_ci_high")
+    looks = looks_of(label for label, _ in curves)
     for label, curve in curves:
         _plot_curve(curve, "normalized", ends, label, looks[label], ax)
     ax.axhline(1, color="0.4", linewidth=0.7, linestyle=":")
@@ -129,13 +130,12 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
     One curve has an axis in nats beside it.
     """
     curves = _curves(frame)
-    looks = looks_of(label for label, _ in curves)
     groups: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for label, curve in curves:
         groups.setdefault(base_of(str(curve["model"].iloc[0])), []).append((label, curve))
     if len(groups) > _MOST_PANELS:
         groups = {"all models": curves}
-    with paper_style():
+    with paper_style(label for label, _ in curves):
         across = min(len(groups), 3 if figure_width() > 4 else 1)
         down = math.ceil(len(groups) / across)
         figure = new_figure(1.9 * down + 0.6, share=0.6 if len(groups) == 1 else 1)
@@ -143,7 +143,7 @@ def draw_heterogeneity(frame: pd.DataFrame, *, title: str | None = None) -> Figu
         for ax in axes.flat[len(groups) :]:
             ax.set_axis_off()
         for ax, (group, shown) in zip(axes.flat, groups.items(), strict=False):
-            _plot_shares(shown, looks, _prepare(ax))
+            _plot_shares(shown, _prepare(ax))
             ax.set_title(f"{group}{_bound(shown)}", fontsize="small", loc="left")
         for ax in axes[:, 1:].flat:
             ax.set_ylabel("")

@@ -12,6 +12,7 @@ from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.heterogeneity import plot_heterogeneity
 from mto_analysis.figures.plots.style import (
     COLORS,
+    LAYER_DEPTH,
     LINE_STYLES,
     MARKERS,
     describe,
@@ -48,7 +49,7 @@ def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ax.fill_between(rows["layer"], rows["ci_low"], rows["ci_high"], color=color, alpha=0.15, linewidth=0)
     chosen = scores[scores["chosen"]]
     ax.plot(chosen["layer"], chosen["score"], "o", markersize=11, markerfacecolor="none", color="black", label="chosen")
-    ax.set_xlabel("Layer depth of the encoder")
+    ax.set_xlabel(f"{LAYER_DEPTH} of the encoder")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -62,7 +63,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
         protocol: Of the scores.
     """
     models = list(scores["model"].unique())
-    with paper_style():
+    with paper_style(models):
         figure = new_figure(1.9 * len(models) + 0.7)
         axes = figure.subplots(len(models), 1 if heterogeneity.empty else 2, squeeze=False)
         for (left, *right), model in zip(axes, models, strict=True):
@@ -75,7 +76,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
                     ax.set_axis_off()
                     continue
                 plot_heterogeneity(curve, ax=ax)
-                ax.set_xlabel(f"Layer depth of the {' and '.join(curve['stack'].unique())}")
+                ax.set_xlabel(f"{LAYER_DEPTH} of the {' and '.join(curve['stack'].unique())}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         legend_below(figure, handles, labels)
         row = scores.iloc[0]

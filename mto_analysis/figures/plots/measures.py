@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
-from mto_analysis.figures.plots.style import describe, legend_below, looks_of, model_curves, new_figure, paper_style
+from mto_analysis.figures.plots.style import (
+    LAYER_DEPTH,
+    describe,
+    legend_below,
+    looks_of,
+    model_curves,
+    new_figure,
+    paper_style,
+)
 
 _COLUMNS = 4
 _LINES = {"masked": "-", "visible": "--", "": "-"}
@@ -27,9 +35,10 @@ def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     curves = model_curves(rows)
     looks = looks_of([label for label, _ in curves])
     for label, curve in curves:
-        colour = looks[label]["color"]
         for kind, line in curve.groupby("kind", sort=False):
-            ax.plot(line["layer_depth"], line["value"], color=colour, linestyle=_LINES[str(kind)], marker=".", ms=3)
+            look = {**looks[label], "linestyle": _LINES[str(kind)]}
+            ax.plot(line["layer_depth"], line["value"], markersize=3, linewidth=1.1, **look)
+            colour = look["color"]
             ax.fill_between(line["layer_depth"], line["ci_low"], line["ci_high"], color=colour, alpha=0.18, linewidth=0)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4))
@@ -48,10 +57,13 @@ def draw_measures(table: pd.DataFrame) -> Figure:
         raise DataError("nothing to draw: no measure has a value")
     parts = rows["measure"].str.extract(r"^(?P<name>.+?)(?:(?<!_to)_(?P<kind>masked|visible))?$")
     rows = rows.assign(name=parts["name"], kind=parts["kind"].fillna(""))
+    # A measure that one of two stacks does not allow leaves its model's label as it is.
+    curves = dict(model_curves(rows))
+    rows = pd.concat([curve.assign(model=label, stack="") for label, curve in curves.items()])
     names = list(dict.fromkeys(rows["name"]))
     across = min(_COLUMNS, len(names))
     down = -(-len(names) // across)
-    with paper_style():
+    with paper_style(curves):
         figure = new_figure(0.8 + 1.35 * down)
         axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
         for ax, name in zip(axes, names, strict=False):
@@ -61,14 +73,17 @@ def draw_measures(table: pd.DataFrame) -> Figure:
             ax.set_axis_off()
         for ax in axes[max(len(names) - across, 0) : len(names)]:
             ax.xaxis.set_tick_params(labelbottom=True)  # also above a place that is empty
-        labels = [label for label, _ in model_curves(rows)]
+            ax.set_xlabel(LAYER_DEPTH)
         handles = [
-            *(axes[0].plot([], [], color=look["color"], label=label)[0] for label, look in looks_of(labels).items()),
+            *(
+                axes[0].plot([], [], label=label, **{**look, "linestyle": "-"})[0]
+                for label, look in looks_of(curves).items()
+            ),
             *(
                 axes[0].plot([], [], color="0.3", linestyle=_LINES[kind], label=kind)[0]
                 for kind in ("masked", "visible")
             ),
         ]
         legend_below(figure, handles, [str(handle.get_label()) for handle in handles], ncols=5)
-        describe(figure, note=f"over layer depth, mean of {rows['num_images'].max()} images with 95 % intervals")
+        describe(figure, note=f"mean of {rows['num_images'].max()} images with 95 % intervals")
     return figure

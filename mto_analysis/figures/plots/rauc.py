@@ -171,7 +171,8 @@ def plot_rauc_windows(
         if start in places and end in places
     ]
     handles += [ax.add_patch(frame) for frame in frames][:1]
-    _write_ratios(ax, cells["rauc"], edges, np.abs(np.log(shown)) * strength > 0.6 * math.log(reach))
+    darkness = np.minimum(np.abs(np.log(shown)) / math.log(reach), 1) * strength
+    _write_ratios(ax, cells["rauc"], edges, darkness > 0.6)
     if np.diff(places).min() > 0.08 * np.ptp(places):
         ax.set_xticks(places[:-1])
         ax.set_yticks(places[1:])
@@ -247,7 +248,7 @@ def rauc_figure(
     comparisons: Sequence[Comparison], runs: Sequence[tuple[Runs, Runs]], *, axis: str = "epoch", score: str
 ) -> Figure:
     """A panel per comparison, two in a row, like Fig. 4."""
-    with paper_style():
+    with paper_style(name for each in comparisons for name in (each.baseline, each.target)):
         figure, axes = _panels(len(comparisons), _PANEL_HEIGHT)
         for comparison, (baseline, target), ax in zip(comparisons, runs, axes, strict=True):
             plot_rauc(comparison, baseline, target, ax=ax, axis=axis, score=score)

@@ -34,7 +34,7 @@ def draw_relations(table: pd.DataFrame) -> Figure:
     if not levels:
         raise DataError("no correlation is defined, so there is nothing to draw")
     rows = max(len(each.drop_duplicates(["measure", "given", "stack"])) for _, each in table.groupby("level"))
-    with paper_style():
+    with paper_style(table["layer"]):
         figure = new_figure(1.4 + 0.3 * rows)
         axes = figure.subplots(1, len(levels), squeeze=False)[0]
         for level, ax in zip(levels, axes, strict=True):

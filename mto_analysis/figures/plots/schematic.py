@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from mto_analysis.figures.plots.style import COLORS, figure_width, paper_style
+from mto_analysis.figures.plots.style import COLORS, LAYER_DEPTH, figure_width, paper_style
 
 # Losses keep their colours through all panels; dark enough for text.
 _VISIBLE, _SPA, _E, _R = COLORS[0], "#00785a", "#b34700", "#9c3f8d"
@@ -188,7 +188,7 @@ def plot_losses_over_depth(ax: Axes) -> Axes:
     ax.set_xticks(depth, ["0", "1", "2", r"$\cdots$", "$L$"])
     ax.set_yticks([])
     ax.grid(visible=False)
-    ax.set_xlabel("layer depth $l$")
+    ax.set_xlabel(f"{LAYER_DEPTH} $l$")
     ax.set_ylabel("$H_l$")
     return ax
 

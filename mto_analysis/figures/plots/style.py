@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,9 +29,9 @@ PAGE_WIDTH = 7.0
 #: Text width of an LNCS page (122 mm, ECCV's), in inches: figures in paper style are drawn to it.
 TEXT_WIDTH = 122 / 25.4
 
-#: seaborn's colour-blind palette without its pale tones, told apart in grey by marker and line style. Its values, as
-#: to import seaborn takes as long as a small measurement.
-COLORS = ("#0173b2", "#d55e00", "#029e73", "#de8f05", "#cc78bc", "#949494", "#ca9161")
+#: seaborn's colour-blind palette without its palest tones, and without grey, which is left to baselines, controls and
+#: random encoders. Its values, as to import seaborn takes as long as a small measurement.
+COLORS = ("#0173b2", "#d55e00", "#029e73", "#de8f05", "#cc78bc", "#56b4e9", "#ca9161")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
@@ -43,6 +46,8 @@ _STYLES: dict[str, Any] = {
 }
 _WIDTHS = {"screen": PAGE_WIDTH, "paper": TEXT_WIDTH, "slides": PAGE_WIDTH}
 
+#: What the axis over layers is called in every figure.
+LAYER_DEPTH = "Layer depth"
 
 # Lines, bands and letters have fewer colours, photographs more.
 _DRAWN_COLORS = 10_000
@@ -60,17 +65,19 @@ class Look(TypedDict):
 _SLOTS = {"MAE": 0, "SimMIM": 1, "with MTO": 2}
 _VARIANT = re.compile(r"( \+ |, )")
 _BASELINE = Look(color="0.35", marker="o", linestyle="--")
+_TOGETHER: ContextVar[frozenset[str]] = ContextVar("together", default=frozenset())
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """The look of each label, the same in every figure, report and experiment.
+    """The look of each label: the only place where models get colour, marker and line style.
 
     A look follows from the label's text alone, so that a model keeps it whatever else is drawn. Only where two labels
-    of one figure would share a colour, the later one takes the next that is free; beyond seven labels colours return
-    with another marker and line style.
+    that are shown together (:func:`shown_together`) would share a look, one takes the next that is free, in the
+    order of their sorted names. The first seven labels have colours of their own; beyond, colours return with another
+    marker and line style.
 
     Args:
-        labels: Of all curves that are shown together, in their order.
+        labels: Of curves; the looks come in their order.
 
     Example:
         >>> both = looks_of(["SimMIM", "MAE"])
@@ -79,21 +86,31 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
     """
     names = list(dict.fromkeys(labels))
     count = len(COLORS)
-    taken: set[tuple[int, int]] = set()
-    looks: dict[str, Look] = {}
-    for name in sorted(names, key=lambda name: (base_of(name) not in _SLOTS, base_of(name) != name)):
-        if name == "baseline":
-            looks[name] = _BASELINE
-            continue
+    taken: set[int] = set()
+    looks = {"baseline": _BASELINE}
+    together = {*names, *_TOGETHER.get()} - looks.keys()
+    for name in sorted(together, key=lambda name: (base_of(name) not in _SLOTS, base_of(name) != name, name)):
         base = base_of(name)
         # "MAE + MTO" and "MAE, early" stand beside "MAE", always in the same other colour.
-        first = (_SLOTS.get(base, zlib.crc32(base.encode())) + 2 * (base != name)) % count
-        places = (((first + step) % count, step // count) for step in range(count * count))
-        slot, turn = next((place for place in places if place not in taken), (first, 0))
-        taken.add((slot, turn))
-        other = (slot + turn) % count
-        looks[name] = Look(color=COLORS[slot], marker=MARKERS[other], linestyle=LINE_STYLES[other])
+        first = _SLOTS.get(base, zlib.crc32(base.encode())) + 2 * (base != name)
+        places = (turn * count + (first + step) % count for turn in itertools.count() for step in range(count))
+        place = next(place for place in places if place not in taken)
+        taken.add(place)
+        turn, slot = divmod(place, count)
+        marker = (slot + turn) % count
+        line = (marker + turn // count) % count
+        looks[name] = Look(color=COLORS[slot], marker=MARKERS[marker], linestyle=LINE_STYLES[line])
     return {name: looks[name] for name in names}
+
+
+@contextmanager
+def shown_together(labels: Iterable[str]) -> Iterator[None]:
+    """Give these labels different looks, the same in all figures and panels that are drawn inside this context."""
+    token = _TOGETHER.set(_TOGETHER.get() | set(labels))
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
 
 
 def model_curves(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -124,9 +141,13 @@ def base_of(label: str) -> str:
 
 
 @contextmanager
-def paper_style() -> Iterator[None]:
-    """Draw inside this context to get the look of the current style; global settings are as before afterwards."""
-    with mpl.rc_context(_BASE), mpl.rc_context(_STYLES[current_drawing().style]):
+def paper_style(labels: Iterable[str] = ()) -> Iterator[None]:
+    """Draw inside this context to get the look of the current style; global settings are as before afterwards.
+
+    Args:
+        labels: Of all curves of the figure, which look alike in all its panels.
+    """
+    with mpl.rc_context(_BASE), mpl.rc_context(_STYLES[current_drawing().style]), shown_together(labels):
         yield
 
 
@@ -169,7 +190,9 @@ def legend_below(figure: Figure, handles: Iterable[Artist], labels: Iterable[str
     """A legend below all panels, in as many columns as the figure's width holds."""
     shown, names = list(handles), list(labels)
     for columns in range(min(options.pop("ncols", len(shown)), len(shown)), 0, -1):
-        legend = figure.legend(shown, names, loc="outside lower center", ncols=columns, **options)
+        rows = math.ceil(len(shown) / columns)
+        across = math.ceil(len(shown) / rows)  # rows as full as can be
+        legend = figure.legend(shown, names, loc="outside lower center", ncols=across, **options)
         if columns == 1 or legend.get_window_extent().width <= 0.98 * figure.bbox.width:
             return
         legend.remove()
