@@ -111,8 +111,8 @@ def draw_definitions(table: pd.DataFrame, attention: pd.DataFrame, *, title: str
         note = "bands: 95 % interval over images; hollow: layer depth 0 without the position embedding"
         for part in below:
             part.suptitle("the models' own attention", fontsize="small")
-            for ax, (column, words) in zip(part.subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
-                plot_attention(attention, column, ax=ax)
+            for ax, (statistic, words) in zip(part.subplots(1, len(ATTENTION)), ATTENTION.items(), strict=True):
+                plot_attention(attention, statistic, ax=ax)
                 ax.set_title(words[0].replace(" ", "\n", 1), fontsize="small", pad=3)
                 ax.set_ylabel(words[1], fontsize="small")
             note += "; own attention: mean and range over heads"

@@ -36,9 +36,11 @@ def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     looks = looks_of([label for label, _ in curves])
     for label, curve in curves:
         for kind, line in curve.groupby("kind", sort=False):
-            look = {**looks[label], "linestyle": _LINES[str(kind)]}
-            ax.plot(line["layer_depth"], line["value"], markersize=3, linewidth=1.1, **look)
-            colour = look["color"]
+            colour, marker = looks[label]["color"], looks[label]["marker"]
+            ax.plot(
+                line["layer_depth"], line["value"], color=colour, marker=marker, linestyle=_LINES[str(kind)],
+                markersize=3, linewidth=1.1,
+            )  # fmt: skip
             ax.fill_between(line["layer_depth"], line["ci_low"], line["ci_high"], color=colour, alpha=0.18, linewidth=0)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4))
@@ -76,7 +78,7 @@ def draw_measures(table: pd.DataFrame) -> Figure:
             ax.set_xlabel(LAYER_DEPTH)
         handles = [
             *(
-                axes[0].plot([], [], label=label, **{**look, "linestyle": "-"})[0]
+                axes[0].plot([], [], color=look["color"], marker=look["marker"], label=label)[0]
                 for label, look in looks_of(curves).items()
             ),
             *(
