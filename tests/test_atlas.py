@@ -168,6 +168,10 @@ def test_table__holds_what_heterogeneity_measures(world: World, table: pd.DataFr
     images = summarize_images(open_images(world.images), "images")
     assert row["images_sha256"] == images.sha256
     assert load_image_set(world.folder / "atlas/images.csv").digests == images.digests
+    methods = (world.folder / "atlas/methods.md").read_text()
+    assert all(
+        each in methods for each in ("beit_v2, ", "rank, ", "of the set images", images.sha256[:12], "fp32 on cpu")
+    )
 
 
 def test_table__is_the_same_as_csv_and_however_it_was_measured(world: World, table: pd.DataFrame) -> None:

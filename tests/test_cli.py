@@ -320,7 +320,9 @@ def option_overwrite(path, images, ckpt):
 def option_num_heads(path, images, ckpt):
     write_images(images)
     arguments = ("heterogeneity", "--ckpt", MAE_FILE, "--images", images)
-    assert "give it as num_heads=... (--num-heads on the command line)" in fails(3, *arguments, "--out", path)
+    told = "give it as num_heads=... (--num-heads on the command line), or auto to compare losses on the images"
+    assert told in fails(3, *arguments, "--out", path)
+    assert "or auto" not in fails(3, "checkpoints", "convert", MAE_FILE, "--out", path / "own.safetensors")
     ok(*arguments, "--num-heads", 4, "--decoder-num-heads", 2, "--out", path)
     config = json.loads((path / "run.json").read_text())["models"][0]["config"]
     assert (config["num_heads"], config["decoder_num_heads"]) == (4, 2)

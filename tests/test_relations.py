@@ -124,8 +124,11 @@ def test_reading__three_kinds_of_tables_and_labels_of_seeds(tmp_path):
     )
     path = write(tmp_path / "runs.csv", runs)
     assert read_measures([path])["value"].tolist() == [2.0, 1.5]
-    with pytest.raises(DataError, match="twice; name the tables with NAME=FILE"):
+    with pytest.raises(DataError, match=r"^A, seed 0, epoch 1: .* twice; name the tables with NAME=FILE"):
         read_measures([path, path])
+    once = write(tmp_path / "once.csv", runs.drop(columns=["seed", "epoch"])[:1])
+    with pytest.raises(DataError, match=r"^A: "):
+        read_measures([once, once])
     assert read_measures([f"x={path}", f"y={path}"])["method"].tolist()[::2] == ["x: A", "y: A"]
     scores = read_scores([write(tmp_path / "scores.csv", pd.DataFrame({"model": labels, "accuracy": [1, 2, 3]}))])
     assert scores["seed"].tolist() == ["0", "1", "0"]

@@ -34,8 +34,10 @@ from mto_analyze.options import (
     Workers,
     takes,
 )
+from mto_analyze.repeating import write_record
 
 if TYPE_CHECKING:
+    from mto_analysis.atlas import AtlasFolder
     from mto_analysis.atlas.running import Ended
     from mto_analysis.images.image_sets import ImageSet
 
@@ -112,7 +114,6 @@ def run(
     from mto_analysis.atlas import AtlasFolder, choose_entries, measure_all
     from mto_analysis.atlas.running import raise_failures
     from mto_analysis.checkpoints.registry import list_checkpoints
-    from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
 
     entries = choose_entries(ids or (), families=family or (), every=every)
     if len(entries) > 1 and any(isinstance(context.params[name], int) for name in ("num_heads", "decoder_num_heads")):
@@ -127,14 +128,15 @@ def run(
         dict.fromkeys(entries, _protocol(context.params)),
         source,
         chosen,
-        AtlasFolder(out),
+        folder := AtlasFolder(out),
         engine_of(context.params),
         drop_files=drop_files,
         progress=measuring.listener(context.params).progress,
         tell=_teller(quiet=quiet),
     )
-    write_atomically(out / "run.json", json_bytes(run_metadata(context.params)))
-    note(f"{len(entries) - len(failures)} of {len(entries)} checkpoints are measured, see {out}", quiet=quiet)
+    count = f"{len(entries) - len(failures)} of {len(entries)} checkpoints are measured"
+    note(f"{count}; wrote {', '.join(_record(context.params, folder, chosen))} to {out}", quiet=quiet)
+    note(f"next: mto-analyze atlas page {out}", quiet=quiet)
     raise_failures(failures, f"see {out / 'failures.csv'}, and run the same command again")
 
 
@@ -286,6 +288,24 @@ def images(
     found = summarize_images(open_images(images), out.stem, limit=limit)
     folder.write_bytes(out.name, found.to_csv())
     typer.echo(f"{len(found.digests)} images, sha256 {found.sha256}")
+
+
+def _record(given: Mapping[str, Any], folder: AtlasFolder, image_set: ImageSet) -> list[str]:
+    """Write what was run beside the table; the names of all files."""
+    from mto_analysis.atlas.table import table_outputs
+    from mto_analysis.runtime.outputs import json_bytes, run_metadata, write_atomically
+    from mto_analysis.runtime.processes import pick_device
+
+    table = folder.table()
+    metadata = run_metadata(
+        given,
+        checkpoints=sorted(set(table["checkpoint"])),
+        image_set={"name": image_set.name, "count": len(image_set.digests), "sha256": image_set.sha256},
+        device=pick_device(given["device"]) if given["engine"] is EngineName.local else given["device"],
+    )
+    write_atomically(folder.path / "run.json", json_bytes(metadata))
+    files = [*(table_outputs(table) if len(table) else ()), "images.csv", "run.json"]
+    return [*files, *write_record(folder.path, metadata if len(table) else None)]
 
 
 def _images(given: Mapping[str, Any]) -> tuple[Path, ImageSet]:

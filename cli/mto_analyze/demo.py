@@ -52,9 +52,9 @@ def demo(
     for model, maps in tables.maps.items():
         write_figure(folder, f"fig2-{model.lower()}", draw_affinity(maps, title=model))
     page = folder.write_bytes("report.html", render_report(demo_report(tables), title="Demo: small models").encode())
-    metadata = run_metadata(context.params, models=tables.models)
+    metadata = run_metadata(context.params, models=tables.models, device="cpu")
     folder.write_json("run.json", metadata)
-    write_record(out, metadata)
-    typer.echo(f"figures and tables: {', '.join(str(folder.path / name) for name in names)}")
-    typer.echo(f"to explore: open {page} in a browser")
+    written = [*names, "run.json", *write_record(out, metadata)]
     typer.echo("\n".join(demo_sentences(tables)))
+    note(f"wrote {', '.join(written)} to {folder.path}; open {page} in a browser", quiet=quiet)
+    note("next: mto-analyze heterogeneity --ckpt mae_vit_base_full --images IMAGES", quiet=quiet)

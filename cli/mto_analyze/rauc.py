@@ -189,8 +189,9 @@ def rauc(
         write(folder, table, comparisons, tasks, content, noise_of(given, table))
         metadata = run_metadata(given, logs=logs, notes=found)
         folder.write_json("run.json", metadata)
-        write_record(folder.path, {**metadata, "comparisons": content})
-        note(f"written to {folder.path}", quiet=quiet or as_json)
+        written = file_names([*FILES, *WINDOW_FILES, *(AGGREGATE_FILES if tasks else ()), "run.json"])
+        written += write_record(folder.path, {**metadata, "comparisons": content})
+        note(f"wrote {', '.join(written)} to {folder.path}", quiet=quiet or as_json)
 
 
 def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], list[Aggregates]]:

@@ -53,6 +53,19 @@ def _heterogeneity(metadata: Mapping[str, Any]) -> Iterable[str]:
         yield "Differences between the two models are paired by image."
 
 
+def _atlas(metadata: Mapping[str, Any]) -> Iterable[str]:
+    given, image_set = metadata["arguments"], metadata["image_set"]
+    masks = given["masks_per_image"]
+    others = [name for name in names_of(given["measures"])[1:] if name != "lidar" or masks > 1]
+    measures = _listed([f"heterogeneity (Eq. 2 of {_PAPER})", *others])
+    yield (
+        f"At every layer depth of {_listed(metadata['checkpoints'])} these were measured: {measures}. Images: "
+        f"{image_set['count']} of the set {image_set['name']} (SHA-256 {image_set['sha256'][:12]}), with {masks} "
+        f"mask{'s' * (masks > 1)} each by the rule of each model's pre-training, seed {given['seed']}. The forward "
+        f"pass was computed in {given['precision']} on {_device(metadata)}."
+    )
+
+
 def _affinity(metadata: Mapping[str, Any]) -> Iterable[str]:
     kinds = {"softmax": "the softmax over each row of dot products", "dot": "dot products", "cosine": "cosines"}
     yield f"Affinity maps of all pairs of tokens ({kinds[metadata['arguments']['kind']]}) were computed at every layer."
@@ -241,7 +254,9 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "demo": _heterogeneity,
     "heterogeneity": _heterogeneity,
+    "atlas": _atlas,
     "affinity": _affinity,
     "intervene": _intervene,
     "reconstruct": _reconstruct,

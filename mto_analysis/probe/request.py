@@ -179,6 +179,8 @@ class Request:
                 return load_checkpoint(raw, **chosen)
             except OptionNeededError as error:
                 if given.get(error.option) is None:
+                    if isinstance(error, HeadCountError):
+                        error.args = (f"{error}, or auto to compare losses on the images",)
                     raise
                 if encoder_only and error.option != "num_heads" and given[error.option] == "auto":
                     self.stand_ins[error.option] = error.stand_in

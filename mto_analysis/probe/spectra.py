@@ -256,7 +256,7 @@ class Lidar(_OfEmbeddings):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         if setup.masks_per_image < 2:
-            self.refuse("it needs several masks of an image: masks_per_image (--masks-per-image) of at least 2")
+            self.refuse("it needs at least 2 masks per image, as of `heterogeneity --masks-per-image 2`")
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Take the embeddings of a batch."""

@@ -206,9 +206,11 @@ def read_measures(paths: Sequence[str]) -> pd.DataFrame:
     keys = [*_KEYS, "stack", "layer_depth", "measure"]
     if (twice := whole.duplicated(keys)).any():
         row = whole[twice].iloc[0]
+        seed = f", seed {row['seed']}" if row["seed"] else ""
+        epoch = f", epoch {row['epoch']:g}" if pd.notna(row["epoch"]) else ""
         raise DataError(
-            f"{row['method']}, seed {row['seed'] or '-'}, epoch {row['epoch']:g}: {row['measure']} at layer depth "
-            f"{row['layer_depth']} is in the tables twice; name the tables with NAME=FILE"
+            f"{row['method']}{seed}{epoch}: {row['measure']} at layer depth {row['layer_depth']} is in the tables "
+            "twice; name the tables with NAME=FILE"
         )
     number = whole["method"].nunique()
     both = whole[whole["measure"] == "normalized_heterogeneity"]["method"].nunique()

@@ -26,6 +26,19 @@ _LOG_NAMES = (
     *("*tfevents*", "log.txt", "log_rank0.txt", "*.log", "*.jsonl", "*.log.json", "scalars.json", "trainer_state.json"),
     *("history.json", "*.csv", "metrics/*", "*/metrics/*"),
 )
+#: What trainers print that also leave a log: a plain search, which is fast, then the line, and what to give instead.
+_PRINTED = {
+    "the Trainer of Hugging Face": (
+        b"'epoch': ",
+        re.compile(rb"^\{'(?:eval_)?loss': [^\n]*'epoch': ", re.MULTILINE),
+        "trainer_state.json, which it saves with every checkpoint",
+    ),
+    "Keras": (
+        b" - loss: ",
+        re.compile(rb"^ *\d+/\d+ [^\n]*\d+m?s[^\n]* - (?:[\w ]+: [\d.e+-]+ - )*loss: ", re.MULTILINE),
+        "the CSV file of keras.callbacks.CSVLogger",
+    ),
+}
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -57,6 +70,9 @@ def _decode(path: Path, raw: bytes, wanted: Collection[str]) -> Document:
         raw = _unzipped(name, raw)
     if not raw or raw.isspace():
         raise DataError(f"{name}: the file is empty")
+    for trainer, (mark, line, instead) in _PRINTED.items():
+        if mark in raw and line.search(raw):
+            raise DataError(f"{name}: this is what {trainer} prints, which is not read; give {instead}")
     if events.is_events(raw[:_HEAD]):
         return events.read_events(name, [path])
     if raw[:4] == b"PK\x03\x04":
