@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from mto_analysis.rauc.curves import CurveTable
 from mto_analysis.rauc.intervals import (
     BOOTSTRAP_SEED,
     Interval,
+    Moments,
     bca_paired,
     bca_unpaired,
     difference_interval,
@@ -195,10 +196,8 @@ def compare(
     reason = ratio.reason
 
     areas_two, areas_one = gains_two + width * np.array(below), gains_one + width * np.array(levels)
-    if paired:
-        interval, bootstrap = _paired_intervals(gains_two, gains_one, confidence)
-    else:
-        interval, bootstrap = _unpaired_intervals(areas_two, areas_one, width * np.array(levels), confidence)
+    samples = (gains_two, gains_one) if paired else (areas_two, areas_one, width * np.array(levels))
+    interval, bootstrap = _intervals(samples, paired, confidence)
     if reason is None and interval.kind in ("outside", "everything"):
         reason = f"the baseline's gain is within noise of zero over {interval.runs} seeds: {interval.reason}"
     if min(len(one), len(two)) > 1 and all(np.ptp(gains) == 0 for gains in (gains_one, gains_two)):
@@ -311,35 +310,22 @@ def _cautions(
     return notes
 
 
-def _paired_intervals(numerators: Vector, denominators: Vector, confidence: float) -> tuple[Interval, Interval]:
-    """Fieller's interval and the bootstrap over pairs; from one seed neither."""
-    if numerators.size < 2:
-        return _one_seed("one seed", "paired by seed", confidence)
+def _intervals(samples: Sequence[Vector], paired: bool, confidence: float) -> tuple[Interval, Interval]:
+    """Fieller's interval and the bootstrap over whole runs; neither where a side has one run.
+
+    Samples are those of :func:`paired_moments` or :func:`unpaired_moments`.
+    """
+    target, baseline = samples[0].size, samples[1].size
+    if min(target, baseline) < 2:
+        said, how = one_seed(target, baseline), "paired by seed" if paired else "unpaired"
+        return (
+            no_interval(f"Fieller, {how}", said, confidence, 1),
+            no_interval(f"BCa bootstrap of whole runs, {how}", said, confidence, 1),
+        )
+    moments: Callable[..., Moments] = paired_moments if paired else unpaired_moments
+    bca: Callable[..., Interval] = bca_paired if paired else bca_unpaired
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    return (
-        fieller(paired_moments(numerators, denominators), confidence),
-        bca_paired(numerators, denominators, generator, confidence=confidence),
-    )
-
-
-def _unpaired_intervals(
-    areas_two: Vector, areas_one: Vector, references: Vector, confidence: float
-) -> tuple[Interval, Interval]:
-    """The same over runs that do not pair."""
-    if min(areas_two.size, areas_one.size) < 2:
-        return _one_seed(one_seed(areas_two.size, areas_one.size), "unpaired", confidence)
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    return (
-        fieller(unpaired_moments(areas_two, areas_one, references), confidence),
-        bca_unpaired(areas_two, areas_one, references, generator, confidence=confidence),
-    )
-
-
-def _one_seed(said: str, how: str, confidence: float) -> tuple[Interval, Interval]:
-    return (
-        no_interval(f"Fieller, {how}", said, confidence, 1),
-        no_interval(f"BCa bootstrap of whole runs, {how}", said, confidence, 1),
-    )
+    return fieller(moments(*samples), confidence), bca(*samples, generator, confidence=confidence)
 
 
 def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, float]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from mto_analysis.rauc.aggregates import IMPROVEMENT, INTERVAL_METHOD, MEASURES, Aggregates
 from mto_analysis.rauc.comparison import Comparison
 from mto_analysis.rauc.intervals import Interval, no_interval
-
-if TYPE_CHECKING:
-    from mto_analysis.rauc.aggregates import Aggregates
 
 #: Noisy curves logged at every epoch cross thousands of times; so many of the first places are listed.
 _MOST_CROSSINGS = 20
@@ -183,8 +181,6 @@ def aggregate_record(found: Aggregates, axis: str = "epoch") -> dict[str, Any]:
 
 def aggregate_table(found: Aggregates) -> pd.DataFrame:
     """A row per measure and method, a column per statistic, each with its interval."""
-    from mto_analysis.rauc.aggregates import IMPROVEMENT, MEASURES
-
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for one in found.estimates.to_dict("records"):
         measure, method = str(one["measure"]), str(one["method"])
@@ -197,8 +193,6 @@ def aggregate_table(found: Aggregates) -> pd.DataFrame:
 
 def _interval(row: Mapping[Any, Any]) -> Interval:
     """The interval of an estimate over tasks, from its ends: NaN where there is none."""
-    from mto_analysis.rauc.aggregates import INTERVAL_METHOD
-
     if math.isnan(row["low"]):
         return no_interval(INTERVAL_METHOD, "one run on a task", row["confidence"], row["runs"])
     return Interval.between(INTERVAL_METHOD, row["low"], row["high"], row["confidence"], row["runs"])

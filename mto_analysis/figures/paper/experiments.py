@@ -15,10 +15,10 @@ from mto_analysis.figures.paper.tables import printed
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
 from mto_analysis.figures.plots.means_over_seeds import draw_runs
 from mto_analysis.rauc import Points
-from mto_analysis.rauc.comparison import Comparison, common_window, compare_methods, mean_curve
+from mto_analysis.rauc.comparison import common_window, compare_methods, mean_curve
 from mto_analysis.rauc.curves import CurveTable, read_curves
 from mto_analysis.rauc.intervals import mean_interval
-from mto_analysis.rauc.records import as_frame
+from mto_analysis.rauc.records import as_frame, ratio_in_words
 
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
 _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
@@ -43,7 +43,7 @@ def accuracy_curves(name: str, folder: Path) -> Drawn:
         for method in (comparison.baseline, comparison.target):
             shown = "baseline" if method == comparison.baseline else "with MTO"
             parts.append(_summary(table.runs(method, comparison.group)).assign(panel=panel, method=shown))
-        remarks[panel] = _in_words(comparison)
+        remarks[panel] = f"RAUC {ratio_in_words(comparison)}".replace(" [", "\n[")
     rows = _ordered(pd.concat(parts))
     figure = draw_runs(rows, place="pre-training epochs", score=_SCORE, remarks=remarks)
     caption = (
@@ -230,14 +230,6 @@ def _depth_of(row: Mapping[object, object], folder: Path) -> int:
     if found := _DEPTH.search(str(row["method"])):
         return int(found[1])
     raise DataError(f"{folder}: {row['method']!r} does not say its decoder depth; name recipes like 'decoder 4'")
-
-
-def _in_words(comparison: Comparison) -> str:
-    if comparison.rauc is None:
-        return "RAUC undefined"
-    interval = comparison.interval
-    ends = f"\n{interval}" if interval.kind == "bounded" else ""
-    return f"RAUC {interval.around(comparison.rauc, default='.2f')}{ends}"
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:

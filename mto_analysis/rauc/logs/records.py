@@ -20,6 +20,8 @@ from mto_analysis.rauc.logs.provenance import AxisKind
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
+# Findings of one kind that are said one by one.
+_MOST_ALIKE = 3
 _WRITTEN_NAN = ("nan", "-nan", "+nan")
 #: What programs and spreadsheets write where there is no value.
 _NO_VALUE = ("", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--")
@@ -38,12 +40,12 @@ class Finding:
         return f"{self.file}{'' if self.line is None else f':{self.line}'}: {self.text}"
 
 
-def grouped(file: str, lines: Iterable[int], text: str, *, most: int = 3) -> list[Finding]:
+def grouped(file: str, lines: Iterable[int], text: str) -> list[Finding]:
     """One finding per line for the first few, then one for the rest, so that a bad file doesn't flood the screen."""
     where = sorted(lines)
-    found = [Finding(file, int(line), text) for line in where[:most]]
-    if len(where) > most:
-        found.append(Finding(file, int(where[most]), f"{text} (and {len(where) - most - 1} more such lines)"))
+    found = [Finding(file, int(line), text) for line in where[:_MOST_ALIKE]]
+    if more := where[_MOST_ALIKE:]:
+        found.append(Finding(file, int(more[0]), f"{text} (and {len(more) - 1} more such lines)"))
     return found
 
 

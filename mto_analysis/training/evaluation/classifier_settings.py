@@ -129,7 +129,7 @@ def _is_wide(model: MaskedImageModel) -> bool:
 
 
 #: Common to all four methods' fine-tuning scripts.
-_REGULARizED: dict[str, Any] = {
+_REGULARIZED: dict[str, Any] = {
     "protocol": "finetune",
     "pooling": "patches",
     "epochs": 100,
@@ -165,4 +165,4 @@ def finetune_settings(model: MaskedImageModel) -> ClassifierSettings:
         values |= {"batch_size": 256, "base_lr": 1e-3, "lr_batch": 256, "epochs": 50, "warmup_epochs": 5}
         values |= {"crop_scale": (0.5, 1.0), "ema": None, "source": f"{_PAPER}, for small images"}
     values |= {"undecayed": method.undecayed(model), "crop_pct": crop_pct_of(model)}
-    return ClassifierSettings(**{"source": _PAPER, **_REGULARizED, **values})
+    return ClassifierSettings(**{"source": _PAPER, **_REGULARIZED, **values})
