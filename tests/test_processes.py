@@ -25,7 +25,7 @@ from mto_analysis import load_checkpoint, open_images
 from mto_analysis.errors import DataError
 from mto_analysis.mto import attach_mto
 from mto_analysis.probe.definition_study import Definitions
-from mto_analysis.probe.property_study import Properties
+from mto_analysis.probe.properties import Properties
 from mto_analysis.probe.quadrants import AffinityMaps
 from mto_analysis.probe.request import Request, Settings
 from mto_analysis.probe.sharing import Shared

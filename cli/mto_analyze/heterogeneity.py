@@ -237,7 +237,7 @@ def _definitions(request: "Request") -> Begun:
 
 
 def _properties(request: "Request") -> Begun:
-    from mto_analysis.probe.property_study import Properties
+    from mto_analysis.probe.properties import Properties
 
     properties = Properties()
     return Begun(lambda study: {"properties.csv": properties.table()}, properties.watch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -176,6 +176,25 @@ class TokenMeasure:
             raise ValueError(f"{type(self).__name__.lower()} cannot be measured: {stack or 'the model'}: {reason}")
         self.left_out.setdefault(stack, reason)
         return {}
+
+
+class Sums(dict[Any, Any]):
+    """Tensors or numbers that are added up by key, in a pass and over processes."""
+
+    def add(self, key: Any, value: Any) -> None:
+        """Add to what a key has."""
+        self[key] = self[key] + value if key in self else value
+
+    def kept(self) -> dict[Any, Any]:
+        """On the CPU."""
+        return {key: each.cpu() if isinstance(each, Tensor) else each for key, each in self.items()}
+
+    def take(self, parts: Iterable[Mapping[Any, Any]]) -> None:
+        """The sums of several processes instead of the own ones."""
+        self.clear()
+        for part in parts:
+            for key, each in part.items():
+                self.add(key, each)
 
 
 def groups_of(names: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.models import LayerTokens
-from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure
+from mto_analysis.probe.accumulating import Row, Setup, Sums, TokenMeasure
 from mto_analysis.runtime.statistics import reach_of_mean
 from mto_analysis.taps.attention import Attended, tap_attention
 
@@ -139,8 +139,7 @@ class Attention(TokenMeasure):
         self._splits: dict[str, TokenSplit] = {}
         self._masks: dict[tuple[str, int], list[Tensor]] = {}
         # Sums of the numbers and of their squares, 2 (num_heads + 1) statistics; the last head is the mean of all.
-        self._sums: dict[tuple[str, int], Tensor] = {}
-        self._images: dict[tuple[str, int], int] = {}
+        self._sums, self._images = Sums(), Sums()
         self._blocks = {stack: list(setup.model.stack_blocks(stack)) for stack in setup.model.stacks}
         for stack, blocks in self._blocks.items():
             if not blocks:
@@ -202,9 +201,8 @@ class Attention(TokenMeasure):
             found = torch.stack(masks).mean(dim=0)
             found = torch.cat([found, found.mean(dim=1, keepdim=True)], dim=1)
             found = found.double() if found.device.type != "mps" else found
-            total = torch.stack([found.sum(dim=0), found.square().sum(dim=0)])
-            self._sums[key] = self._sums[key] + total if key in self._sums else total
-            self._images[key] = self._images.get(key, 0) + len(found)
+            self._sums.add(key, torch.stack([found.sum(dim=0), found.square().sum(dim=0)]))
+            self._images.add(key, len(found))
             masks.clear()
 
     def rows(self) -> list[Row]:
@@ -227,15 +225,12 @@ class Attention(TokenMeasure):
 
     def kept(self) -> Any:
         """Sums over this process's images."""
-        return {key: (total.cpu(), self._images[key]) for key, total in self._sums.items()}
+        return self._sums.kept(), self._images.kept()
 
     def put_together(self, parts: Sequence[Any]) -> None:
         """Keep the sums over all images."""
-        self._sums, self._images = {}, {}
-        for part in parts:
-            for key, (total, images) in part.items():
-                self._sums[key] = total + self._sums[key] if key in self._sums else total
-                self._images[key] = images + self._images.get(key, 0)
+        for sums, kept in zip((self._sums, self._images), zip(*parts, strict=True), strict=True):
+            sums.take(kept)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per stack, block and head, blocks and heads counted from 1.

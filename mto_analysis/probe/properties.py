@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,8 @@ from torch.nn.functional import normalize
 
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens, MaskedImageModel
+from mto_analysis.probe.accumulating import Sums
+from mto_analysis.probe.engine import LayerMeasure
 
 
 class PropertyMeasure:
@@ -29,8 +32,7 @@ class PropertyMeasure:
 
     def __init__(self, model: MaskedImageModel) -> None:
         self._positions = {stack: model.position_embedding(stack) for stack in model.stacks}
-        self._counts: dict[str, Tensor] = {}
-        self._masks: dict[str, int] = {}
+        self._counts, self._masks = Sums(), Sums()  # how often each position was masked, of how many masks
         self._first: dict[tuple[str, str], Tensor] = {}
         self._values: dict[tuple[str, str], list[Tensor]] = {}
 
@@ -39,9 +41,8 @@ class PropertyMeasure:
         if layer.depth:
             return {}
         if layer.in_order:  # else it is not known how often a position is masked
-            counts = layer.mask.sum(dim=0)
-            self._counts[stack] = self._counts[stack] + counts if stack in self._counts else counts
-            self._masks[stack] = self._masks.get(stack, 0) + len(layer.mask)
+            self._counts.add(stack, layer.mask.sum(dim=0))
+            self._masks.add(stack, len(layer.mask))
         for when, tokens in self._variants(stack, layer):
             first = self._first.setdefault((stack, when), _first_masked(tokens, layer.mask))
             for name, value in (
@@ -63,17 +64,17 @@ class PropertyMeasure:
 
     def kept(self) -> Any:
         """Counts and values of this process's images."""
-        counts = {stack: each.cpu() for stack, each in self._counts.items()}
-        return counts, self._masks, {key: [each.cpu() for each in values] for key, values in self._values.items()}
+        values = {key: [each.cpu() for each in values] for key, values in self._values.items()}
+        return self._counts.kept(), self._masks.kept(), values
 
     def put_together(self, parts: Sequence[Any]) -> None:
         """Keep the counts and values of all images."""
-        self._counts, self._masks, self._values = {}, {}, {}
-        for counts, masks, values in parts:
-            for stack in counts:
-                self._counts[stack] = counts[stack] + self._counts.get(stack, 0)
-                self._masks[stack] = masks[stack] + self._masks.get(stack, 0)
-            for key, each in values.items():
+        counts, masks, values = zip(*parts, strict=True)
+        self._counts.take(counts)
+        self._masks.take(masks)
+        self._values = {}
+        for part in values:
+            for key, each in part.items():
                 self._values.setdefault(key, []).extend(each)
 
     def to_frame(self) -> pd.DataFrame:
@@ -99,7 +100,26 @@ class PropertyMeasure:
 
     def share_of_positions(self, stack: str) -> Tensor:
         """How often each position was masked, from 0 to 1: ``num_patches``."""
-        return (self._counts[stack].double() / self._masks[stack]).cpu()
+        share: Tensor = (self._counts[stack].double() / self._masks[stack]).cpu()
+        return share
+
+
+class Properties:
+    """Watches models for :func:`~mto_analysis.probe.study.measure_checkpoints`."""
+
+    def __init__(self) -> None:
+        self._measures: dict[str, PropertyMeasure] = {}
+
+    @contextmanager
+    def watch(self, model: MaskedImageModel, label: str) -> Iterator[Sequence[LayerMeasure]]:
+        """The measure of one model."""
+        self._measures[label] = PropertyMeasure(model)
+        yield (self._measures[label],)
+
+    def table(self) -> pd.DataFrame:
+        """Rows of :meth:`PropertyMeasure.to_frame`, per model."""
+        tables = [measure.to_frame().assign(model=label) for label, measure in self._measures.items()]
+        return pd.concat(tables, ignore_index=True)[["model", "stack", "property", "value"]]
 
 
 def _first_masked(tokens: Tensor, mask: Tensor) -> Tensor:

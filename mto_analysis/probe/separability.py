@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.models import LayerTokens
-from mto_analysis.probe.accumulating import Row, Setup, TokenMeasure, groups_of, wide
+from mto_analysis.probe.accumulating import Row, Setup, Sums, TokenMeasure, groups_of, wide
 from mto_analysis.runtime.statistics import reach_of_mean
 
 #: Tokens of each kind and image that are taken: more of one image tell little that is new, and take time.
@@ -93,19 +92,17 @@ class Separability(TokenMeasure):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._moments: dict[tuple[str, int, int], Tensor] = {}
-        self._counts: Counter[tuple[str, int]] = Counter()
+        self._moments = Sums()  # by stack, layer depth and group of images
+        self._counts = Sums()  # images by stack and group
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Add a batch to the moments of its groups."""
         groups = groups_of(names)
         for group in set(groups.tolist()):
             rows = (groups == group).nonzero().squeeze(1).to(layer.mask.device)
-            moments = label_moments(layer.tokens[rows], layer.mask[rows])
-            key = stack, layer.depth, group
-            self._moments[key] = self._moments[key] + moments if key in self._moments else moments
+            self._moments.add((stack, layer.depth, group), label_moments(layer.tokens[rows], layer.mask[rows]))
             if layer.depth == 0:
-                self._counts[stack, group] += len(rows)
+                self._counts.add((stack, group), len(rows))
         return {}
 
     def rows(self) -> list[Row]:
@@ -127,12 +124,9 @@ class Separability(TokenMeasure):
 
     def kept(self) -> Any:
         """Moments and counts."""
-        return {key: each.cpu() for key, each in self._moments.items()}, self._counts
+        return self._moments.kept(), self._counts.kept()
 
     def put_together(self, parts: Sequence[Any]) -> None:
         """Of all processes."""
-        self._moments, self._counts = {}, Counter()
-        for moments, counts in parts:
-            self._counts.update(counts)
-            for key, each in moments.items():
-                self._moments[key] = self._moments[key] + each if key in self._moments else each
+        for sums, kept in zip((self._moments, self._counts), zip(*parts, strict=True), strict=True):
+            sums.take(kept)

@@ -93,7 +93,7 @@ class Workbench:
         """Definitions, attention, properties and controls of every model."""
         from mto_analysis.probe.controls import Controls
         from mto_analysis.probe.definition_study import Definitions
-        from mto_analysis.probe.property_study import Properties
+        from mto_analysis.probe.properties import Properties
         from mto_analysis.probe.study import measure_checkpoints, together
 
         names = ("curves", "definitions", "attention", "properties", "controls")
