@@ -154,3 +154,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands compare head counts on as few images as still tell."""
+    from mto_analysis.probe import head_counts, request
+
+    monkeypatch.setattr(head_counts, "_CHOSEN", 8)
+    monkeypatch.setattr(head_counts, "_GIVEN", 8)
+    monkeypatch.setattr(request, "COMPARED_IMAGES", 32)

@@ -756,8 +756,7 @@ def test_measuring_commands__take_any_number_of_channels(channels: int, tmp_path
 def test_measuring_commands__open_each_checkpoint_once(
     arguments: tuple[object, ...], checkpoints, image_folder: Path, out: Path, monkeypatch
 ) -> None:
-    from mto_analysis import checkpoints as package
-    from mto_analysis.checkpoints import reading
+    from mto_analysis.checkpoints import loading, reading
 
     done: list[tuple[str, str]] = []
 
@@ -770,7 +769,7 @@ def test_measuring_commands__open_each_checkpoint_once(
 
         monkeypatch.setattr(module, name, watch)
 
-    for module, name in ((package, "resolve"), (package, "read_checkpoint"), (reading, "checkpoint_sha256")):
+    for module, name in ((loading, "resolve"), (loading, "read_checkpoint"), (reading, "checkpoint_sha256")):
         counted(module, name)
     counted(reading, "_read_safetensors")
     sources = [argument for name in ("mae", "simmim") for argument in ("--ckpt", checkpoints[name])]

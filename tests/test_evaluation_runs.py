@@ -238,6 +238,7 @@ def test_evaluate__says_what_it_reads_of_which_weights(conmim, tmp_path, sources
     assert "was begun with weights = None, not model" in other.output
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_evaluate_knn__takes_the_options_of_measuring_commands(tmp_path: Path) -> None:
     path, out = tmp_path / "mae.pth", tmp_path / "out"
     settings = {"mask_ratio": "high"}  # of no use here

@@ -105,6 +105,7 @@ def test_with_config__shares_weights_and_refuses_other_shapes() -> None:
 @pytest.mark.parametrize(
     "command", [["heterogeneity", "--limit", "32"], pytest.param(["reconstruct"], marks=pytest.mark.slow)], ids=" ".join
 )
+@pytest.mark.usefixtures("few_compared")
 def test_commands__choose_and_doubt_head_counts(command: list[str], unstated: Path, tmp_path: Path) -> None:
     arguments = [*command, "--ckpt", str(unstated), "--decoder-num-heads"]
     chosen = CliRunner().invoke(app, [*arguments, "auto", "--num-heads", "auto", "--out", str(tmp_path / "a")])
@@ -117,6 +118,7 @@ def test_commands__choose_and_doubt_head_counts(command: list[str], unstated: Pa
     assert "mae: own loss is lower with decoder_num_heads 4" in wrong.stderr
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_figures__choose_head_counts_and_take_the_options_of_measuring_commands(unstated: Path, tmp_path: Path) -> None:
     out, heads = tmp_path / "out", ["--num-heads", "auto", "--decoder-num-heads", "4"]
     arguments = ["figures", "fig1a", "--ckpt", str(unstated), "--limit", "32", "--std", "0.3,0.3,0.3", *heads]
