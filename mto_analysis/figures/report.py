@@ -70,7 +70,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         title=title,
         version=contents.versions.get("mto-analysis", ""),
         skip=("explorer", "the explorer"),
-        data={"title": title, **_explorer_data(contents.explored)},
+        data={"title": title, **_explorer_data(contents.explored, curves)},
         explorable=any(_depths(each) for each in contents.explored),
         product_error=f"{max((each.product_error for each in contents.explored), default=0):.2g}",
         heterogeneity_error=f"{max((each.heterogeneity_error for each in contents.explored), default=0):.1g}",
@@ -185,7 +185,7 @@ def _metadata(model: Mapping[str, Any]) -> dict[str, str]:
     return metadata
 
 
-def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
+def _explorer_data(explored: Sequence[Explored], curves: Sequence[tuple[str, pd.DataFrame]]) -> dict[str, Any]:
     """What the script reads; images that several models share are held once."""
     images: list[str] = []
 
@@ -197,14 +197,12 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
             images.append(uri)
         return images.index(uri)
 
-    several = len({(each.model, each.stack) for each in explored}) > len({each.model for each in explored})
+    labels = {(curve["model"].iloc[0], curve["stack"].iloc[0]): label for label, curve in curves}
+    looks = looks_of(labels.values())  # as in the figures
     models = [
         {
-            "label": ", ".join(
-                [each.model]
-                + [each.stack.replace("_", " ")] * several
-                + ["token order: places are not known"] * (not each.in_order)
-            ),
+            "label": labels[each.model, each.stack] + ", token order: places are not known" * (not each.in_order),
+            "colour": looks[labels[each.model, each.stack]]["color"],
             "num_depths": each.num_depths,
             "aspect": each.aspect,
             "left_out": each.left_out,
@@ -229,6 +227,4 @@ def _explorer_data(explored: Sequence[Explored]) -> dict[str, Any]:
         for each in explored
         if _depths(each)
     ]
-    for model, look in zip(models, looks_of(str(model["label"]) for model in models).values(), strict=True):
-        model["colour"] = look["color"]
     return {"models": models, "images": images, "colours": _MAP_COLOURS}
