@@ -26,14 +26,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 def gallery() -> str:
     """Thumbnails of all figures, then a section per caption: its figures or table, the caption, the files."""
     captions = dict(each.split("\n", 1) for each in CAPTIONS.read_text(encoding="utf-8").split("\n## ")[1:])
-    images = {name: drawn(name, captions.keys() - {name}) for name in captions}
-    thumbnails = [
-        f'<a href="#{name}"><img src="figures/{stems[0]}.png" alt="" loading="lazy">'
-        f"<span>{_title(name, captions[name])}</span></a>"
-        for name, stems in images.items()
-        if stems
-    ]
-    sections = [_section(name, captions[name], stems) for name, stems in images.items()]
+    thumbnails, sections = [], []
+    for name, caption in captions.items():
+        stems = drawn(name, captions.keys() - {name})
+        title, text = _parts(name, caption)
+        sections.append(_section(name, title, text, stems))
+        if stems:
+            image = f'<img src="figures/{stems[0]}.png" alt="" loading="lazy">'
+            thumbnails.append(f'<a href="#{name}">{image}<span>{title}</span></a>')
     return "\n".join(['<div class="thumbnails">', *thumbnails, "</div>", "", *sections])
 
 
@@ -43,16 +43,16 @@ def drawn(name: str, others: Collection[str]) -> list[str]:
     return [stem for stem in stems if re.fullmatch(rf"{name}(-\D.*)?", stem) and stem not in others]
 
 
-def _title(name: str, caption: str) -> str:
-    found = _TITLE.match(" ".join(caption.split()))
-    heading = found[0] if found else name.replace("-", " ").capitalize()
-    return f"{heading}{', measured here' if name.endswith('-measured') else ''}"
-
-
-def _section(name: str, caption: str, stems: list[str]) -> str:
+def _parts(name: str, caption: str) -> tuple[str, str]:
+    """The title that a caption begins with, and the rest; without one, the title is the name."""
     text = " ".join(caption.split())
     found = _TITLE.match(text)
-    lines = [f"## {_title(name, caption)} {{ #{name} }}", ""]
+    title, rest = (found[0], text[found.end() :].lstrip(". ")) if found else (name.replace("-", " ").capitalize(), text)
+    return title + ", measured here" * name.endswith("-measured"), rest
+
+
+def _section(name: str, title: str, text: str, stems: list[str]) -> str:
+    lines = [f"## {title} {{ #{name} }}", ""]
     for each in stems:
         links = [f"[{kind}](figures/{each}.{kind})" for kind in ("pdf", "csv") if (FOLDER / f"{each}.{kind}").is_file()]
         lines += [f"![{each}](figures/{each}.png)", "", f"`{each}`: {', '.join(links)}", ""]
@@ -60,4 +60,4 @@ def _section(name: str, caption: str, stems: list[str]) -> str:
         rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
         links = [f"[{kind}](figures/{name}.{kind})" for kind in ("tex", "csv")]
         lines += [*rows, "", f"`{name}`: {', '.join(links)}", ""]
-    return "\n".join([*lines, text[len(found[0]) :].lstrip(". ") if found else text, ""])
+    return "\n".join([*lines, text, ""])

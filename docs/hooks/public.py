@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 #: Names of ``mto_analysis.rauc`` and ``mto_analysis.training`` that a page shows; the others serve the commands.
 RAUC = ("Ratio", "final_gap", "rauc", "share_saved")
@@ -26,11 +25,16 @@ class Page:
         """The page's place on the site."""
         return f"reference/{self.title.lower().replace(' ', '-')}.md"
 
-    def names(self) -> dict[str, str]:
-        """Each name with the path at which it is defined: functions, then classes, then errors."""
+    def names(self, *, types: bool = False) -> dict[str, str]:
+        """Each function with the path at which it is defined; or each type, errors last.
+
+        Args:
+            types: Those that functions take, return and raise, which have a page of their own.
+        """
         package = importlib.import_module(self.package)
         values = {name: getattr(package, name) for name in self.chosen or package.__all__}
-        ordered = sorted(values, key=lambda name: (_rank(values[name]), name.lower()))
+        wanted = [name for name, value in values.items() if isinstance(value, type) == types]
+        ordered = sorted(wanted, key=lambda name: (types and issubclass(values[name], Exception), name.lower()))
         return {name: f"{values[name].__module__}.{values[name].__qualname__}" for name in ordered}
 
 
@@ -47,8 +51,4 @@ PAGES = (
 @cache
 def public_paths() -> frozenset[str]:
     """The full paths of all public names."""
-    return frozenset(path for page in PAGES for path in page.names().values())
-
-
-def _rank(value: Any) -> int:
-    return 0 if not isinstance(value, type) else 2 if issubclass(value, Exception) else 1
+    return frozenset(path for page in PAGES for types in (False, True) for path in page.names(types=types).values())

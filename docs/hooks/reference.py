@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "cli"), str(Path(__file__).parent)]
 
-from public import PAGES, Page  # noqa: E402  (hooks are loaded by path and see no folder of their own)
+from public import PAGES  # noqa: E402  (hooks are loaded by path and see no folder of their own)
 
 OPTIONS = "options.md"
 OVERVIEW = "reference/index.md"
+TYPES = "reference/types.md"
 # Searching for a word finds the guides before the reference, which holds every word.
 LAST = "---\nsearch:\n  boost: 0.2\n---\n"
 
@@ -45,33 +46,46 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             if at is not None:
                 pages.insert(at + 1, {"CLI reference": OPTIONS})
     assert config.nav is not None
-    config.nav.append({"Reference": [OVERVIEW, *({page.title: page.file} for page in PAGES)]})
+    config.nav.append(
+        {"Reference": [OVERVIEW, *({page.title: page.file} for page in PAGES), {"Types and errors": TYPES}]}
+    )
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """A page for each group of public names, their list, and the options."""
+    """A page for the functions of each package, one for all types, their list, and the options."""
     files.append(File.generated(config, OVERVIEW, content=overview()))
     for page in PAGES:
-        entries = (f"::: {path}\n    options:\n      show_root_heading: true\n" for path in page.names().values())
-        content = "\n".join([f"{LAST}# {page.title}\n\n{page.summary}\n", *entries])
+        content = "\n".join([f"{LAST}# {page.title}\n\n{page.summary}\n", *_entries(page.names())])
         files.append(File.generated(config, page.file, content=content))
+    types = [line for page in PAGES for line in [f"## {page.package}\n", *_entries(page.names(types=True), level=3)]]
+    heading = f"{LAST}# Types and errors\n\nWhat functions take, return and raise, by the package to import it from.\n"
+    files.append(File.generated(config, TYPES, content="\n".join([heading, *types])))
     files.append(File.generated(config, OPTIONS, content=LAST + "\n".join(options())))
     return files
+
+
+def _entries(names: Mapping[str, str], level: int = 2) -> Iterator[str]:
+    options = f"    options:\n      show_root_heading: true\n      heading_level: {level}\n"
+    yield from (f"::: {path}\n{options}" for path in names.values())
 
 
 def overview() -> str:
     """The list of public names by page, and what may change."""
     lines = [f"{LAST}# Reference", "", "Import each name from the package that heads its list.", ""]
     for page in PAGES:
-        lines += [f"## [{page.title}]({page.file.removeprefix('reference/')})", "", page.summary, "", _listed(page), ""]
+        title = f"## [{page.title}]({page.file.removeprefix('reference/')})"
+        lines += [title, "", page.summary, "", _listed(page.package, page.names()), ""]
+    lines += ["## [Types and errors](types.md)", "", "What these take, return and raise.", ""]
+    for page in PAGES:
+        lines += [_listed(page.package, page.names(types=True)), ""]
     return "\n".join(lines) + STABILITY
 
 
-def _listed(page: Page) -> str:
-    """The names of a page, each a link to where it is documented."""
-    shown = (f'<autoref identifier="{path}"><code>{name}</code></autoref>' for name, path in page.names().items())
-    return f"`{page.package}`: {', '.join(shown)}."
+def _listed(package: str, names: Mapping[str, str]) -> str:
+    """Names, each a link to where it is documented."""
+    shown = (f'<autoref identifier="{path}"><code>{name}</code></autoref>' for name, path in names.items())
+    return f"`{package}`: {', '.join(shown)}."
 
 
 def options() -> Iterator[str]:

@@ -26,4 +26,6 @@ def figure_svg(figure: Figure, name: str) -> str:
     svg = text[text.index("<svg") :]
     # Nothing refers to an image's id, a hash of its pixels, which would be there twice for an image drawn twice.
     svg = re.sub(r' id="image\w+"', "", svg)
+    # Sizes that a page can scale by its own type, so that letters of narrow and wide figures are equally large.
+    svg = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', r' style="width: calc(\1em / 8)"', svg, count=1)
     return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
