@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mto_analysis.images import ImageBatch, image_batches, open_images
+from mto_analysis.masks import load_masks
 from mto_analysis.models import ModelInfo
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ def measure_demo(*, limit: int | None = None, say: Callable[[str], None] = lambd
     """Measure the bundled models on the bundled images and masks."""
     import pandas as pd
 
-    from mto_analysis.masks import load_masks
     from mto_analysis.probe.maps import MapRecorders, quadrant_table
     from mto_analysis.probe.request import Request, Settings
     from mto_analysis.probe.study import measure_checkpoints

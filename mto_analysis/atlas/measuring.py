@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from mto_analysis.atlas.table import NAME, SCHEMA_VERSION, check_table, join_tables
 from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256, resolve
@@ -265,8 +266,6 @@ def _values(study: HeterogeneityStudy) -> pd.DataFrame:
 
 
 def _hardware(device: str) -> str:
-    import torch
-
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{device} ({platform.machine()})"

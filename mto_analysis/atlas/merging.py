@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from mto_analysis.atlas.table import MEASUREMENT, ROW, check_table, join_tables
@@ -100,8 +101,6 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> Agreement:
         a: A table.
         b: Another one, of the same images and masks.
     """
-    import numpy as np
-
     key = [*MEASUREMENT, *ROW]
     columns = ["checkpoint", "source", *_MADE_WITH, *_NUMBERS, *_OF_LOSS, *_COUNTS, *_FROM_FILE, *_FROM_SOURCE]
     both = a[key + columns].merge(b[key + columns], on=key, suffixes=("_a", "_b"))

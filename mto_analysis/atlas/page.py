@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mto_analysis.atlas.table import MEASUREMENT
@@ -59,8 +60,6 @@ def read_scores(source: str | Path, table: pd.DataFrame) -> dict[str, dict[str, 
     Returns:
         For each task the score by checkpoint.
     """
-    import numpy as np
-
     path = Path(source)
     if not path.is_file():
         raise DataNotFoundError(f"no scores at {path}")

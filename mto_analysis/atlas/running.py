@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from mto_analysis.atlas.measuring import Entry, Protocol, measure_entry
 from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_bytes, read_table, table_outputs
@@ -94,8 +95,6 @@ class Measurement:
 
     def do(self, resources: Resources, note: Callable[[str], None]) -> None:
         """Measure it."""
-        import torch
-
         torch.set_num_threads(resources.threads)
         image_set = replace(load_image_set(self.image_set), name=self.set_name)
         protocol = replace(self.protocol, device=pick_device(resources.device_for(self.protocol.device)))

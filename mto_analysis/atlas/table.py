@@ -7,15 +7,15 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.runtime.outputs import csv_bytes
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 #: Raised whenever a column changes its name or its meaning; tables of other versions are refused.
 SCHEMA_VERSION = 1
@@ -112,17 +112,12 @@ _NAMED = 5
 
 
 def _schema() -> pa.Schema:
-    import pyarrow as pa
-
     kinds = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
     return pa.schema([pa.field(each.name, kinds[each.kind]) for each in COLUMNS])
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:
     """A table as a Parquet file; the same table gives the same bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pandas(table, _schema(), preserve_index=False), buffer)
     return buffer.getvalue()
@@ -138,9 +133,7 @@ def read_table(source: str | Path) -> pd.DataFrame:
         DataNotFoundError: If there is none.
         DataError: If it is not one of this version, or a value cannot be; names column and row.
     """
-    import pyarrow as pa
     import pyarrow.csv
-    import pyarrow.parquet as pq
 
     path = Path(source).expanduser()
     path = path / TABLE_FILES[0] if path.is_dir() else path
@@ -202,7 +195,6 @@ def check_table(table: pd.DataFrame, where: str) -> None:
         table: With the columns of :data:`COLUMNS`.
         where: It is from, for messages.
     """
-    import numpy as np
 
     def refuse(bad: pd.Series, column: str, words: str) -> None:
         if bad.any():

@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,6 @@ from mto_analysis.errors import CheckpointError
 from mto_analysis.runtime.outputs import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import requests
 
 #: Seconds to wait for a connection, and for the next bytes.
@@ -129,8 +128,6 @@ def _as_our_errors(url: str, target: Path) -> Iterator[None]:
 
 def _transfer(url: str, part: Path) -> None:
     """Fill ``part``, in as many attempts as are allowed."""
-    import time
-
     import requests
 
     with requests.Session() as session:

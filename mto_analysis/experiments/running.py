@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
+import torch
+
 from mto_analysis.errors import MTOAnalysisError
 from mto_analysis.experiments.runs import ExperimentRuns, Run, read_progress
 from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
@@ -105,8 +107,6 @@ def threads_for(jobs: int, cores: int | None = None) -> int:
 
 def _device(place: int) -> str | None:
     """The GPU of a thread, where there are several."""
-    import torch
-
     count = torch.cuda.device_count()
     return f"cuda:{place % count}" if count > 1 else None
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
+import torch
 
 from mto_analysis.errors import DataError, ExperimentError
 from mto_analysis.experiments.spec import Arm, Choice, Experiment, Images, Variant
+from mto_analysis.images import open_images
 from mto_analysis.mto import MTOConfig
 from mto_analysis.runtime.outputs import file_word
-from mto_analysis.training import Recipe, RunFolder, RunSettings
+from mto_analysis.training import Recipe, RunFolder, RunSettings, pretrain
 from mto_analysis.training.state import run_differences
 
 if TYPE_CHECKING:
@@ -73,11 +75,6 @@ class Run:
 
     def do(self, resources: Resources, note: Callable[[str], None]) -> None:
         """Train, from wherever it stopped."""
-        import torch
-
-        from mto_analysis.images import open_images
-        from mto_analysis.training import pretrain
-
         torch.set_num_threads(resources.threads)
         settings = replace(self.settings, device=resources.device_for(self.settings.device))
         images = open_images(self.source, value_range=settings.value_range)

@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mto_analysis.figures.pages import render_page
@@ -27,9 +28,6 @@ from mto_analysis.probe.explore import MAX_PATCHES, Explored
 from mto_analysis.probe.interventions import CONDITIONS, INTERVENTIONS, MEASURES, intervention_sentences
 from mto_analysis.probe.quadrants import AffinityMap
 from mto_analysis.probe.reconstruction import Reconstruction
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Viridis at 33 places; the script draws straight lines between them.
 _MAP_COLOURS = [[round(255 * value) for value in mpl.colormaps["viridis"](at / 32)[:3]] for at in range(33)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from timm.data import create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
@@ -44,8 +45,6 @@ def preprocessing(info: ModelInfo) -> Callable[[Image.Image | Tensor], Tensor]:
     Shapes:
         returns: image, or channels height width -> channels height width (of the model)
     """
-    from timm.data import create_transform  # type: ignore[attr-defined]
-
     size = height_and_width(info.image_size)
     transform: Callable[[Image.Image], Tensor] = create_transform(
         size, is_training=False, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=1.0

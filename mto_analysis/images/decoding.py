@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mto_analysis.errors import DataError
 
@@ -109,8 +110,6 @@ def _opened(content: bytes) -> _Samples | Image.Image:
         return _Samples(array, known, f"a NumPy array of {array.dtype}", layout_known=False)
     if content.startswith(_PNG_START) and content[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):
         # PIL would cut the channels down to eight bits.
-        from torchvision.io import decode_png
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             array = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).numpy()
@@ -200,7 +199,6 @@ def _scaled(values: np.ndarray, samples: _Samples, stated: ValueRange | None) ->
 def _fast_decoder() -> Callable[[Tensor], Tensor] | None:
     """Torchvision's JPEG decoder, or torchcodec's, to which it is moving (torchvision 0.29 warns of that); or None."""
     with contextlib.suppress(ImportError):
-        from torchvision.io import ImageReadMode, decode_jpeg
 
         def decode(encoded: Tensor) -> Tensor:
             with warnings.catch_warnings():

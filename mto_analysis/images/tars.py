@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
 from mto_analysis.errors import DataError
 from mto_analysis.images.interface import Images
 
@@ -56,8 +58,6 @@ def open_tars(path: Path) -> _TarImages:
     Names are the path inside the tar, after the tar's own name where there are several. Labels are the ``.cls`` files
     of WebDataset shards if there are any; else the class is the image's folder, or the tar's name.
     """
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
     try:
         # timm's index file is not used: it would be written beside the data.
         reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)  # type: ignore[no-untyped-call]

@@ -6,9 +6,10 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from mto_analysis.errors import CheckpointError
@@ -19,9 +20,7 @@ from mto_analysis.training import sharding
 from mto_analysis.training.blocks import choose_attention, prepare_blocks
 from mto_analysis.training.objective import Batch, Objective
 from mto_analysis.training.randomness import step_randomness
-
-if TYPE_CHECKING:
-    from mto_analysis.training.settings import RunSettings
+from mto_analysis.training.settings import RunSettings
 
 
 def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
@@ -43,8 +42,6 @@ class Assembly:
         self.method = method.to(device).train()
         self.ema: Any = None
         if settings.ema is not None:
-            from timm.utils.model_ema import ModelEmaV3
-
             self.ema = ModelEmaV3(self.method.student, decay=settings.ema)
         choose_attention(self.method, device, settings.precision)
         # MTO finds masked tokens by structure: before compiling, after copies (teachers, EMA) were made.

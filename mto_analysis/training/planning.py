@@ -5,25 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mto_analysis.images import steps_in_epoch
+from mto_analysis.images import Images, steps_in_epoch
 from mto_analysis.runtime.listener import duration
 from mto_analysis.runtime.processes import Processes, this_process
 from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.methods import build_method, learning_rate
 from mto_analysis.training.methods.method import peak_learning_rate
+from mto_analysis.training.objective import Batch
+from mto_analysis.training.recipes import Recipe
+from mto_analysis.training.settings import RunSettings
 from mto_analysis.training.shares import micro_batch_size
 from mto_analysis.training.stepping import Stepper
-
-if TYPE_CHECKING:
-    from mto_analysis.images import Images
-    from mto_analysis.training.objective import Batch
-    from mto_analysis.training.recipes import Recipe
-    from mto_analysis.training.settings import RunSettings
 
 # Images in the probe steps: activations are measured at both, and grow linearly with the batch.
 _PROBES = (1, 3)

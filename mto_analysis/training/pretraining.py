@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mto_analysis.images import TrainingData
+from mto_analysis.images import BrokenImage, Images, TrainingData
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.training.initial import InitialWeights
 from mto_analysis.training.loop import open_processes, train
 from mto_analysis.training.methods import Method, build_method
+from mto_analysis.training.recipes import Recipe
 from mto_analysis.training.scoring import EvaluationScorer
 from mto_analysis.training.settings import EpochRecord, RunSettings, StepRecord
 from mto_analysis.training.showing import Show
 from mto_analysis.training.state import RunFolder, run_identity
-
-if TYPE_CHECKING:
-    from mto_analysis.images import BrokenImage, Images
-    from mto_analysis.training.recipes import Recipe
 
 
 def pretrain(

@@ -6,16 +6,13 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mto_analysis.images import TrainBatch
 from mto_analysis.masks import mask_keys
-
-if TYPE_CHECKING:
-    from mto_analysis.training.methods.recipe import Recipe
+from mto_analysis.training.methods.recipe import Recipe
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from mto_analysis.models import MaskedImageModel
+from mto_analysis.runtime.processes import Processes
+from mto_analysis.training.settings import RunSettings
 
 if TYPE_CHECKING:
-    from mto_analysis.runtime.processes import Processes
     from mto_analysis.training.assembly import Assembly
-    from mto_analysis.training.settings import RunSettings
 
 
 class Scorer(ABC):

@@ -9,17 +9,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from mto_analysis.errors import CheckpointError, OutputError, OutputExistsError
 from mto_analysis.images.interface import Images, contents_digest
 from mto_analysis.runtime.outputs import atomic_file, folder_in_use, json_bytes, locked_folder, write_atomically
-
-if TYPE_CHECKING:
-    from mto_analysis.runtime.processes import Processes
-    from mto_analysis.training.settings import RunSettings
+from mto_analysis.runtime.processes import Processes
+from mto_analysis.training.settings import RunSettings
 
 #: What to do after a failure; an experiment is taken up by its own command instead.
 ADVICE = "fix it and go on with --resume"

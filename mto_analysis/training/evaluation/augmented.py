@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from timm.data import Mixup, create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
@@ -71,8 +72,6 @@ class AugmentedData(EpochData):
         self._transform = _transform(info, settings)
         self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         if settings.mixup or settings.cutmix:
-            from timm.data import Mixup  # type: ignore[attr-defined]
-
             self._mix = Mixup(  # type: ignore[no-untyped-call]
                 mixup_alpha=settings.mixup,
                 cutmix_alpha=settings.cutmix,
@@ -111,8 +110,6 @@ class AugmentedData(EpochData):
 
 
 def _transform(info: ModelInfo, settings: ClassifierSettings) -> Callable[[Image.Image], Tensor]:
-    from timm.data import create_transform  # type: ignore[attr-defined]
-
     check_colours(info)
     transform = create_transform(
         info.image_size,

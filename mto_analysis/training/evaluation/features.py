@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from timm.data import create_transform  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -124,8 +125,6 @@ def eight_bits(info: ModelInfo, crop_pct: float) -> Callable[[Image.Image], Tens
         crop_pct: That side over the resized shorter one, rounded down to pixels; 1 for as much as possible.
     """
     check_colours(info)
-    from timm.data import create_transform  # type: ignore[attr-defined]
-
     transform: Callable[[Image.Image], Tensor] = create_transform(
         info.image_size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, normalize=False
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from mto_analysis.errors import RecipeError
+from mto_analysis.images import Augmentation
 from mto_analysis.masks import MaskRule
 from mto_analysis.runtime.settings import (
     Count,
@@ -20,9 +21,6 @@ from mto_analysis.runtime.settings import (
     toml_value,
 )
 from mto_analysis.training.objective import TrainingSettings
-
-if TYPE_CHECKING:
-    from mto_analysis.images import Augmentation
 
 R = TypeVar("R", bound="Recipe")
 
@@ -119,8 +117,6 @@ class Recipe(TrainingSettings):
 
     def augmentation(self) -> Augmentation:
         """How its images are cropped, flipped and normalized."""
-        from mto_analysis.images import Augmentation
-
         return Augmentation(
             image_size=self.image_size,
             scale=self.crop_scale,
