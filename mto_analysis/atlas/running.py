@@ -33,14 +33,7 @@ _OTHER = "use the same options, or another --out"
 
 
 class Failure(NamedTuple):
-    """A checkpoint that was not measured, a row of ``failures.csv``.
-
-    Attributes:
-        checkpoint: Its name.
-        source: Where it is.
-        exit_code: Of the error.
-        reason: What the error says.
-    """
+    """A checkpoint that was not measured, a row of ``failures.csv``."""
 
     checkpoint: str
     source: str
@@ -49,13 +42,7 @@ class Failure(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a checkpoint ended.
-
-    Attributes:
-        entry: Which.
-        notes: What a user should know.
-        failure: Why it was not measured; ``None`` where it was.
-    """
+    """How a checkpoint ended."""
 
     entry: Entry
     notes: tuple[str, ...]

@@ -25,14 +25,7 @@ TABLE_FILES = ("atlas.parquet", "atlas.csv")
 
 
 class Column(NamedTuple):
-    """A column of the table.
-
-    Attributes:
-        name: In the files.
-        kind: Of its values.
-        meaning: In a sentence.
-        optional: Whether values may be missing.
-    """
+    """A column of the table."""
 
     name: str
     kind: Literal["text", "integer", "number"]

@@ -19,12 +19,7 @@ _NAMED = 3
 
 
 class Sample(NamedTuple):
-    """Measurements of a table that are made again.
-
-    Attributes:
-        rows: Of the table.
-        wanted: Which checkpoints, and how they were measured.
-    """
+    """Measurements of a table that are made again."""
 
     rows: pd.DataFrame
     wanted: dict[Entry, Protocol]

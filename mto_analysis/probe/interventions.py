@@ -153,13 +153,7 @@ def _target_mean(tokens: Tensor, target: Tensor) -> Tensor:
 
 @dataclass
 class InterventionStudy:
-    """Effects per model, stack, depth, intervention, condition and measure, and what they are made of.
-
-    Attributes:
-        table: Rows of ``interventions.csv``, see :func:`effects`.
-        per_image: Their values per image.
-        models: Metadata of each model, for ``run.json``.
-    """
+    """Effects per model, stack, depth, intervention, condition and measure, and what they are made of."""
 
     table: pd.DataFrame
     per_image: pd.DataFrame

@@ -9,12 +9,7 @@ from mto_analysis.models import MaskedImageModel
 
 
 class Shown(NamedTuple):
-    """What is shown of an epoch.
-
-    Attributes:
-        figures: PNG files by name.
-        rows: Of ``measures.csv``, without method, seed and epoch.
-    """
+    """What is shown of an epoch."""
 
     figures: Mapping[str, bytes]
     rows: Sequence[Mapping[Any, Any]] = ()
