@@ -336,8 +336,7 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
     pages |= hub_pages("o/shards", {"model-2.safetensors": b"2"}) | hub_pages("o/file", {"x/y.pt": b"3"}, "v1")
     code = """
         import os
-        from mto_analysis.checkpoints import resolve
-        from mto_analysis.checkpoints.fetching import drop_fetched
+        from mto_analysis.checkpoints.fetching import drop_fetched, resolve
         from mto_analysis.errors import CheckpointError
         if os.environ["HF_HUB_OFFLINE"] == "0":  # what is dropped is fetched again
             folder = resolve("hf://o/shards")
@@ -370,7 +369,7 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
 
 def test_hub__errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
-        from mto_analysis.checkpoints import resolve
+        from mto_analysis.checkpoints.fetching import resolve
         from mto_analysis.errors import CheckpointError
         for name in ("none", "gated", "plain"):
             try:
