@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -31,8 +32,8 @@ SHELL = ("bash", "console")
 INERT = ("text", "math", "csv", "bibtex")
 CODE = re.compile(r"(\$ )?(mto-analyze|pip|python\d?|torchrun|accelerate|import|from \S+ import)\s")
 
-#: Settings that make a pre-training of a recipe for CIFAR-10 one of two steps, and fit an experiment's to 256 images.
-QUICK = {"pretrain": ("epochs=1", "batch_size=4", "model.depth=1"), "experiment": ("epochs=1", "batch_size=64")}
+#: Settings that make a pre-training of a recipe for CIFAR-10 one of a few steps, and fit an experiment's to 64 images.
+QUICK = {"pretrain": ("epochs=1", "batch_size=4", "model.depth=1"), "experiment": ("epochs=1", "batch_size=16")}
 
 
 def scripts(page: Path) -> list[str]:
@@ -144,7 +145,7 @@ class StandIns:
             write_images(folder / name, tuple(f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(4)))
         (folder / "CIFAR10").mkdir()
         for part in ("train", "test"):
-            shutil.copy(DEMO_IMAGES, folder / "CIFAR10" / f"{part}.parquet")
+            pq.write_table(pq.read_table(DEMO_IMAGES).slice(0, 64), folder / "CIFAR10" / f"{part}.parquet")
         epochs, seeds = (100, 200, 300, 400), (0, 1, 2)
         rows = [
             (method, epoch, 60 + gain * epoch / 20 + seed / 10, seed)
