@@ -18,19 +18,31 @@ from mto_analysis.checkpoints.layouts import recognize
 from mto_analysis.checkpoints.reading import read_checkpoint
 from mto_analysis.errors import HeadCountError
 from mto_analysis.masks import mask_keys
+from mto_analysis.models import MaskedImageModel
 
 BY_NAME = {each.name: each for each in PUBLISHED}
 
 
-@pytest.fixture(params=BY_NAME)
+@pytest.fixture(scope="module", params=BY_NAME)
 def published(request: pytest.FixtureRequest) -> Published:
     return BY_NAME[request.param]
 
 
+@pytest.fixture(scope="module")
+def path(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As its authors save it."""
+    return published.save(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def model(published: Published, path: Path) -> MaskedImageModel:
+    return load_checkpoint(path, **published.heads)
+
+
 def test_load_checkpoint__tokens_agree_with_the_reference_on_masks_of_different_counts(
-    published: Published, tmp_path: Path
+    published: Published, model: MaskedImageModel
 ) -> None:
-    model = load_checkpoint(published.save(tmp_path), **published.heads)
+    assert not {"yacs", "mmengine"} & set(sys.modules)  # nothing foreign is imported
     assert model.info.family == published.family
     assert published.name.split(",")[0] in model.info.layout
     assert set(model.stacks) == set(published.references)
@@ -53,14 +65,7 @@ def test_load_checkpoint__tokens_agree_with_the_reference_on_masks_of_different_
                     torch.testing.assert_close(layer.tokens[row].double(), tokens, atol=1e-4, rtol=1e-5)
 
 
-def test_load_checkpoint__runs_and_imports_nothing_foreign(published: Published, tmp_path: Path) -> None:
-    path = published.save(tmp_path)
-    load_checkpoint(path, **published.heads)
-    assert not {"yacs", "mmengine"} & set(sys.modules)
-
-
-def test_save_checkpoint__loads_back_bit_for_bit(published: Published, tmp_path: Path) -> None:
-    model = load_checkpoint(published.save(tmp_path), **published.heads)
+def test_save_checkpoint__loads_back_bit_for_bit(model: MaskedImageModel, tmp_path: Path) -> None:
     save_checkpoint(model, tmp_path / "ours.safetensors")
     again = load_checkpoint(tmp_path / "ours.safetensors")
     assert again.config == model.config
@@ -69,8 +74,7 @@ def test_save_checkpoint__loads_back_bit_for_bit(published: Published, tmp_path:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_inspect_checkpoint__names_the_head_counts_that_must_be_given(published: Published, tmp_path: Path) -> None:
-    path = published.save(tmp_path)
+def test_inspect_checkpoint__names_the_head_counts_that_must_be_given(published: Published, path: Path) -> None:
     report = inspect_checkpoint(path)
     assert report.info.family == published.family
     assert set(report.needed) == set(published.heads)
@@ -195,10 +199,8 @@ def test_load_checkpoint__tells_the_statistics_and_masks_of_beit_files_apart(tmp
     }
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_load_checkpoint__never_fails_inside_torch_for_a_tensor_of_no_axes(name: str, tmp_path: Path) -> None:
-    published = BY_NAME[name]
-    raw = read_checkpoint(published.save(tmp_path))
+def test_load_checkpoint__never_fails_inside_torch_for_a_tensor_of_no_axes(published: Published, path: Path) -> None:
+    raw = read_checkpoint(path)
     convert = recognize(raw)[1]
     for tensor in [*list(raw.tensors)[:: max(1, len(raw.tensors) // 12)], published.probe_key]:
         changed = replace(raw, tensors=raw.tensors | {tensor: torch.tensor(1.0)})
@@ -222,7 +224,6 @@ def test_load_checkpoint__knows_eva_by_its_width(tmp_path: Path) -> None:
     assert (report.info.mean[0], int(report.info.mask_ratio * 256)) == (0.48145466, 105)
 
 
-def test_info__says_where_visible_tokens_never_change(published: Published, tmp_path: Path) -> None:
-    model = load_checkpoint(published.save(tmp_path), **published.heads)
+def test_info__says_where_visible_tokens_never_change(model: MaskedImageModel) -> None:
     never = "visible tokens are the same at every layer depth" in model.info.caveat
     assert never == (model.info.family in ("milan", "cae"))
