@@ -136,7 +136,8 @@ def run(
     )
     count = f"{len(entries) - len(failures)} of {len(entries)} checkpoints are measured"
     note(f"{count}; wrote {', '.join(_record(context.params, folder, chosen))} to {out}", quiet=quiet)
-    note(f"next: mto-analyze atlas page {out}", quiet=quiet)
+    if len(failures) < len(entries):
+        note(f"next: mto-analyze atlas page {out}", quiet=quiet)
     raise_failures(failures, f"see {out / 'failures.csv'}, and run the same command again")
 
 
@@ -262,7 +263,7 @@ def page(
         note(f"{task}: given of {len(of)} of {rows['checkpoint'].nunique()} checkpoints", quiet=quiet)
     content = render_atlas(rows, title=title, scores=given).encode()
     folder.write_bytes(out.name, content)
-    note(f"wrote {out}, {len(content) / 1e6:.1f} MB; open it in a browser", quiet=quiet)
+    note(f"wrote {out}, {len(content) / 1e6:.2g} MB; open it in a browser", quiet=quiet)
 
 
 @atlas.command(cls=Command)

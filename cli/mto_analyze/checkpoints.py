@@ -68,7 +68,7 @@ def list_(
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if not rows:
-        note("no checkpoint of the registry is so; leave a filter out")
+        note("no public checkpoint matches; leave a filter out")
 
 
 @checkpoints.command(cls=Command)
@@ -85,7 +85,9 @@ def info(name: Id, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(metadata, indent=2))
         return
-    words = {"True": "yes", "False": "no", "None": "not published", "": "not known"}
+    words = {"True": "yes", "False": "no", "None": "not published", "": "none" if metadata["loads"] else "not known"}
+    if statistics := metadata["mean_and_std"]:
+        metadata["mean_and_std"] = "; ".join(", ".join(map(str, values)) for values in statistics)
     for key, value in metadata.items():
         typer.echo(f"{key.replace('_', ' ') + ':':<17}{words.get(str(value), value)}")
 

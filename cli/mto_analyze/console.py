@@ -252,7 +252,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if format_message is None:
         return None
     path = getattr(getattr(error, "ctx", None), "command_path", "mto-analyze")
-    message = format_message().replace("Value error, ", "").replace("Input should be", "must be").rstrip(".")
+    message = format_message().replace("Value error, ", "").replace("Input should be", "must be")
+    message = re.sub(r", unable to parse string as an? \w+|[.?]$", "", message).replace(". Did you", "; did you")
     return " ".join(f"{message}; see `{path} --help`".split()), USAGE
 
 

@@ -445,7 +445,8 @@ def _score_all(
     if there := len(checkpoints) - len(todo):
         say(f"{there} of {len(checkpoints)} checkpoints are in {curve.path} already")
     for row in score_checkpoints(checkpoints, curve, scored, protocol):
-        say(f"{row['method']} epoch {row['epoch']} seed {row['seed']}: {row['score']:.2f} % ({row['seconds']:.0f} s)")
+        epoch = "" if row["epoch"] is None else f" epoch {row['epoch']}"
+        say(f"{row['method']}{epoch} seed {row['seed']}: {row['score']:.2f} % ({row['seconds']:.0f} s)")
     random: dict[str, float] = {}
     if given["random_baseline"]:
         random = score_random(checkpoints, curve, lambda one: load(one).model, score, protocol)

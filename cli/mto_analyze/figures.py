@@ -95,5 +95,4 @@ def figures(
     told = measuring.listener(context.params)
     for figure, paths in draw(names or (), out, inputs, overwrite=overwrite, arguments=context.params, listener=told):
         typer.echo(f"{figure.name}: {', '.join(path.name for path in paths)}")
-    write_record(out)
-    typer.echo(f"in {out}")
+    typer.echo(f"wrote these and {', '.join(write_record(out))} to {out}")

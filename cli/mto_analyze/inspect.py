@@ -30,7 +30,11 @@ def inspect(context: typer.Context, ckpt: Checkpoint, as_json: AsJson = False) -
 def in_words(report: "CheckpointReport") -> str:
     """A report as lines of a terminal."""
     info = report.info
-    config = ", ".join(f"{name} {'?' if value is None else value}" for name, value in report.config.items())
+    config = ", ".join(
+        f"{name} {'?' if value is None else value}"
+        for name, value in report.config.items()
+        if value is not None or name in report.needed
+    )
     stacks = ", ".join(f"{stack} (layer depths 0 to {depth})" for stack, depth in report.depths.items())
     rows = {
         "file": report.path,

@@ -62,7 +62,7 @@ def sources(given: Mapping[str, Any]) -> list[str]:
         raise ValueError(f"--weights must be model or model_ema, or with one --model its file, got {weights}")
     found = [*(given["ckpt"] or ()), *(LiveSource(model, file) for model in models)]
     if not found:
-        raise ValueError("give --ckpt FILE, or --model package.module:factory")
+        raise ValueError("give a checkpoint with --ckpt CKPT, or a model of your own with --model MODULE:FACTORY")
     return found
 
 
@@ -90,19 +90,20 @@ def request(
     from mto_analysis.runtime.precision import DTYPES
     from mto_analysis.runtime.processes import pick_device
 
-    told = listener(given)
-    if given["images"] is None:
-        told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
+    told, found = listener(given), sources(given)
     images = open_images(given["images"] or DEMO_IMAGES, value_range=given["value_range"])
     settings = options_of(Settings, given)
     if settings.get("match_visible"):  # then a ratio is only of use where a file's own cannot be read
         settings["mask_ratio"] = None
     settings["masks"] = load_masks(given["masks"]) if given["masks"] else None
+    settings["device"] = pick_device(given["device"])
     settings["dtype"] = DTYPES[given.get("precision", Precision.fp32)]
+    if given["images"] is None:
+        told.note("no --images: measuring on 256 bundled CIFAR-10 images of 32 px, for a first look only")
     return Request(
-        sources(given),
+        found,
         choose_images(images, list(dict.fromkeys(chosen))) if chosen else images,
-        Settings(**{**settings, "device": pick_device(given["device"]), **changes}),
+        Settings(**settings, **changes),
         given["label"] or (),
         LoadOptions(**loading(given)),
         told,

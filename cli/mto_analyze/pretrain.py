@@ -302,6 +302,8 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
         recipe = load_recipe(values["recipe"])
     elif stored:
         recipe = load_recipe(folder.recipe)
+    elif values["resume"]:
+        raise ValueError(f"{values['out']} holds no run to resume")
     else:
         raise ValueError("give a recipe with --recipe, for instance mae_cifar10")
     recipe = recipe.with_options(recipe_options)
@@ -357,17 +359,22 @@ def _summary(recipe: Recipe, count: int, settings: RunSettings, out: Path) -> st
 
     here = this_process(settings.device)
     steps, scored = steps_in_epoch(count, recipe.batch_size), settings.evaluation
-    scoring = f"{scored.protocol} every {scored.every} epochs on {scored.test}" if scored else "none"
+    scoring = f"{scored.protocol} every {_epochs(scored.every)} on {scored.test}" if scored else "none"
     rows = {
         "recipe": f"{recipe.name} ({recipe.method}), seed {settings.seed}{', with MTO' if settings.mto else ''}",
-        "images": f"{count} of {recipe.image_size} px, {recipe.mask_ratio:g} of them masked ({recipe.mask_kind})",
+        "images": f"{count} of {recipe.image_size} px",
+        "masks": f"{recipe.mask_ratio:g} of the patches ({recipe.mask_kind})",
         "training": f"{recipe.epochs} epochs x {steps} steps of {recipe.batch_size} images, base learning rate "
         f"{recipe.base_lr:g}, weight decay {recipe.weight_decay:g}",
         "computed": f"{settings.precision} on {here.device_name}, {here.count} process{'es' * (here.count > 1)}",
         "evaluation": scoring,
-        "output": f"{out} (last.pth every {settings.save_every} epochs); --dry-run estimates memory and time",
+        "output": f"{out} (last.pth every {_epochs(settings.save_every)}); --dry-run estimates memory and time",
     }
     return "\n".join(f"{name + ':':<12}{words}" for name, words in rows.items())
+
+
+def _epochs(count: int) -> str:
+    return "epoch" if count == 1 else f"{count} epochs"
 
 
 def _line(record: EpochRecord, epochs: int) -> str:

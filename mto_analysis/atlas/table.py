@@ -145,7 +145,8 @@ def read_table(source: str | Path) -> pd.DataFrame:
         found = content.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException) as error:
         words = re.sub(r"CSV column #(\d+)", lambda at: f"the column {names[int(at[1])]}", str(error))
-        raise DataError(f"{path} is not a table of an atlas: {' '.join(words.split())}") from error
+        words = re.sub(r"Could not open Parquet input source .*", "no Parquet file", " ".join(words.split()))
+        raise DataError(f"{path} is not a table of an atlas: {words}") from error
     table: pd.DataFrame = found.to_pandas().astype({each.name: "Int64" for each in COLUMNS if _is_whole(each)})
     check_table(table, str(path))
     return table

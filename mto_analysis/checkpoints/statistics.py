@@ -77,8 +77,9 @@ class Statistics:
                     f"{name} ({source}) has {len(values)} values, the model {channels} channels; give --{name}"
                 )
             if not all(0 <= value <= 1 if name == "mean" else 0 < value < math.inf for value in values):
+                span = "lie in 0..1" if name == "mean" else "be above 0"
                 raise CheckpointError(
-                    f"{name} ({source}) must be of pixels in 0..1, std above 0, got {list(values)}; give --{name}"
+                    f"{name} ({source}) must {span}, for pixels in 0..1, got {list(values)}; give --{name}"
                 )
 
 

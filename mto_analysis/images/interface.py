@@ -89,6 +89,8 @@ def naming(images: Images, index: int) -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """An error in one line; what PIL reads from memory has an address instead of a name, which says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return re.sub(r" ?<_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}".splitlines()[0])
 
 

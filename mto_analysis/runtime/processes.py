@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -207,7 +208,9 @@ def _device_name(here: Processes, name: str) -> str:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        known = re.fullmatch(r"[a-z]+(:\d+)?", name) and name.partition(":")[0] in ("cpu", "cuda", "mps")
+        reason = re.split(r"(?<=\w)\. |\n", str(error))[0] if known else "give auto, cpu, cuda, cuda:N or mps"
+        raise ValueError(f"device {name} cannot be used: {reason}") from error
     return str(device)
 
 

@@ -393,10 +393,10 @@ def verdicts(table: pd.DataFrame, random: Mapping[str, float], test_images: int)
         >>> verdicts(rows, {"MAE": 28.0}, 1000)
         ['MAE at epoch 10: 45.00 %, 17.00 points above random weights (28.00 %; +-4.15 by chance on 1000 images).']
         >>> verdicts(rows, {}, 1000)
-        ['No verdict: --random-baseline scores the same architecture with random weights, to compare with.']
+        ['No verdict: add --random-baseline to compare with random weights of the same architecture.']
     """
     if not random:
-        return ["No verdict: --random-baseline scores the same architecture with random weights, to compare with."]
+        return ["No verdict: add --random-baseline to compare with random weights of the same architecture."]
     sentences = []
     for method, value in random.items():
         mine = table[table["method"] == method]
