@@ -111,7 +111,8 @@ def demo_sentences(tables: DemoTables) -> list[str]:
         f"({simmim[-1]:.1f} %).",
         f"Training changed H there by {mae[-1] - early[-1]:+.1f} points in MAE (from {early[-1]:.1f} % at the early "
         f"checkpoint) and by {simmim[-1] - simmim_early[-1]:+.1f} in SimMIM (from {simmim_early[-1]:.1f} %).",
-        f"MAE's early checkpoint, at 2 % of training, goes from {early[0]:.1f} % to {early[-1]:.1f} % over depth: "
+        f"MAE's early checkpoint, at 2 % of training, goes from {early[0]:.1f} % to {early[-1]:.1f} % over layer "
+        "depth: "
         + (
             "a falling curve alone does not show that a model has converged."
             if falls

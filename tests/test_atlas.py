@@ -133,7 +133,7 @@ def test_run__goes_on_after_failures_and_resumes(world: World, measured: tuple[A
     assert first.exit_code == second.exit_code == 3
     reasons = failed.set_index("checkpoint")["reason"]
     assert set(reasons.index) == {"eva02", "damaged", "wrong"}
-    assert "run it again to go on where it stopped" in reasons["eva02"]
+    assert "run it again to resume" in reasons["eva02"]
     assert "damaged" in reasons["damaged"]
     assert "published is 0123ab" in reasons["wrong"]
     assert (failed["exit_code"] == 3).all()

@@ -135,7 +135,7 @@ def test_demo_sentences__say_what_was_measured(tables: DemoTables) -> None:
     assert f"over {spread:.1f} of 24 in SimMIM ({simmim[-1]:.1f} %)" in sentences[0]
     assert f"by {mae[-1] - early[-1]:+.1f} points in MAE (from {early[-1]:.1f} % at" in sentences[1]
     assert f"by {simmim[-1] - simmim_early[-1]:+.1f} in SimMIM (from {simmim_early[-1]:.1f} %)" in sentences[1]
-    assert f"goes from {early[0]:.1f} % to {early[-1]:.1f} % over depth" in sentences[2]
+    assert f"goes from {early[0]:.1f} % to {early[-1]:.1f} % over layer depth" in sentences[2]
     assert "does not show that a model has converged" in sentences[2]
     rising = tables.fig1b.assign(normalized=tables.fig1b["layer_depth"] / 10)
     assert "its curve does not fall" in demo_sentences(replace(tables, fig1b=rising))[2]

@@ -383,7 +383,7 @@ def assert_equal_tables(out: Path, expected: Path) -> None:
     ("error", "words"),
     [
         (
-            OutputError("last.pth cannot be written", advice="fix it and go on with --resume"),
+            OutputError("last.pth cannot be written", advice="fix it and continue with --resume"),
             "last.pth cannot be written",
         ),
         (MemoryError(), "out of memory; use fewer --jobs or a smaller batch_size"),

@@ -289,7 +289,7 @@ def test_study__names_the_block_whose_windows_it_cannot_cut(tmp_path: Path) -> N
     study = intervene_on_checkpoints(request, interventions=["mean"], controls=False)  # needs no attention
     assert set(study.table["measure"]) == {"loss", "cosine", "accuracy"}
     merging = request_of({"merging": make_swin()}, tmp_path)
-    with pytest.raises(StackError, match="encoder of merging: its token grid changes with depth"):
+    with pytest.raises(StackError, match="encoder of merging: its token grid changes with layer depth"):
         intervene_on_checkpoints(merging, interventions=["mean"])
 
 

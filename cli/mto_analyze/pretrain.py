@@ -279,7 +279,7 @@ def _interrupted(out: Path) -> Iterator[None]:
         from mto_analysis.training import RunFolder
 
         kept = RunFolder(out).last.exists()
-        raise KeyboardInterrupt("--resume goes on from last.pth" if kept else "") from None
+        raise KeyboardInterrupt("--resume continues from last.pth" if kept else "") from None
 
 
 def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
@@ -289,7 +289,7 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
     from mto_analysis.training.metrics import check_boards
 
     if values["resume"] and values["overwrite"]:
-        raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
     folder = RunFolder(values["out"])
     stored: dict[str, Any] = folder.stored_metadata() if values["resume"] and folder.holds_run() else {}
     options = settings_of(values.get("set_") or [])

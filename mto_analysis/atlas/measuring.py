@@ -62,7 +62,7 @@ class Protocol:
     """How all checkpoints of an atlas are measured: each with the masks of its own rule.
 
     Args:
-        seed: Of the masks.
+        seed: Seed of the random masks.
         masks_per_image: Masks per image.
         measures: As :class:`~mto_analysis.probe.request.Settings` take them; by default all that are per layer.
         precision: Of the model's forward: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.

@@ -1,4 +1,4 @@
-"""A table as one HTML file: sort, filter, plot measures over depth, and scores against measures."""
+"""A table as one HTML file: sort, filter, plot measures over layer depth, and scores against measures."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _labels(table: pd.DataFrame) -> pd.Series:
 
 
 def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:
-    """A stack of a checkpoint: what is known of it, and its measures over depth."""
+    """A stack of a checkpoint: what is known of it, and its measures over layer depth."""
     row = rows.iloc[0]
     curves = {
         str(measure): {

@@ -52,7 +52,7 @@ COLUMNS = (
     Column("config", "text", "Settings of the architecture, with the head counts used, as JSON."),
     Column("assumptions", "text", "What neither the file nor its shapes settle."),
     Column("mask_rule", "text", "How masks were sampled, and where that rule is from."),
-    Column("mask_seed", "integer", "Of the masks."),
+    Column("mask_seed", "integer", "Seed of the random masks."),
     Column("masks_per_image", "integer", "Masks of each image, whose values are averaged first."),
     Column("masks_sha256", "text", "SHA-256 of all masks by image name."),
     Column("image_set", "text", "Name of the image set."),

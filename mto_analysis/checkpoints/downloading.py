@@ -119,7 +119,7 @@ def _as_our_errors(url: str, target: Path) -> Iterator[None]:
     except requests.RequestException as error:
         own = isinstance(error.args[0] if error.args else None, str)  # else a chain of the HTTP library's objects
         why = str(error) if own else "it timed out" if isinstance(error, requests.Timeout) else type(error).__name__
-        raise CheckpointError(f"fetching {url} failed ({why}); run it again to go on where it stopped") from error
+        raise CheckpointError(f"fetching {url} failed ({why}); run it again to resume") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"no space left for {url} in {target.parent}; give another --cache") from error

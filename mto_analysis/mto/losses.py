@@ -122,7 +122,7 @@ def ranking_loss(heterogeneities: Tensor, *, direction: Literal["descending", "a
 
     .. math:: L_r = \sum_{l=1}^{L} \log(1 + e^{H_l - H_{l-1}})
 
-    This is the direction of the paper's text: minimizing it makes H fall with depth. The printed exponent has the
+    This is the direction of the paper's text: minimizing it makes H fall with layer depth. The printed exponent has the
     opposite sign (``as_printed``), and minimizing that makes H rise. Either way the loss does not change when all H
     shift together: its derivatives sum to 0.
 
@@ -222,7 +222,7 @@ class LayerProducts(NamedTuple):
 
     Shapes:
         masked: products of visible with masked tokens
-        visible: of visible tokens with each other; only at depth 0, and only for L_spa
+        visible: of visible tokens with each other; only at layer depth 0, and only for L_spa
     """
 
     split: TokenSplit

@@ -40,7 +40,7 @@ __all__ = [
 MaskSource = Callable[[Sequence[str], int], Tensor]
 
 #: Several numbers per image at once, from the stack, the layer, its split and the names of the batch's images; the
-#: names of numbers must be the same at every depth, and none may be a measure's.
+#: names of numbers must be the same at every layer depth, and none may be a measure's.
 LayerMeasure = Callable[[str, LayerTokens, TokenSplit, Sequence[str]], Mapping[str, Tensor]]
 
 
@@ -315,7 +315,7 @@ def probe(
         masks_per_image: Masks per image, k = 0, 1, ...
         stacks: Stacks to measure; by default all that hold masked tokens.
         measures: Names of measures (:data:`~mto_analysis.probe.measures.MEASURES`), in one text or several, or
-            ``"all"`` that the model allows; or functions of the tokens of each depth, by name.
+            ``"all"`` that the model allows; or functions of the tokens of each layer depth, by name.
         grid: Rows and columns of patches, where the model does not tell.
         layer_measures: Functions of stack and layer that give several numbers, and may keep more for themselves.
         train_mode: Run the model in training mode, for one that masks only there.

@@ -195,7 +195,9 @@ class _Stack:
             self._transposed = True  # batch_first=False; verified below
             return self.record(images)
         if any(layer.mask.shape != mask.shape for layer in layers):
-            raise StackError(f"{self.where}: its token grid changes with depth, where interventions are not possible")
+            raise StackError(
+                f"{self.where}: its token grid changes with layer depth, where interventions are not possible"
+            )
         if seen.ran != list(range(1, len(layers))) or seen.output is None:
             raise StackError(f"{self.where}: blocks {seen.ran} ran for layer depths 0 to {len(layers) - 1}")
         for layer, tokens in zip(layers, (*inputs, seen.output), strict=True):

@@ -45,7 +45,7 @@ class Settings:
         match_visible: The model's own kind of mask, but with equally many patches left visible for all models.
         masks: Masks by image name, instead of sampling them.
         masks_per_image: Masks per image.
-        seed: Of the masks.
+        seed: Seed of the random masks.
         batch_size: Images at once; results do not depend on it beyond rounding.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: Of the model's forward; H is computed in at least float32.
@@ -301,7 +301,7 @@ class Request:
         return None if batch is None else masked_batch(model, batch, masks)
 
     def _check(self, label: str, model: MaskedImageModel, masks: MaskSource, rows: Sequence[int]) -> OwnLoss | None:
-        """The model's own loss on a few images, so that a wrong load is seen."""
+        """The model's own loss on a few images: a sanity check that the weights were loaded correctly."""
         batch = self._masked(model, masks, rows)
         if batch is None:
             return None

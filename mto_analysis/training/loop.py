@@ -76,7 +76,7 @@ def train(
         processes.wait()  # nobody writes before all have looked
         state = folder.read_last() if resume else None
         if resume and (changed := differences(folder.stored_metadata().get("layout", {}), layout)):
-            note(f"not as before: {'; '.join(changed)}; the run goes on, equal to rounding")
+            note(f"not as before: {'; '.join(changed)}; the run continues, equal up to rounding")
         if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
             note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
             stored = folder.stored_metadata()

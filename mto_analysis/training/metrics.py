@@ -131,7 +131,7 @@ class Table:
             if self.path.exists():
                 os.truncate(self.path, size)
             raise OutputError(
-                f"{self.path} cannot be written ({error.strerror})", advice="go on with --resume"
+                f"{self.path} cannot be written ({error.strerror})", advice="continue with --resume"
             ) from error
 
 

@@ -20,7 +20,7 @@ from mto_analysis.runtime.processes import Processes
 from mto_analysis.training.settings import RunSettings
 
 #: What to do after a failure; an experiment is taken up by its own command instead.
-ADVICE = "fix it and go on with --resume"
+ADVICE = "fix it and continue with --resume"
 
 #: Part of every identity, raised whenever a release samples other random numbers: a run that went on across such a
 #: change would be neither the old run nor the new one. 2: colour augmentation by torchvision.
@@ -141,7 +141,7 @@ class RunFolder:
                 )
         elif not overwrite:
             raise OutputExistsError(
-                f"{self.path} already holds a run; go on with --resume, choose another --out or pass --overwrite"
+                f"{self.path} already holds a run; continue with --resume, choose another --out or pass --overwrite"
             )
 
     def claim(self, metadata: Mapping[str, Any], files: Mapping[str, str], *, resume: bool) -> None:
