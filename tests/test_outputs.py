@@ -120,6 +120,9 @@ def test_output_folder__refuses_a_file_as_folder(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(OutputExistsError, match="is a file, and results need a folder"):
             OutputFolder(tmp_path / "out", ["a"], overwrite=overwrite)
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OutputExistsError, match=r"page\.html is a folder, and a file of this name"):
+        OutputFolder(tmp_path, ["page.html"], overwrite=True)
 
 
 def test_output_folder__writes_only_what_was_announced(tmp_path: Path) -> None:

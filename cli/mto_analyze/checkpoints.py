@@ -85,7 +85,7 @@ def info(name: Id, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(metadata, indent=2))
         return
-    words = {"True": "yes", "False": "no", "None": "not published", "": "none" if metadata["loads"] else "not known"}
+    words = {"True": "yes", "False": "no", "None": "not published", "": "none"}
     if statistics := metadata["mean_and_std"]:
         metadata["mean_and_std"] = "; ".join(", ".join(map(str, values)) for values in statistics)
     for key, value in metadata.items():

@@ -77,9 +77,9 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run, unless files would be replaced that every run writes."""
-        out, overwrite = ctx.params.get("out"), ctx.params.get("overwrite", False)
+        out = ctx.params.get("out")
         if isinstance(out, Path):
-            repeating.check_own(out, overwrite=overwrite)
+            repeating.check_own(out, overwrite=ctx.params.get("overwrite"))
         return super().invoke(ctx)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:

@@ -100,8 +100,8 @@ def read_config(file: str, command: str, parameters: Mapping[str, Any]) -> dict[
     return found
 
 
-def check_own(out: Path, *, overwrite: bool) -> None:
-    """Whether the files that every run writes can be written.
+def check_own(out: Path, *, overwrite: bool | None) -> None:
+    """Whether the files that every run writes can be written; ``None`` of a command without ``--overwrite``.
 
     Raises:
         OutputExistsError: If one of them exists and is not from an earlier run.
@@ -109,7 +109,8 @@ def check_own(out: Path, *, overwrite: bool) -> None:
     for name, line in ((RUN_FILE, _FIRST_LINE), (METHODS_FILE, _METHODS_LINE)):
         path = _beside(out, name)
         if not overwrite and path.is_file() and not path.read_bytes().startswith(line.encode()):
-            raise OutputExistsError(f"{path} is not from an earlier run; choose another --out or pass --overwrite")
+            other = "" if overwrite is None else " or pass --overwrite"
+            raise OutputExistsError(f"{path} is not from an earlier run; choose another --out{other}")
 
 
 def write_record(out: Path, metadata: Mapping[str, Any] | None = None) -> list[str]:

@@ -135,6 +135,10 @@ class OutputFolder:
             raise OutputExistsError(f"{self.path} is a file, and results need a folder; choose another --out")
         check_writable(self.path)
         there = [name for name in self.names if (self.path / name).exists()]
+        if folder := next((self.path / name for name in there if (self.path / name).is_dir()), None):
+            raise OutputExistsError(
+                f"{folder} is a folder, and a file of this name is to be written; choose another --out"
+            )
         if there and not overwrite:
             raise OutputExistsError(
                 f"{self.path} already holds {', '.join(there)}; choose another --out or pass --overwrite"
