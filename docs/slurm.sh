@@ -24,5 +24,5 @@ fi
 # In the background, so that the signal before the time limit reaches torchrun and the run ends with its last.pth.
 torchrun --standalone --nproc-per-node 8 -m mto_analyze pretrain --out "$OUT" "${options[@]}" &
 run=$!
-trap 'kill -INT $run' INT
+trap 'kill -INT $run; wait $run' INT  # the script may not end before the run has saved
 wait $run

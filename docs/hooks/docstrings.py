@@ -15,7 +15,7 @@ from public import public_paths  # noqa: E402  (extensions are loaded by path an
 
 _FORMULA_LINE = re.compile(r"^( *)\.\. math:: (.+)$", re.MULTILINE)
 _FORMULA = re.compile(r":math:`([^`]+)`")
-_ROLE = re.compile(r":(?:class|func|mod|data|meth):`~?([\w.]+)`")
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
 _SHAPES = re.compile(r"^( *)Shapes:\n((?:\1 +\S.*\n?)+)", re.MULTILINE)
 _EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 

@@ -86,7 +86,10 @@ def _draw_block(block: SubFigure, model: str, rows: Sequence[Reconstruction], ce
             plot_view(row, view, ax=ax)
         line[0].set_ylabel(_shortened(row.image, cell), fontsize="x-small")
     for ax, title in zip(axes[0], VIEWS.values(), strict=True):
-        ax.set_title(title, fontsize="small", pad=2)
+        # Beside each other in one line where they have the room.
+        narrow = 72 * cell < 7.5 * mpl.rcParams["font.size"]
+        words, size = (title.replace(" ", "\n"), "x-small") if narrow else (title, "small")
+        ax.set_title(words, fontsize=size, pad=2, linespacing=0.9)
 
 
 def _shortened(name: str, height: float) -> str:
