@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.errors import StackError
+from mto_analysis.mto.collapse import collapse_of, warn_of
 from mto_analysis.mto.losses import LayerProducts, MTOConfig, MTOTerms, combine_terms, layer_products
 from mto_analysis.runtime.memory import Scratch
 from mto_analysis.taps.forward import Forward, Stack
-from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
+from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec, version_of
 

@@ -12,7 +12,7 @@ from mto_analysis.errors import StackError
 from mto_analysis.mto.attach import MTO, attach_mto, with_loss
 from mto_analysis.mto.losses import MTOConfig
 from mto_analysis.mto.watch import EvaluationWatch, of_all_processes
-from mto_analysis.taps.hooks import on_output
+from mto_analysis.taps.hooked import on_output
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mto_analysis.affinity import TokenSplit, heterogeneity, quadrant_mass
+from mto_analysis.mto.collapse import collapse_of, warn_of
 from mto_analysis.taps.forward import Forward, Stack
-from mto_analysis.taps.hooks import Attached, collapse_of, warn_of
+from mto_analysis.taps.hooks import Attached
 from mto_analysis.taps.search import find_stacks, unwrap
 from mto_analysis.taps.stacks import StackSpec
 
