@@ -123,6 +123,8 @@ def test_looks_of__follow_from_the_label_alone() -> None:
         assert looks_of(names) == {name: alone[name] for name in names}
     many = looks_of(f"model {number}" for number in range(60))
     assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in many.values()}) == 60
+    grey = {(look["marker"], str(look["linestyle"])) for look in looks_of(f"run {n}" for n in range(49)).values()}
+    assert len(grey) == 49
     assert many == looks_of(reversed(many)), "their order is of no matter"
     some = [name for name in many if looks_of([name])[name] != many[name]]  # alone they need not give way
     with shown_together(many):

@@ -98,7 +98,7 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
         taken.add(place)
         turn, slot = divmod(place, count)
         marker = (slot + turn) % count
-        line = (marker + turn // count) % count
+        line = (marker + turn + turn // count) % count  # no pair of marker and line twice, to be told apart in grey
         looks[name] = Look(color=COLORS[slot], marker=MARKERS[marker], linestyle=LINE_STYLES[line])
     return {name: looks[name] for name in names}
 
