@@ -15,14 +15,14 @@ IMAGES=${IMAGES:-$HOME/imagenet/train}
 OUT=${OUT:-runs/mae_vit_base}
 
 # The first job starts the run; the following ones resume it with its own settings.
-if [ -f "$OUT/last.pth" ]; then
+if [ -f "$OUT/run.json" ]; then
   options=(--resume)
 else
   options=(--recipe mae_vit_base --images "$IMAGES" --mto --precision bf16 --num-workers 12 --save-steps 500)
 fi
 
-# In the background, so that the signal before the time limit reaches torchrun and the run ends with its last.pth.
+# In the background, so that the signal before the time limit reaches torchrun; the job lasts until the run has ended.
 torchrun --standalone --nproc-per-node 8 -m mto_analyze pretrain --out "$OUT" "${options[@]}" &
 run=$!
-trap 'kill -INT $run; wait $run' INT  # the script may not end before the run has saved
+trap 'kill -INT $run; wait $run' INT
 wait $run

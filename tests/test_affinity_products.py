@@ -5,12 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_operators import Operators, fake_cuda
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_models import draw_mask
 
-from mto_analysis.affinity import TokenSplit, entropies, heterogeneity, products, row_entropy, split
+from mto_analysis.affinity import (
+    TokenSplit,
+    affinity_matrix,
+    entropies,
+    heterogeneity,
+    products,
+    quadrant_mass,
+    row_entropy,
+    split,
+)
 from mto_analysis.masks import MaskRule
 from mto_analysis.models import ModelInfo, SimMIM, SimMIMConfig, interface
-from mto_analysis.mto import MTOConfig
+from mto_analysis.mto import MTOConfig, mto_loss, sparsity_loss
 from mto_analysis.mto.losses import combine_terms, layer_products
 from mto_analysis.probe import engine
 from mto_analysis.probe.quadrants import AffinityMaps, quadrant_statistics
@@ -185,13 +195,31 @@ def test_cuda__a_probe_waits_for_the_values_of_a_batch_only(monkeypatch):
     assert operators.waiting == ["aten::copy_"]
 
 
-def test_compiled__h_of_a_layer_depth_is_one_graph_that_can_be_fused():
-    mine, tokens = TokenSplit(draw_mask(0, masked=(20, 20, 20), grid=6)), make_tokens(torch.float32)[:, 1:]
+# Functions of tokens and split.
+COMPILED = {
+    "H": heterogeneity,
+    "mass": quadrant_mass,
+    "affinity": affinity_matrix,
+    "quadrants": quadrant_statistics,
+    "sparsity loss": sparsity_loss,
+    "mto_loss": lambda tokens, mine: mto_loss([tokens, tokens.tanh(), tokens], mine).loss,
+}
 
-    @torch.no_grad()
-    def measured(x):
-        return heterogeneity(x, mine)
 
-    expected = measured(tokens)  # the split has now found out where its tokens are
-    found = torch.compile(measured, fullgraph=True, backend="eager")(tokens)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled__is_one_graph_that_can_be_fused(name, masked):
+    tokens, mask = make_tokens(torch.float32)[:, 1:], draw_mask(0, masked=masked, grid=6)
+    tokens.requires_grad_("loss" in name)
+    mine, graphs = TokenSplit(mask), CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend=graphs)
+    expected = COMPILED[name](tokens, TokenSplit(mask))
+    for _ in range(2):
+        found = compiled(tokens, mine)
+        torch.testing.assert_close(found, expected)
+    assert graphs.frame_count == 1  # also where the split had yet to find out where its tokens are
+    if tokens.requires_grad:
+        gradients = [torch.autograd.grad(value, tokens) for value in (found, expected)]
+        torch.testing.assert_close(*gradients)

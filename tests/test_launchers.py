@@ -374,3 +374,30 @@ def test_full_disk__says_so_and_loses_nothing(tmp_path, one_thread):
     assert not list(late.glob(".*.tmp"))
     finish(launch(late, recipe={"epochs": "3"}))
     equal_runs(whole, late)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_slurm_script__resumes_what_has_begun_and_waits_for_its_end(tmp_path: Path) -> None:
+    """With a launcher that takes a moment to end, as torchrun does."""
+    launcher = tmp_path / "torchrun"
+    launcher.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    sys.exit(print('ended', flush=True))\n"
+        "signal.signal(signal.SIGINT, end)\n"
+        "print(*sys.argv, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    launcher.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path), "HOME": str(tmp_path)}
+    for options in ("--recipe mae_vit_base", "--resume"):
+        script = Path(__file__).parents[1] / "docs" / "slurm.sh"
+        job = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | variables)
+        assert job.stdout is not None
+        assert f"pretrain --out {tmp_path} {options}" in job.stdout.readline()
+        (tmp_path / "run.json").touch()  # it has begun, and has no checkpoint yet
+        job.send_signal(signal.SIGINT)
+        told, _ = job.communicate(timeout=60)
+        assert told == "ended\n"

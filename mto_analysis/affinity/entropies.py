@@ -13,6 +13,7 @@ All is float32 or better inside autocast too: autocast leaves products alone tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -128,8 +129,9 @@ def token_products(tokens: Tensor, split: TokenSplit, *, with_visible: bool = Fa
             f"{list(tokens.shape)} and a mask of {[len(split.num_masked), split.num_patches]}"
         )
     # Non-reentrant checkpointing drops every tensor that is saved inside it and makes it again in the backward pass,
-    # where the products are not made again. Tokens are kept by the model anyway.
-    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+    # where the products are not made again. Tokens are kept by the model anyway. Compiled code takes no such hooks.
+    compiling = torch.compiler.is_compiling()
+    with nullcontext() if compiling else torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         products: tuple[Tensor, ...] = _Products.apply(tokens, split, with_visible)
     return products
 

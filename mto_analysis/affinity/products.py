@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mto_analysis.runtime.memory import write_to
+
 _HALF = (torch.bfloat16, torch.float16)
 _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype_out") and torch.version.hip is None
 
@@ -32,7 +34,9 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         out: batch rows columns
     """
     if left.dtype in _HALF:
-        return torch.bmm(left, right, out_dtype=out.dtype, out=out)
+        return write_to(out, torch.bmm, left, right, out_dtype=out.dtype)
+    if torch.compiler.is_compiling():  # without `out` the product would be in half precision under autocast
+        return out.baddbmm_(left, right, beta=0)
     return torch.bmm(left, right, out=out)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +22,21 @@ __all__ = ["TokenSplit", "masked_first_order"]
 # forward itself.
 _IMAGES_AT_ONCE = {"cpu": 4}
 _IMAGES_AT_ONCE_ELSEWHERE = 128
+
+_Found = TypeVar("_Found")
+
+
+class _found_once(Generic[_Found]):
+    """``functools.cached_property`` that ``torch.compile`` takes: without Python 3.11's lock; there nothing is kept."""
+
+    def __init__(self, find: Callable[[Any], _Found]) -> None:
+        self._find = find
+
+    def __get__(self, split: TokenSplit, owner: object = None) -> _Found:
+        found = self._find(split)
+        if not torch.compiler.is_compiling():
+            split.__dict__[self._find.__name__] = found
+        return found
 
 
 class TokenSplit:
@@ -80,12 +94,12 @@ class TokenSplit:
 
     # ---- images of one number of masked patches together
 
-    @cached_property
+    @_found_once
     def _images(self) -> Tensor:
         """Images by number of masked patches."""
         return self.num_masked.argsort(stable=True)
 
-    @cached_property
+    @_found_once
     def _blocks(self) -> list[tuple[Tensor, int]]:
         """A few images of one number each, with that number; a batch of one number keeps its order."""
         at_once = _IMAGES_AT_ONCE.get(self.mask.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
@@ -97,7 +111,7 @@ class TokenSplit:
             for rows in torch.split(group, at_once)
         ]
 
-    @cached_property
+    @_found_once
     def _back(self) -> Tensor:
         return self._images.argsort()
 
@@ -137,31 +151,34 @@ class TokenSplit:
             return tokens[rows[:, None], self.order[rows]].to(dtype)
         # Tokens behind prefix tokens are a view: taken as rows of its storage, nothing is copied but the rows wanted.
         key = block, between // row
-        if key not in self._storage_rows:
-            self._storage_rows[key] = (rows[:, None] * key[1] + self.order[rows]).flatten()
+        storage_rows = self._storage_rows.get(key)
+        if storage_rows is None:
+            storage_rows = (rows[:, None] * key[1] + self.order[rows]).flatten()
+            if not torch.compiler.is_compiling():
+                self._storage_rows[key] = storage_rows
         batch, count, dim = tokens.shape
         flat = tokens.detach().as_strided(((batch - 1) * key[1] + count, dim), (row, 1))
         x = self.scratch(
             "sorted", tokens, len(rows) * count, dim, dtype=product_dtype(tokens) if only_products else None
         )
-        _gather(flat, self._storage_rows[key], x)
+        _gather(flat, storage_rows, x)
         return x.view(len(rows), count, dim)
 
     # ---- all images at once, padded to the largest number
 
-    @cached_property
+    @_found_once
     def num_visible(self) -> Tensor:
         """Visible patches of each image, ``batch``."""
         return self.num_patches - self.num_masked
 
-    @cached_property
+    @_found_once
     def rows(self) -> Tensor:
         """Rows of the flattened tokens: ``most_masked`` of each image, then ``most_visible`` of each image."""
         image = torch.arange(len(self.order), device=self.order.device)[:, None]
         rows = image * (self.prefix_tokens + self.num_patches) + self.prefix_tokens + self.order
         return torch.cat([rows[:, : self.most_masked].flatten(), rows[:, -self.most_visible :].flatten()])
 
-    @cached_property
+    @_found_once
     def places(self) -> Tensor:
         """Place of each token among ``rows``, ``batch * num_tokens``; of a prefix token one past the end."""
         batch, device = len(self.order), self.order.device
@@ -174,7 +191,7 @@ class TokenSplit:
         places[:, self.prefix_tokens :].scatter_(1, self.order, kind)
         return places.flatten()
 
-    @cached_property
+    @_found_once
     def masked_ok(self) -> Tensor | None:
         """Which of the ``most_masked`` from the front are masked, ``batch most_masked``."""
         if self.most_masked + self.most_visible == self.num_patches:
@@ -182,7 +199,7 @@ class TokenSplit:
         place = torch.arange(self.most_masked, device=self.order.device)
         return place < self.num_masked[:, None]
 
-    @cached_property
+    @_found_once
     def visible_ok(self) -> Tensor | None:
         """Which of the ``most_visible`` from the back are visible, ``batch most_visible``."""
         if self.most_masked + self.most_visible == self.num_patches:
@@ -208,7 +225,8 @@ class TokenSplit:
         kept = self._kept.get(key)
         if kept is None:
             kept = self._new_memory(use, tokens, dtype)
-            if tokens.device.type == "cpu":  # there to make views anew for each layer takes as long as an entropy
+            # On a CPU to make views anew for each layer takes as long as an entropy.
+            if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
                 self._kept[key] = kept
         return kept
 

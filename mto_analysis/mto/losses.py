@@ -48,7 +48,7 @@ def _similar(tokens: Tensor, similarity: Similarity) -> Tensor:
 
 def sparsity_loss(
     tokens: Tensor,
-    mask: Tensor,
+    mask: Tensor | TokenSplit,
     *,
     reduction: Literal["sum", "mean"] = "sum",
     include_self: bool = True,
@@ -69,7 +69,7 @@ def sparsity_loss(
 
     Args:
         tokens: Initial embedding, without prefix tokens.
-        mask: True where masked.
+        mask: True where masked, or its :class:`~mto_analysis.affinity.TokenSplit`.
         reduction: Over visible rows: ``sum`` as printed, or ``mean``.
         include_self: Whether a row's own token is among its columns, as printed.
         similarity: ``dot`` as printed, ``scaled_dot`` (divided by the root of the width) or ``cosine``.
@@ -87,7 +87,7 @@ def sparsity_loss(
     """
     _check_choice("reduction", reduction)
     _check_choice("similarity", similarity)
-    split = TokenSplit(mask)
+    split = mask if isinstance(mask, TokenSplit) else TokenSplit(mask)
     masked, visible = token_products(_similar(tokens, similarity), split, with_visible=True)
     rows = visible_rows_entropy(masked, visible, split, include_self=include_self)
     return _reduce_rows(rows, split, reduction).mean()
@@ -202,6 +202,9 @@ class MTOConfig(Settings):
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
 
+_DEFAULTS = MTOConfig()
+
+
 class MTOTerms(NamedTuple):
     """The loss and what it is made of; terms are before their weights.
 
@@ -268,7 +271,11 @@ def _group_heterogeneity(group: Sequence[tuple[LayerProducts, Tensor]]) -> Tenso
 
 
 def mto_loss(
-    layers: Sequence[Tensor], mask: Tensor | Sequence[Tensor], config: MTOConfig | None = None, *, step: int = 0
+    layers: Sequence[Tensor],
+    mask: Tensor | TokenSplit | Sequence[Tensor | TokenSplit],
+    config: MTOConfig | None = None,
+    *,
+    step: int = 0,
 ) -> MTOTerms:
     """Masked token optimization from the tokens of all layer depths (Algorithm 1).
 
@@ -280,7 +287,8 @@ def mto_loss(
 
     Args:
         layers: Patch tokens, without prefix tokens.
-        mask: True where masked; where the number of patches changes with the depth, a mask for each layer depth.
+        mask: True where masked, or its :class:`~mto_analysis.affinity.TokenSplit`, which ``torch.compile`` needs; where
+            the number of patches changes with the depth, one for each layer depth.
         config: Settings.
         step: For the warm-up of weights.
 
@@ -296,10 +304,12 @@ def mto_loss(
     """
     if len(layers) < 2:
         raise ValueError(f"layers must hold layer depth 0 and at least one more, got {len(layers)}")
-    config = config or MTOConfig()
+    config = config or _DEFAULTS
     if config.layers and config.layers[-1] >= len(layers):
         raise ValueError(f"config.layers must be 0 to {len(layers) - 1}, got {config.layers}")
-    splits = [TokenSplit(mask)] * len(layers) if isinstance(mask, Tensor) else [TokenSplit(each) for each in mask]
+    mask = TokenSplit(mask) if isinstance(mask, Tensor) else mask
+    masks = [mask] * len(layers) if isinstance(mask, TokenSplit) else mask
+    splits = [each if isinstance(each, TokenSplit) else TokenSplit(each) for each in masks]
     products = [
         layer_products(tokens, split, depth, config)
         for depth, (tokens, split) in enumerate(zip(layers, splits, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mto_analysis.affinity import TokenSplit, entropy_from_sums
 from mto_analysis.affinity.products import multiply
 from mto_analysis.models import LayerTokens
-from mto_analysis.runtime.memory import Scratch, lasting_memory
+from mto_analysis.runtime.memory import Scratch, lasting_memory, write_to
 
 #: What an affinity says of two tokens: share of a row's softmax (the paper's psi), dot product, or cosine.
 AffinityKind = Literal["softmax", "dot", "cosine"]
@@ -110,7 +110,7 @@ class _Statistics:
         products, other = both.unbind(dim=1)
         multiply(x, x.mT, out=products)
         shrink = products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt_().unsqueeze(-1)
-        torch.mul(products, shrink, out=other).mul_(shrink.mT)
+        write_to(other, torch.mul, products, shrink).mul_(shrink.mT)
         self._to_sink("dot", products)
         self._to_sink("cosine", other)
         moments = self._moments(both, num_masked)
@@ -176,7 +176,7 @@ def _softmax(both: Tensor, num_masked: int) -> tuple[tuple[Tensor, Tensor], Tens
         logits[..., columns].sub_(greatest)
     if not both.is_cuda:
         logits.clamp_min_(_LEAST_LOGIT)
-    torch.exp(logits, out=weights)
+    write_to(weights, torch.exp, logits)
     logits.mul_(weights)
     moment, total = by_kind(torch.sum, both).unbind(dim=1)
 

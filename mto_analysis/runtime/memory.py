@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,13 @@ def lasting_memory(*shape: int, dtype: torch.dtype, device: torch.device | str =
     size = math.prod(shape)
     memory = mmap.mmap(-1, max(size, 1) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(memory, dtype=dtype)[:size].view(shape)
+
+
+def write_to(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
+    """``function(*inputs, out=out)``, also where ``torch.compile`` takes no ``out`` whose entries have gaps."""
+    if torch.compiler.is_compiling():
+        return out.copy_(function(*inputs, **options))
+    return function(*inputs, out=out, **options)
 
 
 class Scratch:
