@@ -7,7 +7,7 @@
 #SBATCH --cpus-per-task=96
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:INT@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -21,8 +21,8 @@ else
   options=(--recipe mae_vit_base --images "$IMAGES" --mto --precision bf16 --num-workers 12 --save-steps 500)
 fi
 
-# In the background, so that the signal before the time limit reaches torchrun; the job lasts until the run has ended.
+# In the background, so that the signal before the time limit reaches this script; it lasts until the run has ended.
+trap 'kill $run; wait $run' USR1
 torchrun --standalone --nproc-per-node 8 -m mto_analyze pretrain --out "$OUT" "${options[@]}" &
 run=$!
-trap 'kill -INT $run; wait $run' INT
 wait $run

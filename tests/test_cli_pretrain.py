@@ -82,6 +82,10 @@ def test_pretrain__resumes_by_its_folder_alone(tmp_path):
     again = invoke("pretrain", "--out", cut, "--resume")
     assert again.exit_code == 0
     assert "nothing to do" in again.stderr
+    (cut / "recipe.toml").unlink()
+    without = invoke("pretrain", "--out", cut, "--resume")
+    assert without.exit_code == 2
+    assert "recipe.toml is gone; give the recipe of the run with --recipe" in without.stderr
 
 
 @pytest.mark.parametrize(("after", "told"), [(1, "nothing half-written was left behind"), (5, "--resume goes on from")])

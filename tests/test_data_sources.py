@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from mto_analysis import DataError, open_images
 from mto_analysis.images import Images, choose_images
 from mto_analysis.images.decoding import decode_image, decode_pixels
+from mto_analysis.training.evaluation.features import LabelledImages
 
 
 def encoded(value: int, kind: str = "png") -> bytes:
@@ -134,6 +136,13 @@ def test_open_images__skips_and_counts_what_is_no_data(tmp_path: Path) -> None:
     assert choose_images(images, ["dog/2.png"]).skipped == images.skipped
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_read__does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(OSError, match="is a pipe, no file"):
+        open_images(tmp_path).read(0)
+
+
 def test_open_images__follows_links_to_parents_and_neighbours_once(tmp_path: Path) -> None:
     write(tmp_path / "all", "some/cat/1.png", "other/dog/2.png")
     some = tmp_path / "all" / "some"
@@ -169,14 +178,15 @@ def test_open_images__reads_every_suffix_of_images(suffix: str, tmp_path: Path) 
     assert images.skipped == {}
 
 
-def test_open_images__reads_lists_with_a_mark_and_names_that_start_with_a_hash(tmp_path: Path) -> None:
+def test_open_images__reads_lists_with_a_mark_and_names_that_start_with_a_hash(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path, "#1.png", "2.png")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf# a comment\n#1.png\n2.png\n")
     assert open_images(tmp_path / "l.txt").names == ["#1.png", "2.png"]
     for again in ("./2.png", "x/../2.png", str(tmp_path / "2.png")):
         (tmp_path / "l.txt").write_text(f"2.png\n{again}\n")
         with pytest.raises(DataError, match="lists an image twice"):
-            open_images(tmp_path / "l.txt")
+            open_images("l.txt")
 
 
 def test_open_images__escapes_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
@@ -231,7 +241,12 @@ def test_open_images__takes_labels_and_class_names_from_parquet(tmp_path: Path) 
     assert hidden.labels is None
 
 
-@pytest.mark.parametrize("metadata", ["null", "[1]", '{"info": null}', '{"info": {"features": [1]}}', "not JSON"])
+TOO_FEW_NAMES = '{"info": {"features": {"label": {"names": ["a"]}}}}'
+
+
+@pytest.mark.parametrize(
+    "metadata", ["null", "[1]", '{"info": null}', '{"info": {"features": [1]}}', TOO_FEW_NAMES, "not JSON"]
+)
 def test_open_images__reads_parquet_with_odd_metadata(metadata: str, tmp_path: Path) -> None:
     table = pq.read_table(write_parquet(tmp_path / "p.parquet", [5, 6], [1, 0]))
     pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "p.parquet")
@@ -249,6 +264,24 @@ def test_open_images__takes_another_column_of_images_and_words_as_labels(tmp_pat
     pq.write_table(table.append_column("mask", table.column("img")), tmp_path / "p.parquet")
     with pytest.raises(DataError, match=r"several columns of image bytes, and none is `image`: img \(struct"):
         open_images(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
+def test_open_images__says_why_parquet_has_no_labels(kind: pa.DataType, tmp_path: Path) -> None:
+    cells = pa.array([encoded(5), encoded(6)])
+    cells = cells.dictionary_encode() if pa.types.is_dictionary(kind) else cells.cast(kind)
+    for labels, words in {
+        (0.0, 1.0): r"of 2 rows 0 have a class number in `label`, 0 a word; columns are image \(.*\), label \(double\)",
+        (1, None): "of 2 rows 1 have a class number in `label`, 0 a word",
+        ("cat", None): "of 2 rows 0 have a class number in `label`, 1 a word",
+    }.items():
+        pq.write_table(pa.table({"image": cells, "label": list(labels)}), tmp_path / "p.parquet")
+        images = open_images(tmp_path / "p.parquet")
+        assert [value_of(images, row) for row in range(2)] == [5, 6]
+        assert images.labels is None
+        assert re.match(words, images.unlabelled)
+    with pytest.raises(DataError, match=r"p\.parquet has no labels \(of 2 rows 0 have .*\); give a folder"):
+        LabelledImages(str(tmp_path / "p.parquet"))
 
 
 def test_open_images__reads_a_folder_of_parquet_shards(tmp_path: Path) -> None:
@@ -354,6 +387,19 @@ def test_open_images__says_what_is_wrong_with_a_tar(tmp_path: Path) -> None:
         open_images(write_tar(tmp_path / "b.tar", {"notes.txt": b"x"}))
     with pytest.raises(DataError, match=r"1\.cls holds 'cat', not a class number"):
         open_images(write_tar(tmp_path / "c.tar", {"1.png": encoded(1), "1.cls": b"cat"}))
+
+
+def test_open_images__skips_and_counts_in_a_tar_what_is_no_data(tmp_path: Path) -> None:
+    members = {"./cat/1.webp": encoded(1), "dog/2.png": encoded(2), os.fsdecode(b"dog/\xe9.jpeg"): encoded(3)}
+    beside = ("cat/._1.webp", "__MACOSX/cat/1.png", "cat/.cache/3.png", "cat/1.json", "cat/1.npy")
+    path = write_tar(tmp_path / "p.tar", members | dict.fromkeys(beside, b"x"))
+    for images in (open_images(path), open_images(tmp_path)):
+        assert [name.removeprefix("p.tar/") for name in images.names] == ["cat/1.webp", "dog/2.png", "dog/\\xe9.jpeg"]
+        assert [value_of(images, row) for row in range(3)] == [1, 2, 3]
+        assert (images.labels, images.class_names) == ([0, 1, 1], ["cat", "dog"])
+        assert images.skipped == {"hidden or system files": 3, ".json files": 1, ".npy files": 1}
+    with pytest.raises(DataError, match="holds an image name twice"):
+        open_images(write_tar(tmp_path / "p.tar", {"1.png": encoded(1), "./1.png": encoded(2)}))
 
 
 def test_read__says_that_a_tar_was_cut_short(tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_slurm_script__resumes_what_has_begun_and_waits_for_its_end(tmp_path: Pa
         "def end(*_):\n"
         "    time.sleep(0.5)\n"
         "    sys.exit(print('ended', flush=True))\n"
-        "signal.signal(signal.SIGINT, end)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
         "print(*sys.argv, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -398,6 +398,6 @@ def test_slurm_script__resumes_what_has_begun_and_waits_for_its_end(tmp_path: Pa
         assert job.stdout is not None
         assert f"pretrain --out {tmp_path} {options}" in job.stdout.readline()
         (tmp_path / "run.json").touch()  # it has begun, and has no checkpoint yet
-        job.send_signal(signal.SIGINT)
+        job.send_signal(signal.SIGUSR1)
         told, _ = job.communicate(timeout=60)
         assert told == "ended\n"

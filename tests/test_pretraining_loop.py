@@ -260,6 +260,17 @@ def test_resume__a_run_that_lost_its_last_checkpoint_does_not_begin_anew(tmp_pat
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
+def test_resume__says_which_rows_were_lost(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, on_step=stop_after(6))
+    metrics, notes = tmp_path / "metrics.csv", []
+    metrics.write_bytes(
+        b"".join(line for row, line in enumerate(metrics.read_bytes().splitlines(keepends=True)) if row != 2)
+    )
+    run(tmp_path, resume=True, on_note=notes.append)
+    assert notes[-1] == f"{metrics} has lost 1 of 4 rows; the run goes on without them"
+
+
 def test_run__is_refused_while_another_process_works_on_it(tmp_path):
     epochs = pretrain(small_recipe(), some_images(), tmp_path, RunSettings(device="cpu", log_every=2))
     next(epochs)

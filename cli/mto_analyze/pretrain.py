@@ -301,6 +301,8 @@ def _choose(values: Mapping[str, Any]) -> tuple[Recipe, Path, RunSettings]:
             raise ValueError(f"{folder.recipe} would be replaced by the run's own copy; choose another --out")
         recipe = load_recipe(values["recipe"])
     elif stored:
+        if not folder.recipe.exists():
+            raise ValueError(f"{folder.recipe} is gone; give the recipe of the run with --recipe")
         recipe = load_recipe(folder.recipe)
     elif values["resume"]:
         raise ValueError(f"{values['out']} holds no run to resume")

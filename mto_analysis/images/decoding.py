@@ -106,6 +106,8 @@ def _opened(content: bytes) -> _Samples | Image.Image:
     """The values of an image, or PIL's image, not yet decoded, where that has eight bits."""
     if content.startswith(_NPY_START):
         array = np.load(io.BytesIO(content), allow_pickle=False)
+        if array.dtype.kind not in "buif" or not array.size:
+            raise ValueError(f"a NumPy array of {array.dtype} and shape {list(array.shape)} is no image")
         known = {np.dtype(np.uint8): _BYTES, np.dtype(bool): (0.0, 1.0)}.get(array.dtype)
         return _Samples(array, known, f"a NumPy array of {array.dtype}", layout_known=False)
     if content.startswith(_PNG_START) and content[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):

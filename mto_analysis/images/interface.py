@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,37 @@ from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
 
+SUFFIXES = tuple(
+    f".{each}"
+    for each in (
+        *("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "npy", "pbm", "pgm", "png", "pnm", "ppm"),
+        *("tif", "tiff", "webp"),
+    )
+)
+# What file managers, archivers and file systems leave beside data; so are all files whose names start with a dot.
+_SYSTEM_NAMES = frozenset(
+    (
+        *("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+        *("Thumbs.db", "desktop.ini"),
+    )
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no data."""
+    return name.startswith(".") or name in _SYSTEM_NAMES
+
+
+def printable(name: str) -> str:
+    r"""A file name as text that can be written: bytes that are not UTF-8 are escaped.
+
+    Example:
+        >>> print(printable(os.fsdecode(b"caf\xe9.png")))
+        caf\xe9.png
+    """
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 class Images(ABC):
     """Named images that can be opened one by one."""
 
@@ -24,6 +56,8 @@ class Images(ABC):
     labels: Sequence[int] | None = None
     #: The name of each class number; empty where the source gives none.
     class_names: Sequence[str] = ()
+    #: Why there are no labels, where the source could have some.
+    unlabelled: str = ""
     #: Values of black and white as the user states them, for images that are not of eight bits.
     value_range: ValueRange | None = None
     #: What was skipped while looking for images: how many of which kind.
@@ -114,7 +148,7 @@ class _ChosenImages(Images):
 
 
 def choose_images(images: Images, names: Sequence[str]) -> Images:
-    """The named images alone, in the order asked for; their masks are the same, as masks hang on names."""
+    """The named images alone, in the order asked for; their masks are the same, as masks depend on names."""
     row_of = {name: row for row, name in enumerate(images.names)}
     missing = [name for name in names if name not in row_of]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,20 @@ def _image_column(schema: Any, path: Path) -> str:
     def holds_bytes(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return any(each.name in ("bytes", "path") for each in kind)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
     columns = [each.name for each in schema if holds_bytes(each.type)]
     if "image" in columns or len(columns) == 1:
         return "image" if "image" in columns else str(columns[0])
-    held = ", ".join(f"{each.name} ({each.type})" for each in schema)
     raise DataError(
-        f"{path} has {'several columns' if columns else 'no column'} of image bytes, and none is `image`: {held}"
+        f"{path} has {'several columns' if columns else 'no column'} of image bytes, and none is `image`: "
+        f"{_columns(schema)}"
     )
+
+
+def _columns(schema: Any) -> str:
+    return ", ".join(f"{each.name} ({each.type})" for each in schema)
 
 
 def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
@@ -133,7 +139,14 @@ def open_parquet(paths: Sequence[Path], source: Path) -> _ParquetImages:
     if len(columns) > 1:
         held = " and ".join(f"`{column}` ({path.name})" for column, path in columns.items())
         raise DataError(f"{source} has images in columns of different names: {held}")
-    return _ParquetImages(names, groups, starts, next(iter(columns)), *_classes(labels, len(names), class_names))
+    images = _ParquetImages(names, groups, starts, next(iter(columns)), *_classes(labels, len(names), class_names))
+    if images.labels is None:
+        kinds = Counter(type(label) for label in labels if not isinstance(label, int) or label >= 0)
+        images.unlabelled = (
+            f"of {len(names)} rows {kinds[int] + kinds[bool]} have a class number in `label`, {kinds[str]} a word; "
+            f"columns are {_columns(schema)}"
+        )
+    return images
 
 
 def _classes(
@@ -146,4 +159,5 @@ def _classes(
         number = {name: row for row, name in enumerate(class_names)}
         return [number[word] for word in words], class_names
     known = [label for label in labels if isinstance(label, int) and label >= 0]
-    return (known if len(known) == count else None), class_names
+    described = class_names if max(known, default=0) < len(class_names) else []
+    return (known if len(known) == count else None), described

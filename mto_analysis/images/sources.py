@@ -7,6 +7,7 @@ What lies beside the images is skipped and counted, never taken for data.
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,21 +16,10 @@ from typing import NoReturn
 
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.images.decoding import ValueRange
-from mto_analysis.images.interface import Images
+from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable
 
-SUFFIXES = tuple(
-    f".{each}"
-    for each in (
-        *("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "npy", "pbm", "pgm", "png", "pnm", "ppm"),
-        *("tif", "tiff", "webp"),
-    )
-)
 # A folder whose sub-folders all have these names holds splits, not classes. Each line: names of one split.
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
-
-# Folders that file managers, archivers and file systems leave beside data; so are all whose names start with a dot.
-_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
-_SYSTEM_FILES = frozenset(("Thumbs.db", "desktop.ini"))
 
 
 class _FileImages(Images):
@@ -49,17 +39,10 @@ class _FileImages(Images):
         self.labels, self.class_names, self.skipped = labels, class_names, skipped or {}
 
     def read(self, index: int) -> bytes:
-        return (self._folder / self._odd.get(index, self.names[index])).read_bytes()
-
-
-def printable(name: str) -> str:
-    r"""A file name as text that can be written: bytes that are not UTF-8 are escaped.
-
-    Example:
-        >>> print(printable(os.fsdecode(b"caf\xe9.png")))
-        caf\xe9.png
-    """
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+        path = self._folder / self._odd.get(index, self.names[index])
+        if path.is_fifo():  # would be waited for
+            raise OSError(errno.EINVAL, "is a pipe, no file", str(path))
+        return path.read_bytes()
 
 
 def open_images(source: str | Path, *, split: str | None = None, value_range: ValueRange | None = None) -> Images:
@@ -144,7 +127,7 @@ def _open_folder(path: Path, split: str | None) -> Images:
         from mto_analysis.images.tars import open_tars
 
         images = open_tars(path)
-        images.skipped = skipped
+        images.skipped = dict(Counter(skipped) + Counter(images.skipped))
         return images
     names = next(iter(found.values()), [])
     if not names:
@@ -173,7 +156,7 @@ def _walk(path: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
                 folders.clear()
                 continue
             seen.add(here.resolve())
-            hidden = [name for name in folders if name.startswith(".") or name in _SYSTEM_FOLDERS]
+            hidden = [name for name in folders if is_hidden(name)]
             skipped["hidden or system folders"] += len(hidden)
             linked = [name for name in folders if name not in hidden and (here / name).is_symlink()]
             links += [here / name for name in sorted(linked)]
@@ -188,7 +171,7 @@ def _sort_files(prefix: str, files: Iterable[str], found: dict[str, list[str]], 
     """Put the files of a folder where they belong."""
     for file in files:
         suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 (a Path for each of a million files is slow)
-        if file.startswith(".") or file in _SYSTEM_FILES:
+        if is_hidden(file):
             skipped["hidden or system files"] += 1
         elif suffix == ".npy":
             found["NumPy arrays"].append(prefix + file)
@@ -244,7 +227,7 @@ def _open_list(path: Path) -> Images:
     pairs = [name.replace("\t", " ").rpartition(" ") for name in names]
     if all(left.strip() and right.isdecimal() for left, _, right in pairs):
         names, labels = [left.strip() for left, _, _ in pairs], [int(right) for _, _, right in pairs]
-    twice = Counter(os.path.normpath(path.parent / name) for name in names).most_common(1)[0]
+    twice = Counter(os.path.abspath(path.parent / name) for name in names).most_common(1)[0]  # noqa: PTH100
     if twice[1] > 1:
         raise DataError(f"{path} lists an image twice ({twice[0]}); masks depend on names")
     return _FileImages(path.parent, names, labels)

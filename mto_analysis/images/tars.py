@@ -1,17 +1,16 @@
-"""Images in tar files: found by timm's reader, read by their place in the file; labels of WebDataset shards."""
+"""Images in tar files, read by their place in the file; labels of WebDataset shards."""
 
 from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
 from mto_analysis.errors import DataError
-from mto_analysis.images.interface import Images
+from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable
 
 _END = bytes(1024)  # the two blocks of zeros that end an archive
 
@@ -52,46 +51,91 @@ class _TarImages(Images):
             os.close(file)
 
 
+class _Found(NamedTuple):
+    """An image in a tar file."""
+
+    name: str
+    folder: str  #: or the tar's name
+    place: _Place
+
+
 def open_tars(path: Path) -> _TarImages:
     """Open a tar file, or all tar files of a folder, of images.
 
     Names are the path inside the tar, after the tar's own name where there are several. Labels are the ``.cls`` files
     of WebDataset shards if there are any; else the class is the image's folder, or the tar's name.
     """
+    several = path.is_dir()
+    shards = sorted(path.glob("*.tar")) if several else [path]
+    contents = _Contents()
     try:
-        # timm's index file is not used: it would be written beside the data.
-        reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)  # type: ignore[no-untyped-call]
-        shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        for shard in shards:
+            with tarfile.open(shard, "r:") as tar:
+                contents.add(tar, shard, *((f"{shard.name}/", shard.stem) if several else ("", "")))
         _check_ends(shards)
-        numbers = _webdataset_labels(shards)
     except DataError:
         raise
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: a tar file cannot be read ({str(error).splitlines()[0]})") from error
-    except ValueError as error:  # timm unpacks an empty list
-        raise DataError(f"{path} holds no images in its tar files") from error
-    found: list[tuple[str, _Place, int]] = []
-    several = path.is_dir()
-    for (member, parent, child), target in zip(reader.samples, reader.targets, strict=True):
-        file = path / parent if parent else path
-        start = member.offset_data + (child.offset_data if child is not None else 0)
-        inside = f"{child.name}/{member.name}" if child is not None else str(member.name)
-        name = f"{parent}/{inside}" if several else inside
-        found.append((name, _Place(file, start, member.size), int(target)))
-    found.sort(key=lambda one: one[0])
-    names = [name for name, _, _ in found]
+    found = sorted(contents.found)
+    names = [each.name for each in found]
+    if not found:
+        raise DataError(f"{path} holds no images in its tar files")
     if len(set(names)) != len(names):
-        raise DataError(f"{path} holds an image name twice in one tar; masks hang on names")
-    labels: list[int] | None = [target for _, _, target in found]
-    class_names = [str(reader.class_idx_to_name[number]) for number in range(len(reader.class_idx_to_name))]
-    if numbers:
-        stems = [(place.path.name, name.removeprefix(f"{place.path.name}/")) for name, place, _ in found]
-        given = [numbers.get((tar, _stem(inside))) for tar, inside in stems]
+        raise DataError(f"{path} holds an image name twice in one tar; masks depend on names")
+    class_names = sorted({each.folder for each in found})
+    labels: list[int] | None = None
+    if contents.numbers:
+        given = [contents.numbers.get(_stem(name)) for name in names]
         known = [number for number in given if number is not None]
         labels, class_names = (known if len(known) == len(names) else None), []
-    elif len(class_names) < 2:
-        labels, class_names = None, []
-    return _TarImages(names, [place for _, place, _ in found], labels, class_names)
+    elif len(class_names) > 1:
+        number = {name: row for row, name in enumerate(class_names)}
+        labels = [number[each.folder] for each in found]
+    else:
+        class_names = []
+    images = _TarImages(names, [each.place for each in found], labels, class_names)
+    images.skipped = contents.skipped
+    return images
+
+
+class _Contents:
+    """What tar files hold: images, class numbers of WebDataset samples, and how much of what is neither."""
+
+    def __init__(self) -> None:
+        self.found: list[_Found] = []
+        self.numbers: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
+
+    def add(self, tar: tarfile.TarFile, shard: Path, prefix: str, folder: str, start: int = 0) -> None:
+        """The members of a tar that begins at a place of its file, and of the tars in it."""
+        for member in tar:
+            inside = Path(os.path.normpath(member.name))
+            name, suffix = prefix + printable(inside.as_posix()), inside.suffix.lower()
+            if member.isdir():
+                continue
+            if any(is_hidden(part) for part in inside.parts):
+                self.skipped["hidden or system files"] += 1
+            elif not member.isfile():
+                self.skipped["links in tar files"] += 1
+            elif suffix == ".tar":
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    self.add(inner, shard, f"{name}/", inside.stem, start + member.offset_data)
+            elif suffix == ".cls":
+                self.numbers[_stem(name)] = _class_number(tar, member, shard)
+            elif suffix in SUFFIXES and suffix != ".npy":  # an array of a WebDataset sample need not be its image
+                place = _Place(shard, start + member.offset_data, member.size)
+                self.found.append(_Found(name, printable(inside.parent.name) or folder, place))
+            else:
+                self.skipped[f"{suffix} files" if suffix else "files without a suffix"] += 1
+
+
+def _class_number(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
+    content = tar.extractfile(member)
+    text = content.read().decode("ascii", "replace").strip() if content is not None else ""
+    if not text.isdecimal():
+        raise DataError(f"{shard}: {member.name} holds {text[:20]!r}, not a class number")
+    return int(text)
 
 
 def _check_ends(shards: Sequence[Path]) -> None:
@@ -107,21 +151,3 @@ def _stem(name: str) -> str:
     """What the files of one WebDataset sample share: the path up to the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.split(".")[0]
-
-
-def _webdataset_labels(shards: Sequence[Path]) -> dict[tuple[str, str], int]:
-    """Class numbers in ``.cls`` files, by tar and sample; empty if the first shard has none."""
-    numbers: dict[tuple[str, str], int] = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if not member.name.endswith(".cls"):
-                    continue
-                content = tar.extractfile(member)
-                text = content.read().decode("ascii", "replace").strip() if content is not None else ""
-                if not text.isdecimal():
-                    raise DataError(f"{shard}: {member.name} holds {text[:20]!r}, not a class number")
-                numbers[shard.name, _stem(member.name)] = int(text)
-        if not numbers:
-            return {}
-    return numbers

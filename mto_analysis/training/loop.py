@@ -106,7 +106,8 @@ def train(
         if on_begin is not None:
             on_begin()
         try:
-            recorder.begin(resume=resume)
+            for words in recorder.begin(resume=resume):
+                note(words)
             yield from _epochs(data, stepper, recorder, micro_batch, on_step)
         finally:
             recorder.close()

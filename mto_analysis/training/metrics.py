@@ -86,6 +86,8 @@ class Table:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
+        #: That the file holds, but for its header.
+        self.rows = 0
         self._columns: list[str] | None = None
 
     def cut_back(self, last: int) -> None:
@@ -107,6 +109,7 @@ class Table:
             cells = next(csv.reader([line]))
             if len(cells) == len(self._columns) and float(cells[at]) <= last:
                 kept.append(line)
+        self.rows = len(kept) - 1
         if kept != lines:
             write_atomically(self.path, "".join(kept).encode())
 
@@ -127,6 +130,7 @@ class Table:
                 file.write("".join(map(_line, lines)).encode())
                 file.flush()
                 os.fsync(file.fileno())
+            self.rows += len(lines) - begin
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)

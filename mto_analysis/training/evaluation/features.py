@@ -68,8 +68,10 @@ class LabelledImages:
         self.images: Images = open_images(source, value_range=value_range)
         labels = self.images.labels
         if labels is None:
+            why = f" ({self.images.unlabelled})" if self.images.unlabelled else ""
             raise DataError(
-                f"{source} has no labels; give a folder with one sub-folder per class, or a table with a column `label`"
+                f"{source} has no labels{why}; give a folder with one sub-folder per class, or a table with a column "
+                "`label` of whole numbers or words"
             )
         self.rows = spread_rows(len(self.images.names), limit)
         self.labels = torch.tensor([int(labels[row]) for row in self.rows])
