@@ -268,7 +268,10 @@ def test_resume__says_which_rows_were_lost(tmp_path):
         b"".join(line for row, line in enumerate(metrics.read_bytes().splitlines(keepends=True)) if row != 2)
     )
     run(tmp_path, resume=True, on_note=notes.append)
-    assert notes[-1] == f"{metrics} has lost 1 of 4 rows; the run goes on without them"
+    assert notes[-1] == f"{metrics} has lost 1 of 4 rows, which figures and tables lack"
+    metrics.unlink()
+    run(tmp_path, resume=True, on_note=notes.append)
+    assert notes[-1] == f"{metrics} has lost 6 of 6 rows, which figures and tables lack"
 
 
 def test_run__is_refused_while_another_process_works_on_it(tmp_path):

@@ -79,6 +79,8 @@ def train(
             note(f"not as before: {'; '.join(changed)}; the run continues, equal up to rounding")
         if resume and (folder.finished() or (state is not None and state["epoch"] >= chosen.epochs)):
             note(f"{folder.path} is complete ({chosen.epochs} epochs): nothing to do")
+            for words in folder.lost_rows(state):
+                note(words)
             stored = folder.stored_metadata()
             if processes.main and stored.get("state") != "complete":  # it was killed right after its last checkpoint
                 folder.write_metadata({**stored, "state": "complete"})
@@ -106,7 +108,8 @@ def train(
         if on_begin is not None:
             on_begin()
         try:
-            for words in recorder.begin(resume=resume):
+            recorder.begin(resume=resume)
+            for words in folder.lost_rows(state):
                 note(words)
             yield from _epochs(data, stepper, recorder, micro_batch, on_step)
         finally:

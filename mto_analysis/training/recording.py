@@ -38,8 +38,6 @@ class Recorder:
         self._window, self._epoch_means = Averages(), Averages()
         self._metrics, self._curves = Table(folder.metrics, "step"), Table(folder.curves, "epoch")
         self._measures = Table(folder.measures, "epoch")
-        self._tables = {table.path.name: table for table in (self._metrics, self._curves, self._measures)}
-        self._rows: dict[str, int] = {}
         self._pending: list[dict[str, Tensor]] = []
         self._boards: Boards | None = None
 
@@ -54,14 +52,9 @@ class Recorder:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self._window.load(state["window"])
         self._epoch_means.load(state["epoch_means"])
-        self._rows = dict(state.get("rows", {}))
 
-    def begin(self, *, resume: bool) -> list[str]:
-        """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for.
-
-        Returns:
-            What a user should know: of which tables rows were lost.
-        """
+    def begin(self, *, resume: bool) -> None:
+        """Claim the folder, and drop what its tables hold beyond this step; score random weights if asked for."""
         if self.processes.main:
             self.folder.claim(self.metadata, self.method.files(), resume=resume)
             self._metrics.cut_back(self.step)
@@ -78,11 +71,6 @@ class Recorder:
             self._score(0)
         if not self.step:
             self._show(0)
-        return [
-            f"{self._tables[name].path} has lost {count - left} of {count} rows; the run goes on without them"
-            for name, count in self._rows.items()
-            if self.processes.main and (left := self._tables[name].rows) < count
-        ]
 
     def close(self) -> None:
         """Write what boards hold back."""
@@ -181,7 +169,7 @@ class Recorder:
                     "seconds": seconds,
                     "window": self._window.state(),
                     "epoch_means": self._epoch_means.state(),
-                    "rows": {name: table.rows for name, table in self._tables.items()},
+                    "rows": {each.path.name: each.rows for each in (self._metrics, self._curves, self._measures)},
                 }
                 write_checkpoint(self.folder.last, {**content, "resume": resume})
         self.processes.wait()

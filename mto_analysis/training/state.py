@@ -73,6 +73,14 @@ class RunFolder:
         with self.metrics.open(newline="", encoding="utf-8") as file:
             return sum(row.get("kind") == "epoch" for row in csv.DictReader(file))
 
+    def lost_rows(self, state: Mapping[str, Any] | None) -> Iterator[str]:
+        """Which tables hold fewer rows than when the resume state was saved, in words."""
+        for name, count in (state or {}).get("rows", {}).items():
+            path = self.path / name
+            left = max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+            if left < count:
+                yield f"{path} has lost {count - left} of {count} rows, which figures and tables lack"
+
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes out of the folder, see :func:`~mto_analysis.runtime.outputs.locked_folder`."""
         return locked_folder(self.path)
