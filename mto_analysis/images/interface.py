@@ -15,7 +15,6 @@ from torch import Tensor
 from mto_analysis.errors import DataError
 from mto_analysis.images.decoding import ValueRange, decode_image, decode_samples, range_in_words
 
-
 SUFFIXES = tuple(
     f".{each}"
     for each in (
