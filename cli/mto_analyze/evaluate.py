@@ -467,7 +467,13 @@ def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], t
     table = curve.table()
     metadata = run_metadata(context.params, random=random, settings=curve.settings, **told)
     write_atomically(curve.path.parent / "run.json", json_bytes(metadata))
-    names = ["curves.csv", "run.json", *(["random.csv"] if random else []), *write_record(curve.path.parent, metadata)]
+    names = [
+        "curves.csv",
+        "settings.json",
+        "run.json",
+        *(["random.csv"] if random else []),
+        *write_record(curve.path.parent, metadata),
+    ]
     if table["epoch"].nunique() > 1:
         from mto_analysis.figures.files import write_figure
         from mto_analysis.figures.plots.evaluation import draw_accuracy
