@@ -210,18 +210,20 @@ def _draw(folder: OutputFolder, results: Results) -> None:
     from mto_analysis.figures.files import write_figure
     from mto_analysis.figures.plots.experiment import draw_experiment_curves, draw_trajectories
     from mto_analysis.figures.plots.rauc import rauc_figure
+    from mto_analysis.figures.plots.style import shown_together
 
     score = "top-1 accuracy (%)"
-    write_figure(folder, "curves", draw_experiment_curves(results.curves, score=score))
-    for stem, comparisons, axis, label in (
-        ("rauc", results.comparisons, "epoch", "epoch"),
-        ("time", results.timed, TIME, "training time (s)"),
-    ):
-        if comparisons:
-            pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
-            write_figure(folder, stem, rauc_figure(comparisons, pairs, axis=label, score=score))
-    if len(results.heterogeneity):
-        write_figure(folder, "heterogeneity", draw_trajectories(results.heterogeneity))
+    with shown_together(results.curves["method"].astype(str)):
+        write_figure(folder, "curves", draw_experiment_curves(results.curves, score=score))
+        for stem, comparisons, axis, label in (
+            ("rauc", results.comparisons, "epoch", "epoch"),
+            ("time", results.timed, TIME, "training time (s)"),
+        ):
+            if comparisons:
+                pairs = [(results.runs(each.baseline, axis), results.runs(each.target, axis)) for each in comparisons]
+                write_figure(folder, stem, rauc_figure(comparisons, pairs, axis=label, score=score))
+        if len(results.heterogeneity):
+            write_figure(folder, "heterogeneity", draw_trajectories(results.heterogeneity))
 
 
 def _device(chosen: Experiment) -> str:
