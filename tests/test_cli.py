@@ -360,9 +360,8 @@ def option_image_size(path, images, ckpt):
         assert "assumed that" in result.stderr
         assert "resized" in result.stderr
         assert (csv(path / str(size))["num_visible"] == grid / 4).all()
-        for command in ("reconstruct", "affinity"):
-            ok(command, *arguments, "--out", path / f"{command}{size}")
-        ok("report", *arguments, "--out", path / f"{size}.html")
+    for command in ("reconstruct", "affinity", "report"):
+        ok(command, *arguments, "--out", path / command)
     result = run("heterogeneity", "--ckpt", ckpt, "--images", images, "--image-size", "4x4x4", "--out", path / "x")
     assert result.exit_code == 2
     assert "'4x4x4' is neither a side in pixels nor HEIGHTxWIDTH" in result.stderr
@@ -716,7 +715,7 @@ def test_training_commands__say_what_is_skipped(checkpoints, tmp_path: Path) -> 
 # Other channels than those of a colour image.
 
 
-@pytest.mark.parametrize("channels", [1, 2, 13])
+@pytest.mark.parametrize("channels", [1, pytest.param(2, marks=pytest.mark.slow), 13])
 def test_measuring_commands__take_any_number_of_channels(channels: int, tmp_path: Path, image_folder: Path) -> None:
     from watched_models import small_mae
 

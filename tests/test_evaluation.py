@@ -281,8 +281,15 @@ def test_linear_scores__of_nearly_singular_features_agree_with_scikit_learn() ->
     assert torch.equal(again.scores, found.scores)  # the cap says nothing above the tolerance
 
 
-@pytest.mark.parametrize("name", ["MAE", "SimMIM"])
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("MAE", True),
+        ("SimMIM", False),
+        pytest.param("MAE", False, marks=pytest.mark.slow),
+        pytest.param("SimMIM", True, marks=pytest.mark.slow),
+    ],
+)
 def test_linear_scores__of_the_bundled_models_agree_with_scikit_learn(name: str, trained: bool) -> None:
     model = load_checkpoint(DEMO_CHECKPOINTS[name])
     model = model if trained else random_weights(model, 0)
