@@ -79,7 +79,7 @@ class TestUrls:
         self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(downloading, "ATTEMPTS", 1)
-        with pytest.raises(CheckpointError, match="run it again to go on"):
+        with pytest.raises(CheckpointError, match="run it again to resume"):
             fetch(server, tmp_path, Page(WEIGHTS, cut_at=HALF))
         assert looks_whole(tmp_path) == []
         assert [part.stat().st_size for part in parts(tmp_path)] == [HALF]

@@ -214,7 +214,7 @@ def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -
     names = list(labels) if labels else labels_of(sources)
     if len(names) != len(sources) or len(set(names)) != len(names):
         raise ValueError(
-            f"give one different label per checkpoint (--label NAME): {len(sources)} checkpoints, labels {names}"
+            f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}"
         )
     return names
 

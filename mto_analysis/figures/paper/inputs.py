@@ -50,7 +50,7 @@ class Inputs:
         """Check what belongs together."""
         if self.labels and len(set(self.labels)) != len(self.checkpoints):
             raise ValueError(
-                f"give one different label per checkpoint (--label NAME): {len(self.checkpoints)} checkpoints, "
+                f"give one different label per checkpoint: {len(self.checkpoints)} checkpoints, "
                 f"labels {list(self.labels)}"
             )
         if self.experiment is not None and not self.experiment.is_dir():
