@@ -88,7 +88,9 @@ def test_pretrain__resumes_by_its_folder_alone(tmp_path):
     assert "recipe.toml is gone; give the recipe of the run with --recipe" in without.stderr
 
 
-@pytest.mark.parametrize(("after", "told"), [(1, "nothing half-written was left behind"), (5, "--resume continues from")])
+@pytest.mark.parametrize(
+    ("after", "told"), [(1, "nothing half-written was left behind"), (5, "--resume continues from last.pth")]
+)
 def test_pretrain__interrupted_says_how_to_go_on(tmp_path, monkeypatch, after, told):
     def interrupt(record):
         if record.step == after:

@@ -213,9 +213,7 @@ def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -
     """The labels that were given, or those of :func:`labels_of`."""
     names = list(labels) if labels else labels_of(sources)
     if len(names) != len(sources) or len(set(names)) != len(names):
-        raise ValueError(
-            f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}"
-        )
+        raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
     return names
 
 
