@@ -28,7 +28,6 @@ GOLDEN = Path(__file__).parent / "golden"
 ORIGINALS = GOLDEN / "originals"
 IMAGENET = (0.485, 0.456, 0.406)
 HALF = (0.5, 0.5, 0.5)
-CLIP = (0.48145466, 0.4578275, 0.40821073)
 BY_NAME = {each.name: each for each in PUBLISHED}
 MAE = GOLDEN / "mae" / "checkpoint.pth"
 MAE_HEADS = {"num_heads": 4, "decoder_num_heads": 2}

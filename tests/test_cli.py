@@ -546,27 +546,6 @@ def test_exit_2__for_values_out_of_range(checkpoints, image_folder: Path, out: P
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["heterogeneity"],
-        ["heterogeneity", "--ckpt", "x", "--unknown"],
-        ["heterogeneity", "--ckpt", "x", "--limit", "0"],
-        ["heterogeneity", "--ckpt", "x", "--batch-size", "none"],
-        ["heterogeneity", "--ckpt", "x", "--num-workers", "-1"],
-        ["heterogeneity", "--ckpt", "x", "--precision", "int8"],
-        ["inspect"],
-        ["plot"],
-        ["nonsense"],
-    ],
-)
-def test_exit_2__for_wrong_usage(arguments: list[str]) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_exit_3__for_checkpoints(tmp_path: Path, image_folder: Path, out: Path) -> None:
     (tmp_path / "notes.pth").write_text("just notes\n")
     (tmp_path / "cut.pth").write_bytes(SIMMIM_FILE.read_bytes()[:5000])
@@ -650,6 +629,14 @@ def test_usage_errors__have_one_format(monkeypatch) -> None:
         (["--bogus"], "No such option: --bogus; see `mto-analyze --help`"),
         (["nosuch"], "No such command 'nosuch'; see `mto-analyze --help`"),
         (["plot", "--title"], "Option '--title' requires an argument; see `mto-analyze plot --help`"),
+        (["heterogeneity"], "give a checkpoint with --ckpt CKPT"),
+        (["heterogeneity", "--ckpt", "x", "--unknown"], "No such option: --unknown"),
+        (["heterogeneity", "--ckpt", "x", "--limit", "0"], "Invalid value for '--limit'"),
+        (["heterogeneity", "--ckpt", "x", "--batch-size", "none"], "Invalid value for '--batch-size'"),
+        (["heterogeneity", "--ckpt", "x", "--num-workers", "-1"], "Invalid value for '--num-workers'"),
+        (["heterogeneity", "--ckpt", "x", "--precision", "int8"], "Invalid value for '--precision'"),
+        (["inspect"], "Missing argument 'CKPT'"),
+        (["plot"], "Missing argument 'TABLE'"),
         (["demo", "--limit", "0"], "Invalid value for '--limit': must be greater than or equal to 1; see"),
         (["tables", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'csv', 'markdown',"),
         (["pretrain", "--out", ""], "Invalid value for --out: is empty; give a path (. is the current folder); see"),
