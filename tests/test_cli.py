@@ -1188,6 +1188,9 @@ def test_measuring__imports_without_garbage_collection_and_turns_it_on_again(mon
     during = []
     monkeypatch.delitem(sys.modules, "torch")  # as before the first import; all that it would import is there
     monkeypatch.setattr(gc, "freeze", lambda: during.append(gc.isenabled()))
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: len(during))
     measuring._import_libraries()
     assert during == [False]
     assert gc.isenabled()
+    measuring._import_libraries()
+    assert during == [False]  # freezing garbage at every command of a notebook would keep it for ever

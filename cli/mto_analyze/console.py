@@ -35,8 +35,11 @@ CLOSED_PIPE = 141
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards."""
-    if not gc.isenabled():
+    """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards.
+
+    Only once: later calls in the same process (a notebook's, a test's) make garbage, which would never be freed.
+    """
+    if gc.get_freeze_count() or not gc.isenabled():
         yield
         return
     gc.disable()
