@@ -66,6 +66,8 @@ def test_run__shows_itself_at_chosen_epochs_and_trains_as_without(tmp_path, monk
 
     run(tmp_path / "plain", recipe, RunSettings(device="cpu", log_every=2))
     one, two = (contents(tmp_path / name / "last.pth")["resume"] for name in ("shown", "plain"))
+    assert one.pop("rows")["measures.csv"] == len(table)
+    assert two.pop("rows")["measures.csv"] == 0
     assert same(one, two)
     run(tmp_path / "shown", recipe, RunSettings(device="cpu", log_every=2), overwrite=True)
     assert not (tmp_path / "shown" / "shown").exists()

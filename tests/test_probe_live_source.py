@@ -87,7 +87,7 @@ def test_commands__map_and_report_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 2, "give --ckpt FILE, or --model package.module:factory"),
+        ((), 2, "give a checkpoint with --ckpt CKPT, or a model of your own with --model MODULE:FACTORY"),
         (("--model", "nowhere.make"), 2, "a live model is given as package.module:factory, got 'nowhere.make'"),
         (("--model", "nowhere_at_all:make"), 3, "builds no model (ModuleNotFoundError"),
         (("--model", "test_probe_live_source:MAKE"), 3, "builds no model (TypeError"),

@@ -301,7 +301,7 @@ def test_measures__that_a_model_does_not_allow_say_why(measured) -> None:
     assert names_of("all") == tuple(MEASURES)
     with pytest.raises(ValueError, match=r"measures are h, cka, .*or all; got 'kca'"):
         probe(model, batches, measures="h,kca")
-    with pytest.raises(ValueError, match=r"lidar cannot be measured.*masks_per_image"):
+    with pytest.raises(ValueError, match=r"lidar cannot be measured.*--masks-per-image 2"):
         probe(model, batches, measures="lidar")
     with pytest.raises(ValueError, match=r"cka cannot be measured: .*needs 4 images"):
         probe(model, [ImageBatch(("a",), batches[0].images[:1])], measures="cka")
