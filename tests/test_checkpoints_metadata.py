@@ -85,7 +85,7 @@ def test_load_checkpoint__reads_every_form_of_a_preprocessor(tmp_path: Path, pre
         ({"image_mean": [0.5, None, 0.5], "image_std": 1}, "image_mean must be numbers"),
         ({"image_mean": [0.5] * 3}, "has only one of image_mean and image_std"),
         ({"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0.0]}, "std .* must be above 0"),
-        ({"image_mean": [127.5] * 3, "image_std": [127.5] * 3}, "mean .* must lie in 0..1, for pixels in 0..1.* give --mean"),
+        ({"image_mean": [127.5] * 3, "image_std": [127.5] * 3}, "mean .* must lie in 0..1, .* give --mean"),
         ({"do_normalize": True}, "has do_normalize, but no image_mean and image_std; give --mean and --std"),
         ({"do_rescale": False}, "only pixels scaled by 1/255 are read"),
         ({"rescale_factor": 1 / 127.5}, "only pixels scaled by 1/255 are read"),
