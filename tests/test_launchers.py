@@ -72,7 +72,7 @@ def torchrun(count: int, *arguments: object, path: Path | str = "", **variables:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count))
     options = ("--master-port", str(free_port()), "-m", "mto_analyze")
     return subprocess.run(
-        [*launcher, *options, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+        [*launcher, *options, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=1800
     )
 
 
@@ -223,7 +223,7 @@ def test_accelerate__starts_the_command(labelled: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/run.json").read_text())["layout"]["processes"] == 1
@@ -244,7 +244,7 @@ def launch(folder, processes=1, **options):
 
 def finish(started):
     for process in started:
-        _, told = process.communicate(timeout=300)
+        _, told = process.communicate(timeout=1800)
         assert process.returncode == 0, told
 
 
@@ -350,7 +350,7 @@ def limited(folder, size, **options):
         ),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
 
 

@@ -94,6 +94,15 @@ def test_initial_weights__of_another_family_are_refused(earlier, tmp_path) -> No
         build_method(small_recipe(), seed=0, start=InitialWeights(tmp_path / "odd.pth"))
 
 
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.weight", "decoder_pred.bias"])
+def test_initial_weights__that_are_not_finite_are_refused(earlier, name, tmp_path) -> None:
+    stored = contents(earlier)
+    stored["model"][name].view(-1)[3] = torch.nan
+    torch.save(stored, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=rf"odd.pth.*: {name} holds values that are not finite; the file is"):
+        build_method(small_recipe(), seed=0, start=InitialWeights(tmp_path / "odd.pth"))
+
+
 def test_initial_weights__normalized_otherwise_are_noted(tmp_path) -> None:
     recipe = small_recipe()
     save_checkpoint(build_method(recipe, seed=5).student, tmp_path / "start.safetensors")

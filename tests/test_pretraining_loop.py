@@ -248,6 +248,9 @@ def test_resume__a_complete_run_stays_complete_without_its_last_checkpoint(tmp_p
     assert run(tmp_path, resume=True, on_note=notes.append) == []
     assert notes == [f"{tmp_path} is complete (2 epochs): nothing to do"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "last.pth").write_bytes(b"truncated")
+    with pytest.raises(CheckpointError, match=r"last.pth is damaged .*; delete it: the run is complete without it"):
+        run(tmp_path, resume=True)
 
 
 def test_resume__a_run_that_lost_its_last_checkpoint_does_not_begin_anew(tmp_path):
@@ -255,7 +258,7 @@ def test_resume__a_run_that_lost_its_last_checkpoint_does_not_begin_anew(tmp_pat
         run(tmp_path, small_recipe(epochs="4"), on_step=stop_after(11))
     (tmp_path / "last.pth").unlink()
     before = (tmp_path / "metrics.csv").read_bytes()
-    with pytest.raises(CheckpointError, match=r"last.pth is gone after 2 epochs; restore it, or begin anew"):
+    with pytest.raises(CheckpointError, match=r"last.pth is gone after 2 epochs; restore it, or delete .* to"):
         run(tmp_path, small_recipe(epochs="4"), resume=True)
     assert (tmp_path / "metrics.csv").read_bytes() == before
 

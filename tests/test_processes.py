@@ -152,7 +152,7 @@ def on_two(work: Callable[..., None], *arguments: Any) -> list[Any]:
     workers = [context.Process(target=work, args=(rank, store.port, *arguments, answers)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    found = [answers.get(timeout=240) for _ in workers]
+    found = [answers.get(timeout=1800) for _ in workers]
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import load_checkpoint, open_checkpoint
-from mto_analysis.checkpoints.conversion import some_names
+from mto_analysis.checkpoints.conversion import StateDict, check_finite, some_names
 from mto_analysis.checkpoints.reading import RawCheckpoint
 from mto_analysis.errors import CheckpointError, HeadCountError
 from mto_analysis.models import MaskedImageModel
@@ -44,6 +44,10 @@ class InitialWeights:
         ]
         if odd:
             raise CheckpointError(f"{self.source} is not of the recipe's architecture: {some_names(odd)}")
+        try:
+            check_finite(StateDict(tensors))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source}: {error}") from error
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)

@@ -144,9 +144,7 @@ class RunFolder:
                 and not self.last.exists()
                 and (epochs := self.num_epochs()) > stored.get("settings", {}).get("save_every", 1)
             ):
-                raise CheckpointError(
-                    f"{self.last} is gone after {epochs} epochs; restore it, or begin anew with --overwrite"
-                )
+                raise CheckpointError(f"{self.last} is gone after {epochs} epochs; {self._begin_anew}")
         elif not overwrite:
             raise OutputExistsError(
                 f"{self.path} already holds a run; continue with --resume, choose another --out or pass --overwrite"
@@ -176,6 +174,10 @@ class RunFolder:
         """Write ``run.json``."""
         write_atomically(self.metadata, json_bytes(metadata))
 
+    @property
+    def _begin_anew(self) -> str:
+        return f"restore it, or delete {self.path} to begin anew"
+
     def _files(self) -> Iterator[Path]:
         yield self.last  # first: without it nothing can be taken for a run that goes on
         yield from (self.metrics, self.curves, self.measures, *self.figures.values(), self.path / "wandb-id.txt")
@@ -189,11 +191,16 @@ class RunFolder:
         Raises:
             CheckpointError: If the file is damaged or was written by something else.
         """
-        content = read_checkpoint(self.last)
-        if content is None:
+        fix = "delete it: the run is complete without it" if self.finished() else self._begin_anew
+        try:
+            content = torch.load(self.last, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
             return None
-        if "resume" not in content:
-            raise CheckpointError(f"{self.last} holds no state to resume from")
+        except Exception as error:  # of many types, from a damaged file
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"{self.last} is damaged ({type(error).__name__}: {line}); {fix}") from error
+        if not isinstance(content, dict) or "resume" not in content:
+            raise CheckpointError(f"{self.last} holds no state to resume from; {fix}")
         return dict(content["resume"])
 
 
@@ -282,24 +289,6 @@ def differences(stored: Any, now: Any, name: str = "") -> list[str]:
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The content of a file from :func:`write_checkpoint`, on the CPU; ``None`` where there is none.
-
-    Raises:
-        CheckpointError: If it is damaged or was written by something else.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # of many types, from a damaged file
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {line})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no state to resume from")
-    return content
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
