@@ -377,7 +377,10 @@ def test_verify__measures_a_part_again(world: World, table: pd.DataFrame, tmp_pa
     assert [(row[2], row[4]) for row in said] == [(rows[0][2], "False"), ("0", "False")]
     result = run("atlas", "verify", world.folder / "atlas", *options, "--offline")
     assert result.exit_code == 3
-    assert result.stderr.splitlines()[-1].endswith("offline nothing is fetched; nothing was verified")
+    *told, end = result.stderr.splitlines()
+    assert f"{first} failed: " in told[0]
+    assert told[0].endswith("offline nothing is fetched")
+    assert end == f"mto-analyze: error: 2 checkpoints failed: {first}, {second}; nothing was verified"
     assert "other images: images (" in fails(2, "atlas", "verify", world.folder / "atlas", "-q")
 
 

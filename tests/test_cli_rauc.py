@@ -95,7 +95,7 @@ def test_rauc__an_undefined_ratio_is_null_with_its_reason_and_no_failure(tmp_pat
         ("", "is empty"),
         ("nonsense\nwithout end\n", "not a log of a known form"),
         ("method,epoch,score\nMAE,100,many\n", ":2: 'many'"),
-        ("method,epoch,score\nMAE,100,1\nMAE,400,2\n", "no log has the method 'MTO'"),
+        ("method,epoch,score\nMAE,100,1\nMAE,400,2\n", "unknown methods: 'MTO'. Found in bad.csv: 'MAE'"),
     ],
 )
 def test_rauc__a_log_that_cannot_be_read_ends_with_4_and_one_line(tmp_path, content, message):
@@ -122,6 +122,7 @@ def test_rauc__windows_beyond_or_between_logged_epochs_are_refused(log):
         ("--start", "nan", "--end", 100),
         ("--start", 100),
         (*WINDOW, "--confidence", 0),
+        (*WINDOW, "--confidence", 2),
         (*WINDOW, "--reference", "inf"),
         (*WINDOW, "--axis", "hours", "--per-epoch", "MAE=x"),
         ("--start", 100, "--start", 200, "--end", 300, "--end", 400, "--end", 400),

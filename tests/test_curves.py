@@ -123,8 +123,8 @@ def test_read_curves__numbers_that_are_no_measurements_are_refused(table):
 
 def test_read_curves__checks_only_the_methods_that_are_wanted(table):
     assert table(rows("A,1,50 A,2,60 B,1,5 B,1,6"), methods=["A"]).methods == ["A"]
-    with pytest.raises(DataError, match=r"unknown methods: 'C'. Found in a.csv: 'A'"):
-        table(rows("A,1,50 A,2,60"), methods=["C"])
+    with pytest.raises(DataError, match=r"unknown methods: 'C'. Found in a.csv: 'A', 'B'"):
+        table(rows("A,1,50 A,2,60 B,1,5 B,1,6"), methods=["A", "C"])
 
 
 def test_read_curves__files_that_count_differently_are_not_mixed(tmp_path):

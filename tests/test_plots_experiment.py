@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_trajectories__have_a_line_per_layer_depth(layers: pd.DataFrame) -> None
 
 
 def test_trajectories__share_the_axis_from_zero_or_say_that_they_do_not(layers: pd.DataFrame) -> None:
-    figure = draw_trajectories(layers)
+    figure = draw_trajectories(pd.read_csv(io.StringIO(layers.assign(stack="").to_csv())))
     assert [ax.get_title() for ax in figure.axes] == ["MAE", "MAE + MTO"]
     assert [ax.get_ylim()[0] for ax in figure.axes] == [0, 0]
     assert all(ax.get_ylim()[1] > layers["heterogeneity"].max() for ax in figure.axes)

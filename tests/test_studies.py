@@ -254,6 +254,8 @@ def test_definitions__leave_the_study_as_it_was(checkpoints, images) -> None:
     # Attention is watched for both, once.
     assert "attention_distance_masked" in set(study.measures["measure"])
     assert not study.measures.duplicated(["stack", "layer_depth", "measure", "head"]).any()
+    unasked = measure_checkpoints(Request([checkpoints["mae"]], images, Settings(limit=1)), watch=Definitions().watch)
+    assert set(unasked.measures["measure"]) == {"heterogeneity", "normalized_heterogeneity"}
     before = study.measured.copy()
     first, again = definitions.table(study), definitions.table(study)
     pd.testing.assert_frame_equal(first, again)

@@ -7,6 +7,7 @@ all values are in ``context.params``.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
@@ -91,6 +92,19 @@ def figure_width(text: str) -> float:
     if not 1 <= found <= 40:
         raise typer.BadParameter(f"{text!r} is not from 1 to 40 inches")
     return found
+
+
+def level(text: str) -> float:
+    """A confidence level, from 0 to 1 or in percent; percent begin at 50: 2 is rather a mistake than 2 %."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if 0 < number < 1:
+        return number
+    if 50 <= number < 100:
+        return number / 100
+    raise typer.BadParameter(f"{text!r} is no confidence level: 95 % is 0.95 or 95")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -245,6 +259,9 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="No notes and no progress bar, only warnings.", rich_help_panel=OUTPUT),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+Confidence = Annotated[
+    Any, typer.Option(parser=level, metavar="LEVEL", help="Confidence level of the intervals, such as 0.95 or 95.")
+]
 
 # Figures.
 DrawingStyle = Annotated[

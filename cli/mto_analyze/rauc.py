@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mto_analyze.console import no_collection, note
-from mto_analyze.options import ADVANCED, OUTPUT, AsJson, DrawingOptions, Group, OutputOptions, takes
+from mto_analyze.options import ADVANCED, OUTPUT, AsJson, Confidence, DrawingOptions, Group, OutputOptions, takes
 from mto_analyze.repeating import write_record
 from mto_analyze.tables import Format
 
@@ -107,7 +107,7 @@ class Window(Group):
     lower_is_better: Annotated[
         bool, typer.Option("--lower-is-better", help="Scores are errors or losses: compare 100 - error, or -loss.")
     ] = False
-    confidence: Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")] = 0.95
+    confidence: Confidence = 0.95
     pairing: Annotated[
         PairingOption, typer.Option(metavar="NAME", help="Pair runs by equal first score (auto), by seed, or none.")
     ] = PairingOption.AUTO
@@ -200,9 +200,6 @@ def compare(given: Mapping[str, Any]) -> tuple[CurveTable, list[Comparison], lis
     from mto_analysis.rauc.curves import on_axis, read_curves
 
     confidence, reference, axis = given["confidence"], given["reference"], given["axis"]
-    confidence = confidence / 100 if 1 < confidence < 100 else confidence
-    if not 0 < confidence < 1:
-        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
     if reference is not None and not math.isfinite(reference):
         raise typer.BadParameter("must be a finite number", param_hint="--reference")
     baseline, target = given["baseline"], given["target"]

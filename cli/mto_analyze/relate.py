@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
-from mto_analyze.options import ADVANCED, INPUT, AsJson, DrawingOptions, OutputOptions, takes
+from mto_analyze.options import ADVANCED, INPUT, AsJson, Confidence, DrawingOptions, OutputOptions, takes
 
 MeasureTables = Annotated[
     list[str],
@@ -39,7 +39,6 @@ Given = Annotated[
     typer.Option("--given", metavar="MEASURE", help="Hold this constant for H; repeatable; by default all others."),
 ]
 ScoreColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the score.", rich_help_panel=ADVANCED)]
-Confidence = Annotated[float, typer.Option(metavar="LEVEL", help="Confidence level of the intervals.")]
 
 
 @takes(OutputOptions, DrawingOptions, out=Path("relate"))
@@ -65,9 +64,6 @@ def relate(
     Example:
       mto-analyze relate --measures runs/heterogeneity.csv --scores runs/curves.csv
     """
-    if not 0 < confidence < 1:
-        raise typer.BadParameter(f"must lie between 0 and 1, got {confidence:g}", param_hint="--confidence")
-
     from mto_analysis.figures.files import file_names
     from mto_analysis.figures.plots.relations import draw_relations
     from mto_analysis.rauc.relations import LAYERS, read_measures, read_scores

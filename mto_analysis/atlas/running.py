@@ -243,9 +243,8 @@ def _ended(entry: Entry, outcome: Outcome) -> Ended:
 
 
 def raise_failures(failures: Sequence[Failure], advice: str) -> None:
-    """Say what failed, if anything did."""
+    """Say what failed, if anything did; why was told of each when it ended."""
     if failures:
-        words = [f"{each.checkpoint}: {each.reason}" for each in failures[:_NAMED]]
-        some = "; ".join(words + ["..."] * (len(failures) > _NAMED))
+        some = ", ".join([each.checkpoint for each in failures[:_NAMED]] + ["..."] * (len(failures) > _NAMED))
         what = "checkpoint failed" if len(failures) == 1 else "checkpoints failed"
         raise RunFailedError(f"{len(failures)} {what}: {some}; {advice}", failures[0].exit_code)

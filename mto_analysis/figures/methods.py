@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from mto_analysis.probe.measures import names_of
@@ -106,7 +107,7 @@ def _relate(metadata: Mapping[str, Any]) -> Iterable[str]:
 def _measured(metadata: Mapping[str, Any]) -> Iterable[str]:
     """Models, images, masks and precision of a pass over images."""
     given, models = metadata["arguments"], metadata["models"]
-    source = given.get("images") or "the bundled CIFAR-10 test images"
+    source = _place(given["images"]) if given.get("images") else "the bundled CIFAR-10 test images"
     counts = sorted({each["num_images"] for each in models if "num_images" in each})
     note = "; files that were skipped are listed in run.json" if metadata.get("skipped") else ""
     yield f"Images: {' or '.join(map(str, counts)) or 'those'} of {source}{note}."
@@ -116,12 +117,18 @@ def _measured(metadata: Mapping[str, Any]) -> Iterable[str]:
     yield f"The forward pass was computed in {precision} on {_device(metadata)}."
 
 
+def _place(source: object) -> str:
+    """An address or id as it is, of a path the last two parts: where it lies on this machine is in run.json."""
+    return str(source) if "://" in str(source) else "/".join(PurePath(str(source)).parts[-2:])
+
+
 def _model(each: Mapping[str, Any]) -> str:
     info, loss = each["info"], each.get("own_loss")
     size = info["image_size"]
     pixels = f"{size[0]} x {size[1]}" if isinstance(size, (list, tuple)) else f"{size} x {size}"
     digest = f", SHA-256 {each['sha256'][:12]}" if each["sha256"] else ""
-    words = [f"{each['model']}: {info['family']} ({each['source']}{digest}), {pixels} pixels, masks: {each['masks']}"]
+    file = f"{_place(each['source'])}{digest}"
+    words = [f"{each['model']}: {info['family']} ({file}), {pixels} pixels, masks: {each['masks']}"]
     if info["assumptions"]:
         words.append(f"; assumed that {' and that '.join(info['assumptions'])}")
     if loss:

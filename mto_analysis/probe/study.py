@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from mto_analysis.images import BrokenImage
 from mto_analysis.masks import masks_to_bytes
 from mto_analysis.models import MaskedImageModel
 from mto_analysis.probe.engine import LayerMeasure, ProbeResult
+from mto_analysis.probe.measures import known_measures, names_of
 from mto_analysis.probe.request import LoadedModel, Request
 from mto_analysis.probe.sharing import shared_probe
 
@@ -94,8 +95,6 @@ def measure_checkpoints(
     for loaded in request.models():
         result = _measure(request, loaded, watch, study)
         study.models.append(loaded.metadata)
-        for name, reason in result.left_out().items():
-            request.listener.note(f"{loaded.label}: {name} is left out: {reason}")
         results[loaded.label] = result
         then(loaded)
     for table, of in (
@@ -133,7 +132,12 @@ def _measure(request: Request, loaded: LoadedModel, watch: Watch, study: Heterog
             request.note_broken(BrokenImage(name, reason))
     if not result.chunks:
         raise DataError(f"none of the {len(rows)} images can be read; the first: {next(iter(request.broken.values()))}")
-    return result
+    for name, reason in result.left_out().items():
+        request.listener.note(f"{loaded.label}: {name} is left out: {reason}")
+    known = known_measures()
+    asked = {known[name] for name in names_of(settings.measures)}
+    watched = [each for each in layer_measures if type(each) not in asked]  # for tables of their own
+    return replace(result, measures=tuple(each for each in result.measures if each not in watched))
 
 
 def model_first(table: pd.DataFrame) -> pd.DataFrame:

@@ -225,6 +225,7 @@ def read_curves(
     chosen, findings = choose(documents, requests)
     curves: list[_Curves] = []
     logs: list[tuple[Log, Source]] = []
+    met: set[str] = set()
     for source, document, series in zip(parsed, documents, chosen, strict=True):
         log = extract(
             document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
@@ -246,6 +247,7 @@ def read_curves(
             rows = rows[~blank]
         if rows.empty:
             continue
+        met.update(rows["method"])
         said, found = _unit_of(log, source.unit or unit, lower_is_better)
         if log.axis != "steps":
             if source.steps_per_epoch is not None:
@@ -258,11 +260,11 @@ def read_curves(
             frame["score"] = (0.0 if said == "raw" else 100.0) - frame["score"]
         findings += [*log.findings, *found, *more]
         curves.append(_Curves(log, source, frame, said, fraction, per_epoch))
-    if not curves:
-        unknown = ", ".join(map(repr, sorted(methods or ())))
+    unknown = sorted(set(methods or ()) - met)
+    if unknown or not curves:
         names = {log.file: sorted(_named(log, source, None, None)["method"].unique()) for log, source in logs}
         there = "; ".join(f"{Path(file).name}: {', '.join(map(repr, each))}" for file, each in names.items())
-        raise DataError(f"unknown methods: {unknown}. Found in {there}")
+        raise DataError(f"unknown methods: {', '.join(map(repr, unknown))}. Found in {there}")
     if steps_per_epoch is not None and all(each.log.axis != "steps" for each in curves):
         findings.append(Finding(curves[0].log.file, None, "steps per epoch are not used: no log counts steps"))
     _refuse_different_units(curves)

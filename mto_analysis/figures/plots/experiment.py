@@ -202,6 +202,7 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
     Args:
         layers: Rows of ``heterogeneity.csv``.
     """
+    layers = layers.assign(stack=layers["stack"].astype(object).fillna(""))  # CSV has no empty names
     if layers["epoch"].nunique() == 1:
         return _draw_profiles(layers)
     rows: list[list[tuple[str, pd.DataFrame]]] = []

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.evaluation import PROTOCOL_LABELS
-from mto_analysis.figures.plots.heterogeneity import plot_heterogeneity
+from mto_analysis.figures.plots.heterogeneity import plot_share
 from mto_analysis.figures.plots.style import (
     COLORS,
     LAYER_DEPTH,
@@ -55,7 +55,9 @@ def plot_layers(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str) -> Figure:
-    """A row per model: accuracy at the left, H of its stacks with masked tokens at the right, where it is known.
+    """A row per model: accuracy at the left, H / H_max of its masked tokens at the right, where it is known.
+
+    Accuracy has one range for all models, H its own for each.
 
     Args:
         scores: Rows of ``layers.csv``.
@@ -68,6 +70,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
         axes = figure.subplots(len(models), 1 if heterogeneity.empty else 2, squeeze=False)
         for (left, *right), model in zip(axes, models, strict=True):
             plot_layers(scores[scores["model"] == model], ax=left)
+            left.sharey(axes[0, 0])
             left.set_title(model, fontsize="small", loc="left")
             left.set_ylabel(PROTOCOL_LABELS[protocol])
             curve = heterogeneity[heterogeneity["model"] == model]
@@ -75,7 +78,7 @@ def draw_layers(scores: pd.DataFrame, heterogeneity: pd.DataFrame, protocol: str
                 if curve.empty:
                     ax.set_axis_off()
                     continue
-                plot_heterogeneity(curve, ax=ax)
+                plot_share(curve, ax=ax)
                 ax.set_xlabel(f"{LAYER_DEPTH} of the {' and '.join(curve['stack'].unique())}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         legend_below(figure, handles, labels)

@@ -44,6 +44,7 @@ def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
             ax.fill_between(line["layer_depth"], line["ci_low"], line["ci_high"], color=colour, alpha=0.18, linewidth=0)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.ticklabel_format(axis="y", useOffset=False)
     return ax
 
 
