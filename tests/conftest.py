@@ -5,6 +5,7 @@ Libraries are imported where they are used: the process that only hands tests to
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -33,14 +34,19 @@ def pytest_collection() -> None:
     import hypothesis
 
     # The same examples in every run, and no deadline: a busy machine is no failure.
-    hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30, database=None)
+    hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=20, database=None)
     hypothesis.settings.load_profile("suite")
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
+    import typer.testing
+
     gc.freeze()
     gc.enable()
+    gc.set_threshold(50_000, 20, 100)  # tests keep little; looking for it took a tenth of their time
+    # Typer builds all commands anew at every call; here they are called thousands of times.
+    typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 @pytest.hookimpl(wrapper=True)

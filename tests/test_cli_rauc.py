@@ -408,7 +408,7 @@ hostile = given(st.one_of(tables, sensible, spoilt(), junk), st.sampled_from([No
 calm = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=50, **calm)
+@settings(max_examples=20, **calm)
 @hostile
 def test_rauc__finds_neither_crash_nor_nonsense_in_hostile_logs(tmp_path, content, end):
     check_hostile(tmp_path, content, end)
@@ -668,7 +668,7 @@ def check_column(folder, names, others, kind):
         assert not any(word in read["column"] for word in ("train", "best", "max", "acc5", "loss", "err", "lr", "gain"))
 
 
-@settings(max_examples=30, **calm)
+@settings(max_examples=15, **calm)
 @given(headers, headers, writers)
 def test_rauc__takes_no_number_from_a_column_that_it_does_not_name(tmp_path, names, others, kind):
     check_column(tmp_path, names, others, kind)
