@@ -99,7 +99,7 @@ def test_folder__must_not_be_a_file(tmp_path):
 def test_folder__with_damaged_metadata_is_refused(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"run.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"run.json is damaged .*; restore it, or delete"):
         run(tmp_path / "run", resume=True)
 
 

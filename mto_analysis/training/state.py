@@ -104,7 +104,7 @@ class RunFolder:
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} holds no run.json, so it is no run that could be resumed") from None
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.metadata} is damaged ({error})") from error
+            raise CheckpointError(f"{self.metadata} is damaged ({error}); {self._begin_anew}") from error
         if "identity" not in metadata:
             raise CheckpointError(f"{self.metadata} is of another command, so there is no run that could be resumed")
         return metadata
