@@ -140,7 +140,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         code = DataError.exit_code
         message = f"a process that decodes images ended ({reason}); often memory is short: use fewer workers"
         if "timed out" in reason:
-            message = f"processes that decode images hang ({reason}); use --num-workers 0"
+            message = f"processes that decode images hang ({reason}); decode without workers (num_workers 0)"
     elif not isinstance(error, ValueError):
         return None
     return " ".join(message.split()), code

@@ -75,7 +75,11 @@ def test_loader__without_shared_memory_gives_the_same_batches(monkeypatch: pytes
     ("what", "words"),
     [
         ("die", r"^a process that decodes images ended \(.*\); often memory is short: use fewer workers$"),
-        ("hang", r"^processes that decode images hang \(DataLoader timed out after 2 seconds\); use --num-workers 0$"),
+        (
+            "hang",
+            r"^processes that decode images hang \(DataLoader timed out after 2 seconds\); "
+            r"decode without workers \(num_workers 0\)$",
+        ),
         ("fail", r"^image 5.png cannot be read \(it is empty\)$"),
     ],
 )
