@@ -19,7 +19,7 @@ import pytest
 from experiment_cases import TINY, write_experiment
 from typer.testing import CliRunner
 
-from mto_analysis.errors import OutputError
+from mto_analysis.errors import OutputError, RunInUseError
 from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running, runs
 from mto_analysis.experiments.results import collect
 from mto_analysis.experiments.running import Engine
@@ -27,6 +27,7 @@ from mto_analysis.experiments.runs import read_curve
 from mto_analysis.experiments.summary import verdict
 from mto_analysis.experiments.worker import Outcome, Resources, Task, _failure, attempt, perform
 from mto_analysis.rauc import rauc
+from mto_analysis.runtime.outputs import locked_folder
 from mto_analysis.training import RunFolder
 from mto_analyze import app
 from mto_analyze.experiment import estimate
@@ -238,6 +239,16 @@ class Pretended(Engine):
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def test_experiment__refuses_a_folder_in_which_another_one_works(tiny_runs: ExperimentRuns, tmp_path: Path) -> None:
+    engine = Pretended("none", tmp_path)
+    with locked_folder(tiny_runs.folder), pytest.raises(RunInUseError, match="is in use by another process") as refused:
+        do_runs(tiny_runs, num_images=64, engine=engine)
+    assert refused.value.exit_code == 2
+    assert not engine.done
+    do_runs(tiny_runs, num_images=64, engine=engine, part=tiny_runs.only(1))  # parts share it
+    assert engine.done
 
 
 def test_keep_going__does_the_others_and_reports_at_the_end(tiny_runs: ExperimentRuns, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from mto_analysis.errors import MTOAnalysisError
 from mto_analysis.experiments.runs import ExperimentRuns, Run, read_progress
 from mto_analysis.experiments.worker import Outcome, Resources, Task, perform
+from mto_analysis.runtime.outputs import locked_folder
 
 # Seconds between two looks at how far runs are.
 _LOOK_EVERY = 0.5
@@ -139,7 +140,9 @@ def do_runs(
         keep_going: Do the other runs when one fails, and report at the end.
         tell: Takes progress.
     """
-    with engine or LocalEngine() as begun:
+    # A part shares the folder with other parts; a second start of the whole would train beside this one.
+    lock = locked_folder(runs.folder) if part is None else nullcontext()
+    with lock, engine or LocalEngine() as begun:
         _Doing(runs, begun, num_images, tell, shared=part is not None, keep_going=keep_going).do(part or runs.all)
 
 

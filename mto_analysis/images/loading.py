@@ -75,8 +75,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over batches."""
+        batches: Any = None
         try:
-            for batch in self._loader:
+            batches = iter(self._loader)
+            for batch in batches:
                 yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))
         except (RuntimeError, EOFError, OSError, DataError) as error:
             words = _words(error)
@@ -85,6 +87,8 @@ class Loader:
             if not str(error).startswith("Caught"):
                 with suppress(RuntimeError):  # torch's signal handler says it too, wherever the program then is
                     time.sleep(_SIGNAL_SECONDS)
+            for worker in getattr(batches, "_workers", ()):
+                worker.kill()  # where SIGTERM is not heard, this process would wait for ever at its end
             raise DataError(words) from error
 
 
