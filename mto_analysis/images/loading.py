@@ -75,10 +75,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over batches."""
-        batches: Any = None
         try:
-            batches = iter(self._loader)
-            for batch in batches:
+            for batch in self._loader:
                 yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))
         except (RuntimeError, EOFError, OSError, DataError) as error:
             words = _words(error)
@@ -87,8 +85,6 @@ class Loader:
             if not str(error).startswith("Caught"):
                 with suppress(RuntimeError):  # torch's signal handler says it too, wherever the program then is
                     time.sleep(_SIGNAL_SECONDS)
-            for worker in getattr(batches, "_workers", ()):
-                worker.kill()  # where SIGTERM is not heard, this process would wait for ever at its end
             raise DataError(words) from error
 
 
