@@ -14,6 +14,9 @@ from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.experiment import engine_of
 from mto_analyze.options import (
+    INPUT,
+    MASKS,
+    MODEL,
     OUTPUT,
     CheckpointOptions,
     ComputeOptions,
@@ -54,7 +57,7 @@ Table = Annotated[Path, typer.Argument(metavar="TABLE", help="Table (.parquet, .
 class ImageSetOptions(Group):
     """Images to measure on, and which they must be."""
 
-    panel = "Input"
+    panel = INPUT
     images: Images = None
     image_set: Annotated[
         str | None,
@@ -70,7 +73,7 @@ class ImageSetOptions(Group):
 class SampledMasks(Group):
     """Masks by each model's own rule."""
 
-    panel = "Masks"
+    panel = MASKS
     seed: Seed = 0
     masks_per_image: Annotated[int, typer.Option(min=1, metavar="N", help="Masks of each image.")] = 1
 
@@ -90,10 +93,10 @@ def run(
     ] = None,
     family: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="All of this family of the registry; repeatable.", rich_help_panel="Model"),
+        typer.Option(metavar="NAME", help="All of this family of the registry; repeatable.", rich_help_panel=MODEL),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All of the registry that can be measured.", rich_help_panel="Model")
+        bool, typer.Option("--all", help="All of the registry that can be measured.", rich_help_panel=MODEL)
     ] = False,
     drop_files: DropFiles = False,
     measures: Measures = "all,-attention,-cka",

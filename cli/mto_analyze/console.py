@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mto_analysis.errors import explained
+from mto_analysis.runtime.collection import without_collection
 from mto_analysis.runtime.processes import failing_together, is_connected, this_process
 from mto_analyze import repeating
 from mto_analyze.options import ADVANCED, PANELS
@@ -34,7 +35,7 @@ CLOSED_PIPE = 141
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def frozen_imports() -> Iterator[None]:
     """No garbage collection while much is made that stays; what is there at the end is left out of it afterwards.
 
     Only once: later calls in the same process (a notebook's, a test's) make garbage, which would never be freed.
@@ -42,12 +43,11 @@ def no_collection() -> Iterator[None]:
     if gc.get_freeze_count() or not gc.isenabled():
         yield
         return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    with without_collection():
+        try:
+            yield
+        finally:
+            gc.freeze()
 
 
 class Command(TyperCommand):

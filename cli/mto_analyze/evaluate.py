@@ -17,6 +17,7 @@ from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, launchable, note, progress, settings_of
 from mto_analyze.options import (
     ADVANCED,
+    INPUT,
     Accumulation,
     DeviceName,
     DrawingOptions,
@@ -78,7 +79,7 @@ class EncoderPrecision(StrEnum):
 class Labelled(Group):
     """Labelled images."""
 
-    panel = "Input"
+    panel = INPUT
     train: Annotated[
         str, typer.Option(metavar="PATH", help="Labelled training images: folder of classes, Parquet or tar.")
     ]

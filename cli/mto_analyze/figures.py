@@ -7,6 +7,7 @@ import typer
 
 from mto_analyze import measuring
 from mto_analyze.options import (
+    INPUT,
     AnyCheckpoints,
     ComputeOptions,
     DrawingOptions,
@@ -36,7 +37,7 @@ class Models(LoadingOptions):
 class Results(Group):
     """What replaces published results."""
 
-    panel = "Input"
+    panel = INPUT
     experiment: Annotated[
         Path | None,
         typer.Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.processes import Processes
-from mto_analyze.console import no_collection, note, progress
+from mto_analyze.console import frozen_imports, note, progress
 from mto_analyze.options import LoadingOptions, Precision
 from mto_analyze.repeating import write_record
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _import_libraries() -> None:
     """Import what every measurement needs, without garbage collection, which takes a fifth of the time."""
     if "torch" not in sys.modules:
-        with no_collection():
+        with frozen_imports():
             import matplotlib.figure  # noqa: F401
             import pandas  # noqa: F401
             import timm.data  # noqa: F401

@@ -20,7 +20,7 @@ from typer.models import OptionInfo
 
 #: Headings of the help, in this order; a command's own options stand under ``Method`` unless they say otherwise.
 PANELS = ("Input", "Masks", "Model", "Method", "Evaluation", "Runs", "Output", "Figures", "Advanced")
-INPUT, METHOD, RUNS, OUTPUT, FIGURES, ADVANCED = (PANELS[at] for at in (0, 3, 5, 6, 7, 8))
+INPUT, MASKS, MODEL, METHOD, EVALUATION, RUNS, OUTPUT, FIGURES, ADVANCED = PANELS
 
 Command = Callable[..., None]
 
@@ -374,7 +374,7 @@ class Group:
 class InputOptions(Group):
     """Images to measure on."""
 
-    panel = "Input"
+    panel = INPUT
     images: Images = None
     limit: Limit = None
     value_range: ValueRange = None
@@ -383,7 +383,7 @@ class InputOptions(Group):
 class MaskOptions(Group):
     """Masks of the images."""
 
-    panel = "Masks"
+    panel = MASKS
     mask_ratio: MaskRatio = None
     mask_unit: MaskUnit = None
     masks: Masks = None
@@ -393,7 +393,7 @@ class MaskOptions(Group):
 class LoadingOptions(Group):
     """How checkpoints are loaded, where there are images to compare head counts on."""
 
-    panel = "Model"
+    panel = MODEL
     num_heads: AutoHeads = None
     decoder_num_heads: AutoDecoderHeads = None
     image_size: ImageSize = None
@@ -451,7 +451,7 @@ class EngineOptions(Group):
 class DrawingOptions(Group):
     """How figures are drawn."""
 
-    panel = "Figures"
+    panel = FIGURES
     style: DrawingStyle = Style.screen
     figure_format: FigureFormat = "png,pdf"
     width: FigureWidth = None
@@ -467,7 +467,7 @@ class DrawingOptions(Group):
 class OutputOptions(Group):
     """Where results go."""
 
-    panel = "Output"
+    panel = OUTPUT
     out: Out
     overwrite: Overwrite = False
     quiet: Quiet = False

@@ -14,7 +14,20 @@ import typer
 
 from mto_analysis.runtime.processes import this_process
 from mto_analyze.console import bars, launchable, note, settings_of
-from mto_analyze.options import ADVANCED, RUNS, DrawingOptions, Group, OutputOptions, Strict, ValueRange, takes
+from mto_analyze.options import (
+    ADVANCED,
+    EVALUATION,
+    INPUT,
+    MODEL,
+    OUTPUT,
+    RUNS,
+    DrawingOptions,
+    Group,
+    OutputOptions,
+    Strict,
+    ValueRange,
+    takes,
+)
 from mto_analyze.repeating import RUN_FILE, write_methods, write_run_file
 
 if TYPE_CHECKING:
@@ -45,7 +58,7 @@ class AlongRun(StrEnum):
 class Images(Group):
     """What is trained on."""
 
-    panel = "Input"
+    panel = INPUT
     images: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Folder, list, Parquet file or shards, or tar shards.")
     ] = None
@@ -72,7 +85,7 @@ class Images(Group):
 class Training(Group):
     """What is trained, and how."""
 
-    panel = "Model"
+    panel = MODEL
     recipe: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="Recipe or TOML file; --dry-run prints its settings."),
@@ -132,7 +145,7 @@ class Compute(Group):
 class Scoring(Group):
     """Evaluation along the run."""
 
-    panel = "Evaluation"
+    panel = EVALUATION
     eval_test: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Labelled test images; enables evaluation.")
     ] = None
@@ -160,7 +173,7 @@ class Scoring(Group):
 class Writing(Group):
     """What is written along the run."""
 
-    panel = "Output"
+    panel = OUTPUT
     save_every: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Save last.pth every N epochs; by default 1.")
     ] = None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analyze.console import no_collection, note
-from mto_analyze.options import ADVANCED, OUTPUT, AsJson, Confidence, DrawingOptions, Group, OutputOptions, takes
+from mto_analyze.console import frozen_imports, note
+from mto_analyze.options import ADVANCED, INPUT, OUTPUT, AsJson, Confidence, DrawingOptions, Group, OutputOptions, takes
 from mto_analyze.repeating import write_record
 from mto_analyze.tables import Format
 
@@ -72,7 +72,7 @@ Form = Annotated[
 class Logs(Group):
     """Logs, and what in them is compared."""
 
-    panel = "Input"
+    panel = INPUT
     log: Annotated[
         list[str],
         typer.Option(
@@ -163,7 +163,7 @@ def rauc(
     Example:
       mto-analyze rauc --log curves.csv --baseline MAE --start 100 --end 400
     """
-    with no_collection():
+    with frozen_imports():
         from mto_analysis.figures.files import file_names
         from mto_analysis.rauc.records import aggregate_record, as_record
         from mto_analysis.runtime.outputs import OutputFolder, run_metadata

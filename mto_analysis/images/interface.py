@@ -36,6 +36,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_NAMES
 
 
+def skipped_as(suffix: str) -> str:
+    """What a file of a suffix that is not read is counted as."""
+    return f"{suffix} files" if suffix else "files without a suffix"
+
+
 def printable(name: str) -> str:
     r"""A file name as text that can be written: bytes that are not UTF-8 are escaped.
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.images.decoding import ValueRange
-from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable
+from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable, skipped_as
 
 # A folder whose sub-folders all have these names holds splits, not classes. Each line: names of one split.
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
@@ -182,7 +182,7 @@ def _sort_files(prefix: str, files: Iterable[str], found: dict[str, list[str]], 
         elif suffix == ".tar" and not prefix:
             found["tar files"].append(file)
         else:
-            skipped[f"{suffix} files" if suffix else "files without a suffix"] += 1
+            skipped[skipped_as(suffix)] += 1
 
 
 def _unreadable(error: OSError) -> NoReturn:

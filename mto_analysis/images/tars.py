@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mto_analysis.errors import DataError
-from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable
+from mto_analysis.images.interface import SUFFIXES, Images, is_hidden, printable, skipped_as
 
 _END = bytes(1024)  # the two blocks of zeros that end an archive
 
@@ -127,7 +127,7 @@ class _Contents:
                 place = _Place(shard, start + member.offset_data, member.size)
                 self.found.append(_Found(name, printable(inside.parent.name) or folder, place))
             else:
-                self.skipped[f"{suffix} files" if suffix else "files without a suffix"] += 1
+                self.skipped[skipped_as(suffix)] += 1
 
 
 def _class_number(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:

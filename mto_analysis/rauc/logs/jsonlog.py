@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from mto_analysis.rauc.logs.names import MODE_COLUMNS, metric_of, mode_of
 from mto_analysis.rauc.logs.provenance import AxisKind
 from mto_analysis.rauc.logs.records import Document, Finding, RecordColumns, grouped, nan_is_blank
 from mto_analysis.rauc.logs.tables import axes_of
+from mto_analysis.runtime.collection import without_collection
 
 _LOSSES = ("train_loss", "test_loss")
 
@@ -29,18 +28,6 @@ def is_json(head: bytes) -> bool:
     if first == b"{":
         return True
     return any(isinstance(_parse(line), dict) for line in head.split(b"\n")[:50] if line.lstrip()[:1] == b"{")
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Objects that are all kept need no search for those that are not: it takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _parse(text: bytes | str) -> Any:
@@ -98,7 +85,7 @@ def _objects(data: bytes) -> list[Any]:
     if count > 1 and body.count(b"}\n{") == count - 1:
         # One call for the whole file takes two thirds of the time; it reads the same lines, or is not used.
         joined = text.replace("}\n{", "},\n{")
-        with _without_collector():
+        with without_collection():
             found = _parse(f"[{joined}]")
         if isinstance(found, list) and len(found) == count and set(map(type, found)) == {dict}:
             return found
