@@ -190,6 +190,9 @@ def quadrant_mass(tokens: Tensor, mask: Tensor | TokenSplit) -> Tensor:
         mask: batch num_patches
         returns: batch 4 (quadrants 1 to 4, each from 0 to 1)
 
+    Raises:
+        ValueError: If shapes disagree, or a row of ``mask`` masks no patch or every patch.
+
     Example:
         >>> quadrant_mass(torch.zeros(1, 4, 8), torch.tensor([[True, False, False, False]]))
         tensor([[0.2500, 0.7500, 0.2500, 0.7500]])

@@ -65,7 +65,11 @@ class Results:
 
 
 def collect(runs: ExperimentRuns) -> Results:
-    """Read what all runs left."""
+    """Read what all runs left.
+
+    Raises:
+        DataError: If a run has no curve yet.
+    """
     curves, layers, speeds, terms = [], [], [], []
     for run in runs.main:
         curve = read_curve(run)

@@ -139,6 +139,10 @@ def do_runs(
         part: Only these, and those that they wait for.
         keep_going: Do the other runs when one fails, and report at the end.
         tell: Takes progress.
+
+    Raises:
+        RunFailedError: If a run fails, or its process dies again and again.
+        RunInUseError: If another start of the whole experiment works in the folder.
     """
     # A part shares the folder with other parts; a second start of the whole would train beside this one.
     lock = locked_folder(runs.folder) if part is None else nullcontext()

@@ -109,6 +109,9 @@ class ExperimentRuns:
         experiment: What is run.
         images: With absolute paths.
         folder: Of the whole experiment.
+
+    Raises:
+        ExperimentError: If two runs would share a folder, or a folder holds another run.
     """
 
     def __init__(self, experiment: Experiment, images: Images, folder: Path) -> None:

@@ -244,6 +244,9 @@ def load_experiment(name_or_path: str | Path, options: Mapping[str, str] | None 
         options: Text by key, as ``--set`` gives it: a key of the file (``seeds``, ``evaluation.protocol``,
             ``arms.MTO.mto.ranking_weight``), or a setting of all recipes (``epochs``, ``model.depth``).
 
+    Raises:
+        ExperimentError: If there is none, or a key is wrong; names the key.
+
     Example:
         >>> load_experiment("mae_cifar10", {"seeds": "0,1"}).methods
         ('MAE', 'MAE + MTO')

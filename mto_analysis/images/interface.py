@@ -152,7 +152,11 @@ class _ChosenImages(Images):
 
 
 def choose_images(images: Images, names: Sequence[str]) -> Images:
-    """The named images alone, in the order asked for; their masks are the same, as masks depend on names."""
+    """The named images alone, in the order asked for; their masks are the same, as masks depend on names.
+
+    Raises:
+        DataError: If there is no image of a name.
+    """
     row_of = {name: row for row, name in enumerate(images.names)}
     missing = [name for name in names if name not in row_of]
     if missing:

@@ -51,6 +51,10 @@ def steps_in_epoch(count: int, batch_size: int) -> int:
         count: Training images.
         batch_size: Images of a step, over all processes and micro-batches.
 
+    Raises:
+        ValueError: If the batch size is not positive.
+        DataError: If there are too few images for one batch.
+
     Example:
         >>> steps_in_epoch(50_000, 4096)
         12

@@ -67,7 +67,11 @@ def mask_keys(images: Iterable[str], *, k: int = 0, seed: int = 0, epoch: int = 
 
 
 def check_mask(mask: Tensor, num_patches: int | None = None) -> None:
-    """Check the one mask convention: bool, ``batch num_patches``, each row with a masked and a visible patch."""
+    """Check the one mask convention: bool, ``batch num_patches``, each row with a masked and a visible patch.
+
+    Raises:
+        ValueError: If the mask breaks a rule; the message names the row.
+    """
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(f"mask must be bool [batch, num_patches], got {mask.dtype} {list(mask.shape)}")
     if num_patches is not None and mask.shape[1] != num_patches:
@@ -365,7 +369,11 @@ def masks_sha256(masks: Mapping[str, Sequence[Tensor]]) -> str:
 
 
 def masks_to_bytes(masks: np.ndarray, names: Sequence[str]) -> bytes:
-    """The bytes of a mask file: ``mask`` bool [images, masks, patches] and ``names`` [images]."""
+    """The bytes of a mask file: ``mask`` bool [images, masks, patches] and ``names`` [images].
+
+    Raises:
+        ValueError: If shape, type or the number of names is off.
+    """
     if masks.dtype != bool or masks.ndim != 3 or len(names) != len(masks):
         raise ValueError(
             f"masks must be bool [images, masks, patches] with one name per image, "

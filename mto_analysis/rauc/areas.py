@@ -88,6 +88,9 @@ def curve_points(curve: Any, name: str = "curve") -> Points:
             epoch to score. A frame must hold one run: its rows of one method and one seed.
         name: What to call it in an error.
 
+    Raises:
+        ValueError: If it is empty, not finite, of two lengths, or has two scores for one epoch.
+
     Example:
         >>> curve_points({800: 63.9, 400: 57.4}).scores.tolist()
         [57.4, 63.9]
@@ -121,6 +124,9 @@ def curve_points(curve: Any, name: str = "curve") -> Points:
 
 def score_at(curve: Any, epoch: float, *, interpolate: bool = False) -> float:
     """The score at one epoch: the logged one, or on request the one on the line between two logged epochs.
+
+    Raises:
+        ValueError: If the epoch lies outside the log, or between two logged epochs without ``interpolate``.
 
     Example:
         >>> score_at(([100, 200], [60.0, 70.0]), 150, interpolate=True)
@@ -160,6 +166,9 @@ def area(curve: Any, start: float, end: float, *, reference: float = 0.0, interp
     r"""Area between a curve and a horizontal reference, :math:`\int_{E_1}^{E_2} (S(E) - r)\,dE`, by the trapezoid rule.
 
     Exact for what is known of the curve: straight lines between the logged epochs. Units: score times epochs.
+
+    Raises:
+        ValueError: If the window is empty or not covered by the log.
 
     Example:
         >>> area(([100, 200, 400], [60.0, 70.0, 74.0]), 100, 400, reference=60.0)
@@ -259,6 +268,9 @@ def rauc(
 
 def reference_for(ratio: float, baseline: Any, target: Any, start: float, end: float) -> float:
     """The reference with which Eq. (6) would give ``ratio``: what a printed RAUC says about an unprinted curve.
+
+    Raises:
+        ValueError: If ``ratio`` is 1, which no reference (equal areas: every reference) gives.
 
     Example:
         >>> round(reference_for(1.23, ([400, 800], [57.4, 63.9]), ([400, 800], [63.6, 64.8]), 400, 800), 2)

@@ -31,7 +31,13 @@ _TIMED_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do."""
+    """What a run would do.
+
+    Attributes:
+        rows: Title, value and remark, in order.
+        bytes_needed: Estimate for one process.
+        seconds: Estimate for the whole run.
+    """
 
     rows: tuple[tuple[str, str, str], ...]
     bytes_needed: int
