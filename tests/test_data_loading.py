@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,8 +23,15 @@ from mto_analysis.images import loading
 from mto_analysis.images.loading import Loader, usual_workers
 
 
+class Stopping:
+    """Stops the worker that sent it when it arrives, before the tensors of the same batch are handed over."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.kill, (os.getpid(), signal.SIGSTOP)
+
+
 class Item(NamedTuple):
-    name: str
+    name: object
     values: Tensor
 
 
@@ -42,12 +50,16 @@ class Numbers(Dataset[Item]):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "hang":
                 time.sleep(3600)
+            if self.what == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if self.what == "fail":
                 raise DataError("image 5.png cannot be read (it is empty)")
             if self.what == "cut off":  # as the thread does that hands over shared memory to a command that ended
                 sys.excepthook(ConnectionResetError, ConnectionResetError("Connection reset by peer"), None)
             if self.what == "mistake":
                 raise KeyError("x")
+        if item == self.at and self.what == "stop while it hands over":
+            return Item(Stopping(), torch.zeros(3))
         return Item(str(item), torch.full((3,), float(item)))
 
 
@@ -71,28 +83,33 @@ def test_loader__without_shared_memory_gives_the_same_batches(monkeypatch: pytes
     assert read(Loader(Numbers(), num_workers=1, batch_size=3)) == expected
 
 
+HANG = (
+    r"^processes that decode images hang \(DataLoader timed out after 1 seconds\); "
+    r"decode without workers \(num_workers 0\)$"
+)
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
         ("die", r"^a process that decodes images ended \(.*\); often memory is short: use fewer workers$"),
-        (
-            "hang",
-            r"^processes that decode images hang \(DataLoader timed out after 2 seconds\); "
-            r"decode without workers \(num_workers 0\)$",
-        ),
+        ("hang", HANG),
+        ("stop", HANG),
+        ("stop while it hands over", HANG),
         ("fail", r"^image 5.png cannot be read \(it is empty\)$"),
     ],
 )
 def test_loader__says_in_one_line_what_happened_to_a_worker(
     what: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_TIMEOUT", 2 if what == "hang" else 60)
+    monkeypatch.setattr(loading, "_TIMEOUT", 60 if what in ("die", "fail") else 1)
     with pytest.raises((DataError, RuntimeError)) as failed:  # torch's signal handler raises wherever the program is
         read(Loader(Numbers(what), num_workers=1, batch_size=2))
     found = explained(failed.value)
     assert found is not None
     assert found[1] == DataError.exit_code
     assert re.search(words, found[0])
+    assert not multiprocessing.active_children()
 
 
 def test_loader__a_worker_that_is_cut_off_says_nothing_itself(capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +152,19 @@ def test_usual_workers__none_for_few_images_and_a_core_each(monkeypatch):
     assert [usual_workers(count) for count in (0, 8, 127, 128, 600, 100_000)] == [0, 0, 0, 1, 4, 8]
     assert usual_workers(100_000, processes=4) == 2
     assert usual_workers(100_000, processes=16) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["pass", "raise SystemExit('error')"])
+def test_loader__a_worker_that_is_stopped_after_the_last_batch_does_not_keep_the_program(last: str) -> None:
+    script = f"""
+import os, signal, torch
+from mto_analysis.images.loading import Loader
+loader = Loader(torch.utils.data.TensorDataset(torch.zeros(4)), num_workers=2, persistent_workers=True)
+for _ in range(2):
+    batches = list(loader)
+os.kill(loader._loader._iterator._workers[1].pid, signal.SIGSTOP)
+{last}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == ("error" if "error" in last else "")

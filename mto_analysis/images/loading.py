@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import get_all_start_methods
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +23,9 @@ from mto_analysis.errors import DataError, explained
 
 # Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
 _TIMEOUT = 300
-# Seconds for the signal of a process's end, which may come after its connection is lost.
+# Seconds for the signal of a process's end, which may come after its connection is lost, and for a killed process.
 _SIGNAL_SECONDS = 0.5
+_KILL_SECONDS = 5.0
 
 # To start a process takes as long as to decode some of the images: longer where it imports everything anew. More than
 # some processes gain nothing.
@@ -63,8 +67,7 @@ class Loader:
     ) -> None:
         collate = collate or _stacked
         if num_workers:
-            own = {"timeout": _TIMEOUT, "worker_init_fn": _without_tracebacks}
-            collate, options = _Sharing(collate), {**own, **options}
+            collate, options = _Sharing(collate), {"worker_init_fn": _without_tracebacks, **options}
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             num_workers=num_workers,
@@ -75,17 +78,88 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over batches."""
+        watched = _Watched(iter(self._loader))
+        finished = False
         try:
-            for batch in self._loader:
+            for batch in watched:
                 yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))
+            finished = True
         except (RuntimeError, EOFError, OSError, DataError) as error:
-            words = _words(error)
+            words = _words(watched.hang or error)
             if not self._loader.num_workers or words is None:
                 raise
             if not str(error).startswith("Caught"):
                 with suppress(RuntimeError):  # torch's signal handler says it too, wherever the program then is
                     time.sleep(_SIGNAL_SECONDS)
             raise DataError(words) from error
+        finally:
+            watched.stop()
+            if not (finished and self._loader.persistent_workers):
+                _end_workers(watched.batches)
+
+
+class _Watched:
+    """Batches of torch's iterator, whose workers are killed when they give none in time.
+
+    torch's own timeout does not end the workers, one that is stopped (SIGSTOP) or waits for a disk is then joined for
+    ever at the end of the program, and once a worker has begun to hand over a tensor nothing times out.
+    """
+
+    hang: RuntimeError | None = None
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+        self._deadline = float("inf")
+        self._stopped = threading.Event()
+        if getattr(batches, "_workers", ()):
+            _iterators.add(batches)
+            threading.Thread(target=self._watch, args=(_TIMEOUT,), daemon=True).start()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self._deadline = time.monotonic() + _TIMEOUT
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                return
+            finally:
+                self._deadline = float("inf")
+            yield batch
+
+    def _watch(self, seconds: float) -> None:
+        while not self._stopped.wait(seconds / 20):
+            if time.monotonic() > self._deadline:
+                self.hang = RuntimeError(f"DataLoader timed out after {seconds} seconds")
+                # The loader notices, by a signal or a lost connection. A signal handler runs in the main thread only,
+                # so it cannot interrupt this one.
+                for worker in self.batches._workers:  # type: ignore[attr-defined]
+                    worker.kill()
+                return
+
+    def stop(self) -> None:
+        """End watching."""
+        self._stopped.set()
+
+
+# Iterators whose workers may run.
+_iterators: WeakSet[Any] = WeakSet()
+
+
+def _end_workers(batches: Any) -> None:
+    """End the worker processes of an iterator, also those that hear no SIGTERM."""
+    workers = getattr(batches, "_workers", ())
+    if workers:
+        batches._shutdown_workers()  # asks them to end, and torch's signal handler to accept that they do
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join(_KILL_SECONDS)
+
+
+@atexit.register  # runs before multiprocessing waits for its processes, as it is registered later
+def _end_all_workers() -> None:
+    for batches in list(_iterators):
+        _end_workers(batches)
 
 
 def _without_tracebacks(_: int) -> None:
