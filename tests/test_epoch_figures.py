@@ -83,6 +83,6 @@ def test_draw_measures__has_a_panel_per_measure():
         for head in ((None, 1) if name.startswith("att") else (None,))
     ]  # fmt: skip
     figure = draw_measures(pd.DataFrame(rows))
-    assert [ax.get_title() for ax in figure.axes] == ["heterogeneity", "cosine", "attention distance"]
+    assert [ax.get_title() for ax in figure.axes] == ["H (nats)", "mean cosine", "attention distance"]
     styles = [line.get_linestyle() for line in figure.axes[1].lines]
     assert styles == ["-", "--"]

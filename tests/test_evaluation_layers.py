@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -123,6 +124,8 @@ def test_command__scores_every_layer_of_every_model(sources: tuple[Path, Path], 
     more = ("--set", "penalty=0.01", "--random-baseline", "--overwrite", "--figure-format", "png")
     again = ok("evaluate", "linear", *plain, *images, *more)
     assert "no H, as the file does not say decoder_num_heads; give --decoder-num-heads" in again.stderr
+    assert re.search(r"plain: .* random weights \(.* by chance on 10 images", again.stdout)
+    assert "No verdict: add --random-baseline" in result.stdout
     assert set(pd.read_csv(tmp_path / "out" / "layers.csv")["model"]) == {"plain", "plain, random weights"}
     assert not len(pd.read_csv(tmp_path / "out" / "heterogeneity.csv"))
     settled = (*plain, "--decoder-num-heads", 2, *images, "--overwrite", "--figure-format", "png", "-k", 3)

@@ -17,7 +17,7 @@ from rendering import render
 from mto_analysis import DataError
 from mto_analysis.figures.files import file_names, write_figure
 from mto_analysis.figures.options import DrawingOptions, drawing, inches
-from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_heterogeneity, plot_share
+from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity, plot_share
 from mto_analysis.figures.plots.style import COLORS, PAGE_WIDTH, looks_of, paper_style, shown_together
 from mto_analysis.runtime.outputs import OutputFolder
 
@@ -54,67 +54,30 @@ def solid_lines(ax: Axes) -> list:
     return [line for line in ax.lines if not line.get_label().startswith("_")]
 
 
-def bound_lines(ax: Axes) -> list:
-    return [line for line in ax.lines if line.get_label().startswith("_")]
-
-
 def edges(band: PolyCollection, depth: float) -> tuple[float, float]:
     (path,) = band.get_paths()
     y = path.vertices[path.vertices[:, 0] == depth, 1]
     return float(y.min()), float(y.max())
 
 
-def test_plot_heterogeneity__draws_h_over_depth(frame: pd.DataFrame) -> None:
-    ax = plot_heterogeneity(frame)
-    mae, simmim = solid_lines(ax)
-    assert mae.get_label() == "MAE"
-    assert mae.get_xydata().tolist() == [[0, 3], [1, 2], [2, 1]]
-    assert simmim.get_label() == "SimMIM"
-    assert simmim.get_xydata().tolist() == [[0, 4.3], [1, 4.2]]
-    assert ax.get_xlabel() == "Layer depth"
-    assert ax.get_ylabel() == "Heterogeneity H (nats)"
-    assert ax.get_ylim()[0] == 0
-
-
-def test_plot_heterogeneity__draws_each_models_bound(frame: pd.DataFrame) -> None:
-    ax = plot_heterogeneity(frame)
-    bounds = bound_lines(ax)
-    assert [set(line.get_ydata()) for line in bounds] == [{np.log(49)}, {np.log(76)}]
-    assert [line.get_color() for line in bounds] == [line.get_color() for line in solid_lines(ax)]
-    assert [text.get_text() for text in ax.texts] == [r"$\log 49$", r"$\log 76$"]
-    same = pd.concat([curve("a", [1.0]), curve("b", [2.0])])
-    ax = plot_heterogeneity(same)
-    (text,) = ax.texts  # one bound, one word
-    assert {line.get_color() for line in bound_lines(ax)} == {text.get_color()}
-
-
-def test_plot_heterogeneity__draws_the_interval(frame: pd.DataFrame) -> None:
-    ax = plot_heterogeneity(frame)
-    first, second = ax.collections
-    assert edges(first, 1) == pytest.approx((1.9, 2.2))
-    assert edges(second, 0) == pytest.approx((4.2, 4.5))
-    assert not plot_heterogeneity(frame.drop(columns=["ci_low", "ci_high"])).collections
-
-
-def test_plot_heterogeneity__sorts_rows_by_depth(frame: pd.DataFrame) -> None:
+def test_plot_share__sorts_rows_by_depth(frame: pd.DataFrame) -> None:
     shuffled = frame.sample(frac=1, random_state=3)
-    lines = {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_heterogeneity(shuffled))}
-    assert lines == {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_heterogeneity(frame))}
+    lines = {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_share(shuffled))}
+    assert lines == {line.get_label(): line.get_xydata().tolist() for line in solid_lines(plot_share(frame))}
 
 
-def test_plot_heterogeneity__tells_stacks_of_one_model_apart() -> None:
+def test_plot_share__tells_stacks_of_one_model_apart() -> None:
     frame = pd.concat([curve("BootMAE", [1.0, 2.0], stack=stack) for stack in ("pixel_decoder", "feature_decoder")])
-    labels = [line.get_label() for line in solid_lines(plot_heterogeneity(frame))]
+    labels = [line.get_label() for line in solid_lines(plot_share(frame))]
     assert labels == ["BootMAE, pixel decoder", "BootMAE, feature decoder"]
 
 
 def test_curves__differ_without_colour() -> None:
     frame = pd.concat([curve(f"model {number}", [1.0, 2.0]) for number in range(7)])
-    for plot in (plot_heterogeneity, plot_share):
-        looks = [(line.get_marker(), str(line.get_linestyle())) for line in solid_lines(plot(frame))]
-        assert len(set(looks)) == 7
-        assert len({line.get_color() for line in solid_lines(plot(frame))}) == len(COLORS) == 7
-    assert len(solid_lines(plot_heterogeneity(pd.concat([curve(str(n), [1.0]) for n in range(15)])))) == 15
+    looks = [(line.get_marker(), str(line.get_linestyle())) for line in solid_lines(plot_share(frame))]
+    assert len(set(looks)) == 7
+    assert len({line.get_color() for line in solid_lines(plot_share(frame))}) == len(COLORS) == 7
+    assert len(solid_lines(plot_share(pd.concat([curve(str(n), [1.0]) for n in range(15)])))) == 15
 
 
 def test_looks_of__follow_from_the_label_alone() -> None:
@@ -232,19 +195,18 @@ def test_draw_heterogeneity__names_differing_numbers_of_images() -> None:
     assert "mean over 8 or 16 images" in draw_heterogeneity(frame).get_suptitle()
 
 
-@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_share, draw_heterogeneity])
+@pytest.mark.parametrize("plot", [plot_share, draw_heterogeneity])
 def test_plots__name_missing_columns(plot, frame: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="the table lacks the columns heterogeneity, num_visible"):
         plot(frame.drop(columns=["heterogeneity", "num_visible"]))
 
 
-@pytest.mark.parametrize("plot", [plot_heterogeneity, plot_share])
-def test_plots__draw_on_given_axes_and_leave_the_frame_alone(plot, frame: pd.DataFrame) -> None:
+def test_plot_share__draws_on_given_axes_and_leaves_the_frame_alone(frame: pd.DataFrame) -> None:
     from matplotlib.figure import Figure
 
     before = frame.copy()
     ax = Figure().subplots()
-    assert plot(frame, ax=ax) is ax
+    assert plot_share(frame, ax=ax) is ax
     pd.testing.assert_frame_equal(frame, before)
 
 

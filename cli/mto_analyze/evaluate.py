@@ -383,7 +383,7 @@ def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, h
     from mto_analysis.figures.plots.layers import draw_layers
     from mto_analysis.models.initialization import random_weights
     from mto_analysis.runtime.outputs import OutputFolder
-    from mto_analysis.training.evaluation.checkpoint_scores import named_checkpoints
+    from mto_analysis.training.evaluation.checkpoint_scores import named_checkpoints, verdicts
     from mto_analysis.training.evaluation.layers import evaluate_layers, heterogeneity_by_depth, layer_sentences
 
     given = context.params
@@ -419,7 +419,10 @@ def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, h
     measuring.write(given, files, {**outputs, "layers": figure}, **told)
     shown = table[["model", "pooling", "layer", "selection", "score", "ci_low", "ci_high", "chosen"]]
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    typer.echo("\n".join(layer_sentences(table)))
+    best = table[table["chosen"]].assign(epoch=float("nan")).rename(columns={"model": "method"})
+    score = best.set_index("method")["score"]
+    random = {name: score[f"{name}, random weights"] for name in score.index if f"{name}, random weights" in score}
+    typer.echo("\n".join([*layer_sentences(table), *verdicts(best, random, best["num_images"].max())]))
 
 
 def _score_all(

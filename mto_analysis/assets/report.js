@@ -300,8 +300,11 @@
     function drawDepths(patch) {
       const all = shown().depths.map((each) => ({ depth: each.depth, ...prepare(each) }));
       const last = Math.max(model().num_depths, 1), bound = Math.max(...all.map((each) => Math.log(each.visible.length)), 1e-9);
-      const x = (d) => 34 + 250 * d / last, y = (h) => 104 - 92 * h / bound;
       const same = all.filter((each) => each.n === prepare(depth()).n && each.entropy.has(patch));
+      // Curves near the bound have a range of their own, as in the figures.
+      const lowest = Math.min(...all.map((each) => each.mean), ...same.map((each) => each.entropy.get(patch)));
+      const base = lowest > bound / 2 && lowest < bound ? lowest : 0, digits = bound - base < 0.05 ? 4 : 2;
+      const x = (d) => 34 + 250 * d / last, y = (h) => 104 - 92 * (h - base) / (bound - base);
       const line = (points, stroke, dash) => `<polyline fill="none" stroke="${stroke}" stroke-width="2" stroke-dasharray="${dash}" points="${points}"/>`;
       const here = x(depth().depth), heading = `${parts.depths.id}-title`;
       parts.depths.setAttribute("aria-labelledby", heading);
@@ -311,7 +314,7 @@
         ${line(all.map((each) => `${x(each.depth)},${y(each.mean)}`).join(" "), "var(--quiet)", "5 3")}
         ${line(same.map((each) => `${x(each.depth)},${y(each.entropy.get(patch))}`).join(" "), "var(--weight)", "")}
         ${same.map((each) => `<circle cx="${x(each.depth)}" cy="${y(each.entropy.get(patch))}" r="${each.depth === depth().depth ? 4.5 : 2.5}" fill="var(--weight)"/>`).join("")}
-        <text x="30" y="107" text-anchor="end">0</text><text x="30" y="16" text-anchor="end">${bound.toFixed(2)}</text>
+        <text x="30" y="107" text-anchor="end">${base ? base.toFixed(digits) : 0}</text><text x="30" y="16" text-anchor="end">${bound.toFixed(digits)}</text>
         <text x="34" y="118" text-anchor="middle">0</text><text x="284" y="118" text-anchor="middle">${last}</text>`;
     }
 

@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.style import (
     LAYER_DEPTH,
-    Look,
     base_of,
     describe,
     figure_width,
@@ -48,44 +47,6 @@ def _prepare(ax: Axes | None) -> Axes:
     return ax
 
 
-def _plot_curve(curve: pd.DataFrame, value: str, ends: tuple[str, str], label: str, look: Look, ax: Axes) -> None:
-    """A line, hollow where it is an early epoch's, and the band of its interval."""
-    face = "white" if label.endswith(", early") else look["color"]
-    ax.plot(curve["layer_depth"], curve[value], label=label, clip_on=False, markerfacecolor=face, **look)
-    if set(ends) <= set(curve):
-        low, high = curve[ends[0]], curve[ends[1]]
-        ax.fill_between(curve["layer_depth"], low, high, color=look["color"], alpha=0.2, linewidth=0)
-
-
-def plot_heterogeneity(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heterogeneity H over layer depth with its 95 % interval; dotted lines are the bounds log(num_visible).
-
-    Args:
-        frame: Rows of ``heterogeneity.csv``.
-        ax: Where to draw; by default a new figure's axes.
-    """
-    curves = _curves(frame)
-    ax = _prepare(ax)
-    looks = looks_of(label for label, _ in curves)
-    colors: dict[float, str] = {}  # of bounds; models with the same number of visible patches share one
-    for label, curve in curves:
-        look = looks[label]
-        _plot_curve(curve, "heterogeneity", ("ci_low", "ci_high"), label, look, ax)
-        bound = np.log(curve["num_visible"].to_numpy())
-        if bound[-1] not in colors:
-            colors[bound[-1]] = look["color"]
-            visible = f"$\\log {curve['num_visible'].iloc[-1]:.4g}$"
-            # Beside the axes, where no curve is.
-            ax.annotate(
-                visible, (1, bound[-1]), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="left", va="center", size="x-small", color=colors[bound[-1]], annotation_clip=False,
-            )  # fmt: skip
-        ax.plot(curve["layer_depth"], bound, color=colors[bound[-1]], linewidth=0.7, linestyle=":")
-    ax.set_ylabel("Heterogeneity H (nats)")
-    ax.set_ylim(bottom=0)
-    return ax
-
-
 def plot_share(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """H as a share of its bound, ``H / log(num_visible)``, on the range of the curves, so that a small fall is seen.
 
@@ -102,7 +63,11 @@ def _plot_shares(curves: Sequence[tuple[str, pd.DataFrame]], ax: Axes) -> Axes:
     ends = ("normalized_ci_low", "normalized_ci_high")
     looks = looks_of(label for label, _ in curves)
     for label, curve in curves:
-        _plot_curve(curve, "normalized", ends, label, looks[label], ax)
+        depth, look = curve["layer_depth"], looks[label]
+        face = "white" if label.endswith(", early") else look["color"]  # hollow
+        ax.plot(depth, curve["normalized"], label=label, clip_on=False, markerfacecolor=face, **look)
+        if set(ends) <= set(curve):
+            ax.fill_between(depth, curve[ends[0]], curve[ends[1]], color=look["color"], alpha=0.2, linewidth=0)
     ax.axhline(1, color="0.4", linewidth=0.7, linestyle=":")
     values = pd.concat([curve.get(name, curve["normalized"]) for _, curve in curves for name in ("normalized", *ends)])
     zoom_to(ax, float(values.min()), float(values.max()))

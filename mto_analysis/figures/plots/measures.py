@@ -20,8 +20,32 @@ from mto_analysis.figures.plots.style import (
     paper_style,
 )
 
+# Words for columns whose names do not read as such.
+_WORDS = {
+    "heterogeneity": "H (nats)",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "cka": "CKA",
+    "cosine": "mean cosine",
+    "frequency_low": "low-frequency amplitude",
+    "frequency_high": "high-frequency amplitude",
+    "frequency_log_ratio": "log(high / low) amplitude",
+    "separability": "separability of masked tokens",
+}
+_PARTS = re.compile(r"(.+?)(?:(?<!_to)_(masked|visible))?")
 _COLUMNS = 4
 _LINES = {"masked": "-", "visible": "--", "": "-"}
+
+
+def measure_words(name: str) -> str:
+    """What a column of measures is called in a figure.
+
+    Example:
+        >>> measure_words("rankme_masked"), measure_words("effective_rank_visible")
+        ('RankMe, masked', 'effective rank, visible')
+    """
+    base, kind = _PARTS.fullmatch(name).groups()  # type: ignore[union-attr]  # it matches any text
+    return ", ".join(filter(None, (_WORDS.get(base, base.replace("_", " ")), kind)))
 
 
 def plot_measure(rows: pd.DataFrame, *, ax: Axes) -> Axes:
@@ -58,8 +82,8 @@ def draw_measures(table: pd.DataFrame) -> Figure:
     rows = table[table["head"].isna() & ~compared & table["value"].notna()]
     if rows.empty:
         raise DataError("nothing to draw: no measure has a value")
-    parts = rows["measure"].str.extract(r"^(?P<name>.+?)(?:(?<!_to)_(?P<kind>masked|visible))?$")
-    rows = rows.assign(name=parts["name"], kind=parts["kind"].fillna(""))
+    parts = rows["measure"].str.extract(f"^{_PARTS.pattern}$")
+    rows = rows.assign(name=parts[0], kind=parts[1].fillna(""))
     # A measure that one of two stacks does not allow leaves its model's label as it is.
     curves = dict(model_curves(rows))
     rows = pd.concat([curve.assign(model=label, stack="") for label, curve in curves.items()])
@@ -71,7 +95,7 @@ def draw_measures(table: pd.DataFrame) -> Figure:
         axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
         for ax, name in zip(axes, names, strict=False):
             plot_measure(rows[rows["name"] == name], ax=ax)
-            ax.set_title(re.sub(" (masked|visible) to", r"\n\1 to", name.replace("_", " ")), fontsize="small")
+            ax.set_title(re.sub(" (masked|visible) to", r"\n\1 to", measure_words(name)), fontsize="small")
         for ax in axes[len(names) :]:
             ax.set_axis_off()
         for ax in axes[max(len(names) - across, 0) : len(names)]:

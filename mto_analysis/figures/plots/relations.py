@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from mto_analysis.errors import DataError
 from mto_analysis.figures.plots.aggregates import plot_estimates
+from mto_analysis.figures.plots.measures import measure_words
 from mto_analysis.figures.plots.style import describe, legend_below, looks_of, new_figure, paper_style
 
 
@@ -17,7 +18,7 @@ def plot_relations(rows: pd.DataFrame, *, ax: Axes) -> Axes:
     drawn = rows.dropna(subset="rho").rename(columns={"rho": "value", "layer": "method"})
     if drawn.empty:
         raise DataError("no correlation is defined, so there is nothing to draw")
-    name: pd.Series[str] = drawn["measure"].str.replace("_", " ") + np.where(
+    name: pd.Series[str] = drawn["measure"].map(measure_words) + np.where(
         drawn["given"] == "", "", "\ngiven the others"
     )
     drawn["name"] = name + ("\n" + drawn["stack"] if drawn["stack"].nunique() > 1 else "")

@@ -45,7 +45,8 @@ def plot_losses(rows: pd.DataFrame, terms: Sequence[str] = (), *, ax: Axes) -> A
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if len(shown) > 1:
-        beside.legend(handles=handles, loc="best", handlelength=2.4)
+        # Above, as inside it would lie on a curve.
+        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handlelength=2.4)
     return ax
 
 
