@@ -159,14 +159,18 @@ def test_decoder_depth__varies_the_decoder_alone() -> None:
     assert all(each == rest[0] for each in rest)
 
 
-@pytest.mark.parametrize(("short", "long"), [("supp-fig1", "style_comparison"), ("supp-fig2", "decoder_depth")])
-def test_short_forms__beside_the_figures_ask_what_the_long_ones_ask(short: str, long: str) -> None:
+@pytest.mark.parametrize(
+    ("short", "long", "added"),
+    [("supp-fig1", "style_comparison", 0), ("supp-fig2", "decoder_depth", 0), ("table3", "ablation_table3", 1)],
+)
+def test_short_forms__beside_the_figures_ask_what_the_long_ones_ask(short: str, long: str, added: int) -> None:
     one = load_experiment(Path(__file__).parents[1] / f"figures/{short}.toml")
     other = load_experiment(long)
     assert [variant.label for variant in one.variants] == [variant.label for variant in other.variants]
     assert [variant.recipe.model for variant in one.variants] == [variant.recipe.model for variant in other.variants]
-    assert one.arms == other.arms
-    assert one.pairs == other.pairs
+    count = len(other.arms)
+    assert (one.arms[:count], len(one.arms)) == (other.arms, count + added)
+    assert one.pairs[: len(other.pairs)] == other.pairs
     epochs = [[variant.recipe.epochs for variant in each.variants] for each in (one, other)]
     assert max(epochs[0]) < min(epochs[1])
 

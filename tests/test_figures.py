@@ -84,7 +84,7 @@ class TestWhatIsCommitted:
 
     def test_nothing_is_committed_that_no_figure_writes(self) -> None:
         known = {file for figure in FIGURES.values() for file in figure.files(Inputs())}
-        known |= {CAPTIONS, *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml"}
+        known |= {CAPTIONS, *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml", "table3.toml"}
         tracked = {path.name for path in COMMITTED.iterdir() if path.is_file()}
         assert tracked - known <= {
             f"{name}-measured{kind}" for name in FIGURES for kind in (".png", ".pdf", ".csv")
@@ -439,11 +439,17 @@ class TestExperiments:
         found = drawn("table3", experiment=curves_of(tmp_path / "run", methods))
         frame = found.tables["table3-measured"]
         assert frame["printed"].tolist() == ["", *printed("table3_loss_ablation")["top1"]]
+        assert "weights" not in frame
         assert frame["difference"].iloc[1:].tolist() == pytest.approx([1.1 * value for value in range(1, 8)])
         for kind in ("md", "tex"):
             text = found.texts[f"table3-measured.{kind}"]
             assert "16.50" in text  # the mean over seeds of the last epoch, without any loss
             assert "+1.10 [" in text
+        weighted = {"SimMIM": 0.0, "SimMIM + L_e": 1.0, "SimMIM + L_e at 0.001": 2.0}
+        frame = drawn("table3", experiment=curves_of(tmp_path / "weighted", weighted)).tables["table3-measured"]
+        assert frame["weights"].tolist() == ["", "", "0.001"]
+        assert frame["L_e"].tolist() == ["", "x", "x"]
+        assert (frame["printed"] != "").tolist() == [False, True, False]
         with pytest.raises(DataError, match="arm 'MTO' must be named after its losses"):
             drawn("table3", experiment=curves_of(tmp_path / "other", {"SimMIM": 0.0, "SimMIM + MTO": 1.0}))
 

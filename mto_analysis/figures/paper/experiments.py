@@ -21,6 +21,7 @@ from mto_analysis.rauc.intervals import mean_interval
 from mto_analysis.rauc.records import as_frame, ratio_in_words
 
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
+_AT = " at "  # between the losses of an arm and their weight
 _DEPTH = re.compile(r"(?:decoder|depth)[ =_-]*(\d+)", re.IGNORECASE)
 _LOSSES = ("L_spa", "L_e", "L_r")
 _BANDS = "bands: Student's 95 % interval of the mean over seeds"
@@ -115,7 +116,10 @@ def depth_curves(name: str, folder: Path) -> Drawn:
 
 
 def ablation_table(name: str, folder: Path) -> Drawn:
-    """Final accuracy of each combination of losses, and its difference of the same seed to none; beside the printed."""
+    """Final accuracy of each combination of losses, and its difference of the same seed to none; beside the printed.
+
+    Arms are named after their losses, and after other weights than the paper's: ``L_spa, L_e at 0.001``.
+    """
     table = _curves(folder)
     pairs = _pairs(table)
     baselines = list(dict.fromkeys(baseline for baseline, _ in pairs))
@@ -126,9 +130,10 @@ def ablation_table(name: str, folder: Path) -> Drawn:
     ends = {method: _ends(table.runs(method, group)) for method in (baselines[0], *(target for _, target in pairs))}
     rows = []
     for method, scores in ends.items():
-        used = _losses_of(method.partition(_PLUS)[2], folder)
+        losses, _, weights = method.partition(_PLUS)[2].partition(_AT)
+        used = _losses_of(losses, folder)
         row: dict[str, object] = {loss: "x" if on else "" for loss, on in zip(_LOSSES, used, strict=True)}
-        row["printed"] = published.get(tuple(str(int(on)) for on in used), "")
+        row |= {"weights": weights, "printed": "" if weights else published.get(tuple(str(int(on)) for on in used), "")}
         row |= _mean(np.array(list(scores.values())))
         both = [seed for seed in scores if seed in ends[baselines[0]]]
         if method != baselines[0] and both:
@@ -136,7 +141,10 @@ def ablation_table(name: str, folder: Path) -> Drawn:
             row |= {"difference": gain["score"], "difference_low": gain["low"], "difference_high": gain["high"]}
         rows.append(row)
     frame = pd.DataFrame(rows)
-    shown = frame[[*_LOSSES, "printed"]].assign(measured=[f"{score:.2f}" for score in frame["score"]])
+    if not frame["weights"].any():
+        frame = frame.drop(columns="weights")
+    first = [column for column in (*_LOSSES, "weights", "printed") if column in frame]
+    shown = frame[first].assign(measured=[f"{score:.2f}" for score in frame["score"]])
     shown["against none"] = [
         _signed(*ends) for ends in frame[["difference", "difference_low", "difference_high"]].itertuples(index=False)
     ]
