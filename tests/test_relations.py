@@ -97,7 +97,7 @@ def write(path, table):
 
 
 def test_reading__three_kinds_of_tables_and_labels_of_seeds(tmp_path):
-    labels = ["MAE@0", "MAE@1", "SimMIM, seed 0"]
+    labels = ["MAE@0", "MAE@1", "SimMIM, seed 0, epoch 2"]
     rows = [
         {"model": label, "stack": "encoder", "layer_depth": depth, "measure": name, "value": 1.0 + depth, "head": head,
          "other_model": other, "other_layer_depth": pair}
@@ -118,6 +118,7 @@ def test_reading__three_kinds_of_tables_and_labels_of_seeds(tmp_path):
     assert found.drop_duplicates(["method", "seed"])[["method", "seed"]].to_numpy().tolist() == [
         ["MAE", "0"], ["MAE", "1"], ["SimMIM", "0"],
     ]  # fmt: skip
+    assert found.groupby("method")["epoch"].max().fillna(-1).to_dict() == {"MAE": -1, "SimMIM": 2}
     runs = pd.DataFrame(
         [("A", 0, 1.0, None, 0, 2.0), ("A", 0, 2.0, None, 0, 1.5)],
         columns=["method", "seed", "epoch", "stack", "layer_depth", "heterogeneity"],

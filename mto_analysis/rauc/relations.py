@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,8 @@ _MOST_PERMUTED = 7
 LAYERS = ("first", "last", "mean")
 
 _KEYS = ["method", "seed", "epoch"]
-_SEED = re.compile(r"(.+?)(?:@|,? seed )(\w+)")
+# What a label says of a checkpoint, where the table has no column for it.
+_LABEL = {"seed": r"(?:(?:@|,? seed )(?P<seed>\w+))?", "epoch": r"(?:,? epoch (?P<epoch>\d+))?"}
 
 
 @dataclass(frozen=True)
@@ -180,20 +180,20 @@ def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
         raise DataError(f"{path} has neither a column model nor method, so its rows belong to no checkpoint")
     if table.empty:
         raise DataError(f"{path} holds no rows")
-    parts = table[name].str.fullmatch(_SEED) & ("seed" not in table)
-    split = table[name].str.extract(f"^{_SEED.pattern}$")
-    seed = table["seed"] if "seed" in table else split[1].where(parts, "")
-    epoch = pd.to_numeric(table["epoch"], errors="coerce") if "epoch" in table else np.nan
-    method = prefix + split[0].where(parts, table[name])
-    return table.assign(method=method, seed=seed.fillna("").astype(str), epoch=epoch)
+    parts = "".join(part for key, part in _LABEL.items() if key not in table)
+    found = table[name].str.extract(f"(?s)^(?P<method>.+?){parts}$")
+    own = {key: (found if key in found else table)[key] for key in _LABEL}
+    epoch = pd.to_numeric(own["epoch"], errors="coerce")
+    return table.assign(method=prefix + found["method"], seed=own["seed"].fillna("").astype(str), epoch=epoch)
 
 
 def read_measures(paths: Sequence[str]) -> pd.DataFrame:
     """Tables of measures as one: ``measures.csv``, or tables of H over layer depths (of a command, or of runs).
 
     A path may be given as ``NAME=FILE``, which puts the name before those of the methods. A model called ``NAME@SEED``
-    or ``NAME, seed SEED`` is a seed of the method NAME. H is taken over its bound where all tables have that. Of
-    attention the mean over heads is taken, of CKA the alignment with the last layer depth.
+    or ``NAME, seed SEED`` is a seed of the method NAME, and ``NAME, seed SEED, epoch EPOCH`` a checkpoint of it. H is
+    taken over its bound where all tables have that. Of attention the mean over heads is taken, of CKA the alignment
+    with the last layer depth.
 
     Returns:
         Columns ``method seed epoch stack layer_depth measure value``.
