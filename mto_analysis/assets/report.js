@@ -303,19 +303,19 @@
       const same = all.filter((each) => each.n === prepare(depth()).n && each.entropy.has(patch));
       // Curves near the bound have a range of their own, as in the figures.
       const lowest = Math.min(...all.map((each) => each.mean), ...same.map((each) => each.entropy.get(patch)));
-      const base = lowest > bound / 2 && lowest < bound ? lowest : 0, digits = bound - base < 0.05 ? 4 : 2;
-      const x = (d) => 34 + 250 * d / last, y = (h) => 104 - 92 * (h - base) / (bound - base);
+      const base = lowest > bound / 2 && lowest < bound ? lowest : 0, digits = bound - base < 0.05 ? 4 : 2, left = base ? 48 : 34;
+      const x = (d) => left + (284 - left) * d / last, y = (h) => 104 - 92 * (h - base) / (bound - base);
       const line = (points, stroke, dash) => `<polyline fill="none" stroke="${stroke}" stroke-width="2" stroke-dasharray="${dash}" points="${points}"/>`;
       const here = x(depth().depth), heading = `${parts.depths.id}-title`;
       parts.depths.setAttribute("aria-labelledby", heading);
       parts.depths.innerHTML = `<title id="${heading}">H over layer depth of the chosen patch (solid) and of the image (dashed)</title>
-        <line x1="34" y1="104" x2="284" y2="104" stroke="var(--quiet)"/>${line(all.map((each) => `${x(each.depth)},${y(Math.log(each.visible.length))}`).join(" "), "var(--quiet)", "1 3")}
+        <line x1="${left}" y1="104" x2="284" y2="104" stroke="var(--quiet)"/>${line(all.map((each) => `${x(each.depth)},${y(Math.log(each.visible.length))}`).join(" "), "var(--quiet)", "1 3")}
         <line x1="${here}" y1="12" x2="${here}" y2="104" stroke="var(--quiet)" stroke-width="1"/>
         ${line(all.map((each) => `${x(each.depth)},${y(each.mean)}`).join(" "), "var(--quiet)", "5 3")}
         ${line(same.map((each) => `${x(each.depth)},${y(each.entropy.get(patch))}`).join(" "), "var(--weight)", "")}
         ${same.map((each) => `<circle cx="${x(each.depth)}" cy="${y(each.entropy.get(patch))}" r="${each.depth === depth().depth ? 4.5 : 2.5}" fill="var(--weight)"/>`).join("")}
-        <text x="30" y="107" text-anchor="end">${base ? base.toFixed(digits) : 0}</text><text x="30" y="16" text-anchor="end">${bound.toFixed(digits)}</text>
-        <text x="34" y="118" text-anchor="middle">0</text><text x="284" y="118" text-anchor="middle">${last}</text>`;
+        <text x="${left - 4}" y="107" text-anchor="end">${base ? base.toFixed(digits) : 0}</text><text x="${left - 4}" y="16" text-anchor="end">${bound.toFixed(digits)}</text>
+        <text x="${left}" y="118" text-anchor="middle">0</text><text x="284" y="118" text-anchor="middle">${last}</text>`;
     }
 
     const say = (text) => { parts.said.textContent = text; };
