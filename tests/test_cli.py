@@ -202,7 +202,9 @@ def option_masks(path, images, ckpt):
 
 
 def option_masks_per_image(path, images, ckpt):
-    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--masks-per-image", 3)
+    ok("heterogeneity", "--ckpt", ckpt, "--images", images, "--out", path, "--masks-per-image", 3,
+       "--measures", "attention", "--definitions", "all")  # fmt: skip
+    assert (csv(path, "measures.csv")["num_images"] == csv(path)["num_images"].iloc[0]).all()
     assert sorted(set(csv(path, "heterogeneity_per_image.csv")["mask"])) == [0, 1, 2]
     assert (csv(path)["num_masks"] == 3).all()
 

@@ -171,6 +171,13 @@ def test_read_curves__a_name_for_a_file_of_several_methods_is_refused(tmp_path):
         read_curves([Source(tmp_path / "a.csv", "MAE")])
 
 
+def test_on_axis__the_cost_of_an_epoch_is_for_curves_over_epochs(table):
+    steps = "method,step,score\nA,1251,40\nA,2502,41\n"
+    with pytest.raises(DataError, match="the logs count step, not epochs"):
+        on_axis(table(steps), "hours", 0.5)
+    assert on_axis(table(steps, steps_per_epoch=1251), "hours", 0.5).frame["epoch"].tolist() == [0.5, 1.0]
+
+
 def test_on_axis__takes_a_column_or_a_cost_per_epoch(table):
     text = "method,epoch,score,hours\nA,1,50,1.5\nA,2,60,3\nB,1,51,2\nB,2,61,4\n"
     by_column = on_axis(table(text, axis_column="hours"), "hours")
@@ -189,6 +196,18 @@ def test_on_axis__takes_a_column_or_a_cost_per_epoch(table):
 def test_runs__names_what_is_there(table):
     with pytest.raises(DataError, match="no log has the method 'X'; found: 'A'"):
         table(rows("A,1,50 A,2,60")).runs("X")
+
+
+def test_read_curves__protocols_of_our_own_curves_are_not_mixed(tmp_path):
+    for name, method, protocol in (("a", "MAE", "knn"), ("b", "MAE + MTO", "linear_cached")):
+        (tmp_path / f"{name}.csv").write_text(
+            f"method,epoch,score,seed,protocol\n{method},1,40,0,{protocol}\n{method},2,41,0,{protocol}\n"
+        )
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    with pytest.raises(DataError, match=r"scores are of knn \(.*a\.csv\) and linear_cached \(.*b\.csv\)"):
+        read_curves(files)
+    assert read_curves(files, groups=["protocol"]).groups == ("protocol",)
+    assert read_curves(files, methods=["MAE"]).methods == ["MAE"]
 
 
 @pytest.mark.parametrize(

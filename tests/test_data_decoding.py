@@ -97,6 +97,13 @@ def test_numpy_arrays__give_any_number_of_channels_in_either_layout(channels: in
     torch.testing.assert_close(batch.images[0], batch.images[1])
 
 
+def test_eight_bits__have_a_range_of_their_own(tmp_path: Path) -> None:
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    (plain,) = image_batches(open_images(tmp_path), info_of(3))
+    (given,) = image_batches(open_images(tmp_path, value_range=(0, 10_000)), info_of(3))
+    assert torch.equal(plain.images, given.images)
+
+
 @pytest.mark.parametrize("channels", [3, 4, 13])
 def test_tiff_of_several_deep_channels__is_read_by_tifffile(channels: int, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +86,15 @@ def test_loader__without_shared_memory_gives_the_same_batches(monkeypatch: pytes
     assert read(Loader(Numbers(), num_workers=1, batch_size=3)) == expected
 
 
+@pytest.fixture
+def sockets_collected() -> Iterator[None]:
+    """torch's signal handler may raise where a socket is about to be closed, which then is closed by collection."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
 HANG = (
     r"^processes that decode images hang \(DataLoader timed out after 1 seconds\); "
     r"decode without workers \(num_workers 0\)$"
@@ -100,7 +112,7 @@ HANG = (
     ],
 )
 def test_loader__says_in_one_line_what_happened_to_a_worker(
-    what: str, words: str, monkeypatch: pytest.MonkeyPatch
+    what: str, words: str, monkeypatch: pytest.MonkeyPatch, sockets_collected: None
 ) -> None:
     monkeypatch.setattr(loading, "_TIMEOUT", 60 if what in ("die", "fail") else 1)
     with pytest.raises((DataError, RuntimeError)) as failed:  # torch's signal handler raises wherever the program is
@@ -110,6 +122,27 @@ def test_loader__says_in_one_line_what_happened_to_a_worker(
     assert found[1] == DataError.exit_code
     assert re.search(words, found[0])
     assert not multiprocessing.active_children()
+
+
+def test_loader__that_keeps_workers_begins_again_also_where_it_was_left_early(
+    monkeypatch: pytest.MonkeyPatch, sockets_collected: None
+) -> None:
+    monkeypatch.setattr(loading, "_TIMEOUT", 1)
+    loader = Loader(Numbers(), num_workers=1, batch_size=2, persistent_workers=True)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    batches.close()  # type: ignore[attr-defined]
+    assert read(loader) == read(Loader(Numbers(), num_workers=0, batch_size=2))
+    assert multiprocessing.active_children() == [worker]
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)  # between two iterations
+    with pytest.raises((DataError, RuntimeError)) as failed:
+        read(loader)
+    found = explained(failed.value)
+    assert found is not None
+    assert re.search(HANG, found[0])
+    assert read(loader) == read(Loader(Numbers(), num_workers=0, batch_size=2))  # with a new worker
 
 
 def test_loader__a_worker_that_is_cut_off_says_nothing_itself(capfd: pytest.CaptureFixture[str]) -> None:

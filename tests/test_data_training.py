@@ -369,6 +369,19 @@ class _Deadly:
         return self._images.open(index)
 
 
+def test_micro_batches__of_kept_workers_are_taken_in_part_and_one_after_the_other(large: Path) -> None:
+    data, plain = (TrainingData(open_images(large), Augmentation(16), RULE, 4, num_workers=n) for n in (1, 0))
+    first = data.micro_batches(0, micro_batch=4)
+    next(first)
+    with pytest.raises(RuntimeError, match="carrying out other plans"):
+        next(data.micro_batches(1, micro_batch=4))
+    first.close()  # as training does after so many steps
+    for epoch in (1, 2):
+        one, two = (list(each.micro_batches(epoch, micro_batch=4)) for each in (data, plain))
+        assert len(one) == len(two)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(one, two, strict=True))
+
+
 # torch's loader may hear of the same end once more while it is taken down.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_micro_batches__say_that_a_worker_process_ended(large: Path) -> None:

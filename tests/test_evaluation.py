@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from mto_analysis.training.evaluation import Evaluation, Evaluator, score
 from mto_analysis.training.evaluation.evaluator import accuracy
 from mto_analysis.training.evaluation.features import (
     LabelledImages,
+    check_classes,
     eight_bits,
     extract_features,
     feature_vectors,
@@ -387,6 +390,18 @@ def test_evaluator__refuses_other_classes(tmp_path) -> None:
     train, test = write_parquet(tmp_path / "a.parquet"), write_parquet(tmp_path / "b.parquet", 12, 4)
     with pytest.raises(DataError, match=r"b\.parquet"):
         Evaluator(Evaluation("knn", str(train), str(test)))
+
+
+def test_check_classes__numbers_beside_names_are_reported_or_refused() -> None:
+    def images(labels: list[int], *names: str) -> Any:
+        return SimpleNamespace(labels=torch.tensor(labels), class_names=names, source="ab"[bool(names)])
+
+    with pytest.warns(UserWarning, match="a has numbers of classes and no names: 0 is taken for 'cat' of b"):
+        assert check_classes(images([0, 1], "cat", "dog"), images([1])) == 2
+    with pytest.warns(UserWarning, match="0 is taken for '0'"):
+        assert check_classes(images([0, 1]), images([1, 1], "0", "1")) == 2
+    with pytest.raises(DataError, match=r"b has folders or names 0, 1, 10 \.\.\., sorted as text, and a has numbers"):
+        check_classes(images([0, 1, 2], "0", "1", "10"), images([1]))
 
 
 def test_evaluator__refuses_images_without_labels(image_folder) -> None:

@@ -119,6 +119,18 @@ def test_curve_file__refuses_other_settings(tmp_path) -> None:
     assert CurveFile(tmp_path, {"k": 2}, overwrite=True).rows == []
 
 
+def test_curve_file__refuses_another_file_for_a_row(tmp_path) -> None:
+    file = tmp_path / "final.safetensors"
+    file.write_bytes(b"one")
+    checkpoint = RunCheckpoint(str(file), "0400", 0, None)
+    CurveFile(tmp_path / "out", {"k": 1}).add(checkpoint, score_of(5.0), "knn")
+    again = CurveFile(tmp_path / "out", {"k": 1})
+    assert again.holds(checkpoint)  # 0400 has not become a number
+    file.write_bytes(b"two")
+    with pytest.raises(OutputExistsError, match=r"has a score of 0400, seed 0, of another file than .*; give --label"):
+        again.holds(checkpoint)
+
+
 def test_curve_file__does_not_touch_what_is_none_of_ours(tmp_path) -> None:
     (tmp_path / "curves.csv").write_text("method,epoch,score\na,1,2\n")
     with pytest.raises(OutputExistsError, match="no curve of ours"):

@@ -19,7 +19,7 @@ import pytest
 from experiment_cases import TINY, write_experiment
 from typer.testing import CliRunner
 
-from mto_analysis.errors import OutputError, RunInUseError
+from mto_analysis.errors import ExperimentError, OutputError, RunInUseError
 from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running, runs
 from mto_analysis.experiments.results import collect
 from mto_analysis.experiments.running import Engine
@@ -146,6 +146,27 @@ def test_experiment__refuses_another_one_in_its_folder(done: Path) -> None:
     assert result.exit_code == 2
     assert "holds another run: recipe.batch_size was 16 and is now 32" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_experiment__refuses_files_of_another_command_in_its_folder(done: Path, tmp_path: Path) -> None:
+    for content in (None, '{"experiment": {"name": "other"}}', "[]"):
+        (tmp_path / "curves.csv").write_text("mine")
+        if content is not None:
+            (tmp_path / "run.json").write_text(content)
+        result = run(done / "tiny.toml", "--images", done, "--out", tmp_path, "--dry-run")
+        assert result.exit_code == 2
+        assert f"{tmp_path} already holds curves.csv" in result.stderr
+
+
+def test_collect__runs_of_settings_that_are_no_longer_chosen_are_refused(done: Path, monkeypatch) -> None:
+    experiment = load_experiment(done / "tiny.toml")
+    found = ExperimentRuns(experiment, experiment.images.resolved(done), done / "out")
+    assert experiment.choice is not None
+    chosen = runs.best_candidate(found.chosen_table(), "MAE", experiment.choice)
+    other = next(each.name for each in experiment.choice.candidates if each.name != chosen)
+    monkeypatch.setattr(runs, "best_candidate", lambda *_: other)
+    with pytest.raises(ExperimentError, match="holds another run: mto"):
+        collect(found)
 
 
 def test_dry_run__counts_runs_and_writes_nothing(tmp_path: Path) -> None:

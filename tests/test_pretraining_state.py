@@ -96,6 +96,18 @@ def test_folder__must_not_be_a_file(tmp_path):
         run(tmp_path / "file" / "run")
 
 
+def test_folder__keeps_what_no_run_has_written(tmp_path):
+    (tmp_path / "run" / "shown").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="contains shown, not written by a run"):
+        run(tmp_path / "run")
+    (tmp_path / "run" / "shown").rmdir()
+    names = (".draft.tmp", ".notes.md.x1.tmp", ".last.pth.x1.tmp")
+    for name in names:
+        (tmp_path / "run" / name).write_text("")
+    run(tmp_path / "run")
+    assert [(tmp_path / "run" / name).exists() for name in names] == [True, True, False]
+
+
 def test_folder__with_damaged_metadata_is_refused(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")

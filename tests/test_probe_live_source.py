@@ -11,11 +11,13 @@ from test_cli import ok, run
 from torch import nn
 
 from mto_analysis import MaskRule, ModelInfo, image_batches, measure, open_images
+from mto_analysis.checkpoints import LoadOptions
 from mto_analysis.demo import DEMO_IMAGES
 from mto_analysis.errors import CheckpointError
 from mto_analysis.images import choose_images
 from mto_analysis.models.live import inferred_info
 from mto_analysis.probe.live_source import LiveSource
+from mto_analysis.probe.request import Request, Settings
 
 MAKE = "test_probe_live_source:make"
 
@@ -103,6 +105,23 @@ def test_command__refuses_in_one_line(options, code, message, tmp_path):
     result = run("heterogeneity", *options, "--limit", 2, "--out", tmp_path / "out")
     assert result.exit_code == code, result.stderr
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_request__options_of_files_are_refused_and_statistics_are_taken():
+    def model_of(**loading):
+        return next(
+            iter(
+                Request(
+                    [LiveSource(MAKE)], open_images(DEMO_IMAGES), Settings(), loading=LoadOptions(**loading)
+                ).models()
+            )
+        ).model
+
+    assert model_of(mean=(0.1,) * 3, std=(1.0,) * 3).info.mean == (0.1,) * 3
+    with pytest.raises(ValueError, match="is a live model, which has image size of its own; leave image_size out"):
+        model_of(image_size=64)
+    with pytest.raises(ValueError, match="leave num_heads out"):
+        model_of(num_heads=2)
 
 
 def test_source__weights_of_another_model_are_refused(tmp_path):

@@ -18,6 +18,8 @@ from mto_analysis import measure
 from mto_analysis.affinity import TokenSplit
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.images import ImageBatch
+from mto_analysis.masks import MaskRule
+from mto_analysis.models import ModelInfo, SimMIMSwin, SwinConfig
 from mto_analysis.mto import StackSpec
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.probe.accumulating import EmbeddingRows, Row, groups_of
@@ -307,6 +309,10 @@ def test_measures__that_a_model_does_not_allow_say_why(measured) -> None:
         probe(model, [ImageBatch(("a",), batches[0].images[:1])], measures="cka")
     found = measure(Inpainting(), features(3), MASK, measures="all")
     assert {name.split(" of ")[0] for name in found.left_out()} >= {"lidar", "attention", "frequency", "cka"}
+    config = SwinConfig(16, 2, 3, 8, (1, 1, 1), (2, 2, 2), 8, window=2)
+    shrinking = SimMIMSwin(config, ModelInfo("simmim_swin", "inpainting", 16, 2, MaskRule("block", 0.5, 8))).eval()
+    few = probe(shrinking, [ImageBatch(("a", "b"), torch.randn(2, 3, 16, 16))], measures="all,-lidar,-cka")
+    assert "a grid of 2 x 2 has no low frequencies" in " ".join(few.left_out().values())
     assert "grid of patches is not known" in " ".join(found.left_out().values())
     seen = measure(Inpainting(), features(3), MASK, measures="frequency", grid=(4, 4)).table()
     assert set(seen["measure"]) >= {"frequency_low", "frequency_log_ratio"}

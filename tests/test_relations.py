@@ -14,6 +14,8 @@ from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.figures.plots.relations import draw_relations
 from mto_analysis.rauc.relations import (
     FEWEST_METHODS,
+    _given,
+    _mean_over_runs,
     holm,
     over_seeds,
     partial_rank_correlation,
@@ -168,7 +170,52 @@ def test_joining__says_what_is_left_out_and_averages_seeds():
         relate(tidy(methods(3), range(3)), scored(methods(3), range(3)), given=["cosine"])
 
 
+def test_reading_scores__of_one_kind_and_unit_only(tmp_path):
+    share = write(tmp_path / "share.csv", pd.DataFrame({"model": ["a", "b"], "score": [0.8, 0.7]}))
+    percent = write(tmp_path / "percent.csv", pd.DataFrame({"model": ["c", "d"], "score": [60, 75]}))
+    with pytest.raises(DataError, match=r"share\.csv has scores from 0 to 1 and .*percent\.csv has others"):
+        read_scores([share, percent])
+    curves = [
+        write(tmp_path / f"{name}.csv", pd.DataFrame({"method": name, "epoch": [1, 2], name: [40.0, 50.0]}))
+        for name in ("val_acc1", "test_acc1")
+    ]
+    with pytest.raises(DataError, match=r"scores of different kinds: .*val"):
+        read_scores(curves)
+    said: list[str] = []
+    assert read_scores(curves[:1], say=said.append)["seed"].tolist() == ["", ""]  # not the file's name
+    odd = write(tmp_path / "odd.csv", pd.DataFrame({"model": "a", "stack": "", "layer_depth": 0, "heterogeneity": 1.0,
+                                                    "epoch": ["10", "last"]}))  # fmt: skip
+    with pytest.raises(DataError, match="the epoch 'last' is no number"):
+        read_measures([odd])
+    numbered = pd.DataFrame({"checkpoint": [400, 500], "stack": "", "layer_depth": 0, "heterogeneity": [1.0, 2.0]})
+    assert read_measures([write(tmp_path / "numbered.csv", numbered)])["method"].tolist() == ["400", "500"]
+
+
+def test_relating__names_measures_that_are_left_out():
+    whole = tidy(methods(12), rng().normal(size=12))
+    half = tidy(methods(11), rng(1).normal(size=11), "cosine_visible")
+    found = relate(pd.concat([whole, half]), scored(methods(12), range(12)), layers=["last"])
+    assert set(found.table["measure"]) == {"heterogeneity"}
+    assert found.notes == [
+        "cosine_visible (last layer depth of encoder) is left out: not all checkpoints have it, such as m11"
+    ]
+    with pytest.raises(DataError, match=r"no measure is there for all checkpoints; .*heterogeneity"):
+        relate(whole[whole["layer_depth"] == 1].iloc[1:].assign(value=math.nan), scored(methods(12), range(12)))
+
+
 # ---- what may be said
+
+
+def test_mean_over_runs__of_runs_that_all_agree_has_the_p_of_their_signs():
+    assert [_mean_over_runs([1.0] * 6, 0.95).p, _mean_over_runs([1.0, 1.0 - 1e-16, 1.0], 0.95).p] == [2**-5, 2**-2]
+
+
+def test_sentence__says_where_the_direction_turns_given_the_epoch():
+    row = pd.Series(
+        {"verdict": "falls with accuracy", "rho": -0.5, "low": -0.6, "high": -0.3, "number": 9, "given": ""}
+    )
+    assert _given(row, "epoch", "runs", "rises with accuracy").startswith("Given the epoch it falls with accuracy (rho")
+    assert _given(row, "epoch", "runs", "falls with accuracy").startswith("Given the epoch it still does (rho")
 
 
 def test_sentence__with_few_checkpoints_nothing_can_be_concluded():

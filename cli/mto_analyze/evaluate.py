@@ -302,7 +302,7 @@ def trained(context: typer.Context, protocol: str, defaults: Callable[[MaskedIma
     _say_skipped(given, train, test)
     classes = check_classes(train, test)
     told = {name: given[name] for name in ("train", "test", "train_limit", "test_limit", "value_range")}
-    told |= {"protocol": protocol, "set": options}
+    told |= {"protocol": protocol, "set": options, "precision": run.precision, "accumulation": run.accumulation}
 
     def score(model: MaskedImageModel, checkpoint: RunCheckpoint) -> Score:
         settings = defaults(model).with_options(options)
@@ -483,7 +483,7 @@ def _write(context: typer.Context, curve: CurveFile, random: dict[str, float], t
         from mto_analysis.figures.plots.evaluation import draw_accuracy
 
         names += [path.name for path in write_figure(curve.path.parent, "curves", draw_accuracy(table, random))]
-    shown = table.drop(columns=["protocol", "checkpoint", "seconds"]).dropna(axis="columns", how="all")
+    shown = table.drop(columns=["protocol", "checkpoint", "sha256", "seconds"]).dropna(axis="columns", how="all")
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.2f}", na_rep="-"))
     typer.echo("\n".join(verdicts(table, random, told["test_images"])))
     note(f"wrote {', '.join(names)} to {curve.path.parent}", quiet=context.params["quiet"])

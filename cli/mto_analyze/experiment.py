@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mto_analysis.errors import OutputExistsError
 from mto_analyze.console import bars, note, settings_of
 from mto_analyze.options import (
     ADVANCED,
@@ -136,7 +138,8 @@ def experiment(
         return
     part = _part(runs, only, shard)
     files = file_names(FILES)
-    folder = OutputFolder(out, files, overwrite=True)  # of this experiment, which run by run is checked
+    _check_own(out, files, chosen.name)
+    folder = OutputFolder(out, files, overwrite=True)
     train = open_images(found.train, value_range=chosen.value_range)
     count = len(train.names)
     if dry_run:
@@ -180,6 +183,18 @@ def engine_of(given: Mapping[str, Any]) -> Engine:
         if value is not None:
             raise ValueError(f"{option} is of a cluster: add --engine ray")
     return LocalEngine(**shared)
+
+
+def _check_own(out: Path, files: Sequence[str], name: str) -> None:
+    """Refuse to replace files that are not this experiment's; its runs are checked one by one."""
+    try:
+        own = json.loads((out / "run.json").read_text(encoding="utf-8"))["experiment"]["name"] == name
+    except FileNotFoundError:
+        own = (out / "runs").is_dir()
+    except (ValueError, KeyError, TypeError, OSError):
+        own = False
+    if not own and (there := [file for file in files if (out / file).exists()]):
+        raise OutputExistsError(f"{out} already holds {', '.join(there)} of something else; choose another --out")
 
 
 def _write(

@@ -226,7 +226,7 @@ def _definitions(request: "Request") -> Begun:
     from mto_analysis.figures.plots.definitions import draw_definitions
     from mto_analysis.probe.definition_study import Definitions as Watched
 
-    watched = Watched()
+    watched = Watched(request.settings.masks_per_image)
 
     def outputs(study: "HeterogeneityStudy") -> dict[str, Any]:
         table, attention = watched.table(study), watched.attention_table()

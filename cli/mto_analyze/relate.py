@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mto_analyze import measuring
+from mto_analyze.console import note
 from mto_analyze.options import ADVANCED, INPUT, AsJson, Confidence, DrawingOptions, OutputOptions, takes
 
 MeasureTables = Annotated[
@@ -72,7 +73,7 @@ def relate(
 
     files = file_names(["relations.csv", "checkpoints.csv", "seeds.csv", "relations", "run.json"])
     OutputFolder(out, files, overwrite=overwrite)
-    tables = read_measures(measures), read_scores(scores, score=score_column)
+    tables = read_measures(measures), read_scores(scores, score=score_column, say=partial(note, quiet=quiet))
     found = related(*tables, layers=layer or LAYERS, given=given, confidence=confidence)
     outputs = {
         "relations.csv": found.table,

@@ -16,9 +16,9 @@ import torch
 
 from mto_analysis.atlas.measuring import Entry, Protocol, measure_entry
 from mto_analysis.atlas.table import SHARED, TABLE_FILES, join_tables, parquet_bytes, read_table, table_outputs
-from mto_analysis.checkpoints import checkpoint_sha256
+from mto_analysis.checkpoints import checkpoint_sha256, resolve
 from mto_analysis.checkpoints.fetching import drop_fetched
-from mto_analysis.errors import DataError, ExperimentError, OutputExistsError
+from mto_analysis.errors import CheckpointError, DataError, ExperimentError, OutputExistsError
 from mto_analysis.experiments.running import Engine, RunFailedError
 from mto_analysis.experiments.worker import Outcome, Resources
 from mto_analysis.images import open_images
@@ -86,10 +86,20 @@ class Measurement:
         image_set = replace(load_image_set(self.image_set), name=self.set_name)
         protocol = replace(self.protocol, device=pick_device(resources.device_for(self.protocol.device)))
         images = image_set.find(open_images(self.images))
+        drop = self.drop and not _is_here(self.entry.source)
         rows, file = measure_entry(self.entry, images, image_set, protocol, Listener(note, note))
         write_atomically(self.part, parquet_bytes(rows))
-        if self.drop:
+        if drop:
             drop_fetched(self.entry.source, file)
+
+
+def _is_here(source: str) -> bool:
+    """Whether a checkpoint need not be fetched, so that its file is not ours to delete."""
+    try:
+        resolve(source, offline=True)
+    except CheckpointError:
+        return False
+    return True
 
 
 class AtlasFolder:

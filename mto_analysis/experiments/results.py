@@ -72,6 +72,7 @@ def collect(runs: ExperimentRuns) -> Results:
     """
     curves, layers, speeds, terms = [], [], [], []
     for run in runs.main:
+        runs.resolve(run).check()  # settings that are chosen now may be others than those it was trained with
         curve = read_curve(run)
         if curve.empty:
             raise DataError(f"{run.name} has no scores yet: run the experiment again")
@@ -136,7 +137,8 @@ def _compared(results: Results, pair: tuple[str, str], window: tuple[float, floa
     """RAUC from the first evaluated epoch at or after the window's start to that at or after its end."""
     baseline, target = (results.runs(method) for method in pair)
     shared = _shared_epochs([*baseline.values(), *target.values()])
-    start, end = (float(shared[min(np.searchsorted(shared, share * shared[-1]), len(shared) - 1)]) for share in window)
+    places = np.searchsorted(shared, np.array(window) * shared[-1] - 1e-9)
+    start, end = (float(shared[min(place, len(shared) - 1)]) for place in places)
     if not start < end:
         return None
     return compare(baseline, target, start, end, names=pair, noise=_NOISE, pairing=_pairing(baseline, target))

@@ -199,12 +199,15 @@ def _terms(results: Results) -> str:
     own = [name for name in map(str, means) if name not in ("loss", "mto") and not name.startswith("mto_")]
     rows: list[tuple[str, ...]] = [("method", *own, "L_spa", "L_e", "L_r", "H_0", "H at the last layer depth")]
     for method, row in means.iterrows():
-        layers = ends[ends["method"] == method].groupby("layer_depth")["heterogeneity"].mean()
+        stacks = ends[ends["method"] == method].groupby("stack", sort=False, dropna=False)
+        layers = [stack.groupby("layer_depth")["heterogeneity"].mean() for _, stack in stacks]
         names = (*own, "mto_sparsity", "mto_embedding", "mto_ranking")
         values = [row.get(name, np.nan) for name in names]
-        values += [layers.iloc[0], layers.iloc[-1]] if len(layers) else [np.nan, np.nan]
-        rows.append((str(method), *("-" if np.isnan(value) else f"{value:.4g}" for value in values)))
-    words = "Means over seeds: losses of the last logged step, without their weights; H over the last epoch."
+        depths = [" and ".join(f"{stack.iloc[at]:.4g}" for stack in layers) or "-" for at in (0, -1)]
+        rows.append((str(method), *("-" if np.isnan(value) else f"{value:.4g}" for value in values), *depths))
+    words = (
+        "Means over seeds: losses of the last logged step, without their weights; H over the last epoch, of each stack."
+    )
     return f"## Losses at the end\n\n{words}\n\n{_table(rows)}"
 
 

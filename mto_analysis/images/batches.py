@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -121,17 +121,20 @@ def image_batches(
             f"batch_size and limit must be at least 1, num_workers at least 0, got {batch_size=}, {limit=}"
         )
     rows = spread_rows(len(images.names), limit)
-    loader = Loader(_Prepared(images, rows, info), batch_size=batch_size, num_workers=num_workers, collate=list)
-    for items in loader:
-        good: list[tuple[str, Tensor]] = []
-        for name, content in items:
-            if isinstance(content, DataError):
-                raise content
-            if isinstance(content, Tensor):
-                good.append((name, content))
-            elif on_broken is None:
-                raise unreadable(name, content)
-            else:
-                on_broken(BrokenImage(name, content))
-        if good:
-            yield ImageBatch(tuple(name for name, _ in good), torch.stack([image for _, image in good]))
+    loader = Loader(_Prepared(images, rows, info), batch_size=batch_size, num_workers=num_workers, collate=_one_tensor)
+    for names, pixels, failures in loader:
+        for name, failure in failures:
+            if isinstance(failure, DataError):
+                raise failure
+            if on_broken is None:
+                raise unreadable(name, failure)
+            on_broken(BrokenImage(name, failure))
+        if names:
+            yield ImageBatch(names, pixels)
+
+
+def _one_tensor(items: Sequence[tuple[str, Tensor | DataError | str]]) -> tuple[tuple[str, ...], Any, list[Any]]:
+    """Names and pixels of the good images, and the others; each tensor would come through a file of its own."""
+    good = [(name, content) for name, content in items if isinstance(content, Tensor)]
+    failures = [(name, content) for name, content in items if not isinstance(content, Tensor)]
+    return tuple(name for name, _ in good), torch.stack([each for _, each in good]) if good else None, failures

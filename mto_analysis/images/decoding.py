@@ -75,15 +75,13 @@ def decode_samples(content: bytes, channels: int, value_range: ValueRange | None
     Args:
         content: The encoded file.
         channels: Of the model.
-        value_range: Values of black and white, in place of those that the format states.
+        value_range: Values of black and white, in place of those that the format states; not of eight-bit images.
     """
     samples = _opened(content)
     if isinstance(samples, Image.Image):
         image = samples
         if channels in (1, 3):
-            image = image.convert("RGB" if channels == 3 else "L")
-            if value_range in (None, _BYTES):
-                return image
+            return image.convert("RGB" if channels == 3 else "L")
         values = np.asarray(image.convert(image.palette.mode) if image.palette else image)
         samples = _Samples(values[None] if values.ndim == 2 else values.transpose(2, 0, 1), _BYTES, "8 bits")
     values = _of_channels(_channels_first(samples, channels), channels)

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import get_all_start_methods
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -21,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mto_analysis.errors import DataError, explained
 
-# Seconds to wait for a batch: decoding takes seconds at most, and a stuck file system or decoder for ever.
-_TIMEOUT = 300
+# Seconds to wait for a batch, in so many ticks: decoding takes seconds at most, and a stuck file system for ever.
+_TIMEOUT, _TICKS = 300, 20
 # Seconds for the signal of a process's end, which may come after its connection is lost, and for a killed process.
 _SIGNAL_SECONDS = 0.5
 _KILL_SECONDS = 5.0
@@ -76,15 +77,20 @@ class Loader:
             **options,
         )
 
+    @property
+    def keeps_workers(self) -> bool:
+        """Whether workers serve one iteration after the other."""
+        return self._loader.persistent_workers
+
     def __iter__(self) -> Iterator[Any]:
         """Iterate over batches."""
-        watched = _Watched(iter(self._loader))
-        finished = False
+        watched = _Watched(self._loader)
+        kept = self.keeps_workers  # also where this iteration is left early
         try:
             for batch in watched:
                 yield _mapped(batch, _Piped, lambda piped: torch.from_numpy(piped.values))
-            finished = True
         except (RuntimeError, EOFError, OSError, DataError) as error:
+            kept = False
             words = _words(watched.hang or error)
             if not self._loader.num_workers or words is None:
                 raise
@@ -93,13 +99,11 @@ class Loader:
                     time.sleep(_SIGNAL_SECONDS)
             raise DataError(words) from error
         finally:
-            watched.stop()
-            if not (finished and self._loader.persistent_workers):
-                _end_workers(watched.batches)
+            watched.stop(end_workers=not kept)
 
 
 class _Watched:
-    """Batches of torch's iterator, whose workers are killed when they give none in time.
+    """Batches of a loader, whose workers are killed when they give none in time.
 
     torch's own timeout does not end the workers, one that is stopped (SIGSTOP) or waits for a disk is then joined for
     ever at the end of the program, and once a worker has begun to hand over a tensor nothing times out.
@@ -107,50 +111,69 @@ class _Watched:
 
     hang: RuntimeError | None = None
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches = batches
-        self._deadline = float("inf")
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._iterator: Any = loader._iterator  # torch's, of the iteration before where workers are kept
+        self._waits = 0  # an odd number while one goes on
         self._stopped = threading.Event()
-        if getattr(batches, "_workers", ()):
-            _iterators.add(batches)
+        if loader.num_workers:
             threading.Thread(target=self._watch, args=(_TIMEOUT,), daemon=True).start()
 
     def __iter__(self) -> Iterator[Any]:
+        with self._waiting():  # for workers that were kept, until they have answered
+            batches = iter(self._loader)
+        if self._loader.num_workers:
+            self._iterator = batches
+            _iterators.add(batches)
         while True:
-            self._deadline = time.monotonic() + _TIMEOUT
-            try:
-                batch = next(self.batches)
-            except StopIteration:
+            with self._waiting():
+                batch = next(batches, _END)
+            if batch is _END:
                 return
-            finally:
-                self._deadline = float("inf")
             yield batch
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waits += 1
+        try:
+            yield
+        finally:
+            self._waits += 1
+
     def _watch(self, seconds: float) -> None:
-        while not self._stopped.wait(seconds / 20):
-            if time.monotonic() > self._deadline:
+        # Ticks are counted and not time, which goes on while the whole program is stopped.
+        seen, ticks = 0, 0
+        while not self._stopped.wait(seconds / _TICKS):
+            ticks = ticks + 1 if self._waits == seen and seen % 2 else 0
+            seen = self._waits
+            if ticks >= _TICKS:
                 self.hang = RuntimeError(f"DataLoader timed out after {seconds} seconds")
                 # The loader notices, by a signal or a lost connection. A signal handler runs in the main thread only,
                 # so it cannot interrupt this one.
-                for worker in self.batches._workers:  # type: ignore[attr-defined]
+                for worker in self._iterator._workers if self._iterator else ():
                     worker.kill()
                 return
 
-    def stop(self) -> None:
-        """End watching."""
+    def stop(self, *, end_workers: bool) -> None:
+        """End watching, and the workers."""
         self._stopped.set()
+        if end_workers and self._iterator is not None:
+            _end_workers(self._iterator)
+            self._loader._iterator = None
 
 
 # Iterators whose workers may run.
 _iterators: WeakSet[Any] = WeakSet()
+_END = object()
 
 
 def _end_workers(batches: Any) -> None:
     """End the worker processes of an iterator, also those that hear no SIGTERM."""
-    workers = getattr(batches, "_workers", ())
-    if workers:
-        batches._shutdown_workers()  # asks them to end, and torch's signal handler to accept that they do
-    for worker in workers:
+    if (thread := getattr(batches, "_pin_memory_thread", None)) is not None:
+        # It waits for ever for the rest of a message whose worker was killed, and torch for it.
+        thread.join = partial(type(thread).join, thread, _KILL_SECONDS)
+    batches._shutdown_workers()  # asks them to end, and torch's signal handler to accept that they do
+    for worker in batches._workers:
         if worker.is_alive():
             worker.kill()
             worker.join(_KILL_SECONDS)

@@ -118,7 +118,7 @@ class CroppedBatches:
     """
 
     def __init__(self, images: Images, sampler: ImageSampler, *, num_workers: int, pin: bool) -> None:
-        self._cropping, self._plans = _Cropping(images, sampler), _Plans()
+        self._cropping, self._plans, self._running = _Cropping(images, sampler), _Plans(), False
         self._loader = Loader(
             self._cropping,
             batch_size=None,
@@ -131,11 +131,16 @@ class CroppedBatches:
 
     def run(self, plans: Sequence[BatchPlan]) -> Iterator[CroppedBatch]:
         """Carry out plans, in order; broken images are in the batches."""
-        self._plans.plans = plans
-        for batch in self._loader:
-            if batch.failure is not None:
-                raise DataError(batch.failure)
-            yield batch
+        if self._running and self._loader.keeps_workers:
+            raise RuntimeError("the workers are carrying out other plans; close that iterator first")
+        self._running, self._plans.plans = True, plans
+        try:
+            for batch in self._loader:
+                if batch.failure is not None:
+                    raise DataError(batch.failure)
+                yield batch
+        finally:
+            self._running = False
 
 
 def _unchanged(batch: Any) -> Any:

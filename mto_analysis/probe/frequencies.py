@@ -60,14 +60,16 @@ def frequency_amplitudes(tokens: Tensor, mask: Tensor, grid: Sequence[int]) -> T
 class Frequency(TokenMeasure):
     """:func:`frequency_amplitudes` of each image."""
 
+    tolerant = True
     columns = ("frequency_low", "frequency_high", "frequency_log_ratio")
 
     def __call__(self, stack: str, layer: LayerTokens, split: TokenSplit, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Of each image."""
         grid = self.setup.grid_of(stack, layer.mask.shape[1])
-        if isinstance(grid, str) or stack in self.left_out:
-            return self.refuse(str(grid), stack)
-        if min(grid) < 4:
-            return self.refuse(f"a grid of {' x '.join(map(str, grid))} has no low frequencies", stack)
+        if isinstance(grid, str) or min(grid) < 4:
+            words = grid if isinstance(grid, str) else f"a grid of {' x '.join(map(str, grid))} has no low frequencies"
+            nothing = self.refuse(words, stack)
+            missing = torch.full((len(names),), torch.nan, device=layer.tokens.device)
+            return dict.fromkeys(self.columns, missing) if layer.depth else nothing  # a grid may shrink with depth
         values = frequency_amplitudes(layer.tokens, layer.mask, grid)
         return dict(zip(self.columns, values.unbind(dim=-1), strict=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mto_analysis.checkpoints import LoadOptions, RawCheckpoint, checkpoint_info, load_checkpoint, open_checkpoint
+from mto_analysis.checkpoints.statistics import Statistics
 from mto_analysis.errors import DataError, HeadCountError, OptionNeededError
 from mto_analysis.images import BrokenImage, ImageBatch, Images, image_batches
 from mto_analysis.images.interface import choose_rows, spread_rows
@@ -164,7 +165,7 @@ class Request:
         """
         if isinstance(source, LiveSource):
             self.listener.note(f"{source}: its module is imported, so its code runs")
-            return source.load(raw)
+            return self._with_statistics(source, source.load(raw))
         assert raw is not None
         chosen = self.loading.keywords()
         given = {option: getattr(self.loading, option) for option in HEADS_ASSUMED}
@@ -185,6 +186,20 @@ class Request:
                 if encoder_only and error.option != "num_heads" and given[error.option] == "auto":
                     self.stand_ins[error.option] = error.stand_in
                 chosen[error.option] = error.stand_in if given[error.option] == "auto" else given[error.option]
+
+    def _with_statistics(self, source: LiveSource, model: MaskedImageModel) -> MaskedImageModel:
+        """A live model with the mean and std that were given; the other options are for files."""
+        options = ("image_size", *(() if len(self.sources) > 1 else HEADS_ASSUMED))
+        if odd := [name for name in options if getattr(self.loading, name) is not None]:
+            words = odd[0].replace("_", " ")
+            raise ValueError(f"{source} is a live model, which has {words} of its own; leave {odd[0]} out")
+        if (self.loading.mean, self.loading.std) != (None, None):
+            info = model.info
+            found = Statistics(info.mean, info.std, info.statistics_source)
+            found = found.overridden(self.loading.mean, self.loading.std)
+            found.check(info.channels)
+            model.info = replace(info, mean=found.mean, std=found.std, statistics_source=found.source)
+        return model
 
     @cached_property
     def stand_ins(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points
 from mto_analysis.rauc.logs import Finding, Log, Request, choose, extract, open_log
 from mto_analysis.rauc.logs.counting import Counted, EpochCount, count_alike
-from mto_analysis.rauc.logs.provenance import Provenance, axis_label, score_label
+from mto_analysis.rauc.logs.provenance import AXIS_NAMES, Provenance, axis_label, score_label
 from mto_analysis.rauc.logs.records import grouped
 from mto_analysis.rauc.logs.tidying import Unit, curve_starts, tidy
 from mto_analysis.runtime.settings import Options, Positive, Reader, Settings, Within
@@ -226,6 +226,7 @@ def read_curves(
     curves: list[_Curves] = []
     logs: list[tuple[Log, Source]] = []
     met: set[str] = set()
+    protocols: dict[str, str] = {}
     for source, document, series in zip(parsed, documents, chosen, strict=True):
         log = extract(
             document, series, epoch_column=source.epoch or epoch_column, method_column=method_column,
@@ -247,6 +248,8 @@ def read_curves(
             rows = rows[~blank]
         if rows.empty:
             continue
+        if log.form == "mto-analyze curves" and "protocol" not in groups:
+            protocols |= {str(each): log.file for each in document.columns.labels("protocol")[rows["row"].to_numpy()]}
         met.update(rows["method"])
         said, found = _unit_of(log, source.unit or unit, lower_is_better)
         if log.axis != "steps":
@@ -269,6 +272,7 @@ def read_curves(
         findings.append(Finding(curves[0].log.file, None, "steps per epoch are not used: no log counts steps"))
     _refuse_different_units(curves)
     _refuse_different_axes(curves)
+    _refuse_different_protocols(protocols)
     counted = [each.counted() for each in curves]
     firsts = [each.evident() if each.counts_epochs else None for each in counted]
     origin, found = count_alike(counted, epochs)
@@ -390,6 +394,23 @@ def _refuse_different_axes(curves: Sequence[_Curves]) -> None:
             )
 
 
+def _refuse_different_protocols(files: Mapping[str, str]) -> None:
+    """Accuracies of kNN and of a linear classifier have no common scale."""
+    if len(files) > 1:
+        told = " and ".join(f"{protocol} ({file})" for protocol, file in files.items())
+        raise DataError(f"scores are of {told}; compare those of one protocol, or each with --group protocol")
+
+
+def refuse_different_scores(tables: Sequence[CurveTable]) -> None:
+    """Logs that were read one by one, and whose scores are put together."""
+    told = {(one.metric, one.split, one.unit): one.file for table in tables for one in table.provenance}
+    if len(told) > 1:
+        words = [
+            f"{file} has {metric} ({split or 'no split named'}, {unit})" for (metric, split, unit), file in told.items()
+        ]
+        raise DataError(f"scores of different kinds: {'; '.join(words)}; choose with --score-column")
+
+
 def _named(log: Log, source: Source, methods: Collection[str] | None, run: str | None) -> pd.DataFrame:
     """Rows with a method and a seed each, of the wanted methods (and the named run) only."""
     rows = log.rows
@@ -463,6 +484,11 @@ def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float
     """
     frame = table.frame
     if per_epoch is not None:
+        if table.axis in set(AXIS_NAMES.values()) - {"epoch"}:
+            raise DataError(
+                f"the logs count {table.axis}, not epochs, so {axis} of an epoch cannot be used; "
+                "--steps-per-epoch turns steps into epochs"
+            )
         rates = {name: per_epoch for name in table.methods} if isinstance(per_epoch, (int, float)) else per_epoch
         lacking = [name for name in table.methods if name not in rates]
         if lacking:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from mto_analysis.errors import DataError, DataNotFoundError
-from mto_analysis.rauc.curves import Source, read_curves
+from mto_analysis.rauc.curves import CurveTable, Source, read_curves, refuse_different_scores
 from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
 
 Vector = NDArray[np.float64]
@@ -133,7 +133,8 @@ def _mean_over_runs(values: Sequence[float], confidence: float) -> Correlation:
         return Correlation(float(x.mean()) if len(x) else math.nan, math.nan, math.nan, math.nan, len(x))
     mean, error = float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
     reach = float(t_quantile(len(x) - 1, confidence)) * error
-    p = float(2 * stdtr(len(x) - 1, -abs(mean) / error)) if error > 0 else math.nan
+    # Where all agree, the share of signs that are as far from 0.
+    p = float(2 * stdtr(len(x) - 1, -abs(mean) / error)) if error > 1e-9 else 2.0 ** (1 - len(x)) if mean else 1.0
     return Correlation(mean, max(mean - reach, -1.0), min(mean + reach, 1.0), p, len(x))
 
 
@@ -168,7 +169,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise DataNotFoundError(f"no table at {path}")
     try:
-        return pd.read_csv(path, dtype={"model": str, "method": str, "seed": str, "stack": str}, keep_default_na=True)
+        return pd.read_csv(
+            path, dtype=dict.fromkeys(("model", "method", "checkpoint", "seed", "stack"), str), keep_default_na=True
+        )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
 
@@ -184,6 +187,8 @@ def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
     found = table[name].str.extract(f"(?s)^(?P<method>.+?){parts}$")
     own = {key: (found if key in found else table)[key] for key in _LABEL}
     epoch = pd.to_numeric(own["epoch"], errors="coerce")
+    if (odd := own["epoch"][epoch.isna() & own["epoch"].notna()]).any():
+        raise DataError(f"{path}: the epoch {odd.iloc[0]!r} is no number")
     return table.assign(method=prefix + found["method"], seed=own["seed"].fillna("").astype(str), epoch=epoch)
 
 
@@ -236,17 +241,21 @@ def _tidy(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     return named.melt(keys, [name for name in columns.values() if name in named], var_name="measure")
 
 
-def read_scores(paths: Sequence[str], *, score: str | None = None) -> pd.DataFrame:
+def read_scores(
+    paths: Sequence[str], *, score: str | None = None, say: Callable[[str], None] = lambda finding: None
+) -> pd.DataFrame:
     """Accuracies: tables ``model score`` of one row per checkpoint, or logs over epochs in any format of ``rauc``.
 
     Args:
         paths: Files, or ``NAME=FILE``; as for :func:`read_measures`.
         score: Column of the score, where it is not called ``score`` or ``accuracy``.
+        say: Gets what a reader of the logs should know.
 
     Returns:
         Columns ``method seed epoch score``; the epoch is NaN where there is none.
     """
-    tables = []
+    tables: list[pd.DataFrame] = []
+    logs: list[CurveTable] = []
     for text in paths:
         prefix, path = _named_file(text)
         if path.suffix == ".csv" and "epoch" not in (table := _read_csv(path)):
@@ -257,11 +266,21 @@ def read_scores(paths: Sequence[str], *, score: str | None = None) -> pd.DataFra
         else:
             if not path.exists():
                 raise DataNotFoundError(f"no log at {path}")
-            frame = read_curves([Source(path)], score_column=score).frame
-            rows = _keyed(frame.astype({"method": str, "seed": str}), path, prefix)
+            curves = read_curves([Source(path)], score_column=score)
+            # A run without a seed has its file in place of one.
+            frame = curves.frame.astype({"method": str, "seed": str}).replace({"seed": {str(path): ""}})
+            rows = _keyed(frame, path, prefix)
+            logs.append(curves)
+            for finding in curves.findings:
+                say(str(finding))
         rows = rows.assign(score=pd.to_numeric(rows["score"], errors="coerce")).dropna(subset="score")
         tables.append(rows[[*_KEYS, "score"]])
+    refuse_different_scores(logs)
     whole = pd.concat(tables, ignore_index=True)
+    small = [bool((each["score"].abs() <= 1).all()) for each in tables]
+    if len(set(small)) > 1:
+        at, other = small.index(True), small.index(False)
+        raise DataError(f"{paths[at]} has scores from 0 to 1 and {paths[other]} has others: give both in percent")
     if (twice := whole.duplicated(_KEYS)).any():
         row = whole[twice].iloc[0]
         raise DataError(f"{row['method']}, seed {row['seed'] or '-'} has two scores; name the tables with NAME=FILE")
@@ -391,11 +410,14 @@ def relate(
     if unknown := set(given or ()) - set(measures["measure"]):
         raise ValueError(f"measures are {', '.join(measures['measure'].unique())}; got {', '.join(sorted(unknown))}")
     joined, notes = _join(_chosen_layers(measures, layers), scores)
+    notes += _incomplete(joined)
     rows = [
         {"level": level, "measure": measure, "stack": stack, "layer": layer, "given": others, **vars(found)}
         for (stack, layer), frame in joined.groupby(["stack", "layer"], sort=False)
         for level, measure, others, found in _correlations(frame, given, confidence)
     ]
+    if not rows:
+        raise DataError(f"no measure is there for all checkpoints; {'; '.join(notes)}")
     table = pd.DataFrame(rows).rename(columns={"value": "rho"})
     enough = np.array([_is_enough(row) for row in table.to_dict("records")], dtype=bool)
     table["p_holm"] = holm(table["p"].where(enough))
@@ -408,6 +430,18 @@ def relate(
         seeds = seeds.iloc[:0]
     columns = ["level", "measure", "stack", "layer", "given", "rho", "low", "high", "p", "p_holm", "number", "verdict"]
     return Relations(table[columns], joined, seeds, _sentence(table, confidence), notes)
+
+
+def _incomplete(joined: pd.DataFrame) -> list[str]:
+    """Which measures are left out, as some checkpoint lacks them."""
+    notes = []
+    for (stack, layer), frame in joined.groupby(["stack", "layer"], sort=False):
+        wide = frame.pivot(index=_KEYS, columns="measure", values="value").isna()
+        for measure in wide.columns[wide.any()]:
+            place = f"{layer} layer depth{f' of {stack}' if stack else ''}"
+            first = wide.index[wide[measure]][0][0]
+            notes.append(f"{measure} ({place}) is left out: not all checkpoints have it, such as {first}")
+    return notes
 
 
 def _wide(frame: pd.DataFrame) -> pd.DataFrame:
@@ -484,7 +518,7 @@ def _sentence(table: pd.DataFrame, confidence: float) -> str:
             (timed[(timed["layer"] == row["layer"]) & (timed["stack"] == row["stack"])], "epoch"),
         ):
             if len(more):
-                parts.append(_given(more.iloc[0], condition, unit))
+                parts.append(_given(more.iloc[0], condition, unit, row["verdict"]))
     return ". ".join(parts) + "."
 
 
@@ -508,9 +542,12 @@ def _said(row: pd.Series[Any], unit: str, comparisons: int, confidence: float) -
     return f"{verb} at {confidence:.0%} over {int(row['number'])} {unit}{p})"
 
 
-def _given(row: pd.Series[Any], condition: str, unit: str) -> str:
+def _given(row: pd.Series[Any], condition: str, unit: str, before: str) -> str:
     held = "the epoch" if condition == "epoch" else f"the other measures ({row['given']})"
     if row["verdict"] == "nothing can be concluded":
         return f"Given {held}, {int(row['number'])} {unit} are too few to conclude anything"
-    still = "it adds nothing that is shown" if row["verdict"] in ("not shown", "undefined") else "it still does"
+    verdict = row["verdict"]
+    still = "it still does" if verdict == before else f"it {verdict}"
+    if verdict in ("not shown", "undefined"):
+        still = "it adds nothing that is shown"
     return f"Given {held} {still} ({_numbers(row)})"

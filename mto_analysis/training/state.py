@@ -49,7 +49,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.curves = self.path / "curves.csv"
         self.measures = self.path / "measures.csv"
-        self.shown = self.path / "shown"
+        self.shown, self.tensorboard = self.path / "shown", self.path / "tensorboard"
         self.last = self.path / "last.pth"
         self.figures = {kind: self.path / f"run.{kind}" for kind in ("png", "pdf", "svg")}
 
@@ -119,7 +119,8 @@ class RunFolder:
                 gone before the run was complete.
         """
         if not self.holds_run():
-            if (foreign := [each.name for each in self._files() if each.exists()]) and not overwrite:
+            written = (*self._files(), self.tensorboard, self.shown)
+            if (foreign := [each.name for each in written if each.exists()]) and not overwrite:
                 raise OutputExistsError(
                     f"{self.path} contains {', '.join(foreign)}, not written by a run; choose another --out or pass "
                     "--overwrite"
@@ -159,12 +160,14 @@ class RunFolder:
             resume: Whether the run goes on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        own = {each.name for each in (*self._files(), self.metadata, *(self.path / name for name in files))}
+        for stale in self.path.glob(".*.*.tmp"):
+            if stale.name.startswith((".checkpoint-", *(f".{name}." for name in own))):
+                stale.unlink(missing_ok=True)
         if not resume:
             for old in self._files():
                 old.unlink(missing_ok=True)
-            for whole in (self.path / "tensorboard", self.shown):
+            for whole in (self.tensorboard, self.shown):
                 shutil.rmtree(whole, ignore_errors=True)
         for name, text in files.items():
             write_atomically(self.path / name, text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mto_analysis.checkpoints import LoadOptions, open_checkpoint
+from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256, open_checkpoint
 from mto_analysis.checkpoints.reading import Weights
 from mto_analysis.errors import (
     CheckpointError,
@@ -41,7 +42,7 @@ from mto_analysis.training.evaluation.protocols import weights_of
 #: Columns of ``curves.csv``; the first four are what ``mto-analyze rauc`` reads.
 COLUMNS = (
     *("method", "epoch", "score", "seed", "protocol", "top5"),
-    *("pooling", "layer", "norm", "crop_pct", "weights", "iterations", "checkpoint", "seconds"),
+    *("pooling", "layer", "norm", "crop_pct", "weights", "iterations", "checkpoint", "sha256", "seconds"),
 )
 _OWN = ("settings.json", "random.csv", "run.json", "curves.png", "curves.pdf", "curves.svg")
 _NUMBER = re.compile(r"checkpoint-(\d+)\.pth$")
@@ -60,6 +61,13 @@ class RunCheckpoint(NamedTuple):
     def key(self) -> tuple[str, int, int | None]:
         """What a curve has one row for."""
         return self.method, self.seed, self.epoch
+
+    @property
+    def sha256(self) -> str:
+        """Of a local file, its first digits; of one to be fetched, of its address."""
+        local = Path(self.source).expanduser().exists()
+        whole = checkpoint_sha256(self.source) if local else hashlib.sha256(self.source.encode()).hexdigest()
+        return whole[:16]
 
     @property
     def stem(self) -> str:
@@ -269,8 +277,15 @@ class CurveFile:
         return there
 
     def holds(self, checkpoint: RunCheckpoint) -> bool:
-        """Whether a checkpoint has its row already."""
-        return any(_key(row) == checkpoint.key for row in self.rows)
+        """Whether a checkpoint has its row already; a row of another file is refused."""
+        row = next((row for row in self.rows if _key(row) == checkpoint.key), None)
+        if row is not None and str(row["sha256"]) != checkpoint.sha256:
+            epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch}"
+            raise OutputExistsError(
+                f"{self.path} has a score of {checkpoint.method}, seed {checkpoint.seed}{epoch}, of another file than"
+                f" {checkpoint.source}; give --label or --seed, another --out, or pass --overwrite"
+            )
+        return row is not None
 
     def add(self, checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, Any]:
         """Write one more row; rows are in the order of method, seed and epoch."""
@@ -321,12 +336,14 @@ def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, An
         "weights": score.weights,
         "iterations": score.iterations,
         "checkpoint": Path(checkpoint.source).name,
+        "sha256": checkpoint.sha256,
         "seconds": round(score.seconds, 2),
     }
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pd.read_csv(path).astype(object).to_dict("records")  # type: ignore[assignment]
+    table = pd.read_csv(path, dtype={"method": str}, keep_default_na=False, na_values=[""])
+    rows: list[dict[str, Any]] = table.astype(object).to_dict("records")  # type: ignore[assignment]
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -293,6 +294,19 @@ def check_classes(train: LabelledImages, test: LabelledImages) -> int:
         raise DataError(
             f"{train.source} has {len(train.class_names)} classes and {test.source} has {len(test.class_names)}{which}:"
             " training and test images must have the same classes"
+        )
+    if bool(train.class_names) != bool(test.class_names):
+        named, plain = (train, test) if train.class_names else (test, train)
+        numbered = [name.isdecimal() for name in named.class_names]
+        if all(numbered) and list(named.class_names) != [str(number) for number in range(len(numbered))]:
+            raise DataError(
+                f"{named.source} has folders or names {', '.join(named.class_names[:3])} ..., sorted as text, and "
+                f"{plain.source} has numbers: give names, or numbers, in both"
+            )
+        warnings.warn(
+            f"{plain.source} has numbers of classes and no names: 0 is taken for {named.class_names[0]!r} of "
+            f"{named.source}, and so on in its order",
+            stacklevel=2,
         )
     unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if unseen:
