@@ -154,7 +154,7 @@ class Scoring(Group):
         typer.Option(
             "--crop-pct",
             metavar="SHARE",
-            help="Centre crop of test images, of their resized shorter side; by default 0.875, and 1 up to 64 px.",
+            help="Centre crop of test images, of their resized shorter side; by default as published (0.875; 1 up to 64 px).",
         ),
     ] = None
     device: DeviceName = "auto"

@@ -65,7 +65,7 @@ def intervene(
     .pdf, and run.json to --out.
 
     Example:
-      mto-analyze intervene --ckpt simmim_vit_base --images IMAGES --limit 256
+      mto-analyze intervene --ckpt simmim_vit_base_800e --images IMAGES --limit 256
     """
     from mto_analysis.figures.files import file_names
     from mto_analysis.runtime.outputs import OutputFolder
