@@ -41,7 +41,7 @@ from mto_analysis import (
     save_checkpoint,
     save_masks,
 )
-from mto_analysis.demo import DEMO_CHECKPOINTS
+from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.runtime.outputs import locked_folder
 from mto_analysis.training import RunSettings
@@ -285,7 +285,9 @@ def option_strict(path, images, ckpt):
     result = ok(*arguments, "--out", path)
     assert [line for line in result.stderr.splitlines() if line.startswith("skipped broken.png: ")]
     assert (csv(path)["num_skipped"] == 1).all()
-    assert list(json.loads((path / "run.json").read_text())["skipped"]) == ["broken.png"]
+    told = json.loads((path / "run.json").read_text())
+    assert list(told["skipped"]) == ["broken.png"]
+    assert told["models"][0]["num_images"] == csv(path)["num_images"].iloc[0]
     result = run(*arguments, "--out", path / "strict", "--strict", "--quiet")
     assert result.exit_code == 4
     assert "image broken.png cannot be read" in result.stderr.splitlines()[-1]
@@ -642,6 +644,20 @@ def test_usage_errors__have_one_format(monkeypatch) -> None:
         (["demo", "--limit", "0"], "Invalid value for '--limit': must be greater than or equal to 1; see"),
         (["tables", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'csv', 'markdown',"),
         (["pretrain", "--out", ""], "Invalid value for --out: is empty; give a path (. is the current folder); see"),
+        (["tables", "--config", ""], "Invalid value for --config: is empty"),
+        (
+            ["heterogeneity", "--model", "a:b", "--weights", "model_ema"],
+            "--weights model_ema is for checkpoints (--ckpt)",
+        ),
+        (["heterogeneity", "--ckpt", "a.pth", "--label", "_a"], "the label '_a' begins with _"),
+        (
+            ["evaluate", "linear", "--cached", "--accumulation", "2", "--ckpt", "a", "--train", "b", "--test", "c"],
+            "--accumulation is for classifiers that are trained",
+        ),
+        (
+            ["pretrain", "--recipe", "mae_cifar10", "--images", str(DEMO_IMAGES), "--eval-start", "--out", "x"],
+            "--eval-start is for --eval-test IMAGES",
+        ),
         (["inspect", ""], "Invalid value for ckpt: is empty; give a path"),
     ):
         assert f"mto-analyze: error: {message}" in fails(2, *arguments)
@@ -914,7 +930,7 @@ def test_plot__compares_tables(measured: Path, tmp_path: Path, monkeypatch) -> N
 
 def test_plot__never_overwrites_by_itself(measured: Path, tmp_path: Path) -> None:
     table = measured / "mae" / "heterogeneity.csv"
-    assert "already holds heterogeneity.csv" in fails(2, "plot", table, "--out", measured / "mae")
+    assert "not from an earlier run of this command" in fails(2, "plot", table, "--out", measured / "mae")
     ok("plot", table, "--out", tmp_path / "plot")
     before = contents(tmp_path / "plot")
     fails(2, "plot", table, "--out", tmp_path / "plot")

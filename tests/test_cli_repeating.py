@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from image_files import write_images
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from mto_analysis.demo import DEMO_CHECKPOINTS
 from mto_analysis.figures.methods import methods_paragraph
 from mto_analyze import app
+from mto_analyze.repeating import _FIRST_LINE, _absolute
 
 MAE = DEMO_CHECKPOINTS["MAE"]
 
@@ -143,6 +145,19 @@ def test_run_file__of_the_user_is_not_replaced(tmp_path: Path) -> None:
     own = tmp_path / "run.toml"
     own.write_text(f'ckpt = "{MAE}"\nlimit = 2\n')
     result = run("heterogeneity", "--config", own, "--out", tmp_path, code=2)
-    assert "run.toml is not from an earlier run; choose another --out" in result.stderr
+    assert "run.toml is not from an earlier run of this command; choose another --out" in result.stderr
     assert own.read_text().startswith("ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+    own.write_text(f"{_FIRST_LINE} affinity --config run.toml\n")
+    assert "is not from an earlier run of this command" in run("tables", "--out", tmp_path, code=2).stderr
+
+
+def test_paths__are_absolute_whatever_they_contain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "mae_cifar10").mkdir()
+    many, file = SimpleNamespace(metavar="CKPT"), SimpleNamespace(metavar="NAME|FILE")
+    assert _absolute(("lr=0.1", "x=mae_cifar10"), many) == [f"{tmp_path}/lr=0.1", f"x={tmp_path}/mae_cifar10"]
+    assert _absolute("mae_cifar10", file) == "mae_cifar10"
+    (tmp_path / "own.toml").touch()
+    assert _absolute("own.toml", file) == f"{tmp_path}/own.toml"

@@ -171,6 +171,10 @@ def test_draw_accuracy__has_a_line_per_method_and_the_random_encoder() -> None:
         for epoch in (1, 2)
     ]
     (ax,) = draw_accuracy(pd.DataFrame(rows), {"a": 0.5, "b": 0.5}).axes
+    uneven = pd.DataFrame([("a", e, e, s, "knn") for s in (0, 1) for e in range(3 - s)],
+                          columns=["method", "epoch", "score", "seed", "protocol"])  # fmt: skip
+    mean = next(line for line in draw_accuracy(uneven).axes[0].lines if line.get_label() == "a")
+    assert mean.get_xdata().tolist() == [0, 1]  # where all seeds have been scored
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "random encoder", "b"]
     assert ax.get_ylabel() == "kNN accuracy (%)"
     means = [line for line in ax.get_lines() if line.get_label() == "a"]

@@ -78,6 +78,7 @@ def test_experiment__writes_tables_figures_and_a_page(done: Path) -> None:
         *figures,
     }
     methods = (out / "methods.md").read_text()
+    assert "scored every 1 epochs" in methods
     assert "Arms no MTO and MTO were each run with the seeds 0 and 1, in fp32." in methods
     assert "Settings were chosen on separate runs: MAE small." in methods
     curves = pd.read_csv(out / "curves.csv")

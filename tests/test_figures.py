@@ -145,6 +145,8 @@ class TestCatalogue:
             find_figures(["fig9"])
 
     def test_published_figures_refuse_checkpoints_and_others_refuse_experiments(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="fig4 takes no checkpoints or images"):
+            find_figures(inputs=Inputs(checkpoints=["a.pth"], experiment=tmp_path))
         with pytest.raises(ValueError, match="table1 takes no checkpoints or images"):
             find_figures(["table1"], inputs=Inputs(checkpoints=("a.pth",)))
         with pytest.raises(ValueError, match="fig1a cannot be drawn from an experiment; those that can are fig4"):
@@ -420,6 +422,9 @@ class TestExperiments:
         assert table[table["method"] == "baseline"]["place"].tolist() == [1, 4]
         assert table["score"].tolist() == pytest.approx([17.6, 20.9, 17.6, 20.9])  # after the last epoch
         column = curves_of(tmp_path / "two", {"MAE": 0.0, "MAE + MTO": 1.0}, decoder_depth=2)
+        several = curves_of(tmp_path / "arms", {"MAE": 0.0, "MAE + MTO": 1.0, "MAE + L_e": 2.0}, decoder_depth=2)
+        with pytest.raises(DataError, match="has several arms with MTO"):
+            drawn("supp-fig2", experiment=several)
         assert set(drawn("supp-fig2", experiment=column).tables["supp-fig2-measured"]["place"]) == {2}
         with pytest.raises(DataError, match="does not say its decoder depth"):
             drawn("supp-fig2", experiment=curves_of(tmp_path / "three", {"MAE": 0.0}))

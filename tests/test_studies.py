@@ -173,6 +173,13 @@ def test_labels_of__takes_as_many_folders_as_needed() -> None:
         labels_of(["a.pth", "a.pth"])
 
 
+def test_read_tables__a_model_may_be_called_none(tmp_path) -> None:
+    table = pd.DataFrame({"model": ["None", "NA"], "stack": "encoder", "layer_depth": 0, "heterogeneity": 1.0,
+                          "normalized": 0.5, "num_visible": 9, "ci_low": 0.9, "ci_high": 1.1})  # fmt: skip
+    table.to_csv(tmp_path / "table.csv", index=False)
+    assert read_tables([tmp_path / "table.csv"])["model"].tolist() == ["None", "NA"]
+
+
 def test_measure_checkpoints__refuses_labels_that_do_not_fit(checkpoints, images) -> None:
     sources = [checkpoints["mae"], checkpoints["simmim"]]
     for labels in (["one"], ["same", "same"]):

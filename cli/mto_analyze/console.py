@@ -64,8 +64,9 @@ class Command(TyperCommand):
         parameters: dict[str, Any] = {str(each.name): each for each in self.get_params(ctx)}
         try:
             given = dict(self.make_parser(ctx).parse_args(list(args))[0])
-            if file := given.pop("config", None):
+            if file := given.get("config"):
                 ctx.default_map = read_config(file, words, parameters)
+                del given["config"]
             given = {**(ctx.default_map or {}), **{name: each for name, each in given.items() if each is not None}}
             for name, value in given.items():
                 if "" in (value if isinstance(value, (list, tuple)) else [value]):

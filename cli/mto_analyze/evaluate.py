@@ -154,7 +154,7 @@ class Scoring(Group):
         typer.Option(
             "--crop-pct",
             metavar="SHARE",
-            help="Centre crop of test images, of their resized shorter side; by default as published (0.875; 1 up to 64 px).",
+            help="Centre crop of test images, of their resized shorter side; by default as published (1 up to 64 px).",
         ),
     ] = None
     device: DeviceName = "auto"
@@ -228,6 +228,8 @@ def linear(
 
         reader = Reader("--cached", {}, Options(settings_of(setting or [])))
         own = reader.given({name: field_types(Evaluation)[name] for name in ("penalty", "tolerance", "iterations")})
+        if context.params["accumulation"] != 1:
+            raise ValueError("--accumulation is for classifiers that are trained, not for --cached or --layers")
         reader.end()
         return on_features(context, "linear_cached", own)
     from mto_analysis.training.evaluation.classifier_settings import linear_settings

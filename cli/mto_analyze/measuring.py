@@ -44,7 +44,7 @@ def loading(given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of :class:`~mto_analysis.checkpoints.LoadOptions` among the options of a command; no torch is imported."""
     names = (*inspect.get_annotations(LoadingOptions), "mask_ratio", "weights")
     found = {name: given[name] for name in names if name in given}
-    return found | {"weights": "model"} if given.get("model") else found
+    return found if found.get("weights") in (None, "model", "model_ema") else found | {"weights": "model"}
 
 
 def sources(given: Mapping[str, Any]) -> list[str]:
@@ -60,6 +60,8 @@ def sources(given: Mapping[str, Any]) -> list[str]:
     file = None if weights in ("model", "model_ema") else Path(weights)
     if file is not None and len(models) != 1:
         raise ValueError(f"--weights must be model or model_ema, or with one --model its file, got {weights}")
+    if models and not given["ckpt"] and weights == "model_ema":
+        raise ValueError("--weights model_ema is for checkpoints (--ckpt); a model of your own has the weights it has")
     found = [*(given["ckpt"] or ()), *(LiveSource(model, file) for model in models)]
     if not found:
         raise ValueError("give a checkpoint with --ckpt CKPT, or a model of your own with --model MODULE:FACTORY")

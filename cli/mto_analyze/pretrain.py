@@ -28,7 +28,7 @@ from mto_analyze.options import (
     ValueRange,
     takes,
 )
-from mto_analyze.repeating import RUN_FILE, write_methods, write_run_file
+from mto_analyze.repeating import write_methods, write_run_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -267,7 +267,7 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             resume=resume,
             overwrite=overwrite,
             on_begin=lambda: note(_summary(chosen, len(images.names), settings, out), quiet=quiet),
-            on_step=on_step,
+            on_step=on_step if resume or not this_process().main else _recording(out, on_step),
             on_note=lambda line: note(line, quiet=quiet),
             on_broken=lambda broken: note(f"another image takes the place of {broken.name} ({broken.reason})"),
             show=None if settings.show_every is None else EpochFigures(images, measures=settings.show_measures),
@@ -275,12 +275,25 @@ def _run(values: dict[str, Any], *, resume: bool, overwrite: bool, strict: bool,
             source=str(source),
         ):
             note(_line(record, chosen.epochs), quiet=quiet)
-            if this_process().main and not resume and not (out / RUN_FILE).exists():
-                write_run_file(out)  # now that the folder is the run's; a resumed run keeps the one it began with
         if this_process().main:
             drawn = [path.name for path in draw_run_folder(out)]
             drawn += write_methods(out, RunFolder(out).stored_metadata())
             note(f"wrote {', '.join(drawn)} to {out}", quiet=quiet)
+
+
+def _recording(out: Path, on_step: Callable[[StepRecord], None] | None) -> Callable[[StepRecord], None]:
+    """Writes the file that repeats the run at its first step, when the folder is the run's."""
+    written = False
+
+    def step(record: StepRecord) -> None:
+        nonlocal written
+        if not written:
+            write_run_file(out)
+        written = True
+        if on_step is not None:
+            on_step(record)
+
+    return step
 
 
 @contextmanager
@@ -357,7 +370,11 @@ def _with_evaluation(settings: RunSettings, values: Mapping[str, Any], source: P
         )
         if values.get(option) is not None
     }
+    if values.get("show_measures") is not None and settings.show_every is None:
+        raise ValueError("--show-measures is for --show-every N")
     if values.get("eval_start") is not None:
+        if settings.evaluation is None and "test" not in given:
+            raise ValueError("--eval-start is for --eval-test IMAGES")
         settings = replace(settings, evaluate_start=values["eval_start"])
     if settings.evaluation is not None:
         return replace(settings, evaluation=replace(settings.evaluation, **given))

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,11 +75,14 @@ def relate(
     OutputFolder(out, files, overwrite=overwrite)
     tables = read_measures(measures), read_scores(scores, score=score_column, say=partial(note, quiet=quiet))
     found = related(*tables, layers=layer or LAYERS, given=given, confidence=confidence)
-    outputs = {
+    outputs: dict[str, Any] = {
         "relations.csv": found.table,
         "checkpoints.csv": found.checkpoints,
         "seeds.csv": found.seeds,
-        "relations": partial(draw_relations, found.table),
     }
+    if found.table["rho"].notna().any():
+        outputs["relations"] = partial(draw_relations, found.table)
+    else:
+        files = [name for name in files if not name.startswith("relations.") or name in outputs]
     measuring.write({**context.params, "quiet": quiet or as_json}, files, outputs, **found.record())
     typer.echo(json.dumps(found.record(), indent=2) if as_json else "\n".join([found.sentence, *found.notes]))

@@ -59,7 +59,9 @@ def begin(command: str, parameters: Mapping[str, Any], given: Mapping[str, Any])
     """
     current.command = command
     current.given = {
-        option_name(parameter): _absolute(given[name]) if takes_path(parameter) and name != "out" else given[name]
+        option_name(parameter): _absolute(given[name], parameter)
+        if takes_path(parameter) and name != "out"
+        else given[name]
         for name, parameter in parameters.items()
         if given.get(name) not in (None, (), []) and name != "overwrite"  # repeating a run replaces nothing
     }
@@ -108,9 +110,10 @@ def check_own(out: Path, *, overwrite: bool | None) -> None:
     """
     for name, line in ((RUN_FILE, _FIRST_LINE), (METHODS_FILE, _METHODS_LINE)):
         path = _beside(out, name)
-        if not overwrite and path.is_file() and not path.read_bytes().startswith(line.encode()):
+        own = f"{line} {current.command} " if name == RUN_FILE else line
+        if not overwrite and path.is_file() and not path.read_bytes().startswith(own.encode()):
             other = "" if overwrite is None else " or pass --overwrite"
-            raise OutputExistsError(f"{path} is not from an earlier run; choose another --out{other}")
+            raise OutputExistsError(f"{path} is not from an earlier run of this command; choose another --out{other}")
 
 
 def write_record(out: Path, metadata: Mapping[str, Any] | None = None) -> list[str]:
@@ -170,13 +173,18 @@ def takes_path(parameter: Any) -> bool:
     return any(word in (parameter.metavar or "") for word in _PATHS)
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, parameter: Any) -> Any:
     """Paths that exist, made absolute, so that a file works from every folder; other text as it is.
 
-    A log is ``[NAME=]FILE[options]``.
+    A log is ``[NAME=]FILE[options]``; a recipe or experiment is a file, also where a folder has the name of one.
     """
     if isinstance(value, (list, tuple)):
-        return [_absolute(each) for each in value]
+        return [_absolute(each, parameter) for each in value]
+    whole = Path(str(value))
+    if parameter.metavar in ("FILE", "NAME|FILE") and not whole.is_file():
+        return value
+    if whole.exists():
+        return str(whole.absolute())
     parts = re.fullmatch(r"([^=\[]*=)?([^\[]*)(\[.*)?", str(value), re.DOTALL)
     if parts is None or not parts[2] or not Path(parts[2]).exists():
         return value

@@ -79,13 +79,16 @@ def _intervene(metadata: Mapping[str, Any]) -> Iterable[str]:
     names = given["chosen"] or ["all interventions"]
     yield (
         f"Interventions on masked tokens ({', '.join(map(str, names))}) acted from layer depth "
-        f"{_listed(given['from_depth'] or [0])} on in each model's own forward pass: attention was cut by logits of "
-        "minus infinity, tokens were replaced where they enter a block. Effects are mean differences within images, "
+        f"{_listed(given['from_depth'] or [0])} on in each model's own forward pass: attention is cut by logits of "
+        "minus infinity, tokens are replaced where they enter a block. Effects are mean differences within images, "
         "with 95 % intervals (Student's t)."
     )
     if given["controls"]:
         yield "As a control, the same was done to equally many masked and visible tokens, sampled at random."
-    yield f"Accuracy is leave-one-out kNN with k = {given['neighbours']} on the mean of visible tokens."
+    yield (
+        f"Accuracy, where images have labels, is leave-one-out kNN with k = {given['neighbours']} on the mean of "
+        "visible tokens."
+    )
     yield from _measured(metadata)
 
 
@@ -119,7 +122,7 @@ def _measured(metadata: Mapping[str, Any]) -> Iterable[str]:
 
 def _place(source: object) -> str:
     """An address or id as it is, of a path the last two parts: where it lies on this machine is in run.json."""
-    return str(source) if "://" in str(source) else "/".join(PurePath(str(source)).parts[-2:])
+    return str(source) if "://" in str(source) else str(PurePath(*PurePath(str(source)).parts[-2:]))
 
 
 def _model(each: Mapping[str, Any]) -> str:
@@ -226,14 +229,16 @@ def _experiment(metadata: Mapping[str, Any]) -> Iterable[str]:
         recipe = variant["recipe"]
         yield (
             f"{variant['label']}: {recipe['method']}, recipe {recipe['name']}, {recipe['epochs']} epochs, batch "
-            f"{recipe['batch_size']}, base learning rate {recipe['base_lr']:g}."
+            f"{recipe['batch_size']}, base learning rate {recipe['base_lr']:g}; scored every "
+            f"{max(1, recipe['epochs'] // told['points'])} epochs."
         )
-    yield "Runs of one seed share initial weights, image order, augmentation and masks, and were compared in pairs."
+    pairs = ", and were compared in pairs" if len(told["arms"]) > 1 else ""
+    yield f"Runs of one seed share initial weights, image order, augmentation and masks{pairs}."
     evaluation = told["evaluation"]
     limit = f" with {evaluation['limit']} training images" if evaluation["limit"] else ""
     yield (
-        f"Encoders were scored every {evaluation['every']} epochs by {_PROTOCOLS[evaluation['protocol']]}{limit}; RAUC "
-        f"(Eq. 6 of {_PAPER}) was computed from these curves, with 95 % intervals over seeds."
+        f"Encoders were scored by {_PROTOCOLS[evaluation['protocol']]}{limit}; RAUC (Eq. 6 of {_PAPER}) was computed "
+        f"from these curves{', with 95 % intervals over seeds' if len(told['seeds']) > 1 else ''}."
     )
     if metadata.get("chosen"):
         yield f"Settings were chosen on separate runs: {_pairs(metadata['chosen'])}."

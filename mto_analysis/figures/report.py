@@ -70,6 +70,7 @@ def render_report(contents: ReportContents, *, title: str = "Masked tokens, laye
         skip=("explorer", "the explorer"),
         data={"title": title, **_explorer_data(contents.explored, curves)},
         explorable=any(_depths(each) for each in contents.explored),
+        too_large=[each.model for each in contents.explored if not _depths(each)],
         product_error=f"{max((each.product_error for each in contents.explored), default=0):.2g}",
         heterogeneity_error=f"{max((each.heterogeneity_error for each in contents.explored), default=0):.1g}",
         max_patches=MAX_PATCHES,
@@ -171,7 +172,7 @@ def _metadata(model: Mapping[str, Any]) -> dict[str, str]:
         sides = " x ".join(map(str, sides))
     metadata = {
         "file": Path(str(model["source"])).name,
-        "sha256": model["sha256"],
+        "sha256": model["sha256"] or "of no file",
         "family": f"{info['family']} ({info['layout']}), {info['style']}-style",
         "architecture": ", ".join(f"{name} {value}" for name, value in model["config"].items()),
         "image": f"{sides} px, patches of {info['patch_size']} px",

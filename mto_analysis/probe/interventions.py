@@ -304,7 +304,7 @@ def intervene_on_checkpoints(
     for loaded in request.models():
         with undisturbed(loaded.model):
             parts.append(_Study(request, loaded, interventions, from_depths, controls).run(neighbours))
-        models.append(loaded.metadata)
+        models.append(request.measured(loaded))
     per_image = pd.concat(parts, ignore_index=True)
     return InterventionStudy(effects(per_image), per_image, models)
 

@@ -339,6 +339,10 @@ class Request:
         """For ``run.json``: what was skipped beside the images, by kind, and broken images, by name."""
         return {**self.images.skipped, **self.broken}
 
+    def measured(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Metadata of a model after its pass: broken images do not count."""
+        return {**loaded.metadata, "num_images": loaded.metadata["num_images"] - len(self.broken)}
+
     def note_broken(self, image: BrokenImage) -> None:
         """Say once that an image is broken, though every model meets it again."""
         if image.name not in self.broken:

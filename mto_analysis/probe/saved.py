@@ -49,7 +49,9 @@ def _read(
     if not path.is_file():
         raise DataNotFoundError(f"no table at {path}")
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(words, str))
+        table = pd.read_csv(path)
+        names = [name for name in words if name in table]  # of which one may be None or NA
+        table[names] = pd.read_csv(path, usecols=names, dtype=str, keep_default_na=False, na_values=[""])[names]
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
     missing = [column for column in columns if column not in table]

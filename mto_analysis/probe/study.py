@@ -94,7 +94,7 @@ def measure_checkpoints(
     results: dict[str, ProbeResult] = {}
     for loaded in request.models():
         result = _measure(request, loaded, watch, study)
-        study.models.append(loaded.metadata)
+        study.models.append(request.measured(loaded))
         results[loaded.label] = result
         then(loaded)
     for table, of in (

@@ -214,6 +214,10 @@ def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -
     names = list(labels) if labels else labels_of(sources)
     if len(names) != len(sources) or len(set(names)) != len(names):
         raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
+    if odd := [name for name in names if name.startswith("_") or "$" in name]:
+        raise ValueError(
+            f"the label {odd[0]!r} begins with _ or contains $, which figures read otherwise; give --label"
+        )
     return names
 
 

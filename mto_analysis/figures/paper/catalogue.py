@@ -184,9 +184,9 @@ def find_figures(names: Iterable[str] = (), *, inputs: Inputs | None = None) -> 
     unknown = [name for name in wanted if name not in FIGURES]
     if unknown:
         raise ValueError(f"figure must be one of {', '.join(FIGURES)}, got {unknown[0]!r}")
+    if not wanted and inputs.experiment is not None:
+        wanted = [each.name for each in _FIGURES if each.takes_experiment]
     if not wanted:
-        if inputs.experiment is not None:
-            return [each for each in _FIGURES if each.takes_experiment]
         if inputs.checkpoints or inputs.images is not None:
             return [each for each in _FIGURES if each.origin == "measured"]
         return _FIGURES

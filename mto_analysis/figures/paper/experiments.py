@@ -98,6 +98,8 @@ def depth_curves(name: str, folder: Path) -> Drawn:
         last = rows.loc[rows.groupby(["method", "seed"])["epoch"].idxmax()].copy()
         last["depth"] = [_depth_of(row, folder) for row in last.to_dict("records")]
         last["with_mto"] = last["method"].str.contains(_PLUS, regex=False)
+        if (last.groupby(["depth", "with_mto"])["method"].nunique() > 1).any():
+            raise DataError(f"{folder}: a decoder depth has several arms with MTO; this figure is of one")
         for with_mto, group in last.groupby("with_mto"):
             points = [{"place": depth, **_mean(each["score"].to_numpy())} for depth, each in group.groupby("depth")]
             method = "with MTO" if with_mto else "baseline"

@@ -37,7 +37,7 @@ def plot_accuracy(table: pd.DataFrame, random: Mapping[str, float] | None = None
         if rows["seed"].nunique() > 1:
             for _, run in rows.groupby("seed"):
                 ax.plot(run["epoch"], run["score"], color=color, linewidth=0.5, alpha=0.5)
-        mean = rows.groupby("epoch")["score"].mean()
+        mean = rows.pivot_table(index="epoch", columns="seed", values="score").dropna().mean(axis=1)
         ax.plot(mean.index, mean, label=method, **look)
         if random and method in random:
             label = "random encoder" if len(set(random.values())) == 1 else f"random encoder ({method})"

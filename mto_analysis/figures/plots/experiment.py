@@ -222,7 +222,7 @@ def draw_trajectories(layers: pd.DataFrame) -> Figure:
             for (title, part), ax in zip(row, axes, strict=False):
                 plot_trajectories(part, ax=ax)
                 ax.set_title(title)
-            scale_heterogeneity(axes[0], pd.concat([part["heterogeneity"] for _, part in row]))
+            scale_heterogeneity(axes[: len(row)], pd.concat([part["heterogeneity"] for _, part in row]))
             for empty in axes[len(row) :]:
                 empty.set_axis_off()
         depth_legend(figure, sorted(map(int, layers["layer_depth"].unique())))
@@ -239,7 +239,7 @@ def _draw_profiles(layers: pd.DataFrame) -> Figure:
         for ((recipe, stack), part), ax in zip(panels, axes, strict=True):
             plot_profiles(part, ax=ax)
             ax.set_title(f"{recipe}, {str(stack).replace('_', ' ')}" if several else str(recipe))
-            scale_heterogeneity(ax, part["heterogeneity"])
+            scale_heterogeneity([ax], part["heterogeneity"])
             _legend_below(ax, columns)
         _say_what_is_shown(figure, layers)
     return figure
@@ -251,10 +251,12 @@ def _say_what_is_shown(figure: Figure, layers: pd.DataFrame) -> None:
     describe(figure, note=f"H while training, mean over an epoch's logged steps{words}")
 
 
-def scale_heterogeneity(ax: Axes, values: pd.Series) -> None:
+def scale_heterogeneity(axes: Sequence[Axes], values: pd.Series) -> None:
     """Axis of H from 0; where H stays near its bound, as in SimMIM, that would lay all layers on one line."""
     near = values.min() > _NEAR_BOUND * values.max()
-    ax.set_ylim(bottom=values.min() - 0.05 * np.ptp(values) if near else 0)
+    lowest = min(max(float(ax.dataLim.y0), 0.0) for ax in axes)  # of bands
+    ax = axes[0]
+    ax.set_ylim(bottom=min(values.min() - 0.05 * np.ptp(values), lowest) if near else 0)
     ax.set_ylabel("H (nats), not from 0" if near else "Heterogeneity H (nats)")
 
 

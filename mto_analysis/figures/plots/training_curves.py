@@ -77,7 +77,7 @@ def draw_run(
         for stack, ax in zip(stacks, axes[1:], strict=False):
             part = layers[layers["stack"] == stack].assign(seed=0)
             plot_trajectories(part, ax=ax)
-            scale_heterogeneity(ax, part["heterogeneity"])
+            scale_heterogeneity([ax], part["heterogeneity"])
             if len(stacks) > 1:
                 ax.set_title(stack.replace("_", " "))
         if curve is not None and scored:
