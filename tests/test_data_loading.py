@@ -174,7 +174,8 @@ def test_commands__end_with_too_little_shared_memory(command: str, checkpoints, 
     if command == "pretrain":
         arguments += [word for key, value in SMALL_MAE.items() for word in ("--set", f"{key}={value}")]
     words = [sys.executable, "-m", "mto_analyze", *arguments, "--num-workers", 1, "--out", tmp_path / "out"]
-    script = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"'
+    # Room for the semaphores of all queues, and for no batch.
+    script = 'mount -t tmpfs -o size=256k none /dev/shm && exec "$@"'
     isolated = ["unshare", "-m", "bash", "-c", script, "bash", *map(str, words)]
     done = subprocess.run(isolated, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
