@@ -87,7 +87,7 @@ class TestWhatIsCommitted:
         known |= {CAPTIONS, *(f"{name}.py" for name in FIGURES), "supp-fig1.toml", "supp-fig2.toml", "table3.toml"}
         tracked = {path.name for path in COMMITTED.iterdir() if path.is_file()}
         assert tracked - known <= {
-            f"{name}-measured{kind}" for name in FIGURES for kind in (".png", ".pdf", ".csv")
+            f"{name}-measured{kind}" for name in FIGURES for kind in (".png", ".pdf", ".csv", ".md", ".tex")
         } | {"fig4-measured-rauc.csv"}
 
     @pytest.mark.parametrize("name", QUICK)
@@ -103,7 +103,12 @@ class TestWhatIsCommitted:
 
     @pytest.mark.parametrize(
         ("name", "results"),
-        [("supp-fig1", "style_comparison"), ("fig4", "style_comparison"), ("supp-fig2", "decoder_depth")],
+        [
+            ("supp-fig1", "style_comparison"),
+            ("fig4", "style_comparison"),
+            ("supp-fig2", "decoder_depth"),
+            ("table3", "ablation_table3"),
+        ],
     )
     def test_what_was_measured_is_drawn_again_from_its_tables(self, name: str, results: str) -> None:
         folder = COMMITTED.parent / "docs/results" / results
