@@ -79,7 +79,7 @@ class Command(TyperCommand):
                 error.ctx = ctx  # type: ignore[attr-defined]
             if hasattr(error, "possibilities") and any("--set" in each.opts for each in parameters.values()):
                 setting = str(error.option_name).lstrip("-").replace("-", "_")  # type: ignore[attr-defined]
-                error.message += f"; a setting is given as --set {setting}=VALUE"  # type: ignore[attr-defined]
+                error.message += f"; a setting would be given as --set {setting}=VALUE"  # type: ignore[attr-defined]
             raise
 
     def invoke(self, ctx: Any) -> Any:
