@@ -131,6 +131,14 @@ def test_curve_file__refuses_another_file_for_a_row(tmp_path) -> None:
         again.holds(checkpoint)
 
 
+@pytest.mark.parametrize("digits", ["12e4567890123456", "0012345678901234"])
+def test_curve_file__a_hash_that_looks_like_a_number_stays_as_it_is(digits: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(RunCheckpoint, "sha256", digits)
+    checkpoint = RunCheckpoint("a.pth", "m", 0, 1)
+    CurveFile(tmp_path, {"k": 1}).add(checkpoint, score_of(5.0), "knn")
+    assert CurveFile(tmp_path, {"k": 1}).holds(checkpoint)
+
+
 def test_curve_file__does_not_touch_what_is_none_of_ours(tmp_path) -> None:
     (tmp_path / "curves.csv").write_text("method,epoch,score\na,1,2\n")
     with pytest.raises(OutputExistsError, match="no curve of ours"):

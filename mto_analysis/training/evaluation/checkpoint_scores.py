@@ -342,7 +342,7 @@ def _row(checkpoint: RunCheckpoint, score: Score, protocol: str) -> dict[str, An
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    table = pd.read_csv(path, dtype={"method": str}, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(path, dtype={"method": str, "sha256": str}, keep_default_na=False, na_values=[""])
     rows: list[dict[str, Any]] = table.astype(object).to_dict("records")  # type: ignore[assignment]
     return rows
 
