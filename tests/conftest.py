@@ -164,9 +164,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def few_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands compare head counts on as few images as still tell."""
+    """Commands compare as few head counts on as few images as still tell."""
     from mto_analysis.probe import head_counts, request
 
+    monkeypatch.setattr(head_counts, "_HEAD_SIZES", (16, 64))
     monkeypatch.setattr(head_counts, "_CHOSEN", 8)
     monkeypatch.setattr(head_counts, "_GIVEN", 8)
     monkeypatch.setattr(request, "COMPARED_IMAGES", 32)

@@ -133,12 +133,8 @@ def check_as_commands(folder: Path, names: tuple[str, ...]) -> None:
     assert contents(folder) == before
 
 
-def test_inspect__damaged_files_as_commands(tmp_path: Path) -> None:
-    check_as_commands(tmp_path, ("attack_system_old",))
-
-
 @pytest.mark.slow
-def test_inspect__more_damaged_files_as_commands(tmp_path: Path) -> None:
+def test_inspect__damaged_files_as_commands(tmp_path: Path) -> None:
     names = (
         "attack",
         "deep_",

@@ -92,6 +92,7 @@ def sockets_collected() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
+        loading._end_all_workers()  # a loader that is collected waits five seconds for its workers
         gc.collect()
 
 

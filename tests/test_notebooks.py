@@ -44,7 +44,9 @@ def make_small(notebook: Any) -> None:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One kernel for all notebooks, so that torch is imported once."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    client = nbclient.NotebookClient(nbformat.v4.new_notebook(), timeout=600, kernel_name="python3")
+    client = nbclient.NotebookClient(
+        nbformat.v4.new_notebook(), timeout=600, kernel_name="python3", shutdown_kernel="immediate"
+    )
     with environment(tmp_path_factory.mktemp("kernel")), client.setup_kernel():
         yield client
 

@@ -1,9 +1,12 @@
 """The folder of a run, and checkpoints that are written whole or not at all."""
 
 import io
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import time
 import zipfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,6 @@ class FullDisk(io.BytesIO):
 
 @pytest.mark.parametrize("room", [0, 10, 1000, 30_000])
 def test_checkpoint__on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, room):
-    import os
-
     path = tmp_path / "last.pth"
     write_checkpoint(path, {"old": torch.ones(3)})
     plain = os.fdopen
@@ -158,16 +159,28 @@ def test_locked__keeps_others_out_and_leaves_nothing(tmp_path):
     assert not folder.path.exists()
 
 
+def _leave_a_worker(folder: Path, sender: Connection) -> None:
+    with RunFolder(folder).locked():
+        worker = os.fork()
+        if worker:
+            sender.send(worker)
+        else:
+            time.sleep(60)
+        os._exit(0)
+
+
 def test_locked__a_worker_process_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
-    words = (
-        "import os, sys, time; from mto_analysis.training.state import RunFolder\n"
-        "with RunFolder(sys.argv[1]).locked():\n"
-        "    if not os.fork(): time.sleep(30)\n"
-        "    os._exit(0)\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", words, str(tmp_path / "run")], check=True, timeout=60)
-    with RunFolder(tmp_path / "run").locked():
-        pass
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    parent = context.Process(target=_leave_a_worker, args=(tmp_path / "run", sender))
+    parent.start()
+    worker = receiver.recv()
+    parent.join()
+    try:
+        with RunFolder(tmp_path / "run").locked():
+            os.kill(worker, 0)  # it is still there
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_locked__a_folder_that_cannot_be_written_is_an_error(tmp_path):

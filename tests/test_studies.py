@@ -13,10 +13,10 @@ from image_files import write_images
 
 from mto_analysis import DataError, MaskRule, image_batches, load_checkpoint, mask_keys, open_images
 from mto_analysis.checkpoints import LoadOptions, checkpoint_sha256
+from mto_analysis.figures.saved import read_tables
 from mto_analysis.probe import masks_from_rule, probe
 from mto_analysis.probe.definition_study import Definitions
 from mto_analysis.probe.request import Request, Settings
-from mto_analysis.probe.saved import read_tables
 from mto_analysis.probe.study import measure_checkpoints
 from mto_analysis.runtime.listener import Listener
 from mto_analysis.runtime.outputs import labels_of

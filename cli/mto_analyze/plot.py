@@ -34,7 +34,7 @@ def plot(
     OutputFolder(out, files, overwrite=overwrite)
 
     from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
-    from mto_analysis.probe.saved import read_tables
+    from mto_analysis.figures.saved import read_tables
 
     table = read_tables(tables)
     figure = partial(draw_heterogeneity, table, title=title)

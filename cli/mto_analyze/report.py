@@ -60,7 +60,7 @@ def report(
 
     from mto_analysis.figures.report import render_report
     from mto_analysis.figures.report_contents import collect_report
-    from mto_analysis.probe.saved import read_effects
+    from mto_analysis.figures.saved import read_effects
     from mto_analysis.runtime.processes import pick_device
 
     request = measuring.request(context.params)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from mto_analysis.probe.measures import names_of
-
 _PAPER = '"Emerging Property of Masked Token for Effective Pre-training" (ECCV 2024)'
 _PROTOCOLS = {
     "knn": "weighted k-nearest-neighbour classification on features of the frozen encoder",
@@ -44,7 +42,7 @@ def _heterogeneity(metadata: Mapping[str, Any]) -> Iterable[str]:
         "tokens."
     )
     yield from _measured(metadata)
-    if others := names_of(given.get("measures", "h"))[1:]:
+    if others := _others(given.get("measures", "h")):
         yield f"In the same pass these were measured: {_listed(others)}."
     masks = given.get("masks_per_image", 1)
     yield (f"Means and 95 % intervals (Student's t) are over images{f', of {masks} masks each' if masks > 1 else ''}.")
@@ -54,10 +52,17 @@ def _heterogeneity(metadata: Mapping[str, Any]) -> Iterable[str]:
         yield "Differences between the two models are paired by image."
 
 
+def _others(measures: str | Sequence[str]) -> Sequence[str]:
+    """Names of the measures besides H."""
+    from mto_analysis.probe.measures import names_of  # imports torch, which redrawing and rauc do without
+
+    return names_of(measures)[1:]
+
+
 def _atlas(metadata: Mapping[str, Any]) -> Iterable[str]:
     given, image_set = metadata["arguments"], metadata["image_set"]
     masks = given["masks_per_image"]
-    others = [name for name in names_of(given["measures"])[1:] if name != "lidar" or masks > 1]
+    others = [name for name in _others(given["measures"]) if name != "lidar" or masks > 1]
     measures = _listed([f"heterogeneity (Eq. 2 of {_PAPER})", *others])
     yield (
         f"At every layer depth of {_listed(metadata['checkpoints'])} these were measured: {measures}. Images: "
