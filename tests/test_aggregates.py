@@ -1,6 +1,7 @@
 """Aggregates over tasks. ``golden/rliable.json`` holds what rliable 1.2.0 computed from the scores in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mto_analysis.rauc.aggregates import (
 )
 from mto_analysis.rauc.comparison import compare_methods
 from mto_analysis.rauc.curves import CurveTable, read_curves
+from mto_analysis.rauc.records import as_frame
 
 RLIABLE = json.loads((Path(__file__).parent / "golden" / "rliable.json").read_text())
 X, Y, FRAMES = (np.array(RLIABLE[name]) for name in ("x", "y", "frames"))
@@ -185,3 +187,21 @@ def test_aggregate__needs_two_tasks_and_goes_over_windows(tmp_path):
     assert [(one.start, one.end) for one in found] == [(0.0, 100.0), (0.0, 50.0)]
     alone = write_log(tmp_path / "one.csv", tasks=("food",))
     assert aggregate(alone, compare_methods(alone, PAIRS, [(0, 100)])) == []
+
+
+def test_aggregate__leaves_out_what_comparisons_left_out(tmp_path):
+    rows = [
+        f"{method},{epoch},{50 + 5 * epoch + ahead + seed * 0.3 + 30 * (seed == 3)},{seed},{task}"
+        for task in "ab"
+        for method, ahead in (("x", 0), ("y", 1))
+        for seed in range(3 + ahead)
+        for epoch in (1, 2, 3)
+    ]
+    (tmp_path / "log.csv").write_text("method,epoch,score,seed,task\n" + "\n".join(rows) + "\n")
+    table = read_curves([tmp_path / "log.csv"], groups=["task"])
+    comparisons = compare_methods(table, [("x", "y")], [(1, 3)], pairing="seed")
+    (found,) = aggregate(table, comparisons)
+    assert sorted(set(found.scores["seed"])) == ["0", "1", "2"]
+    assert estimate(found, "RAUC", "mean", "y")["value"] == pytest.approx(np.mean([one.rauc for one in comparisons]))
+    frame = as_frame([replace(one, group={"target": "a"}) for one in comparisons])
+    assert (frame["target"].unique().tolist(), frame["target (group)"].unique().tolist()) == (["y"], ["a"])

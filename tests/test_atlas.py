@@ -527,6 +527,19 @@ def test_choose_entries__by_id_family_and_source(tmp_path: Path) -> None:
         choose_entries(["mae_vit_base_encoder"])
 
 
+def test_drop_fetched__keeps_contents_that_another_revision_holds(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs/abc"
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    for revision in ("main", "pinned"):
+        (tmp_path / "snapshots" / revision).mkdir(parents=True)
+        (tmp_path / "snapshots" / revision / "model.safetensors").symlink_to(blob)
+    assert drop_fetched("hf://o/n@pinned", tmp_path / "snapshots/pinned")
+    assert (tmp_path / "snapshots/main/model.safetensors").read_bytes() == b"weights"
+    assert drop_fetched("hf://o/n", tmp_path / "snapshots/main")
+    assert not blob.exists()
+
+
 def test_drop_fetched__never_deletes_what_was_given_by_path(tmp_path: Path) -> None:
     (tmp_path / "mine.pth").touch()
     assert not drop_fetched(tmp_path / "mine.pth", tmp_path / "mine.pth")

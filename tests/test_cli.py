@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import mto_analysis
 import mto_analysis.__main__
 from mto_analysis import (
+    MaskRule,
     image_batches,
     load_checkpoint,
     load_masks,
@@ -498,6 +499,19 @@ def test_heterogeneity__masks_of_a_file_give_the_same_numbers(checkpoints, image
     rule, file, other = (csv(out / name) for name in ("rule", "file", "other"))
     pd.testing.assert_frame_equal(rule, file)
     assert not rule["heterogeneity"].equals(other["heterogeneity"])
+
+
+def test_heterogeneity__doubts_masks_of_the_other_convention_and_one_colour(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("RGB", (32, 32), "white").save(tmp_path / "images" / f"{name}.png")
+    drawn = MaskRule("random", 0.75, 4).sample(mask_keys(["a.png", "b.png"]), (8, 8), 4)
+    save_masks(tmp_path / "masks.npz", ~drawn[:, None].numpy(), ["a.png", "b.png"])
+    options = ("--images", tmp_path / "images", "--masks", tmp_path / "masks.npz")
+    result = ok("heterogeneity", "--ckpt", DEMO_CHECKPOINTS["MAE"], *options, "--out", out)
+    assert "masks: from the mask file, 25% masked" in result.stderr
+    assert "masks 25% of the patches, the model's own rule 75%: in a mask file True is masked" in result.stderr
+    assert "the images are of one colour, so it tells nothing" in result.stderr
 
 
 def test_heterogeneity__says_where_masks_and_images_come_from(out: Path, image_folder: Path) -> None:

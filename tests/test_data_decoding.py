@@ -125,6 +125,13 @@ def test_tiff_of_several_deep_channels__names_the_package_that_is_missing(tmp_pa
         next(image_batches(open_images(tmp_path, value_range=(0, 255)), info_of(4)))
 
 
+def test_tiff_of_several_pages__is_several_images(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "pages.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack")
+    with pytest.raises(ValueError, match="is several images"):
+        decode_samples((tmp_path / "pages.tif").read_bytes(), 3)
+
+
 def test_channels__are_those_of_the_model_or_refused(tmp_path: Path) -> None:
     Image.fromarray(np.stack([RAMP, RAMP, 255 - RAMP, RAMP], axis=2), "RGBA").save(tmp_path / "a.png")
     (four,) = image_batches(open_images(tmp_path), info_of(4))

@@ -131,6 +131,9 @@ def test_command__scores_every_layer_of_every_model(sources: tuple[Path, Path], 
     settled = (*plain, "--decoder-num-heads", 2, *images, "--overwrite", "--figure-format", "png", "-k", 3)
     assert "no H" not in ok("evaluate", "knn", *settled).stderr
     assert pd.read_csv(tmp_path / "out" / "heterogeneity.csv")["stack"].unique().tolist() == ["decoder"]
+    seeds = [word for at, path in enumerate(both[1::2]) for word in ("--ckpt", path, "--label", "m", "--seed", at)]
+    ok("evaluate", "knn", *seeds, *images, "--overwrite", "--figure-format", "png", "-k", 3)
+    assert set(pd.read_csv(tmp_path / "out" / "layers.csv")["model"]) == {"m, seed 0", "m, seed 1"}
     refused = run("evaluate", "knn", *both, *images, "--layer", 2, "--overwrite")
     assert refused.exit_code == 2
     assert "leave --layer and --pooling out" in refused.stderr

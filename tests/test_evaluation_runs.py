@@ -63,6 +63,13 @@ def score_of(value: float) -> Score:
     return Score(value, None, Feature("class", 2, "encoder"), 3, 0.1, 1.0)
 
 
+def test_checkpoint__folders_of_two_methods_differ() -> None:
+    names = ("MAE", "MAE 基线", "MAE 方法", "MAE + MTO", "MAE+MTO", "基线")
+    stems = [RunCheckpoint("a.pth", name, 0, 100).stem for name in names]
+    assert stems[0] == "MAE-seed0-0100"
+    assert len(set(stems)) == len(names)
+
+
 def test_find_checkpoints__are_in_the_order_of_their_numbers(tmp_path) -> None:
     run = write_run(tmp_path / "run", (100, 20, 3))
     (run / "last.pth").write_bytes(b"")

@@ -304,6 +304,16 @@ def test_train_classifier__clips_each_micro_batch_as_simmim_does(labelled, tmp_p
     assert not same(state_of(tmp_path / "each")["classifier"], state_of(tmp_path / "once")["classifier"])
 
 
+def test_train_classifier__clips_scaled_gradients_to_the_same_norm(labelled, tmp_path) -> None:
+    chosen = settings(mixup=0.0, cutmix=0.0, drop_path=0.0, erasing=0.0, warmup_epochs=0.0, epochs=1, batch_size=24)
+    norms: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.utils.clip_grad_norm_", lambda each, most: norms.append(most) or torch.zeros(()))
+        again = replace(chosen, clip_grad=1e-3, clip_micro_batches=True)
+        list(train(make_mae(), labelled, again, tmp_path / "half", run=run(accumulation=2, precision="fp16")))
+    assert norms == [1e-3 * 65536, 1e-3]
+
+
 @pytest.mark.parametrize("protocol", ["linear_mae", "finetune"])
 def test_train_classifier__goes_on_exactly_after_a_stop(labelled, tmp_path, protocol) -> None:
     chosen, model = settings(protocol), make_mae()

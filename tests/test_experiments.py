@@ -17,9 +17,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from experiment_cases import TINY, write_experiment
+from labelled_images import write_parquet
 from typer.testing import CliRunner
 
-from mto_analysis.errors import ExperimentError, OutputError, RunInUseError
+from mto_analysis.errors import ExperimentError, OutputError, OutputExistsError, RunInUseError
 from mto_analysis.experiments import ExperimentRuns, Run, RunFailedError, do_runs, load_experiment, running, runs
 from mto_analysis.experiments.results import collect
 from mto_analysis.experiments.running import Engine
@@ -195,6 +196,19 @@ def test_verify_data__and_the_range_of_values_are_those_of_every_run(tmp_path: P
     assert {each.settings.verify_data for each in begun} == {True}
     assert {each.settings.value_range for each in begun} == {(0, 4095)}
     assert {each.settings.evaluation.value_range for each in begun} == {(0, 4095)}
+
+
+def test_check__refuses_runs_of_other_images_and_files_of_something_else(done: Path, tmp_path: Path) -> None:
+    file = write_experiment(tmp_path)
+    write_parquet(tmp_path / "train.parquet", 65, side=32)
+    experiment = load_experiment(file)
+    with pytest.raises(ExperimentError, match=r"holds another run: images.count was 64 and is now 65"):
+        ExperimentRuns(experiment, experiment.images.resolved(tmp_path), done / "out").check()
+    (tmp_path / "project/runs/Nov30_host").mkdir(parents=True)
+    (tmp_path / "project/curves.csv").write_text("mine")
+    result = run(file, "--images", tmp_path, "--out", tmp_path / "project", "--dry-run")
+    assert result.exit_code == OutputExistsError.exit_code
+    assert "already holds curves.csv of something else" in result.stderr
 
 
 def test_experiment__a_failing_run_ends_it_with_one_line(tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ class TestExperiments:
     def test_the_window_is_the_experiments_own(self, tmp_path: Path) -> None:
         folder = curves_of(tmp_path / "run", {"MAE": 0.0, "MAE + MTO": 1.0})
         rows = [{"axis": "hours", "start": 0, "end": 9}, {"axis": "epoch", "start": 4, "end": 6}]
-        pd.DataFrame(rows).to_csv(folder / "rauc.csv", index=False)
+        pd.DataFrame(rows).assign(baseline="MAE", target="MAE + MTO").to_csv(folder / "rauc.csv", index=False)
         table = drawn("fig4", experiment=folder).tables["fig4-measured-rauc"]
         assert table[["start", "end"]].to_numpy().tolist() == [[4, 6]]
 
@@ -474,6 +474,13 @@ class TestExperiments:
         (ax,) = found.figures["fig4-measured"].axes
         assert not ax.collections
         assert "n = 1 seed;" in found.caption
+
+    def test_the_experiment_tells_which_method_is_a_baseline(self, tmp_path: Path) -> None:
+        folder = curves_of(tmp_path / "out", {"MAE": 0, "MAE + MTO": 1, "MAE + aug": 2, "MAE + aug + MTO": 4})
+        pairs = {"baseline": ["MAE", "MAE + aug"], "target": ["MAE + MTO", "MAE + aug + MTO"]}
+        pd.DataFrame({**pairs, "axis": "epoch", "start": 2, "end": 6}).to_csv(folder / "rauc.csv", index=False)
+        rauc = drawn("fig4", experiment=folder).tables["fig4-measured-rauc"]
+        assert rauc[["baseline", "target"]].to_dict("list") == pairs
 
     def test_folders_without_curves_or_pairs_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataNotFoundError, match=r"holds no curves\.csv"):

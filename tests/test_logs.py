@@ -866,3 +866,49 @@ def test_read_log__numbers_that_are_none_are_data_errors(tmp_path, text, message
 def test_read_log__a_wide_table_has_no_column_score(tmp_path, text):
     with pytest.raises(DataError, match="a wide table cannot have a column 'score' too"):
         read_curves([write(tmp_path, "a.csv", text)], wanted=["A"])
+
+
+def test_read_curves__a_second_run_with_the_same_first_score_is_a_second_run(tmp_path):
+    lines = [
+        f'{{"epoch": {epoch}, "train_loss": {1 / (epoch + run)}, "test_acc1": {10 + epoch * run}}}'
+        for run in (1, 2)
+        for epoch in range(6)
+    ]
+    path = write(tmp_path, "log.txt", "\n".join(line.replace("1 / 0", "1") for line in lines) + "\n")
+    with pytest.raises(DataError, match="starts over at epoch 0, so the file holds more than one run"):
+        read_curves([path])
+    for run, last in ((1, 15), (2, 20), (-1, 20)):
+        assert read_curves([path], run=run).frame["score"].iloc[-1] == last
+    copied = write(tmp_path, "copied.txt", "\n".join([lines[0], *lines[:6]]) + "\n")
+    assert read_curves([copied]).frame["score"].tolist() == [10, 11, 12, 13, 14, 15]
+
+
+def test_read_curves__completed_counts_a_lone_table_from_0_too(tmp_path):
+    path = write(tmp_path, "a.csv", "method,epoch,score\n" + "".join(f"A,{e},{40 + e}\n" for e in range(5)))
+    assert read_curves([path]).frame["epoch"].tolist() == [0, 1, 2, 3, 4]
+    table = read_curves([path], epochs="completed")
+    assert table.frame["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert any("1 was added to each" in str(finding) for finding in table.findings)
+
+
+def test_read_curves__names_in_another_encoding_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes("method,epoch,score\nViT-ä,0,1\nViT-ä,1,2\nViT-ö,0,3\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"a.csv: the name .* is not UTF-8 text, others may differ in it"):
+        read_curves([tmp_path / "a.csv"])
+
+
+def test_read_curves__one_column_in_two_units_is_refused(tmp_path):
+    low = write(tmp_path, "low.csv", "epoch,val_acc\n1,0.1\n2,0.1\n")
+    high = write(tmp_path, "high.csv", "epoch,val_acc\n1,50\n2,60\n")
+    with pytest.raises(DataError, match=r"only one ever exceeds 1: two units, or did a run collapse\?"):
+        read_curves([low, high])
+    assert read_curves([low, high], unit="percent").frame["score"].tolist() == [0.1, 0.1, 50, 60]
+    told = read_curves([Source(low, unit="fraction"), high])
+    assert told.frame["score"].tolist() == [10, 10, 50, 60]
+
+
+@pytest.mark.parametrize("name", ["method", "seed", "epoch", "score", "line"])
+def test_read_curves__columns_of_every_curve_group_nothing(tmp_path, name):
+    path = write(tmp_path, "a.csv", "method,epoch,score\nA,0,50\nA,1,60\n")
+    with pytest.raises(DataError, match=f"{name!r} is a column of every curve"):
+        read_curves([path], groups=[name])

@@ -403,3 +403,9 @@ def test_topped_up_mask__is_exact_and_lies_mostly_in_rectangles() -> None:
 def test_topped_up_mask__small_grids_do_not_hang(grid: tuple[int, int]) -> None:
     mask = topped_up_mask(mask_keys(["a", "b", "c"]), grid, grid[0] * grid[1] - 1)
     assert (~mask).sum(dim=1).tolist() == [1, 1, 1]
+
+
+def test_load_masks__without_any_is_an_error(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", mask=np.zeros((0, 1, 64), bool), names=np.zeros(0, "U1"))
+    with pytest.raises(DataError, match="holds no masks"):
+        load_masks(tmp_path / "none.npz")

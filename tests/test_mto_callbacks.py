@@ -117,3 +117,15 @@ def test_trainer__a_failed_check_ends_the_run_after_its_step(tmp_path):
     )
     with pytest.raises(StackError, match="none of its tokens"):
         trainer.train()
+
+
+def test_trainer__that_never_sees_masked_tokens_is_refused(tmp_path):
+    rows = [{**row, "bool_masked_pos": torch.zeros_like(row["bool_masked_pos"])} for row in rows_of(0)]
+    trainer = InOrder(
+        build(LIBRARIES["hf vit"]),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=rows,
+        callbacks=[MTOTrainerCallback(CONFIG)],
+    )
+    with pytest.raises(StackError, match=r"no forward with masked tokens .*nn.DataParallel runs copies"):
+        trainer.train()

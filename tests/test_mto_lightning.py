@@ -96,3 +96,10 @@ def test_lightning__a_step_without_a_loss_is_refused():
         trainer_of(MTOLightningCallback(MTOConfig())).fit(module, loader(0))
     assert "training_step" not in vars(module)  # left as it was, so that another run adds the losses once
     assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_lightning__that_never_sees_masked_tokens_is_refused():
+    unmasked = [(images, torch.zeros_like(mask)) for images, mask in batches(0, 1)]
+    trainer = trainer_of(MTOLightningCallback(MTOConfig()))
+    with pytest.raises(StackError, match="no forward with masked tokens"):
+        trainer.fit(Module(), torch.utils.data.DataLoader(unmasked, batch_size=None))

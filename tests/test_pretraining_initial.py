@@ -69,7 +69,7 @@ def test_initial_weights__of_an_encoder_leave_the_decoder_new(tmp_path) -> None:
         assert torch.equal(tensor, encoder[name] if name in encoder else fresh.state_dict()[name])
     new = len(student.state_dict()) - len(encoder)
     assert f"{len(encoder)} of {len(encoder) + new} tensors; new: mask_token, decoder_pos_embed" in start.notes[0]
-    assert "attention heads: those of the recipe" in start.notes[1]
+    assert "attention heads are those of the recipe" in start.notes[1]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,14 @@ def test_initial_weights__normalized_otherwise_are_noted(tmp_path) -> None:
     start = InitialWeights(tmp_path / "start.safetensors")
     build_method(small_recipe(mean="0.5,0.5,0.5"), seed=0, start=start)
     assert "trained with mean 0.485, 0.456, 0.406, the recipe has 0.5, 0.5, 0.5" in start.notes[1]
+
+
+def test_initial_weights__of_other_heads_are_refused_also_where_more_is_not_told(tmp_path) -> None:
+    state = published_state(build_method(small_recipe(), seed=5).student)
+    arguments = {"num_heads": 1, "decoder_num_heads": 2, "mask_ratio": [0.6, 0.9]}
+    torch.save({"model": state, "args": arguments}, tmp_path / "mae.pth")
+    with pytest.raises(CheckpointError, match="num_heads is 1 and not 2"):
+        build_method(small_recipe(), seed=0, start=InitialWeights(tmp_path / "mae.pth"))
 
 
 def test_plan__lists_what_is_new(earlier) -> None:

@@ -109,6 +109,12 @@ def test_folder__keeps_what_no_run_has_written(tmp_path):
     assert [(tmp_path / "run" / name).exists() for name in names] == [True, True, False]
 
 
+def test_folder__keeps_a_recipe_that_no_run_has_written(tmp_path):
+    (tmp_path / "recipe.toml").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"contains recipe.toml, not written by a run"):
+        RunFolder(tmp_path).check({}, resume=False, overwrite=False)
+
+
 def test_folder__with_damaged_metadata_is_refused(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")

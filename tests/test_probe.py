@@ -198,6 +198,12 @@ def test_merge__of_parts_equals_one_run(cuts: list[int]) -> None:
     np.testing.assert_allclose(merged.summary().drop(columns="stack"), whole.summary().drop(columns="stack"), atol=1e-4)
 
 
+def test_probe__refuses_two_images_of_one_name(tiny_model, generator: torch.Generator) -> None:
+    images = some_images(generator, 4)
+    with pytest.raises(DataError, match="two images are called a"):
+        probe(tiny_model, batches(images, 2, ("a", "b", "c", "a")), masks_from_rule(tiny_model.info))
+
+
 def test_merge__refuses_the_same_image_twice(tiny_model, generator: torch.Generator) -> None:
     images = some_images(generator, 4)
     first, second = probe(tiny_model, batches(images[:3], 2)), probe(tiny_model, batches(images[2:], 2, NAMES[2:4]))

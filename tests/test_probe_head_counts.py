@@ -46,6 +46,7 @@ def test_compare_heads__says_nothing_of_the_right_counts(unstated: Path) -> None
     assert (found.taken, found.note, found.warning) == ({}, "", "")
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.parametrize(
     "counts",
     [
@@ -63,6 +64,7 @@ def test_compare_heads__names_the_counts_that_beat_wrong_ones(counts: tuple[int,
     assert warning.endswith(f"(64 images); give {' '.join(better)}")
 
 
+@pytest.mark.usefixtures("few_compared")
 @pytest.mark.parametrize(
     ("counts", "taken"),
     [
@@ -77,6 +79,7 @@ def test_compare_heads__auto_takes_a_clear_winner(counts: tuple[object, object],
     assert not found.warning
 
 
+@pytest.mark.usefixtures("few_compared")
 def test_compare_heads__auto_refuses_where_the_loss_does_not_tell(unstated: Path, tmp_path: Path) -> None:
     with pytest.raises(HeadCountError, match=r"no head count is clearly best: .* \(1 images\); give --num-heads"):
         compared(unstated, "auto", 4, limit=1)

@@ -138,3 +138,38 @@ def test_info__of_the_model_itself_comes_first():
     assert inferred_info(model).grid == (4, 8)
     with pytest.raises(ValueError, match="says neither the size of its images"):
         inferred_info(nn.Sequential())
+
+
+class Wrapped(Tiny):
+    """All of it in one part, whose name is that of a wrapper."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.model, self.config = Tiny(), Tiny().config
+
+    def forward(self, images, mask):
+        return self.model(images, mask)
+
+
+def make_wrapped():
+    return Wrapped()
+
+
+def make_trained():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return Tiny()
+
+
+def test_source__reads_the_file_of_a_model_in_one_part(tmp_path):
+    torch.save(Wrapped().state_dict(), tmp_path / "own.pth")
+    source = LiveSource("test_probe_live_source:make_wrapped", tmp_path / "own.pth")
+    loaded = source.load(source.open()).model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in torch.load(tmp_path / "own.pth").items())
+
+
+def test_controls__of_a_factory_that_gives_the_same_weights_each_time_are_refused(tmp_path):
+    options = ("--model", "test_probe_live_source:make_trained", "--limit", 2, "--controls", "--control-seeds", 1)
+    result = run("heterogeneity", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "gives the same weights for every seed, so they are not random" in result.stderr.splitlines()[-1]

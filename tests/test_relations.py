@@ -191,6 +191,22 @@ def test_reading_scores__of_one_kind_and_unit_only(tmp_path):
     assert read_measures([write(tmp_path / "numbered.csv", numbered)])["method"].tolist() == ["400", "500"]
 
 
+def test_reading__takes_names_and_numbers_as_they_are(tmp_path):
+    names = ["None", "NA", "null", "a"]
+    table = pd.DataFrame({"model": names, "stack": "", "layer_depth": 0, "heterogeneity": [1.0, 2.0, 3.0, 4.0]})
+    assert read_measures([write(tmp_path / "h.csv", table)])["method"].tolist() == names
+    scores = write(tmp_path / "s.csv", pd.DataFrame({"model": names, "seed": [0.0, 1.0, None, 2.0], "score": 50.0}))
+    assert read_scores([scores])["seed"].tolist() == ["0", "1", "", "2"]
+    for values, words in (
+        ([52, 0.52, 51, 0.0], r"the score 0.52 is beside others of up to 52"),
+        (["52", "67.8%", "51", "50"], "line 3: score must be a number, got '67.8%'"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_scores([write(tmp_path / "odd.csv", pd.DataFrame({"model": names, "score": values}))])
+    with pytest.raises(DataError, match="line 3: model is empty"):
+        read_scores([write(tmp_path / "odd.csv", pd.DataFrame({"model": ["a", None], "score": 50.0}))])
+
+
 def test_relating__names_measures_that_are_left_out():
     whole = tidy(methods(12), rng().normal(size=12))
     half = tidy(methods(11), rng(1).normal(size=11), "cosine_visible")

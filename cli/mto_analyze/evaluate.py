@@ -394,9 +394,12 @@ def _score_layers(context: typer.Context, protocol: str, evaluator: Evaluator, h
     files = file_names(["layers.csv", "heterogeneity.csv", "layers", "run.json"])
     here.on_main(partial(OutputFolder, given["out"], files, overwrite=given["overwrite"]))
     scores, curves = [], []
-    for checkpoint in named_checkpoints(given["ckpt"], given["label"], given["seed"], offline=given["offline"]):
+    checkpoints = named_checkpoints(given["ckpt"], given["label"], given["seed"], offline=given["offline"])
+    runs = {(each.method, each.seed) for each in checkpoints}
+    for checkpoint in checkpoints:
         encoder = _load(given, here, evaluator.train.images, checkpoint)
-        name = checkpoint.method if checkpoint.epoch is None else f"{checkpoint.method}, epoch {checkpoint.epoch}"
+        seed = f", seed {checkpoint.seed}" if sum(method == checkpoint.method for method, _ in runs) > 1 else ""
+        name = checkpoint.method + seed + ("" if checkpoint.epoch is None else f", epoch {checkpoint.epoch}")
         models = {name: encoder.model}
         if given["random_baseline"]:
             models[f"{name}, random weights"] = random_weights(encoder.model.cpu(), checkpoint.seed).to(here.device)

@@ -138,7 +138,7 @@ def experiment(
         return
     part = _part(runs, only, shard)
     files = file_names(FILES)
-    _check_own(out, files, chosen.name)
+    _check_own(out, files, chosen.name, runs)
     folder = OutputFolder(out, files, overwrite=True)
     train = open_images(found.train, value_range=chosen.value_range)
     count = len(train.names)
@@ -185,12 +185,12 @@ def engine_of(given: Mapping[str, Any]) -> Engine:
     return LocalEngine(**shared)
 
 
-def _check_own(out: Path, files: Sequence[str], name: str) -> None:
+def _check_own(out: Path, files: Sequence[str], name: str, runs: ExperimentRuns) -> None:
     """Refuse to replace files that are not this experiment's; its runs are checked one by one."""
     try:
         own = json.loads((out / "run.json").read_text(encoding="utf-8"))["experiment"]["name"] == name
     except FileNotFoundError:
-        own = (out / "runs").is_dir()
+        own = any(run.folder.is_dir() for run in runs.all)
     except (ValueError, KeyError, TypeError, OSError):
         own = False
     if not own and (there := [file for file in files if (out / file).exists()]):

@@ -93,7 +93,13 @@ def drop_fetched(source: str | Path, path: Path) -> bool:
     for file in weight_files(path):
         content = file.resolve()  # the hub's cache links to contents
         file.unlink()
-        content.unlink(missing_ok=True)
+        folders = path if path.is_dir() else path.parent
+        snapshots = next((each for each in (folders, *folders.parents) if each.name == "snapshots"), None)
+        linked = snapshots is not None and any(
+            each.is_symlink() and each.resolve() == content for each in snapshots.rglob("*")
+        )
+        if not linked:  # another revision may hold the same content
+            content.unlink(missing_ok=True)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from mto_analysis.images import open_images
 from mto_analysis.mto import MTOConfig
 from mto_analysis.runtime.outputs import file_word
 from mto_analysis.training import Recipe, RunFolder, RunSettings, pretrain
-from mto_analysis.training.state import run_differences
+from mto_analysis.training.state import image_identity, run_differences
 
 if TYPE_CHECKING:
     from mto_analysis.experiments.worker import Resources
@@ -94,12 +95,18 @@ class Run:
             "seed": self.seed,
             "precision": settings["precision"],
             "evaluation": evaluation.settings() if evaluation else None,
+            "images": _image_identity(self.source, settings["value_range"], self.settings.verify_data),
             **({} if self.waits else {"mto": settings["mto"]}),
         }
         if other := run_differences({key: stored.get(key) for key in now}, now):
             raise ExperimentError(
                 f"{self.folder} holds another run: {'; '.join(other)}; use the same settings, or another --out"
             )
+
+
+@functools.cache  # all runs of an experiment have the same images
+def _image_identity(source: str, value_range: tuple[float, float] | None, whole: bool) -> dict[str, Any]:
+    return image_identity(open_images(source, value_range=value_range), whole=whole)
 
 
 class ExperimentRuns:

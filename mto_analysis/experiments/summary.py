@@ -195,7 +195,8 @@ def _time(results: Results, jobs: int) -> str:
 def _terms(results: Results) -> str:
     """Whether the losses of MTO moved, and whether the model's own loss paid for it."""
     means = results.terms.drop(columns=["seed", "recipe", "arm"]).groupby("method", sort=False).mean()
-    ends = results.heterogeneity[results.heterogeneity["epoch"] == results.heterogeneity["epoch"].max()]
+    epochs = results.heterogeneity.groupby("method")["epoch"]
+    ends = results.heterogeneity[results.heterogeneity["epoch"] == epochs.transform("max")]
     own = [name for name in map(str, means) if name not in ("loss", "mto") and not name.startswith("mto_")]
     rows: list[tuple[str, ...]] = [("method", *own, "L_spa", "L_e", "L_r", "H_0", "H at the last layer depth")]
     for method, row in means.iterrows():
@@ -206,7 +207,8 @@ def _terms(results: Results) -> str:
         depths = [" and ".join(f"{stack.iloc[at]:.4g}" for stack in layers) or "-" for at in (0, -1)]
         rows.append((str(method), *("-" if np.isnan(value) else f"{value:.4g}" for value in values), *depths))
     words = (
-        "Means over seeds: losses of the last logged step, without their weights; H over the last epoch, of each stack."
+        "Means over seeds: losses of the last logged step, without their weights; H of each stack over each method's "
+        "last epoch."
     )
     return f"## Losses at the end\n\n{words}\n\n{_table(rows)}"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mto_analysis.errors import DataError, DataNotFoundError
+from mto_analysis.errors import DataError
+from mto_analysis.runtime.tables import read_table, refuse_nameless
 
 _COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
 _WORDS = ("model", "stack", "intervention", "condition", "measure")
@@ -46,18 +47,12 @@ def _read(
     words: Sequence[str] = ("model", "stack"),
     may_lack: Sequence[str] = (),
 ) -> pd.DataFrame:
-    if not path.is_file():
-        raise DataNotFoundError(f"no table at {path}")
-    try:
-        table = pd.read_csv(path)
-        names = [name for name in words if name in table]  # of which one may be None or NA
-        table[names] = pd.read_csv(path, usecols=names, dtype=str, keep_default_na=False, na_values=[""])[names]
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
+    table = read_table(path, words)
     missing = [column for column in columns if column not in table]
     if missing:
         kind = "a heterogeneity table" if columns is _COLUMNS else "a table of interventions"
         raise DataError(f"{path} is not {kind}: it lacks {', '.join(missing)}")
+    refuse_nameless(table, "model", path)
     for column in (name for name in columns if name not in words):
         values = pd.to_numeric(table[column], errors="coerce")
         wrong = values.isna() & (table[column].notna() | (column not in may_lack))
@@ -65,6 +60,4 @@ def _read(
             line = int(wrong.to_numpy().argmax()) + 2
             raise DataError(f"{path}, line {line}: {column} must be a number, got {table[column].iloc[line - 2]!r}")
         table[column] = values
-    if table.empty:
-        raise DataError(f"{path} holds no rows")
     return table

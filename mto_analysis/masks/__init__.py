@@ -417,6 +417,8 @@ def load_masks(path: str | Path) -> Mapping[str, Tensor]:
             f"{path}: `mask` must be bool [images, masks, patches] and `names` [images], "
             f"got {masks.dtype} {list(masks.shape)} and {list(names.shape)}"
         )
+    if not len(names):
+        raise DataError(f"{path} holds no masks")
     if len(set(names.tolist())) != len(names):
         raise DataError(f"{path}: `names` holds a name twice")
     tensor = torch.from_numpy(masks)

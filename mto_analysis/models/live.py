@@ -183,14 +183,22 @@ class LiveModel(MaskedImageModel):
 
     def with_new_weights(self, seed: int) -> LiveModel:
         """The same architecture with weights as its factory starts them."""
+        fresh = self._started(seed)
+        if _mostly_equal(fresh, self._started(seed + 1)):
+            raise ValueError(
+                f"the factory of {self.info.family} gives the same weights for every seed, so they are not random; let "
+                "it make the model as it is before training, and give the trained weights in a file (--weights)"
+            )
+        like = next(self.model.parameters())
+        fresh = fresh.to(like.device, like.dtype).train(self.training)
+        return LiveModel(fresh, self.info, stacks=self._specs, call=self._call, factory=self._factory)
+
+    def _started(self, seed: int) -> nn.Module:
         if self._factory is None:
             raise ValueError(f"new weights of {self.info.family} need factory=..., which makes such a model")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            fresh = self._factory()
-        like = next(self.model.parameters())
-        fresh = fresh.to(like.device, like.dtype).train(self.training)
-        return LiveModel(fresh, self.info, stacks=self._specs, call=self._call, factory=self._factory)
+            return self._factory()
 
     # ---- running it
 
@@ -397,6 +405,16 @@ def _call_with_indices(model: nn.Module, videos: Tensor, mask: Tensor | None) ->
         raise ValueError(f"the mask has {mask.shape[1]} patches, the videos have {encoded.shape[1]}; pass grid=...")
 
 
+def _mostly_equal(one: nn.Module, two: nn.Module) -> bool:
+    """Whether most trained weights are equal, not counting those that start as one number (biases, norms, tokens)."""
+    random = equal = 0
+    for mine, other in zip(one.parameters(), two.parameters(), strict=True):
+        if mine.requires_grad and mine.numel() and bool((mine != mine.flatten()[0]).any()):
+            random += mine.numel()
+            equal += mine.numel() * torch.equal(mine, other)
+    return 2 * equal > random
+
+
 def inferred_info(model: nn.Module) -> ModelInfo:
     """How to feed a live model: its own ``info``, or what its configuration or patch embedding says."""
     if isinstance(said := getattr(model, "info", None), ModelInfo):
@@ -408,7 +426,7 @@ def inferred_info(model: nn.Module) -> ModelInfo:
             continue
         side = said.patch[0]
         channels = getattr(place, "num_channels", None) or getattr(place, "in_chans", None) or 3
-        assumed = ["masks are random patches and images are normalized as for ImageNet, as the model says neither"]
+        assumed = ["masks are random patches, as the model does not say"]
         if said.frames > 1:
             assumed.append(
                 f"an image is a video of {said.frames} frames that are all alike, with one mask for all (tubes)"

@@ -228,7 +228,8 @@ class MTO(Attached[_Losses]):
             f"no forward with masked tokens since the last loss(), {', '.join(stack.where for stack in self._stacks)}; "
             f"{seen} without any were seen since attach_mto. The model was in eval mode or without gradients, "
             "no patch was masked, dropout changed the mask token, its position is unknown (pass "
-            "stacks=[StackSpec(..., position=...)]), torch.compile had run before attach_mto, or detach() was called"
+            "stacks=[StackSpec(..., position=...)]), torch.compile had run before attach_mto, "
+            "nn.DataParallel runs copies of the model, or detach() was called"
         )
 
     @property

@@ -43,6 +43,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.mto: MTO | None = None
         self._evaluated: EvaluationWatch | None = None
         self._handle: Any = None
+        self._ever = False  # whether a loss was added in any step
         self._added: list[bool] = []  # whether each loss that was added went through a backward pass
         self._failure: StackError | None = None
 
@@ -66,6 +67,9 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         added, self._added = self._added, []
         if failure is not None:
             raise failure
+        self._ever = self._ever or bool(added)
+        if self.mto is not None and not self._ever:
+            self.mto.loss()  # says why no forward with masked tokens was seen
         if added and not all(added):
             raise StackError(
                 "the Trainer does not use the loss of the model's output (label smoothing or compute_loss_func?), so "

@@ -48,14 +48,17 @@ class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
         if self.config is None:
             return
         self.mto = mto = attach_mto(pl_module, self.config, stacks=specs)
-        own = pl_module.training_step
+        own, added = pl_module.training_step, False
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal added
             output = own(*args, **kwargs)
-            if not (mto.pending or mto.failed):
+            # Some steps may be without masked tokens, but not all: then loss() says why.
+            if not (mto.pending or mto.failed) and (added or trainer.global_step == 0):
                 return output
             mto.step = trainer.global_step
             output = with_loss(output, mto.loss())
+            added = True
             if trainer.global_step % trainer.log_every_n_steps == 0:
                 pl_module.log_dict({f"mto/{name}": value for name, value in mto.terms.items()}, sync_dist=True)
             return output

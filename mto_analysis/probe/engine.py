@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -367,6 +368,9 @@ def run_measures(
                 ]
     if not chunks:
         raise DataError("there is no image to measure")
+    seen = Counter((chunk.stack, chunk.k, name) for chunk in chunks for name in chunk.images)
+    if twice := next((name for (_, _, name), count in seen.items() if count > 1), None):
+        raise DataError(f"two images are called {twice}, and images are told apart by their names: name the folder too")
     return ProbeResult(tuple(chunks), measures=tuple(each for each in measures if isinstance(each, TokenMeasure)))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from mto_analysis.checkpoints import RawCheckpoint, open_checkpoint
 from mto_analysis.errors import CheckpointError
@@ -55,7 +56,7 @@ class LiveSource(str):
         model = self.make()
         if raw is not None:
             try:
-                model.load_state_dict(raw.tensors)
+                model.load_state_dict(_named_as_in(model, raw.tensors))
             except RuntimeError as error:
                 first = " ".join(str(error).split())
                 raise CheckpointError(f"{raw.path} does not hold the weights of {self}: {first[:300]}") from error
@@ -64,3 +65,12 @@ class LiveSource(str):
         live = LiveModel(model.eval(), inferred_info(model), factory=self.make)
         live.verify()
         return live
+
+
+def _named_as_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the model's names, where all of it is in one part: reading took its prefix for a wrapper's."""
+    names = model.state_dict().keys()
+    first = next(iter(tensors), "")
+    prefixes = ("", *(name.removesuffix(first) for name in names if name.endswith(f".{first}")))
+    fitting = next((prefix for prefix in prefixes if {prefix + name for name in tensors} <= names), "")
+    return {fitting + name: tensor for name, tensor in tensors.items()}

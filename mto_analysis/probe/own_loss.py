@@ -5,6 +5,7 @@ A checkpoint loaded wrongly (another head count, swapped layers) raises no error
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class OwnLoss(NamedTuple):
     @property
     def suspicious(self) -> bool:
         """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
-        return not self.loss < self.predict_the_mean
+        return self.predict_the_mean > 0 and not self.loss < self.predict_the_mean
 
     def in_words(self) -> str:
         """Both losses in a sentence, and what it means if the model's own is no better."""
@@ -37,6 +38,8 @@ class OwnLoss(NamedTuple):
             f"reconstruction loss {self.loss:.4g} vs {self.predict_the_mean:.4g} for predicting the mean "
             f"(target: {target}; {self.num_images} image{'s' * (self.num_images > 1)})"
         )
+        if self.predict_the_mean == 0:
+            return f"{text}: the images are of one colour, so it tells nothing"
         doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
         return text + doubt * self.suspicious
 
@@ -63,7 +66,7 @@ def own_loss(model: MaskedImageModel, images: Tensor, mask: Tensor) -> OwnLoss |
     for target, (losses, means) in _losses(model, images, mask).items():
         judged = model.info.target is None
         found.append(OwnLoss(losses.mean().item(), means.mean().item(), target, judged, num_images=len(images)))
-    return min(found, key=lambda each: each.loss / each.predict_the_mean, default=None)
+    return min(found, key=lambda each: each.loss / (each.predict_the_mean or math.inf), default=None)
 
 
 @torch.no_grad()

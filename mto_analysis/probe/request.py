@@ -259,7 +259,14 @@ class Request:
         """Where masks come from, in words, and their rule."""
         info, settings = model.info, self.settings
         if settings.masks is not None:
-            return masks_from_file(info, settings.masks), "from the mask file", None
+            share = torch.cat([each.flatten() for each in settings.masks.values()]).double().mean().item()
+            own = info.mask_rule.ratio
+            if info.mask_rule_source != "assumed" and abs(1 - share - own) + 0.05 < abs(share - own):
+                self.listener.warn(
+                    f"the mask file masks {share:.0%} of the patches, the model's own rule {own:.0%}: in a mask file "
+                    "True is masked"
+                )
+            return masks_from_file(info, settings.masks), f"from the mask file, {share:.0%} masked", None
         if self._num_visible is not None:
             rule = rule_leaving(info, self._num_visible)
         else:

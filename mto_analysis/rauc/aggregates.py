@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points, area, score_at
 from mto_analysis.rauc.comparison import Comparison, shared_epochs, thinned
 from mto_analysis.rauc.curves import CurveTable
@@ -225,7 +226,7 @@ def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tup
     groups, notes = _shared_groups(comparisons, pairs)
     if len(groups) < 2:
         return None
-    curves = {method: [table.runs(method, group) for group in groups] for method in methods}
+    curves = {method: [_compared_runs(table, comparisons, method, group) for group in groups] for method in methods}
     scores = _scores(curves, groups, window)
     notes += _notes_on_runs(scores)
     reference = comparisons[0].reference if comparisons[0].reference_given else None
@@ -273,6 +274,25 @@ def _aggregate(table: CurveTable, comparisons: Sequence[Comparison], window: tup
 def _task(group: Mapping[str, str]) -> str:
     """Name of the task that a group is."""
     return ", ".join(group.values())
+
+
+def _compared_runs(
+    table: CurveTable, comparisons: Sequence[Comparison], method: str, group: Mapping[str, str]
+) -> dict[str, Points]:
+    """Runs of a method on a task that all comparisons kept: a run without a partner may have been left out."""
+    kept = [
+        seeds
+        for one in comparisons
+        for name, seeds in ((one.baseline, one.seeds_baseline), (one.target, one.seeds_target))
+        if one.group == group and name == method
+    ]
+    found = {seed: run for seed, run in table.runs(method, group).items() if all(seed in seeds for seeds in kept)}
+    if not found:
+        raise DataError(
+            f"no run of {method!r} on {_task(group)} is in all comparisons; compare fewer methods at once, or say"
+            " --pairing none"
+        )
+    return found
 
 
 def _shared_groups(

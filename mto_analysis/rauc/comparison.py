@@ -109,7 +109,7 @@ class Comparison:
 def _runs(curves: Any, name: str) -> dict[str, Points]:
     """Runs by seed from a tidy frame with or without ``seed``, a mapping of runs, or a single run."""
     if hasattr(curves, "columns") and "seed" in curves.columns:
-        return {str(seed): curve_points(run, name) for seed, run in curves.groupby("seed", sort=False)}
+        return {str(seed): curve_points(run, name) for seed, run in curves.groupby("seed", sort=False, observed=True)}
     by_seed = isinstance(curves, Mapping) and not {"epoch", "score"} <= set(curves)
     if by_seed and not all(np.isscalar(value) for value in curves.values()):
         return {str(seed): curve_points(run, f"{name}, seed {seed}") for seed, run in curves.items()}
@@ -335,7 +335,7 @@ def common_window(table: CurveTable, methods: Iterable[str]) -> tuple[float, flo
     for method in methods:
         table.runs(method)  # refuses a method that is not there
         rows = table.frame[table.frame["method"] == method]
-        logged += [run["epoch"].to_numpy(dtype=float) for _, run in rows.groupby(keys, sort=False)]
+        logged += [run["epoch"].to_numpy(dtype=float) for _, run in rows.groupby(keys, sort=False, observed=True)]
     shared = logged[0]
     for epochs in logged[1:]:
         shared = np.intersect1d(shared, epochs)

@@ -177,7 +177,7 @@ class CurveTable:
             raise DataError(f"no log has the method {method!r}{inside}; found: {', '.join(map(repr, self.methods))}")
         return {
             str(seed): Points(run["epoch"].to_numpy(dtype=float), run["score"].to_numpy(dtype=float))
-            for seed, run in rows.groupby("seed", sort=False)
+            for seed, run in rows.groupby("seed", sort=False, observed=True)
         }
 
 
@@ -219,6 +219,8 @@ def read_curves(
         method_column: Name of the method column.
         seed_column: Name of the seed column.
     """
+    if reserved := {"method", "seed", "epoch", "score", "line", "row", "run"} & {*groups}:
+        raise DataError(f"{min(reserved)!r} is a column of every curve, not one to group by")
     parsed = [source if isinstance(source, Source) else Source(Path(source)) for source in sources]
     documents = [open_log(source.path, {*(methods or ()), *wanted}) for source in parsed]
     requests = [Request(source.score or score_column, lower_is_better, source.score is not None) for source in parsed]
@@ -366,13 +368,23 @@ def _unit_of(log: Log, unit: Unit, lower: bool) -> tuple[Unit, list[Finding]]:
 
 
 def _refuse_different_units(curves: Sequence[_Curves]) -> None:
-    """Scores in percent and raw ones have no common scale."""
+    """Scores in percent and raw ones have no common scale, and one program writes one of percent and fractions."""
+    of_column: dict[tuple[str, str], _Curves] = {}
     for other in curves[1:]:
         if (other.unit == "raw") != (curves[0].unit == "raw"):
             raise DataError(
                 f"{curves[0].log.file} is read in {curves[0].unit.replace('auto', 'percent')} and {other.log.file} in"
                 f" {other.unit.replace('auto', 'percent')}; give both the same with --unit"
             )
+    for each in curves:
+        if each.unit == "auto":
+            first = of_column.setdefault((each.log.form, each.log.series.name), each)
+            if first.fraction != each.fraction:
+                raise DataError(
+                    f"{first.log.file} and {each.log.file} are logs of one kind, and of {each.log.series.name!r} only"
+                    " one ever exceeds 1: two units, or did a run collapse? say --unit percent or fraction, or for one"
+                    " log --log 'NAME=FILE[unit=...]'"
+                )
 
 
 def _refuse_different_axes(curves: Sequence[_Curves]) -> None:

@@ -46,11 +46,10 @@ def _finite(value: Any) -> Any:
 
 def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFrame:
     """One row of numbers per comparison."""
-    return pd.DataFrame(
+    rows = [
         {
             "baseline": one.baseline,
             "target": one.target,
-            **one.group,
             "axis": axis,
             "start": one.start,
             "end": one.end,
@@ -85,7 +84,13 @@ def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataF
             "pairing": one.pairing,
         }
         for one in comparisons
-    )
+    ]
+    groups = [
+        {f"{name} (group)" if name in row else name: value for name, value in one.group.items()}
+        for one, row in zip(comparisons, rows, strict=True)
+    ]
+    names = [{name: row[name] for name in ("baseline", "target")} for row in rows]
+    return pd.DataFrame([{**name, **group, **row} for name, group, row in zip(names, groups, rows, strict=True)])
 
 
 def _ends(name: str, interval: Interval) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.rauc.curves import CurveTable, Source, read_curves, refuse_different_scores
 from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
+from mto_analysis.runtime.tables import read_table, refuse_nameless
 
 Vector = NDArray[np.float64]
 
@@ -39,6 +40,8 @@ _MOST_PERMUTED = 7
 LAYERS = ("first", "last", "mean")
 
 _KEYS = ["method", "seed", "epoch"]
+# What tables of other programs have where there is no number.
+_NONE = ("NA", "N/A", "null", "None", "-")
 # What a label says of a checkpoint, where the table has no column for it.
 _LABEL = {"seed": r"(?:(?:@|,? seed )(?P<seed>\w+))?", "epoch": r"(?:,? epoch (?P<epoch>\d+))?"}
 
@@ -166,14 +169,7 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise DataNotFoundError(f"no table at {path}")
-    try:
-        return pd.read_csv(
-            path, dtype=dict.fromkeys(("model", "method", "checkpoint", "seed", "stack"), str), keep_default_na=True
-        )
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
+    return read_table(path, ("method", "model", "checkpoint", "seed", "stack"))
 
 
 def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
@@ -181,15 +177,16 @@ def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
     name = next((column for column in ("method", "model", "checkpoint") if column in table), None)
     if name is None:
         raise DataError(f"{path} has neither a column model nor method, so its rows belong to no checkpoint")
-    if table.empty:
-        raise DataError(f"{path} holds no rows")
+    refuse_nameless(table, name, path)
     parts = "".join(part for key, part in _LABEL.items() if key not in table)
     found = table[name].str.extract(f"(?s)^(?P<method>.+?){parts}$")
     own = {key: (found if key in found else table)[key] for key in _LABEL}
     epoch = pd.to_numeric(own["epoch"], errors="coerce")
     if (odd := own["epoch"][epoch.isna() & own["epoch"].notna()]).any():
         raise DataError(f"{path}: the epoch {odd.iloc[0]!r} is no number")
-    return table.assign(method=prefix + found["method"], seed=own["seed"].fillna("").astype(str), epoch=epoch)
+    # pandas writes 0.0 for the seed 0 where another row has none.
+    seed = own["seed"].fillna("").astype(str).str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+    return table.assign(method=prefix + found["method"], seed=seed, epoch=epoch)
 
 
 def read_measures(paths: Sequence[str]) -> pd.DataFrame:
@@ -223,11 +220,23 @@ def read_measures(paths: Sequence[str]) -> pd.DataFrame:
     return kept.replace({"measure": {"normalized_heterogeneity": "heterogeneity"}})
 
 
+def _as_numbers(values: pd.Series, path: Path) -> pd.Series:
+    """A column as numbers, NaN where it says that there is none."""
+    number = pd.to_numeric(values, errors="coerce")
+    odd = values[number.isna() & values.notna() & ~values.isin(_NONE)]
+    if len(odd):
+        raise DataError(f"{path}, line {odd.index[0] + 2}: {values.name} must be a number, got {odd.iloc[0]!r}")
+    return number
+
+
 def _tidy(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     keys = [*_KEYS, "stack", "layer_depth"]
     if not {"layer_depth", "stack"} <= {*table.columns}:
         raise DataError(f"{path} is no table of measures: it lacks stack or layer_depth")
-    table = table.assign(stack=table["stack"].fillna(""))
+    of_numbers = {"layer_depth", "value", "heterogeneity", "normalized"} & {*table.columns}
+    table = table.assign(
+        stack=table["stack"].fillna(""), **{name: _as_numbers(table[name], path) for name in of_numbers}
+    )
     if {"measure", "value"} <= {*table.columns}:
         empty = pd.Series(pd.NA, index=table.index)
         pair = table.get("other_layer_depth", empty)
@@ -263,6 +272,7 @@ def read_scores(
             if name not in table:
                 raise DataError(f"{path} has no column {name or 'score or accuracy'}; name one with --score-column")
             rows = _keyed(table, path, prefix).rename(columns={str(name): "score"})
+            rows = rows.assign(score=_of_one_unit(rows["score"], path))
         else:
             if not path.exists():
                 raise DataNotFoundError(f"no log at {path}")
@@ -273,8 +283,7 @@ def read_scores(
             logs.append(curves)
             for finding in curves.findings:
                 say(str(finding))
-        rows = rows.assign(score=pd.to_numeric(rows["score"], errors="coerce")).dropna(subset="score")
-        tables.append(rows[[*_KEYS, "score"]])
+        tables.append(rows.dropna(subset="score")[[*_KEYS, "score"]])
     refuse_different_scores(logs)
     whole = pd.concat(tables, ignore_index=True)
     small = [bool((each["score"].abs() <= 1).all()) for each in tables]
@@ -285,6 +294,18 @@ def read_scores(
         row = whole[twice].iloc[0]
         raise DataError(f"{row['method']}, seed {row['seed'] or '-'} has two scores; name the tables with NAME=FILE")
     return whole
+
+
+def _of_one_unit(scores: pd.Series, path: Path) -> pd.Series:
+    """Scores of a table as numbers, all percent or all fractions."""
+    number = _as_numbers(scores, path)
+    small = (number.abs() < 1) & (number != 0)
+    if small.any() and (number.abs() > 1).any():
+        raise DataError(
+            f"{path}: the score {number[small].iloc[0]:g} is beside others of up to {number.max():g}: give all in "
+            "percent, and leave out what is below 1 %"
+        )
+    return number
 
 
 # ---- joining

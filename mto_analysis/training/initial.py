@@ -12,7 +12,7 @@ from torch import Tensor
 from mto_analysis.checkpoints import load_checkpoint, open_checkpoint
 from mto_analysis.checkpoints.conversion import StateDict, check_finite, some_names
 from mto_analysis.checkpoints.reading import RawCheckpoint
-from mto_analysis.errors import CheckpointError, HeadCountError
+from mto_analysis.errors import CheckpointError, HeadCountError, OptionNeededError
 from mto_analysis.models import MaskedImageModel
 
 #: Of a config, but held by tensors of the checkpoint or by other parts of the model than those that are read.
@@ -63,7 +63,10 @@ class InitialWeights:
         except CheckpointError:
             if not raw.keys() <= names:
                 raise
-            self.notes.append(f"{self.source} does not hold its attention heads: those of the recipe are taken")
+            self.notes.append(
+                f"{self.source} is no whole model that can be read: its tensors are taken by their names, and the "
+                "attention heads are those of the recipe"
+            )
             return raw
         self._compare(loaded, model)
         found = dict(loaded.state_dict())
@@ -72,12 +75,19 @@ class InitialWeights:
 
     def _loaded(self, model: MaskedImageModel) -> MaskedImageModel:
         config: Any = model.config
-        try:
-            return load_checkpoint(self._raw)
-        except HeadCountError:
-            self.notes.append(f"{self.source} does not hold its attention heads: those of the recipe are taken")
-            heads = getattr(config, "decoder_num_heads", None)
-            return load_checkpoint(self._raw, num_heads=config.num_heads, decoder_num_heads=heads)
+        given: dict[str, Any] = {}
+        while True:
+            try:
+                return load_checkpoint(self._raw, **given)
+            except HeadCountError as error:
+                if error.option in given:
+                    raise
+                self.notes.append(f"{self.source} does not hold its attention heads: those of the recipe are taken")
+                given |= {name: getattr(config, name, None) for name in ("num_heads", "decoder_num_heads")}
+            except OptionNeededError as error:
+                if error.option != "mask_ratio" or error.option in given:
+                    raise
+                given["mask_ratio"] = model.info.mask_rule.ratio  # of no effect on the weights
 
     def _compare(self, loaded: MaskedImageModel, model: MaskedImageModel) -> None:
         """Whether both are of one architecture, also where no shape tells."""

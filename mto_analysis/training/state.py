@@ -119,7 +119,7 @@ class RunFolder:
                 gone before the run was complete.
         """
         if not self.holds_run():
-            written = (*self._files(), self.tensorboard, self.shown)
+            written = (*self._files(), self.recipe, self.tensorboard, self.shown)
             if (foreign := [each.name for each in written if each.exists()]) and not overwrite:
                 raise OutputExistsError(
                     f"{self.path} contains {', '.join(foreign)}, not written by a run; choose another --out or pass "
@@ -169,9 +169,9 @@ class RunFolder:
                 old.unlink(missing_ok=True)
             for whole in (self.tensorboard, self.shown):
                 shutil.rmtree(whole, ignore_errors=True)
+        self.write_metadata(metadata)  # first: files without it are of no run
         for name, text in files.items():
             write_atomically(self.path / name, text.encode())
-        self.write_metadata(metadata)
 
     def write_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
@@ -226,19 +226,23 @@ def run_identity(settings: RunSettings, images: Images, **own: Any) -> dict[str,
         images: To train on. Of what they hold a sample is hashed, or all with ``verify_data``.
         own: What else a run of its kind depends on.
     """
-    names = images.names
-    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
     metadata = settings.metadata()
     return {
         "randomness": RANDOMNESS,
         **{name: metadata[name] for name in ("seed", "init", "mto", "precision", "ema", "fsdp", "value_range")},
-        "images": {
-            "count": len(names),
-            "names": digest,
-            "sample": contents_digest(images, _SAMPLE),
-            "contents": contents_digest(images) if settings.verify_data else None,
-        },
+        "images": image_identity(images, whole=settings.verify_data),
         **own,
+    }
+
+
+def image_identity(images: Images, *, whole: bool) -> dict[str, Any]:
+    """What tells images from others: their number and names, and hashes of what a sample, or all, of them hold."""
+    names = images.names
+    return {
+        "count": len(names),
+        "names": hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest(),
+        "sample": contents_digest(images, _SAMPLE),
+        "contents": contents_digest(images) if whole else None,
     }
 
 

@@ -62,8 +62,8 @@ class Stepper(Assembly):
                         self.mto.step = step  # its warm-up counts optimizer steps
                     terms = self.losses(batch)
                     self.scaler.scale(total_loss(terms) / count).backward()  # type: ignore[no-untyped-call]
-                if clip:
-                    self._clip(wanted=False)
+                if clip:  # gradients are still scaled
+                    self._clip(wanted=False, scale=self.scaler.get_scale())
                 for name, term in terms.items():
                     part = term.detach().double() / count if device.type != "mps" else term.detach() / count
                     sums[name] = sums[name] + part if name in sums else part
@@ -118,14 +118,14 @@ class Stepper(Assembly):
         if watch.records:
             measured |= {name: value for name, value in watch.records[-1].items() if "heterogeneity" in name}
 
-    def _clip(self, *, wanted: bool) -> Tensor | None:
+    def _clip(self, *, wanted: bool, scale: float = 1.0) -> Tensor | None:
         most = self.method.settings.clip_grad
         if most is None and not wanted:
             return None
         if most is None:
             norm = torch.nn.utils.get_total_norm([each.grad for each in self.trained if each.grad is not None])
         else:
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, most)
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, most * scale)
         return sharding.whole(norm.detach())
 
 

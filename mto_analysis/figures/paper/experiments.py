@@ -19,6 +19,7 @@ from mto_analysis.rauc.comparison import common_window, compare_methods, mean_cu
 from mto_analysis.rauc.curves import CurveTable, read_curves
 from mto_analysis.rauc.intervals import mean_interval
 from mto_analysis.rauc.records import as_frame, ratio_in_words
+from mto_analysis.runtime.tables import read_table
 
 _PLUS = " + "  # between what an experiment calls a recipe and an arm that is not its baseline
 _AT = " at "  # between the losses of an arm and their weight
@@ -32,7 +33,7 @@ _SCORE = "top-1 accuracy (%)"
 def accuracy_curves(name: str, folder: Path) -> Drawn:
     """Accuracy over epochs, a panel per baseline and its method with MTO, with RAUC and its interval."""
     table = _curves(folder)
-    pairs = _pairs(table)
+    pairs = _pairs(folder, table)
     # Runs of one seed of an experiment share weights, order, augmentation and masks.
     comparisons = compare_methods(table, pairs, [_window(folder, table, pairs)], pairing="seed")
     parts = []
@@ -61,7 +62,7 @@ def accuracy_curves(name: str, folder: Path) -> Drawn:
 def style_curves(name: str, folder: Path) -> Drawn:
     """Both styles with and without MTO: accuracy, and what MTO adds, over epochs."""
     table = _curves(folder)
-    pairs = _pairs(table)
+    pairs = _pairs(folder, table)
     # The first of several protocols: the panels are accuracy and gain.
     group = {column: str(table.frame[column].iloc[0]) for column in table.groups if column == "protocol"}
     accuracy, gain = "accuracy", "gain by MTO"
@@ -95,7 +96,7 @@ def depth_curves(name: str, folder: Path) -> Drawn:
     parts = []
     for protocol in dict.fromkeys(protocols):
         rows = frame[protocols == protocol]
-        last = rows.loc[rows.groupby(["method", "seed"])["epoch"].idxmax()].copy()
+        last = rows.loc[rows.groupby(["method", "seed"], observed=True)["epoch"].idxmax()].copy()
         last["depth"] = [_depth_of(row, folder) for row in last.to_dict("records")]
         last["with_mto"] = last["method"].str.contains(_PLUS, regex=False)
         if (last.groupby(["depth", "with_mto"])["method"].nunique() > 1).any():
@@ -123,7 +124,7 @@ def ablation_table(name: str, folder: Path) -> Drawn:
     Arms are named after their losses, and after other weights than the paper's: ``L_spa, L_e at 0.001``.
     """
     table = _curves(folder)
-    pairs = _pairs(table)
+    pairs = _pairs(folder, table)
     baselines = list(dict.fromkeys(baseline for baseline, _ in pairs))
     if len(baselines) > 1:
         raise DataError(f"{folder}: an ablation has one baseline, here are {', '.join(baselines)}")
@@ -193,25 +194,37 @@ def _curves(folder: Path) -> CurveTable:
     return read_curves([path], groups=groups)
 
 
-def _pairs(table: CurveTable) -> list[tuple[str, str]]:
-    """Each method and its baseline, whose name it has up to a plus sign: ``MAE`` and ``MAE + MTO``."""
-    found = ((target.partition(_PLUS)[0], target) for target in table.methods if _PLUS in target)
-    pairs = [(baseline, target) for baseline, target in found if baseline in table.methods]
+def _compared(folder: Path) -> pd.DataFrame:
+    """The experiment's rauc.csv over epochs; empty without one."""
+    path = folder / "rauc.csv"
+    columns = ["baseline", "target", "start", "end"]
+    if not path.is_file():
+        return pd.DataFrame(columns=columns)
+    table = read_table(path, columns[:2])
+    if missing := [column for column in columns if column not in table]:
+        raise DataError(f"{path} is no table of an experiment: it lacks {', '.join(missing)}")
+    return table[table["axis"] == "epoch"] if "axis" in table else table
+
+
+def _pairs(folder: Path, table: CurveTable) -> list[tuple[str, str]]:
+    """Each method and its baseline, whose name it begins with: ``MAE`` and ``MAE + MTO``.
+
+    The experiment's own table tells that ``MAE + aug`` is a baseline too; without it the longest name counts.
+    """
+    own = dict.fromkeys(zip(*(_compared(folder)[column] for column in ("baseline", "target")), strict=True))
+    found = own or {(one, two): None for two in table.methods for one in sorted(table.methods, key=len)}
+    pairs = {two: one for one, two in found if two.startswith(one + _PLUS)}
     if not pairs:
         raise DataError(f"no method is another's name and more after ' + '; there are {', '.join(table.methods)}")
-    return pairs
+    return [(one, two) for two, one in pairs.items()]
 
 
 def _window(folder: Path, table: CurveTable, pairs: list[tuple[str, str]]) -> tuple[float, float]:
     """The experiment's own window, the longest of its rauc.csv; without one, all that the curves have in common."""
-    path = folder / "rauc.csv"
-    if path.is_file():
-        windows = pd.read_csv(path)
-        if "axis" in windows:
-            windows = windows[windows["axis"] == "epoch"]
-        if {"start", "end"} <= set(windows) and len(windows):
-            longest = int((windows["end"] - windows["start"]).to_numpy().argmax())
-            return float(windows["start"].iloc[longest]), float(windows["end"].iloc[longest])
+    windows = _compared(folder)
+    if len(windows):
+        longest = int((windows["end"] - windows["start"]).to_numpy().argmax())
+        return float(windows["start"].iloc[longest]), float(windows["end"].iloc[longest])
     return common_window(table, dict.fromkeys(name for pair in pairs for name in pair))
 
 

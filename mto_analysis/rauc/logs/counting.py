@@ -73,7 +73,7 @@ def count_alike(logs: Sequence[Counted], epochs: EpochCount) -> tuple[float, lis
     logs = [log for log in logs if log.counts_epochs]
     zero = [log for log in logs if log.first == 0]
     if epochs == "completed" or any(log.told for log in logs):
-        return 0.0, _completed(logs)
+        return 0.0, _completed(logs, asked=epochs == "completed")
     for at, one in enumerate(logs):
         for two in logs[at + 1 :]:
             _refuse_shift(one, two)
@@ -88,12 +88,17 @@ def count_alike(logs: Sequence[Counted], epochs: EpochCount) -> tuple[float, lis
     ]
 
 
-def _completed(logs: Sequence[Counted]) -> list[Finding]:
-    """Add 1 to the epochs of logs that count from 0, in place."""
+def _completed(logs: Sequence[Counted], *, asked: bool) -> list[Finding]:
+    """Add 1 to the epochs of logs that count from 0, in place.
+
+    Args:
+        logs: All of a comparison.
+        asked: Whether for all of them, not only for those that others show to count otherwise.
+    """
     findings = []
     # As they are written: what one log shows may not depend on whether another was changed before it.
     shown = [log.evident() for log in logs]
-    mixed = len(set(shown)) + any(log.first == 0 for log in logs) > 1
+    mixed = asked or len(set(shown)) + any(log.first == 0 for log in logs) > 1
     ends = {log.last for log, first in zip(logs, shown, strict=True) if first == 1}
     for log, first in zip(logs, shown, strict=True):
         if log.first == 0:
@@ -106,7 +111,11 @@ def _completed(logs: Sequence[Counted]) -> list[Finding]:
                 continue
             log.frame["epoch"] += 1
             findings.append(
-                Finding(log.file, None, "counts epochs from 0, as its first one shows: 1 was added to each")
+                Finding(
+                    log.file,
+                    None,
+                    "counts epochs from 0, as its first one shows: 1 was added to each; [first-epoch=1] denies it",
+                )
             )
     return findings
 

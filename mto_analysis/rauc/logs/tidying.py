@@ -22,6 +22,9 @@ from mto_analysis.rauc.logs.records import Finding, Log, grouped
 
 Places = NDArray[np.integer[Any]]
 
+# What stands for bytes that are no UTF-8.
+_NO_CHARACTER = "\ufffd"
+
 Unit = Literal["auto", "percent", "fraction", "raw"]
 
 
@@ -65,7 +68,10 @@ def tidy(
     rows, found = _without_final_test(log, rows)
     findings += found
     keys = ["method", "seed", *groups]
-    code = _curve_codes([pd.Categorical(rows[key]) for key in keys])
+    names = [pd.Categorical(rows[key]) for key in keys]
+    if odd := [name for each in names for name in map(str, each.categories) if _NO_CHARACTER in name]:
+        raise DataError(f"{log.file}: the name {odd[0]!r} is not UTF-8 text, others may differ in it; save it as UTF-8")
+    code = _curve_codes(names)
     if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
         rows, code, found = _without_later_evaluations(log, rows, code)
         findings += found
@@ -239,8 +245,11 @@ def _chosen_run(
     first = np.repeat(np.minimum.reduceat(epoch, np.flatnonzero(begins)), size)
     at_first = np.flatnonzero(epoch == first)
     again = np.zeros(curve.size, dtype=bool)
-    # The same epoch with the same score is a copied line, not another run.
-    again[at_first[1:]] = (curve[at_first[1:]] == curve[at_first[:-1]]) & (score[at_first[1:]] != score[at_first[:-1]])
+    # The same epoch with the same score is a copied line, not another run, unless the next epoch has another score.
+    earlier = _earlier_place(curve, epoch)
+    other = (earlier >= 0) & (score != score[earlier])
+    other[at_first] |= np.r_[other[1:] & ~begins[1:], False][at_first]
+    again[at_first[1:]] = (curve[at_first[1:]] == curve[at_first[:-1]]) & other[at_first[1:]]
     if "run" in rows:
         model = rows["run"].to_numpy()[order]
         again[1:] |= (curve[1:] == curve[:-1]) & (model[1:] != model[:-1])

@@ -71,8 +71,10 @@ class RunCheckpoint(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """For the name of a folder."""
+        """For the name of a folder; methods whose names differ in other characters only have other ones."""
         name = re.sub(r"[^A-Za-z0-9.+-]+", "-", self.method).strip("-")
+        if name != self.method:
+            name += f"-{hashlib.sha256(self.method.encode()).hexdigest()[:6]}"
         return f"{name}-seed{self.seed}-" + ("final" if self.epoch is None else f"{self.epoch:04d}")
 
 

@@ -1,0 +1,42 @@
+"""CSV tables of results, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mto_analysis.errors import DataError, DataNotFoundError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def read_table(path: Path, words: Iterable[str]) -> pd.DataFrame:
+    """Read a CSV table whose names may be numbers, ``None`` or ``NA``.
+
+    Args:
+        path: The file.
+        words: Columns that hold text, of which the table may lack some.
+
+    Raises:
+        DataNotFoundError: If there is no such file.
+        DataError: If it is no CSV table or holds no rows.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise DataNotFoundError(f"no table at {path}")
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=["", "nan", "NaN"])
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
+    if table.empty:
+        raise DataError(f"{path} holds no rows")
+    return table
+
+
+def refuse_nameless(table: pd.DataFrame, column: str, path: Path) -> None:
+    """Refuse a table with a row whose name is missing."""
+    if (empty := table[column].isna()).any():
+        raise DataError(f"{path}, line {int(empty.to_numpy().argmax()) + 2}: {column} is empty")
