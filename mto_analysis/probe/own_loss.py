@@ -16,6 +16,10 @@ from mto_analysis.models.live import LiveModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
 
+# Predicting the mean is as good as this for images of one colour, but for rounding.
+_NO_DETAIL = 1e-9
+
+
 class OwnLoss(NamedTuple):
     """The model's own loss and that of predicting the mean, averaged over images."""
 
@@ -29,7 +33,7 @@ class OwnLoss(NamedTuple):
     @property
     def suspicious(self) -> bool:
         """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
-        return self.predict_the_mean > 0 and not self.loss < self.predict_the_mean
+        return self.predict_the_mean > _NO_DETAIL and not self.loss < self.predict_the_mean
 
     def in_words(self) -> str:
         """Both losses in a sentence, and what it means if the model's own is no better."""
@@ -38,7 +42,7 @@ class OwnLoss(NamedTuple):
             f"reconstruction loss {self.loss:.4g} vs {self.predict_the_mean:.4g} for predicting the mean "
             f"(target: {target}; {self.num_images} image{'s' * (self.num_images > 1)})"
         )
-        if self.predict_the_mean == 0:
+        if self.predict_the_mean <= _NO_DETAIL:
             return f"{text}: the images are of one colour, so it tells nothing"
         doubt = ": no better than the mean, so it is untrained or loaded wrongly (head counts?)"
         return text + doubt * self.suspicious

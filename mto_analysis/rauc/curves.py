@@ -515,6 +515,6 @@ def on_axis(table: CurveTable, axis: str, per_epoch: Mapping[str, float] | float
     else:
         raise DataError(f"the logs have no column {axis!r}; say what an epoch costs with --per-epoch NAME=VALUE")
     keys = ["method", "seed", *table.groups]
-    if (place.groupby([frame[key] for key in keys], sort=False).diff() <= 0).any():
+    if (place.groupby([frame[key] for key in keys], sort=False, observed=True).diff() <= 0).any():
         raise DataError(f"the column {axis!r} does not rise with the epoch in every run")
     return replace(table, frame=frame.assign(epoch=place), origin=0.0, axis=axis)

@@ -28,7 +28,13 @@ def read_table(path: Path, words: Iterable[str]) -> pd.DataFrame:
     if not path.is_file():
         raise DataNotFoundError(f"no table at {path}")
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=["", "nan", "NaN"])
+        table = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(words, str),
+            keep_default_na=False,
+            na_values=["", "nan", "NaN"],
+            float_precision="round_trip",
+        )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
     if table.empty:
