@@ -15,7 +15,6 @@ from mto_analysis.models import MaskedImageModel, ModelInfo
 from mto_analysis.models.live import LiveModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
-
 # Predicting the mean is as good as this for images of one colour, but for rounding.
 _NO_DETAIL = 1e-9
 
