@@ -202,7 +202,7 @@ def test_check__refuses_runs_of_other_images_and_files_of_something_else(done: P
     file = write_experiment(tmp_path)
     write_parquet(tmp_path / "train.parquet", 65, side=32)
     experiment = load_experiment(file)
-    with pytest.raises(ExperimentError, match="images.count was 64 and is now 65"):
+    with pytest.raises(ExperimentError, match=r"images\.count was 64 and is now 65"):
         ExperimentRuns(experiment, experiment.images.resolved(tmp_path), done / "out").check()
     (tmp_path / "project/runs/Nov30_host").mkdir(parents=True)
     (tmp_path / "project/curves.csv").write_text("mine")
