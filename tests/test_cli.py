@@ -510,7 +510,7 @@ def test_heterogeneity__doubts_masks_of_the_other_convention_and_one_colour(out:
     options = ("--images", tmp_path / "images", "--masks", tmp_path / "masks.npz")
     result = ok("heterogeneity", "--ckpt", DEMO_CHECKPOINTS["MAE"], *options, "--out", out)
     assert "masks: from the mask file, 25% masked" in result.stderr
-    assert "masks 25% of the patches, the model's own rule 75%: in a mask file True is masked" in result.stderr
+    assert "masks 25% of the patches, the model's own rule 75%: True means masked there" in result.stderr
     assert "the images are of one colour, so it tells nothing" in result.stderr
 
 

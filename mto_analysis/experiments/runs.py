@@ -95,18 +95,24 @@ class Run:
             "seed": self.seed,
             "precision": settings["precision"],
             "evaluation": evaluation.settings() if evaluation else None,
-            "images": _image_identity(self.source, settings["value_range"], self.settings.verify_data),
+            # All contents are compared where a run goes on.
+            "images": {
+                name: value
+                for name, value in _image_identity(self.source, settings["value_range"]).items()
+                if name != "contents" and name in stored.get("images", {})
+            },
             **({} if self.waits else {"mto": settings["mto"]}),
         }
-        if other := run_differences({key: stored.get(key) for key in now}, now):
+        known = {**stored, "images": {name: stored["images"][name] for name in now["images"]}}
+        if other := run_differences({key: known.get(key) for key in now}, now):
             raise ExperimentError(
                 f"{self.folder} holds another run: {'; '.join(other)}; use the same settings, or another --out"
             )
 
 
 @functools.cache  # all runs of an experiment have the same images
-def _image_identity(source: str, value_range: tuple[float, float] | None, whole: bool) -> dict[str, Any]:
-    return image_identity(open_images(source, value_range=value_range), whole=whole)
+def _image_identity(source: str, value_range: tuple[float, float] | None) -> dict[str, Any]:
+    return image_identity(open_images(source, value_range=value_range), whole=False)
 
 
 class ExperimentRuns:

@@ -47,7 +47,7 @@ def _read(
     words: Sequence[str] = ("model", "stack"),
     may_lack: Sequence[str] = (),
 ) -> pd.DataFrame:
-    table = read_table(path, words)
+    table = read_table(path, names=words)
     missing = [column for column in columns if column not in table]
     if missing:
         kind = "a heterogeneity table" if columns is _COLUMNS else "a table of interventions"

@@ -142,7 +142,7 @@ def _tiff(content: bytes) -> _Samples | Image.Image:
     if array.ndim not in (2, 3) or not {"Y", "X"} <= set(axes):
         raise ValueError(f"a TIFF with axes {axes} is no single image")
     # Bands of a deep image may be pages; pages of eight bits are scans, and times and depths are no channels.
-    if array.ndim == 3 and not {"S", "C"} & set(axes) and (array.dtype == np.uint8 or {"T", "Z"} & set(axes)):
+    if array.ndim == 3 and not {"S", "C"} & set(axes) and (array.dtype.itemsize == 1 or {"T", "Z"} & set(axes)):
         raise ValueError(f"a TIFF with axes {axes} is several images")
     array = np.moveaxis(array, (axes.index("Y"), axes.index("X")), (-2, -1))
     known = _BYTES if array.dtype == np.uint8 else None

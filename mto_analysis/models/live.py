@@ -408,8 +408,9 @@ def _call_with_indices(model: nn.Module, videos: Tensor, mask: Tensor | None) ->
 def _mostly_equal(one: nn.Module, two: nn.Module) -> bool:
     """Whether most trained weights are equal, not counting those that start as one number (biases, norms, tokens)."""
     random = equal = 0
+    frozen = not any(each.requires_grad for each in one.parameters())
     for mine, other in zip(one.parameters(), two.parameters(), strict=True):
-        if mine.requires_grad and mine.numel() and bool((mine != mine.flatten()[0]).any()):
+        if (frozen or mine.requires_grad) and mine.numel() and bool((mine != mine.flatten()[0]).any()):
             random += mine.numel()
             equal += mine.numel() * torch.equal(mine, other)
     return 2 * equal > random

@@ -49,6 +49,7 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach to the model."""
+        self._ever = False
         inner = unwrap(model)
         specs = self._stacks or find_stacks(inner)
         if self.config is not None:
@@ -68,13 +69,16 @@ class MTOTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if failure is not None:
             raise failure
         self._ever = self._ever or bool(added)
-        if self.mto is not None and not self._ever:
-            self.mto.loss()  # says why no forward with masked tokens was seen
         if added and not all(added):
             raise StackError(
                 "the Trainer does not use the loss of the model's output (label smoothing or compute_loss_func?), so "
                 "the losses have no effect; add mto.loss() in compute_loss instead"
             )
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to go on where no step had masked tokens."""
+        if self.mto is not None and not self._ever:
+            self.mto.loss()  # says why no forward with masked tokens was seen
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the terms, or H of the evaluation, to what is logged."""

@@ -40,30 +40,35 @@ class MTOLightningCallback(Callback):  # type: ignore[misc, unused-ignore]
         self.config, self._stacks = config, stacks
         self.mto: MTO | None = None
         self._evaluated: EvaluationWatch | None = None
+        self._ever = False  # whether a loss was added in any step
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the module."""
+        self._ever = False
         specs = self._stacks or find_stacks(pl_module)
         self._evaluated = EvaluationWatch(pl_module, specs)
         if self.config is None:
             return
         self.mto = mto = attach_mto(pl_module, self.config, stacks=specs)
-        own, added = pl_module.training_step, False
+        own = pl_module.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal added
             output = own(*args, **kwargs)
-            # Some steps may be without masked tokens, but not all: then loss() says why.
-            if not (mto.pending or mto.failed) and (added or trainer.global_step == 0):
+            if not (mto.pending or mto.failed):
                 return output
             mto.step = trainer.global_step
             output = with_loss(output, mto.loss())
-            added = True
+            self._ever = True
             if trainer.global_step % trainer.log_every_n_steps == 0:
                 pl_module.log_dict({f"mto/{name}": value for name, value in mto.terms.items()}, sync_dist=True)
             return output
 
         pl_module.training_step = training_step
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse to go on where no step had masked tokens."""
+        if self.mto is not None and not self._ever:
+            self.mto.loss()  # says why no forward with masked tokens was seen
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log H of the validation batches."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -354,9 +353,12 @@ def run_measures(
     model = setup.model
     like = next(model.parameters())
     chunks = []
-    scratch = Scratch()
+    scratch, seen = Scratch(), set[str]()
     with undisturbed(model, train_mode=train_mode):
         for batch in batches:
+            if twice := next((name for at, name in enumerate(batch.names) if name in {*seen, *batch.names[:at]}), None):
+                raise DataError(f"two images are called {twice}, but images are told apart by their names")
+            seen.update(batch.names)
             images = batch.images.to(like.device, like.dtype)
             for k in range(setup.masks_per_image):
                 sampled = masks(batch.names, k)
@@ -368,9 +370,6 @@ def run_measures(
                 ]
     if not chunks:
         raise DataError("there is no image to measure")
-    seen = Counter((chunk.stack, chunk.k, name) for chunk in chunks for name in chunk.images)
-    if twice := next((name for (_, _, name), count in seen.items() if count > 1), None):
-        raise DataError(f"two images are called {twice}, and images are told apart by their names: name the folder too")
     return ProbeResult(tuple(chunks), measures=tuple(each for each in measures if isinstance(each, TokenMeasure)))
 
 

@@ -16,7 +16,7 @@ from mto_analysis.models.live import LiveModel
 from mto_analysis.models.targets import Target, mean_prediction, reconstruction_loss
 
 # Predicting the mean is as good as this for images of one colour, but for rounding.
-_NO_DETAIL = 1e-9
+_NO_DETAIL = 1e-6
 
 
 class OwnLoss(NamedTuple):
@@ -32,7 +32,7 @@ class OwnLoss(NamedTuple):
     @property
     def suspicious(self) -> bool:
         """Whether the model does no better than predicting the mean: untrained, or loaded wrongly."""
-        return self.predict_the_mean > _NO_DETAIL and not self.loss < self.predict_the_mean
+        return not (self.predict_the_mean <= _NO_DETAIL or self.loss < self.predict_the_mean)
 
     def in_words(self) -> str:
         """Both losses in a sentence, and what it means if the model's own is no better."""

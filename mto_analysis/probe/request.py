@@ -259,12 +259,13 @@ class Request:
         """Where masks come from, in words, and their rule."""
         info, settings = model.info, self.settings
         if settings.masks is not None:
-            share = torch.cat([each.flatten() for each in settings.masks.values()]).double().mean().item()
+            counts = [(int(each.sum()), each.numel()) for each in settings.masks.values()]
+            share = sum(masked for masked, _ in counts) / sum(number for _, number in counts)
             own = info.mask_rule.ratio
             if info.mask_rule_source != "assumed" and abs(1 - share - own) + 0.05 < abs(share - own):
                 self.listener.warn(
-                    f"the mask file masks {share:.0%} of the patches, the model's own rule {own:.0%}: in a mask file "
-                    "True is masked"
+                    f"the mask file masks {share:.0%} of the patches, the model's own rule {own:.0%}: True means "
+                    "masked there, so invert it if True means visible"
                 )
             return masks_from_file(info, settings.masks), f"from the mask file, {share:.0%} masked", None
         if self._num_visible is not None:

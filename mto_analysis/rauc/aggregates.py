@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mto_analysis.errors import DataError
 from mto_analysis.rauc.areas import Points, area, score_at
 from mto_analysis.rauc.comparison import Comparison, shared_epochs, thinned
 from mto_analysis.rauc.curves import CurveTable
@@ -279,20 +278,15 @@ def _task(group: Mapping[str, str]) -> str:
 def _compared_runs(
     table: CurveTable, comparisons: Sequence[Comparison], method: str, group: Mapping[str, str]
 ) -> dict[str, Points]:
-    """Runs of a method on a task that all comparisons kept: a run without a partner may have been left out."""
-    kept = [
-        seeds
+    """Runs of a method on a task that any comparison kept: a run without a partner may have been left out."""
+    kept = {
+        seed
         for one in comparisons
         for name, seeds in ((one.baseline, one.seeds_baseline), (one.target, one.seeds_target))
         if one.group == group and name == method
-    ]
-    found = {seed: run for seed, run in table.runs(method, group).items() if all(seed in seeds for seeds in kept)}
-    if not found:
-        raise DataError(
-            f"no run of {method!r} on {_task(group)} is in all comparisons; compare fewer methods at once, or say"
-            " --pairing none"
-        )
-    return found
+        for seed in seeds
+    }
+    return {seed: run for seed, run in table.runs(method, group).items() if seed in kept}
 
 
 def _shared_groups(

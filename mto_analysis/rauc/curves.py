@@ -219,8 +219,8 @@ def read_curves(
         method_column: Name of the method column.
         seed_column: Name of the seed column.
     """
-    if reserved := {"method", "seed", "epoch", "score", "line", "row", "run"} & {*groups}:
-        raise DataError(f"{min(reserved)!r} is a column of every curve, not one to group by")
+    if reserved := {"method", "seed", "epoch", "score", "line", "row"} & {*groups}:
+        raise DataError(f"{min(reserved)!r} is a name that curves need themselves, so it cannot be a group")
     parsed = [source if isinstance(source, Source) else Source(Path(source)) for source in sources]
     documents = [open_log(source.path, {*(methods or ()), *wanted}) for source in parsed]
     requests = [Request(source.score or score_column, lower_is_better, source.score is not None) for source in parsed]
@@ -368,7 +368,7 @@ def _unit_of(log: Log, unit: Unit, lower: bool) -> tuple[Unit, list[Finding]]:
 
 
 def _refuse_different_units(curves: Sequence[_Curves]) -> None:
-    """Scores in percent and raw ones have no common scale, and one program writes one of percent and fractions."""
+    """Scores in percent and raw ones have no common scale, and one column of one format has one unit."""
     of_column: dict[tuple[str, str], _Curves] = {}
     for other in curves[1:]:
         if (other.unit == "raw") != (curves[0].unit == "raw"):
@@ -380,10 +380,10 @@ def _refuse_different_units(curves: Sequence[_Curves]) -> None:
         if each.unit == "auto":
             first = of_column.setdefault((each.log.form, each.log.series.name), each)
             if first.fraction != each.fraction:
+                low, high = (first, each) if first.fraction else (each, first)
                 raise DataError(
-                    f"{first.log.file} and {each.log.file} are logs of one kind, and of {each.log.series.name!r} only"
-                    " one ever exceeds 1: two units, or did a run collapse? say --unit percent or fraction, or for one"
-                    " log --log 'NAME=FILE[unit=...]'"
+                    f"{low.log.series.name!r} never exceeds 1 in {low.log.file} and does in {high.log.file}; say of the"
+                    " former --log 'NAME=FILE[unit=fraction]', or [unit=percent] if its run collapsed"
                 )
 
 

@@ -46,8 +46,9 @@ def _finite(value: Any) -> Any:
 
 def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataFrame:
     """One row of numbers per comparison."""
-    rows = [
-        {
+    rows = []
+    for one in comparisons:
+        row = {
             "baseline": one.baseline,
             "target": one.target,
             "axis": axis,
@@ -83,14 +84,9 @@ def as_frame(comparisons: Sequence[Comparison], axis: str = "epoch") -> pd.DataF
             "paired": one.paired,
             "pairing": one.pairing,
         }
-        for one in comparisons
-    ]
-    groups = [
-        {f"{name} (group)" if name in row else name: value for name, value in one.group.items()}
-        for one, row in zip(comparisons, rows, strict=True)
-    ]
-    names = [{name: row[name] for name in ("baseline", "target")} for row in rows]
-    return pd.DataFrame([{**name, **group, **row} for name, group, row in zip(names, groups, rows, strict=True)])
+        groups = {f"{name} (group)" if name in row else name: value for name, value in one.group.items()}
+        rows.append({"baseline": one.baseline, "target": one.target, **groups, **row})
+    return pd.DataFrame(rows)
 
 
 def _ends(name: str, interval: Interval) -> dict[str, float | None]:

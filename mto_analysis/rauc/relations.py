@@ -40,8 +40,6 @@ _MOST_PERMUTED = 7
 LAYERS = ("first", "last", "mean")
 
 _KEYS = ["method", "seed", "epoch"]
-# What tables of other programs have where there is no number.
-_NONE = ("NA", "N/A", "null", "None", "-")
 # What a label says of a checkpoint, where the table has no column for it.
 _LABEL = {"seed": r"(?:(?:@|,? seed )(?P<seed>\w+))?", "epoch": r"(?:,? epoch (?P<epoch>\d+))?"}
 
@@ -169,7 +167,7 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    return read_table(path, ("method", "model", "checkpoint", "seed", "stack"))
+    return read_table(path, names=("method", "model", "checkpoint"), text=("seed", "stack"))
 
 
 def _keyed(table: pd.DataFrame, path: Path, prefix: str) -> pd.DataFrame:
@@ -221,9 +219,8 @@ def read_measures(paths: Sequence[str]) -> pd.DataFrame:
 
 
 def _as_numbers(values: pd.Series, path: Path) -> pd.Series:
-    """A column as numbers, NaN where it says that there is none."""
     number = pd.to_numeric(values, errors="coerce")
-    odd = values[number.isna() & values.notna() & ~values.isin(_NONE)]
+    odd = values[number.isna() & values.notna()]
     if len(odd):
         raise DataError(f"{path}, line {odd.index[0] + 2}: {values.name} must be a number, got {odd.iloc[0]!r}")
     return number
@@ -272,7 +269,10 @@ def read_scores(
             if name not in table:
                 raise DataError(f"{path} has no column {name or 'score or accuracy'}; name one with --score-column")
             rows = _keyed(table, path, prefix).rename(columns={str(name): "score"})
-            rows = rows.assign(score=_of_one_unit(rows["score"], path))
+            rows = rows.assign(score=_as_numbers(rows["score"], path))
+            below, most = int(((rows["score"].abs() < 1) & (rows["score"] != 0)).sum()), rows["score"].max()
+            if below and most > 1:
+                say(f"{path}: scores below 1 ({below}) are beside others of up to {most:g}: two units?")
         else:
             if not path.exists():
                 raise DataNotFoundError(f"no log at {path}")
@@ -294,18 +294,6 @@ def read_scores(
         row = whole[twice].iloc[0]
         raise DataError(f"{row['method']}, seed {row['seed'] or '-'} has two scores; name the tables with NAME=FILE")
     return whole
-
-
-def _of_one_unit(scores: pd.Series, path: Path) -> pd.Series:
-    """Scores of a table as numbers, all percent or all fractions."""
-    number = _as_numbers(scores, path)
-    small = (number.abs() < 1) & (number != 0)
-    if small.any() and (number.abs() > 1).any():
-        raise DataError(
-            f"{path}: the score {number[small].iloc[0]:g} is beside others of up to {number.max():g}: give all in "
-            "percent, and leave out what is below 1 %"
-        )
-    return number
 
 
 # ---- joining

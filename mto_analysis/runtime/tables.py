@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read_table(path: Path, words: Iterable[str]) -> pd.DataFrame:
+def read_table(path: Path, *, names: Iterable[str], text: Iterable[str] = ()) -> pd.DataFrame:
     """Read a CSV table whose names may be numbers, ``None`` or ``NA``.
 
     Args:
         path: The file.
-        words: Columns that hold text, of which the table may lack some.
+        names: Columns of names, of which the table may lack some.
+        text: Other columns of text; of them ``NA`` and the like are missing values, as of numbers.
 
     Raises:
         DataNotFoundError: If there is no such file.
@@ -28,13 +29,9 @@ def read_table(path: Path, words: Iterable[str]) -> pd.DataFrame:
     if not path.is_file():
         raise DataNotFoundError(f"no table at {path}")
     try:
-        table = pd.read_csv(
-            path,
-            dtype=dict.fromkeys(words, str),
-            keep_default_na=False,
-            na_values=["", "nan", "NaN"],
-            float_precision="round_trip",
-        )
+        table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+        there = [name for name in names if name in table]
+        table[there] = pd.read_csv(path, usecols=there, dtype=str, keep_default_na=False, na_values=[""])[there]
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise DataError(f"{path} is not a CSV table: {str(error).splitlines()[0]}") from error
     if table.empty:

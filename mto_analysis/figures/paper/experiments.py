@@ -200,7 +200,7 @@ def _compared(folder: Path) -> pd.DataFrame:
     columns = ["baseline", "target", "start", "end"]
     if not path.is_file():
         return pd.DataFrame(columns=columns)
-    table = read_table(path, columns[:2])
+    table = read_table(path, names=columns[:2])
     if missing := [column for column in columns if column not in table]:
         raise DataError(f"{path} is no table of an experiment: it lacks {', '.join(missing)}")
     return table[table["axis"] == "epoch"] if "axis" in table else table
@@ -211,8 +211,9 @@ def _pairs(folder: Path, table: CurveTable) -> list[tuple[str, str]]:
 
     The experiment's own table tells that ``MAE + aug`` is a baseline too; without it the longest name counts.
     """
-    own = dict.fromkeys(zip(*(_compared(folder)[column] for column in ("baseline", "target")), strict=True))
-    found = own or {(one, two): None for two in table.methods for one in sorted(table.methods, key=len)}
+    own = _compared(folder)
+    found = list(zip(own["baseline"], own["target"], strict=True))
+    found = found or [(one, two) for two in table.methods for one in sorted(table.methods, key=len)]
     pairs = {two: one for one, two in found if two.startswith(one + _PLUS)}
     if not pairs:
         raise DataError(f"no method is another's name and more after ' + '; there are {', '.join(table.methods)}")

@@ -2,7 +2,7 @@
 
 The rules are those of a careful reader: the last score of an epoch counts where it was trained again (a resumed run),
 the first where it was only evaluated again, a file that starts over holds two runs and is refused until one is chosen,
-a missing epoch stays missing, and 0-1 or 0-100 is decided per file.
+a missing epoch stays missing, and 0-1 or 0-100 is decided per file, alike for one column of one format.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def tidy(
     rows, found = _without_final_test(log, rows)
     findings += found
     keys = ["method", "seed", *groups]
-    names = [pd.Categorical(rows[key]) for key in keys]
-    if odd := [name for each in names for name in map(str, each.categories) if _NO_CHARACTER in name]:
+    names = [pd.Categorical(rows[key]).remove_unused_categories() for key in keys]
+    written = {str(name) for each in names for name in each.categories} - {log.file}  # of a run without a seed
+    if odd := [name for name in written if _NO_CHARACTER in name]:
         raise DataError(f"{log.file}: the name {odd[0]!r} is not UTF-8 text, others may differ in it; save it as UTF-8")
     code = _curve_codes(names)
     if run is not None or "run" in rows or not _in_order(code, rows["epoch"].to_numpy()):
@@ -170,7 +171,7 @@ def _without_later_evaluations(
     if log.document.progress is None:
         # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
         first, length = pd.Series(epoch).groupby(curve).transform("min").to_numpy(), np.bincount(curve)[curve]
-        again_first = (epoch == first) & (length > 2) & (score != score[again])
+        again_first = (epoch == first) & (length > 2) & _rewritten(curve, epoch, score)
         restarted = curve[later[again_first[later]]]
         later = later[~np.isin(curve[later], restarted)]
         _refuse_second_run(log.file, rows.iloc[order], curve, epoch, later, later[score[later] != score[again[later]]])
@@ -215,6 +216,17 @@ def _earlier_place(curve: Places, epoch: NDArray[np.float64]) -> Places:
     return earlier
 
 
+def _rewritten(curve: Places, epoch: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """For each point whether it, or the next one of its curve, repeats an epoch with another score.
+
+    A repeat with the same score is a copied line, unless it goes on otherwise: runs may begin with equal scores.
+    """
+    earlier = _earlier_place(curve, epoch)
+    other = (earlier >= 0) & (score != score[earlier])
+    following = np.r_[other[1:] & (curve[1:] == curve[:-1]), False]
+    return np.asarray((earlier >= 0) & (other | following))
+
+
 def _mostly_twice(curve: Places, epoch: NDArray[np.float64]) -> NDArray[np.bool_]:
     """For each point whether it repeats the epoch right before it, on a curve where most epochs come so.
 
@@ -245,11 +257,7 @@ def _chosen_run(
     first = np.repeat(np.minimum.reduceat(epoch, np.flatnonzero(begins)), size)
     at_first = np.flatnonzero(epoch == first)
     again = np.zeros(curve.size, dtype=bool)
-    # The same epoch with the same score is a copied line, not another run, unless the next epoch has another score.
-    earlier = _earlier_place(curve, epoch)
-    other = (earlier >= 0) & (score != score[earlier])
-    other[at_first] |= np.r_[other[1:] & ~begins[1:], False][at_first]
-    again[at_first[1:]] = (curve[at_first[1:]] == curve[at_first[:-1]]) & other[at_first[1:]]
+    again[at_first] = _rewritten(curve, epoch, score)[at_first]
     if "run" in rows:
         model = rows["run"].to_numpy()[order]
         again[1:] |= (curve[1:] == curve[:-1]) & (model[1:] != model[:-1])
