@@ -25,13 +25,14 @@ from test_cli import fails, ok, run, start
 from test_experiments import Killing
 
 from mto_analysis.atlas import COLUMNS, Protocol, choose_entries, compare_again, merge_tables, read_table, sample_table
-from mto_analysis.atlas.page import read_scores, render_atlas
+from mto_analysis.atlas.page import _for_table, read_scores, render_atlas
+from mto_analysis.atlas.running import AtlasFolder
 from mto_analysis.atlas.table import parquet_bytes
 from mto_analysis.atlas.verifying import check_complete
 from mto_analysis.checkpoints import downloading, registry
 from mto_analysis.checkpoints.fetching import drop_fetched
 from mto_analysis.demo import DEMO_IMAGES
-from mto_analysis.errors import CheckpointError, DataError
+from mto_analysis.errors import CheckpointError, DataError, OutputExistsError
 from mto_analysis.experiments import running
 from mto_analysis.experiments.worker import Outcome, Resources, Task, attempt
 from mto_analysis.images import open_images
@@ -417,6 +418,21 @@ def test_verify__notices_all_that_was_changed(
     check_complete(whole, again)
 
 
+def test_begin__keeps_files_of_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"already holds run\.json of no run"):
+        AtlasFolder(tmp_path).begin(load_image_set("cifar10_test_256"))
+
+
+def test_page__a_measure_that_begins_later_has_no_first_value() -> None:
+    curve = {"depth": [1, 2], "value": [0.5, 0.25], "low": [None, None], "high": [None, None]}
+    checkpoint = {"measures": {"lidar": curve}, "layers": 3, "loss": None}
+    shown = _for_table(checkpoint, "lidar")
+    assert (shown["first"], shown["min"], shown["last"]) == ("", "0.25", "")
+    assert _for_table(checkpoint | {"layers": 2}, "lidar")["last"] == "0.25"
+    assert _for_table(checkpoint, "rank")["min"] == ""
+
+
 def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
     found = [sample_table(table, 0.5, seed=seed, protocol=Protocol()) for seed in (0, 0, 1)]
     assert [each.name for each in found[0].wanted] == [each.name for each in found[1].wanted]
@@ -453,6 +469,8 @@ def test_sample_table__depends_on_its_seed_alone(table: pd.DataFrame) -> None:
         (lambda t: t.assign(**dict.fromkeys(("value", "ci_low", "ci_high"), 9.0)), "has value 9.0, and H lies between"),
         (lambda t: pd.concat([t, t]), r"row \d+ \(beit\) has checkpoint beit, with a measure of a layer given before"),
         (lambda t: t.assign(file_sha256="abc"), "has file_sha256 abc, which cannot be"),
+        (lambda t: t.assign(loading="{ }"), "has loading { }, which atlas does not write so"),
+        (lambda t: t.assign(checkpoint="_x"), "has checkpoint _x, which cannot be"),
         (lambda t: t.assign(mask_seed=t.index), r"row 2 \(beit\) has mask_seed 1, and row 1 has 0: all need the same"),
         (lambda t: t.assign(layer_depth=-1), "has layer_depth -1, the smallest is 0"),
         (lambda t: t.iloc[:0], "has no rows"),

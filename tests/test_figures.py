@@ -205,6 +205,8 @@ def test_merge_captions__replaces_its_own_and_keeps_the_others_in_order() -> Non
     new = {"fig4": "new", "fig1a": "first"}
     text = merge_captions("# Mine\n\n## fig4\n\nold\n\n## zz\n\nkept\n", new, order=list(FIGURES))
     assert text == "# Mine\n\n## fig1a\n\nfirst\n\n## fig4\n\nnew\n\n## zz\n\nkept\n"
+    own = "# Mine\n\n## Notes\n\none\n\n## Notes\n\ntwo\n"
+    assert merge_captions(own, {"a": "Maps."}) == own + "\n## a\n\nMaps.\n"
 
 
 class TestMeasured:

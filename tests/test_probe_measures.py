@@ -301,6 +301,8 @@ def test_pass__two_models_are_compared_on_the_same_images(measured) -> None:
 def test_measures__that_a_model_does_not_allow_say_why(measured) -> None:
     model, batches, _ = measured
     assert names_of("all") == tuple(MEASURES)
+    with pytest.raises(ValueError, match="say all,-cka"):
+        names_of("-cka")
     with pytest.raises(ValueError, match=r"measures are h, cka, .*or all; got 'kca'"):
         probe(model, batches, measures="h,kca")
     with pytest.raises(ValueError, match=r"lidar cannot be measured.*--masks-per-image 2"):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mto_analysis import affinity_matrix, heterogeneity, load_checkpoint
 from mto_analysis.demo import DEMO_CHECKPOINTS, DEMO_IMAGES
-from mto_analysis.errors import DataError, NumericalError
+from mto_analysis.errors import DataError, NumericalError, OutputExistsError
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.figures.report import ReportContents, render_report
 from mto_analysis.figures.report_contents import collect_report
@@ -214,6 +214,15 @@ def test_render_report__takes_more_figures_with_their_captions(contents: ReportC
     assert len(set(ids)) == len(ids)
     assert all(caption in page.text for caption in more)
     assert [tag for tag, _ in page.tags].count("svg") == 7
+
+
+def test_report_command__keeps_notes_beside_a_report_of_any_name(tmp_path: Path) -> None:
+    (tmp_path / "paper-methods.md").write_text("mine")
+    command = ["report", "--ckpt", str(DEMO_CHECKPOINTS["MAE"]), "--limit", "1", "--show", "1", "--out"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "paper")])
+    assert result.exit_code == OutputExistsError.exit_code
+    assert "paper-methods.md is not from an earlier run" in result.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["paper-methods.md"]
 
 
 def test_report_command__shows_interventions_and_models_of_the_users_code(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_read_tables__says_what_is_wrong(table: pd.DataFrame, tmp_path: Path) ->
     broken.to_csv(tmp_path / "number.csv", index=False)
     table.iloc[:0].to_csv(tmp_path / "rows.csv", index=False)
     pd.concat([table, table]).to_csv(tmp_path / "twice.csv", index=False)
+    table.assign(model="_x").to_csv(tmp_path / "label.csv", index=False)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "binary.csv").write_bytes(b"\xff\x00\x80")
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3,4\n")
@@ -243,6 +244,7 @@ def test_read_tables__says_what_is_wrong(table: pd.DataFrame, tmp_path: Path) ->
         "number": r"line 3: heterogeneity must be a number, got 'much'",
         "rows": "holds no rows",
         "twice": "is in the tables twice",
+        "label": "the model '_x' begins with _ or contains",
         "empty": "is not a CSV table",
         "binary": "is not a CSV table",
         "ragged": "is not a CSV table",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mto_analysis.errors import DataError
 from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.experiment import engine_of
@@ -213,16 +214,21 @@ def verify(
         )
     with ExitStack() as stack:
         folder = AtlasFolder(out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "again")
-        failures = measure_all(
-            sample.wanted,
-            source,
-            chosen,
-            folder,
-            engine_of(context.params),
-            drop_files=drop_files,
-            progress=measuring.listener(context.params).progress,
-            tell=_teller(quiet=quiet),
-        )
+        try:
+            failures = measure_all(
+                sample.wanted,
+                source,
+                chosen,
+                folder,
+                engine_of(context.params),
+                drop_files=drop_files,
+                progress=measuring.listener(context.params).progress,
+                tell=_teller(quiet=quiet),
+            )
+        except KeyboardInterrupt:
+            if out is None:
+                raise KeyboardInterrupt("nothing was kept; with --out FOLDER the same command resumes") from None
+            raise
         again = folder.table()
     if len(failures) == len(sample.wanted):
         raise_failures(failures, "nothing was verified")
@@ -231,6 +237,9 @@ def verify(
     found.check()
     raise_failures(failures, "the others agree")
     check_complete(sample, again)
+    if not summary["agrees"].all():
+        names = ", ".join(summary["checkpoint"][~summary["agrees"]])
+        raise DataError(f"nothing that was measured again is comparable with {names}: no row states the same options")
 
 
 @atlas.command(cls=Command)

@@ -122,7 +122,7 @@ def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, 
         outputs: As for :func:`~mto_analysis.figures.files.write_outputs`.
         metadata: For ``run.json``.
     """
-    from mto_analysis.figures.files import write_outputs
+    from mto_analysis.figures.files import file_names, write_outputs
     from mto_analysis.runtime.outputs import OutputFolder, run_metadata
     from mto_analysis.runtime.processes import pick_device
 
@@ -131,5 +131,6 @@ def write(given: Mapping[str, Any], files: Sequence[str], outputs: Mapping[str, 
         metadata["device"] = pick_device(given["device"])
     metadata = run_metadata(given, **metadata)
     write_outputs(folder, {**outputs, "run.json": metadata})
-    written = [*files, *write_record(folder.path, metadata)]
+    made = file_names([*outputs, "run.json"])  # not all that was announced: an image may have been broken
+    written = [*(name for name in files if name in made), *write_record(folder.path, metadata)]
     note(f"wrote {', '.join(written)} to {folder.path}", quiet=given["quiet"])

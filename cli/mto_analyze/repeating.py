@@ -32,6 +32,7 @@ class Invocation:
 
     command: str = ""
     given: dict[str, Any] = field(default_factory=dict)
+    one_file: bool = False  # whether --out is the only file of results, and no folder
 
     def as_toml(self, name: str = RUN_FILE) -> str:
         """The file, of this name, that repeats it; files that exist are named by their absolute paths."""
@@ -58,6 +59,7 @@ def begin(command: str, parameters: Mapping[str, Any], given: Mapping[str, Any])
         given: Their raw values, by name.
     """
     current.command = command
+    current.one_file = "out" in parameters and parameters["out"].metavar == "FILE"
     current.given = {
         option_name(parameter): _absolute(given[name], parameter)
         if takes_path(parameter) and name != "out"
@@ -85,12 +87,12 @@ def read_config(file: str, command: str, parameters: Mapping[str, Any]) -> dict[
     import tomllib
 
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8", errors="surrogateescape"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {file} is not TOML: {error}") from error
     if (other := values.pop("command", command)) != command:
         raise ValueError(f"--config {file} is of `mto-analyze {other}`, not of `mto-analyze {command}`")
-    names = {option_name(parameter): name for name, parameter in parameters.items()}
+    names = {option_name(parameter): name for name, parameter in parameters.items() if name != "config"}
     found = {}
     for key, value in values.items():
         option = key.replace("_", "-") if key.replace("_", "-") in names else key
@@ -147,14 +149,13 @@ def _written(out: Path, name: str, text: str) -> list[str]:
 
     path = _beside(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))  # paths need not be UTF-8
     return [path.name]
 
 
 def _beside(out: Path, name: str) -> Path:
     """Where a file of the record is: in the folder of results, or beside a single file under its name."""
-    single = out.is_file() or out.suffix == ".html"
-    return out.with_name(f"{out.stem}-{name}") if single else out / name
+    return out.with_name(f"{out.stem}-{name}") if current.one_file else out / name
 
 
 def _plain(value: Any) -> Any:

@@ -17,14 +17,14 @@
   // ---- a measure of a checkpoint, and its summaries over depth ----
   const curveOf = (checkpoint) => checkpoint.measures[$("measure").value];
   const SUMMARIES = {
-    first: ({ value }) => value[0],
-    last: ({ value }) => value[value.length - 1],
+    first: ({ depth, value }) => (depth[0] === 0 ? value[0] : undefined),  // some measures begin later
+    last: ({ depth, value }, { layers }) => (depth.at(-1) === layers ? value.at(-1) : undefined),
     min: ({ value }) => Math.min(...value),
     max: ({ value }) => Math.max(...value),
   };
   const summary = (checkpoint, name) => {
     const curve = curveOf(checkpoint);
-    return curve && SUMMARIES[name](curve);
+    return curve && SUMMARIES[name](curve, checkpoint);
   };
 
   // ---- table: filter, sort, choose ----

@@ -172,7 +172,7 @@ def _entry(text: str) -> Entry:
         row = find_checkpoint(text)
     except CheckpointError:
         stem = re.sub(r"[?#].*", "", text).rstrip("/").rpartition("/")[2]
-        return _named(re.sub(r"[^\w.-]", "-", Path(stem).stem).lstrip(".-"), text)
+        return _named(re.sub(r"[^\w.-]", "-", Path(stem).stem).lstrip("._-"), text)
     if not row.loads:
         why = row.obstacle or ("its layout is not read" if row.has_mask_token else "it has no mask token")
         raise CheckpointError(f"{row.id} cannot be measured: {why}")

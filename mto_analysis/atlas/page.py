@@ -151,7 +151,8 @@ def _checkpoint(label: str, rows: pd.DataFrame) -> dict[str, Any]:
         }
         for measure, curve in rows.sort_values("layer_depth").groupby("measure", sort=False)
     }
-    known = row["own_loss_of_mean"] > 0  # not of models that predict no pixels, nor on images of one colour
+    # Not of models that predict no pixels, nor on images of one colour.
+    known = row["own_loss_of_mean"] > 0 and not row.isna()["own_loss"]
     return {
         "label": label,
         "checkpoint": row["checkpoint"],
@@ -175,12 +176,13 @@ def _for_script(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _for_table(checkpoint: Mapping[str, Any], measure: str) -> dict[str, Any]:
     """As the page shows it without its script."""
-    values = checkpoint["measures"].get(measure, {}).get("value", [])
-    shown = {"first": values[0], "min": min(values), "last": values[-1]} if values else {}
+    curve = checkpoint["measures"].get(measure, {"depth": [], "value": []})
+    at = dict(zip(curve["depth"], curve["value"], strict=True))
+    shown = {"first": at.get(0), "min": min(at.values(), default=None), "last": at.get(checkpoint["layers"])}
     loss = checkpoint["loss"]
     return {
         **checkpoint,
-        **{name: f"{shown[name]:.4g}" if shown else "" for name in ("first", "min", "last")},
+        **{name: "" if value is None else f"{value:.4g}" for name, value in shown.items()},
         "loss": "" if loss is None else f"{loss:.3g}",
         "doubtful": loss is not None and loss >= 1,
     }

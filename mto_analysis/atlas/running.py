@@ -116,7 +116,8 @@ class AtlasFolder:
 
     def begin(self, image_set: ImageSet) -> None:
         """Write down which images are measured."""
-        if not self._parts.is_dir() and (there := [name for name in TABLE_FILES if (self.path / name).exists()]):
+        own = (*TABLE_FILES, "run.json", "failures.csv")
+        if not self._parts.is_dir() and (there := [name for name in own if (self.path / name).exists()]):
             raise OutputExistsError(f"{self.path} already holds {', '.join(there)} of no run; choose another --out")
         if self.images.exists() and load_image_set(self.images).sha256 != image_set.sha256:
             raise ExperimentError(f"{self.path} holds measurements of other images; {_OTHER}")
@@ -126,8 +127,11 @@ class AtlasFolder:
 
     def left(self, wanted: Mapping[Entry, Protocol], image_set: ImageSet) -> list[Entry]:
         """The checkpoints that are not measured yet."""
-        now = next(iter(wanted.values())).identity() | {"images_sha256": image_set.sha256}
+        identities = [protocol.identity() for protocol in wanted.values()]
+        now = identities[0] | {"images_sha256": image_set.sha256}
         of_all = {key: now[key] for key in SHARED} | {"mto_analysis_version": version("mto-analysis")}
+        # Of a run, which has one protocol; tables that are verified may state several.
+        of_all |= {key: now[key] for key in ("measures", "precision") if len({each[key] for each in identities}) == 1}
         expected: dict[Path, dict[str, Any]] = {part: {**of_all, "checkpoint": part.stem} for part in self._measured()}
         for entry, protocol in wanted.items():
             expected[self.part(entry)] = {

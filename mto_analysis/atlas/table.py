@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ MEASUREMENT = ("file_sha256", "weights", "loading")
 ROW = ("stack", "layer_depth", "measure", "head", "other_stack", "other_layer_depth")
 
 #: Of checkpoints: files are called after them, so a name from a table of somebody's must not lead to another folder.
-NAME = re.compile(r"\w[\w.-]{0,99}")
+NAME = re.compile(r"[^\W_][\w.-]{0,99}")  # figures skip labels that begin with _
 _PATTERNS = {
     **dict.fromkeys(("file_sha256", "masks_sha256", "images_sha256"), re.compile("[0-9a-f]{64}")),
     "weights": re.compile("model|model_ema"),
@@ -182,6 +183,13 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         raise DataError(f"{path} has the column {twice[0]} twice")
 
 
+def _as_written(loading: str) -> str:
+    try:
+        return json.dumps(json.loads(loading), sort_keys=True)
+    except ValueError:
+        return ""
+
+
 def check_table(table: pd.DataFrame, where: str) -> None:
     """Check that every value of a table can be, as far as that shows without measuring.
 
@@ -206,6 +214,8 @@ def check_table(table: pd.DataFrame, where: str) -> None:
             refuse(np.isinf(table[column.name]), column.name, "which is not finite")
     for name, pattern in _PATTERNS.items():
         refuse(~table[name].map(lambda text, of=pattern: bool(of.fullmatch(text))), name, "which cannot be")
+    # Compared as text, so there is one way to write it.
+    refuse(table["loading"].map(_as_written) != table["loading"], "loading", "which atlas does not write so")
     for name, floor in _FLOORS.items():
         refuse(table[name] < floor, name, f"the smallest is {floor}")
     of_h = table["measure"] == "heterogeneity"

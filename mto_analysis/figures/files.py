@@ -102,11 +102,12 @@ def merge_captions(text: str, captions: Mapping[str, str], *, order: Sequence[st
         <BLANKLINE>
     """
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    there = {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    there |= {
-        name: textwrap.fill(body, 120, break_long_words=False, break_on_hyphens=False)
+    there = [(name.strip(), body.strip()) for name, body in zip(parts[1::2], parts[2::2], strict=True)]
+    there = [(name, body) for name, body in there if name not in captions]  # a user's own may have one name twice
+    there += [
+        (name, textwrap.fill(body, 120, break_long_words=False, break_on_hyphens=False))
         for name, body in captions.items()
-    }
-    names = sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name))
+    ]
+    there.sort(key=lambda each: (order.index(each[0]) if each[0] in order else len(order), each[0]))
     head = parts[0].strip() or _HEAD
-    return "\n\n".join([head, *(f"## {name}\n\n{there[name]}" for name in names)]) + "\n"
+    return "\n\n".join([head, *(f"## {name}\n\n{body}" for name, body in there)]) + "\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from mto_analysis.errors import DataError
+from mto_analysis.runtime.outputs import odd_label
 from mto_analysis.runtime.tables import read_table, refuse_nameless
 
 _COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
@@ -53,6 +54,8 @@ def _read(
         kind = "a heterogeneity table" if columns is _COLUMNS else "a table of interventions"
         raise DataError(f"{path} is not {kind}: it lacks {', '.join(missing)}")
     refuse_nameless(table, "model", path)
+    if odd := odd_label(table["model"]):
+        raise DataError(f"{path}: the model {odd}; rename it")
     for column in (name for name in columns if name not in words):
         values = pd.to_numeric(table[column], errors="coerce")
         wrong = values.isna() & (table[column].notna() | (column not in may_lack))

@@ -110,6 +110,8 @@ def names_of(measures: str | Sequence[str]) -> tuple[str, ...]:
     asked, known = _asked(measures), known_measures()
     if unknown := [name for name in asked if name.removeprefix("-") not in known and name != "all"]:
         raise ValueError(f"measures are {', '.join(known)}, or all; got {', '.join(map(repr, unknown))}")
+    if (less := [name for name in asked if name.startswith("-")]) and "all" not in asked:
+        raise ValueError(f"{less[0]} leaves a measure out of all; say all,{less[0]}")
     wanted = [name for name in known if f"-{name}" not in asked and (name in asked or "all" in asked)]
     return tuple(name for name in known if name == "h" or name in wanted)
 

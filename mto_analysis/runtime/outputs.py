@@ -214,11 +214,15 @@ def chosen_labels(sources: Sequence[str | Path], labels: Sequence[str] | None) -
     names = list(labels) if labels else labels_of(sources)
     if len(names) != len(sources) or len(set(names)) != len(names):
         raise ValueError(f"give one different label per checkpoint: {len(sources)} checkpoints, labels {names}")
-    if odd := [name for name in names if name.startswith("_") or "$" in name]:
-        raise ValueError(
-            f"the label {odd[0]!r} begins with _ or contains $, which figures read otherwise; give --label"
-        )
+    if odd := odd_label(names):
+        raise ValueError(f"the label {odd}; give --label")
     return names
+
+
+def odd_label(names: Iterable[str]) -> str:
+    """The first name that figures would take for something else, and why; empty if there is none."""
+    odd = next((name for name in names if name.startswith("_") or "$" in name), None)
+    return "" if odd is None else f"{odd!r} begins with _ or contains $, which figures read otherwise"
 
 
 def run_metadata(arguments: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def draw_public(
     given = [name for name in wanted if name not in ("fig1a", "fig1b", "fig2", "definitions", "controls")]
     if given:
         raise ValueError(f"{given[0]} shows no model; with public files draw fig1a, fig1b, fig2, definitions, controls")
+    if inputs.checkpoints and "fig1b" not in wanted:
+        raise ValueError("with public files --ckpt is the early model of fig1b; draw fig1b, or leave --ckpt out")
     if inputs.images is None:
         listener.note("images: the bundled CIFAR-10 ones, enlarged; for the paper's figures pass ImageNet's (--images)")
     images = inputs.images or DEMO_IMAGES

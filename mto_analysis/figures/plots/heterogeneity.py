@@ -138,7 +138,7 @@ def _bound(curves: Sequence[tuple[str, pd.DataFrame]]) -> str:
 def _note(frame: pd.DataFrame) -> str:
     text = "mean"
     if "num_images" in frame:
-        counts = sorted({int(count) for count in frame["num_images"]})
+        counts = sorted({int(count) for count in frame["num_images"].dropna()})
         text += f" over {' or '.join(map(str, counts))} images"
     if {"ci_low", "ci_high"} <= set(frame):
         text += "; bands: 95 % interval over images"
