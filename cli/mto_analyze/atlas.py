@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mto_analysis.errors import DataError
 from mto_analyze import measuring
 from mto_analyze.console import Command, CommandGroup, note
 from mto_analyze.experiment import engine_of
@@ -212,23 +211,18 @@ def verify(
             f"{table} was measured on other images: {claimed['image_set'].iloc[0]} ({there[:8]}...), these are "
             f"{chosen.name} ({chosen.sha256[:8]}...); give --images and --image-set of the table"
         )
-    with ExitStack() as stack:
-        folder = AtlasFolder(out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "again")
-        try:
-            failures = measure_all(
-                sample.wanted,
-                source,
-                chosen,
-                folder,
-                engine_of(context.params),
-                drop_files=drop_files,
-                progress=measuring.listener(context.params).progress,
-                tell=_teller(quiet=quiet),
-            )
-        except KeyboardInterrupt:
-            if out is None:
-                raise KeyboardInterrupt("nothing was kept; with --out FOLDER the same command resumes") from None
-            raise
+    with _folder_or_temporary(out) as kept:
+        folder = AtlasFolder(kept)
+        failures = measure_all(
+            sample.wanted,
+            source,
+            chosen,
+            folder,
+            engine_of(context.params),
+            drop_files=drop_files,
+            progress=measuring.listener(context.params).progress,
+            tell=_teller(quiet=quiet),
+        )
         again = folder.table()
     if len(failures) == len(sample.wanted):
         raise_failures(failures, "nothing was verified")
@@ -237,9 +231,18 @@ def verify(
     found.check()
     raise_failures(failures, "the others agree")
     check_complete(sample, again)
-    if not summary["agrees"].all():
-        names = ", ".join(summary["checkpoint"][~summary["agrees"]])
-        raise DataError(f"nothing that was measured again is comparable with {names}: no row states the same options")
+
+
+@contextmanager
+def _folder_or_temporary(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder) / "again"
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was kept; with --out FOLDER the same command resumes") from None
 
 
 @atlas.command(cls=Command)

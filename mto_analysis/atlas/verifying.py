@@ -87,6 +87,11 @@ def check_complete(sample: Sample, again: pd.DataFrame) -> None:
     """Refuse a table that lacks rows of what was measured again, or has others."""
     in_one = _in_one(sample, again)
     words = []
+    same = sample.rows.merge(again[list(MEASUREMENT)].drop_duplicates(), on=list(MEASUREMENT))
+    if nothing := sorted({*sample.rows["checkpoint"]} - {*same["checkpoint"]}):
+        words.append(
+            f"nothing measured again is of the file, weights and options that are stated of {', '.join(nothing)}"
+        )
     for side, what in (("right_only", "the table lacks"), ("left_only", "there is again no measurement of")):
         rows = in_one[in_one["_merge"] == side]
         if len(rows):
