@@ -827,25 +827,17 @@ def test_notes__are_not_glued_to_progress_bars(monkeypatch: pytest.MonkeyPatch) 
     assert not console._shown
 
 
-_TABLE = (
-    "model,stack,layer_depth,heterogeneity,normalized,num_visible,normalized_ci_low,normalized_ci_high,ci_low,ci_high\n"
-    "a,e,0,1,.5,9,.4,.6,.9,1.1\nb,e,0,2,.6,9,.4,.6,.9,1.1\nc,e,0,1,.7,9,.4,.6,.9,1.1\n"
-)
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
-
-
 def test_closed_streams__do_not_cost_results(tmp_path: Path) -> None:
-    (tmp_path / "h.csv").write_text(_TABLE)
+    columns = "model,stack,layer_depth,heterogeneity,normalized,num_visible,normalized_ci_low,normalized_ci_high"
+    (tmp_path / "h.csv").write_text(f"{columns},ci_low,ci_high\nm,e,0,1,.5,9,.4,.6,.9,1.1\n")
     command = f"{sys.executable} -m mto_analyze"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
     script = f"""
         {command} plot h.csv --out drawn 2>&- | true; echo ${{PIPESTATUS[0]}}
         {command} tables | true; echo ${{PIPESTATUS[0]}}
     """
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, env=_environment(), cwd=tmp_path, check=True
+        ["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
     )
     assert done.stderr == ""
     drawn, listed = done.stdout.split()
@@ -853,26 +845,6 @@ def test_closed_streams__do_not_cost_results(tmp_path: Path) -> None:
     assert listed in ("0", "141")
     assert (tmp_path / "drawn/heterogeneity.png").stat().st_size > 0
     assert (tmp_path / "drawn/run.json").exists()
-
-
-def test_commands_on_tables__do_not_import_torch(tmp_path: Path) -> None:
-    (tmp_path / "h.csv").write_text(_TABLE)
-    (tmp_path / "scores.csv").write_text("model,score\na,10\nb,20\nc,15\n")
-    (tmp_path / "log.csv").write_text("method,epoch,score\na,1,10\na,2,20\nb,1,12\nb,2,24\n")
-    commands = [
-        ["plot", "h.csv", "--out", "plot"],
-        ["relate", "--measures", "h.csv", "--scores", "scores.csv", "--out", "relate"],
-        ["rauc", "--log", "log.csv", "--baseline", "a", "--out", "rauc"],
-        ["tables", "--out", "tables"],
-    ]
-    code = (
-        "import sys; from typer.testing import CliRunner; from mto_analyze import app\n"
-        f"for command in {commands!r}:\n"
-        "    done = CliRunner().invoke(app, command)\n"
-        "    assert done.exit_code == 0, done.output\n"
-        "    assert 'torch' not in sys.modules, command\n"
-    )
-    subprocess.run([sys.executable, "-c", code], env=_environment(), cwd=tmp_path, check=True)
 
 
 # inspect.

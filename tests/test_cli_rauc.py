@@ -284,17 +284,30 @@ def test_tables__go_into_a_folder(tmp_path):
     run("tables", "--format", "latex", "--out", tmp_path / "t", code=2)
 
 
-@pytest.mark.parametrize(("name", "absent"), [("seeds", ""), ("log", "scipy.stats")])
-def test_rauc__imports_nothing_that_it_does_not_need(request, name, absent):
-    # Runs are resampled by scipy.stats, whose import takes a second; one run a method is not resampled.
-    path, methods = request.getfixturevalue(name), ["--baseline", "MAE"]
+def test_commands_on_tables__import_nothing_that_they_do_not_need(log, seeds, tmp_path):
+    table = [("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible"), *(
+        (name, "e", 0, h, h / 4, 9) for name, h in (("a", 1), ("b", 2), ("c", 1.5))
+    )]  # fmt: skip
+    (tmp_path / "h.csv").write_text("\n".join(",".join(map(str, row)) for row in table))
+    (tmp_path / "scores.csv").write_text("model,score\na,10\nb,20\nc,15\n")
+    steps = [
+        # Runs are resampled by scipy.stats, whose import takes a second; one run a method is not resampled.
+        (["rauc", "--log", str(log), "--baseline", "MAE"], {"torch", "matplotlib", "tensorboard", "scipy.stats"}),
+        (["rauc", "--log", str(seeds), "--baseline", "MAE"], {"torch", "matplotlib", "tensorboard"}),
+        (["rauc", "--log", str(log), "--baseline", "MAE", "--out", "rauc"], {"torch"}),
+        (["plot", "h.csv", "--out", "plot"], {"torch"}),
+        (["relate", "--measures", "h.csv", "--scores", "scores.csv", "--out", "relate"], {"torch"}),
+        (["tables", "--out", "tables"], {"torch"}),
+    ]
     code = (
-        "import sys; from typer.testing import CliRunner; from mto_analyze import app;"
-        f"r = CliRunner().invoke(app, ['rauc', '--log', {str(path)!r}, *{methods!r}]);"
-        "assert r.exit_code == 0, r.output;"
-        f"bad = {{'torch', {absent!r}, 'matplotlib', 'tensorboard'}} & set(sys.modules); assert not bad, bad"
+        "import sys; from typer.testing import CliRunner; from mto_analyze import app\n"
+        f"for command, absent in {steps!r}:\n"
+        "    done = CliRunner().invoke(app, command)\n"
+        "    assert done.exit_code == 0, done.output\n"
+        "    assert not absent & set(sys.modules), (command, absent & set(sys.modules))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    environment = {"PYTHONPATH": ":".join(sys.path), "MPLBACKEND": "Agg"}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
 
 
 cells = st.one_of(
