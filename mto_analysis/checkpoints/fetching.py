@@ -90,16 +90,14 @@ def drop_fetched(source: str | Path, path: Path) -> bool:
     by_hand = "drive.google.com" in urlsplit(address).netloc
     if by_hand or not address.startswith(("hf://", "http://", "https://")):
         return False
-    for file in weight_files(path):
-        content = file.resolve()  # the hub's cache links to contents
+    files = weight_files(path)
+    contents = {file.resolve() for file in files}  # the hub's cache links to them
+    for file in files:
         file.unlink()
-        folders = path if path.is_dir() else path.parent
-        snapshots = next((each for each in (folders, *folders.parents) if each.name == "snapshots"), None)
-        linked = snapshots is not None and any(
-            each.is_symlink() and each.resolve() == content for each in snapshots.rglob("*")
-        )
-        if not linked:  # another revision may hold the same content
-            content.unlink(missing_ok=True)
+    snapshots = next((each for each in (path, *path.parents) if each.name == "snapshots"), None)
+    links = [each for each in snapshots.rglob("*") if each.is_symlink()] if snapshots else []
+    for content in contents - {link.resolve() for link in links}:  # another revision may hold the same
+        content.unlink(missing_ok=True)
     return True
 
 

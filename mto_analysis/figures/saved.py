@@ -9,7 +9,7 @@ import pandas as pd
 
 from mto_analysis.errors import DataError
 from mto_analysis.runtime.outputs import odd_label
-from mto_analysis.runtime.tables import read_table, refuse_nameless
+from mto_analysis.runtime.tables import as_numbers, read_table, refuse_nameless
 
 _COLUMNS = ("model", "stack", "layer_depth", "heterogeneity", "normalized", "num_visible")
 _WORDS = ("model", "stack", "intervention", "condition", "measure")
@@ -57,10 +57,5 @@ def _read(
     if odd := odd_label(table["model"]):
         raise DataError(f"{path}: the model {odd}; rename it")
     for column in (name for name in columns if name not in words):
-        values = pd.to_numeric(table[column], errors="coerce")
-        wrong = values.isna() & (table[column].notna() | (column not in may_lack))
-        if wrong.any():
-            line = int(wrong.to_numpy().argmax()) + 2
-            raise DataError(f"{path}, line {line}: {column} must be a number, got {table[column].iloc[line - 2]!r}")
-        table[column] = values
+        table[column] = as_numbers(table[column], path, may_lack=column in may_lack)
     return table

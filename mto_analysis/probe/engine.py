@@ -356,9 +356,10 @@ def run_measures(
     scratch, seen = Scratch(), set[str]()
     with undisturbed(model, train_mode=train_mode):
         for batch in batches:
-            if twice := next((name for at, name in enumerate(batch.names) if name in {*seen, *batch.names[:at]}), None):
-                raise DataError(f"two images are called {twice}, but images are told apart by their names")
-            seen.update(batch.names)
+            for name in batch.names:
+                if name in seen:
+                    raise DataError(f"two images are called {name}, but images are told apart by their names")
+                seen.add(name)
             images = batch.images.to(like.device, like.dtype)
             for k in range(setup.masks_per_image):
                 sampled = masks(batch.names, k)

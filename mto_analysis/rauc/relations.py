@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from mto_analysis.errors import DataError, DataNotFoundError
 from mto_analysis.rauc.curves import CurveTable, Source, read_curves, refuse_different_scores
 from mto_analysis.runtime.statistics import reach_of_mean, t_quantile
-from mto_analysis.runtime.tables import read_table, refuse_nameless
+from mto_analysis.runtime.tables import as_numbers, read_table, refuse_nameless
 
 Vector = NDArray[np.float64]
 
@@ -218,21 +218,13 @@ def read_measures(paths: Sequence[str]) -> pd.DataFrame:
     return kept.replace({"measure": {"normalized_heterogeneity": "heterogeneity"}})
 
 
-def _as_numbers(values: pd.Series, path: Path) -> pd.Series:
-    number = pd.to_numeric(values, errors="coerce")
-    odd = values[number.isna() & values.notna()]
-    if len(odd):
-        raise DataError(f"{path}, line {odd.index[0] + 2}: {values.name} must be a number, got {odd.iloc[0]!r}")
-    return number
-
-
 def _tidy(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     keys = [*_KEYS, "stack", "layer_depth"]
     if not {"layer_depth", "stack"} <= {*table.columns}:
         raise DataError(f"{path} is no table of measures: it lacks stack or layer_depth")
     of_numbers = {"layer_depth", "value", "heterogeneity", "normalized"} & {*table.columns}
     table = table.assign(
-        stack=table["stack"].fillna(""), **{name: _as_numbers(table[name], path) for name in of_numbers}
+        stack=table["stack"].fillna(""), **{name: as_numbers(table[name], path) for name in of_numbers}
     )
     if {"measure", "value"} <= {*table.columns}:
         empty = pd.Series(pd.NA, index=table.index)
@@ -269,7 +261,7 @@ def read_scores(
             if name not in table:
                 raise DataError(f"{path} has no column {name or 'score or accuracy'}; name one with --score-column")
             rows = _keyed(table, path, prefix).rename(columns={str(name): "score"})
-            rows = rows.assign(score=_as_numbers(rows["score"], path))
+            rows = rows.assign(score=as_numbers(rows["score"], path))
             below, most = int(((rows["score"].abs() < 1) & (rows["score"] != 0)).sum()), rows["score"].max()
             if below and most > 1:
                 say(f"{path}: scores below 1 ({below}) are beside others of up to {most:g}: two units?")

@@ -43,3 +43,15 @@ def refuse_nameless(table: pd.DataFrame, column: str, path: Path) -> None:
     """Refuse a table with a row whose name is missing."""
     if (empty := table[column].isna()).any():
         raise DataError(f"{path}, line {int(empty.to_numpy().argmax()) + 2}: {column} is empty")
+
+
+def as_numbers(values: pd.Series, path: Path, *, may_lack: bool = True) -> pd.Series:
+    """A column as numbers; a cell that holds something else, or nothing where none may be missing, is an error."""
+    import pandas as pd
+
+    number = pd.to_numeric(values, errors="coerce")
+    wrong = number.isna() & (values.notna() | (not may_lack))
+    if wrong.any():
+        row = int(wrong.to_numpy().argmax())
+        raise DataError(f"{path}, line {row + 2}: {values.name} must be a number, got {values.iloc[row]!r}")
+    return number

@@ -32,10 +32,10 @@ _SCORE = "top-1 accuracy (%)"
 
 def accuracy_curves(name: str, folder: Path) -> Drawn:
     """Accuracy over epochs, a panel per baseline and its method with MTO, with RAUC and its interval."""
-    table = _curves(folder)
-    pairs = _pairs(folder, table)
+    table, compared = _curves(folder), _compared(folder)
+    pairs = _pairs(compared, table)
     # Runs of one seed of an experiment share weights, order, augmentation and masks.
-    comparisons = compare_methods(table, pairs, [_window(folder, table, pairs)], pairing="seed")
+    comparisons = compare_methods(table, pairs, [_window(compared, table, pairs)], pairing="seed")
     parts = []
     remarks: dict[str, str] = {}
     several = len({comparison.baseline for comparison in comparisons}) < len(pairs)
@@ -62,7 +62,7 @@ def accuracy_curves(name: str, folder: Path) -> Drawn:
 def style_curves(name: str, folder: Path) -> Drawn:
     """Both styles with and without MTO: accuracy, and what MTO adds, over epochs."""
     table = _curves(folder)
-    pairs = _pairs(folder, table)
+    pairs = _pairs(_compared(folder), table)
     # The first of several protocols: the panels are accuracy and gain.
     group = {column: str(table.frame[column].iloc[0]) for column in table.groups if column == "protocol"}
     accuracy, gain = "accuracy", "gain by MTO"
@@ -124,7 +124,7 @@ def ablation_table(name: str, folder: Path) -> Drawn:
     Arms are named after their losses, and after other weights than the paper's: ``L_spa, L_e at 0.001``.
     """
     table = _curves(folder)
-    pairs = _pairs(folder, table)
+    pairs = _pairs(_compared(folder), table)
     baselines = list(dict.fromkeys(baseline for baseline, _ in pairs))
     if len(baselines) > 1:
         raise DataError(f"{folder}: an ablation has one baseline, here are {', '.join(baselines)}")
@@ -206,13 +206,12 @@ def _compared(folder: Path) -> pd.DataFrame:
     return table[table["axis"] == "epoch"] if "axis" in table else table
 
 
-def _pairs(folder: Path, table: CurveTable) -> list[tuple[str, str]]:
+def _pairs(compared: pd.DataFrame, table: CurveTable) -> list[tuple[str, str]]:
     """Each method and its baseline, whose name it begins with: ``MAE`` and ``MAE + MTO``.
 
     The experiment's own table tells that ``MAE + aug`` is a baseline too; without it the longest name counts.
     """
-    own = _compared(folder)
-    found = list(zip(own["baseline"], own["target"], strict=True))
+    found = list(zip(compared["baseline"], compared["target"], strict=True))
     found = found or [(one, two) for two in table.methods for one in sorted(table.methods, key=len)]
     pairs = {two: one for one, two in found if two.startswith(one + _PLUS)}
     if not pairs:
@@ -220,12 +219,11 @@ def _pairs(folder: Path, table: CurveTable) -> list[tuple[str, str]]:
     return [(one, two) for two, one in pairs.items()]
 
 
-def _window(folder: Path, table: CurveTable, pairs: list[tuple[str, str]]) -> tuple[float, float]:
+def _window(compared: pd.DataFrame, table: CurveTable, pairs: list[tuple[str, str]]) -> tuple[float, float]:
     """The experiment's own window, the longest of its rauc.csv; without one, all that the curves have in common."""
-    windows = _compared(folder)
-    if len(windows):
-        longest = int((windows["end"] - windows["start"]).to_numpy().argmax())
-        return float(windows["start"].iloc[longest]), float(windows["end"].iloc[longest])
+    if len(compared):
+        longest = int((compared["end"] - compared["start"]).to_numpy().argmax())
+        return float(compared["start"].iloc[longest]), float(compared["end"].iloc[longest])
     return common_window(table, dict.fromkeys(name for pair in pairs for name in pair))
 
 

@@ -171,7 +171,7 @@ def _without_later_evaluations(
     if log.document.progress is None:
         # A curve that goes back to its first epoch with another score holds another run, which is looked at next.
         first, length = pd.Series(epoch).groupby(curve).transform("min").to_numpy(), np.bincount(curve)[curve]
-        again_first = (epoch == first) & (length > 2) & _rewritten(curve, epoch, score)
+        again_first = (epoch == first) & (length > 2) & _rewritten(curve, again, score)
         restarted = curve[later[again_first[later]]]
         later = later[~np.isin(curve[later], restarted)]
         _refuse_second_run(log.file, rows.iloc[order], curve, epoch, later, later[score[later] != score[again[later]]])
@@ -216,12 +216,16 @@ def _earlier_place(curve: Places, epoch: NDArray[np.float64]) -> Places:
     return earlier
 
 
-def _rewritten(curve: Places, epoch: NDArray[np.float64], score: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _rewritten(curve: Places, earlier: Places, score: NDArray[np.float64]) -> NDArray[np.bool_]:
     """For each point whether it, or the next one of its curve, repeats an epoch with another score.
 
     A repeat with the same score is a copied line, unless it goes on otherwise: runs may begin with equal scores.
+
+    Args:
+        curve: Of each point, sorted.
+        earlier: As :func:`_earlier_place` gives it.
+        score: Of each point.
     """
-    earlier = _earlier_place(curve, epoch)
     other = (earlier >= 0) & (score != score[earlier])
     following = np.r_[other[1:] & (curve[1:] == curve[:-1]), False]
     return np.asarray((earlier >= 0) & (other | following))
@@ -257,7 +261,7 @@ def _chosen_run(
     first = np.repeat(np.minimum.reduceat(epoch, np.flatnonzero(begins)), size)
     at_first = np.flatnonzero(epoch == first)
     again = np.zeros(curve.size, dtype=bool)
-    again[at_first] = _rewritten(curve, epoch, score)[at_first]
+    again[at_first] = _rewritten(curve, _earlier_place(curve, epoch), score)[at_first]
     if "run" in rows:
         model = rows["run"].to_numpy()[order]
         again[1:] |= (curve[1:] == curve[:-1]) & (model[1:] != model[:-1])
