@@ -34,7 +34,7 @@ from mto_analysis.mto import MTO, MTOConfig, attach_mto
 STEPS = 3  # timed ones of a turn
 
 #: Methods in which the losses spend their time.
-HOOKS = ("_model_starts", "_model_ends", "_call_starts", "_call_ends", "_entered", "_left", "_goes_on", "loss")
+HOOKS = ("_model_starts", "_model_ends", "_call_starts", "_call_ends", "_seen", "_goes_on", "loss")
 
 # On CUDA a step ends with a wait for the device, so elapsed time is the step's.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -133,16 +133,7 @@ def times(case: Case, size: int, turns: int, device: str) -> tuple[float, float,
     for _ in range(turns):
         plain += [seconds for seconds, _ in timed_steps(None)]
         mto = attach_mto(training.model, MTOConfig(), check_every=0)
-        for name in (
-            "_model_starts",
-            "_model_ends",
-            "_call_starts",
-            "_call_ends",
-            "_entered",
-            "_left",
-            "_goes_on",
-            "loss",
-        ):
+        for name in HOOKS:
             watch.on(mto, name)
         for seconds, added in timed_steps(mto):
             attached.append(seconds)

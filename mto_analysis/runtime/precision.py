@@ -46,9 +46,10 @@ def fast_float32(device: torch.device | str = "cpu") -> contextlib.AbstractConte
     """
     if torch.compiler.is_compiling():  # the setting is for products that are made now
         return _NOTHING
-    if _MATMUL is None or torch.device(device).type != "cpu" or _MATMUL.fp32_precision not in _FULL_PRECISION:
+    if _MATMUL is None or torch.device(device).type != "cpu":
         return _NOTHING
-    return _CpuPrecision("bf16") if _keeps_float32() else _NOTHING
+    before = _MATMUL.fp32_precision
+    return _CpuPrecision("bf16", before) if before in _FULL_PRECISION and _keeps_float32() else _NOTHING
 
 
 @contextlib.contextmanager
@@ -69,7 +70,8 @@ def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
         owner.allow_tf32 = False
     on_cpu = _MATMUL is not None and torch.device(device).type == "cpu"
     try:
-        with _CpuPrecision("bf16" if _keeps_float32() else "ieee") if on_cpu else _NOTHING:
+        word = "bf16" if _keeps_float32() else "ieee"
+        with _CpuPrecision(word, _MATMUL.fp32_precision) if on_cpu else _NOTHING:
             yield
     finally:
         for owner, name, value in before:
@@ -77,16 +79,15 @@ def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 class _CpuPrecision(contextlib.AbstractContextManager[None]):
-    """Inside, oneDNN may round operands of float32 products so far."""
+    """Inside, oneDNN may round operands of float32 products so far; after it as far as before."""
 
     __slots__ = ("_before", "_word")
 
-    def __init__(self, word: str) -> None:
-        self._word = word
+    def __init__(self, word: str, before: str) -> None:
+        self._word, self._before = word, before
 
     def __enter__(self) -> None:
         """Set it."""
-        self._before = _MATMUL.fp32_precision
         _MATMUL.fp32_precision = self._word
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +101,11 @@ def _keeps_float32() -> bool:
     enabled = torch.backends.mkldnn.enabled
     try:
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-        with _CpuPrecision("bf16"), torch.autocast("cpu", enabled=False), torch.inference_mode():
+        with (
+            _CpuPrecision("bf16", _MATMUL.fp32_precision),
+            torch.autocast("cpu", enabled=False),
+            torch.inference_mode(),
+        ):
             return all(_counts_exactly(*shape) for shape in _TRIED)
     finally:
         torch.backends.mkldnn.enabled = enabled

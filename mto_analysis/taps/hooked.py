@@ -36,9 +36,9 @@ class Hook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, called: nn.Module, *arguments: Any) -> None:
-        """Tell the handle, unless a copy of the module was called."""
+        """Tell the handle, unless a copy of the module was called, or the backward pass runs it again."""
         target = self._handle()
-        if target is not None and self._owner() is called:
+        if target is not None and self._owner() is called and not _recomputing():
             try:
                 self._tell(target, called, *arguments)
             except Exception as error:  # nothing of ours may stop the user's forward
@@ -119,6 +119,11 @@ class _Registered(NamedTuple):
     def remove(self) -> None:
         """Take it away."""
         self.around.remove(self.when, self.hook)
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing is running a block again inside the backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _empty_hook() -> Callable[..., None]:

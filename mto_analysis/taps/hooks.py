@@ -69,11 +69,12 @@ class Attached(Generic[_Any]):
         for depth, point in enumerate(stack.spec.points):
             depths.setdefault(point, []).append(depth)
         for (module, where), several in depths.items():
+            # Before a module ran its hook gets the arguments; afterwards these and the output.
             if where == "input":
-                tell = lambda handle, *seen, of=tuple(several): handle._entered(at, of, *seen)  # noqa: E731
+                tell = lambda handle, called, *given, of=tuple(several): handle._seen(at, of, called, given)  # noqa: E731
                 handles.append(self._on(module, "pre", tell, at, with_kwargs=True))
             else:
-                tell = lambda handle, *seen, of=tuple(several): handle._left(at, of, *seen)  # noqa: E731
+                tell = lambda handle, called, *seen, of=tuple(several): handle._seen(at, of, called, seen[-1])  # noqa: E731
                 handles.append(self._on(module, "post", tell, at, with_kwargs=True))
         handles += self._follow_between(at, stack)
         return handles
@@ -203,66 +204,64 @@ class Attached(Generic[_Any]):
         self._recording = None
 
     def _call_starts(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if not recomputing():
-            named = dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs)
-            self._arguments[id(module)] = {
-                name: tensor for name, value in named.items() if (tensor := _first_of(value)) is not None
-            }
+        named = dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs)
+        self._arguments[id(module)] = {
+            name: tensor for name, value in named.items() if (tensor := _first_of(value)) is not None
+        }
 
     def _call_ends(self, module: nn.Module, *_: Any) -> None:
-        if not recomputing():
-            self._arguments.pop(id(module), None)
+        self._arguments.pop(id(module), None)
 
     def _records(self, module: nn.Module) -> bool:
         # Gradients are off inside a block that is checkpointed (reentrant), so the model's own call is asked first.
         return module.training and torch.is_grad_enabled() if self._recording is None else self._recording
 
-    def _entered(self, at: int, depths: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not recomputing():
-            self._seen(at, depths, module, (args, kwargs))
-
-    def _left(self, at: int, depths: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not recomputing():
-            self._seen(at, depths, module, output)
-
     def _seen(self, at: int, depths: tuple[int, ...], module: nn.Module, values: Any) -> None:
         """Tokens at a point: at layer depth 0 they begin a forward of the stack."""
         stack = self._stacks[at]
         done = stack.running.depths if stack.running is not None else set()
-        if depths == (0,) and 0 < len(done) <= stack.spec.depth and stack.repeats:
+        if depths == (0,) and 0 < len(done) <= stack.depth and stack.repeats:
             return  # one block that runs several times in a forward
-        depth = next((each for each in depths if each not in done), depths[0])
+        depth = depths[0] if len(depths) == 1 else next((each for each in depths if each not in done), depths[0])
         if depth == 0:
-            stack.running = None
-            if self._records(module) and self._due():
-                arguments = {name: value for each in self._arguments.values() for name, value in each.items()}
-                if self.requested is not None:
-                    arguments[REQUESTED] = self.requested
-                found = find_tokens(values)
-                self._refuse_continued(at, found.tokens)
-                stack.orient(found.flat, arguments)
-                stack.start(stack.batch_first(found.flat), found.grid, arguments)
-                if stack.running is not None:
-                    if isinstance(self._failures.get(at), NotEntered):
-                        del self._failures[at]  # the stack ran before without masked tokens
-                    self._refuse_other_tokens(at, found.tokens)
-        if (running := stack.running) is not None:
-            found = find_tokens(values, running.last.tokens if running.last is not None else None)
-            self._refuse_fewer(stack, depth, found)
-            running.depths.add(depth)
-            running.take(depth, stack.batch_first(found.flat))
-            if len(stack.spec.blocks) == 1 and depth == 1 and _new(found.others, running.carried):
-                raise StackError(f"{stack.where}: its block gives several tensors of tokens; {_WHOLE}")
-            if depth == 0:
-                running.carried = found.others
-            running.last = found.kept()
-            if depth == stack.spec.depth:
-                running.last, stack.last_output = None, weakref.ref(found.tokens)
+            self._begin(at, module, values)
+        if (running := stack.running) is None:
+            return
+        before = running.last
+        found = find_tokens(values, None if before is None else before.tokens)
+        if before is not None and found.tokens.shape != before.tokens.shape:
+            self._refuse_fewer(stack, depth, before, found)
+        running.depths.add(depth)
+        running.take(depth, stack.batch_first(found.flat))
+        if depth == 1 and len(stack.spec.blocks) == 1 and _new(found.others, running.carried):
+            raise StackError(f"{stack.where}: its block gives several tensors of tokens; {_WHOLE}")
+        if depth == 0:
+            running.carried = found.others
+        running.last = found.kept()
+        if depth == stack.depth:
+            running.last, stack.last_output = None, weakref.ref(found.tokens)
 
-    def _refuse_fewer(self, stack: Stack[_Any], depth: int, found: Found) -> None:
+    def _begin(self, at: int, module: nn.Module, values: Any) -> None:
+        """Tokens of layer depth 0: which of them are masked, if this forward is one to measure."""
+        stack = self._stacks[at]
+        stack.running = None
+        if not (self._records(module) and self._due()):
+            return
+        arguments = {name: value for each in self._arguments.values() for name, value in each.items()}
+        if self.requested is not None:
+            arguments[REQUESTED] = self.requested
+        found = find_tokens(values)
+        self._refuse_continued(at, found.tokens)
+        stack.orient(found.flat, arguments)
+        stack.start(stack.batch_first(found.flat), found.grid, arguments)
+        if stack.running is not None:
+            if isinstance(self._failures.get(at), NotEntered):
+                del self._failures[at]  # the stack ran before without masked tokens
+            self._refuse_other_tokens(at, found.tokens)
+
+    def _refuse_fewer(self, stack: Stack[_Any], depth: int, before: Found, found: Found) -> None:
         """Whether tokens became fewer in a way that need not be the merging of cells of a grid."""
-        before = stack.running.last if stack.running is not None else None
-        if before is None or found.grid is not None or found.tokens.shape[-1] != before.tokens.shape[-1]:
+        if found.grid is not None or found.tokens.shape[-1] != before.tokens.shape[-1]:
             return
         count, earlier = (stack.batch_first(each.flat).shape[1] for each in (found, before))
         if count < earlier:
@@ -300,7 +299,7 @@ class Attached(Generic[_Any]):
         """Verify that a block takes what the block before it gave, until it is seen to be the same memory."""
         stack = self._stacks[at]
         running, handles = stack.running, self._between[at]
-        if running is None or running.last is None or recomputing() or depth not in running.depths:
+        if running is None or running.last is None or depth not in running.depths:
             return
         given, taken = running.last, find_tokens((args, kwargs), running.last.tokens)
         if any(each is other for each in taken.others for other in _new(given.others, running.carried)):
@@ -354,8 +353,3 @@ def _is_same_memory(tokens: Tensor, others: Tensor) -> bool:
     """Whether two tensors are one, or views of the same values (reentrant checkpointing detaches tokens)."""
     same = tokens.shape == others.shape and tokens.stride() == others.stride() and tokens.dtype == others.dtype
     return tokens is others or (same and tokens.data_ptr() == others.data_ptr())
-
-
-def recomputing() -> bool:
-    """Whether activation checkpointing is running a block again inside the backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -144,7 +144,7 @@ class Found(NamedTuple):
     @property
     def flat(self) -> Tensor:
         """``batch num_tokens dim``, also where tokens have axes of a grid."""
-        return self.tokens.flatten(1, -2)
+        return self.tokens if self.tokens.ndim == 3 else self.tokens.flatten(1, -2)
 
     @property
     def grid(self) -> tuple[int, ...] | None:
