@@ -334,6 +334,11 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
     pages = hub_pages("o/plain", plain)
     pages |= hub_pages("o/shards", {"model.safetensors.index.json": index, "model-1.safetensors": b"1"})
     pages |= hub_pages("o/shards", {"model-2.safetensors": b"2"}) | hub_pages("o/file", {"x/y.pt": b"3"}, "v1")
+    wrong = {"none": "RepoNotFound", "gated": "GatedRepo", "renamed": "RevisionNotFound"}
+    pages |= {
+        f"/o/{name}/resolve/main/config.json": Page(status=404, headers={"X-Error-Code": code})
+        for name, code in wrong.items()
+    }
     code = """
         import os
         from mto_analysis.checkpoints.fetching import drop_fetched, resolve
@@ -344,9 +349,10 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
             held = len(list(blobs.iterdir()))
             assert drop_fetched("hf://o/shards", folder)
             assert len(list(blobs.iterdir())) == held - 2
-        for source in ("hf://o/plain", "hf://o/shards", "hf://o/file/x/y.pt@v1", "hf://o/file", "hf://o/file/z.pt"):
+        files = "plain", "shards", "file/x/y.pt@v1", "file", "file/z.pt"
+        for source in (*files, "none", "gated", "renamed"):
             try:
-                path = resolve(source)
+                path = resolve(f"hf://o/{source}")
                 print(sorted(p.name for p in path.iterdir()) if path.is_dir() else path.name)
             except CheckpointError as error:
                 print(error)
@@ -365,29 +371,11 @@ def test_hub__only_needed_files_from_its_own_cache(tmp_path: Path) -> None:
     assert "neither model.safetensors nor pytorch_model.bin" in online[3]
     assert "offline nothing is fetched" in offline[3]
     assert "z.pt" in online[4]
+    for line, words in zip(online[5:], ("no such repository", "on request", "no revision"), strict=True):
+        assert words in line
 
 
-def test_hub__errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """
-        from mto_analysis.checkpoints.fetching import resolve
-        from mto_analysis.errors import CheckpointError
-        for name in ("none", "gated", "plain"):
-            try:
-                resolve(f"hf://o/{name}")
-            except CheckpointError as error:
-                print(error)
-    """
-    wrong = {"none": "RepoNotFound", "gated": "GatedRepo", "plain": "RevisionNotFound"}
-    pages = {
-        f"/o/{name}/resolve/main/config.json": Page(status=404, headers={"X-Error-Code": code})
-        for name, code in wrong.items()
-    }
-    with serve(pages) as server:
-        none, gated, plain = hub(server.url, tmp_path, code).splitlines()
-    assert "no such repository" in none
-    assert "on request" in gated
-    assert "no revision" in plain
-
+def test_hub__that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

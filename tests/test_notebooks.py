@@ -40,17 +40,6 @@ def make_small(notebook: Any) -> None:
     assert count, "the second code cell holds the few values to change"
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One kernel for all notebooks, so that torch is imported once."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    client = nbclient.NotebookClient(
-        nbformat.v4.new_notebook(), timeout=600, kernel_name="python3", shutdown_kernel="immediate"
-    )
-    with environment(tmp_path_factory.mktemp("kernel")), client.setup_kernel():
-        yield client
-
-
 @contextmanager
 def environment(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -68,17 +57,28 @@ def check_outputs(notebook: Any) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs), "a notebook tells with figures"
 
 
-@pytest.mark.parametrize("name", FOUND)
-def test_notebook__runs(name: str, client: Any, nbformat: Any, tmp_path: Path) -> None:
-    notebook = nbformat.read(FOUND[name], as_version=4)
-    make_small(notebook)
-    # As in a new kernel, but for the modules that are imported.
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})"))
-    client.nb = notebook
-    client.reset_execution_trackers()
-    for index, cell in enumerate(notebook.cells):
-        client.execute_cell(cell, index)
-    check_outputs(notebook)
+def test_notebooks__run_one_after_the_other(nbformat: Any, tmp_path: Path) -> None:
+    """One test and one kernel for all, so that torch is imported once."""
+    nbclient = pytest.importorskip("nbclient")
+    settings = {"timeout": 600, "kernel_name": "python3", "shutdown_kernel": "immediate"}
+    client = nbclient.NotebookClient(nbformat.v4.new_notebook(), **settings)
+    with environment(tmp_path), client.setup_kernel():
+        for name, path in FOUND.items():
+            client.nb = nbformat.read(path, as_version=4)
+            make_small(client.nb)
+            folder = tmp_path / path.stem
+            folder.mkdir()
+            # As in a new kernel, but for the modules that are imported, which no reset has to look through.
+            begin = f"import gc\ngc.freeze()\n%reset -f\nimport os\nos.chdir({str(folder)!r})"
+            client.nb.cells.insert(0, nbformat.v4.new_code_cell(begin))
+            client.reset_execution_trackers()
+            try:
+                for index, cell in enumerate(client.nb.cells):
+                    client.execute_cell(cell, index)
+                check_outputs(client.nb)
+            except Exception as error:
+                error.add_note(name)
+                raise
 
 
 @pytest.mark.slow
