@@ -71,7 +71,7 @@ def test_fast_float32__leaves_a_chosen_precision(exact, chosen):
 @NEW_WORDS
 def test_fast_float32__does_nothing_for_other_devices(exact):
     before = cpu_word()
-    with fast_float32("cuda"), fast_float32(torch.device("mps")):
+    with fast_float32("cuda"), fast_float32("mps"):
         assert cpu_word() == before
 
 

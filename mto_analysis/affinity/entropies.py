@@ -44,10 +44,12 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, split: TokenSplit, with_visible: bool) -> tuple[Tensor, ...]:
-        ctx.split = split
+        dtype = product_dtype(tokens)
+        # float16 has not the range of the gradients that it is multiplied by.
+        ctx.split, ctx.dtype = split, torch.float32 if dtype == torch.float16 else dtype
         ctx.save_for_backward(tokens)
-        with fast_float32(tokens.device):
-            x_m, x_v, *_ = split.sort(tokens, product_dtype(tokens))
+        with fast_float32(tokens.device.type):
+            x_m, x_v, *_ = split.sort(tokens, dtype)
             masked = _multiply(x_v, x_m)
             return (masked, _multiply(x_v, x_v)) if with_visible else (masked,)
 
@@ -56,9 +58,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad_masked: Tensor, grad_visible: Tensor | None = None) -> tuple[Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
         split: TokenSplit = ctx.split
-        # float16 has not the range of the gradients that it is multiplied by.
-        dtype = torch.float32 if tokens.dtype == torch.float16 else product_dtype(tokens)
-        with fast_float32(tokens.device):
+        dtype: torch.dtype = ctx.dtype
+        with fast_float32(tokens.device.type):
             x_m, x_v, *_ = split.sort(tokens, dtype)
             gradient = split.memory("gradient", tokens, dtype)
             parts = summands(grad_masked, dtype)

@@ -282,7 +282,7 @@ def undisturbed(model: torch.nn.Module, *, train_mode: bool = False) -> Iterator
     try:
         model.train(train_mode)
         like = next(model.parameters(), None)
-        with full_float32("cpu" if like is None else like.device), torch.no_grad():
+        with full_float32("cpu" if like is None else like.device.type), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

@@ -29,14 +29,14 @@ _TRIED = ((1, 16, 16, 64), (8, 76, 120, 64), (8, 120, 384, 76), (1, 256, 768, 76
 _ADDENDS, _BELOW = 64, 2**18
 
 
-def fast_float32(device: torch.device | str = "cpu") -> contextlib.AbstractContextManager[None]:
+def fast_float32(device_type: str = "cpu") -> contextlib.AbstractContextManager[None]:
     """Inside, products of float32 tensors on a CPU are made by oneDNN, if it is as exact on this processor.
 
     Sums are made in another order than MKL's, so results differ by the rounding of float32. A precision that the user
     chose (``torch.set_float32_matmul_precision``) is left as it is. The setting is the process's, not the thread's.
 
     Args:
-        device: Where the tensors are; for anything but a CPU nothing is done.
+        device_type: Where the tensors are, as for ``torch.autocast``; for anything but a CPU nothing is done.
 
     Example:
         >>> with fast_float32():
@@ -44,16 +44,15 @@ def fast_float32(device: torch.device | str = "cpu") -> contextlib.AbstractConte
         tensor([[3., 3.],
                 [3., 3.]])
     """
-    if torch.compiler.is_compiling():  # the setting is for products that are made now
-        return _NOTHING
-    if _MATMUL is None or torch.device(device).type != "cpu":
+    # While code is compiled nothing is done: the setting is for products that are made now.
+    if device_type != "cpu" or _MATMUL is None or torch.compiler.is_compiling():
         return _NOTHING
     before = _MATMUL.fp32_precision
     return _CpuPrecision("bf16", before) if before in _FULL_PRECISION and _keeps_float32() else _NOTHING
 
 
 @contextlib.contextmanager
-def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
+def full_float32(device_type: str = "cpu") -> Iterator[None]:
     """Inside, products of float32 tensors are made in full precision, whatever the user chose.
 
     No TF32 on CUDA; on a CPU no bf16, and :func:`fast_float32`.
@@ -68,7 +67,7 @@ def full_float32(device: torch.device | str = "cpu") -> Iterator[None]:
             words = [cuda] if owner is cuda else [cudnn.conv, cudnn.rnn]
             before += [(word, "fp32_precision", word.fp32_precision) for word in words]
         owner.allow_tf32 = False
-    on_cpu = _MATMUL is not None and torch.device(device).type == "cpu"
+    on_cpu = _MATMUL is not None and device_type == "cpu"
     try:
         word = "bf16" if _keeps_float32() else "ieee"
         with _CpuPrecision(word, _MATMUL.fp32_precision) if on_cpu else _NOTHING:

@@ -90,7 +90,7 @@ class Stepper(Assembly):
 
     def _products(self) -> contextlib.AbstractContextManager[None]:
         """Float32 by the faster library; compiled code has chosen its own."""
-        return contextlib.nullcontext() if self.settings.compile else fast_float32(self.processes.device)
+        return contextlib.nullcontext() if self.settings.compile else fast_float32(self.processes.device.type)
 
     @contextlib.contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:

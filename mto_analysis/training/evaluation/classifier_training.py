@@ -114,7 +114,7 @@ class TestAccuracy(Scorer):
         right = torch.zeros(2, dtype=torch.float64)
         training = trained.method.training
         trained.method.eval()
-        with torch.no_grad(), fast_float32(processes.device), trained.autocast():
+        with torch.no_grad(), fast_float32(processes.device.type), trained.autocast():
             for number, images in self._test.batches(info, processes.rank, processes.count, crop_pct=crop_pct):
                 batch = labels[number * size : (number + 1) * size, None].to(processes.device)
                 logits = classifier(normalized(images.to(processes.device), info)).float()

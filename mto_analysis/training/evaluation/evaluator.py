@@ -120,7 +120,7 @@ class Evaluator:
             test: The same feature of the test images.
         """
         chosen = self.evaluation
-        with fast_float32(test.vectors.device):
+        with fast_float32(test.vectors.device.type):
             if chosen.protocol == "knn":
                 votes = knn_scores(
                     *train,
