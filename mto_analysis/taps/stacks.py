@@ -176,6 +176,8 @@ def find_tokens(values: Any, before: Tensor | None = None) -> Found:
     if not tensors:
         raise NoTokens("a tap holds no tokens [batch, num_tokens, dim]; pass taps=[(module, 'input' or 'output'), ...]")
     chosen = tensors[0]
+    if len(tensors) == 1:
+        return Found(chosen, version=version_of(chosen))
     alike = [each for each in tensors if each.shape == (chosen if before is None else before).shape]
     if alike and chosen.shape != alike[0].shape and math.prod(chosen.shape[1:-1]) >= math.prod(alike[0].shape[1:-1]):
         chosen = alike[0]
