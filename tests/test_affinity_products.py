@@ -167,7 +167,7 @@ def test_cuda__the_losses_are_few_operators_and_wait_for_nothing():
             made = [layer_products(tokens, mine, depth, config) for depth, tokens in enumerate(layers)]
         with Operators() as terms:
             combine_terms(made, config)
-        context = SimpleNamespace(saved_tensors=(layers[1],), split=mine)
+        context = SimpleNamespace(saved_tensors=(layers[1],), split=mine, dtype=torch.bfloat16)
         for _ in range(2):  # the first finds out where tokens come from
             with Operators() as backward:
                 entropies._Products.backward(context, torch.empty_like(made[1].masked))
