@@ -92,6 +92,14 @@ def test_full_float32__leaves_the_cpu_alone_where_tensors_are_elsewhere(exact):
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_precision__does_without_the_word_of_newer_versions_of_torch(monkeypatch, device_type):
+    monkeypatch.setattr(products, "_MATMUL", None)
+    monkeypatch.setattr(products, "_keeps_float32", lambda: pytest.fail("nothing is to be tried"))
+    with fast_float32(device_type), full_float32(device_type):
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_full_float32__has_no_tf32(allowed):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed

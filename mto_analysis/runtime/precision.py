@@ -67,10 +67,11 @@ def full_float32(device_type: str = "cpu") -> Iterator[None]:
             words = [cuda] if owner is cuda else [cudnn.conv, cudnn.rnn]
             before += [(word, "fp32_precision", word.fp32_precision) for word in words]
         owner.allow_tf32 = False
-    on_cpu = _MATMUL is not None and device_type == "cpu"
+    on_cpu: contextlib.AbstractContextManager[None] = _NOTHING
+    if _MATMUL is not None and device_type == "cpu":
+        on_cpu = _CpuPrecision("bf16" if _keeps_float32() else "ieee", _MATMUL.fp32_precision)
     try:
-        word = "bf16" if _keeps_float32() else "ieee"
-        with _CpuPrecision(word, _MATMUL.fp32_precision) if on_cpu else _NOTHING:
+        with on_cpu:
             yield
     finally:
         for owner, name, value in before:
