@@ -20,6 +20,7 @@ from mto_analysis.errors import DataError, NumericalError, OutputExistsError
 from mto_analysis.figures.plots.heterogeneity import draw_heterogeneity
 from mto_analysis.figures.report import ReportContents, render_report
 from mto_analysis.figures.report_contents import collect_report
+from mto_analysis.figures.saved import read_effects
 from mto_analysis.images import choose_images, open_images
 from mto_analysis.probe import explore
 from mto_analysis.probe.explore import PackedProducts, explore_shown
@@ -248,6 +249,8 @@ def test_report_command__shows_interventions_and_models_of_the_users_code(tmp_pa
     other = CliRunner().invoke(app, [*command, "--label", "other"])
     assert other.exit_code == 4
     assert "is about mine, not about other; name the models as there, with --label" in other.stderr
+    with pytest.warns(UserWarning, match="has no interventions of other$"):
+        assert len(read_effects(tmp_path / "interventions.csv", ["other", "mine"])) == len(effects)
 
 
 def mae_of_the_demo() -> torch.nn.Module:

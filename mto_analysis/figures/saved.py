@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
 
 
 def read_effects(path: str | Path, models: Sequence[str]) -> pd.DataFrame:
-    """The rows of an ``interventions.csv`` that are about some models."""
+    """The rows of an ``interventions.csv`` that are about some models; a model without any is warned of."""
     table = _read(Path(path), _EFFECTS, _WORDS, may_lack=("ci_low", "ci_high"))
     found = table[table["model"].isin(models)]
     if found.empty:
@@ -39,6 +40,8 @@ def read_effects(path: str | Path, models: Sequence[str]) -> pd.DataFrame:
             f"{path} is about {', '.join(table['model'].unique())}, not about {', '.join(models)}; name the models as "
             "there, with --label"
         )
+    if missing := [model for model in models if model not in set(found["model"])]:
+        warnings.warn(f"{path} has no interventions of {', '.join(missing)}", stacklevel=2)
     return found.reset_index(drop=True)
 
 
