@@ -40,7 +40,8 @@ def read_effects(path: str | Path, models: Sequence[str]) -> pd.DataFrame:
             f"{path} is about {', '.join(table['model'].unique())}, not about {', '.join(models)}; name the models as "
             "there, with --label"
         )
-    if missing := [model for model in models if model not in set(found["model"])]:
+    known = set(found["model"])
+    if missing := [model for model in models if model not in known]:
         warnings.warn(f"{path} has no interventions of {', '.join(missing)}", stacklevel=2)
     return found.reset_index(drop=True)
 

@@ -45,14 +45,15 @@ class _Losses(Forward):
 
     def take(self, depth: int, tokens: Tensor) -> None:
         """Measure, or keep for later where gradients are off."""
+        self.versions[depth] = version_of(tokens)
         if tokens.requires_grad and torch.is_grad_enabled():
             if self.assuming:
-                self.taken[depth], self.versions[depth] = tokens, version_of(tokens)
+                self.taken[depth] = tokens
             self.measure(depth, tokens)
             if depth == self.spec.depth:
                 tokens.register_hook(partial(_note, self.backward_ran))  # type: ignore[no-untyped-call]
         else:
-            self.waiting[depth], self.versions[depth] = tokens, version_of(tokens)
+            self.waiting[depth] = tokens
 
     def measure(self, depth: int, tokens: Tensor) -> None:
         """Products of one layer depth."""

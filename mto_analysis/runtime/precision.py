@@ -47,8 +47,8 @@ def fast_float32(device_type: str = "cpu") -> contextlib.AbstractContextManager[
     # While code is compiled nothing is done: the setting is for products that are made now.
     if device_type != "cpu" or _MATMUL is None or torch.compiler.is_compiling():
         return _NOTHING
-    before = _MATMUL.fp32_precision
-    return _CpuPrecision("bf16", before) if before in _FULL_PRECISION and _keeps_float32() else _NOTHING
+    rounding = _CpuPrecision("bf16")
+    return rounding if rounding.before in _FULL_PRECISION and _keeps_float32() else _NOTHING
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def full_float32(device_type: str = "cpu") -> Iterator[None]:
         owner.allow_tf32 = False
     on_cpu: contextlib.AbstractContextManager[None] = _NOTHING
     if _MATMUL is not None and device_type == "cpu":
-        on_cpu = _CpuPrecision("bf16" if _keeps_float32() else "ieee", _MATMUL.fp32_precision)
+        on_cpu = _CpuPrecision("bf16" if _keeps_float32() else "ieee")
     try:
         with on_cpu:
             yield
@@ -81,10 +81,10 @@ def full_float32(device_type: str = "cpu") -> Iterator[None]:
 class _CpuPrecision(contextlib.AbstractContextManager[None]):
     """Inside, oneDNN may round operands of float32 products so far; after it as far as before."""
 
-    __slots__ = ("_before", "_word")
+    __slots__ = ("_word", "before")
 
-    def __init__(self, word: str, before: str) -> None:
-        self._word, self._before = word, before
+    def __init__(self, word: str) -> None:
+        self._word, self.before = word, _MATMUL.fp32_precision
 
     def __enter__(self) -> None:
         """Set it."""
@@ -92,7 +92,7 @@ class _CpuPrecision(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         """Leave all as it was."""
-        _MATMUL.fp32_precision = self._before
+        _MATMUL.fp32_precision = self.before
 
 
 @cache
@@ -101,11 +101,7 @@ def _keeps_float32() -> bool:
     enabled = torch.backends.mkldnn.enabled
     try:
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-        with (
-            _CpuPrecision("bf16", _MATMUL.fp32_precision),
-            torch.autocast("cpu", enabled=False),
-            torch.inference_mode(),
-        ):
+        with _CpuPrecision("bf16"), torch.autocast("cpu", enabled=False), torch.inference_mode():
             return all(_counts_exactly(*shape) for shape in _TRIED)
     finally:
         torch.backends.mkldnn.enabled = enabled

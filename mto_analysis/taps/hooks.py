@@ -220,7 +220,7 @@ class Attached(Generic[_Any]):
         """Tokens at a point: at layer depth 0 they begin a forward of the stack."""
         stack = self._stacks[at]
         done = stack.running.depths if stack.running is not None else set()
-        if depths == (0,) and 0 < len(done) <= stack.depth and stack.repeats:
+        if depths == (0,) and 0 < len(done) <= stack.spec.depth and stack.repeats:
             return  # one block that runs several times in a forward
         depth = depths[0] if len(depths) == 1 else next((each for each in depths if each not in done), depths[0])
         if depth == 0:
@@ -238,7 +238,7 @@ class Attached(Generic[_Any]):
         if depth == 0:
             running.carried = found.others
         running.last = found.kept()
-        if depth == stack.depth:
+        if depth == stack.spec.depth:
             running.last, stack.last_output = None, weakref.ref(found.tokens)
 
     def _begin(self, at: int, module: nn.Module, values: Any) -> None:
